@@ -1,0 +1,1 @@
+"""Reducio, fast: text and an image in, a short clip out."""

@@ -1,0 +1,1 @@
+"""Metrics, the analytic detector and the report: how good the clips are."""

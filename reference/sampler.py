@@ -1,0 +1,139 @@
+"""From noise to a motion latent: a plain loop around a diffusers scheduler, with classifier-free guidance.
+
+Reducio (arXiv 2411.13552) samples with DPM-Solver++ in 20 steps (`DPMSolverMultistepScheduler`); rectified flow
+(`FlowMatchEulerDiscreteScheduler`) is the second choice, for models trained on that target. The guidance convention is
+PixArt-alpha's. Nothing here reads a number back from the device inside the loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Condition:
+    """What the model is told, in the shapes `ReducioDiT` takes: text [B, L, C], and where given text_mask [B, L],
+    semantic [B, n, C] and content [B, C, h, w]."""
+
+    text: Tensor
+    text_mask: Tensor | None = None
+    semantic: Tensor | None = None
+    content: Tensor | None = None
+
+    def without_text(self, null_text: Tensor) -> Condition:
+        """The unconditional half of guidance: `null_text` [L, C] under the prompt's own mask, as in PixArt-alpha.
+
+        The image stays. Raises ValueError where the lengths or widths differ.
+        """
+        if null_text.shape != self.text.shape[1:]:
+            raise ValueError(f"null_text has shape {tuple(null_text.shape)}, a prompt has {tuple(self.text.shape[1:])}")
+        return dataclasses.replace(self, text=null_text.to(self.text).expand_as(self.text))
+
+    def without_image(self) -> Condition:
+        """The image condition dropped: zeros in its place, so that both halves of the guidance fit one batch."""
+        zero = {n: torch.zeros_like(x) for n in ("semantic", "content") if (x := getattr(self, n)) is not None}
+        return dataclasses.replace(self, **zero)
+
+
+class StopSampling(Exception):
+    """Raised by a callback to end `sample` early with the latent as it is."""
+
+
+Callback = Callable[[int, Tensor, Tensor], "Tensor | bool | None"]
+
+
+def initial_latent(
+    shape: Sequence[int],
+    generators: Sequence[torch.Generator | int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise of `shape` [B, C, T, H, W], item i drawn from generator (or seed) i alone.
+
+    An item's noise therefore depends on neither its batch nor, with CPU generators or seeds, on the device. Raises
+    ValueError where there is not one generator an item.
+    """
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {shape[0]}: give one an item")
+    items = []
+    for source in generators:
+        generator = source if isinstance(source, torch.Generator) else torch.Generator().manual_seed(source)
+        items.append(torch.randn(tuple(shape[1:]), generator=generator, device=generator.device).to(device, dtype))
+    return torch.stack(items)
+
+
+@torch.no_grad()
+def sample(
+    model: Callable[..., Tensor],
+    scheduler: Any,
+    latent: Tensor,
+    cond: Condition,
+    uncond: Condition | None = None,
+    guidance_scale: float = 4.5,
+    num_inference_steps: int = 20,
+    callback: Callback | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """Denoise `latent`, unit noise [B, C, T, H, W], and return the motion latent in its dtype and shape.
+
+    Guidance runs as one batch of 2B, unconditional half first, and is off at guidance_scale <= 1. `uncond` defaults to
+    `cond.without_text(model.null_text)`. A variance the model predicts is dropped. `callback(step, timestep, latent)`
+    runs after each step: a tensor replaces the latent; False, or raising `StopSampling`, ends the loop. `generator`
+    feeds the schedulers that draw noise as they go.
+
+    Raises ValueError where the two conditions differ in shape, or, naming the step, where the latent stops being
+    finite.
+    """
+    guided = guidance_scale > 1
+    if guided:
+        cond = _join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
+    scheduler.set_timesteps(num_inference_steps, device=latent.device)
+    scale_input = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
+    noise_source = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    latent = latent * getattr(scheduler, "init_noise_sigma", 1.0)
+    finite: list[Tensor] = []
+
+    for step, timestep in enumerate(scheduler.timesteps):
+        x = scale_input(torch.cat([latent, latent]) if guided else latent, timestep)
+        prediction = model(x, timestep.expand(len(x)), cond.text, cond.text_mask, cond.semantic, cond.content)
+        prediction = prediction[:, : latent.shape[1]].to(latent.dtype)
+        if guided:
+            without, with_text = prediction.chunk(2)
+            prediction = without + guidance_scale * (with_text - without)
+        latent = scheduler.step(prediction, timestep, latent, **noise_source, return_dict=False)[0]
+        finite.append(torch.isfinite(latent).all())
+        try:
+            answer = None if callback is None else callback(step, timestep, latent)
+        except StopSampling:
+            break
+        if answer is False:
+            break
+        if isinstance(answer, Tensor):
+            latent = answer
+
+    bad = (~torch.stack(finite)).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"the latent is not finite (NaN or infinite) from step {int(bad[0]) + 1} of {len(scheduler.timesteps)} on"
+        )
+    return latent
+
+
+def _join(first: Condition, second: Condition) -> Condition:
+    """Both conditions in one batch, `first` in its first half."""
+    joined = {}
+    for field in dataclasses.fields(Condition):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        shapes = [None if x is None else tuple(x.shape) for x in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{field.name} is {shapes[0]} in the unconditional half, {shapes[1]} in the conditional one"
+            )
+        joined[field.name] = None if a is None else torch.cat([a, b.to(a)])
+    return Condition(**joined)

@@ -1,0 +1,27 @@
+"""Which folder is which package; everything else about the project is in pyproject.toml.
+
+The packages are listed, never discovered: the root folders `reference`, `triton_kernels` and `compile` must be installed
+inside `reducio_fast` only. `triton_kernels` as a top-level name belongs to Triton's own distribution, which other
+libraries probe for by name, so leaking ours would break them.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "reducio_fast",
+        "reducio_fast.training",
+        "reducio_fast.evaluation",
+        "reducio_fast.reference",
+        "reducio_fast.triton_kernels",
+        "reducio_fast.compile",
+    ],
+    package_dir={
+        "reducio_fast": "reducio_fast",
+        "reducio_fast.reference": "reference",
+        "reducio_fast.triton_kernels": "triton_kernels",
+        "reducio_fast.compile": "compile",
+    },
+    # The embedded default model: model_index.json and one folder a component, at any depth.
+    package_data={"reducio_fast": ["models/tiny/**"]},
+)
