@@ -1,8 +1,8 @@
 """Which folder is which package; everything else about the project is in pyproject.toml.
 
-The packages are listed, never discovered: the root folders `reference`, `triton_kernels` and `compile` must be installed
-inside `reducio_fast` only. `triton_kernels` as a top-level name belongs to Triton's own distribution, which other
-libraries probe for by name, so leaking ours would break them.
+The packages are listed, never discovered: the root folders `reference`, `triton_kernels` and `compile` must be
+installed inside `reducio_fast` only. `triton_kernels` as a top-level name belongs to Triton's own distribution, which
+other libraries probe for by name, so leaking ours would break them.
 """
 
 from setuptools import setup

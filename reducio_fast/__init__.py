@@ -1,1 +1,30 @@
-"""Reducio, fast: text and an image in, a short clip out."""
+"""Reducio, fast: text and an image in, a short clip out.
+
+`generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline` is the same with every part in
+the caller's hands. Both are loaded on first use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline import ReducioPipeline, generate
+
+__all__ = ["ReducioPipeline", "__version__", "generate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ReducioPipeline", "generate"):
+        from . import pipeline
+
+        return getattr(pipeline, name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("reducio-fast")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

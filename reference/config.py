@@ -175,7 +175,7 @@ class DiTConfig(_DictMixin):
     content_channels: int = 4  # SD-VAE latents
     attention: str = "3d"  # "2d+1d": attention within each frame, then an added layer along time
     learn_sigma: bool = True  # the output has a second half of channels, the variance
-    # A square number. With 4 (at 1024) the content tokens form dilated groups and block b sees group b mod 4 (DeepStack).
+    # A square number. With 4 (at 1024) content tokens form dilated groups and block b sees group b mod 4 (DeepStack).
     content_groups: int = 1
 
     # Latent patches [C, 2, 2]: the SD latent's H/8 grid becomes H/16, the patch PixArt itself takes of the same latent.
@@ -189,7 +189,7 @@ class DiTConfig(_DictMixin):
     position_scale: float = 1.0
     temporal_position: bool = True  # fixed 1D sin/cos over the latent frames, added to the 2D one; none on one frame
     size_conditioning: bool = False  # height, width, aspect ratio join the time embedding, as in PixArt's 1024 model
-    spatial_factor: int = 32  # pixels per latent cell: the latent's size becomes the pixels that size_conditioning embeds
+    spatial_factor: int = 32  # pixels per latent cell: gives size_conditioning its pixels
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3:

@@ -207,7 +207,7 @@ class FeedForwardInput(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, tanh-GELU, linear. The list's middle entry is the published layout's dropout (names net.0.proj, net.2)."""
+    """Linear, tanh-GELU, linear. The middle of the list is the published layout's dropout (names net.0.proj, net.2)."""
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__()

@@ -87,13 +87,17 @@ def sample(
     runs after each step: a tensor replaces the latent; False, or raising `StopSampling`, ends the loop. `generator`
     feeds the schedulers that draw noise as they go.
 
-    Raises ValueError where the two conditions differ in shape, or, naming the step, where the latent stops being
-    finite.
+    Raises ValueError where the two conditions differ in shape or there is no step to take, and, naming the step, where
+    the latent stops being finite.
     """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
     guided = guidance_scale > 1
     if guided:
         cond = _join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
     scheduler.set_timesteps(num_inference_steps, device=latent.device)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # spares the scheduler a search, on the device, for the first timestep
     scale_input = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
     noise_source = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     latent = latent * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -107,15 +111,15 @@ def sample(
             without, with_text = prediction.chunk(2)
             prediction = without + guidance_scale * (with_text - without)
         latent = scheduler.step(prediction, timestep, latent, **noise_source, return_dict=False)[0]
-        finite.append(torch.isfinite(latent).all())
         try:
             answer = None if callback is None else callback(step, timestep, latent)
         except StopSampling:
-            break
-        if answer is False:
-            break
+            answer = False
         if isinstance(answer, Tensor):
             latent = answer
+        finite.append(torch.isfinite(latent).all())
+        if answer is False:
+            break
 
     bad = (~torch.stack(finite)).nonzero()
     if len(bad):

@@ -1,1 +1,6 @@
-"""Metrics, the analytic detector and the report: how good the clips are."""
+"""How good the default model is: metrics, an analytic detector for its toy world, and the report made of both."""
+
+from .detector import Detection, detect
+from .metrics import psnr, ssim
+
+__all__ = ["Detection", "detect", "psnr", "ssim"]

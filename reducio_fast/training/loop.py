@@ -196,7 +196,7 @@ class _State:
 
     def add(self, figures: Figures) -> None:
         for key, value in figures.items():
-            self.sums[key] = self.sums.get(key, 0.0) + float(value)
+            self.sums[key] = self.sums.get(key, 0.0) + float(value.detach() if isinstance(value, Tensor) else value)
         self.count += 1
 
     def flush(self) -> dict[str, float]:

@@ -1,179 +1,145 @@
-"""Stage one of the tiny model: text encoder, semantic encoder, content autoencoder and PixArt text-to-image.
+"""Stage one of the tiny model: the content autoencoder and the PixArt text-to-image transformer that makes content frames.
 
-Each stage trains one component against the toy world and writes it in the component's own save format (transformers,
-open_clip, diffusers), float32, under the output folder. Letters in shapes: B batch, L text positions, P image patches.
+Both are diffusers' own classes at tiny width and are saved in diffusers' format, float32, under the output folder. Images are
+B 3 H W in [-1, 1]; latents are B 4 H/8 W/8.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
-from diffusers.models.attention_processor import AttnProcessor
-from open_clip import CLIPVisionCfg
-from open_clip.model import _build_vision_tower
-from open_clip.transformer import VisionTransformer
-from safetensors.torch import load_file, save_file
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from reducio_fast.errors import ReducioError
+from . import photos, world
+from .conditions import draw_still
+from .loop import LoopConfig
+from .stage import Context
 
-from . import world
-from .loop import LoopConfig, Outcome, atomic_write, run
-from .photos import load_photographs
-from .stills import Stills, stills
-
-CAPTION_LENGTH = 120
-SEMANTIC_SIZE = 64
-"""The semantic encoder sees the content frame at this many pixels a side."""
+FRAME_SIZE = 128
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
-    """Where and how a stage runs: `out` holds the components and `out/runs/<stage>` checkpoint, log and figures."""
-
-    out: Path
-    resume: bool = True
-    progress: bool = True
-    device: str = "cpu"
-
-    def run_folder(self, stage: str) -> Path:
-        return self.out / "runs" / stage
-
-    def train(self, stage: str, model: nn.Module, loss_fn: Any, config: LoopConfig) -> Outcome:
-        """`loop.run` in this stage's folder; the model then holds the averaged weights, in evaluation mode."""
-        folder = self.run_folder(stage)
-        outcome = run(stage, model, loss_fn, config, folder, None, self.device, self.resume, progress=self.progress)
-        model.load_state_dict(outcome.averaged)
-        return outcome
-
-    def record(self, stage: str, figures: dict[str, float]) -> dict[str, float]:
-        """Keeps the figures a stage reached beside its log."""
-        text = json.dumps({k: round(v, 5) for k, v in figures.items()}, indent=2) + "\n"
-        atomic_write(self.run_folder(stage) / "figures.json", lambda path: path.write_text(text))
-        return figures
+def to_image(frames: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] to float32 B 3 H W in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-# --- text ---------------------------------------------------------------------------------------------------------------
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over the batch of the peak signal-to-noise ratio in dB, for images in [-1, 1]."""
+    error = ((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2).square().flatten(1).mean(1)
+    return float((-10 * error.log10()).mean())
+
+
+# --- content autoencoder -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextSettings:
-    """A byte-level T5 encoder, taught to know the attributes a caption names."""
+class ContentSettings:
+    """An f8 autoencoder with 4 latent channels, trained in phases: what it lacks at first is steps, not pixels.
+
+    Group norm and the middle attention must meet the real size at the end.
+    """
 
     loop: LoopConfig
-    batch: int = 64
-    clean_share: float = 0.5  # captions exactly as the world writes them; the others are reworded
+    phases: tuple[tuple[float, int, int], ...] = ((0.55, 64, 4), (0.8, 64, 8), (1.0, FRAME_SIZE, 6))
+    """(share of the steps at which the phase ends, pixels a side, batch)"""
+    photo_share: float = 0.25
+    kl_weight: float = 3e-4  # keeps latents near zero mean and smooth enough for stage one to model
     model: dict[str, Any] = field(
         default_factory=lambda: {
-            "vocab_size": 384,  # ByT5's: 3 special tokens, 256 bytes, 125 sentinels
-            "d_model": 128,
-            "num_layers": 3,
-            "num_heads": 4,
-            "d_kv": 32,
-            "d_ff": 256,
-            "feed_forward_proj": "gated-gelu",
-            "dropout_rate": 0.0,
+            "in_channels": 3,
+            "out_channels": 3,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (16, 32, 64, 64),
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 4,  # 4 channels a group at full resolution, as in SD's: with fewer a flat colour is normalised away
+            "sample_size": FRAME_SIZE,
         }
     )
 
 
-class CaptionReader(nn.Module):
-    """The encoder with one linear head per attribute on the mean over the caption; the heads are thrown away after training."""
+@torch.no_grad()
+def start_as_identity(model: AutoencoderKL) -> None:
+    """An initialisation under which the autoencoder nearly hands colours through, from the first step on.
 
-    def __init__(self, encoder: T5EncoderModel) -> None:
-        super().__init__()
-        self.encoder = encoder
-        # One class more than the world has: "the caption does not say".
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(encoder.config.d_model, len(known) + 1) for name, known in world.ATTRIBUTES.items()}
-        )
-
-    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
-        x_BLD = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state.float()
-        weight_BL1 = mask_BL[..., None].float()
-        mean_BD = (x_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
-        return {name: head(mean_BD) for name, head in self.heads.items()}
-
-
-def reword(scene: world.Scene, rng: np.random.Generator) -> tuple[str, dict[str, int]]:
-    """A caption as people type it (parts left out, other case, stray spaces, a typo), with labels for what it still says."""
-    text, labels = scene.caption(), scene.labels()
-    silent = {name: len(known) for name, known in world.ATTRIBUTES.items()}
-    if rng.random() < 0.2:
-        text = text[: text.index(" on a")]
-        labels["background"] = silent["background"]
-    if rng.random() < 0.12:
-        action = f" moving {scene.motion}" if scene.motion in world.DIRECTIONS else f" {scene.motion}"
-        text = text.replace(f"{action} {scene.speed}".rstrip(), "", 1)
-        labels |= {"motion": silent["motion"], "speed": silent["speed"]}
-    elif scene.motion in world.DIRECTIONS and rng.random() < 0.3:
-        phrases = (f" {scene.motion}", f" moves {scene.motion}", f" going {scene.motion}", f" moving to the {scene.motion}")
-        text = text.replace(f" moving {scene.motion}", phrases[rng.integers(len(phrases))], 1)
-    if rng.random() < 0.1:
-        text = text.replace(f"{scene.colour} ", "", 1)
-        labels["colour"] = silent["colour"]
-    if rng.random() < 0.3:
-        text = text.split(" ", 1)[1] if text.startswith(("a ", "an ")) else text
-    if rng.random() < 0.3:
-        text = (text.upper(), text.title(), text.capitalize())[rng.integers(3)]
-    if rng.random() < 0.2:
-        text = text.replace(" ", " " * int(rng.integers(2, 4)), int(rng.integers(1, 4)))
-    if rng.random() < 0.15:
-        # One letter lost, but not from the short words that are all that tells two attributes apart ("up").
-        place = int(rng.integers(len(text)))
-        word_length = len(text[: place + 1].split(" ")[-1]) + len(text[place + 1 :].split(" ")[0])
-        if word_length > 4:
-            text = text[:place] + text[place + 1 :]
-    if rng.random() < 0.2:
-        text += "."
-    return text, labels
+    Residual branches start at zero and the convolutions between them as the identity plus a little noise. Trained from
+    diffusers' own initialisation the first 500 steps go into finding that out.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        nn.init.zeros_(module.bias)
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        if name.endswith(("conv2", "to_out.0")):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Conv2d) and not name.endswith("conv1"):
+            noise = 0.25 * module.weight
+            nn.init.dirac_(module.weight).add_(noise)
+    model.quant_conv.bias[model.config.latent_channels :] = -3.0  # log variance: the decoder meets little noise at first
 
 
-def tokenize(tokenizer: ByT5Tokenizer, texts: list[str], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, L], padded to the longest of the batch, or to `pad_to`; cut at `CAPTION_LENGTH`."""
-    padding = {"padding": "longest"} if pad_to is None else {"padding": "max_length"}
-    batch = tokenizer(texts, max_length=pad_to or CAPTION_LENGTH, truncation=True, return_tensors="pt", **padding)
-    return batch.input_ids, batch.attention_mask
+def normalize_latents(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Folds (z - mean) / std, one value a channel, into the 1x1 convolutions on both sides of the latent; images stay equal.
+
+    diffusers' pipelines know one scaling factor for all channels and no offset, so the latents are made to need neither.
+    """
+    to_latent, from_latent, channels = model.quant_conv, model.post_quant_conv, len(mean)
+    to_latent.bias[:channels] = (to_latent.bias[:channels] - mean) / std
+    to_latent.weight[:channels] /= std[:, None, None, None]
+    to_latent.bias[channels:] -= 2 * std.log()  # the posterior's log variance
+    from_latent.bias += from_latent.weight[:, :, 0, 0] @ mean
+    from_latent.weight *= std[:, None, None]
 
 
-def train_text(context: Context, settings: TextSettings) -> dict[str, float]:
-    """Trains and saves `text_encoder/` and `tokenizer/`. Figures: shares of held-out captions with every attribute right."""
+def train_content(context: Context, settings: ContentSettings) -> dict[str, float]:
+    """Trains and saves `content_encoder/`, with latents of mean 0 and deviation 1 over the world."""
     torch.manual_seed(settings.loop.seed)
-    tokenizer = ByT5Tokenizer()
-    reader = CaptionReader(T5EncoderModel(T5Config(**settings.model)))
+    model = AutoencoderKL(**settings.model)
+    start_as_identity(model)
 
-    def batch(rng: np.random.Generator, size: int, clean_share: float, held_out: bool) -> tuple[Tensor, Tensor, dict]:
-        pairs = []
-        for _ in range(size):
-            scene = world.sample_scene(rng, held_out)
-            pairs.append((scene.caption(), scene.labels()) if rng.random() < clean_share else reword(scene, rng))
-        labels = {name: torch.tensor([label[name] for _, label in pairs]) for name in world.ATTRIBUTES}
-        return *tokenize(tokenizer, [text for text, _ in pairs]), labels
+    def draw(rng: np.random.Generator, size: int) -> np.ndarray:
+        if rng.random() < settings.photo_share:
+            return photos.render(rng, size, num_frames=1)[0]
+        _, frame, truth = draw_still(rng)
+        # A crop is taken around the shape, off centre by up to its own half: mere background is soon learnt.
+        wanted = truth.centres[0] * FRAME_SIZE - size / 2 + rng.uniform(-size / 2, size / 2, 2)
+        left, top = np.clip(wanted, 0, FRAME_SIZE - size).astype(int)
+        return frame[top : top + size, left : left + size]
 
     def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        ids, mask, labels = batch(rng, settings.batch, settings.clean_share, held_out=False)
-        logits = reader(ids.to(context.device), mask.to(context.device))
-        losses = {name: F.cross_entropy(logits[name], labels[name].to(context.device)) for name in labels}
-        return sum(losses.values()), losses
+        size, count = next((s, b) for end, s, b in settings.phases if step < end * settings.loop.steps)
+        x = to_image(np.stack([draw(rng, size) for _ in range(count)])).to(context.device)
+        posterior = model.encode(x).latent_dist
+        error = model.decode(posterior.sample()).sample.float() - x
+        figures = {"l1": error.abs().mean(), "mse": error.square().mean(), "kl": posterior.kl().mean() / posterior.mean[0].numel()}
+        return figures["l1"] + figures["mse"] + settings.kl_weight * figures["kl"], figures
 
-    outcome = context.train("text", reader, loss_fn, settings.loop)
+    outcome = context.train("content", model, loss_fn, settings.loop)
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
+    rng = np.random.default_rng((settings.loop.seed, 1 << 40))
+    held_out = {
+        "world": np.stack([draw_still(rng, held_out=True)[1] for _ in range(64)]),
+        "photos": np.stack([photos.render(rng, FRAME_SIZE, num_frames=1, held_out=True)[0] for _ in range(24)]),
+    }
     with torch.inference_mode():
-        for kind, clean_share in (("clean", 1.0), ("reworded", 0.0)):
-            ids, mask, labels = batch(np.random.default_rng((settings.loop.seed, 1 << 40)), 512, clean_share, held_out=True)
-            logits = reader(ids.to(context.device), mask.to(context.device))
-            right = torch.stack([logits[name].argmax(-1).cpu() == labels[name] for name in labels])
-            figures |= {f"{kind}_{name}": float(row.float().mean()) for name, row in zip(labels, right, strict=True)}
-            figures[f"{kind}_all"] = float(right.all(0).float().mean())
-    reader.encoder.save_pretrained(context.out / "text_encoder", safe_serialization=True)
-    tokenizer.save_pretrained(context.out / "tokenizer")
-    return context.record("text", figures)
+        world_latents = encode(model, to_image(held_out["world"]).to(context.device))
+        normalize_latents(model, world_latents.mean((0, 2, 3)), world_latents.std((0, 2, 3)))
+        for kind, frames in held_out.items():
+            x = to_image(frames).to(context.device)
+            figures[f"psnr_{kind}"] = psnr(torch.cat([model.decode(z[None]).sample for z in encode(model, x)]), x)
+        figures["latent_std"] = float(encode(model, to_image(held_out["world"]).to(context.device)).std())
+    model.register_to_config(scaling_factor=1.0)
+    model.save_pretrained(context.out / "content_encoder", safe_serialization=True)
+    return context.record("content", figures)
+
+
+@torch.inference_mode()
+def encode(model: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
+    """The mode of the posterior, B 4 H/8 W/8, unscaled: what the video model takes as the content latent."""
+    return torch.cat([model.encode(part).latent_dist.mode() for part in images.split(batch)])

@@ -1,0 +1,292 @@
+"""The `reducio-fast` command: one small function a sub-command, above the pipeline.
+
+Results go to stdout (one JSON object with --json), progress and errors to stderr. A mistake the user can mend is one
+line and exit status 2; Ctrl-C is 130. torch and the models are imported by the sub-command that needs them, so that
+--help and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .errors import ReducioError
+
+DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "reference", "fast")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (`sys.argv` by default); returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ReducioError as error:
+        return _fail(args.command, str(error))
+    except KeyboardInterrupt:
+        print(f"reducio-fast {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise  # a defect of ours: the traceback is wanted
+        return _fail(args.command, f"out of memory: {str(error) or 'choose a smaller size'}")
+    return 0
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Text (and an image) -> a clip on disk."""
+    from .video import check_output_path, read_image
+
+    check_output_path(args.out)
+    if args.image is not None:
+        read_image(args.image)  # a broken file is refused now, not after the model has loaded
+    import reducio_fast
+
+    config = {
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        "image": args.image,
+        "model": args.model,
+        "height": args.height,
+        "width": args.width,
+        "num_frames": args.num_frames,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "seed": args.seed,
+        "backend": args.backend,
+        "dtype": args.dtype,
+        "device": args.device,
+    }
+    options = {name: value for name, value in config.items() if value is not None}
+    started = time.perf_counter()
+    out = reducio_fast.generate(**options, progress=args.progress)
+    out.save(args.out)
+    timings = {**out.timings, "total": time.perf_counter() - started}  # the total includes loading
+
+    frames, height, width = out.frames.shape[:3]
+    config |= {"num_frames": frames, "height": height, "width": width, "seed": out.seed}
+    config["model"] = config["model"] or "the embedded default"
+    result = {"path": args.out, "fps": out.fps, "seed": out.seed, "config": config, "timings": timings}
+    lines = [f"  {name:<20} {value}" for name, value in config.items() if value is not None]
+    lines += ["seconds"] + [f"  {name:<20} {seconds:.2f}" for name, seconds in timings.items()]
+    lines += [f"wrote {args.out}: {frames} frames of {height}x{width} at {out.fps:g} frames a second"]
+    _report(args, result, lines)
+
+
+def reconstruct(args: argparse.Namespace) -> None:
+    """A clip -> VAE -> original and reconstruction side by side, with PSNR and SSIM."""
+    from .video import check_output_path, cover_crop, read_video, side_by_side, write_video
+
+    check_output_path(args.out)
+    read_video(args.input, args.start, 1)  # a missing or broken input is refused before torch is imported
+
+    from .evaluation import report
+    from .evaluation.metrics import psnr, ssim
+    from .inputs import check_size
+
+    vae, settings = _load_vae(args)
+    wanted = vae.config.num_frames
+    height, width = args.height or settings["sample_height"], args.width or settings["sample_width"]
+    check_size(vae.config, height, width, wanted)
+    clip, fps = read_video(args.input, args.start, wanted)
+    if len(clip) < wanted:
+        where = f" from number {args.start} on" if args.start else ""
+        raise ReducioError(f"{args.input} has {len(clip)} frames{where}; the model takes {wanted}")
+    clip = cover_crop(clip, height, width)
+    started = time.perf_counter()
+    restored = report.reconstruct(vae, clip)
+    seconds = time.perf_counter() - started
+    write_video(side_by_side(clip, restored), args.out, fps or settings["fps"])
+
+    result = {"path": args.out, "frames": wanted, "height": height, "width": width}
+    result |= {"psnr": psnr(clip, restored), "ssim": ssim(clip, restored), "seconds": seconds}
+    lines = [
+        f"PSNR {result['psnr']:.2f} dB",
+        f"SSIM {result['ssim']:.4f}",
+        f"wrote {args.out}: {wanted} frames of {height}x{width}, original left, reconstruction right ({seconds:.2f} s)",
+    ]
+    _report(args, result, lines)
+
+
+def env(args: argparse.Namespace) -> None:
+    """Versions, devices and CPU features, for a bug report."""
+    from .environment import describe, format_lines
+
+    result = describe()
+    _report(args, result, format_lines(result))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Reproduce the embedded default model."""
+    from .training.tiny import train as train_tiny
+
+    figures = train_tiny(
+        args.out,
+        stages=args.stages.split(",") if args.stages else None,
+        scale=args.steps_scale,
+        resume=args.resume,
+        progress=args.progress,
+        device=args.device,
+    )
+    lines = [f"{stage}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()) for stage, row in figures.items()]
+    _report(args, {"out": args.out, "stages": figures}, [*lines, f"wrote {args.out}"])
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score a model on held-out prompts and clips."""
+    from .evaluation.report import evaluate as score
+
+    result = score(model=args.model, num_prompts=args.prompts, seed=args.seed, progress=args.progress)
+    lines = [f"{'':<10}{'right':>8}{'share':>9}{'95% interval':>18}"]
+    for name in ("colour", "motion", "shape", "all"):
+        row = result[name]
+        low, high = row["interval"]
+        right = f"{row['right']}/{args.prompts}"
+        lines.append(f"{name:<10}{right:>8}{row['share']:>9.1%}{f'{low:.1%} to {high:.1%}':>18}")
+    lines += [f"  wrong: {failure}" for failure in result["failures"]]
+    lines.append(f"{'VAE':<10}{'clips':>8}{'PSNR dB':>9}{'SSIM':>8}{'gain dB over the content frame repeated':>42}")
+    for name, row in result["vae"].items():
+        if "skipped" in row:
+            lines.append(f"{name:<10}skipped: {row['skipped']}")
+        else:
+            lines.append(f"{name:<10}{row['clips']:>8}{row['psnr']:>9.2f}{row['ssim']:>8.4f}{row['gain_db']:>42.2f}")
+    _report(args, result, lines)
+
+
+def _load_vae(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The VAE alone and the settings in the model's index: the text encoder of a full-size model is 9 GB."""
+    from .checkpoints import INDEX, find_model, load_model, read_json
+    from .inputs import resolve_device, resolve_dtype
+    from .pipeline import _embedded_model
+    from .reference import ReducioVAE, VAEConfig
+
+    folder = _embedded_model() if args.model is None else find_model(args.model)
+    settings = read_json(folder / INDEX)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, None, device)
+    return load_model(ReducioVAE, VAEConfig, folder / "vae", dtype, device), settings
+
+
+def _report(args: argparse.Namespace, result: dict[str, Any], lines: list[str]) -> None:
+    print(json.dumps(_finite(result), indent=2, allow_nan=False) if args.json else "\n".join(lines))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, which is what the PSNR of an exact copy is, and no NaN: both become null."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _fail(command: str | None, message: str) -> int:
+    name = f"reducio-fast {command}" if command else "reducio-fast"
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints its usage above each error; one line is the rule here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, is {value}")
+    return value
+
+
+_positive.__name__ = _not_negative.__name__ = "whole number"  # what argparse calls the type in "invalid ... value"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="reducio-fast", description="Text and an image in, a short clip out.")
+    parser.add_argument("--version", action="version", version=f"reducio-fast {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print one JSON object for machines")
+        return command
+
+    def add_size(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--height", type=_positive, help="multiple of 32 (default: the model's)")
+        command.add_argument("--width", type=_positive, help="multiple of 32 (default: the model's)")
+
+    def add_model(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--model", metavar="DIR", help="model folder (default: the embedded toy model)")
+        command.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
+        command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+
+    def add_progress(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+
+    command = add("generate", generate)
+    command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument("--out", required=True, metavar="PATH", help=".mp4, .gif, .webp or a new folder for PNGs")
+    command.add_argument("--image", metavar="FILE", help="your own content frame instead of the first stage's")
+    command.add_argument("--negative-prompt", metavar="TEXT")
+    add_size(command)
+    command.add_argument("--num-frames", type=_positive, default=16)
+    command.add_argument("--num-inference-steps", type=_positive, default=20)
+    command.add_argument("--guidance-scale", type=float, default=4.5)
+    command.add_argument("--seed", type=_not_negative, default=0)
+    add_model(command)
+    command.add_argument("--backend", choices=BACKENDS, default="auto")
+    add_progress(command)
+
+    command = add("reconstruct", reconstruct)
+    command.add_argument("input", metavar="INPUT", help=".mp4, .gif, .webp or a folder of images")
+    command.add_argument("--out", required=True, metavar="PATH", help=".mp4, .gif, .webp or a new folder for PNGs")
+    command.add_argument("--start", type=_not_negative, default=0, help="first frame to use (default: 0)")
+    add_size(command)
+    add_model(command)
+
+    add("env", env)
+
+    command = add("train", train)
+    command.add_argument("model", choices=("tiny",))
+    command.add_argument("--out", required=True, metavar="DIR", help="components, checkpoints and logs go here")
+    command.add_argument("--stages", metavar="A,B", help="only these stages of the recipe")
+    command.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage")
+    command.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    command.add_argument("--device", default="cpu")
+    add_progress(command)
+
+    command = add("evaluate", evaluate)
+    command.add_argument("--model", metavar="DIR", help="model folder (default: the embedded toy model)")
+    command.add_argument("--prompts", type=_positive, default=64, help="held-out prompts to draw (default: 64)")
+    command.add_argument("--seed", type=_not_negative, default=0)
+    add_progress(command)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("reducio-fast")
+    except PackageNotFoundError:
+        return "(not installed)"

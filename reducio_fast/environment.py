@@ -1,0 +1,134 @@
+"""What `reducio-fast env` prints: versions, devices and CPU features, to be pasted into a bug report.
+
+A broken installation is just where this is needed, so every probe that fails yields its error as the value, never an
+exception.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch", "triton", "diffusers", "transformers", "open_clip_torch", "safetensors", "numpy", "pillow",
+    "imageio-ffmpeg", "nvidia-ml-py",
+)  # fmt: skip
+OPTIONAL_PACKAGES = ("flash-attn", "amd-aiter", "xformers", "torchao", "accelerate", "scikit-image", "scikit-learn")
+# What decides how fast a CPU runs a convolution or a bfloat16 matrix product.
+CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+ARM_FEATURES = ("asimd", "asimdhp", "sve", "sve2", "bf16", "i8mm")
+
+
+def describe() -> dict[str, Any]:
+    """Everything as plain JSON types. Never raises."""
+    return {
+        "reducio_fast": _version("reducio-fast"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "optional_packages": {name: _version(name) for name in OPTIONAL_PACKAGES},
+        "cpu": _try(_cpu),
+        "torch_build": _try(_torch_build),
+        "devices": _try(_devices),
+        "embedded_model": _try(_embedded_model),
+    }
+
+
+def format_lines(found: dict[str, Any]) -> list[str]:
+    """`describe()` as aligned lines for people; absent packages are left out."""
+    lines = []
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                add(key, item)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                lines.append(f"{f'{name} {index}':<18} " + ", ".join(f"{k} {v}" for k, v in item.items()))
+            if not value:
+                lines.append(f"{name:<18} none")
+        elif value is not None:
+            lines.append(f"{name:<18} {value}")
+
+    for name, value in found.items():
+        add({"devices": "device"}.get(name, name), value)
+    return lines
+
+
+def _try(probe: Callable[[], Any]) -> Any:
+    try:
+        return probe()
+    except Exception as error:  # whatever is broken here is what the reader wants to see
+        return f"unavailable: {type(error).__name__}: {error}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    model, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            if key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+                break
+    known = CPU_FEATURES if platform.machine() in ("x86_64", "AMD64") else ARM_FEATURES
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu_model": model, "cpu_cores": cores, "cpu_features": " ".join(f for f in known if f in flags)}
+
+
+def _torch_build() -> dict[str, Any]:
+    torch = importlib.import_module("torch")
+    backend = "miopen" if torch.version.hip else "cudnn"
+    return {
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        backend: torch.backends.cudnn.version(),  # on ROCm builds this is MIOpen's
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _devices() -> list[dict[str, Any]]:
+    torch = importlib.import_module("torch")
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        arch = device.gcnArchName if torch.version.hip else f"sm_{device.major}{device.minor}"
+        rows.append(
+            {
+                "name": device.name,
+                "arch": arch,
+                "memory_gib": round(device.total_memory / 2**30, 1),
+                "processors": device.multi_processor_count,
+                "driver": None if torch.version.hip else _try(_nvidia_driver),
+            }
+        )
+    return rows
+
+
+def _nvidia_driver() -> str:
+    pynvml = importlib.import_module("pynvml")
+    pynvml.nvmlInit()
+    try:
+        return pynvml.nvmlSystemGetDriverVersion()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _embedded_model() -> str:
+    files = [f for f in (Path(__file__).parent / "models" / "tiny").rglob("*") if f.is_file()]
+    return f"{sum(f.stat().st_size for f in files) / 1e6:.1f} MB" if files else "absent"

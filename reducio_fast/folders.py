@@ -1,0 +1,111 @@
+"""The model folder as a whole: which component lies where, of which class, and what the two stages share.
+
+model_index.json   {"_class_name": "ReducioPipeline", COMPONENT: [library, class], ..., SETTING: value, ...}
+vae/ transformer/  ours: config.json and diffusion_pytorch_model.safetensors
+image_encoder/     open_clip: open_clip_config.json and open_clip_model.safetensors
+text_to_image/     a diffusers pipeline folder; text_encoder, tokenizer and vae may be absent and are then shared
+the others         as their library writes them
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoints, content
+from .encoders import SemanticEncoder
+from .errors import ReducioError
+from .reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+
+SETTINGS = ("fps", "sample_height", "sample_width")
+# In the order they are loaded: text_to_image comes last because it may share the others.
+COMPONENTS = (
+    "vae",
+    "transformer",
+    "scheduler",
+    "text_encoder",
+    "tokenizer",
+    "image_encoder",
+    "content_encoder",
+    "text_to_image",
+)
+OPTIONAL = ("image_encoder", "content_encoder", "text_to_image")
+# Name within the diffusers pipeline -> name of the component here that it may share.
+SHARED = {"text_encoder": "text_encoder", "tokenizer": "tokenizer", "vae": "content_encoder"}
+
+
+def read_model(folder: Path, given: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """All components and settings of a model folder, by name. A component in `given` is taken from there, unread."""
+    path = folder / checkpoints.INDEX
+    index = checkpoints.read_json(path)
+    if index.get("_class_name") != "ReducioPipeline":
+        raise ReducioError(f"{path}: is of a {index.get('_class_name')}, not of a ReducioPipeline")
+    known = (*COMPONENTS, *SETTINGS)
+    for names, where in ((given, "from_pretrained"), (index, str(path))):
+        if unknown := sorted(n for n in names if n not in known and not n.startswith("_")):
+            raise ReducioError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    parts = {name: index[name] for name in SETTINGS if name in index} | given
+    for name in COMPONENTS:
+        if name not in parts:
+            parts[name] = _read_component(name, index.get(name), folder, parts, dtype, device)
+    return parts
+
+
+def write_model(target: Path, parts: dict[str, Any]) -> None:
+    """Write what `read_model` reads, each weight in the dtype it has; the folder appears whole or not at all."""
+    index: dict[str, Any] = {"_class_name": "ReducioPipeline", "_reducio_fast_version": checkpoints.version()}
+    index |= {name: _library_and_class(name, parts[name]) for name in COMPONENTS}
+    index |= {name: parts[name] for name in SETTINGS}
+    with checkpoints.new_folder(target) as folder, checkpoints.quiet_transformers():
+        for name in COMPONENTS:
+            component = parts[name]
+            if component is None:
+                continue
+            if name == "text_to_image":
+                content.save_text_to_image(component, folder / name, _shared(parts))
+            elif isinstance(component, ReducioVAE | ReducioDiT):
+                checkpoints.save_model(component, folder / name)
+            else:
+                component.save_pretrained(folder / name)
+        checkpoints.write_json(folder / checkpoints.INDEX, index)
+
+
+def _read_component(
+    name: str, entry: Any, folder: Path, parts: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> Any:
+    if entry is None or entry == [None, None]:
+        if name in OPTIONAL:
+            return None
+        raise ReducioError(f"{folder / checkpoints.INDEX}: {name} is missing")
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
+        raise ReducioError(f"{folder / checkpoints.INDEX}: {name} must be [library, class], is {entry!r}")
+    if name == "vae":
+        return checkpoints.load_model(ReducioVAE, VAEConfig, folder / name, dtype, device)
+    if name == "transformer":
+        return checkpoints.load_model(ReducioDiT, DiTConfig, folder / name, dtype, device)
+    if name == "image_encoder":
+        return SemanticEncoder.from_pretrained(folder / name, dtype, device)
+    if name == "text_to_image":
+        return content.load_text_to_image(folder / name, _shared(parts), dtype, device)
+    return checkpoints.load_foreign(entry[0], entry[1], folder / name, dtype, device)
+
+
+def _shared(parts: dict[str, Any]) -> dict[str, Any]:
+    return {inner: parts[outer] for inner, outer in SHARED.items()}
+
+
+def _library_and_class(name: str, component: Any) -> list[str | None]:
+    if component is None:
+        return [None, None]
+    if isinstance(component, ReducioVAE | ReducioDiT):
+        return ["reducio_fast", type(component).__name__]
+    if isinstance(component, SemanticEncoder):
+        return ["open_clip", "VisionTransformer"]
+    library, class_name = type(component).__module__.split(".")[0], type(component).__name__
+    if library not in checkpoints.LIBRARIES:
+        raise ReducioError(
+            f"{name}: a {class_name} cannot be saved; it is of none of {', '.join(checkpoints.LIBRARIES)}"
+        )
+    return [library, class_name]

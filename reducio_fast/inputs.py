@@ -1,0 +1,147 @@
+"""What a user may pass: the checks made before any tensor work. Each message names the argument and both values."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ReducioError
+from .reference import VAEConfig
+
+OUTPUT_TYPES = ("np", "pil", "pt", "latent")
+BACKENDS = ("reference", "fast", "auto")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_SEED = 2**63 - 1
+
+
+def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str]]:
+    """Prompts and negative prompts ("" for none) as lists of one length."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ReducioError(f"prompt: must be text or a list of texts, is {_brief(prompt)}")
+    for i, text in enumerate(prompts):
+        if not text.strip():
+            where = "" if isinstance(prompt, str) else f" number {i}"
+            raise ReducioError(f"prompt{where}: is empty ({text!r}); say what the clip shall show")
+    negatives = negative_prompt
+    if negatives is None or isinstance(negatives, str):
+        negatives = [negatives or ""] * len(prompts)
+    if not isinstance(negatives, list | tuple) or not all(isinstance(n, str) for n in negatives):
+        raise ReducioError(f"negative_prompt: must be text or a list of texts, is {_brief(negative_prompt)}")
+    if len(negatives) != len(prompts):
+        raise ReducioError(f"negative_prompt: {len(negatives)} texts for {len(prompts)} prompts")
+    return list(prompts), list(negatives)
+
+
+def check_size(config: VAEConfig, height: Any, width: Any, num_frames: Any) -> None:
+    factor = config.spatial_factor
+    for name, value in (("height", height), ("width", width)):
+        if not _is_integer(value) or value < 1:
+            raise ReducioError(f"{name}: must be a positive multiple of {factor}, is {value!r}")
+        if value % factor:
+            below = value // factor * factor
+            near = f"{below} and {below + factor}" if below else f"{factor} and {2 * factor}"
+            raise ReducioError(f"{name}: {value} is not a multiple of {factor}; the two nearest legal sizes are {near}")
+    if num_frames != config.num_frames:
+        raise ReducioError(
+            f"num_frames: {num_frames!r} asked for, this model makes clips of {config.num_frames} frames"
+        )
+
+
+def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any, callback: Any) -> None:
+    if not _is_integer(steps) or not 1 <= steps <= max_steps:
+        raise ReducioError(f"num_inference_steps: must be a whole number from 1 to {max_steps}, is {steps!r}")
+    if not isinstance(guidance_scale, numbers.Real) or not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ReducioError(f"guidance_scale: must be a finite number of at least 0, is {guidance_scale!r}")
+    if output_type not in OUTPUT_TYPES:
+        raise ReducioError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, is {output_type!r}")
+    if callback is not None and not callable(callback):
+        raise ReducioError(f"callback_on_step_end: must be callable, is {_brief(callback)}")
+
+
+def latent_shape(config: VAEConfig, height: int, width: int) -> tuple[int, int, int, int]:
+    """[C, T/f, H/32, W/32] of a clip's motion latent."""
+    factor = config.spatial_factor
+    return config.latent_channels, config.num_frames // config.temporal_factor, height // factor, width // factor
+
+
+def check_latents(latents: Any, shape: Sequence[int], count: int, is_list: bool, name: str = "latents") -> list[Tensor]:
+    """Latents as one float32 [1, C, T, H, W] a clip. A single clip's may come without the clip axis."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        raise ReducioError(f"{name}: must be a floating-point tensor, is {_brief(latents)}")
+    if not is_list and latents.ndim == len(shape):
+        latents = latents[None]
+    expected = (count, *shape)
+    if tuple(latents.shape) != expected:
+        raise ReducioError(f"{name}: has shape {list(latents.shape)}, this call needs {list(expected)}")
+    if not torch.isfinite(latents).all():
+        raise ReducioError(f"{name}: holds values that are not finite (NaN or infinite)")
+    return list(latents.float().split(1))
+
+
+def check_generators(count: int, seed: Any, generator: Any) -> list[torch.Generator]:
+    """One generator a clip: the caller's, or CPU generators of seed, seed + 1, ...; seed None draws a first one."""
+    if generator is not None:
+        generators = [generator] if isinstance(generator, torch.Generator) else generator
+        if not isinstance(generators, list | tuple) or not all(isinstance(g, torch.Generator) for g in generators):
+            raise ReducioError(f"generator: must be a torch.Generator or a list of them, is {_brief(generator)}")
+        if len(generators) != count:
+            raise ReducioError(f"generator: {len(generators)} given for {count} prompts; give one a prompt")
+        return list(generators)
+    if seed is None:
+        # 32 bits: a seed that is reported shall be easy to type again.
+        seed = torch.Generator().seed() % 2**32
+    if not _is_integer(seed) or not 0 <= seed <= MAX_SEED - count:
+        raise ReducioError(f"seed: must be a whole number from 0 to {MAX_SEED - count}, is {seed!r}")
+    return [torch.Generator().manual_seed(int(seed) + i) for i in range(count)]
+
+
+def resolve_dtype(dtype: Any, torch_dtype: Any, device: torch.device) -> torch.dtype:
+    """The dtype asked for by either word; by default float32 on a CPU, bfloat16 elsewhere."""
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ReducioError(f"dtype={dtype} and torch_dtype={torch_dtype} differ; they are two words for one thing")
+    asked = torch_dtype if dtype is None else dtype
+    if asked is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = DTYPES.get(asked.removeprefix("torch."), asked) if isinstance(asked, str) else asked
+    if found not in DTYPES.values():
+        raise ReducioError(f"dtype: must be one of {', '.join(DTYPES)}, is {asked!r}")
+    return found
+
+
+def resolve_device(device: Any) -> torch.device:
+    """The device asked for; by default a GPU where there is one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ReducioError(f"device: {device!r} cannot be used here ({line})") from error
+    return found
+
+
+def resolve_backend(backend: Any) -> tuple[str, str]:
+    """The backend that will run and why. The fast path is not part of this version, so "fast" is refused."""
+    if backend not in BACKENDS:
+        raise ReducioError(f"backend: must be one of {', '.join(BACKENDS)}, is {backend!r}")
+    if backend == "fast":
+        raise ReducioError(
+            "backend: 'fast' is not part of this version; use 'reference', or 'auto' for the best there is"
+        )
+    return "reference", "asked for" if backend == "reference" else "this version has no fast path"
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _brief(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,74 @@
+"""The last stage: the trained components as one model folder in float16, small enough to ship inside the package."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reducio_fast.checkpoints import load_foreign, load_model
+from reducio_fast.content import load_text_to_image
+from reducio_fast.encoders import SemanticEncoder
+from reducio_fast.errors import ReducioError
+from reducio_fast.folders import SHARED, write_model
+from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+
+from .stage import Context
+
+BUNDLE = "bundle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleSettings:
+    """The model's own settings, and how large the folder may get: it stays in the repository's history for ever."""
+
+    fps: int = 16
+    size: int = 128
+    max_bytes: int = 25_000_000
+    dtype: torch.dtype = torch.float16
+
+
+def export(context: Context, settings: BundleSettings) -> dict[str, float]:
+    """Writes `bundle/` from the components in `context.out`. Figures: its bytes and files.
+
+    Raises:
+        ReducioError: a component is missing or damaged, a weight does not fit float16, or the folder is too large.
+    """
+    out, dtype = context.out, settings.dtype
+    parts = {
+        "vae": load_model(ReducioVAE, VAEConfig, out / "vae", dtype),
+        "transformer": load_model(ReducioDiT, DiTConfig, out / "transformer", dtype),
+        "image_encoder": SemanticEncoder.from_pretrained(out / "image_encoder", dtype),
+        "fps": settings.fps,
+        "sample_height": settings.size,
+        "sample_width": settings.size,
+    }
+    for name, library, class_name in (
+        ("scheduler", "diffusers", "DPMSolverMultistepScheduler"),
+        ("text_encoder", "transformers", "T5EncoderModel"),
+        ("tokenizer", "transformers", "ByT5Tokenizer"),
+        ("content_encoder", "diffusers", "AutoencoderKL"),
+    ):
+        parts[name] = load_foreign(library, class_name, out / name, dtype, "cpu")
+    shared = {inner: parts[outer] for inner, outer in SHARED.items()}
+    parts["text_to_image"] = load_text_to_image(out / "text_to_image", shared, dtype, "cpu")
+    networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    for name, network in {**networks, "text_to_image": parts["text_to_image"].transformer}.items():
+        for key, value in network.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise ReducioError(f"export: {name} has values that do not fit {dtype} in {key}")
+
+    folder = out / BUNDLE
+    write_model(folder, parts)
+    size = folder_bytes(folder)
+    if size > settings.max_bytes:
+        shutil.rmtree(folder)
+        raise ReducioError(f"export: the bundle has {size:,} bytes, {settings.max_bytes:,} are allowed; it was removed")
+    return context.record("export", {"bytes": size, "files": sum(path.is_file() for path in folder.rglob("*"))})
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,114 @@
+"""The recipe of the embedded default model: `train("out")` makes `out/bundle`, the folder that ships inside the package.
+
+Every number that shaped the shipped weights is in this file. The stages run in order; each can be run alone once those it
+needs have left their components in the output folder, and each resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from reducio_fast.errors import ReducioError
+
+from .bundle import BundleSettings, export
+from .conditions import SemanticSettings, TextSettings, train_semantic, train_text
+from .loop import LoopConfig
+from .stage import Context
+from .stage_one import ContentSettings, train_content
+from .text_to_image import TextToImageSettings, train_text_to_image
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the recipe: `run(context, settings)` trains and saves; `makes` are the sub-folders it leaves behind."""
+
+    run: Callable[[Context, Any], dict[str, float]]
+    settings: Any
+    makes: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+STAGES: dict[str, Stage] = {
+    "text": Stage(
+        train_text,
+        TextSettings(loop=LoopConfig(steps=1200, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, seed=1)),
+        makes=("text_encoder", "tokenizer"),
+    ),
+    "semantic": Stage(
+        train_semantic,
+        SemanticSettings(loop=LoopConfig(steps=1200, learning_rate=1e-3, warmup_steps=100, ema_decay=0.995, seed=2)),
+        makes=("image_encoder",),
+    ),
+    "content": Stage(
+        train_content,
+        ContentSettings(loop=LoopConfig(steps=1500, learning_rate=1.2e-3, warmup_steps=50, ema_decay=0.99, seed=3)),
+        makes=("content_encoder",),
+    ),
+    "text_to_image": Stage(
+        train_text_to_image,
+        TextToImageSettings(
+            loop=LoopConfig(steps=8000, learning_rate=1e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.0, seed=4)
+        ),
+        makes=("text_to_image",),
+        needs=("text_encoder", "tokenizer", "content_encoder"),
+    ),
+    "export": Stage(
+        export,
+        BundleSettings(),
+        makes=("bundle",),
+        needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder", "text_to_image", "vae", "transformer", "scheduler"),
+    ),
+}
+
+
+def train(
+    out: str | os.PathLike[str],
+    stages: Iterable[str] | None = None,
+    scale: float = 1.0,
+    resume: bool = True,
+    progress: bool = True,
+    device: str = "cpu",
+) -> dict[str, dict[str, float]]:
+    """Runs the recipe, or the named stages of it in the recipe's order, and returns the figures each stage reached.
+
+    Args:
+        out: folder for components, checkpoints and logs; made if absent.
+        scale: multiplies the number of steps of every stage (the shipped weights are scale 1; a trial run is 0.01).
+        resume: continue where an earlier call stopped; False starts the named stages anew.
+
+    Raises:
+        ReducioError: an unknown stage, a stage whose forerunners have not run, a scale that is not above 0, or a
+            checkpoint made with another scale.
+    """
+    names = list(STAGES) if stages is None else list(stages)
+    for name in names:
+        if name not in STAGES:
+            raise ReducioError(f"stages={name!r} is not in the recipe; known: {', '.join(STAGES)}")
+    if not scale > 0:
+        raise ReducioError(f"scale={scale} must be above 0")
+    context = Context(out=Path(out), resume=resume, progress=progress, device=device)
+    figures = {}
+    for name, stage in STAGES.items():
+        if name not in names:
+            continue
+        for folder in stage.needs:
+            if not (context.out / folder).is_dir():
+                maker = next((other for other, entry in STAGES.items() if folder in entry.makes), "another")
+                raise ReducioError(f"stage {name!r} needs {context.out / folder}, which stage {maker!r} makes; run that first")
+        figures[name] = stage.run(context, _scaled(stage.settings, scale))
+    return figures
+
+
+def _scaled(settings: Any, scale: float) -> Any:
+    """The settings with the loop inside them made shorter (or longer) by `scale`, and for a trial run smaller pools."""
+    if scale == 1.0 or not hasattr(settings, "loop"):
+        return settings
+    loop = settings.loop
+    fewer = {"steps": max(1, round(loop.steps * scale)), "warmup_steps": max(1, round(loop.warmup_steps * min(1.0, scale)))}
+    pools = [name for name in ("pool", "held_out_pool", "prompts") if hasattr(settings, name)]
+    smaller = {name: max(4, round(getattr(settings, name) * min(1.0, scale))) for name in pools}
+    return replace(settings, loop=replace(loop, **fewer), **smaller)

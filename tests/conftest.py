@@ -1,0 +1,46 @@
+"""Shared by all tests: no network, fixed seeds, GPU tests skipped where there is no GPU, the embedded model."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+# Before anything imports huggingface_hub, which reads it once: a test that would download must fail, here as in CI.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        no_gpu = pytest.mark.skip(reason="needs a CUDA or ROCm device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Path:
+    """Folder of the embedded default model."""
+    folder = ROOT / "reducio_fast" / "models" / "tiny"
+    if not (folder / "model_index.json").exists():
+        pytest.skip("the embedded model is not trained yet: run `reducio-fast train tiny`")
+    return folder
