@@ -1,7 +1,7 @@
 """Time and memory of the embedded default model: `python benchmarks/default_clip.py [--runs 3] [--warm 5]`.
 
-Each run is a fresh process that imports the package, makes one clip (cold) and then more of them (warm). The row is printed
-and, with `--out`, written as JSON with device, versions and commit. Run it on an otherwise idle machine.
+Each run is a fresh process that imports the package, makes one clip (cold) and then more of them (warm). The row is
+printed and, with `--out`, written as JSON with device, versions and commit. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ for seed in range(1, {warm} + 1):
     warm.append(time.perf_counter() - start)
     stages.append(out.timings)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps({{"cold_s": cold, "warm_s": warm, "stages": stages, "peak_bytes": peak, "shape": list(out.frames.shape)}}))
+shape = list(out.frames.shape)
+print(json.dumps({{"cold_s": cold, "warm_s": warm, "stages": stages, "peak_bytes": peak, "shape": shape}}))
 """
 
 
@@ -60,7 +61,9 @@ def main() -> None:
     row = {
         "benchmark": "default_clip",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
         "device": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {"python": platform.python_version()}

@@ -162,10 +162,10 @@ def _load_vae(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The VAE alone and the settings in the model's index: the text encoder of a full-size model is 9 GB."""
     from .checkpoints import INDEX, find_model, load_model, read_json
     from .inputs import resolve_device, resolve_dtype
-    from .pipeline import _embedded_model
+    from .pipeline import embedded_model
     from .reference import ReducioVAE, VAEConfig
 
-    folder = _embedded_model() if args.model is None else find_model(args.model)
+    folder = embedded_model() if args.model is None else find_model(args.model)
     settings = read_json(folder / INDEX)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, None, device)

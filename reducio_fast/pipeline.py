@@ -381,7 +381,7 @@ def generate(
     """
     device = inputs.resolve_device(device)
     dtype = inputs.resolve_dtype(dtype, None, device)
-    folder = _embedded_model() if model is None else checkpoints.find_model(model)
+    folder = embedded_model() if model is None else checkpoints.find_model(model)
     pipe = _cached_pipeline(folder.resolve(), dtype, device, backend)
     return pipe(prompt, image, **words)
 
@@ -401,7 +401,7 @@ def _cached_pipeline(folder: Path, dtype: torch.dtype, device: torch.device, bac
         return _pipelines[key]
 
 
-def _embedded_model() -> Path:
+def embedded_model() -> Path:
     folder = Path(str(resources.files("reducio_fast"))) / "models" / "tiny"
     if not (folder / checkpoints.INDEX).is_file():
         raise ReducioError(f"model: none named, and this installation has no embedded one ({folder})")

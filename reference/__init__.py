@@ -1,4 +1,4 @@
-"""The oracle: Reducio as the paper states it, in plain PyTorch. Everything fast is measured and checked against this."""
+"""The oracle: Reducio as the paper states it, in plain PyTorch. Everything fast is measured and checked against it."""
 
 from .config import DIT_PRESETS, VAE_PRESETS, DiTConfig, VAEConfig
 from .dit import ReducioDiT

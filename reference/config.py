@@ -1,7 +1,7 @@
 """Configurations of the two networks: frozen, validated once, and convertible to plain dictionaries and back.
 
-Full-size defaults follow the Reducio-VAE release (microsoft/Reducio-VAE) and PixArt-alpha; where neither says, the field's
-comment names the assumption.
+Full-size defaults follow the Reducio-VAE release (microsoft/Reducio-VAE) and PixArt-alpha; where neither says, the
+field's comment names the assumption.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class VAEConfig(_DictMixin):
     tile_size: int = 256  # pixels
     tile_overlap: float = 0.25  # share of a tile that is read beyond it
     # Fields the release keeps constant.
-    num_res_blocks: int = 2  # per level in the encoders; the decoder has this many on either side of a fusion
+    # Per level in the encoders; the decoder has this many on either side of a fusion. One number, or one entry a level.
+    num_res_blocks: int | tuple[int, ...] = 2
     num_heads: int = 8  # middle self-attention
     fusion_head_dim: int = 64  # a fusion point has channels / fusion_head_dim heads
     content_window_size: int = 256  # middle self-attention of the content encoder, cells of the H/8 grid
@@ -101,22 +102,40 @@ class VAEConfig(_DictMixin):
                     f"fusion_levels[{level}]={source} with fusion={kind!r}: adding needs the content feature of the "
                     f"same resolution, level {level}"
                 )
+        if not isinstance(self.num_res_blocks, int) and len(self.num_res_blocks) != levels:
+            raise ValueError(f"num_res_blocks has {len(self.num_res_blocks)} entries, channel_multipliers has {levels}")
+        for multipliers in (self.channel_multipliers, self.content_channel_multipliers):
+            for level in range(len(multipliers)):
+                near = {1 if level == 0 else multipliers[level - 1], multipliers[min(level + 1, len(multipliers) - 1)]}
+                if self.res_blocks_at(level) == 0 and near != {multipliers[level]}:
+                    raise ValueError(
+                        f"num_res_blocks={self.num_res_blocks}: level {level} needs one to change the width"
+                    )
         if self.content_levels > levels:
             raise ValueError(f"content_channel_multipliers has {self.content_levels} levels, the decoder has {levels}")
         for name, width in (
             *(("channel_multipliers", self.base_channels * m) for m in self.channel_multipliers),
-            *(("content_channel_multipliers", self.content_base_channels * m) for m in self.content_channel_multipliers),
+            *(
+                ("content_channel_multipliers", self.content_base_channels * m)
+                for m in self.content_channel_multipliers
+            ),
         ):
             if width % self.norm_groups:
                 raise ValueError(f"{name}: width {width} is not a multiple of norm_groups={self.norm_groups}")
         for level in [levels - 1, *(i for i in range(levels) if self.fusion_levels[i] is not None)]:
             width = self.base_channels * self.channel_multipliers[level]
-            if width % self.fusion_head_dim and (self.fusion_kinds[level] not in ("add", "linear") or level == levels - 1):
-                raise ValueError(f"level {level} has {width} channels, not a multiple of fusion_head_dim={self.fusion_head_dim}")
+            if width % self.fusion_head_dim and (
+                self.fusion_kinds[level] not in ("add", "linear") or level == levels - 1
+            ):
+                raise ValueError(
+                    f"level {level} has {width} channels, not a multiple of fusion_head_dim={self.fusion_head_dim}"
+                )
         if not 0.0 <= self.tile_overlap < 1.0:
             raise ValueError(f"tile_overlap={self.tile_overlap}: must lie in [0, 1)")
         if self.tile_size % self.spatial_factor:
-            raise ValueError(f"tile_size={self.tile_size} is not a multiple of the spatial factor {self.spatial_factor}")
+            raise ValueError(
+                f"tile_size={self.tile_size} is not a multiple of the spatial factor {self.spatial_factor}"
+            )
 
     @property
     def spatial_factor(self) -> int:
@@ -132,6 +151,10 @@ class VAEConfig(_DictMixin):
     def fusion_kinds(self) -> tuple[str, ...]:
         """The fusion kind of each decoder level, whether or not that level fuses."""
         return (self.fusion,) * len(self.channel_multipliers) if isinstance(self.fusion, str) else self.fusion
+
+    def res_blocks_at(self, level: int) -> int:
+        """Res-blocks of the encoders at `level`, and of the decoder before and again after its fusion."""
+        return self.num_res_blocks if isinstance(self.num_res_blocks, int) else self.num_res_blocks[level]
 
     @property
     def content_frame(self) -> int:

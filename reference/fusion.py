@@ -1,6 +1,6 @@
 """How content features enter the decoder: the paper's attention fusion and the two cheaper ones of its ablation.
 
-Legend: B batch, C channels, T frames, H W rows and columns, L video tokens (T*H*W), S content tokens, N heads, D head dim.
+Legend: B batch, C channels, T frames, H W rows, columns, L video tokens (T*H*W), S content tokens, N heads, D head dim.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ def join_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x.reshape(x.shape[0], C, T, rows * h, columns * w)[..., :H, :W]
 
 
-def window_padding_mask(size: tuple[int, int], window: tuple[int, int], batch: int, frames: int, like: Tensor) -> Tensor:
-    """True at real keys, False at zero padding: [batch * windows, 1, 1, frames * window_h * window_w], for `split_windows` order."""
+def window_padding_mask(
+    size: tuple[int, int], window: tuple[int, int], batch: int, frames: int, like: Tensor
+) -> Tensor:
+    """True at real keys, False at padding, in the order of `split_windows`: [batch * windows, 1, 1, frames * h * w]."""
     ones = torch.ones(batch, 1, frames, *size, dtype=torch.bool, device=like.device)
     return split_windows(ones, window).flatten(1)[:, None, None]
 
@@ -72,8 +74,8 @@ class CrossAttention(nn.Module):
 class AttentionFusion(nn.Module):
     """Every video token attends to the content tokens: y = x + p_t; out = y + Attn(LayerNorm(y), content).
 
-    The fixed time embedding p_t stays in the residual stream. Content has neither norm nor position and is shared by all
-    frames. Above `window_size`^2 content cells, a window of the video attends only to its own window of the content.
+    The fixed time embedding p_t stays in the residual stream. Content has neither norm nor position and is shared by
+    all frames. Above `window_size`^2 content cells, a window of the video attends only to its window of the content.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class AttentionFusion(nn.Module):
     def windows(self, query: torch.Size, context: torch.Size) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """Window of the query grid and of the context grid, or None for global attention."""
         (H, W), (Hc, Wc), size = query[-2:], context[-2:], self.window_size
-        if Hc * Wc <= size**2 or H * W < size**2:
+        if Hc * Wc <= size**2 or size**2 > H * W:
             return None
         return (math.ceil(size * H / Hc), math.ceil(size * W / Wc)), (size, size)
 
@@ -132,7 +134,7 @@ class AddFusion(nn.Module):
 class LinearFusion(nn.Module):
     """Content becomes one more frame, and a linear map over the frame axis brings T + 1 frames back to T.
 
-    out = x + SiLU(GroupNorm(mix([x, Conv2d(content)]))). Starts live, for the reason given at `AddFusion`. With `causal`
+    out = x + SiLU(GroupNorm(mix([x, Conv2d(content)]))). Starts live, for the reason given at `AddFusion`. If `causal`,
     the map from a later frame to an earlier one is masked out; the content frame stays visible to all.
     """
 

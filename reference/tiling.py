@@ -14,11 +14,9 @@ Grid = list[list[Tensor]]
 
 
 def tile_grid(x: Tensor, stride: int, extent: int) -> Grid:
-    """Cut `x` [..., H, W] into tiles at every multiple of `stride`; each reads up to `extent` and is clipped at the border."""
+    """Cut `x` [..., H, W] into tiles at every multiple of `stride`; each reads up to `extent`, clipped at the border."""
     height, width = x.shape[-2:]
-    return [
-        [x[..., i : i + extent, j : j + extent] for j in range(0, width, stride)] for i in range(0, height, stride)
-    ]
+    return [[x[..., i : i + extent, j : j + extent] for j in range(0, width, stride)] for i in range(0, height, stride)]
 
 
 def blend(a: Tensor, b: Tensor, overlap: int, dim: int) -> Tensor:
@@ -37,7 +35,7 @@ def blend(a: Tensor, b: Tensor, overlap: int, dim: int) -> Tensor:
 
 
 def blend_grid(grid: Grid, overlap: int | Callable[[Tensor, int], int]) -> Grid:
-    """Blend every tile with its upper, then its left neighbour (both already blended). `overlap` may depend on (a, dim)."""
+    """Blend every tile with its upper, then its left neighbour (both blended). `overlap` may depend on (a, dim)."""
     nominal = overlap if callable(overlap) else lambda _a, _dim: overlap
     out: Grid = []
     for i, row in enumerate(grid):

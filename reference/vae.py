@@ -34,7 +34,7 @@ class VideoConv(nn.Conv3d):
 
 
 class PerFrameGroupNorm(nn.GroupNorm):
-    """GroupNorm whose statistics cover one frame at a time: what a causal model needs, since a clip-wide mean sees the future."""
+    """GroupNorm with statistics of one frame at a time, as a causal model needs: a clip-wide mean sees the future."""
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         frames = x_BCTHW.transpose(1, 2)
@@ -75,7 +75,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Joint self-attention over all positions of the clip (or image), 8 heads; in windows only above `window_size`^2 cells."""
+    """Joint self-attention over all positions of the clip (or image); in windows only above `window_size`^2 cells."""
 
     def __init__(self, layers: Layers, channels: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
         q, k, v = (t if t.ndim == 5 else t[:, :, None] for t in (self.q(h), self.k(h), self.v(h)))
         B, _, T, H, W = q.shape
         window = (self.window_size, self.window_size)
-        windowed = H * W > self.window_size**2
+        windowed = self.window_size**2 < H * W
         mask = None
         if windowed:
             if self.mask_padding:
@@ -113,7 +113,7 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution, kernel 3, zero padding at the right and bottom only (inherited from LDM; a half-pixel shift).
+    """Stride-2 convolution, kernel 3, zero padding at the right and bottom only (as in LDM; a half-pixel shift).
 
     `time` adds the time axis to kernel and stride, padded by one frame at the end, or by two at the front when causal:
     then latent step i sees frames up to 2i and no later one.
@@ -179,7 +179,7 @@ class EncoderLevel(nn.Module):
 
 
 class Encoder3D(nn.Module):
-    """Clip [B, 3, T, H, W] -> features of the moments [B, 2 * latent_channels, T/f, H/32, W/32], before the quant convolution."""
+    """Clip [B, 3, T, H, W] -> moments [B, 2 * latent_channels, T/f, H/32, W/32] before the quant convolution."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Encoder3D(nn.Module):
         self.conv_in = layers.conv(3, config.base_channels)
         self.down = nn.ModuleList(
             EncoderLevel(
-                layers, widths[max(i - 1, 0)] if i else config.base_channels, width, config.num_res_blocks,
+                layers, widths[max(i - 1, 0)] if i else config.base_channels, width, config.res_blocks_at(i),
                 None if i == last else "space+time" if config.halves_time(i) else "space",
             )
             for i, width in enumerate(widths)
@@ -210,8 +210,8 @@ class Encoder3D(nn.Module):
 class ContentEncoder(nn.Module):
     """Content image [B, 3, H, W] -> its feature pyramid (an LDM f8 encoder).
 
-    The list holds every level before its down-sampling and, last, the middle after its self-attention. `mid.block_2` and
-    `norm_out` exist in the checkpoints but influence nothing; they are kept for the names and never run.
+    The list holds every level before its down-sampling and, last, the middle after its self-attention. `mid.block_2`
+    and `norm_out` exist in the checkpoints but influence nothing; they are kept for the names and never run.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -222,7 +222,7 @@ class ContentEncoder(nn.Module):
         self.conv_in = layers.conv(3, config.content_base_channels)
         self.down = nn.ModuleList(
             EncoderLevel(
-                layers, widths[i - 1] if i else config.content_base_channels, width, config.num_res_blocks,
+                layers, widths[i - 1] if i else config.content_base_channels, width, config.res_blocks_at(i),
                 None if i == last else "space",
             )
             for i, width in enumerate(widths)
@@ -278,7 +278,7 @@ class Decoder(nn.Module):
         self.mid = Middle(layers, widths[-1], fusion("attn", last, config.content_levels))
         self.up = nn.ModuleList(  # indexed by level as published: 0 is full resolution, the last is entered first
             DecoderLevel(
-                layers, widths[min(i + 1, last)], width, config.num_res_blocks,
+                layers, widths[min(i + 1, last)], width, config.res_blocks_at(i),
                 None if self.sources[i] is None else fusion(config.fusion_kinds[i], i, self.sources[i]),
                 None if i == 0 else "space+time" if config.halves_time(i - 1) else "space",
             )
@@ -317,7 +317,7 @@ class DiagonalGaussian:
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + exp(logvar / 2) * noise; noise is drawn on the generator's device, so a CPU generator suits any GPU."""
+        """mean + exp(logvar / 2) * noise, which is drawn on the generator's device: a CPU generator suits any GPU."""
         device = generator.device if generator is not None else self.mean.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean.device)
@@ -405,7 +405,7 @@ class ReducioVAE(nn.Module):
         return stitch(grid, int(stride * self.config.tile_overlap), stride)
 
     def normalize_latent(self, z: Tensor) -> Tensor:
-        """Parameter-free layer norm of each sample over all of C, T, H, W (eps 1e-5): the decoder and the DiT see only these.
+        """Parameter-free layer norm of each sample over all of C, T, H, W: the decoder and the DiT see only these.
 
         With `causal`, each time step is normalised on its own, so that no step learns of a later one.
         """

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -30,6 +29,7 @@ from reducio_fast.checkpoints import (
 )
 from reducio_fast.encoders import SemanticEncoder, TextEncoder
 from reducio_fast.errors import ReducioError
+from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 
 SIZES = {"hidden_size": 24, "depth": 1, "num_heads": 2, "caption_channels": 8, "caption_length": 6}
 CONFIGS = {

@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from torch.nn import functional as F
+
 from reducio_fast.reference import DIT_PRESETS, DiTConfig, ReducioDiT
 from reducio_fast.reference.dit import load_pixart_state_dict
-from torch.nn import functional as F
 
 TINY = DiTConfig(
     hidden_size=48,

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from torch import nn
 
 import reducio_fast
 from reducio_fast import ReducioPipeline
 from reducio_fast.encoders import ContentEncoder, SemanticEncoder, TextEncoder
 from reducio_fast.errors import ReducioError
+from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 
 PROMPT = "a red circle moving right"
 FAST = {"num_inference_steps": 2, "progress": False}

@@ -13,9 +13,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from scipy.integrate import solve_ivp
+
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, initial_latent, sample
 from reducio_fast.reference.sampler import StopSampling
-from scipy.integrate import solve_ivp
 
 CONFIG = DiTConfig(
     hidden_size=24,

@@ -1,1 +1,1 @@
-"""The training recipe of the embedded default model. Nothing outside this package imports it, except the `train` command."""
+"""The training recipe of the embedded default model. Only the `train` command imports it."""

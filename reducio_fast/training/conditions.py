@@ -1,4 +1,4 @@
-"""The condition encoders of the tiny model: a byte-level T5 for captions and an open_clip visual tower for the content frame.
+"""The condition encoders of the tiny model: a byte-level T5 for captions, an open_clip tower for the content frame.
 
 Each stage trains one component against the toy world and writes it in the component's own save format (transformers,
 open_clip), float32, under the output folder. Letters in shapes: B batch, L text positions, P image patches, D channels.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
+from reducio_fast.checkpoints import quiet_transformers
 from reducio_fast.encoders import SemanticEncoder
 
 from . import world
@@ -26,7 +27,8 @@ from .stage import Context
 
 CAPTION_LENGTH = 120
 
-# --- text ---------------------------------------------------------------------------------------------------------------
+# --- text
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ class TextSettings:
 
 
 class CaptionReader(nn.Module):
-    """The encoder with one linear head per attribute on the mean over the caption; the heads are thrown away after training."""
+    """The encoder with one linear head per attribute on the mean over the caption. Only the encoder is kept."""
 
     def __init__(self, encoder: T5EncoderModel) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class CaptionReader(nn.Module):
 
 
 def reword(scene: world.Scene, rng: np.random.Generator) -> tuple[str, dict[str, int]]:
-    """A caption as people type it (parts left out, other case, stray spaces, a typo), with labels for what it still says."""
+    """A caption as people type it (parts left out, other case, a typo), with labels for what it still says."""
     text, labels = scene.caption(), scene.labels()
     silent = {name: len(known) for name, known in world.ATTRIBUTES.items()}
     if rng.random() < 0.2:
@@ -112,7 +114,7 @@ def tokenize(tokenizer: ByT5Tokenizer, texts: list[str], pad_to: int | None = No
 
 
 def train_text(context: Context, settings: TextSettings) -> dict[str, float]:
-    """Trains and saves `text_encoder/` and `tokenizer/`. Figures: shares of held-out captions with every attribute right."""
+    """Trains and saves `text_encoder/` and `tokenizer/`. Figures: shares of held-out captions that are read rightly."""
     torch.manual_seed(settings.loop.seed)
     tokenizer = ByT5Tokenizer()
     reader = CaptionReader(T5EncoderModel(T5Config(**settings.model)))
@@ -135,23 +137,29 @@ def train_text(context: Context, settings: TextSettings) -> dict[str, float]:
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     with torch.inference_mode():
         for kind, clean_share in (("clean", 1.0), ("reworded", 0.0)):
-            ids, mask, labels = batch(np.random.default_rng((settings.loop.seed, 1 << 40)), 512, clean_share, held_out=True)
+            ids, mask, labels = batch(
+                np.random.default_rng((settings.loop.seed, 1 << 40)), 512, clean_share, held_out=True
+            )
             logits = reader(ids.to(context.device), mask.to(context.device))
             right = torch.stack([logits[name].argmax(-1).cpu() == labels[name] for name in labels])
             figures |= {f"{kind}_{name}": float(row.float().mean()) for name, row in zip(labels, right, strict=True)}
             figures[f"{kind}_all"] = float(right.all(0).float().mean())
-    reader.encoder.save_pretrained(context.out / "text_encoder", safe_serialization=True)
-    tokenizer.save_pretrained(context.out / "tokenizer")
+    with quiet_transformers():
+        reader.encoder.save_pretrained(context.out / "text_encoder")
+        tokenizer.save_pretrained(context.out / "tokenizer")
     return context.record("text", figures)
 
 
-# --- semantics ------------------------------------------------------------------------------------------------------------
+# --- semantics
+# ------------------------------------------------------------------------------------------------------------
 
 
-def draw_still(rng: np.random.Generator, held_out: bool = False, size: int = 128) -> tuple[world.Scene, np.ndarray, world.Truth]:
+def draw_still(
+    rng: np.random.Generator, held_out: bool = False, size: int = 128
+) -> tuple[world.Scene, np.ndarray, world.Truth]:
     """A scene and its content frame: uint8 [size, size, 3], with a `Truth` of that one frame.
 
-    Three frames stand for the clip: their middle one is distributed like the middle of sixteen and costs a sixth of them.
+    Three frames stand for the clip: their middle one is distributed like the middle of sixteen, at a sixth of the cost.
     """
     scene = world.sample_scene(rng, held_out)
     frames, truth = world.render_with_truth(scene, rng, size, num_frames=3)
@@ -183,10 +191,10 @@ class SemanticSettings:
 
 
 class FrameReader(nn.Module):
-    """The tower with the heads it is trained through. Only the patch tokens are asked: they are what the motion model sees.
+    """The tower with the heads it is trained through. Only the patch tokens are asked: the motion model sees no others.
 
-    Their mean tells colour, shape and background; each single one tells how much of its patch the shape covers, and where
-    in the frame the shape is and how large (x, y, radius in fractions of the frame).
+    Their mean tells colour, shape and background; each single one tells how much of its patch the shape covers, and
+    where in the frame the shape is and how large (x, y, radius in fractions of the frame).
     """
 
     def __init__(self, tower: VisionTransformer, width: int) -> None:
@@ -225,7 +233,9 @@ def train_semantic(context: Context, settings: SemanticSettings) -> dict[str, fl
         labels = {name: torch.tensor([scene.labels()[name] for scene, _, _ in drawn]) for name in VISIBLE}
         alpha = torch.from_numpy(np.stack([truth.alpha for _, _, truth in drawn]))
         cover_BP = F.adaptive_avg_pool2d(alpha, grid).flatten(1)
-        place_B3 = torch.tensor(np.stack([(*truth.centres[0], truth.radii[0]) for _, _, truth in drawn]), dtype=torch.float32)
+        place_B3 = torch.tensor(
+            np.stack([(*truth.centres[0], truth.radii[0]) for _, _, truth in drawn]), dtype=torch.float32
+        )
         return frames, labels, cover_BP, place_B3
 
     def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -235,7 +245,8 @@ def train_semantic(context: Context, settings: SemanticSettings) -> dict[str, fl
         frames[:soft] = F.interpolate(blurred, frames.shape[-2:], mode="bilinear", align_corners=False)
         images = preprocess(frames, encoder)
         images = images + torch.rand(len(images), 1, 1, 1) * settings.max_noise / 0.27 * torch.randn_like(images)
-        # Exact maths instead of the fused kernel: its backward pass on a CPU takes longer than all the rest of this step.
+        # Exact maths instead of the fused kernel: its backward pass on a CPU takes longer than all the rest of this
+        # step.
         with sdpa_kernel(SDPBackend.MATH):
             logits, covers, places = reader(images.to(context.device))
         figures = {name: F.cross_entropy(logits[name], labels[name].to(context.device)) for name in VISIBLE}

@@ -1,7 +1,7 @@
 """One small training loop for every stage of the recipe: deterministic by step, resumable bit for bit, logged to CSV.
 
-A stage hands over a model and a function `loss_fn(step, rng) -> (loss, figures)` that draws its own batch. Whatever is random
-in a step comes from `(seed, step)` alone, so a run that was stopped and resumed equals a run that was not.
+A stage hands over a model and a function `loss_fn(step, rng) -> (loss, figures)` that draws its own batch. Whatever is
+random in a step comes from `(seed, step)` alone, so a run that was stopped and resumed equals a run that was not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HARMLESS = frozenset({"max_seconds", "log_every", "checkpoint_every"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopConfig:
-    """How one stage is trained. Steps are optimizer steps; `ema_decay=0` keeps no averaged weights apart from the weights."""
+    """How one stage is trained, in optimizer steps; with `ema_decay=0` the averaged weights are the weights."""
 
     steps: int
     learning_rate: float
@@ -71,7 +71,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call of `run` left behind. `averaged` is a state dict of the model (the averaged weights, on its device)."""
+    """What `run` left behind; `averaged` is the model's state dict with the averaged weights, on its device."""
 
     step: int
     finished: bool
@@ -149,8 +149,8 @@ def run(
                 bad += 1
                 if bad >= config.max_bad_steps:
                     raise ReducioError(
-                        f"train {name}: loss {float(loss.detach()):g} and gradient norm {float(norm):g} at step {state.step}, "
-                        f"{bad} non-finite steps in a row; the last good checkpoint is in {folder}"
+                        f"train {name}: loss {float(loss.detach()):g} and gradient norm {float(norm):g} "
+                        f"at step {state.step}, {bad} non-finite steps in a row; the last checkpoint is in {folder}"
                     )
             state.step += 1
             state.seconds = before + time.monotonic() - began
@@ -170,8 +170,9 @@ def run(
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary)` beside `path`, then renames: a reader sees the old file or the new one, never half of it."""
+    """Calls `write(temporary)` beside `path`, then renames: a reader sees the old file or the new, never half of it."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
@@ -276,14 +277,16 @@ def _restore(
     if changed and not accept_changes:
         key = changed[0]
         raise ReducioError(
-            f"train {name}: checkpoint {path} was made with {key}={saved.get(key)}, this run has {key}={getattr(config, key)}; "
-            "start anew with resume=False or use another folder"
+            f"train {name}: checkpoint {path} was made with {key}={saved.get(key)}, "
+            f"this run has {key}={getattr(config, key)}; start anew with resume=False or use another folder"
         )
     try:
         model.load_state_dict(payload["model"])
         optimizer.load_state_dict(payload["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise ReducioError(f"train {name}: checkpoint {path} belongs to another model: {str(error).splitlines()[0]}") from error
+        raise ReducioError(
+            f"train {name}: checkpoint {path} belongs to another model: {str(error).splitlines()[0]}"
+        ) from error
     for key, value in payload["average"].items():
         average[key].copy_(value)
     return _State(**payload["state"])

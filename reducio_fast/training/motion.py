@@ -6,7 +6,6 @@ H W rows and columns, L text positions, S semantic tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +43,6 @@ NOISE_SCHEDULE = {
     "beta_end": 0.02,
     "prediction_type": "v_prediction",
 }
-SHARD = 256  # samples in one file of the pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +50,20 @@ class MotionSettings:
     """How the transformer is trained."""
 
     loop: LoopConfig
-    pool: int = 8192  # encoded clips
-    held_out_pool: int = 256  # of scenes never trained on, for the figures
+    pool: int = 4096  # encoded clips
+    held_out_pool: int = 128  # of scenes never trained on, for the figures
+    shard: int = 128  # samples in one file of the pool
     batch: int = 32
     text_drop: float = 0.1  # prompts replaced by the null text, for classifier-free guidance
     # Content frames passed once through the content autoencoder, because at inference stage one decodes them from it.
     decoded_share: float = 0.5
     size: int = 128
     config: DiTConfig = field(default_factory=lambda: TINY_DIT)
+
+    def shards(self, held_out: bool) -> range:
+        """Numbers of the files that hold the pool."""
+        count = self.held_out_pool if held_out else self.pool
+        return range(-(-count // self.shard))
 
 
 class Encoders:
@@ -79,7 +83,7 @@ class Encoders:
         video = as_video(frames_BTHWC)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = self.vae.encode(video)
-        frame = video[:, :, self.vae.config.content_frame]
+        frame = video[:, :, self.vae.config.content_frame].clone()
         if decoded.any():
             chosen = torch.from_numpy(decoded)
             frame[chosen] = self.content_vae.decode(self.content(frame[chosen])).sample.clamp(-1, 1)
@@ -91,13 +95,17 @@ class Encoders:
         }
 
 
+def shard_path(folder: Path, held_out: bool, shard: int) -> Path:
+    return folder / f"{'held_out' if held_out else 'training'}-{shard:04d}.safetensors"
+
+
 def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, shard: int, folder: Path) -> None:
-    """Draw and encode `SHARD` clips. Sample i depends on (seed, held_out, i) alone, so shards can be made in any order."""
-    path = folder / f"{'held_out' if held_out else 'pool'}-{shard:04d}.safetensors"
+    """Draw and encode one file of the pool. Sample i depends on (seed, held_out, i) alone: files can be made in any order."""
+    path = shard_path(folder, held_out, shard)
     if path.is_file():
         return
     parts, captions = [], []
-    for start in range(shard * SHARD, (shard + 1) * SHARD, 8):
+    for start in range(shard * settings.shard, (shard + 1) * settings.shard, 8):
         clips, decoded = [], []
         for index in range(start, start + 8):
             rng = np.random.default_rng((settings.loop.seed, int(held_out), index))
@@ -117,16 +125,12 @@ def _as_bytes(texts: list[str], width: int = 128) -> Tensor:
     return torch.stack([torch.tensor(list(text.encode().ljust(width, b"\0")), dtype=torch.uint8) for text in texts])
 
 
-def _shards(count: int) -> Iterator[int]:
-    return iter(range((count + SHARD - 1) // SHARD))
-
-
 class Pool:
     """Encoded samples in memory. Captions are encoded once each; `batch` returns model inputs for chosen samples."""
 
-    def __init__(self, folder: Path, prefix: str, count: int, encoders: Encoders) -> None:
-        files = [load_tensors(folder / f"{prefix}-{shard:04d}.safetensors") for shard in _shards(count)]
-        self.tensors = {key: torch.cat([file[key] for file in files])[:count] for key in files[0]}
+    def __init__(self, folder: Path, settings: MotionSettings, held_out: bool, encoders: Encoders) -> None:
+        files = [load_tensors(shard_path(folder, held_out, shard)) for shard in settings.shards(held_out)]
+        self.tensors = {key: torch.cat([file[key] for file in files]) for key in files[0]}
         captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in self.tensors.pop("caption")]
         unique = sorted(set(captions))
         place = {caption: i for i, caption in enumerate(unique)}
@@ -151,11 +155,10 @@ def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]
     """Trains and saves `transformer/` and `scheduler/`. Figures: velocity error on held-out scenes, by noise level."""
     torch.manual_seed(settings.loop.seed)
     encoders, folder = Encoders(context.out), context.run_folder("motion") / "pool"
-    for held_out, count in ((False, settings.pool), (True, settings.held_out_pool)):
-        for shard in _shards(count):
+    for held_out in (True, False):
+        for shard in settings.shards(held_out):
             encode_shard(encoders, settings, held_out, shard, folder)
-    pool = Pool(folder, "pool", settings.pool, encoders)
-    held_out_pool = Pool(folder, "held_out", settings.held_out_pool, encoders)
+    pool, held_out_pool = (Pool(folder, settings, held_out, encoders) for held_out in (False, True))
     model, noiser = ReducioDiT(settings.config), DDPMScheduler(**NOISE_SCHEDULE)
 
     def velocity_error(rows: dict[str, Tensor], timestep: Tensor, drop: Tensor) -> Tensor:

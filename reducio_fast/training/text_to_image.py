@@ -1,10 +1,10 @@
-"""The text-to-image transformer of the tiny model: diffusers' PixArt class, trained on cached latents of content frames."""
+"""The text-to-image transformer of the tiny model: diffusers' PixArt class, trained on latents of content frames."""
 
 from __future__ import annotations
 
+import json
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ByT5Tokenizer, T5EncoderModel
 
+from reducio_fast.checkpoints import quiet_transformers
 from reducio_fast.content import GUIDANCE, PIPELINE_WORDS, STEPS, save_text_to_image
 from reducio_fast.evaluation.detector import detect
 
 from . import world
 from .conditions import draw_still, reword, tokenize
+from .content_autoencoder import encode, to_image
 from .loop import LoopConfig, atomic_write
 from .stage import Context
-from .stage_one import encode, to_image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +98,13 @@ def initialize(model: PixArtTransformer2DModel) -> None:
 
 
 def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict[str, float]:
-    """Trains and saves `text_to_image/` (transformer, scheduler and index; the rest is shared with the model around it)."""
+    """Trains and saves `text_to_image/`: transformer, scheduler, index; the rest is shared with the model around it."""
     tokenizer = ByT5Tokenizer.from_pretrained(context.out / "tokenizer")
-    text_encoder = T5EncoderModel.from_pretrained(context.out / "text_encoder").eval().to(context.device)
+    with quiet_transformers():
+        text_encoder = T5EncoderModel.from_pretrained(context.out / "text_encoder").eval().to(context.device)
     vae = AutoencoderKL.from_pretrained(context.out / "content_encoder").eval().to(context.device)
-    latents, caption_index, captions = _prepare(context, settings, tokenizer, text_encoder, vae)
+    latents, texts = _encode_pool(context, settings, vae)
+    captions, caption_index = _embed(context, tokenizer, text_encoder, texts)
 
     torch.manual_seed(settings.loop.seed)
     model = PixArtTransformer2DModel(**settings.model)
@@ -111,7 +114,8 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
     scheduler = DPMSolverMultistepScheduler(**settings.scheduler)
     steps, silent = scheduler.config.num_train_timesteps, len(captions.lengths) - 1
     signal, noise_level = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
-    weights = ((settings.max_snr + 1) * (1 - scheduler.alphas_cumprod)).clamp(max=1)  # of v: min(SNR, max) + 1 over SNR + 1
+    # 1 / (SNR + 1) is 1 - alphas_cumprod: this is min(1, (max_snr + 1) / (SNR + 1)), on the squared error of v.
+    weights = ((settings.max_snr + 1) * (1 - scheduler.alphas_cumprod)).clamp(max=1)
 
     def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         index = torch.from_numpy(rng.integers(len(latents), size=settings.batch))
@@ -119,17 +123,19 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
         captioned = torch.where(torch.rand(settings.batch) < settings.silent_share, silent, caption_index[index])
         text, mask = captions.take(captioned)
         # One timestep from each of B equal slices: the same distribution as independent draws, a calmer loss.
-        times = (torch.arange(settings.batch) + torch.rand(1)) * steps // settings.batch
-        times = times.long()
+        times = ((torch.arange(settings.batch) + torch.rand(1)) * steps / settings.batch).long()
         noise = torch.randn_like(clean)
         a, s = signal[times][:, None, None, None], noise_level[times][:, None, None, None]
         noisy, target = a * clean + s * noise, a * noise - s * clean
+        noisy, target, text, mask, times = (x.to(context.device) for x in (noisy, target, text, mask, times))
         added = {"resolution": None, "aspect_ratio": None}
-        device = context.device
-        output = model(noisy.to(device), text.to(device), times.to(device), added, encoder_attention_mask=mask.to(device))
-        errors = (output.sample.float() - target.to(device)).square().flatten(1).mean(1)
-        late = errors[times.to(device) >= steps // 2]
-        return (errors * weights[times].to(device)).mean(), {"v_error": errors.mean(), "late_v_error": late.mean()}
+        output = model(noisy, text, times, added, encoder_attention_mask=mask).sample
+        errors = (output.float() - target).square().flatten(1).mean(1)
+        late = errors[times >= steps // 2]
+        return (errors * weights.to(times.device)[times]).mean(), {
+            "v_error": errors.mean(),
+            "late_v_error": late.mean(),
+        }
 
     outcome = context.train("text_to_image", model, loss_fn, settings.loop)
     model.set_attn_processor(AttnProcessor2_0())
@@ -162,48 +168,46 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _prepare(
-    context: Context, settings: TextToImageSettings, tokenizer: ByT5Tokenizer, text_encoder: T5EncoderModel, vae: AutoencoderKL
-) -> tuple[Tensor, Tensor, Captions]:
-    """Scaled latents float16 [n, 4, h, w], the index of each one's caption, and the captions. Latents are kept on disk."""
-    rng = np.random.default_rng((settings.loop.seed, 1 << 41))
-    frames, texts = [], []
-    folder = context.run_folder("text_to_image")
-    cache = folder / "latents.safetensors"
+def _encode_pool(context: Context, settings: TextToImageSettings, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
+    """Scaled latents float16 [n, 4, h, w] and captions of the scenes to train on, kept on disk for a resumed run."""
+    path = context.run_folder("text_to_image") / "pool.safetensors"
     weights = (context.out / "content_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = {"key": f"{zlib.crc32(weights):08x} {settings.pool} {settings.loop.seed}"}
-    cached = _read_latents(cache, key) if context.resume else None
-    parts = []
+    key = f"{zlib.crc32(weights):08x} {settings.pool} {settings.reworded_share} {settings.loop.seed}"
+    if context.resume and path.is_file():
+        with safe_open(path, "pt") as file:
+            if file.metadata().get("key") == key:
+                return file.get_tensor("latents"), json.loads(file.metadata()["captions"])
+    rng = np.random.default_rng((settings.loop.seed, 1 << 41))
+    captions, frames, latents = [], [], []
     for _ in tqdm(range(settings.pool), desc="text_to_image: scenes", disable=not context.progress, mininterval=2.0):
         scene, frame, _ = draw_still(rng)
-        texts.append(reword(scene, rng)[0].lower() if rng.random() < settings.reworded_share else scene.caption())
+        # PixArt's pipeline lowers the case of every prompt.
+        captions.append(reword(scene, rng)[0].lower() if rng.random() < settings.reworded_share else scene.caption())
         frames.append(frame)
-        if cached is None and (len(frames) == 32 or len(texts) == settings.pool):
+        if len(frames) == 32 or len(captions) == settings.pool:
             with torch.autocast(context.device, torch.bfloat16, enabled=settings.loop.autocast):
-                parts.append(encode(vae, to_image(np.stack(frames)).to(context.device)).float().cpu())
+                latents.append(encode(vae, to_image(np.stack(frames)).to(context.device)).float().cpu())
             frames.clear()
-        elif cached is not None:
-            frames.clear()
-    if cached is None:
-        cached = (torch.cat(parts) * vae.config.scaling_factor).half()
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(cache, lambda path: save_file({"latents": cached}, path, metadata=key))
+    pool = (torch.cat(latents) * vae.config.scaling_factor).half().contiguous()
+    metadata = {"key": key, "captions": json.dumps(captions)}
+    atomic_write(path, lambda temporary: save_file({"latents": pool}, temporary, metadata))
+    return pool, captions
 
-    distinct = sorted(set(texts))
-    number = {text: i for i, text in enumerate(distinct)}
-    embedded, lengths = [], []
+
+def _embed(
+    context: Context, tokenizer: ByT5Tokenizer, text_encoder: T5EncoderModel, captions: list[str]
+) -> tuple[Captions, Tensor]:
+    """The distinct captions as text conditions, the empty prompt last, and which of them each caption is."""
+    distinct = sorted(set(captions))
+    rows, lengths = [], []
     for start in range(0, len(distinct) + 1, 64):
         ids, mask = tokenize(tokenizer, [*distinct, ""][start : start + 64])
         with torch.inference_mode():
             x = text_encoder(input_ids=ids.to(context.device), attention_mask=mask.to(context.device)).last_hidden_state
-        embedded += [row[:n].bfloat16().cpu() for row, n in zip(x, mask.sum(1), strict=True)]
+        rows += [row[:n].bfloat16().cpu() for row, n in zip(x, mask.sum(1), strict=True)]
         lengths.append(mask.sum(1))
-    captions = Captions(nn.utils.rnn.pad_sequence(embedded, batch_first=True), torch.cat(lengths))
-    return cached, torch.tensor([number[text] for text in texts]), captions
-
-
-def _read_latents(path: Path, key: dict[str, str]) -> Tensor | None:
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("latents") if file.metadata() == key else None
+    number = {caption: i for i, caption in enumerate(distinct)}
+    return (
+        Captions(nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.cat(lengths)),
+        torch.tensor([number[caption] for caption in captions]),
+    )

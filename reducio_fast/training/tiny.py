@@ -1,7 +1,7 @@
-"""The recipe of the embedded default model: `train("out")` makes `out/bundle`, the folder that ships inside the package.
+"""The recipe of the embedded default model: `train("out")` makes `out/bundle`, the folder that the package ships.
 
-Every number that shaped the shipped weights is in this file. The stages run in order; each can be run alone once those it
-needs have left their components in the output folder, and each resumes from its checkpoint.
+The stages run in order; each can be run alone once those it needs have left their components in the output folder, and
+each resumes from its checkpoint. Schedules are here; what a stage trains, and on what, is in its settings' defaults.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from reducio_fast.errors import ReducioError
 
 from .bundle import BundleSettings, export
 from .conditions import SemanticSettings, TextSettings, train_semantic, train_text
+from .content_autoencoder import ContentSettings, train_content
 from .loop import LoopConfig
 from .stage import Context
-from .stage_one import ContentSettings, train_content
 from .text_to_image import TextToImageSettings, train_text_to_image
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of the recipe: `run(context, settings)` trains and saves; `makes` are the sub-folders it leaves behind."""
+    """One step of the recipe: `run(context, settings)` trains and saves; `makes` are the folders it leaves behind."""
 
     run: Callable[[Context, Any], dict[str, float]]
     settings: Any
@@ -51,7 +51,7 @@ STAGES: dict[str, Stage] = {
     "text_to_image": Stage(
         train_text_to_image,
         TextToImageSettings(
-            loop=LoopConfig(steps=8000, learning_rate=1e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.0, seed=4)
+            loop=LoopConfig(steps=5000, learning_rate=1e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.0, seed=4)
         ),
         makes=("text_to_image",),
         needs=("text_encoder", "tokenizer", "content_encoder"),
@@ -60,7 +60,16 @@ STAGES: dict[str, Stage] = {
         export,
         BundleSettings(),
         makes=("bundle",),
-        needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder", "text_to_image", "vae", "transformer", "scheduler"),
+        needs=(
+            "text_encoder",
+            "tokenizer",
+            "image_encoder",
+            "content_encoder",
+            "text_to_image",
+            "vae",
+            "transformer",
+            "scheduler",
+        ),
     ),
 }
 
@@ -98,7 +107,9 @@ def train(
         for folder in stage.needs:
             if not (context.out / folder).is_dir():
                 maker = next((other for other, entry in STAGES.items() if folder in entry.makes), "another")
-                raise ReducioError(f"stage {name!r} needs {context.out / folder}, which stage {maker!r} makes; run that first")
+                raise ReducioError(
+                    f"stage {name!r} needs {context.out / folder}, which stage {maker!r} makes; run that first"
+                )
         figures[name] = stage.run(context, _scaled(stage.settings, scale))
     return figures
 
@@ -108,7 +119,10 @@ def _scaled(settings: Any, scale: float) -> Any:
     if scale == 1.0 or not hasattr(settings, "loop"):
         return settings
     loop = settings.loop
-    fewer = {"steps": max(1, round(loop.steps * scale)), "warmup_steps": max(1, round(loop.warmup_steps * min(1.0, scale)))}
+    fewer = {
+        "steps": max(1, round(loop.steps * scale)),
+        "warmup_steps": max(1, round(loop.warmup_steps * min(1.0, scale))),
+    }
     pools = [name for name in ("pool", "held_out_pool", "prompts") if hasattr(settings, name)]
     smaller = {name: max(4, round(getattr(settings, name) * min(1.0, scale))) for name in pools}
     return replace(settings, loop=replace(loop, **fewer), **smaller)

@@ -1,11 +1,13 @@
 """The video autoencoder of the tiny model.
 
-It learns first on 64-pixel clips, where a sample costs a quarter, then at its own 128 pixels. Letters in shapes: B batch,
-T frames, H W rows and columns, C channels.
+Three phases: the encoder alone learns to sketch (what a small head can draw from its latent), then everything learns
+together, both on 64-pixel crops; then the decoder learns whole clips while the latent space stays as it is. Letters in
+shapes: B batch, T frames, H W rows and columns, C channels.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from reducio_fast.checkpoints import WEIGHTS, load_tensors, save_model, save_tensors
 from reducio_fast.reference import ReducioVAE, VAEConfig
+from reducio_fast.reference.vae import ResBlock, SelfAttention
 
 from . import photos, world
 from .loop import LoopConfig
@@ -29,13 +32,15 @@ TINY_VAE = VAEConfig(
     # resolution too is what keeps still backgrounds sharp at this width.
     fusion=("attn", "add", "add", "add+attn", "attn", "attn"),
     fusion_levels=(None, 1, 2, 3, None, None),
-    num_res_blocks=1,
-    norm_groups=8,
+    # None at full resolution: six convolutions there are 40% of the work and hardly help a latent this small.
+    num_res_blocks=(0, 1, 1, 1, 1, 1),
+    # Large groups: a norm removes the mean of each group, and with two channels in one the brightness goes with it.
+    norm_groups=2,
     num_heads=4,
     fusion_head_dim=16,
 )
-
 START_LOGVAR = -6.0
+FULL_SIZE = 128  # pixels a side at which clips are drawn, whatever is cropped from them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +48,64 @@ class VAESettings:
     """One phase of VAE training; a phase starts from the averaged weights of the one named `after`."""
 
     loop: LoopConfig
-    size: int  # pixels a side
+    trains: str  # "encoder" (and the sketch), "all", or "decoder": the transformer may already be learning the latents
+    size: int  # pixels a side of the crops
     batch: int
     after: str | None = None
-    train_encoder: bool = True  # False keeps the latent space: the transformer may already be learning it
     photo_share: float = 0.3
-    crop_share: float = 0.0  # of clips drawn at twice `size` and cropped: true scale of edges and motion, shapes cut off
-    # Clips whose content image is blanked. With the content always there, copying it is so good a start that the motion
-    # latent stays unused for hundreds of steps; this opens its path from the first one.
-    content_drop: float = 0.0
+    sketch_weight: float = 1.0
     kl_weight: float = 1e-6  # on the KL summed over a latent, as in the release
     config: VAEConfig = field(default_factory=lambda: TINY_VAE)
+
+
+class Sketch(nn.Module):
+    """A small head that draws the clip at a quarter of its resolution from the latent alone; not kept after training.
+
+    With the content image at hand, copying it is so good a start that the decoder ignores the latent for hundreds of
+    steps, and an encoder nobody listens to learns nothing. The head listens from the first step.
+    """
+
+    def __init__(self, config: VAEConfig, width: int = 128) -> None:
+        super().__init__()
+        self.frames, self.cells = config.temporal_factor, config.spatial_factor // 4
+        self.hidden = nn.Conv3d(config.latent_channels, width, 3, padding=1)
+        self.out = nn.Conv3d(width, 3 * self.frames * self.cells**2, 1)
+
+    def forward(self, z_BCTHW: Tensor) -> Tensor:
+        x = self.out(F.silu(self.hidden(z_BCTHW)))
+        x = x.unflatten(1, (3, self.frames, self.cells, self.cells))  # [B, 3, f, c, c, t, h, w]
+        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def loss(self, z_BCTHW: Tensor, video_BCTHW: Tensor) -> Tensor:
+        return F.mse_loss(self(z_BCTHW).float(), F.avg_pool3d(video_BCTHW, (1, 4, 4)))
+
+
+class Trained(nn.Module):
+    """The autoencoder and the sketch head: what a checkpoint of this stage holds."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.vae, self.sketch = ReducioVAE(config), Sketch(config)
+        initialize(self.vae)
+
+
+def initialize(vae: ReducioVAE) -> None:
+    """Start as a chain of variance-preserving convolutions with silent residual branches.
+
+    PyTorch's default shrinks the signal by 1.7 at every convolution, so that after six levels the branches' noise is
+    all there is. A posterior as wide as the prior would hide what is left: it starts narrow.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, SelfAttention):
+            nn.init.zeros_(module.proj_out.weight)
+    nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], START_LOGVAR)
 
 
 def as_video(frames_BTHWC: np.ndarray) -> Tensor:
@@ -61,51 +113,59 @@ def as_video(frames_BTHWC: np.ndarray) -> Tensor:
     return torch.from_numpy(frames_BTHWC).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
-def draw_clip(rng: np.random.Generator, size: int, photo_share: float, crop_share: float) -> np.ndarray:
-    """One training clip, uint8 [T, size, size, 3]: a scene of the world or a photograph under a camera move."""
-    scale = 2 if rng.random() < crop_share else 1
+def draw_clip(rng: np.random.Generator, size: int, photo_share: float) -> np.ndarray:
+    """One training clip, uint8 [T, size, size, 3]: a crop of a scene of the world or of a photograph that a camera pans.
+
+    Drawn at the model's own size and cropped, never drawn smaller: a latent cell spans 32 pixels, and a shape larger
+    than a cell changes the mean colour of cells as it moves, which a network learns at once. Within one cell it would
+    have to encode positions before anything improves, and encoders trained so stayed at the mean colour of the clip.
+    """
     if rng.random() < photo_share:
-        frames = photos.render(rng, size * scale)
+        frames = photos.render(rng, FULL_SIZE)
     else:
-        frames = world.render(world.sample_scene(rng), rng, size * scale)
-    top, left = rng.integers(size * (scale - 1) + 1, size=2)
+        frames = world.render(world.sample_scene(rng), rng, FULL_SIZE)
+    top, left = rng.integers(FULL_SIZE - size + 1, size=2)
     return frames[:, top : top + size, left : left + size]
 
 
 def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, float]:
-    """Trains one phase and saves `vae/`. Loss: mean absolute plus mean squared error plus the weighted KL."""
+    """Trains one phase and saves `vae/`. Loss: mean absolute plus squared error, the sketch's error, the weighted KL."""
     torch.manual_seed(settings.loop.seed)
-    vae = ReducioVAE(settings.config)
-    if settings.after is None:
-        # A posterior that starts as wide as the prior hides the motion in noise, and the decoder learns to ignore it.
-        nn.init.constant_(vae.quant_conv.bias[settings.config.latent_channels :], START_LOGVAR)
-    else:
-        vae.load_state_dict(load_tensors(context.run_folder(settings.after) / WEIGHTS))
-    # The two dead modules never run; without gradient, weight decay leaves them alone as well.
-    frozen = [vae.encoder_2d.mid.block_2, vae.encoder_2d.norm_out]
-    if not settings.train_encoder:
-        frozen += [vae.encoder_3d, vae.quant_conv]
-    for module in frozen:
+    model = Trained(settings.config)
+    if settings.after is not None:
+        model.load_state_dict(load_tensors(context.run_folder(settings.after) / WEIGHTS))
+    vae, frame = model.vae, settings.config.content_frame
+    encoder = [vae.encoder_3d, vae.quant_conv, model.sketch]
+    decoder = [vae.encoder_2d, vae.decoder, vae.post_quant_conv]
+    frozen = {"encoder": decoder, "all": [], "decoder": encoder}[settings.trains]
+    # The last two never run; without gradient, weight decay leaves them alone as well.
+    for module in (*frozen, vae.encoder_2d.mid.block_2, vae.encoder_2d.norm_out):
         module.requires_grad_(False)
 
     def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        clips = [draw_clip(rng, settings.size, settings.photo_share, settings.crop_share) for _ in range(settings.batch)]
+        clips = [draw_clip(rng, settings.size, settings.photo_share) for _ in range(settings.batch)]
         video = as_video(np.stack(clips)).to(context.device)
-        content = video[:, :, settings.config.content_frame]
-        keep = torch.from_numpy(rng.random(settings.batch) >= settings.content_drop).to(video)
-        with torch.set_grad_enabled(settings.train_encoder):
+        content = video[:, :, frame]
+        figures = {"still_psnr": _psnr(F.mse_loss(content[:, :, None].expand_as(video), video))}
+        loss = torch.zeros((), device=context.device)
+        with torch.set_grad_enabled(settings.trains != "decoder"):
             posterior = vae.encode(video)
-        output = vae.decode(vae.normalize_latent(posterior.sample()), vae.encode_content(content * keep[:, None, None, None])).float()
-        absolute, squared, kl = F.l1_loss(output, video), F.mse_loss(output, video), posterior.kl().float().mean()
-        still = F.mse_loss(content[:, :, None].expand_as(video), video)
-        figures = {"psnr": _psnr(squared.detach()), "still_psnr": _psnr(still), "kl": kl}
-        return absolute + squared + settings.kl_weight * kl, figures
+            z = vae.normalize_latent(posterior.sample())
+        if settings.trains != "decoder":
+            sketch, kl = model.sketch.loss(z, video), posterior.kl().float().mean()
+            loss = loss + settings.sketch_weight * sketch + settings.kl_weight * kl
+            figures |= {"sketch_psnr": _psnr(sketch.detach()), "kl": kl.detach()}
+        if settings.trains != "encoder":
+            output = vae.decode(z, vae.encode_content(content)).float()
+            absolute, squared = F.l1_loss(output, video), F.mse_loss(output, video)
+            loss = loss + absolute + squared
+            figures |= {"psnr": _psnr(squared.detach())}
+        return loss, figures
 
-    outcome = context.train(stage, vae, loss_fn, settings.loop)
-    save_tensors(vae.state_dict(), context.run_folder(stage) / WEIGHTS)
+    outcome = context.train(stage, model, loss_fn, settings.loop)
+    save_tensors(model.state_dict(), context.run_folder(stage) / WEIGHTS)
     save_model(vae, context.out / "vae")
-    figures = {"steps": outcome.step, "seconds": outcome.seconds} | outcome.last
-    return context.record(stage, figures)
+    return context.record(stage, {"steps": outcome.step, "seconds": outcome.seconds} | outcome.last)
 
 
 def _psnr(squared_error: Tensor) -> Tensor:

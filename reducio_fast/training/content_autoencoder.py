@@ -1,7 +1,6 @@
-"""Stage one of the tiny model: the content autoencoder and the PixArt text-to-image transformer that makes content frames.
+"""The content autoencoder of the tiny model: diffusers' own class at tiny width, saved in diffusers' format.
 
-Both are diffusers' own classes at tiny width and are saved in diffusers' format, float32, under the output folder. Images are
-B 3 H W in [-1, 1]; latents are B 4 H/8 W/8.
+Images are B 3 H W in [-1, 1]; latents are B 4 H/8 W/8.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from . import photos, world
+from . import photos
 from .conditions import draw_still
 from .loop import LoopConfig
 from .stage import Context
@@ -34,7 +32,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float((-10 * error.log10()).mean())
 
 
-# --- content autoencoder -------------------------------------------------------------------------------------------------
+# --- content autoencoder
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +57,8 @@ class ContentSettings:
             "block_out_channels": (16, 32, 64, 64),
             "layers_per_block": 1,
             "latent_channels": 4,
-            "norm_num_groups": 4,  # 4 channels a group at full resolution, as in SD's: with fewer a flat colour is normalised away
+            # 4 channels a group at full resolution, as in SD's: with fewer a flat colour is normalised away.
+            "norm_num_groups": 4,
             "sample_size": FRAME_SIZE,
         }
     )
@@ -81,13 +81,15 @@ def start_as_identity(model: AutoencoderKL) -> None:
         elif isinstance(module, nn.Conv2d) and not name.endswith("conv1"):
             noise = 0.25 * module.weight
             nn.init.dirac_(module.weight).add_(noise)
-    model.quant_conv.bias[model.config.latent_channels :] = -3.0  # log variance: the decoder meets little noise at first
+    model.quant_conv.bias[
+        model.config.latent_channels :
+    ] = -3.0  # log variance: the decoder meets little noise at first
 
 
 def normalize_latents(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Folds (z - mean) / std, one value a channel, into the 1x1 convolutions on both sides of the latent; images stay equal.
+    """Folds (z - mean) / std, one value a channel, into the 1x1 convolutions around the latent; images stay equal.
 
-    diffusers' pipelines know one scaling factor for all channels and no offset, so the latents are made to need neither.
+    diffusers' pipelines know one scaling factor for all channels and no offset: such latents need neither.
     """
     to_latent, from_latent, channels = model.quant_conv, model.post_quant_conv, len(mean)
     to_latent.bias[:channels] = (to_latent.bias[:channels] - mean) / std
@@ -117,7 +119,11 @@ def train_content(context: Context, settings: ContentSettings) -> dict[str, floa
         x = to_image(np.stack([draw(rng, size) for _ in range(count)])).to(context.device)
         posterior = model.encode(x).latent_dist
         error = model.decode(posterior.sample()).sample.float() - x
-        figures = {"l1": error.abs().mean(), "mse": error.square().mean(), "kl": posterior.kl().mean() / posterior.mean[0].numel()}
+        figures = {
+            "l1": error.abs().mean(),
+            "mse": error.square().mean(),
+            "kl": posterior.kl().mean() / posterior.mean[0].numel(),
+        }
         return figures["l1"] + figures["mse"] + settings.kl_weight * figures["kl"], figures
 
     outcome = context.train("content", model, loss_fn, settings.loop)
