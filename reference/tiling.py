@@ -14,7 +14,7 @@ Grid = list[list[Tensor]]
 
 
 def tile_grid(x: Tensor, stride: int, extent: int) -> Grid:
-    """Cut `x` [..., H, W] into tiles at every multiple of `stride`; each reads up to `extent`, clipped at the border."""
+    """Cut `x` [..., H, W] into tiles at multiples of `stride`; each reads up to `extent`, clipped at the border."""
     height, width = x.shape[-2:]
     return [[x[..., i : i + extent, j : j + extent] for j in range(0, width, stride)] for i in range(0, height, stride)]
 

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import ByT5Tokenizer, T5EncoderModel
 
-from reducio_fast.checkpoints import load_model, load_tensors, save_model
+from reducio_fast.checkpoints import load_model, load_tensors, save_model, save_tensors
 from reducio_fast.encoders import ContentEncoder, SemanticEncoder, TextEncoder
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 
@@ -50,7 +49,7 @@ class MotionSettings:
     """How the transformer is trained."""
 
     loop: LoopConfig
-    pool: int = 4096  # encoded clips
+    pool: int = 6144  # encoded clips
     held_out_pool: int = 128  # of scenes never trained on, for the figures
     shard: int = 128  # samples in one file of the pool
     batch: int = 32
@@ -100,7 +99,7 @@ def shard_path(folder: Path, held_out: bool, shard: int) -> Path:
 
 
 def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, shard: int, folder: Path) -> None:
-    """Draw and encode one file of the pool. Sample i depends on (seed, held_out, i) alone: files can be made in any order."""
+    """Draw and encode one file of the pool. Sample i depends on (seed, held_out, i) alone, so order does not matter."""
     path = shard_path(folder, held_out, shard)
     if path.is_file():
         return
@@ -117,7 +116,7 @@ def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, s
     tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     tensors["caption"] = _as_bytes(captions)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: save_file(tensors, temporary))
+    atomic_write(path, lambda temporary: save_tensors(tensors, temporary))
 
 
 def _as_bytes(texts: list[str], width: int = 128) -> Tensor:

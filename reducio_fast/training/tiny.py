@@ -54,7 +54,7 @@ STAGES: dict[str, Stage] = {
             loop=LoopConfig(steps=5000, learning_rate=1e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.0, seed=4)
         ),
         makes=("text_to_image",),
-        needs=("text_encoder", "tokenizer", "content_encoder"),
+        needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder"),
     ),
     "export": Stage(
         export,

@@ -114,7 +114,7 @@ def as_video(frames_BTHWC: np.ndarray) -> Tensor:
 
 
 def draw_clip(rng: np.random.Generator, size: int, photo_share: float) -> np.ndarray:
-    """One training clip, uint8 [T, size, size, 3]: a crop of a scene of the world or of a photograph that a camera pans.
+    """One training clip, uint8 [T, size, size, 3]: a crop of a scene, or of a photograph under a camera move.
 
     Drawn at the model's own size and cropped, never drawn smaller: a latent cell spans 32 pixels, and a shape larger
     than a cell changes the mean colour of cells as it moves, which a network learns at once. Within one cell it would
@@ -129,7 +129,7 @@ def draw_clip(rng: np.random.Generator, size: int, photo_share: float) -> np.nda
 
 
 def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, float]:
-    """Trains one phase and saves `vae/`. Loss: mean absolute plus squared error, the sketch's error, the weighted KL."""
+    """Trains one phase and saves `vae/`. Loss: absolute plus squared error, the sketch's error, weighted KL."""
     torch.manual_seed(settings.loop.seed)
     model = Trained(settings.config)
     if settings.after is not None:
