@@ -19,7 +19,6 @@ from transformers import ByT5Tokenizer, T5EncoderModel
 
 from reducio_fast.checkpoints import quiet_transformers
 from reducio_fast.content import GUIDANCE, PIPELINE_WORDS, STEPS, save_text_to_image
-from reducio_fast.encoders import SemanticEncoder
 from reducio_fast.evaluation.detector import detect
 
 from . import world
@@ -38,8 +37,6 @@ class TextToImageSettings:
     pool: int = 16_000  # scenes drawn and encoded once
     reworded_share: float = 0.15  # of the captions
     silent_share: float = 0.1  # of a batch, with the empty prompt: what guidance steers away from
-    aligned_block: int = 3  # its tokens are asked for the clean frame's semantic tokens
-    alignment: float = 0.5  # weight of that
     max_snr: float = 5.0  # the loss of nearly clean latents is capped: their detail is the autoencoder's noise
     prompts: int = 64  # held-out prompts judged at the end
     model: dict[str, Any] = field(
@@ -82,32 +79,6 @@ class Captions:
         return self.text[index, :longest], torch.arange(longest)[None] < lengths[:, None]
 
 
-class Aligned(nn.Module):
-    """The transformer, with a head that reads the clean frame's semantic tokens off one of its blocks while it trains.
-
-    Representation alignment (REPA, arXiv 2410.06940). Without it the colours come within 1000 steps, but what makes a
-    shape, that distant tokens agree on its place, needs several times as many. The grids match: 8 x 8 tokens each.
-    """
-
-    def __init__(self, transformer: PixArtTransformer2DModel, block: int, semantic_width: int) -> None:
-        super().__init__()
-        self.transformer = transformer
-        width = transformer.inner_dim
-        self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, semantic_width))
-        self._tokens: Tensor | None = None
-        transformer.transformer_blocks[block].register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: Any, tokens: Tensor) -> None:
-        self._tokens = tokens
-
-    def forward(self, noisy: Tensor, text: Tensor, times: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocity [B, 4, h, w] and the semantic tokens [B, P, D] as far as the block knows them."""
-        added = {"resolution": None, "aspect_ratio": None}
-        velocity = self.transformer(noisy, text, times, added, encoder_attention_mask=mask).sample
-        tokens, self._tokens = self.head(self._tokens), None
-        return velocity.float(), tokens.float()
-
-
 @torch.no_grad()
 def initialize(model: PixArtTransformer2DModel) -> None:
     """PixArt-alpha's own initialisation: Xavier, and nothing from cross-attention or to the output at first."""
@@ -132,7 +103,7 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
     with quiet_transformers():
         text_encoder = T5EncoderModel.from_pretrained(context.out / "text_encoder").eval().to(context.device)
     vae = AutoencoderKL.from_pretrained(context.out / "content_encoder").eval().to(context.device)
-    latents, tokens, texts = _encode_pool(context, settings, vae)
+    latents, texts = _encode_pool(context, settings, vae)
     captions, caption_index = _embed(context, tokenizer, text_encoder, texts)
 
     torch.manual_seed(settings.loop.seed)
@@ -140,7 +111,6 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
     initialize(model)
     # Plain matrix products: on a CPU the fused kernel's backward pass makes the step three times as long.
     model.set_attn_processor(AttnProcessor())
-    aligned = Aligned(model, settings.aligned_block, tokens.shape[-1])
     scheduler = DPMSolverMultistepScheduler(**settings.scheduler)
     steps, silent = scheduler.config.num_train_timesteps, len(captions.lengths) - 1
     signal, noise_level = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
@@ -157,17 +127,14 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
         noise = torch.randn_like(clean)
         a, s = signal[times][:, None, None, None], noise_level[times][:, None, None, None]
         noisy, target = a * clean + s * noise, a * noise - s * clean
-        meant = tokens[index].float()
-        noisy, target, text, mask, times, meant = (
-            x.to(context.device) for x in (noisy, target, text, mask, times, meant)
-        )
-        velocity, known = aligned(noisy, text, times, mask)
-        errors = (velocity - target).square().flatten(1).mean(1)
-        late, apart = errors[times >= steps // 2].mean(), (known - meant).square().mean()
-        loss = (errors * weights.to(times.device)[times]).mean() + settings.alignment * apart
-        return loss, {"v_error": errors.mean(), "late_v_error": late, "apart": apart}
+        noisy, target, text, mask, times = (x.to(context.device) for x in (noisy, target, text, mask, times))
+        added = {"resolution": None, "aspect_ratio": None}
+        velocity = model(noisy, text, times, added, encoder_attention_mask=mask).sample
+        errors = (velocity.float() - target).square().flatten(1).mean(1)
+        loss = (errors * weights.to(times.device)[times]).mean()
+        return loss, {"v_error": errors.mean(), "late_v_error": errors[times >= steps // 2].mean()}
 
-    outcome = context.train("text_to_image", aligned, loss_fn, settings.loop)
+    outcome = context.train("text_to_image", model, loss_fn, settings.loop)
     model.set_attn_processor(AttnProcessor2_0())
     pipeline = PixArtAlphaPipeline(tokenizer, text_encoder, vae, model, scheduler)
     shared = {name: getattr(pipeline, name) for name in ("tokenizer", "text_encoder", "vae")}
@@ -198,44 +165,30 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _encode_pool(
-    context: Context, settings: TextToImageSettings, vae: AutoencoderKL
-) -> tuple[Tensor, Tensor, list[str]]:
-    """The scenes to train on, kept on disk for a resumed run.
-
-    Returns scaled latents float16 [n, 4, h, w], semantic tokens bfloat16 [n, P, D] (each of the D channels with mean 0
-    and deviation 1), and captions.
-    """
+def _encode_pool(context: Context, settings: TextToImageSettings, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
+    """Scaled latents float16 [n, 4, h, w] and captions of the scenes to train on, kept on disk for a resumed run."""
     path = context.run_folder("text_to_image") / "pool.safetensors"
-    semantic = SemanticEncoder.from_pretrained(context.out / "image_encoder", device=context.device)
-    used = ("content_encoder/diffusion_pytorch_model.safetensors", "image_encoder/open_clip_model.safetensors")
-    weights = b"".join((context.out / name).read_bytes() for name in used)
+    weights = (context.out / "content_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
     key = f"{zlib.crc32(weights):08x} {settings.pool} {settings.reworded_share} {settings.loop.seed}"
     if context.resume and path.is_file():
         with safe_open(path, "pt") as file:
             if file.metadata().get("key") == key:
-                captions = json.loads(file.metadata()["captions"])
-                return file.get_tensor("latents"), file.get_tensor("tokens"), captions
+                return file.get_tensor("latents"), json.loads(file.metadata()["captions"])
     rng = np.random.default_rng((settings.loop.seed, 1 << 41))
-    captions, frames, latents, tokens = [], [], [], []
+    captions, frames, latents = [], [], []
     for _ in tqdm(range(settings.pool), desc="text_to_image: scenes", disable=not context.progress, mininterval=2.0):
         scene, frame, _ = draw_still(rng)
         # PixArt's pipeline lowers the case of every prompt.
         captions.append(reword(scene, rng)[0].lower() if rng.random() < settings.reworded_share else scene.caption())
         frames.append(frame)
         if len(frames) == 32 or len(captions) == settings.pool:
-            images = to_image(np.stack(frames)).to(context.device)
             with torch.autocast(context.device, torch.bfloat16, enabled=settings.loop.autocast):
-                latents.append(encode(vae, images).float().cpu())
-                tokens.append(semantic(images).float().cpu())
+                latents.append(encode(vae, to_image(np.stack(frames)).to(context.device)).float().cpu())
             frames.clear()
-    deviation, mean = torch.std_mean(torch.cat(tokens), (0, 1))
-    pool = {
-        "latents": (torch.cat(latents) * vae.config.scaling_factor).half().contiguous(),
-        "tokens": ((torch.cat(tokens) - mean) / deviation).bfloat16().contiguous(),
-    }
-    atomic_write(path, lambda temporary: save_file(pool, temporary, {"key": key, "captions": json.dumps(captions)}))
-    return pool["latents"], pool["tokens"], captions
+    pool = (torch.cat(latents) * vae.config.scaling_factor).half().contiguous()
+    metadata = {"key": key, "captions": json.dumps(captions)}
+    atomic_write(path, lambda temporary: save_file({"latents": pool}, temporary, metadata))
+    return pool, captions
 
 
 def _embed(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from .bundle import BundleSettings, export
 from .conditions import SemanticSettings, TextSettings, train_semantic, train_text
 from .content_autoencoder import ContentSettings, train_content
 from .loop import LoopConfig
+from .motion import MotionSettings, train_motion
 from .stage import Context
 from .text_to_image import TextToImageSettings, train_text_to_image
+from .video_autoencoder import VAESettings, train_vae
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,79 @@ STAGES: dict[str, Stage] = {
             loop=LoopConfig(steps=5000, learning_rate=1e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.0, seed=4)
         ),
         makes=("text_to_image",),
-        needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder"),
+        needs=("text_encoder", "tokenizer", "content_encoder"),
+    ),
+    "vae_sketch": Stage(
+        partial(train_vae, stage="vae_sketch"),
+        VAESettings(
+            loop=LoopConfig(
+                steps=900,
+                learning_rate=1e-3,
+                warmup_steps=30,
+                final_rate=0.5,
+                ema_decay=0.98,
+                seed=5,
+            ),
+            trains="encoder",
+            size=64,
+            batch=8,
+            photo_share=0.2,
+        ),
+        makes=("runs/vae_sketch",),
+    ),
+    "vae_crops": Stage(
+        partial(train_vae, stage="vae_crops"),
+        VAESettings(
+            loop=LoopConfig(
+                steps=1800,
+                learning_rate=8e-4,
+                warmup_steps=30,
+                final_rate=0.05,
+                ema_decay=0.99,
+                seed=6,
+            ),
+            trains="all",
+            size=64,
+            batch=4,
+            after="vae_sketch",
+        ),
+        makes=("runs/vae_crops",),
+        needs=("runs/vae_sketch",),
+    ),
+    "vae_whole": Stage(
+        partial(train_vae, stage="vae_whole"),
+        VAESettings(
+            loop=LoopConfig(
+                steps=1000,
+                learning_rate=6e-4,
+                warmup_steps=20,
+                final_rate=0.03,
+                ema_decay=0.99,
+                seed=7,
+            ),
+            trains="decoder",
+            size=128,
+            batch=2,
+            photo_share=0.25,
+            after="vae_crops",
+        ),
+        makes=("vae",),
+        needs=("runs/vae_crops",),
+    ),
+    "motion": Stage(
+        train_motion,
+        MotionSettings(
+            loop=LoopConfig(
+                steps=3000,
+                learning_rate=1e-3,
+                warmup_steps=100,
+                ema_decay=0.998,
+                weight_decay=0.0,
+                seed=8,
+            ),
+        ),
+        makes=("transformer", "scheduler"),
+        needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder", "vae"),
     ),
     "export": Stage(
         export,
