@@ -241,6 +241,7 @@ def test_the_bundle_is_float16_without_duplicates(exported: Path) -> None:
         "vae",
     ]
     for path in exported.rglob("*.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o644, path
         assert {value.dtype for value in load_file(path).values() if value.is_floating_point()} == {torch.float16}, path
 
 

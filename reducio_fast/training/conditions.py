@@ -37,6 +37,7 @@ class TextSettings:
 
     loop: LoopConfig
     batch: int = 64
+    judged: int = 512  # held-out captions of each kind that are read at the end
     clean_share: float = 0.5  # captions exactly as the world writes them; the others are reworded
     model: dict[str, Any] = field(
         default_factory=lambda: {
@@ -138,7 +139,7 @@ def train_text(context: Context, settings: TextSettings) -> dict[str, float]:
     with torch.inference_mode():
         for kind, clean_share in (("clean", 1.0), ("reworded", 0.0)):
             ids, mask, labels = batch(
-                np.random.default_rng((settings.loop.seed, 1 << 40)), 512, clean_share, held_out=True
+                np.random.default_rng((settings.loop.seed, 1 << 40)), settings.judged, clean_share, held_out=True
             )
             logits = reader(ids.to(context.device), mask.to(context.device))
             right = torch.stack([logits[name].argmax(-1).cpu() == labels[name] for name in labels])
@@ -172,6 +173,7 @@ class SemanticSettings:
 
     loop: LoopConfig
     batch: int = 64
+    judged: int = 512  # held-out frames that are read at the end
     frame_size: int = 128  # stills are drawn at the size of a content frame and then reduced, as in the pipeline
     max_noise: float = 0.04  # of the 0..1 range
     blurred_share: float = 0.25  # generated content frames are softer than drawn ones
@@ -257,7 +259,9 @@ def train_semantic(context: Context, settings: SemanticSettings) -> dict[str, fl
     outcome = context.train("semantic", reader, loss_fn, settings.loop)
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     with torch.inference_mode():
-        frames, labels, cover, place = batch(np.random.default_rng((settings.loop.seed, 1 << 40)), 512, held_out=True)
+        frames, labels, cover, place = batch(
+            np.random.default_rng((settings.loop.seed, 1 << 40)), settings.judged, held_out=True
+        )
         logits, covers, places = reader(preprocess(frames, encoder).to(context.device))
         for name in VISIBLE:
             figures[f"{name}_right"] = float((logits[name].argmax(-1).cpu() == labels[name]).float().mean())

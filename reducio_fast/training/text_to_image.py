@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ByT5Tokenizer, T5EncoderModel
 
-from reducio_fast.checkpoints import quiet_transformers
+from reducio_fast.checkpoints import WEIGHTS, load_tensors, quiet_transformers, save_tensors
 from reducio_fast.content import GUIDANCE, PIPELINE_WORDS, STEPS, save_text_to_image
 from reducio_fast.evaluation.detector import detect
 
@@ -39,6 +39,10 @@ class TextToImageSettings:
     silent_share: float = 0.1  # of a batch, with the empty prompt: what guidance steers away from
     max_snr: float = 5.0  # the loss of nearly clean latents is capped: their detail is the autoencoder's noise
     prompts: int = 64  # held-out prompts judged at the end
+    # Scenes with the shape near the middle, learnt after those with it anywhere. A model this small that has to place a
+    # shape anywhere draws blobs; one that knows the place draws the shape. The motion stage still learns every place.
+    portraits: bool = False
+    after: str | None = None  # the stage whose transformer this one starts from
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "sample_size": 16,
@@ -97,18 +101,22 @@ def initialize(model: PixArtTransformer2DModel) -> None:
     nn.init.zeros_(model.proj_out.weight)
 
 
-def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict[str, float]:
+def train_text_to_image(
+    context: Context, settings: TextToImageSettings, stage: str = "text_to_image"
+) -> dict[str, float]:
     """Trains and saves `text_to_image/`: transformer, scheduler, index; the rest is shared with the model around it."""
     tokenizer = ByT5Tokenizer.from_pretrained(context.out / "tokenizer")
     with quiet_transformers():
         text_encoder = T5EncoderModel.from_pretrained(context.out / "text_encoder").eval().to(context.device)
     vae = AutoencoderKL.from_pretrained(context.out / "content_encoder").eval().to(context.device)
-    latents, texts = _encode_pool(context, settings, vae)
+    latents, texts = _encode_pool(context, settings, vae, stage)
     captions, caption_index = _embed(context, tokenizer, text_encoder, texts)
 
     torch.manual_seed(settings.loop.seed)
     model = PixArtTransformer2DModel(**settings.model)
     initialize(model)
+    if settings.after is not None:
+        model.load_state_dict(load_tensors(context.run_folder(settings.after) / WEIGHTS))
     # Plain matrix products: on a CPU the fused kernel's backward pass makes the step three times as long.
     model.set_attn_processor(AttnProcessor())
     scheduler = DPMSolverMultistepScheduler(**settings.scheduler)
@@ -134,13 +142,14 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
         loss = (errors * weights.to(times.device)[times]).mean()
         return loss, {"v_error": errors.mean(), "late_v_error": errors[times >= steps // 2].mean()}
 
-    outcome = context.train("text_to_image", model, loss_fn, settings.loop)
+    outcome = context.train(stage, model, loss_fn, settings.loop)
+    save_tensors(model.state_dict(), context.run_folder(stage) / WEIGHTS)
     model.set_attn_processor(AttnProcessor2_0())
     pipeline = PixArtAlphaPipeline(tokenizer, text_encoder, vae, model, scheduler)
     shared = {name: getattr(pipeline, name) for name in ("tokenizer", "text_encoder", "vae")}
     save_text_to_image(pipeline, context.out / "text_to_image", shared)
     figures = {"steps": outcome.step, "seconds": outcome.seconds, **judge(pipeline, settings)}
-    return context.record("text_to_image", figures)
+    return context.record(stage, figures)
 
 
 def judge(pipeline: PixArtAlphaPipeline, settings: TextToImageSettings, batch: int = 16) -> dict[str, float]:
@@ -165,11 +174,15 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _encode_pool(context: Context, settings: TextToImageSettings, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
+def _encode_pool(
+    context: Context, settings: TextToImageSettings, vae: AutoencoderKL, stage: str
+) -> tuple[Tensor, list[str]]:
     """Scaled latents float16 [n, 4, h, w] and captions of the scenes to train on, kept on disk for a resumed run."""
-    path = context.run_folder("text_to_image") / "pool.safetensors"
+    path = context.run_folder(stage) / "pool.safetensors"
     weights = (context.out / "content_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = f"{zlib.crc32(weights):08x} {settings.pool} {settings.reworded_share} {settings.loop.seed}"
+    key = (
+        f"{zlib.crc32(weights):08x} {settings.pool} {settings.reworded_share} {settings.loop.seed} {settings.portraits}"
+    )
     if context.resume and path.is_file():
         with safe_open(path, "pt") as file:
             if file.metadata().get("key") == key:
@@ -177,7 +190,11 @@ def _encode_pool(context: Context, settings: TextToImageSettings, vae: Autoencod
     rng = np.random.default_rng((settings.loop.seed, 1 << 41))
     captions, frames, latents = [], [], []
     for _ in tqdm(range(settings.pool), desc="text_to_image: scenes", disable=not context.progress, mininterval=2.0):
-        scene, frame, _ = draw_still(rng)
+        if settings.portraits:
+            scene = world.sample_scene(rng)
+            frame = world.portrait(scene, rng)
+        else:
+            scene, frame, _ = draw_still(rng)
         # PixArt's pipeline lowers the case of every prompt.
         captions.append(reword(scene, rng)[0].lower() if rng.random() < settings.reworded_share else scene.caption())
         frames.append(frame)

@@ -56,8 +56,19 @@ STAGES: dict[str, Stage] = {
         TextToImageSettings(
             loop=LoopConfig(steps=5000, learning_rate=1e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.0, seed=4)
         ),
-        makes=("text_to_image",),
+        makes=("text_to_image", "runs/text_to_image"),
         needs=("text_encoder", "tokenizer", "content_encoder"),
+    ),
+    "portraits": Stage(
+        partial(train_text_to_image, stage="portraits"),
+        TextToImageSettings(
+            loop=LoopConfig(steps=900, learning_rate=6e-4, warmup_steps=30, ema_decay=0.99, weight_decay=0.0, seed=11),
+            pool=6000,
+            portraits=True,
+            after="text_to_image",
+        ),
+        makes=("runs/portraits",),
+        needs=("text_encoder", "tokenizer", "content_encoder", "runs/text_to_image"),
     ),
     "vae_sketch": Stage(
         partial(train_vae, stage="vae_sketch"),
@@ -113,8 +124,36 @@ STAGES: dict[str, Stage] = {
             photo_share=0.25,
             after="vae_crops",
         ),
-        makes=("vae",),
+        makes=("runs/vae_whole",),
         needs=("runs/vae_crops",),
+    ),
+    "vae_colour": Stage(
+        partial(train_vae, stage="vae_colour"),
+        VAESettings(
+            loop=LoopConfig(steps=2200, learning_rate=1e-3, warmup_steps=30, final_rate=0.05, ema_decay=0.99, seed=9),
+            trains="decoder",
+            size=64,
+            batch=4,
+            photo_share=0.2,
+            chroma_weight=1.0,
+            after="vae_whole",
+        ),
+        makes=("runs/vae_colour",),
+        needs=("runs/vae_whole",),
+    ),
+    "vae_final": Stage(
+        partial(train_vae, stage="vae_final"),
+        VAESettings(
+            loop=LoopConfig(steps=150, learning_rate=1.5e-4, warmup_steps=10, final_rate=0.05, ema_decay=0.98, seed=10),
+            trains="decoder",
+            size=128,
+            batch=2,
+            photo_share=0.2,
+            chroma_weight=1.0,
+            after="vae_colour",
+        ),
+        makes=("vae",),
+        needs=("runs/vae_colour",),
     ),
     "motion": Stage(
         train_motion,
@@ -198,6 +237,6 @@ def _scaled(settings: Any, scale: float) -> Any:
         "steps": max(1, round(loop.steps * scale)),
         "warmup_steps": max(1, round(loop.warmup_steps * min(1.0, scale))),
     }
-    pools = [name for name in ("pool", "held_out_pool", "prompts") if hasattr(settings, name)]
+    pools = [name for name in ("pool", "held_out_pool", "prompts", "judged") if hasattr(settings, name)]
     smaller = {name: max(4, round(getattr(settings, name) * min(1.0, scale))) for name in pools}
     return replace(settings, loop=replace(loop, **fewer), **smaller)

@@ -54,6 +54,9 @@ class VAESettings:
     after: str | None = None
     photo_share: float = 0.3
     sketch_weight: float = 1.0
+    # On the error of two colour differences. Clips vary mostly in brightness, and a decoder that has learnt only that
+    # (and blue against orange) scores well while green and magenta come out gray.
+    chroma_weight: float = 0.0
     kl_weight: float = 1e-6  # on the KL summed over a latent, as in the release
     config: VAEConfig = field(default_factory=lambda: TINY_VAE)
 
@@ -158,7 +161,7 @@ def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, 
         if settings.trains != "encoder":
             output = vae.decode(z, vae.encode_content(content)).float()
             absolute, squared = F.l1_loss(output, video), F.mse_loss(output, video)
-            loss = loss + absolute + squared
+            loss = loss + absolute + squared + settings.chroma_weight * _chroma_error(output - video)
             figures |= {"psnr": _psnr(squared.detach())}
         return loss, figures
 
@@ -166,6 +169,12 @@ def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, 
     save_tensors(model.state_dict(), context.run_folder(stage) / WEIGHTS)
     save_model(vae, context.out / "vae")
     return context.record(stage, {"steps": outcome.step, "seconds": outcome.seconds} | outcome.last)
+
+
+def _chroma_error(error_BCTHW: Tensor) -> Tensor:
+    """Mean absolute error of red minus green and of blue minus yellow."""
+    red, green, blue = error_BCTHW.unbind(1)
+    return (red - green).abs().mean() + (blue - (red + green) / 2).abs().mean()
 
 
 def _psnr(squared_error: Tensor) -> Tensor:

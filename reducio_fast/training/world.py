@@ -306,12 +306,28 @@ def render_with_truth(
     tint = np.asarray(COLOURS[scene.colour], np.float32) + rng.uniform(-6.0, 6.0, 3).astype(np.float32)
     centres, radii = _trajectory(scene, rng, num_frames)
     alpha = silhouette(scene.shape, centres, radii, size)
-    frames = np.repeat(np.rint(background).astype(np.uint8)[None], num_frames, axis=0)
+    return _paint(background, tint, alpha), Truth(centres, radii, alpha)
+
+
+def _paint(background: np.ndarray, tint: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Colour `tint` over a background [H, W, 3] where `alpha` [T, H, W] says, uint8 [T, H, W, 3]."""
+    frames = np.repeat(np.rint(background).astype(np.uint8)[None], len(alpha), axis=0)
     covered = np.nonzero(alpha)
     mix = alpha[covered][:, None]
     under = background[covered[1], covered[2]]
     frames[covered] = np.rint(under + mix * (tint.clip(0.0, 255.0) - under)).astype(np.uint8)
-    return frames, Truth(centres, radii, alpha)
+    return frames
+
+
+def portrait(scene: Scene, rng: np.random.Generator, size: int = 128) -> np.ndarray:
+    """The scene as a still, uint8 [size, size, 3]: the shape near the middle and of medium size.
+
+    From there every motion, at any pace, stays in the frame to both sides of the centre frame.
+    """
+    background = background_image(scene.background, rng, size)
+    tint = np.asarray(COLOURS[scene.colour], np.float32) + rng.uniform(-6.0, 6.0, 3).astype(np.float32)
+    centre, radius = rng.uniform(0.48, 0.52, (1, 2)), rng.uniform(0.15, 0.18, 1)
+    return _paint(background, tint, silhouette(scene.shape, centre, radius, size))[0]
 
 
 def render(scene: Scene, rng: np.random.Generator, size: int = 128, num_frames: int = 16) -> np.ndarray:
