@@ -74,7 +74,7 @@ def test_clips_are_crops_of_the_full_size(monkeypatch: pytest.MonkeyPatch) -> No
         photos, "render", lambda rng, size: sizes.append(size) or np.zeros((16, size, size, 3), np.uint8)
     )
     monkeypatch.setattr(
-        world, "render", lambda scene, rng, size: sizes.append(size) or np.ones((16, size, size, 3), np.uint8)
+        world, "render", lambda scene, rng, size, portrait: sizes.append(size) or np.ones((16, size, size, 3), np.uint8)
     )
     clips = [video_autoencoder.draw_clip(np.random.default_rng(i), 64, photo_share=0.3) for i in range(200)]
     assert {clip.shape for clip in clips} == {(16, 64, 64, 3)} and set(sizes) == {128}

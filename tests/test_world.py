@@ -240,3 +240,16 @@ def test_missing_packages_are_named(monkeypatch):
         photos.render(np.random.default_rng(0), 64, name="coffee")
     with pytest.raises(ReducioError, match="unknown"):
         photos.load_photo("mona_lisa")
+
+
+@pytest.mark.parametrize("motion", world.MOTIONS)
+def test_portraits_hold_the_shape_in_the_middle(motion: str) -> None:
+    rng = np.random.default_rng(5)
+    scene = world.Scene("red", "star", motion, "fast", "black")
+    still = world.portrait(scene, rng, 64)
+    assert still.shape == (64, 64, 3) and still.dtype == np.uint8
+    rows, columns = np.nonzero(still[:, :, 0] > 128)
+    assert abs(rows.mean() / 64 - 0.5) < 0.04 and abs(columns.mean() / 64 - 0.5) < 0.04
+    _, truth = world.render_with_truth(scene, rng, 64, portrait=True)
+    np.testing.assert_allclose(truth.centres[7], 0.5, atol=0.021)
+    assert not truth.alpha[:, [0, -1]].any() and not truth.alpha[:, :, [0, -1]].any()

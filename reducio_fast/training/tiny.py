@@ -144,11 +144,12 @@ STAGES: dict[str, Stage] = {
     "vae_final": Stage(
         partial(train_vae, stage="vae_final"),
         VAESettings(
-            loop=LoopConfig(steps=150, learning_rate=1.5e-4, warmup_steps=10, final_rate=0.05, ema_decay=0.98, seed=10),
+            loop=LoopConfig(steps=900, learning_rate=6e-4, warmup_steps=20, final_rate=0.02, ema_decay=0.99, seed=10),
             trains="decoder",
             size=128,
             batch=2,
-            photo_share=0.2,
+            photo_share=0.15,
+            portrait_share=0.6,
             chroma_weight=1.0,
             after="vae_colour",
         ),

@@ -53,6 +53,7 @@ class VAESettings:
     batch: int
     after: str | None = None
     photo_share: float = 0.3
+    portrait_share: float = 0.0  # of the scenes: clips as they are generated, around a content frame that is a portrait
     sketch_weight: float = 1.0
     # On the error of two colour differences. Clips vary mostly in brightness, and a decoder that has learnt only that
     # (and blue against orange) scores well while green and magenta come out gray.
@@ -116,7 +117,7 @@ def as_video(frames_BTHWC: np.ndarray) -> Tensor:
     return torch.from_numpy(frames_BTHWC).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
-def draw_clip(rng: np.random.Generator, size: int, photo_share: float) -> np.ndarray:
+def draw_clip(rng: np.random.Generator, size: int, photo_share: float, portrait_share: float = 0.0) -> np.ndarray:
     """One training clip, uint8 [T, size, size, 3]: a crop of a scene, or of a photograph under a camera move.
 
     Drawn at the model's own size and cropped, never drawn smaller: a latent cell spans 32 pixels, and a shape larger
@@ -126,7 +127,10 @@ def draw_clip(rng: np.random.Generator, size: int, photo_share: float) -> np.nda
     if rng.random() < photo_share:
         frames = photos.render(rng, FULL_SIZE)
     else:
-        frames = world.render(world.sample_scene(rng), rng, FULL_SIZE)
+        scene = world.sample_scene(rng)
+        # No number is drawn where the share is 0, so that the phases without portraits see the clips they always saw.
+        portrait = portrait_share > 0 and rng.random() < portrait_share
+        frames = world.render(scene, rng, FULL_SIZE, portrait=portrait)
     top, left = rng.integers(FULL_SIZE - size + 1, size=2)
     return frames[:, top : top + size, left : left + size]
 
@@ -146,7 +150,8 @@ def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, 
         module.requires_grad_(False)
 
     def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        clips = [draw_clip(rng, settings.size, settings.photo_share) for _ in range(settings.batch)]
+        shares = settings.photo_share, settings.portrait_share
+        clips = [draw_clip(rng, settings.size, *shares) for _ in range(settings.batch)]
         video = as_video(np.stack(clips)).to(context.device)
         content = video[:, :, frame]
         figures = {"still_psnr": _psnr(F.mse_loss(content[:, :, None].expand_as(video), video))}

@@ -44,6 +44,7 @@ BACKGROUNDS: tuple[str, ...] = (*PLAIN_BACKGROUNDS, *TEXTURED_BACKGROUNDS)
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _PACE = {"": 1.0, "slowly": 0.5, "fast": 1.5}
 _TEXTURED_SHARE = 0.4
+_PORTRAIT_CENTRE, _PORTRAIT_RADIUS = (0.48, 0.52), (0.15, 0.18)
 _MARGIN = 0.03  # the shape keeps this far from the frame's edge, so that no silhouette is ever cut
 
 
@@ -270,7 +271,9 @@ def background_image(name: str, rng: np.random.Generator, size: int = 128) -> np
 # --- clips -----------------------------------------------------------------------------------------------------------
 
 
-def _trajectory(scene: Scene, rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
+def _trajectory(
+    scene: Scene, rng: np.random.Generator, num_frames: int, portrait: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Centres [T, 2] and radii [T]: constant velocity or relative growth, the whole shape always in the frame."""
     # Time is 0 at the centre frame, whose size is the one drawn at random, and passes 1 unit over the clip.
     time = (np.arange(num_frames) - (num_frames - 1) // 2) / max(num_frames - 1, 1)
@@ -284,6 +287,8 @@ def _trajectory(scene: Scene, rng: np.random.Generator, num_frames: int) -> tupl
     else:
         log_growth = np.log(rng.uniform(1.9, 2.2)) * pace * (1.0 if scene.motion == "growing" else -1.0)
         radius = rng.uniform(0.13, 0.225)
+    if portrait:
+        radius = rng.uniform(*_PORTRAIT_RADIUS)
     radii = np.exp(log_growth * time)
     room = 1.0 - 2.0 * _MARGIN - np.abs(travel)
     largest = min(room[0] / (2.0 * side), room[1] / (above + below)) / radii.max()
@@ -293,18 +298,21 @@ def _trajectory(scene: Scene, rng: np.random.Generator, num_frames: int) -> tupl
     reach_low = np.array([side, above]) * radii[:, None] - drift
     reach_high = np.array([side, below]) * radii[:, None] + drift
     low, high = _MARGIN + reach_low.max(0), 1.0 - _MARGIN - reach_high.max(0)
-    return rng.uniform(low, np.maximum(low, high)) + drift, radii
+    high = np.maximum(low, high)
+    if portrait:
+        low, high = (np.clip(edge, low, high) for edge in _PORTRAIT_CENTRE)
+    return rng.uniform(low, high) + drift, radii
 
 
 def render_with_truth(
-    scene: Scene, rng: np.random.Generator, size: int = 128, num_frames: int = 16
+    scene: Scene, rng: np.random.Generator, size: int = 128, num_frames: int = 16, portrait: bool = False
 ) -> tuple[np.ndarray, Truth]:
     """The clip of `render`, uint8 [T, size, size, 3], and where its shape is."""
     if size < 16 or num_frames < 1:
         raise ReducioError(f"a clip needs size >= 16 and num_frames >= 1, got size={size}, num_frames={num_frames}")
     background = background_image(scene.background, rng, size)
     tint = np.asarray(COLOURS[scene.colour], np.float32) + rng.uniform(-6.0, 6.0, 3).astype(np.float32)
-    centres, radii = _trajectory(scene, rng, num_frames)
+    centres, radii = _trajectory(scene, rng, num_frames, portrait)
     alpha = silhouette(scene.shape, centres, radii, size)
     return _paint(background, tint, alpha), Truth(centres, radii, alpha)
 
@@ -326,15 +334,17 @@ def portrait(scene: Scene, rng: np.random.Generator, size: int = 128) -> np.ndar
     """
     background = background_image(scene.background, rng, size)
     tint = np.asarray(COLOURS[scene.colour], np.float32) + rng.uniform(-6.0, 6.0, 3).astype(np.float32)
-    centre, radius = rng.uniform(0.48, 0.52, (1, 2)), rng.uniform(0.15, 0.18, 1)
+    centre, radius = rng.uniform(*_PORTRAIT_CENTRE, (1, 2)), rng.uniform(*_PORTRAIT_RADIUS, 1)
     return _paint(background, tint, silhouette(scene.shape, centre, radius, size))[0]
 
 
-def render(scene: Scene, rng: np.random.Generator, size: int = 128, num_frames: int = 16) -> np.ndarray:
+def render(
+    scene: Scene, rng: np.random.Generator, size: int = 128, num_frames: int = 16, portrait: bool = False
+) -> np.ndarray:
     """Draw one clip of a scene, uint8 [T, size, size, 3].
 
     At the default pace a move covers 26-32% of the frame and growth is about twofold over the clip; "slowly" is half
     and "fast" one and a half times that (of the logarithm, for growth). The shape never leaves the frame. Raises
     `ReducioError` for a size below 16 and for no frames.
     """
-    return render_with_truth(scene, rng, size, num_frames)[0]
+    return render_with_truth(scene, rng, size, num_frames, portrait)[0]
