@@ -144,7 +144,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> Non
 
 
 class _NoRandomInit(TorchFunctionMode):
-    """Leave fresh weights as allocated. Filling a billion numbers that a file replaces takes longer than loading them.
+    """Leave fresh weights zero. Filling a billion numbers that a file replaces takes longer than loading them.
 
     Unlike construction on the meta device this keeps the buffers that no file holds (masks, tables) real.
     """
@@ -156,7 +156,8 @@ class _NoRandomInit(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in self.FILLS:
-            return args[0] if args else (kwargs or {})["tensor"]
+            # Zero, not whatever the memory held: `trunc_normal_` draws again until every value lies in its range.
+            return nn.init.zeros_(args[0] if args else (kwargs or {})["tensor"])
         return func(*args, **(kwargs or {}))
 
 

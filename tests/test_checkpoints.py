@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from reducio_fast.checkpoints import (
     CONFIG,
     WEIGHTS,
+    _NoRandomInit,
     assign,
     build,
     check_component,
@@ -324,3 +325,11 @@ def test_text_encoder_pads_cuts_and_warns(caplog: pytest.LogCaptureFixture):
     with torch.no_grad():
         ids = ByT5Tokenizer()("red", return_tensors="pt").input_ids
         torch.testing.assert_close(text[:1, :4], model(ids).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+def test_loading_ends_whatever_the_fresh_memory_held() -> None:
+    """`trunc_normal_` draws until all values lie in its range, which never happens if the draws are left out."""
+    weight = torch.full((8,), float("nan"))
+    with _NoRandomInit():
+        torch.nn.init.trunc_normal_(weight, std=0.02)
+    assert torch.equal(weight, torch.zeros(8))

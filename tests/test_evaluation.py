@@ -299,7 +299,7 @@ def test_report_refuses_empty_samples():
         report.reconstruction_scores(StillVAE(), [])
 
 
-def test_theembedded_model_can_be_scored(bundle):
+def test_the_embedded_model_can_be_scored(bundle):
     scores = report.evaluate(bundle, num_prompts=2, progress=False, num_clips=2)
     assert scores["prompts"] == 2 and 0 <= scores["all"]["right"] <= 2
     assert len(scores["failures"]) == 2 - scores["all"]["right"]

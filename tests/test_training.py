@@ -242,7 +242,10 @@ def test_the_bundle_is_float16_without_duplicates(exported: Path) -> None:
     ]
     for path in exported.rglob("*.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o644, path
-        assert {value.dtype for value in load_file(path).values() if value.is_floating_point()} == {torch.float16}, path
+        # The content encoder's second middle block never runs: its weights take one byte.
+        dead = torch.float8_e4m3fn, "encoder_2d.mid.block_2."
+        for name, value in load_file(path).items():
+            assert value.dtype == (dead[0] if name.startswith(dead[1]) else torch.float16), (path, name)
 
 
 def test_the_pipeline_draws_from_the_bundle(exported: Path) -> None:

@@ -141,10 +141,10 @@ STAGES: dict[str, Stage] = {
         makes=("runs/vae_colour",),
         needs=("runs/vae_whole",),
     ),
-    "vae_final": Stage(
-        partial(train_vae, stage="vae_final"),
+    "vae_portraits": Stage(
+        partial(train_vae, stage="vae_portraits"),
         VAESettings(
-            loop=LoopConfig(steps=900, learning_rate=6e-4, warmup_steps=20, final_rate=0.02, ema_decay=0.99, seed=10),
+            loop=LoopConfig(steps=650, learning_rate=6e-4, warmup_steps=20, final_rate=0.02, ema_decay=0.99, seed=10),
             trains="decoder",
             size=128,
             batch=2,
@@ -153,8 +153,24 @@ STAGES: dict[str, Stage] = {
             chroma_weight=1.0,
             after="vae_colour",
         ),
-        makes=("vae",),
+        makes=("runs/vae_portraits",),
         needs=("runs/vae_colour",),
+    ),
+    "vae_outlines": Stage(
+        partial(train_vae, stage="vae_outlines"),
+        VAESettings(
+            loop=LoopConfig(steps=1000, learning_rate=6e-4, warmup_steps=20, final_rate=0.02, ema_decay=0.99, seed=12),
+            trains="decoder",
+            size=96,
+            batch=2,
+            photo_share=0.1,
+            portrait_share=0.9,
+            chroma_weight=1.0,
+            moving_weight=3.0,
+            after="vae_portraits",
+        ),
+        makes=("vae",),
+        needs=("runs/vae_portraits",),
     ),
     "motion": Stage(
         train_motion,
