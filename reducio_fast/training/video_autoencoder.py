@@ -1,8 +1,8 @@
 """The video autoencoder of the tiny model.
 
-Three phases: the encoder alone learns to sketch (what a small head can draw from its latent), then everything learns
-together, both on 64-pixel crops; then the decoder learns whole clips while the latent space stays as it is. Letters in
-shapes: B batch, T frames, H W rows and columns, C channels.
+The encoder alone learns to sketch (what a small head can draw from its latent), then everything learns together, both
+on 64-pixel crops. From there on the latent space stays as it is, and the decoder learns whole clips, colours, clips as
+they are generated, and outlines. Letters in shapes: B batch, T frames, H W rows and columns, C channels.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, 
             figures |= {"sketch_psnr": _psnr(sketch.detach()), "kl": kl.detach()}
         if settings.trains != "encoder":
             output = vae.decode(z, vae.encode_content(content)).float()
-            weight = 1 + settings.moving_weight * _moving(video) if settings.moving_weight else torch.ones(())
+            weight = 1 + settings.moving_weight * _moving(video)
             absolute = (weight * (output - video).abs()).mean()
             squared = F.mse_loss(output, video)
             loss = loss + absolute + squared + settings.chroma_weight * _chroma_error(output - video)

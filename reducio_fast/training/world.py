@@ -311,10 +311,15 @@ def render_with_truth(
     if size < 16 or num_frames < 1:
         raise ReducioError(f"a clip needs size >= 16 and num_frames >= 1, got size={size}, num_frames={num_frames}")
     background = background_image(scene.background, rng, size)
-    tint = np.asarray(COLOURS[scene.colour], np.float32) + rng.uniform(-6.0, 6.0, 3).astype(np.float32)
+    tint = _tint(scene.colour, rng)
     centres, radii = _trajectory(scene, rng, num_frames, portrait)
     alpha = silhouette(scene.shape, centres, radii, size)
     return _paint(background, tint, alpha), Truth(centres, radii, alpha)
+
+
+def _tint(colour: str, rng: np.random.Generator) -> np.ndarray:
+    """A colour as one clip shows it [3]: near its name's."""
+    return np.asarray(COLOURS[colour], np.float32) + rng.uniform(-6.0, 6.0, 3).astype(np.float32)
 
 
 def _paint(background: np.ndarray, tint: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -333,7 +338,7 @@ def portrait(scene: Scene, rng: np.random.Generator, size: int = 128) -> np.ndar
     From there every motion, at any pace, stays in the frame to both sides of the centre frame.
     """
     background = background_image(scene.background, rng, size)
-    tint = np.asarray(COLOURS[scene.colour], np.float32) + rng.uniform(-6.0, 6.0, 3).astype(np.float32)
+    tint = _tint(scene.colour, rng)
     centre, radius = rng.uniform(*_PORTRAIT_CENTRE, (1, 2)), rng.uniform(*_PORTRAIT_RADIUS, 1)
     return _paint(background, tint, silhouette(scene.shape, centre, radius, size))[0]
 
