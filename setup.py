@@ -12,6 +12,7 @@ setup(
         "reducio_fast",
         "reducio_fast.training",
         "reducio_fast.evaluation",
+        "reducio_fast.fast",
         "reducio_fast.reference",
         "reducio_fast.triton_kernels",
         "reducio_fast.compile",
@@ -23,5 +24,5 @@ setup(
         "reducio_fast.compile": "compile",
     },
     # The embedded default model: model_index.json and one folder a component, at any depth.
-    package_data={"reducio_fast": ["models/tiny/**"]},
+    package_data={"reducio_fast": ["models/tiny/**"], "reducio_fast.triton_kernels": ["tables/*.json"]},
 )

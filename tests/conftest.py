@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+# Triton decides at import whether its functions are compiled or interpreted: with no GPU they run on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -1,0 +1,116 @@
+"""Compiles kernels for a GPU that is not here, and reads from the result what would make them slow there.
+
+Nothing here knows which kernels exist: callers hand in variants, objects with the fields of
+`triton_kernels.launch.Variant`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.compiler import ASTSource
+
+from .targets import Target
+
+# TMA on NVIDIA; buffer instructions on AMD, whose bounds the hardware checks (no masks, no 64-bit addresses).
+_BULK_COPY = {"sm_90": "cp.async.bulk.tensor", "sm_100": "cp.async.bulk.tensor", "gfx942": "buffer_load", "gfx950": "buffer_load"}  # fmt: skip # noqa: E501
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """What became of one variant on one target. `problems` is empty where all is well."""
+
+    variant: str
+    arch: str
+    registers: int = 0  # a thread; on AMD ordinary plus accumulation registers
+    spilled: int = 0  # bytes a thread on NVIDIA, registers on AMD
+    shared: int = 0  # bytes a block
+    matrix: str = ""  # the matrix instruction seen
+    bulk_copy: bool = False
+    problems: tuple[str, ...] = ()
+
+
+def build(variant: Any, target: Target) -> Build:
+    """Compiles one variant; whatever the compiler raises becomes the one problem of the build."""
+    options = dict(variant.options)
+    if target.backend == "cuda":
+        for amd_only in ("waves_per_eu", "matrix_instr_nonkdim", "kpack"):
+            options.pop(amd_only, None)
+    names = variant.kernel.arg_names
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    # By position, as the compiler wants it: every pointer and size a multiple of 16, as real launches have it.
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name in variant.signature and variant.signature[name][0] in "*i" and name not in variant.unaligned
+    }
+    if target.backend == "hip":  # tensors under 2 GiB: what a launch finds out from the tensors it gets
+        for i, name in enumerate(names):
+            if variant.signature.get(name, "").startswith("*"):
+                attributes[(i,)] = [*attributes.get((i,), []), ["tt.pointer_range", 32]]
+    signature = {name: variant.signature.get(name, "constexpr") for name in names}
+    source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    try:
+        compiled = triton.compile(source, target=target.triton_target, options=options)
+    except Exception as error:  # the compiler raises many types; each means that this variant cannot ship
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return Build(variant=variant.name, arch=target.arch, problems=(f"{type(error).__name__}: {lines[-1][:200]}",))
+    return _judge(variant, target, compiled)
+
+
+def build_all(variants: Iterable[Any], target: Target) -> list[Build]:
+    return [build(variant, target) for variant in variants]
+
+
+def _judge(variant: Any, target: Target, compiled: Any) -> Build:
+    text = compiled.asm[target.assembly]
+    registers, spilled = (_nvidia if target.backend == "cuda" else _amd)(compiled)
+    shared = compiled.metadata.shared
+    matrix = next((name for name in target.matrix_instructions if name in text), "")
+    bulk = target.arch in _BULK_COPY and _BULK_COPY[target.arch] in text
+    problems = []
+    if spilled:
+        problems.append(f"{spilled} {'bytes' if target.backend == 'cuda' else 'registers'} spilled")
+    if shared > target.shared_bytes:
+        problems.append(f"{shared} bytes of shared memory, the limit is {target.shared_bytes}")
+    if variant.matrix and not matrix:
+        problems.append(f"no {' or '.join(target.matrix_instructions)}")
+    if variant.bulk_copy and target.arch in ("sm_90", "gfx942") and not bulk:
+        problems.append(f"no {_BULK_COPY[target.arch]}")
+    return Build(
+        variant=variant.name, arch=target.arch, registers=registers, spilled=spilled, shared=shared,
+        matrix=matrix, bulk_copy=bulk, problems=tuple(problems),
+    )  # fmt: skip
+
+
+def _nvidia(compiled: Any) -> tuple[int, int]:
+    """Registers and spilled bytes a thread, from the finished machine code (PTX has neither)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
+    return int(found[1]), int(found[2])
+
+
+def _amd(compiled: Any) -> tuple[int, int]:
+    """Vector registers and how many vector and scalar registers were spilled, from the assembly's own notes."""
+    text = compiled.asm["amdgcn"]
+
+    def note(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    return note("vgpr_count"), note("vgpr_spill_count") + note("sgpr_spill_count")

@@ -1,0 +1,48 @@
+"""The GPUs that kernels are built for, and what each of them allows: limits of one thread block, instruction names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One GPU architecture. Sources: CUDA programming guide (compute capabilities), AMD CDNA3 and CDNA4 ISA guides."""
+
+    arch: str  # as launch tables name it
+    gpu: str  # a card that has it
+    backend: str
+    triton_arch: int | str
+    warp_size: int
+    shared_bytes: int  # that one block may ask for
+    registers: int  # a thread may hold: 32-bit ones
+    matrix_instructions: tuple[str, ...]  # any one of these in the assembly proves that matrix units are used
+
+    @property
+    def triton_target(self) -> GPUTarget:
+        return GPUTarget(self.backend, self.triton_arch, self.warp_size)
+
+    @property
+    def assembly(self) -> str:
+        """Key of the readable assembly among what Triton's compiler leaves behind."""
+        return "ptx" if self.backend == "cuda" else "amdgcn"
+
+
+TARGETS: dict[str, Target] = {
+    target.arch: target
+    for target in (
+        Target(arch="sm_80", gpu="A100", backend="cuda", triton_arch=80, warp_size=32,
+               shared_bytes=163 * 1024, registers=255, matrix_instructions=("mma.sync",)),
+        Target(arch="sm_90", gpu="H100, H200", backend="cuda", triton_arch=90, warp_size=32,
+               shared_bytes=227 * 1024, registers=255, matrix_instructions=("wgmma.mma_async",)),
+        Target(arch="sm_100", gpu="B200", backend="cuda", triton_arch=100, warp_size=32,
+               shared_bytes=227 * 1024, registers=255, matrix_instructions=("tcgen05.mma",)),
+        # Vector registers: 256 ordinary plus 256 accumulation registers at one wave a SIMD.
+        Target(arch="gfx942", gpu="MI300X", backend="hip", triton_arch="gfx942", warp_size=64,
+               shared_bytes=64 * 1024, registers=512, matrix_instructions=("v_mfma",)),
+        Target(arch="gfx950", gpu="MI350X", backend="hip", triton_arch="gfx950", warp_size=64,
+               shared_bytes=160 * 1024, registers=512, matrix_instructions=("v_mfma",)),
+    )
+}  # fmt: skip
