@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from .errors import ReducioError
@@ -158,6 +159,35 @@ def evaluate(args: argparse.Namespace) -> None:
     _report(args, result, lines)
 
 
+def compile_check(args: argparse.Namespace) -> None:
+    """Compile every kernel for every GPU target, with no GPU."""
+    from . import compile_check as checker
+
+    split = {name: text.split(",") if text else None for name, text in (("archs", args.targets), ("ops", args.kernels))}
+    builds = []
+    for build in checker.check(**split, jobs=args.jobs):
+        builds.append(build)
+        if build.problems and not args.json:
+            print(f"{build.variant} on {build.arch}: {'; '.join(build.problems)}", file=sys.stderr)
+    wrong = [build for build in builds if build.problems]
+    _report(args, {"builds": [asdict(b) for b in builds], "wrong": len(wrong)}, checker.lines(builds))
+    if wrong:
+        raise ReducioError(
+            f"{len(wrong)} of {len(builds)} builds are wrong, the first: {wrong[0].variant} on {wrong[0].arch}"
+        )
+
+
+def parity(args: argparse.Namespace) -> None:
+    """Compare the fast path with the float32 reference on this machine."""
+    from . import parity as comparison
+
+    rows = comparison.compare(model=args.model, dtype=args.dtype, device=args.device, full_size=args.full_size)
+    wrong = [row for row in rows if not row["right"]]
+    _report(args, {"rows": rows, "wrong": len(wrong)}, comparison.lines(rows))
+    if wrong:
+        raise ReducioError(f"{len(wrong)} of {len(rows)} comparisons fail, the first: {wrong[0]['what']}")
+
+
 def _load_vae(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The VAE alone and the settings in the model's index: the text encoder of a full-size model is 9 GB."""
     from .checkpoints import INDEX, find_model, load_model, read_json
@@ -280,6 +310,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prompts", type=_positive, default=64, help="held-out prompts to draw (default: 64)")
     command.add_argument("--seed", type=_not_negative, default=0)
     add_progress(command)
+
+    command = add("compile-check", compile_check)
+    command.add_argument("--targets", metavar="A,B", help="only these, such as sm_90,gfx942 (default: all)")
+    command.add_argument("--kernels", metavar="A,B", help="only these, such as conv3d (default: all)")
+    command.add_argument("--jobs", type=_positive, help="compilers at work at once (default: one a core)")
+
+    command = add("parity", parity)
+    add_model(command)
+    command.add_argument(
+        "--full-size",
+        action=argparse.BooleanOptionalAction,
+        help="full-width random weights as well (default: on a GPU)",
+    )
     return parser
 
 

@@ -15,6 +15,7 @@ from .reference import VAEConfig
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 BACKENDS = ("reference", "fast", "auto")
+MINIMUM_TRITON = (3, 6)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SEED = 2**63 - 1
 
@@ -128,14 +129,27 @@ def resolve_device(device: Any) -> torch.device:
 
 
 def resolve_backend(backend: Any) -> tuple[str, str]:
-    """The backend that will run and why. The fast path is not part of this version, so "fast" is refused."""
+    """The backend that will run, "reference" or "fast", and why. Raises ReducioError for "fast" without Triton."""
     if backend not in BACKENDS:
         raise ReducioError(f"backend: must be one of {', '.join(BACKENDS)}, is {backend!r}")
+    if backend == "reference":
+        return "reference", "asked for"
+    missing = triton_missing()
+    if missing is None:
+        return "fast", "asked for" if backend == "fast" else "the best there is"
     if backend == "fast":
-        raise ReducioError(
-            "backend: 'fast' is not part of this version; use 'reference', or 'auto' for the best there is"
-        )
-    return "reference", "asked for" if backend == "reference" else "this version has no fast path"
+        raise ReducioError(f"backend: 'fast' cannot run here: {missing}; use 'reference' or 'auto'")
+    return "reference", missing
+
+
+def triton_missing() -> str | None:
+    """Why the kernels cannot be imported, in one line; None where they can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if version >= MINIMUM_TRITON else f"Triton is {triton.__version__}, the kernels need 3.6"
 
 
 def _is_integer(value: Any) -> bool:

@@ -57,6 +57,7 @@ class ReducioPipeline:
         sample_width: int = 256,
         backend: str = "auto",
     ) -> None:
+        required = backend == "fast"
         self.backend, why = inputs.resolve_backend(backend)
         self.report = {name: f"{self.backend}: {why}" for name in ("transformer", "vae")}
         self.vae, self.transformer, self.scheduler = vae, transformer, scheduler
@@ -65,7 +66,10 @@ class ReducioPipeline:
         self.fps, self.sample_height, self.sample_width = fps, sample_height, sample_width
         self._interrupt = False
         self._progress_bar_config: dict[str, Any] = {}
+        self._engine: Any = None
         self._check_components()
+        if self.backend == "fast":
+            self._start_engine(required)
 
     @classmethod
     def from_pretrained(
@@ -283,10 +287,15 @@ class ReducioPipeline:
     ) -> Tensor:
         # The latent stays float32 whatever the networks run in: twenty updates in bfloat16 lose what they add.
         noise = noise.to(self.device)
+        words = (noise, cond, uncond, guidance_scale, steps, step_end)
         try:
-            latent = sample(
-                self.transformer, self.scheduler, noise, cond, uncond, guidance_scale, steps, step_end, generator
-            )
+            if self._engine is None:
+                latent = sample(self.transformer, self.scheduler, *words, generator)
+            else:
+                from .fast.sampler import sample as fast_sample
+
+                twins = self._engine.twins(self.transformer, self.vae)
+                latent = fast_sample(twins.transformer, self.scheduler, *words)
         except ReducioError:
             raise
         except ValueError as error:
@@ -297,8 +306,9 @@ class ReducioPipeline:
         """[1, 16, T/f, H/32, W/32] and the content frame -> float32 [3, T, H, W] in [-1, 1]."""
         config = self.vae.config
         tiled = max(frame.shape[:2]) > config.tile_size * (1 + config.tile_overlap)
-        features = self.vae.encode_content(self._pixels(frame), tiled=tiled)
-        video = self.vae.decode(latent.to(self.device, self.dtype), features, tiled=tiled)[0].float()
+        vae = self.vae if self._engine is None else self._engine.twins(self.transformer, self.vae).vae
+        features = vae.encode_content(self._pixels(frame), tiled=tiled)
+        video = vae.decode(latent.to(self.device, self.dtype), features, tiled=tiled)[0].float()
         if not torch.isfinite(video).all():
             raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
         return video.clamp(-1, 1)
@@ -307,6 +317,29 @@ class ReducioPipeline:
         """uint8 [H, W, 3] -> [1, 3, H, W] in [-1, 1], in the networks' dtype."""
         pixels = torch.from_numpy(frame).to(self.device).permute(2, 0, 1)[None].float()
         return (pixels / 127.5 - 1).to(self.dtype)
+
+    def _start_engine(self, required: bool) -> None:
+        """Fast twins for both networks; where one cannot have one, an error if `required`, else the reference."""
+        from .fast.engine import Engine
+        from .fast.sampler import coefficients
+
+        obstacle = None
+        for name, kind in (("transformer", ReducioDiT), ("vae", ReducioVAE)):
+            if type(getattr(self, name)) is not kind:
+                obstacle = (
+                    f"{name} is a {type(getattr(self, name)).__name__}, fast twins are built from {kind.__name__}"
+                )
+        try:
+            coefficients(self.scheduler, 2)
+        except ValueError as error:
+            obstacle = f"scheduler: {error}"
+        if obstacle is None:
+            self._engine = Engine()
+        elif required:
+            raise ReducioError(f"backend: 'fast' cannot run this model: {obstacle}")
+        else:
+            self.backend = "reference"
+            self.report = dict.fromkeys(self.report, f"reference: {obstacle}")
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------------
 

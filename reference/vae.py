@@ -352,11 +352,7 @@ class ReducioVAE(nn.Module):
         Raises ValueError for a size that is not a multiple of 32 (the release silently shrinks it) or a frame count
         other than `config.num_frames` (the time embeddings have that length).
         """
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video must be [B, 3, T, H, W], not {list(video.shape)}")
-        if video.shape[2] != self.config.num_frames:
-            raise ValueError(f"video has {video.shape[2]} frames, this VAE has num_frames={self.config.num_frames}")
-        self._check_size("video", video.shape[-2:])
+        self._check_video(video)
         if not tiled:
             return DiagonalGaussian(self._moments(video))
         stride, extent, latent_stride, _ = self._tile_sizes()
@@ -369,9 +365,7 @@ class ReducioVAE(nn.Module):
 
         Tiles are blended level by level at their top and left sides and stay uncropped: each serves one decoder tile.
         """
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise ValueError(f"image must be [B, 3, H, W], not {list(image.shape)}")
-        self._check_size("image", image.shape[-2:])
+        self._check_image(image)
         if not tiled:
             return self.encoder_2d(image)
         stride, extent, _, _ = self._tile_sizes()
@@ -389,12 +383,7 @@ class ReducioVAE(nn.Module):
 
         The latent is not normalised again. Raises ValueError for a latent whose channels or time steps do not fit.
         """
-        steps = self.config.num_frames // self.config.temporal_factor
-        expected = (self.config.latent_channels, steps)
-        if latent.ndim != 5 or tuple(latent.shape[1:3]) != expected:
-            raise ValueError(f"latent must be [B, {expected[0]}, {expected[1]}, h, w], not {list(latent.shape)}")
-        if tiled != isinstance(features[0], list):
-            raise ValueError(f"decode(tiled={tiled}) needs the features of encode_content(tiled={tiled})")
+        self._check_latent(latent, features, tiled)
         if not tiled:
             return self._decode(latent, features)
         stride, _, latent_stride, latent_extent = self._tile_sizes()
@@ -425,6 +414,26 @@ class ReducioVAE(nn.Module):
         grow, factor = 1 + self.config.tile_overlap, self.config.spatial_factor
         stride, latent_stride = self.config.tile_size, self.config.tile_size // factor
         return stride, int(stride * grow), latent_stride, int(latent_stride * grow)
+
+    def _check_video(self, video: Tensor) -> None:
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video must be [B, 3, T, H, W], not {list(video.shape)}")
+        if video.shape[2] != self.config.num_frames:
+            raise ValueError(f"video has {video.shape[2]} frames, this VAE has num_frames={self.config.num_frames}")
+        self._check_size("video", video.shape[-2:])
+
+    def _check_image(self, image: Tensor) -> None:
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"image must be [B, 3, H, W], not {list(image.shape)}")
+        self._check_size("image", image.shape[-2:])
+
+    def _check_latent(self, latent: Tensor, features: Features | list[list[Features]], tiled: bool) -> None:
+        steps = self.config.num_frames // self.config.temporal_factor
+        expected = (self.config.latent_channels, steps)
+        if latent.ndim != 5 or tuple(latent.shape[1:3]) != expected:
+            raise ValueError(f"latent must be [B, {expected[0]}, {expected[1]}, h, w], not {list(latent.shape)}")
+        if tiled != isinstance(features[0], list):
+            raise ValueError(f"decode(tiled={tiled}) needs the features of encode_content(tiled={tiled})")
 
     def _check_size(self, name: str, size: torch.Size) -> None:
         factor = self.config.spatial_factor

@@ -218,9 +218,7 @@ def test_generate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
     assert fps == result["fps"]
 
 
-def test_generate_from_an_image_with_transparency(
-    bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_from_an_image_with_transparency(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGBA", (200, 150), (0, 0, 255, 128)).save("i.png")
     assert run(["generate", PROMPT, "--image", "i.png", "--out", "frames", "--num-inference-steps", "2"]) == 0
     assert len(list((here / "frames").glob("*.png"))) == 16

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 LOG = logging.getLogger("reducio_fast")
-MINIMUM_TRITON = (3, 6)
 INTERPRETER = "interpreter"  # the table of Triton's interpreter: small blocks, so that small tensors span several
 
 Settings = dict[str, int]  # block sizes by the kernel's own constexpr names, and num_warps, num_stages, ...

@@ -1,0 +1,254 @@
+"""The fast twin of `reference/dit.py`: the same network, with everything that no step changes computed once a clip.
+
+What differs from the reference, and why:
+- query, key and value of self-attention are one matrix product;
+- cross-attention keys and values, which no step changes, are made in `prepare`, and hidden tokens go to the end, so
+  that a count per item replaces the mask;
+- the modulation of every block and step is a table made once a schedule (it depends on the timestep only);
+- residual, gate, LayerNorm and modulation are one pass, across block boundaries and into the final layer;
+- both halves of guidance share everything up to the first cross-attention;
+- the variance half of the final layer is never computed.
+
+Legend as in the reference: B batch, L latent tokens, S condition tokens, D hidden size, N heads, K channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..reference import ReducioDiT
+from ..reference.dit import NORM_EPS, Attention, DiTBlock, Grid
+from .plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What stays the same over all steps of a clip, for a batch of B items (both halves of guidance together)."""
+
+    keys_values: list[tuple[Tensor, Tensor]]  # one a block, [B, S, N, K] each
+    key_count: Tensor | None  # int32 [B]; None: every key is visible
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """Shifts, scales and gates of every block and of the final layer, for one step [1, ...] or a schedule [steps, ...].
+
+    `blocks` [steps, depth, 6, D] in the reference's order (shift, scale, gate of attention, then of feed-forward),
+    `final` [steps, 2, D] (shift, scale).
+    """
+
+    blocks: Tensor
+    final: Tensor
+
+    def step(self, index: int) -> Modulation:
+        return Modulation(self.blocks[index : index + 1], self.final[index : index + 1])
+
+
+class FastSelfAttention(nn.Module):
+    """Query, key and value from one product [D, 3D]; the kernel reads them in place."""
+
+    def __init__(self, attention: Attention, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        parts = (attention.to_q, attention.to_k, attention.to_v)
+        self.qkv_weight = _frozen(torch.cat([linear.weight for linear in parts]))
+        self.qkv_bias = _frozen(torch.cat([linear.bias for linear in parts]))
+        self.to_out = attention.to_out[0]
+        head_dim = len(self.to_out.weight) // self.num_heads
+        self.attend = plan.pick(path, "attention", f"self {head_dim}")
+
+    def forward(self, y_BLD: Tensor) -> Tensor:
+        q, k, v = F.linear(y_BLD, self.qkv_weight, self.qkv_bias).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return self.to_out(self.attend(q, k, v).flatten(2))
+
+
+class FastCrossAttention(nn.Module):
+    def __init__(self, attention: Attention, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.to_q, self.to_k, self.to_v = attention.to_q, attention.to_k, attention.to_v
+        self.to_out = attention.to_out[0]
+        head_dim = len(self.to_out.weight) // self.num_heads
+        self.attend = plan.pick(path, "attention", f"cross {head_dim}")
+
+    def keys_values(self, context_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (to(context_BSD).unflatten(-1, (self.num_heads, -1)) for to in (self.to_k, self.to_v))
+        return k, v
+
+    def forward(self, x_BLD: Tensor, keys_values: tuple[Tensor, Tensor], key_count: Tensor | None) -> Tensor:
+        q = self.to_q(x_BLD).unflatten(-1, (self.num_heads, -1))
+        return self.to_out(self.attend(q, *keys_values, key_count).flatten(2))
+
+
+class FastDiTBlock(nn.Module):
+    """One block without its first norm and its last residual: these belong to the pass between two blocks."""
+
+    def __init__(self, block: DiTBlock, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.per_frame = block.per_frame
+        self.attn1 = FastSelfAttention(block.attn1, plan, f"{path}.attn1")
+        if self.per_frame:
+            self.attn_temporal = FastSelfAttention(block.attn_temporal, plan, f"{path}.attn_temporal")
+        self.attn2 = FastCrossAttention(block.attn2, plan, f"{path}.attn2")
+        self.ff = block.ff
+        self.residual_norm = plan.pick(f"{path}.norm2", "gated_residual_ada_layer_norm")
+
+    def forward(
+        self, x_BLD: Tensor, y_BLD: Tensor, modulation_6D: Tensor, prepared: Prepared, index: int, grid: Grid
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and its modulated norm -> the stream before the last residual, and that branch.
+
+        In the first block the batch may be half of `prepared`'s: then both halves of guidance part here.
+        """
+        _, _, gate_1, shift_2, scale_2, _ = modulation_6D
+        x_BLD = torch.addcmul(x_BLD, gate_1, self.self_attention(y_BLD, grid))
+        if self.per_frame:
+            x_BLD = x_BLD + self.temporal_attention(x_BLD, grid)
+        if len(x_BLD) != prepared.batch:
+            x_BLD = torch.cat([x_BLD, x_BLD])
+        branch = self.attn2(x_BLD, prepared.keys_values[index], prepared.key_count)
+        B = len(x_BLD)
+        x_BLD, y_BLD = self.residual_norm(x_BLD, branch, None, _rows(shift_2, B), _rows(scale_2, B), NORM_EPS)
+        return x_BLD, self.ff(y_BLD)
+
+    def self_attention(self, y_BLD: Tensor, grid: Grid) -> Tensor:
+        if not self.per_frame:
+            return self.attn1(y_BLD)
+        B, t = len(y_BLD), grid[0]
+        return self.attn1(y_BLD.unflatten(1, (t, -1)).flatten(0, 1)).unflatten(0, (B, t)).flatten(1, 2)
+
+    def temporal_attention(self, x_BLD: Tensor, grid: Grid) -> Tensor:
+        B, t = len(x_BLD), grid[0]
+        y = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=NORM_EPS).unflatten(1, (t, -1)).transpose(1, 2)
+        return self.attn_temporal(y.flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class FastReducioDiT(nn.Module):
+    """Built from a reference model, whose unpacked weights it shares. Evaluation only.
+
+    A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step; called like the
+    reference it does all three. Source of the network: see `reference/dit.py`.
+    """
+
+    def __init__(self, model: ReducioDiT, plan: Plan) -> None:
+        super().__init__()
+        self.config, self.null_text = model.config, model.null_text
+        self.pos_embed, self.adaln_single = model.pos_embed, model.adaln_single
+        self.conditioner = (model,)  # in a tuple: embeds conditions, without its weights being listed twice
+        self.transformer_blocks = nn.ModuleList(
+            FastDiTBlock(block, plan, f"transformer_blocks.{i}") for i, block in enumerate(model.transformer_blocks)
+        )
+        self.tables = _frozen(torch.stack([block.scale_shift_table for block in model.transformer_blocks]))
+        self.final_table = model.scale_shift_table
+        keep, patch = model.config.latent_channels, math.prod(model.config.patch_size)
+        self.out_weight, self.out_bias = (
+            _frozen(p.unflatten(0, (patch, -1))[:, :keep].flatten(0, 1))
+            for p in (model.proj_out.weight, model.proj_out.bias)
+        )
+        self.first_norm = plan.pick("transformer_blocks.0.norm1", "ada_layer_norm")
+        self.residual_norm = plan.pick("transformer_blocks.*.norm1, norm_out", "gated_residual_ada_layer_norm")
+        self.positions: dict[Grid, Tensor] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out_weight.dtype
+
+    @torch.no_grad()
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        semantic: Tensor | None = None,
+        content: Tensor | None = None,
+        *,
+        size: Tensor | None = None,
+    ) -> Tensor:
+        """As the reference's, without the variance: [B, latent_channels, T, H, W]. All items share one timestep.
+
+        Raises ValueError as the reference does, and for timesteps or sizes that differ between the items.
+        """
+        self.conditioner[0]._check(
+            latent, timestep, text=text, text_mask=text_mask, semantic=semantic, content=content, size=size
+        )
+        for name, value in (("timestep", timestep), ("size", size)):
+            if value is not None and value.ndim and bool((value != value[:1]).any()):
+                raise ValueError(f"{name} differs between the items of the batch: {value.tolist()}")
+        modulation = self.modulations(timestep.flatten()[:1], latent.shape[-2:], None if size is None else size[:1])
+        return self.denoise(latent, modulation, self.prepare(text, text_mask, semantic, content))
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        semantic: Tensor | None = None,
+        content: Tensor | None = None,
+    ) -> Prepared:
+        """Cross-attention keys and values of every block; arguments as in the reference's `forward`."""
+        condition = self.conditioner[0].embed_condition(text, text_mask, semantic, content)
+        tokens, count = condition.tokens, None
+        if condition.mask is not None:
+            # Attention does not ask in which order its keys come: visible ones first, and a count says how many.
+            order = condition.mask.int().argsort(dim=1, descending=True, stable=True)
+            tokens = [t.gather(1, order[..., None].expand_as(t)) for t in tokens]
+            count = condition.mask.sum(1, dtype=torch.int32)
+        keys_values = [
+            block.attn2.keys_values(tokens[index % len(tokens)]) for index, block in enumerate(self.transformer_blocks)
+        ]
+        return Prepared(keys_values, count, len(text))
+
+    @torch.no_grad()
+    def modulations(
+        self, timesteps: Tensor, latent_size: tuple[int, int] | torch.Size, size: Tensor | None = None
+    ) -> Modulation:
+        """The table of a schedule: timesteps [steps]; latent_size (H, W) in cells; size [1, 2] in pixels."""
+        if size is None:
+            pixels = [float(n * self.config.spatial_factor) for n in latent_size]
+            size = torch.tensor([pixels], device=timesteps.device)
+        shared_S6D, embedding_SD = self.adaln_single(timesteps, size.expand(len(timesteps), 2))
+        return Modulation(self.tables + shared_S6D[:, None], self.final_table + embedding_SD[:, None])
+
+    @torch.no_grad()
+    def denoise(self, latent: Tensor, modulation: Modulation, prepared: Prepared) -> Tensor:
+        """One prediction. latent [B, C, T, H, W], or half of `prepared`'s batch: then both halves of guidance, the
+        unconditional first, are predicted from the one latent. Returns [prepared.batch, latent_channels, T, H, W]."""
+        pt, ph, pw = self.config.patch_size
+        T, H, W = latent.shape[2:]
+        grid = (T // pt, H // ph, W // pw)
+        x, blocks_M6D, (shift, scale) = self.tokens(latent, grid), modulation.blocks[0], modulation.final[0]
+        y = self.first_norm(x, _rows(blocks_M6D[0, 0], len(x)), _rows(blocks_M6D[0, 1], len(x)), NORM_EPS)
+        last = len(self.transformer_blocks) - 1
+        for i, block in enumerate(self.transformer_blocks):
+            x, branch = block(x, y, blocks_M6D[i], prepared, i, grid)
+            following = blocks_M6D[i + 1] if i < last else (shift, scale)
+            rows = [_rows(row, len(x)) for row in (blocks_M6D[i, 5], following[0], following[1])]
+            x, y = self.residual_norm(x, branch, *rows, NORM_EPS)
+        out = F.linear(y, self.out_weight, self.out_bias)
+        return self.conditioner[0].unpatchify(out, grid)
+
+    def tokens(self, latent: Tensor, grid: Grid) -> Tensor:
+        """Patches and their positions, [B, L, D]."""
+        embed, pt = self.pos_embed, self.config.patch_size[0]
+        B, C, T, H, W = latent.shape
+        frames = latent.to(self.dtype).reshape(B, C, T // pt, pt, H, W).transpose(1, 2).reshape(-1, C * pt, H, W)
+        x = embed.proj(frames).flatten(2).transpose(1, 2).unflatten(0, (B, grid[0]))
+        if grid not in self.positions:
+            self.positions[grid] = embed.position(*grid, latent.device)
+        return (x + self.positions[grid]).flatten(1, 2).to(self.dtype)
+
+
+def _frozen(x: Tensor) -> nn.Parameter:
+    return nn.Parameter(x.detach().contiguous(), requires_grad=False)
+
+
+def _rows(row_D: Tensor, batch: int) -> Tensor:
+    """One modulation for every item: [D] -> [B, D] of stride 0."""
+    return row_D.expand(batch, -1)

@@ -1,0 +1,94 @@
+"""Which implementation each module of a fast model gets: decided once, when the model is built, and written down.
+
+The choices are our Triton kernel, the vendor's library through torch ("vendor": cuDNN, MIOpen, torch's own attention),
+`flash-attn` where it is installed, or, on a CPU, plain torch ops with the same algebra.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..triton_kernels import (
+    ada_layer_norm,
+    attention,
+    blend_tiles,
+    conv3d,
+    gated_residual_ada_layer_norm,
+    group_norm_silu,
+    guidance_dpm_step,
+    upsample_conv3d,
+)
+from ..triton_kernels.launch import FLOATING, arch_of, table
+
+OPS = {
+    module.OP: module
+    for module in (
+        ada_layer_norm, gated_residual_ada_layer_norm, attention, conv3d, upsample_conv3d, group_norm_silu,
+        guidance_dpm_step, blend_tiles,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One line of the report: the module's path, the op it runs, what runs it and why."""
+
+    path: str
+    op: str
+    implementation: str  # "kernel", "vendor", "flash-attn" or "torch"
+    why: str
+
+
+@dataclass(slots=True)
+class Plan:
+    """Picks implementations for models on one device in one dtype; `choices` lists every pick so far."""
+
+    device: torch.device
+    dtype: torch.dtype
+    choices: list[Choice] = field(default_factory=list)
+
+    def pick(self, path: str, op: str, shape: str = "") -> Callable[..., Any]:
+        """The callable for `op` at module `path`. `shape` is its class in the table, e.g. "128->128" of a convolution.
+
+        A GPU's table names the shapes for which a measurement found another implementation faster than our kernel.
+        """
+        module = OPS[op]
+        implementation, why = self._decide(op, shape)
+        self.choices.append(Choice(path, f"{op} {shape}".strip(), implementation, why))
+        if implementation == "kernel":
+            return getattr(torch.ops.reducio_fast, op)
+        return _flash_attention if implementation == "flash-attn" else module.twin
+
+    @property
+    def kernels(self) -> bool:
+        """Whether any module runs a kernel, so that statistics from epilogues are worth asking for."""
+        return self.device.type == "cuda"
+
+    def _decide(self, op: str, shape: str) -> tuple[str, str]:
+        if self.device.type != "cuda":
+            return "torch", f"{self.device.type}: the same algebra on torch ops"
+        if self.dtype not in FLOATING:
+            return "vendor", f"kernels do not take {self.dtype}"
+        arch = arch_of(self.device)
+        measured = table(arch).get("plan", {})
+        for key in (f"{op} {shape}", op):
+            if key in measured:
+                name = measured[key]
+                if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
+                    return "kernel", f"measured faster on {arch} with flash-attn, which is not installed"
+                return name, f"measured fastest on {arch}"
+        return "kernel", f"no faster one was measured on {arch}"
+
+
+def _flash_attention(q, k, v, key_count=None, scale=None, frame=0):  # type: ignore[no-untyped-def]
+    """flash-attn where it can say what is asked: no key counts, no frame-causal mask."""
+    if key_count is not None or frame:
+        return torch.ops.reducio_fast.attention(q, k, v, key_count, scale, frame)
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, softmax_scale=scale)

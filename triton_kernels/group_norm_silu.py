@@ -1,0 +1,298 @@
+"""group_norm_silu: y = silu(GroupNorm(x)) in NDHWC, written into the interior of a zero-padded buffer.
+
+Twin: `F.silu(nn.GroupNorm(x))`, or `PerFrameGroupNorm`, of `reference/vae.py`, then the next convolution's zero padding.
+Legend: N batch, T frames, H W rows and columns, C channels, R rows of C channels that share statistics (an item's).
+
+Three kernels: statistics of tiles of rows, read in parallel over the whole tensor; one scale and shift a channel from
+them; the apply pass. A tile leaves (count, mean, M2 = sum of squared deviations from that mean) a channel, and these merge
+by Chan's formula in a fixed order: E[x^2] - E[x]^2 would cancel where the mean is large, atomics would not repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from .launch import (
+    TYPES,
+    Settings,
+    Variant,
+    arch_of,
+    check_contiguous,
+    check_multiple,
+    check_same,
+    check_shape,
+    check_tensors,
+    launcher,
+)
+from .launch import settings as table_settings
+
+OP = "group_norm_silu"
+
+
+@triton.jit
+def row_offset(item, rows, row, C: tl.constexpr):
+    """Where a row of C channels begins, in int64: two clips of 16x320x320 at 256 channels are near 2^31 elements."""
+    return (item.to(tl.int64) * rows + row) * C
+
+
+# Sizes are not specialised on: one build serves every tile shape, and C alone decides how wide the loads are.
+@triton.jit(do_not_specialize=["R", "tiles", "steps"])
+def statistics_kernel(
+    x_ptr, partials_ptr, R, tiles, steps, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """One program a tile of steps * BLOCK_R rows: Welford's update a lane, no reduction before the end."""
+    item, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    x_ptr += row_offset(item, R, tile * steps * BLOCK_R, C)
+    left = R - tile * steps * BLOCK_R  # rows from the tile's first to the item's last
+    r, c = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    mean = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    M2 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    count = tl.zeros((BLOCK_R, 1), tl.float32)
+    step = 0.0
+    for i in range(steps):
+        step += 1.0
+        inside = r < left - i * BLOCK_R
+        x = tl.load(x_ptr + r * C + c, mask=inside & (c < C), other=0.0).to(tl.float32)
+        delta = tl.where(inside, x - mean, 0.0)  # once outside a lane stays outside, its state as it was
+        mean += delta * (1.0 / step)
+        M2 += delta * (x - mean)
+        count += inside.to(tl.float32)
+        x_ptr += BLOCK_R * C
+    rows = tl.sum(tl.sum(count, 1), 0)
+    average = tl.sum(count * mean, 0)[None, :] / rows
+    delta = mean - average
+    M2 = tl.sum(M2 + count * delta * delta, 0)[None, :]
+    out_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * 3 * C
+    tl.store(out_ptr + c, tl.zeros((1, BLOCK_C), tl.float32) + rows, mask=c < C)
+    tl.store(out_ptr + C + c, average, mask=c < C)
+    tl.store(out_ptr + 2 * C + c, M2, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["tiles", "eps"])
+def finalise_kernel(
+    partials_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, tiles, eps,
+    C: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program an item and group: merges tiles lane by lane, then lanes, then writes the group's scale and shift."""
+    PER_GROUP: tl.constexpr = C // GROUPS
+    item = (tl.program_id(0) // GROUPS).to(tl.int64)
+    first = tl.program_id(0) % GROUPS * PER_GROUP
+    r, c = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    count = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    mean = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    M2 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(0, tiles, BLOCK_R):
+        at = partials_ptr + (item * tiles + start + r) * 3 * C + first + c
+        n = tl.load(at, mask=(start + r < tiles) & (c < PER_GROUP), other=0.0)
+        delta = tl.load(at + C, mask=n > 0.0, other=0.0) - mean  # a tile of no rows has no mean
+        total = count + n
+        share = n / tl.maximum(total, 1.0)
+        M2 += tl.load(at + 2 * C, mask=n > 0.0, other=0.0) + delta * delta * count * share
+        mean += delta * share
+        count = total
+    total = tl.sum(tl.sum(count, 1), 0)
+    rough = tl.sum(tl.sum(count * mean, 1), 0) / total
+    # Again, of what is left: a float32 sum of large means rounds by more than a small deviation can bear.
+    average = rough + tl.sum(tl.sum(count * (mean - rough), 1), 0) / total
+    delta = mean - average
+    variance = tl.sum(tl.sum(M2 + count * delta * delta, 1), 0) / total
+    k = tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + first + k, mask=k < PER_GROUP, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + first + k, mask=k < PER_GROUP, other=0.0).to(tl.float32)
+    scale = weight * tl.rsqrt(variance + eps)
+    tl.store(scale_ptr + item * C + first + k, scale, mask=k < PER_GROUP)
+    tl.store(shift_ptr + item * C + first + k, bias - average * scale, mask=k < PER_GROUP)
+
+
+@triton.jit(do_not_specialize=["T", "H", "W", "front", "back"])
+def apply_kernel(
+    x_ptr, scale_ptr, shift_ptr, out_ptr, T, H, W, front, back,
+    HALO: tl.constexpr, SILU: tl.constexpr, PER_FRAME: tl.constexpr,
+    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program BLOCK_R rows of one line of the padded output: what is padding is decided a line, not an element."""
+    out_T, out_H, out_W = T + front + back, H + 2 * HALO, W + 2 * HALO
+    blocks = (out_W + BLOCK_R - 1) // BLOCK_R
+    line, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    n, out_t, out_h = line // out_H // out_T, line // out_H % out_T, line % out_H
+    t, h = out_t - front, out_h - HALO
+    out_w, c = (block * BLOCK_R + tl.arange(0, BLOCK_R))[:, None], tl.arange(0, BLOCK_C)[None, :]
+    w = out_w - HALO
+    channel = c < C
+    interior = (t >= 0) & (t < T) & (h >= 0) & (h < H)
+    inside = interior & (w >= 0) & (w < W)
+    x = tl.load(x_ptr + row_offset(n, T * H * W, (t * H + h) * W, C) + (w * C + c), mask=inside & channel, other=0.0)
+    item = n * T + t if PER_FRAME else n
+    item = row_offset(item, 1, 0, C)
+    scale = tl.load(scale_ptr + item + c, mask=interior & channel, other=0.0)
+    shift = tl.load(shift_ptr + item + c, mask=interior & channel, other=0.0)
+    y = x.to(tl.float32) * scale + shift
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    y = tl.where(inside, y, 0.0)
+    out_ptr += row_offset(n, out_T * out_H * out_W, (out_t * out_H + out_h) * out_W, C)
+    tl.store(out_ptr + (out_w * C + c), y.to(out_ptr.dtype.element_ty), mask=(out_w < out_W) & channel)
+
+
+def blocks(part: str, C: int, arch: str) -> Settings:
+    """Settings of one of the kernels: the table's ELEMENTS a program become rows of so many channels."""
+    entry = table_settings(OP, part, arch)
+    BLOCK_C = triton.next_power_of_2(C)
+    return {"BLOCK_R": max(1, entry.pop("ELEMENTS") // BLOCK_C), "BLOCK_C": BLOCK_C, **entry}
+
+
+def statistics(x: Tensor, per_frame: bool) -> Tensor:
+    """Runs the first kernel: float32 [items, tiles, 3, C]; an item is a clip, or a frame."""
+    N, T, H, W, C = x.shape
+    items, R = (N * T, H * W) if per_frame else (N, T * H * W)
+    entry = blocks("statistics", C, arch_of(x.device))
+    most = entry.pop("TILES")  # in all: enough programs to fill a GPU, few enough to merge in no time
+    steps = triton.cdiv(R * items, entry["BLOCK_R"] * most)
+    tiles = triton.cdiv(R, entry["BLOCK_R"] * steps)
+    partials = torch.empty((items, tiles, 3, C), dtype=torch.float32, device=x.device)
+    launcher(statistics_kernel)[(items * tiles,)](x, partials, R, tiles, steps, C=C, **entry)
+    return partials
+
+
+def launch(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, silu: bool = True,
+    per_frame: bool = False, partials: Tensor | None = None, front: int = 0, back: int = 0, halo: bool = False,
+) -> Tensor:  # fmt: skip
+    """Runs the kernels: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `group_norm_silu`."""
+    N, T, H, W, C = x.shape
+    arch = arch_of(x.device)
+    if partials is None:
+        partials = statistics(x, per_frame)
+    items, tiles = partials.shape[:2]
+    scale, shift = torch.empty((2, items, C), dtype=torch.float32, device=x.device).unbind()
+    launcher(finalise_kernel)[(items * groups,)](
+        partials, weight, bias, scale, shift, tiles, eps, C=C, GROUPS=groups, **blocks("finalise", C // groups, arch)
+    )
+    out_T, out_H, out_W = T + front + back, H + 2 * halo, W + 2 * halo
+    out = torch.empty((N, out_T, out_H, out_W, C), dtype=x.dtype, device=x.device)
+    entry = blocks("apply", C, arch)
+    launcher(apply_kernel)[(N * out_T * out_H * triton.cdiv(out_W, entry["BLOCK_R"]),)](
+        x, scale, shift, out, T, H, W, front, back,
+        HALO=int(halo), SILU=silu, PER_FRAME=per_frame, C=C, **entry,
+    )  # fmt: skip
+    return out
+
+
+def twin(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, silu: bool = True,
+    per_frame: bool = False, partials: Tensor | None = None, front: int = 0, back: int = 0, halo: bool = False,
+) -> Tensor:  # fmt: skip
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. It has no use for `partials`."""
+    N, T, H, W, C = x.shape
+    # torch's channels-last GroupNorm sums a whole clip into one float32: 60 times the error of two passes with `mean`,
+    # which adds pairwise.
+    sets = x.reshape(N * T if per_frame else N, -1, C)
+    mean_SC = sets.mean(1).unflatten(1, (groups, -1)).mean(2, keepdim=True).expand(-1, -1, C // groups).flatten(1)
+    centred = sets - mean_SC[:, None]
+    variance_SG = centred.square().mean(1).unflatten(1, (groups, -1)).mean(2)
+    scale_SC = torch.rsqrt(variance_SG + eps).repeat_interleave(C // groups, dim=1) * weight
+    y = torch.addcmul(bias, centred, scale_SC[:, None])
+    y = (F.silu(y, inplace=True) if silu else y).view(x.shape)
+    if not (front or back or halo):
+        return y
+    out = y.new_empty((N, T + front + back, H + 2 * halo, W + 2 * halo, C))
+    edges = (0, -1) if halo else ()
+    out[:, :front], out[:, front + T :] = 0, 0
+    for edge in edges:
+        out[:, :, edge], out[:, :, :, edge] = 0, 0
+    out[:, front : front + T, int(halo) : halo + H, int(halo) : halo + W] = y
+    return out
+
+
+@triton_op("reducio_fast::group_norm_silu", mutates_args={})
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-6,
+    silu: bool = True,
+    per_frame: bool = False,
+    partials: Tensor | None = None,
+    front: int = 0,
+    back: int = 0,
+    halo: bool = False,
+) -> Tensor:
+    """GroupNorm and SiLU, in the buffer that the next convolution reads: [N, T + front + back, H + 2, W + 2, C].
+
+    Args:
+        x: activations [N, T, H, W, C], contiguous.
+        weight, bias: the norm's, [C].
+        silu: False leaves the activation out.
+        per_frame: statistics of one frame at a time, as causal models need, instead of the clip's.
+        partials: float32 [N, tiles, 3, C] where a convolution's epilogue took the statistics of its own output: count,
+            mean and sum of squared deviations from it, a tile and channel. Tiles of count 0 are skipped.
+        front, back: frames of zeros before and after.
+        halo: one row and column of zeros around each frame.
+
+    Raises ValueError for arguments that differ in device, dtype or size.
+    """
+    check_shape(OP, "x", x, None, None, None, None, None)
+    N, T, H, W, C = x.shape
+    check_tensors(OP, x=x, weight=weight, bias=bias)
+    check_contiguous(OP, x=x, weight=weight, bias=bias, partials=partials)
+    check_shape(OP, "weight", weight, C)
+    check_shape(OP, "bias", bias, C)
+    if groups < 1 or min(front, back) < 0 or x.numel() == 0:
+        raise ValueError(
+            f"{OP}: groups={groups}, front={front}, back={back}, x has shape {tuple(x.shape)}; "
+            "it must not be empty, groups at least 1, front and back at least 0"
+        )
+    check_multiple(OP, "C", C, groups)
+    if partials is not None:
+        if per_frame:
+            raise ValueError(f"{OP}: partials are a clip's, per_frame=True needs statistics of frames")
+        check_shape(OP, "partials", partials, N, None, 3, C)
+        check_same(OP, "device", x=x.device, partials=partials.device)
+        check_same(OP, "dtype", needed=torch.float32, partials=partials.dtype)
+    run = launch if x.is_cuda else twin
+    return run(x, weight, bias, groups, eps, silu, per_frame, partials, front, back, halo)
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """What is shipped for `arch`: the full-size decoder's widths with 32 groups, clips and frames, padded or dense."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        of = f"*{TYPES[dtype]}"
+        for C in (128, 256, 512):
+            statistics_entry = blocks("statistics", C, arch)
+            statistics_entry.pop("TILES")
+            yield _variant(
+                f"statistics {TYPES[dtype]} {C}", statistics_kernel, {"x_ptr": of}, {"C": C}, statistics_entry
+            )
+            yield _variant(
+                f"finalise {TYPES[dtype]} {C}", finalise_kernel, {"weight_ptr": of, "bias_ptr": of},
+                {"C": C, "GROUPS": 32}, blocks("finalise", C // 32, arch),
+            )  # fmt: skip
+            # Fusion norms without an activation, attention's too; the residual branches always have one.
+            for silu, halo, per_frame in ((True, 1, False), (True, 1, True), (True, 0, False), (False, 0, False)):
+                yield _variant(
+                    f"apply {TYPES[dtype]} {C}{' silu' * silu}{' halo' * halo}{' per frame' * per_frame}",
+                    apply_kernel, {"x_ptr": of, "out_ptr": of},
+                    {"HALO": halo, "SILU": silu, "PER_FRAME": per_frame, "C": C}, blocks("apply", C, arch),
+                )  # fmt: skip
+
+
+def _variant(name: str, kernel: triton.JITFunction, types: dict, constants: dict, entry: Settings) -> Variant:
+    block = {key: entry.pop(key) for key in ("BLOCK_R", "BLOCK_C")}
+    constants = constants | block
+    scalars = tuple(name for name in kernel.arg_names if name not in constants and not name.endswith("_ptr"))
+    pointers = tuple(name for name in kernel.arg_names if name.endswith("_ptr"))
+    kinds = {"eps": "fp32"}
+    signature = {name: types.get(name, "*fp32") for name in pointers} | {
+        name: kinds.get(name, "i32") for name in scalars
+    }
+    return Variant(
+        name=f"{OP} {name}", kernel=kernel, signature=signature, constants=constants, options=entry, unaligned=scalars
+    )

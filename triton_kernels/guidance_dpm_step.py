@@ -1,0 +1,228 @@
+"""guidance_dpm_step: g = u + guidance * (t - u); data = p x + q g; next = a x + b data + c previous.
+
+u and t are the unconditional and conditional halves of a model's output, `previous` is the data prediction of the step
+before. With the right (p, q, a, b, c) a step this is DPM-Solver++ of first or second order, or Euler on a flow.
+Twin: guidance in `reference/sampler.py` and diffusers' `scheduler.step`. Legend: B batch, N elements of all items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from .launch import TYPES, Variant, arch_of, check_contiguous, check_same, check_shape, check_tensors, launcher
+from .launch import settings as table_settings
+
+OP = "guidance_dpm_step"
+
+
+@triton.jit
+def element_offsets(block, BLOCK_N: tl.constexpr):
+    """Elements of one program, in int64: a batch of long latents may pass 2^31."""
+    return block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+# A step's coefficients are a row of a table, aligned or not: one build serves both.
+@triton.jit(do_not_specialize_on_alignment=["coefficients_ptr"])
+def guidance_dpm_step_kernel(
+    prediction_ptr,
+    x_ptr,
+    previous_ptr,
+    coefficients_ptr,
+    next_ptr,
+    data_ptr,
+    N,
+    GUIDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n = element_offsets(tl.program_id(0), BLOCK_N)
+    inside = n < N
+    p, q = tl.load(coefficients_ptr + 1), tl.load(coefficients_ptr + 2)
+    a, b, c = tl.load(coefficients_ptr + 3), tl.load(coefficients_ptr + 4), tl.load(coefficients_ptr + 5)
+    g = tl.load(prediction_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    if GUIDED:
+        conditional = tl.load(prediction_ptr + N + n, mask=inside, other=0.0).to(tl.float32)
+        g += tl.load(coefficients_ptr) * (conditional - g)
+    x = tl.load(x_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    # Not read where it has no weight: before the first step it may hold anything, NaN included.
+    previous = tl.load(previous_ptr + n, mask=n < tl.where(c == 0.0, 0, N), other=0.0).to(tl.float32)
+    data = p * x + q * g
+    tl.store(data_ptr + n, data.to(data_ptr.dtype.element_ty), mask=inside)
+    tl.store(next_ptr + n, (a * x + b * data + c * previous).to(next_ptr.dtype.element_ty), mask=inside)
+
+
+def launch(prediction: Tensor, x: Tensor, previous: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `guidance_dpm_step`."""
+    following, data = torch.empty_like(x), torch.empty_like(x)
+    settings = table_settings(OP, "*", arch_of(x.device))
+    launcher(guidance_dpm_step_kernel)[(triton.cdiv(x.numel(), settings["BLOCK_N"]),)](
+        prediction,
+        x,
+        previous,
+        coefficients,
+        following,
+        data,
+        x.numel(),
+        GUIDED=len(prediction) != len(x),
+        **settings,
+    )
+    return following, data
+
+
+def twin(prediction: Tensor, x: Tensor, previous: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
+    precise = torch.promote_types(x.dtype, torch.float32)  # of float64 inputs the oracle keeps every digit
+    guidance, p, q, a, b, c = coefficients.to(precise).unbind()
+    wide = x.to(precise)
+    g = prediction.to(precise)
+    if len(prediction) != len(x):
+        unconditional, conditional = g.chunk(2)
+        g = unconditional + guidance * (conditional - unconditional)
+    data = p * wide + q * g
+    following = a * wide + b * data + torch.where(c == 0, 0.0, c * previous.to(precise))
+    return following.to(x.dtype), data.to(x.dtype)
+
+
+@triton_op("reducio_fast::guidance_dpm_step", mutates_args={})
+def guidance_dpm_step(prediction: Tensor, x: Tensor, previous: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Classifier-free guidance and one sampler step: (next latent, data prediction), in the dtype of `x`.
+
+    Args:
+        prediction: the model's output [2B, ...], unconditional half first, or [B, ...] where there is no guidance.
+        x: the latent [B, ...], in float32 or the prediction's dtype.
+        previous: what the step before returned as data prediction, like `x`; not read where c is 0.
+        coefficients: float32 [6] on the device: guidance, then a row of `dpm_coefficients` or `euler_coefficients`.
+
+    Raises ValueError for arguments that differ in device, dtype or size.
+    """
+    check_tensors(OP, x=x, previous=previous)
+    check_tensors(OP, prediction=prediction)
+    if x.dtype != torch.float32:
+        check_same(OP, "dtype", prediction=prediction.dtype, x=x.dtype)
+    check_same(OP, "shape", x=tuple(x.shape), previous=tuple(previous.shape))
+    check_same(OP, "shape after the batch", x=tuple(x.shape[1:]), prediction=tuple(prediction.shape[1:]))
+    if len(prediction) not in (len(x), 2 * len(x)):
+        raise ValueError(f"{OP}: prediction has B={len(prediction)}, x has B={len(x)}: it must be as many, or twice")
+    check_contiguous(OP, prediction=prediction, x=x, previous=previous, coefficients=coefficients)
+    check_shape(OP, "coefficients", coefficients, 6)
+    check_same(OP, "device", x=x.device, prediction=prediction.device, coefficients=coefficients.device)
+    check_same(OP, "dtype", expected=torch.float32, coefficients=coefficients.dtype)
+    return (launch if x.is_cuda else twin)(prediction, x, previous, coefficients)
+
+
+# --- coefficients: what a diffusers scheduler would do, as numbers ----------------------------------------------------
+
+
+def dpm_coefficients(scheduler: Any) -> Tensor:
+    """(p, q, a, b, c) of every step of a `DPMSolverMultistepScheduler` after `set_timesteps`: float64 [steps, 5].
+
+    Its sigmas are taken as they are, so every schedule it knows is covered. Raises ValueError for what is not a linear
+    update of two data predictions: other schedulers, solvers that draw noise or predict it, third order, thresholding.
+    """
+    config, sigmas = _checked(scheduler, "DPMSolverMultistepScheduler")
+    for name, known in (
+        ("algorithm_type", ("dpmsolver++",)),
+        ("solver_order", (1, 2)),
+        ("solver_type", ("midpoint", "heun")),
+        ("prediction_type", ("epsilon", "sample", "v_prediction", "flow_prediction")),
+        ("thresholding", (False,)),
+        ("variance_type", (None,)),  # the scheduler would cut the prediction to three channels
+    ):
+        if config[name] not in known:
+            raise ValueError(f"dpm_coefficients: {name}={config[name]!r} is not one of {known}")
+
+    def alpha_sigma(sigma: float) -> tuple[float, float]:
+        if config.get("use_flow_sigmas", False):
+            return 1 - sigma, sigma
+        return 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
+
+    def log_snr(sigma: float) -> float:
+        alpha, sigma = alpha_sigma(sigma)
+        return (math.log(alpha) if alpha else -math.inf) - (math.log(sigma) if sigma else -math.inf)
+
+    steps = len(sigmas) - 1
+    lower_at_end = (
+        config["euler_at_final"]
+        or (config["lower_order_final"] and steps < 15)
+        or config["final_sigmas_type"] == "zero"
+    )
+    rows = []
+    for i in range(steps):
+        alpha, sigma = alpha_sigma(sigmas[i])
+        if config["prediction_type"] == "epsilon":
+            p, q = 1 / alpha, -sigma / alpha
+        elif config["prediction_type"] == "v_prediction":
+            p, q = alpha, -sigma
+        elif config["prediction_type"] == "flow_prediction":
+            p, q = 1.0, -sigmas[i]
+        else:
+            p, q = 0.0, 1.0
+        alpha_next, sigma_next = alpha_sigma(sigmas[i + 1])
+        h = log_snr(sigmas[i + 1]) - log_snr(sigmas[i])
+        a, b, c = sigma_next / sigma, -alpha_next * math.expm1(-h), 0.0
+        if config["solver_order"] == 2 and i > 0 and not (i == steps - 1 and lower_at_end):
+            # The slope of the data prediction, from its last two values, extends the step to second order.
+            if config["solver_type"] == "midpoint":
+                weight = 0.5 * b
+            else:
+                weight = alpha_next * (math.expm1(-h) / h + 1) if h else 0.0
+            slope = weight * h / (log_snr(sigmas[i]) - log_snr(sigmas[i - 1]))
+            b, c = b + slope, -slope
+        rows.append((p, q, a, b, c))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def euler_coefficients(scheduler: Any) -> Tensor:
+    """(p, q, a, b, c) of every step of a `FlowMatchEulerDiscreteScheduler` after `set_timesteps`: float64 [steps, 5].
+
+    The "data prediction" is then the velocity itself. Raises ValueError for other schedulers and for one that draws
+    noise as it goes.
+    """
+    config, sigmas = _checked(scheduler, "FlowMatchEulerDiscreteScheduler")
+    if config.get("stochastic_sampling", False):
+        raise ValueError("euler_coefficients: stochastic_sampling=True draws noise, a step here is a linear update")
+    rows = [(0.0, 1.0, 1.0, after - before, 0.0) for before, after in zip(sigmas[:-1], sigmas[1:], strict=True)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _checked(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]]:
+    """Config and sigmas, one more than there are steps, of a scheduler of the wanted class, ready to step.
+
+    By the name of the class or of a base: kernels import without diffusers. Relatives with the same config (single-step
+    and EDM solvers) scale the noise or the model's input, or step otherwise.
+    """
+    kind = type(scheduler).__name__
+    if wanted not in (base.__name__ for base in type(scheduler).__mro__):
+        raise ValueError(f"{OP}: the scheduler is a {kind}, coefficients are known for {wanted}")
+    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
+        raise ValueError(f"{OP}: {kind} has init_noise_sigma={scheduler.init_noise_sigma}, it must be 1")
+    if getattr(scheduler, "num_inference_steps", None) is None:
+        raise ValueError(f"{OP}: {kind} has no steps yet, call set_timesteps first")
+    return dict(scheduler.config), scheduler.sigmas.double().tolist()
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """What is shipped for `arch`: latents in float32 or in the model's dtype, with and without guidance."""
+    for prediction in (torch.bfloat16, torch.float16, torch.float32):
+        for latent in dict.fromkeys((torch.float32, prediction)):
+            for guided in (True, False):
+                yield Variant(
+                    name=f"{OP} {TYPES[prediction]} on {TYPES[latent]}{' guided' if guided else ''}",
+                    kernel=guidance_dpm_step_kernel,
+                    signature={
+                        "prediction_ptr": f"*{TYPES[prediction]}",
+                        **dict.fromkeys(("x_ptr", "previous_ptr", "next_ptr", "data_ptr"), f"*{TYPES[latent]}"),
+                        "coefficients_ptr": "*fp32",
+                        "N": "i32",
+                    },
+                    constants={"GUIDED": guided, "BLOCK_N": table_settings(OP, "*", arch)["BLOCK_N"]},
+                    options={k: v for k, v in table_settings(OP, "*", arch).items() if k != "BLOCK_N"},
+                    unaligned=("coefficients_ptr",),
+                )

@@ -1,0 +1,204 @@
+"""upsample_conv3d: y = conv(nearest x2 of x in space, or space and time; w) + bias, w being 3x3x3 with zero padding.
+
+Twin: `Upsample` of `reference/vae.py`. Source: sub-pixel (phase) decomposition of nearest up-sampling, exact.
+
+The up-sampled tensor is never made. Along a doubled axis the outputs of one parity (a phase) see only two inputs, so a
+phase is a smaller convolution of x with sums of taps: 27 taps become 12 (space) or 8 (space and time).
+Legend: N items, T frames, H height, W width (of x), C channels in, K channels out, P phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from .conv3d import (
+    blocks_for,
+    check_buffer,
+    descriptors_fit,
+    finish,
+    pack_weight,
+    row_number,
+    shifted_gemm,
+    statistics,
+    variant,
+)
+from .launch import Variant, arch_of, check_contiguous, check_shape, check_tensors, launcher
+
+OP = "upsample_conv3d"
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "W", "FRONT", "LEAD", "FRAMES", "TILES"])
+def upsample_conv3d_kernel(
+    x_ptr, w_ptr, bias_ptr, out_ptr, stats_ptr, N, T, H, W, FRONT, LEAD, FRAMES, TILES,
+    C: tl.constexpr, K: tl.constexpr, DOUBLE: tl.constexpr, CAUSAL: tl.constexpr, HALO: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of BLOCK_M positions of x, one phase, and BLOCK_K channels.
+
+    Positions are counted over frames of (H + 2) x (W + 2), as in conv3d. With a halo those around the frame, and the
+    LEAD frames before the first, stand for the zeros: each phase writes the ones that have its parity.
+    DOUBLE: 2 where time is doubled, else 1. FRAMES: of the output, FRONT + DOUBLE * T + back.
+    """
+    TIME: tl.constexpr = 4 - DOUBLE  # taps: 3 where time stays, 2 where it doubles
+    blocks = tl.cdiv(K, BLOCK_K)
+    tile = tl.program_id(0) // blocks  # of the statistics: item, position, phase
+    k0 = tl.program_id(0) % blocks * BLOCK_K
+    phase = tile % (4 * DOUBLE)
+    column = phase % 2
+    line = phase // 2 % 2
+    instant = phase // 4
+    item = (tile // (4 * DOUBLE * TILES)).to(tl.int64)
+    q0 = tile // (4 * DOUBLE) % TILES * BLOCK_M
+    width = W + 2
+    frame = (H + 2) * width
+
+    # First of the two inputs: the one before for parity 0, the same one for parity 1; in causal time always the one
+    # before, and the buffer's two leading frames put that at index 1.
+    ahead = 1 if DOUBLE == 2 and CAUSAL else instant
+    first = q0 - LEAD * frame - HALO * (width + 1) + ahead * frame + line * width + column
+    live = ((q0 + BLOCK_M > LEAD * frame) & (q0 < (LEAD + T) * frame)).to(tl.int32)
+    acc = shifted_gemm(
+        x_ptr, w_ptr, item, first, N, T + 2, H + 2, width, 4 * DOUBLE * K, phase * K + k0, live, C, TIME, 2,
+        DESCRIPTORS, BLOCK_M, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+
+    q = q0 + tl.arange(0, BLOCK_M)
+    t = q // frame - LEAD
+    y = q % frame // width - HALO
+    x = q % width - HALO
+    inside = (t >= 0) & (t < T) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    f = DOUBLE * t + instant + FRONT
+    y = 2 * y + line + HALO
+    x = 2 * x + column + HALO
+    height = 2 * (H + HALO)
+    width = 2 * (W + HALO)
+    stored = (f >= 0) & (f < FRAMES) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    out_rows = row_number(item, f, y, x, FRAMES, height, width)
+    finish(
+        acc, k0, bias_ptr, None, out_ptr, stats_ptr, tile, out_rows, inside, out_rows, stored, K, PIECES
+    )  # fmt: skip
+
+
+def launch(
+    x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, causal: bool = False,
+    stats: bool = False, front: int = 0, back: int = 0, halo: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `upsample_conv3d`."""
+    N, padded_T, padded_H, padded_W, C = x_padded.shape
+    P, K, _ = weight.shape
+    T, H, W, double = padded_T - 2, padded_H - 2, padded_W - 2, P // 4
+    chosen = blocks_for(OP, x_padded.dtype, C, K, arch_of(x_padded.device))
+    lead, frames = triton.cdiv(front, double), front + double * T + back
+    tiles = triton.cdiv((lead + T + triton.cdiv(back, double)) * padded_H * padded_W, chosen["BLOCK_M"])
+    out = x_padded.new_empty(N, frames, 2 * (H + halo), 2 * (W + halo), K)
+    partials = x_padded.new_empty((N, P * tiles, 3, K) if stats else (0,), dtype=torch.float32)
+    launcher(upsample_conv3d_kernel)[(N * tiles * P * triton.cdiv(K, chosen["BLOCK_K"]),)](
+        x_padded, weight, bias, out, partials if stats else None, N, T, H, W, front, lead, frames, tiles,
+        C=C, K=K, DOUBLE=double, CAUSAL=causal, HALO=int(halo), DESCRIPTORS=descriptors_fit(x_padded, weight),
+        **chosen,
+    )  # fmt: skip
+    return out, partials
+
+
+def twin(
+    x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, causal: bool = False,
+    stats: bool = False, front: int = 0, back: int = 0, halo: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile an item."""
+    N, padded_T, padded_H, padded_W, C = x_padded.shape
+    P, K, _ = weight.shape
+    T, H, W, double = padded_T - 2, padded_H - 2, padded_W - 2, P // 4
+    make = x_padded.new_zeros if front or back or halo else x_padded.new_empty
+    out = make(N, front + double * T + back, 2 * (H + halo), 2 * (W + halo), K)
+    inner = out[:, front : front + double * T, halo : halo + 2 * H, halo : halo + 2 * W]
+    for phase in range(P):
+        instant, line, column = phase // 4, phase // 2 % 2, phase % 2
+        ahead = 1 if double == 2 and causal else instant
+        window = x_padded[:, ahead : ahead + T + 3 - double, line : line + H + 1, column : column + W + 1]
+        kernel = weight[phase].view(K, 4 - double, 2, 2, C).permute(0, 4, 1, 2, 3)
+        y = F.conv3d(window.permute(0, 4, 1, 2, 3), kernel, bias)
+        inner[:, instant::double, line::2, column::2] = y.permute(0, 2, 3, 4, 1)
+    return out, statistics(inner) if stats else out.new_empty(0, dtype=torch.float32)
+
+
+@triton_op("reducio_fast::upsample_conv3d", mutates_args={})
+def upsample_conv3d(
+    x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, causal: bool = False,
+    stats: bool = False, front: int = 0, back: int = 0, halo: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Nearest x2 in space, and in time if the weight has 8 phases, then 3x3x3 convolution with zero padding, plus bias.
+
+    Args:
+        x_padded: [N, T + 2, H + 2, W + 2, C], contiguous, its border already zero: one frame on each side, or two in
+            front if `causal`.
+        weight: [P, K, taps * C] as `fold_weight` makes it, with the same `causal`. bias: [K].
+        stats, front, back, halo: as for `conv3d`.
+
+    Returns the result [N, front + T (or 2T) + back, 2H (+ 2), 2W (+ 2), K], and partial statistics as `conv3d` does.
+
+    Raises ValueError for arguments that differ in device, dtype or size.
+    """
+    check_tensors(OP, x_padded=x_padded, weight=weight, bias=bias)
+    check_contiguous(OP, x_padded=x_padded, weight=weight, bias=bias)
+    check_shape(OP, "x_padded", x_padded, None, None, None, None, None)
+    check_shape(OP, "weight", weight, None, None, None)
+    check_buffer(OP, x_padded, 3)
+    P, K, _ = weight.shape
+    if P not in (4, 8):
+        raise ValueError(f"{OP}: weight has {P} phases, it must have 4 (space) or 8 (space and time)")
+    check_shape(OP, "weight", weight, P, K, (12 if P == 4 else 8) * x_padded.shape[-1])
+    if bias is not None:
+        check_shape(OP, "bias", bias, K)
+    if min(front, back) < 0:
+        raise ValueError(f"{OP}: front={front}, back={back} must not be negative")
+    return (launch if x_padded.is_cuda else twin)(x_padded, weight, bias, causal, stats, front, back, halo)
+
+
+def fold_weight(weight: Tensor, time: bool, causal: bool) -> Tensor:
+    """[K, C, 3, 3, 3] to [P, K, taps * C]: for each phase (time if doubled, row, column) the sums of taps it needs.
+
+    Sums are taken in float32 (float64 stays) and rounded once. They cannot be unfolded: keep the weight itself to save.
+    """
+    phases = [weight.to(torch.promote_types(weight.dtype, torch.float32))]
+    for dim in (2, 3, 4) if time else (3, 4):
+        phases = [half for phase in phases for half in _fold(phase, dim, causal and dim == 2)]
+    return torch.stack([pack_weight(phase) for phase in phases]).to(weight.dtype)
+
+
+def _fold(weight: Tensor, dim: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """Both phases along one doubled axis. Parity 0 sees inputs (i-1, i), parity 1 (i, i+1), or causally (i-1, i)."""
+    a, b, c = weight.unbind(dim)
+    late, early = torch.stack((a, b + c), dim), torch.stack((a + b, c), dim)
+    return (early, late) if causal else (late, early)
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """What is shipped for `arch`: the widths of the full-size decoder's up-sampling layers."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    # dtype, channels, time doubled, causal, statistics, halo
+    shapes = [
+        (bf16, 256, False, False, True, False),
+        (bf16, 512, False, False, True, False),
+        (bf16, 512, True, False, True, True),
+        (bf16, 512, True, True, True, False),
+        (bf16, 128, False, False, True, False),
+        (fp16, 256, False, False, True, False),
+        (fp32, 256, True, False, True, False),
+    ]
+    for dtype, C, time, causal, stats, halo in shapes:
+        yield variant(
+            OP, upsample_conv3d_kernel, arch, dtype, C, C,
+            pointers=("x_ptr", "w_ptr", "bias_ptr", "out_ptr"),
+            absent=[] if stats else ["stats_ptr"],
+            name=("space+time" if time else "space") + " causal" * causal + " stats" * stats + " halo" * halo,
+            constants={"DOUBLE": 1 + time, "CAUSAL": causal, "HALO": int(halo)},
+            integers=("N", "T", "H", "W", "FRONT", "LEAD", "FRAMES", "TILES"),
+        )  # fmt: skip
