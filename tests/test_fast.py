@@ -155,8 +155,8 @@ VAE_CASES = {
         "num_res_blocks": (0, 1, 1, 1, 1, 1), "fusion": ("attn", "add", "add", "add+attn", "attn", "attn"),
         "fusion_levels": (None, 1, 2, 3, None, None),
     },
-    "windows": {"window_size": 2, "content_window_size": 4},
-    "windows, padding masked": {"window_size": 3, "content_window_size": 3, "mask_window_padding": True},
+    "windows": {"window_size": 8, "content_window_size": 4},
+    "windows, padding masked": {"window_size": 5, "content_window_size": 3, "mask_window_padding": True},
 }  # fmt: skip
 
 

@@ -234,9 +234,11 @@ def test_output_types_hold_one_clip(pipe: ReducioPipeline, clip):
     assert pair.shape == (2, 16, 64, 64, 3) and np.array_equal(pair[0], clip.frames)
 
 
-def test_the_reference_networks_make_the_clip(pipe: ReducioPipeline):
+def test_the_reference_networks_make_the_clip(folder: Path):
     """The whole second stage once more, step by step from its parts."""
     from reducio_fast.reference import Condition, initial_latent, sample
+
+    pipe = ReducioPipeline.from_pretrained(folder, device="cpu", backend="reference")
 
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
@@ -250,8 +252,8 @@ def test_the_reference_networks_make_the_clip(pipe: ReducioPipeline):
     assert np.array_equal(pipe(PROMPT, image, seed=5, **FAST).frames, frames)
 
 
-def test_above_a_tile_the_decoder_works_in_tiles(pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch):
-    seen = []
+def test_above_a_tile_the_decoder_works_in_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe, seen = ReducioPipeline.from_pretrained(folder, device="cpu", backend="reference"), []
     monkeypatch.setattr(pipe.vae, "decode", lambda z, f, tiled: seen.append(tiled) or torch.zeros(1, 3, 16, 32, 352))
     for width in (320, 352):
         pipe(PROMPT, Image.new("RGB", (width, 32)), height=32, width=width, **FAST)
@@ -514,7 +516,6 @@ def test_bad_call(pipe: ReducioPipeline, words: dict, message: str, monkeypatch:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"backend": "fast"}, "backend: 'fast' is not part of this version"),
         ({"backend": "triton"}, "backend: must be one of reference, fast, auto, is 'triton'"),
         ({"dtype": "int8"}, "dtype: must be one of float32, float16, bfloat16, is 'int8'"),
         ({"dtype": "float32", "torch_dtype": "float16"}, "dtype=float32 and torch_dtype=float16 differ"),
@@ -526,11 +527,16 @@ def test_bad_setting(folder: Path, words: dict, message: str):
         ReducioPipeline.from_pretrained(folder, **words)
 
 
-def test_backend_is_reported(pipe: ReducioPipeline, folder: Path):
-    assert pipe.backend == "reference"
-    assert pipe.report == dict.fromkeys(("transformer", "vae"), "reference: this version has no fast path")
+def test_backend_is_reported(pipe: ReducioPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    assert pipe.backend == "fast"
+    assert pipe.report == dict.fromkeys(("transformer", "vae"), "fast: the best there is")
     asked = ReducioPipeline.from_pretrained(folder, backend="reference")
     assert asked.report == dict.fromkeys(("transformer", "vae"), "reference: asked for")
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    old = ReducioPipeline.from_pretrained(folder)
+    assert old.backend == "reference" and "Triton is 3.5.1, the kernels need 3.6" in old.report["vae"]
+    with pytest.raises(ReducioError, match="backend: 'fast' cannot run here: Triton is 3.5.1"):
+        ReducioPipeline.from_pretrained(folder, backend="fast")
 
 
 def test_values_that_stop_being_finite_are_named(folder: Path):

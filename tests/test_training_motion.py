@@ -35,8 +35,9 @@ def phase(trains: str, **changes) -> video_autoencoder.VAESettings:
 def test_each_phase_changes_only_what_it_trains(tmp_path: Path) -> None:
     context = Context(out=tmp_path, progress=False)
     weights = {}
-    for stage, after in (("encoder", None), ("all", "encoder"), ("decoder", "all")):
-        figures = video_autoencoder.train_vae(context, phase(stage, after=after), stage)
+    words = {"carriage": {"carriage_weight": 1.0, "latent_noise": 0.2, "moving_weight": 2.0}}
+    for stage, after in (("encoder", None), ("all", "encoder"), ("decoder", "all"), ("carriage", "decoder")):
+        figures = video_autoencoder.train_vae(context, phase(stage, after=after, **words.get(stage, {})), stage)
         assert figures["steps"] == 2 and np.isfinite(figures["loss"])
         weights[stage] = load_file(context.run_folder(stage) / "diffusion_pytorch_model.safetensors")
     torch.manual_seed(LOOP.seed)
@@ -50,8 +51,14 @@ def test_each_phase_changes_only_what_it_trains(tmp_path: Path) -> None:
     assert changed(start, weights["encoder"]) == encoder
     assert changed(weights["encoder"], weights["all"]) == encoder | decoder
     assert changed(weights["all"], weights["decoder"]) == decoder
+    head = {"carriage.norm", "carriage.hidden", "carriage.out"}
+    assert changed(weights["decoder"], weights["carriage"]) == decoder | head
+    level = video_autoencoder.Carriage(VAE).level
+    above = tuple(f"vae.decoder.up.{i}." for i in range(level)) + ("vae.decoder.norm_out.", "vae.decoder.conv_out.")
+    untouched = [name for name in weights["decoder"] if name.startswith(above)]
+    assert untouched and all(torch.equal(weights["decoder"][name], weights["carriage"][name]) for name in untouched)
     saved = load_model(ReducioVAE, VAEConfig, tmp_path / "vae").state_dict()
-    assert all(torch.equal(saved[name], weights["decoder"][f"vae.{name}"]) for name in saved)
+    assert all(torch.equal(saved[name], weights["carriage"][f"vae.{name}"]) for name in saved)
 
 
 @torch.no_grad()
@@ -65,6 +72,21 @@ def test_sketch_draws_each_cell_where_it_is() -> None:
     changed = (sketch(z) != before).any(1)[0]
     assert changed[8:16, 0:24, 24:48].all()
     changed[8:16, 0:24, 24:48] = False
+    assert not changed.any()
+
+
+@torch.no_grad()
+def test_carriage_draws_each_cell_where_it_is() -> None:
+    """A feature cell is a square of pixels in its own frame: the head must not mix rows, columns or frames up."""
+    head = video_autoencoder.Carriage(VAE)
+    head.norm, head.out.weight[:] = torch.nn.Identity(), torch.randn_like(head.out.weight)
+    x = torch.randn(1, head.hidden.in_channels, 16, 5, 6)
+    before, n = head(x), head.cells
+    assert before.shape == (1, 3, 16, 5 * n, 6 * n)
+    x[0, :, 3, 1, 4] += 1
+    changed = (head(x) != before).any(1)[0]
+    assert changed[3, n : 2 * n, 4 * n : 5 * n].all()
+    changed[3, n : 2 * n, 4 * n : 5 * n] = False
     assert not changed.any()
 
 

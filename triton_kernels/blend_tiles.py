@@ -1,7 +1,7 @@
 """blend_tiles: overlapping tiles of a clip, blended, cropped and joined to frames, and from [-1, 1] to uint8.
 
-Twin: `stitch` of `reference/tiling.py`, then the rounding of `reducio_fast/output.py`. Legend: B batch, T frames, H W rows
-and columns of the clip, h w those of a tile, C = 3 colours.
+Twin: `stitch` of `reference/tiling.py`, then the rounding of `reducio_fast/output.py`. Legend: B batch, T frames, H W
+rows and columns of the clip, h w those of a tile, C = 3 colours.
 
 The reference blends each tile with its blended upper, then its blended left neighbour. Where no cell of a tile fades
 towards both of its sides, that chain ends after one step, so a cell is a mix of at most four raw values (weights y, x):
@@ -44,17 +44,18 @@ def fade(k, n):
 
 @triton.jit(do_not_specialize=_SIZES)
 def blend_tiles_kernel(
-    own_ptr, above_ptr, left_ptr, corner_ptr, out_ptr, h, w, above_h, left_w, fade_y, fade_x, crop_h, crop_w, H, W, y0, x0,
-    AS_UINT8: tl.constexpr, BLOCK_W: tl.constexpr,
+    own_ptr, above_ptr, left_ptr, corner_ptr, out_ptr, h, w, above_h, left_w, fade_y, fade_x, crop_h, crop_w, H, W, y0,
+    x0, AS_UINT8: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program BLOCK_W values, columns times colours, of one line of one tile. Neighbours are read in overlaps only."""
+    """One program BLOCK_W values, columns times colours, of a line of a tile. Neighbours are read in overlaps only."""
     blocks = (crop_w * 3 + BLOCK_W - 1) // BLOCK_W
     line, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     frame, y = line // crop_h, line % crop_h
     i = block * BLOCK_W + tl.arange(0, BLOCK_W)
     x = i // 3
     inside = i < crop_w * 3
-    in_y, in_x = inside & (y < fade_y), inside & (x < fade_x)
+    # Line y in a bound and not as a mask: the interpreter cannot spread a scalar condition over a block.
+    in_y, in_x = i < tl.where(y < fade_y, crop_w * 3, 0), inside & (x < fade_x)
     above_y = above_h - fade_y + y
     own = tl.load(own_ptr + element(frame, y, 0, h, w, 3) + i, mask=inside, other=0.0).to(tl.float32)
     above = tl.load(above_ptr + element(frame, above_y, 0, above_h, w, 3) + i, mask=in_y, other=0.0).to(tl.float32)

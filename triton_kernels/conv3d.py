@@ -230,10 +230,19 @@ def twin(
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile an item."""
     C = x_padded.shape[-1]
     kernel = weight.view(len(weight), -1, 3, 3, C).permute(0, 4, 1, 2, 3)
-    y = F.conv3d(x_padded.permute(0, 4, 1, 2, 3), kernel, bias).permute(0, 2, 3, 4, 1)
+    y = convolve(x_padded.permute(0, 4, 1, 2, 3), kernel, bias).permute(0, 2, 3, 4, 1)
     if residual is not None:
         y = y + residual
     return with_halo(y, front, back, halo), statistics(y) if stats else y.new_empty(0, dtype=torch.float32)
+
+
+def convolve(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.conv3d`, but on a CPU oneDNN's at every size: up to N*C*T*H = 20480 torch unfolds, 2 to 10 times slower."""
+    one_dnn = x_NCTHW.device.type == "cpu" and x_NCTHW.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    # A plain tensor: oneDNN's op has neither a fake nor a traced form.
+    if one_dnn and type(x_NCTHW) is Tensor and not torch.compiler.is_compiling():
+        return torch.mkldnn_convolution(x_NCTHW, kernel, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
+    return F.conv3d(x_NCTHW, kernel, bias)
 
 
 def statistics(y: Tensor) -> Tensor:

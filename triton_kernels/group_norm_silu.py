@@ -1,11 +1,11 @@
 """group_norm_silu: y = silu(GroupNorm(x)) in NDHWC, written into the interior of a zero-padded buffer.
 
-Twin: `F.silu(nn.GroupNorm(x))`, or `PerFrameGroupNorm`, of `reference/vae.py`, then the next convolution's zero padding.
+Twin: `F.silu(nn.GroupNorm(x))`, or `PerFrameGroupNorm`, of `reference/vae.py`, then the next convolution's padding.
 Legend: N batch, T frames, H W rows and columns, C channels, R rows of C channels that share statistics (an item's).
 
 Three kernels: statistics of tiles of rows, read in parallel over the whole tensor; one scale and shift a channel from
-them; the apply pass. A tile leaves (count, mean, M2 = sum of squared deviations from that mean) a channel, and these merge
-by Chan's formula in a fixed order: E[x^2] - E[x]^2 would cancel where the mean is large, atomics would not repeat.
+them; the apply pass. A tile leaves (count, mean, M2 = sum of squared deviations from that mean) a channel, and these
+merge by Chan's formula in a fixed order: E[x^2] - E[x]^2 would cancel where a mean is large, atomics would not repeat.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ def statistics_kernel(
         x_ptr += BLOCK_R * C
     rows = tl.sum(tl.sum(count, 1), 0)
     average = tl.sum(count * mean, 0)[None, :] / rows
+    average += (
+        tl.sum(count * (mean - average), 0)[None, :] / rows
+    )  # a sum of large means rounds: once more, of what is left
     delta = mean - average
     M2 = tl.sum(M2 + count * delta * delta, 0)[None, :]
     out_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * 3 * C
@@ -77,7 +80,7 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["tiles", "eps"])
 def finalise_kernel(
-    partials_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, tiles, eps,
+    partials_ptr, weight_ptr, bias_ptr, centre_ptr, scale_ptr, shift_ptr, tiles, eps,
     C: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program an item and group: merges tiles lane by lane, then lanes, then writes the group's scale and shift."""
@@ -99,21 +102,23 @@ def finalise_kernel(
         count = total
     total = tl.sum(tl.sum(count, 1), 0)
     rough = tl.sum(tl.sum(count * mean, 1), 0) / total
-    # Again, of what is left: a float32 sum of large means rounds by more than a small deviation can bear.
-    average = rough + tl.sum(tl.sum(count * (mean - rough), 1), 0) / total
-    delta = mean - average
+    # A large mean has no digits left for what a small deviation needs: the rest of it goes into the shift.
+    delta = mean - rough
+    rest = tl.sum(tl.sum(count * delta, 1), 0) / total
+    delta -= rest
     variance = tl.sum(tl.sum(M2 + count * delta * delta, 1), 0) / total
     k = tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + first + k, mask=k < PER_GROUP, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + first + k, mask=k < PER_GROUP, other=0.0).to(tl.float32)
     scale = weight * tl.rsqrt(variance + eps)
     tl.store(scale_ptr + item * C + first + k, scale, mask=k < PER_GROUP)
-    tl.store(shift_ptr + item * C + first + k, bias - average * scale, mask=k < PER_GROUP)
+    tl.store(shift_ptr + item * C + first + k, bias - rest * scale, mask=k < PER_GROUP)
+    tl.store(centre_ptr + item * C + first + k, tl.zeros((BLOCK_C,), tl.float32) + rough, mask=k < PER_GROUP)
 
 
 @triton.jit(do_not_specialize=["T", "H", "W", "front", "back"])
 def apply_kernel(
-    x_ptr, scale_ptr, shift_ptr, out_ptr, T, H, W, front, back,
+    x_ptr, centre_ptr, scale_ptr, shift_ptr, out_ptr, T, H, W, front, back,
     HALO: tl.constexpr, SILU: tl.constexpr, PER_FRAME: tl.constexpr,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -127,13 +132,16 @@ def apply_kernel(
     w = out_w - HALO
     channel = c < C
     interior = (t >= 0) & (t < T) & (h >= 0) & (h < H)
-    inside = interior & (w >= 0) & (w < W)
+    # In the bounds and not as a mask: the interpreter cannot spread a scalar condition over a block.
+    inside = (w >= 0) & (w < tl.where(interior, W, 0))
+    known = c < tl.where(interior, C, 0)
     x = tl.load(x_ptr + row_offset(n, T * H * W, (t * H + h) * W, C) + (w * C + c), mask=inside & channel, other=0.0)
     item = n * T + t if PER_FRAME else n
     item = row_offset(item, 1, 0, C)
-    scale = tl.load(scale_ptr + item + c, mask=interior & channel, other=0.0)
-    shift = tl.load(shift_ptr + item + c, mask=interior & channel, other=0.0)
-    y = x.to(tl.float32) * scale + shift
+    scale = tl.load(scale_ptr + item + c, mask=known, other=0.0)
+    shift = tl.load(shift_ptr + item + c, mask=known, other=0.0)
+    centre = tl.load(centre_ptr + item + c, mask=known, other=0.0)
+    y = (x.to(tl.float32) - centre) * scale + shift
     if SILU:
         y = y / (1.0 + tl.exp(-y))
     y = tl.where(inside, y, 0.0)
@@ -171,15 +179,15 @@ def launch(
     if partials is None:
         partials = statistics(x, per_frame)
     items, tiles = partials.shape[:2]
-    scale, shift = torch.empty((2, items, C), dtype=torch.float32, device=x.device).unbind()
+    affine = torch.empty((3, items, C), dtype=torch.float32, device=x.device).unbind()  # centre, scale, shift
     launcher(finalise_kernel)[(items * groups,)](
-        partials, weight, bias, scale, shift, tiles, eps, C=C, GROUPS=groups, **blocks("finalise", C // groups, arch)
+        partials, weight, bias, *affine, tiles, eps, C=C, GROUPS=groups, **blocks("finalise", C // groups, arch)
     )
     out_T, out_H, out_W = T + front + back, H + 2 * halo, W + 2 * halo
     out = torch.empty((N, out_T, out_H, out_W, C), dtype=x.dtype, device=x.device)
     entry = blocks("apply", C, arch)
     launcher(apply_kernel)[(N * out_T * out_H * triton.cdiv(out_W, entry["BLOCK_R"]),)](
-        x, scale, shift, out, T, H, W, front, back,
+        x, *affine, out, T, H, W, front, back,
         HALO=int(halo), SILU=silu, PER_FRAME=per_frame, C=C, **entry,
     )  # fmt: skip
     return out

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch.library import triton_op
 from .conv3d import (
     blocks_for,
     check_buffer,
+    convolve,
     descriptors_fit,
     finish,
     pack_weight,
@@ -124,7 +124,7 @@ def twin(
         ahead = 1 if double == 2 and causal else instant
         window = x_padded[:, ahead : ahead + T + 3 - double, line : line + H + 1, column : column + W + 1]
         kernel = weight[phase].view(K, 4 - double, 2, 2, C).permute(0, 4, 1, 2, 3)
-        y = F.conv3d(window.permute(0, 4, 1, 2, 3), kernel, bias)
+        y = convolve(window.permute(0, 4, 1, 2, 3), kernel, bias)
         inner[:, instant::double, line::2, column::2] = y.permute(0, 2, 3, 4, 1)
     return out, statistics(inner) if stats else out.new_empty(0, dtype=torch.float32)
 
