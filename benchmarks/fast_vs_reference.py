@@ -1,4 +1,4 @@
-"""The fast path against the reference, paired runs in one process: `python -P benchmarks/fast_vs_reference.py --out FILE`.
+"""The fast path against the reference, in one process: `python -P benchmarks/fast_vs_reference.py [--tile] --out FILE`.
 
 Two workloads: a clip of the default model, and one full-width tile of 256 pixels decoded by the published
 architecture with random weights (`--tile`; latency does not depend on them, a CPU takes minutes). The two backends take

@@ -1,7 +1,7 @@
-"""`reducio-fast parity`: the fast path against the float32 reference on this machine, by the rule of `numerics`.
+"""`reducio-fast parity`: the fast path against the reference on this machine, by the rule of `numerics`.
 
-Every stage gets the same inputs three times: the reference in float32 (the oracle), the reference at the fast path's
-precision (eager), and the fast path. Importable with torch, Triton, numpy and safetensors alone, so that a bare GPU
+Every stage gets the same inputs three times: the reference in float32 (the oracle; in float64 where the fast path runs
+in float32), the reference at the fast path's precision (eager), and the fast path. Importable with torch, Triton, numpy and safetensors alone, so that a bare GPU
 machine can run it.
 """
 
@@ -33,7 +33,7 @@ def compare(
     device: str | torch.device | None = None,
     full_size: bool | None = None,
 ) -> list[Row]:
-    """One row a stage: `what`, `error` and `eager` (relative, against float32), `limit`, `right`.
+    """One row a stage: `what`, `error` and `eager` (relative, against the oracle), `limit`, `right`.
 
     The model is the embedded one unless a folder is named. `full_size` adds the full-width networks with random
     weights (8 GB of memory); None does so on a GPU only. Raises ReducioError where the fast path cannot run.
@@ -75,6 +75,9 @@ def _compare(
 
     device = next(vae.parameters()).device
     low_dit, low_vae = (copy.deepcopy(network).to(dtype).eval() for network in (dit, vae))
+    if dtype == torch.float32:  # else eager would be its own oracle
+        dit, vae = dit.double(), vae.double()
+    wide = vae.post_quant_conv.weight.dtype
     plan = Plan(device, dtype)
     fast_dit, fast_vae = FastReducioDiT(low_dit, plan).eval(), FastReducioVAE(low_vae, plan).eval()
 
@@ -93,12 +96,12 @@ def _compare(
     video = random(1, 3, config.num_frames, pixels, pixels).mul(0.5).clamp(-1, 1)
     video = torch.nn.functional.avg_pool3d(video, 3, 1, 1)  # pictures are smooth, noise is not
     image = video[:, :, config.content_frame]
-    moments = [n.encode(video.to(kind)) for n, kind in ((fast_vae, dtype), (low_vae, dtype), (vae, torch.float32))]
+    moments = [n.encode(video.to(kind)) for n, kind in ((fast_vae, dtype), (low_vae, dtype), (vae, wide))]
     yield row("vae.encode", *(m.mean for m in moments))
-    latent = vae.normalize_latent(moments[2].mean)
+    latent = vae.normalize_latent(moments[2].mean).float()
     decoded = [
         n.decode(latent.to(kind), n.encode_content(image.to(kind)))
-        for n, kind in ((fast_vae, dtype), (low_vae, dtype), (vae, torch.float32))
+        for n, kind in ((fast_vae, dtype), (low_vae, dtype), (vae, wide))
     ]
     yield row("vae.decode", *decoded)
 
@@ -115,14 +118,15 @@ def _compare(
     timestep = torch.tensor([500.0], device=device)
     arguments = (timestep, cond.text, cond.text_mask, cond.semantic, cond.content)
     channels = d.latent_channels
+    # Networks cast what they are given to their own precision.
     yield row("dit.step", *(n(noise, *arguments)[:, :channels] for n in (fast_dit, low_dit, dit)))
     if whole:
         run: list[tuple[Callable[..., Tensor], Any]] = [(fast_sample, fast_dit), (sample, low_dit), (sample, dit)]
-        latents = [function(network, _scheduler(), noise, cond, None, 4.5, 20) for function, network in run]
+        latents = [function(n, _scheduler(), noise.to(wide if n is dit else noise.dtype), cond) for function, n in run]
         yield row("20 steps with guidance", *latents)
         clips = [
             n.decode(z.to(kind), n.encode_content(image.to(kind)))
-            for (n, kind), z in zip(((fast_vae, dtype), (low_vae, dtype), (vae, torch.float32)), latents, strict=True)
+            for (n, kind), z in zip(((fast_vae, dtype), (low_vae, dtype), (vae, wide)), latents, strict=True)
         ]
         yield row("end to end", *clips)
 

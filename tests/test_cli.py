@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -298,3 +299,33 @@ def test_env_survives_a_broken_installation(
     assert found["packages"] == {"no-such-package": None}
     assert run(["env"]) == 0
     assert "libtorch.so" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compile_check_builds_a_kernel_for_a_gpu_that_is_not_here(target: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    words = ["compile-check", "--json", "--jobs", "1", "--kernels", "ada_layer_norm", "--targets", target]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "reducio_fast", *words], capture_output=True, text=True, env=env, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["wrong"] == 0 and {b["arch"] for b in result["builds"]} == {target}
+    assert all(b["registers"] > 0 and b["spilled"] == 0 for b in result["builds"])
+
+
+def test_compile_check_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert run(["compile-check"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert run(["compile-check", "--targets", "sm_12"]) == 2
+    assert "target 'sm_12' is unknown; known: sm_80" in capsys.readouterr().err
+
+
+def test_parity_holds_on_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["parity", "--json", "--device", "cpu", "--dtype", "float32"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    stages = {row["what"].split(": ")[1] for row in result["rows"]}
+    assert stages == {"vae.encode", "vae.decode", "dit.step", "20 steps with guidance", "end to end"}
+    assert result["wrong"] == 0 and all(0 < row["error"] <= row["limit"] for row in result["rows"])
