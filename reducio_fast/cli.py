@@ -165,7 +165,7 @@ def compile_check(args: argparse.Namespace) -> None:
 
     split = {name: text.split(",") if text else None for name, text in (("archs", args.targets), ("ops", args.kernels))}
     builds = []
-    for build in checker.check(**split, jobs=args.jobs):
+    for build in checker.check(**split, only=args.only, jobs=args.jobs):
         builds.append(build)
         if build.problems and not args.json:
             print(f"{build.variant} on {build.arch}: {'; '.join(build.problems)}", file=sys.stderr)
@@ -314,6 +314,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add("compile-check", compile_check)
     command.add_argument("--targets", metavar="A,B", help="only these, such as sm_90,gfx942 (default: all)")
     command.add_argument("--kernels", metavar="A,B", help="only these, such as conv3d (default: all)")
+    command.add_argument(
+        "--only", metavar="TEXT", default="", help="only variants with this in their name, such as bf16"
+    )
     command.add_argument("--jobs", type=_positive, help="compilers at work at once (default: one a core)")
 
     command = add("parity", parity)

@@ -20,8 +20,12 @@ def targets() -> list[str]:
     return list(TARGETS)
 
 
-def check(archs: Iterable[str] | None = None, ops: Iterable[str] | None = None, jobs: int | None = None) -> Iterator:
+def check(
+    archs: Iterable[str] | None = None, ops: Iterable[str] | None = None, only: str = "", jobs: int | None = None
+) -> Iterator:
     """Yields a `compile.aot.Build` for each variant on each target, in the order of targets, then kernels.
+
+    `only` keeps the variants whose names contain it: "bf16", "conv3d bf16 128->128".
 
     Raises ReducioError for an unknown target or kernel, and where Triton is missing or interprets its functions.
     """
@@ -39,19 +43,19 @@ def check(archs: Iterable[str] | None = None, ops: Iterable[str] | None = None, 
         for name in names:
             if name not in known:
                 raise ReducioError(f"compile-check: {what} {name!r} is unknown; known: {', '.join(known)}")
-    tasks = [(arch, op) for arch in archs for op in ops]
+    tasks = [(arch, op, only) for arch in archs for op in ops]
     # Processes, started afresh: Triton's compiler holds the interpreter's lock, and a forked torch may hang.
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for builds in pool.map(_build, *zip(*tasks, strict=True)):
             yield from builds
 
 
-def _build(arch: str, op: str) -> list:
+def _build(arch: str, op: str, only: str) -> list:
     from .compile import aot
     from .compile.targets import TARGETS
     from .fast.plan import OPS
 
-    return aot.build_all(OPS[op].variants(arch), TARGETS[arch])
+    return aot.build_all((v for v in OPS[op].variants(arch) if only in v.name), TARGETS[arch])
 
 
 def lines(builds: list) -> list[str]:

@@ -1,8 +1,8 @@
 """`reducio-fast parity`: the fast path against the reference on this machine, by the rule of `numerics`.
 
-Every stage gets the same inputs three times: the reference in float32 (the oracle; in float64 where the fast path runs
-in float32), the reference at the fast path's precision (eager), and the fast path. Importable with torch, Triton, numpy and safetensors alone, so that a bare GPU
-machine can run it.
+Every stage gets the same inputs three times: the reference in float32 (the oracle; float64 where the fast path runs in
+float32), the reference at the fast path's precision (eager), and the fast path. Importable with torch, Triton, numpy
+and safetensors alone, so that a bare GPU machine can run it.
 """
 
 from __future__ import annotations
