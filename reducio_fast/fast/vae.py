@@ -406,7 +406,8 @@ class FastReducioVAE(nn.Module):
             decoded = self._decode_tiles(tiles, [pyramid for row in features for pyramid in row])
             columns, overlap = len(features[0]), int(stride * self.config.tile_overlap)
         else:
-            decoded, columns, stride, overlap = [self._decode(latent, features)], 1, max(latent.shape) * 32, 0
+            decoded, columns, overlap = [self._decode(latent, features)], 1, 0
+            stride = max(decoded[0].shape)
         if as_uint8:
             return self.blend(decoded, columns, stride, overlap)
         if not tiled:
