@@ -19,9 +19,6 @@ from triton.compiler import ASTSource
 
 from .targets import Target
 
-# TMA on NVIDIA; buffer instructions on AMD, whose bounds the hardware checks (no masks, no 64-bit addresses).
-_BULK_COPY = {"sm_90": "cp.async.bulk.tensor", "sm_100": "cp.async.bulk.tensor", "gfx942": "buffer_load", "gfx950": "buffer_load"}  # fmt: skip # noqa: E501
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
@@ -74,7 +71,7 @@ def _judge(variant: Any, target: Target, compiled: Any) -> Build:
     registers, spilled = (_nvidia if target.backend == "cuda" else _amd)(compiled)
     shared = compiled.metadata.shared
     matrix = next((name for name in target.matrix_instructions if name in text), "")
-    bulk = target.arch in _BULK_COPY and _BULK_COPY[target.arch] in text
+    bulk = bool(target.bulk_copy) and target.bulk_copy in text
     problems = []
     if spilled:
         problems.append(f"{spilled} {'bytes' if target.backend == 'cuda' else 'registers'} spilled")
@@ -83,7 +80,7 @@ def _judge(variant: Any, target: Target, compiled: Any) -> Build:
     if variant.matrix and not matrix:
         problems.append(f"no {' or '.join(target.matrix_instructions)}")
     if variant.bulk_copy and target.arch in ("sm_90", "gfx942") and not bulk:
-        problems.append(f"no {_BULK_COPY[target.arch]}")
+        problems.append(f"no {target.bulk_copy}")
     return Build(
         variant=variant.name, arch=target.arch, registers=registers, spilled=spilled, shared=shared,
         matrix=matrix, bulk_copy=bulk, problems=tuple(problems),

@@ -17,7 +17,8 @@ class Target:
     triton_arch: int | str
     warp_size: int
     shared_bytes: int  # that one block may ask for
-    registers: int  # a thread may hold: 32-bit ones
+    # TMA on NVIDIA; buffer instructions on AMD, whose bounds the hardware checks; empty where there is neither.
+    bulk_copy: str
     matrix_instructions: tuple[str, ...]  # any one of these in the assembly proves that matrix units are used
 
     @property
@@ -34,15 +35,19 @@ TARGETS: dict[str, Target] = {
     target.arch: target
     for target in (
         Target(arch="sm_80", gpu="A100", backend="cuda", triton_arch=80, warp_size=32,
-               shared_bytes=163 * 1024, registers=255, matrix_instructions=("mma.sync",)),
+               shared_bytes=163 * 1024, bulk_copy="",
+               matrix_instructions=("mma.sync",)),
         Target(arch="sm_90", gpu="H100, H200", backend="cuda", triton_arch=90, warp_size=32,
-               shared_bytes=227 * 1024, registers=255, matrix_instructions=("wgmma.mma_async",)),
+               shared_bytes=227 * 1024, bulk_copy="cp.async.bulk.tensor",
+               matrix_instructions=("wgmma.mma_async",)),
         Target(arch="sm_100", gpu="B200", backend="cuda", triton_arch=100, warp_size=32,
-               shared_bytes=227 * 1024, registers=255, matrix_instructions=("tcgen05.mma",)),
-        # Vector registers: 256 ordinary plus 256 accumulation registers at one wave a SIMD.
+               shared_bytes=227 * 1024, bulk_copy="cp.async.bulk.tensor",
+               matrix_instructions=("tcgen05.mma",)),
         Target(arch="gfx942", gpu="MI300X", backend="hip", triton_arch="gfx942", warp_size=64,
-               shared_bytes=64 * 1024, registers=512, matrix_instructions=("v_mfma",)),
+               shared_bytes=64 * 1024, bulk_copy="buffer_load",
+               matrix_instructions=("v_mfma",)),
         Target(arch="gfx950", gpu="MI350X", backend="hip", triton_arch="gfx950", warp_size=64,
-               shared_bytes=160 * 1024, registers=512, matrix_instructions=("v_mfma",)),
+               shared_bytes=160 * 1024, bulk_copy="buffer_load",
+               matrix_instructions=("v_mfma",)),
     )
 }  # fmt: skip

@@ -14,12 +14,6 @@ from multiprocessing import get_context
 from .errors import ReducioError
 
 
-def targets() -> list[str]:
-    from .compile.targets import TARGETS
-
-    return list(TARGETS)
-
-
 def check(
     archs: Iterable[str] | None = None, ops: Iterable[str] | None = None, only: str = "", jobs: int | None = None
 ) -> Iterator:

@@ -118,7 +118,6 @@ def _compare(
     timestep = torch.tensor([500.0], device=device)
     arguments = (timestep, cond.text, cond.text_mask, cond.semantic, cond.content)
     channels = d.latent_channels
-    # Networks cast what they are given to their own precision.
     yield row("dit.step", *(n(noise, *arguments)[:, :channels] for n in (fast_dit, low_dit, dit)))
     if whole:
         run: list[tuple[Callable[..., Tensor], Any]] = [(fast_sample, fast_dit), (sample, low_dit), (sample, dit)]

@@ -67,9 +67,8 @@ def statistics_kernel(
         x_ptr += BLOCK_R * C
     rows = tl.sum(tl.sum(count, 1), 0)
     average = tl.sum(count * mean, 0)[None, :] / rows
-    average += (
-        tl.sum(count * (mean - average), 0)[None, :] / rows
-    )  # a sum of large means rounds: once more, of what is left
+    # A sum of large means rounds: once more, of what is left.
+    average += tl.sum(count * (mean - average), 0)[None, :] / rows
     delta = mean - average
     M2 = tl.sum(M2 + count * delta * delta, 0)[None, :]
     out_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * 3 * C

@@ -57,8 +57,8 @@ class FastSelfAttention(nn.Module):
         super().__init__()
         self.num_heads = attention.num_heads
         parts = (attention.to_q, attention.to_k, attention.to_v)
-        self.qkv_weight = _frozen(torch.cat([linear.weight for linear in parts]))
-        self.qkv_bias = _frozen(torch.cat([linear.bias for linear in parts]))
+        self.qkv_weight = frozen(torch.cat([linear.weight for linear in parts]))
+        self.qkv_bias = frozen(torch.cat([linear.bias for linear in parts]))
         self.to_out = attention.to_out[0]
         head_dim = len(self.to_out.weight) // self.num_heads
         self.attend = plan.pick(path, "attention", f"self {head_dim}")
@@ -144,15 +144,16 @@ class FastReducioDiT(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             FastDiTBlock(block, plan, f"transformer_blocks.{i}") for i, block in enumerate(model.transformer_blocks)
         )
-        self.tables = _frozen(torch.stack([block.scale_shift_table for block in model.transformer_blocks]))
+        self.tables = frozen(torch.stack([block.scale_shift_table for block in model.transformer_blocks]))
         self.final_table = model.scale_shift_table
         keep, patch = model.config.latent_channels, math.prod(model.config.patch_size)
         self.out_weight, self.out_bias = (
-            _frozen(p.unflatten(0, (patch, -1))[:, :keep].flatten(0, 1))
+            frozen(p.unflatten(0, (patch, -1))[:, :keep].flatten(0, 1))
             for p in (model.proj_out.weight, model.proj_out.bias)
         )
         self.first_norm = plan.pick("transformer_blocks.0.norm1", "ada_layer_norm")
         self.residual_norm = plan.pick("transformer_blocks.*.norm1, norm_out", "gated_residual_ada_layer_norm")
+        self.step_update = plan.pick("sampler", "guidance_dpm_step")
         self.positions: dict[Grid, Tensor] = {}
 
     @property
@@ -245,7 +246,8 @@ class FastReducioDiT(nn.Module):
         return (x + self.positions[grid]).flatten(1, 2).to(self.dtype)
 
 
-def _frozen(x: Tensor) -> nn.Parameter:
+def frozen(x: Tensor) -> nn.Parameter:
+    """A packed weight: dense, and without the gradient of what it was packed from."""
     return nn.Parameter(x.detach().contiguous(), requires_grad=False)
 
 

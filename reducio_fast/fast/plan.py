@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..triton_kernels import (
     ada_layer_norm,
@@ -85,8 +86,10 @@ class Plan:
         return "kernel", f"no faster one was measured on {arch}"
 
 
-def _flash_attention(q, k, v, key_count=None, scale=None, frame=0):  # type: ignore[no-untyped-def]
-    """flash-attn where it can say what is asked: no key counts, no frame-causal mask."""
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_count: Tensor | None = None, scale: float | None = None, frame: int = 0
+) -> Tensor:
+    """flash-attn where it can say what is asked; key counts and frame-causal masks it cannot, our kernel can."""
     if key_count is not None or frame:
         return torch.ops.reducio_fast.attention(q, k, v, key_count, scale, frame)
     from flash_attn import flash_attn_func

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..reference.sampler import Callback, Condition, StopSampling, _join
 from ..triton_kernels.guidance_dpm_step import dpm_coefficients, euler_coefficients
 from .dit import FastReducioDiT
-from .plan import Plan
 
 
 def coefficients(scheduler: Any, steps: int) -> Tensor:
@@ -37,7 +36,6 @@ def sample(
     guidance_scale: float = 4.5,
     num_inference_steps: int = 20,
     callback: Callback | None = None,
-    plan: Plan | None = None,
 ) -> Tensor:
     """Denoise unit noise [B, C, T, H, W]; words, results and errors as in the reference's `sample`.
 
@@ -52,14 +50,13 @@ def sample(
     guidance = table.new_full((len(table), 1), guidance_scale)
     table = torch.cat([guidance, table], dim=1).float().to(latent.device)
     timesteps = scheduler.timesteps.to(latent.device)
-    step_update = (plan or Plan(latent.device, model.dtype)).pick("sampler", "guidance_dpm_step")
     modulation = model.modulations(timesteps, latent.shape[-2:])
     prepared = model.prepare(cond.text, cond.text_mask, cond.semantic, cond.content)
     previous, finite = torch.zeros_like(latent), []
 
     for step in range(len(table)):
         prediction = model.denoise(latent, modulation.step(step), prepared)
-        latent, previous = step_update(prediction.contiguous(), latent.contiguous(), previous, table[step])
+        latent, previous = model.step_update(prediction.contiguous(), latent.contiguous(), previous, table[step])
         try:
             answer = None if callback is None else callback(step, timesteps[step], latent)
         except StopSampling:

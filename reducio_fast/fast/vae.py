@@ -25,8 +25,9 @@ from ..reference import ReducioVAE
 from ..reference import vae as ref
 from ..reference.fusion import AddFusion, AttentionFusion, LinearFusion
 from ..reference.tiling import blend_grid, stitch, tile_grid
-from ..triton_kernels.conv3d import pack_weight
+from ..triton_kernels.conv3d import pack_weight, with_halo
 from ..triton_kernels.upsample_conv3d import fold_weight
+from .dit import frozen
 from .plan import Plan
 
 Features = list[Tensor]  # as in the reference, but [N, 1, H, W, C]
@@ -51,8 +52,7 @@ class Activation(NamedTuple):
 
 
 def pad(x: Tensor, padding: Padding) -> Tensor:
-    ring = int(padding.halo)
-    return F.pad(x, (0, 0, ring, ring, ring, ring, padding.front, padding.back)) if padding != DENSE else x
+    return with_halo(x, *padding)
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -65,16 +65,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).contiguous()
 
 
-def _frozen(x: Tensor) -> nn.Parameter:
-    return nn.Parameter(x.detach().contiguous(), requires_grad=False)
-
-
 class FastConv(nn.Module):
     """A 3x3x3 (or, of an image, 3x3) convolution at stride 1 over a buffer padded by `padding`."""
 
     def __init__(self, conv: nn.Conv3d | nn.Conv2d, plan: Plan, path: str) -> None:
         super().__init__()
-        self.weight, self.bias = _frozen(pack_weight(conv.weight)), conv.bias
+        self.weight, self.bias = frozen(pack_weight(conv.weight)), conv.bias
         self.padding = _padding(conv)
         self.stats = plan.kernels and not getattr(conv, "front", 0)
         self.run = plan.pick(path, "conv3d", f"{conv.in_channels}->{conv.out_channels}")
@@ -101,24 +97,20 @@ class FastNorm(nn.Module):
 class FastResBlock(nn.Module):
     def __init__(self, block: ref.ResBlock, plan: Plan, path: str) -> None:
         super().__init__()
-        self.norm1, self.conv1 = (
-            FastNorm(block.norm1, plan, f"{path}.norm1"),
-            FastConv(block.conv1, plan, f"{path}.conv1"),
-        )
-        self.norm2, self.conv2 = (
-            FastNorm(block.norm2, plan, f"{path}.norm2"),
-            FastConv(block.conv2, plan, f"{path}.conv2"),
-        )
+        self.norm1 = FastNorm(block.norm1, plan, f"{path}.norm1")
+        self.conv1 = FastConv(block.conv1, plan, f"{path}.conv1")
+        self.norm2 = FastNorm(block.norm2, plan, f"{path}.norm2")
+        self.conv2 = FastConv(block.conv2, plan, f"{path}.conv2")
         if hasattr(block, "nin_shortcut"):
-            self.shortcut_weight = _frozen(block.nin_shortcut.weight.flatten(1))
+            self.shortcut_weight = frozen(block.nin_shortcut.weight.flatten(1))
             self.shortcut_bias = block.nin_shortcut.bias
 
     def forward(self, act: Activation, out: Padding = DENSE) -> Activation:
         h = self.conv1(self.norm1(act, self.conv1.padding))
         h = self.norm2(h, self.conv2.padding)
-        shortcut = (
-            F.linear(act.x, self.shortcut_weight, self.shortcut_bias) if hasattr(self, "shortcut_weight") else act.x
-        )
+        shortcut = act.x
+        if hasattr(self, "shortcut_weight"):
+            shortcut = F.linear(act.x, self.shortcut_weight, self.shortcut_bias)
         return self.conv2(h, shortcut, out)
 
 
@@ -131,9 +123,9 @@ class FastSelfAttention(nn.Module):
         self.windowed = (attention,)  # in a tuple: its weights are not this module's
         self.norm = FastNorm(attention.norm, plan, f"{path}.norm", silu=False)
         parts = (attention.q, attention.k, attention.v)
-        self.qkv_weight = _frozen(torch.cat([conv.weight.flatten(1) for conv in parts]))
-        self.qkv_bias = _frozen(torch.cat([conv.bias for conv in parts]))
-        self.out_weight, self.out_bias = _frozen(attention.proj_out.weight.flatten(1)), attention.proj_out.bias
+        self.qkv_weight = frozen(torch.cat([conv.weight.flatten(1) for conv in parts]))
+        self.qkv_bias = frozen(torch.cat([conv.bias for conv in parts]))
+        self.out_weight, self.out_bias = frozen(attention.proj_out.weight.flatten(1)), attention.proj_out.bias
         head_dim = len(self.out_weight) // self.num_heads
         self.attend = plan.pick(path, "attention", f"self {head_dim}")
 
@@ -157,7 +149,7 @@ class FastDownsample(nn.Module):
         super().__init__()
         self.pad = down.pad
         weight = down.conv.weight
-        self.weight = _frozen(weight) if weight.ndim == 5 else _frozen(weight[:, :, None])
+        self.weight = frozen(weight) if weight.ndim == 5 else frozen(weight[:, :, None])
         self.weight.data = self.weight.data.to(memory_format=torch.channels_last_3d)
         self.bias, self.stride = down.conv.bias, tuple(down.conv.stride)[-3:]
         self.stride = self.stride if len(self.stride) == 3 else (1, *self.stride)
@@ -174,7 +166,7 @@ class FastUpsample(nn.Module):
         super().__init__()
         self.causal, time = up.conv.front > 0, up.scale[0] == 2.0
         self.padding = _padding(up.conv)
-        self.weight = _frozen(fold_weight(up.conv.weight, time, self.causal))
+        self.weight = frozen(fold_weight(up.conv.weight, time, self.causal))
         self.bias = up.conv.bias
         self.stats = plan.kernels and not self.causal
         self.run = plan.pick(path, "upsample_conv3d", f"{up.conv.in_channels}->{up.conv.out_channels}")
@@ -300,10 +292,10 @@ class FastAttentionFusion(nn.Module):
     def __init__(self, fusion: AttentionFusion, plan: Plan, path: str) -> None:
         super().__init__()
         self.windowed = (fusion,)  # in a tuple: its weights are not this module's
-        self.pos_embed = _frozen(fusion.pos_embed[0, :, 0])
+        self.pos_embed = frozen(fusion.pos_embed[0, :, 0])
         self.norm, self.num_heads = fusion.norm, fusion.attn.num_heads
         self.to_q, self.to_out = fusion.attn.to_q, fusion.attn.to_out[0]
-        self.kv_weight = _frozen(torch.cat([fusion.attn.to_k.weight, fusion.attn.to_v.weight]))
+        self.kv_weight = frozen(torch.cat([fusion.attn.to_k.weight, fusion.attn.to_v.weight]))
         self.attend = plan.pick(path, "attention", f"fusion {len(self.to_out.weight) // self.num_heads}")
 
     def forward(self, act: Activation, content: Tensor) -> Activation:
@@ -322,7 +314,7 @@ class FastAddFusion(nn.Module):
     def __init__(self, fusion: AddFusion, plan: Plan, path: str) -> None:
         super().__init__()
         self.content_conv = FastConv(fusion.content_conv, plan, f"{path}.content_conv")
-        self.frame_embed = _frozen(fusion.frame_embed[0, :, :, 0, 0].T)
+        self.frame_embed = frozen(fusion.frame_embed[0, :, :, 0, 0].T)
         self.conv, self.norm = FastConv(fusion.conv, plan, f"{path}.conv"), FastNorm(fusion.norm, plan, f"{path}.norm")
 
     def forward(self, act: Activation, content: Tensor) -> Activation:
@@ -337,7 +329,7 @@ class FastLinearFusion(nn.Module):
     def __init__(self, fusion: LinearFusion, plan: Plan, path: str) -> None:
         super().__init__()
         self.content_conv = FastConv(fusion.content_conv, plan, f"{path}.content_conv")
-        self.weight = _frozen((fusion.mix.weight * fusion.visible).flatten(1))
+        self.weight = frozen((fusion.mix.weight * fusion.visible).flatten(1))
         self.bias = fusion.mix.bias
         self.norm = FastNorm(fusion.norm, plan, f"{path}.norm")
 
@@ -361,8 +353,8 @@ class FastReducioVAE(nn.Module):
         self.encoder_3d = FastEncoder3D(model.encoder_3d, plan, "encoder_3d")
         self.encoder_2d = FastContentEncoder(model.encoder_2d, plan, "encoder_2d")
         self.decoder = FastDecoder(model.decoder, plan, "decoder")
-        self.quant_weight, self.quant_bias = _frozen(model.quant_conv.weight.flatten(1)), model.quant_conv.bias
-        self.post_weight, self.post_bias = _frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
+        self.quant_weight, self.quant_bias = frozen(model.quant_conv.weight.flatten(1)), model.quant_conv.bias
+        self.post_weight, self.post_bias = frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
         self.blend = plan.pick("tiles", "blend_tiles")
 
     @torch.no_grad()
