@@ -80,7 +80,8 @@ def paired(reference: Callable[[], Any], fast: Callable[[], Any], pairs: int) ->
 
 
 def default_clip(pairs: int, dtype: str) -> dict[str, Any]:
-    from reducio_fast.pipeline import ReducioPipeline, embedded_model
+    from reducio_fast import ReducioPipeline
+    from reducio_fast.checkpoints import embedded_model
 
     pipes = [
         ReducioPipeline.from_pretrained(embedded_model(), dtype=d, backend=b)

@@ -9,16 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline import ReducioPipeline, generate
+    from .front import generate
+    from .pipeline import ReducioPipeline
 
 __all__ = ["ReducioPipeline", "__version__", "generate"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ReducioPipeline", "generate"):
-        from . import pipeline
+    if name == "ReducioPipeline":
+        from .pipeline import ReducioPipeline
 
-        return getattr(pipeline, name)
+        return ReducioPipeline
+    if name == "generate":
+        from .front import generate
+
+        return generate
     if name == "__version__":
         from importlib.metadata import version
 

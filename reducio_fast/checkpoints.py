@@ -16,6 +16,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,14 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def version() -> str:
     """Of this package, as installed."""
     return importlib.metadata.version("reducio-fast")
+
+
+def embedded_model() -> Path:
+    """Folder of the small model inside the package; ReducioError where an installation came without."""
+    folder = Path(str(resources.files("reducio_fast"))) / "models" / "tiny"
+    if not (folder / INDEX).is_file():
+        raise ReducioError(f"model: none named, and this installation has no embedded one ({folder})")
+    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:

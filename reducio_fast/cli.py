@@ -190,9 +190,8 @@ def parity(args: argparse.Namespace) -> None:
 
 def _load_vae(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The VAE alone and the settings in the model's index: the text encoder of a full-size model is 9 GB."""
-    from .checkpoints import INDEX, find_model, load_model, read_json
+    from .checkpoints import INDEX, embedded_model, find_model, load_model, read_json
     from .inputs import resolve_device, resolve_dtype
-    from .pipeline import embedded_model
     from .reference import ReducioVAE, VAEConfig
 
     folder = embedded_model() if args.model is None else find_model(args.model)

@@ -17,13 +17,26 @@ from torch import nn
 
 from .checkpoints import INDEX, load_foreign, read_json, write_json
 from .errors import ReducioError
-from .video import cover_crop
+from .video import cover_crop, read_image
 
 STEPS = 20  # DPM-Solver++ and guidance as PixArt-alpha's own inference
 GUIDANCE = 4.5
 # PixArt's defaults would draw at another size and resize, and would rewrite the prompt. A pipeline without these words
 # does neither.
 PIPELINE_WORDS: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
+
+
+def read_images(image: Any, count: int) -> list[np.ndarray | None]:
+    """Content frames, uint8 [h, w, 3], one a clip: None for those to be drawn."""
+    if image is None:
+        return [None] * count
+    if isinstance(image, np.ndarray) and image.ndim == 4:
+        image = list(image)  # `out.content` of a list, given back
+    if not isinstance(image, list | tuple):
+        return [read_image(image)] * count
+    if len(image) != count:
+        raise ReducioError(f"image: {len(image)} given for {count} prompts; give one for all or one a prompt")
+    return [read_image(each) for each in image]
 
 
 def fit_image(image: np.ndarray, height: int, width: int) -> np.ndarray:

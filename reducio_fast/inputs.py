@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,32 @@ BACKENDS = ("reference", "fast", "auto")
 MINIMUM_TRITON = (3, 6)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRequest:
+    """What is asked of one clip of a call, checked. `latents`: its initial noise, float32 [1, C, T/f, H/32, W/32]."""
+
+    prompt: str
+    negative_prompt: str  # "" for none
+    image: np.ndarray | None  # uint8 [h, w, 3]; None: to be drawn from the prompt
+    generator: torch.Generator
+    latents: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of a call, checked: its clips, and what they have in common."""
+
+    clips: list[ClipRequest]
+    is_list: bool  # whether results get a clip axis
+    height: int
+    width: int
+    latent_shape: tuple[int, int, int, int]
+    num_inference_steps: int
+    guidance_scale: float
+    output_type: str
+    callback_on_step_end: Callable[..., Any] | None
 
 
 def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str]]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoints import find_model, load_model
+from .checkpoints import embedded_model, find_model, load_model
 from .errors import ReducioError
 from .inputs import resolve_device, resolve_dtype, triton_missing
 from .numerics import judge
@@ -42,7 +41,7 @@ def compare(
         raise ReducioError(f"parity: {missing}")
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, None, device)
-    folder = _embedded() if model is None else find_model(model)
+    folder = embedded_model() if model is None else find_model(model)
     vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32, device)
     dit = load_model(ReducioDiT, DiTConfig, folder / "transformer", torch.float32, device)
     name = "default" if model is None else folder.name
@@ -144,9 +143,3 @@ def _liven(network: torch.nn.Module) -> None:
     for parameter in network.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
-
-
-def _embedded() -> Path:
-    from importlib import resources
-
-    return Path(str(resources.files("reducio_fast"))) / "models" / "tiny"

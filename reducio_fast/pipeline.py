@@ -7,12 +7,7 @@ its own generator, so that a clip's bytes do not depend on the list its prompt s
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +17,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, content, folders, inputs
-from .encoders import ContentEncoder, SemanticEncoder, TextEncoder
+from .encoders import SemanticEncoder
 from .errors import ReducioError
+from .inputs import ClipRequest, Request
 from .output import ReducioOutput, stack, to_output
-from .reference import Condition, ReducioDiT, ReducioVAE, initial_latent, sample
+from .reference import ReducioDiT, ReducioVAE, initial_latent
 from .reference.sampler import StopSampling
-from .video import read_image
-
-CACHED_PIPELINES = 2  # kept by `generate`: enough to compare two models; at full size a third would fill most hosts
+from .stages import Stages
 
 StepCallback = Callable[["ReducioPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
 
-class ReducioPipeline:
+class ReducioPipeline(Stages):
     """The loaded model. Each component can be any object with the same call (the small ones are in `encoders`).
 
     `text_to_image` may be None (then each call needs an image), and so may `image_encoder` and `content_encoder` (the
@@ -57,19 +51,12 @@ class ReducioPipeline:
         sample_width: int = 256,
         backend: str = "auto",
     ) -> None:
-        required = backend == "fast"
-        self.backend, why = inputs.resolve_backend(backend)
-        self.report = {name: f"{self.backend}: {why}" for name in ("transformer", "vae")}
-        self.vae, self.transformer, self.scheduler = vae, transformer, scheduler
-        self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.image_encoder, self.content_encoder, self.text_to_image = image_encoder, content_encoder, text_to_image
+        super().__init__(
+            vae, transformer, scheduler, text_encoder, tokenizer, image_encoder, content_encoder, text_to_image, backend
+        )
         self.fps, self.sample_height, self.sample_width = fps, sample_height, sample_width
         self._interrupt = False
         self._progress_bar_config: dict[str, Any] = {}
-        self._engine: Any = None
-        self._check_components()
-        if self.backend == "fast":
-            self._start_engine(required)
 
     @classmethod
     def from_pretrained(
@@ -109,14 +96,6 @@ class ReducioPipeline:
         for network in self._networks():
             checkpoints.cast(network, target, kind)
         return self
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.transformer.dtype
 
     @property
     def interrupt(self) -> bool:
@@ -164,6 +143,48 @@ class ReducioPipeline:
 
         Raises ReducioError before any work for an argument that does not fit, and later where values stop being finite.
         """
+        request = self.check_inputs(
+            prompt, image, negative_prompt, height, width, num_frames, num_inference_steps, guidance_scale, seed,
+            generator, latents, output_type, callback_on_step_end,
+        )  # fmt: skip
+        self._interrupt = False
+        timings: dict[str, float] = {}
+        frames, contents = [], []
+        with self._progress_bar(len(request.clips) * request.num_inference_steps, progress) as bar:
+            for clip in request.clips:
+                frame, made = self._make_clip(clip, request, bar, timings)
+                contents.append(frame)
+                frames.append(made)
+                if self._interrupt:
+                    break
+        return ReducioOutput(
+            frames=stack(frames) if request.is_list else frames[0],
+            content=np.stack(contents) if request.is_list else contents[0],
+            seeds=[clip.generator.initial_seed() for clip in request.clips[: len(frames)]],
+            fps=self.fps,
+            timings=timings,
+            output_type=output_type,
+            is_list=request.is_list,
+            interrupted=self._interrupt,
+        )
+
+    def check_inputs(
+        self,
+        prompt: Any,
+        image: Any,
+        negative_prompt: Any,
+        height: Any,
+        width: Any,
+        num_frames: Any,
+        num_inference_steps: Any,
+        guidance_scale: Any,
+        seed: Any,
+        generator: Any,
+        latents: Any,
+        output_type: Any,
+        callback_on_step_end: Any,
+    ) -> Request:
+        """The words of a call, checked before any work and spread over its clips. Raises ReducioError."""
         is_list = not isinstance(prompt, str)
         height = self.sample_height if height is None else height
         width = self.sample_width if width is None else width
@@ -173,52 +194,42 @@ class ReducioPipeline:
         inputs.check_sampling(num_inference_steps, max_steps, guidance_scale, output_type, callback_on_step_end)
         shape, count = inputs.latent_shape(self.vae.config, height, width), len(prompts)
         generators = inputs.check_generators(count, seed, generator)
-        given = None if latents is None else inputs.check_latents(latents, shape, count, is_list)
-        images = self._read_images(image, count)
+        given = [None] * count if latents is None else inputs.check_latents(latents, shape, count, is_list)
+        images = content.read_images(image, count)
         if image is None and self.text_to_image is None:
             raise ReducioError("image: None given, and this model has no text-to-image stage to draw one")
-
-        self._interrupt = False
-        timings: dict[str, float] = {}
-        frames, contents = [], []
-        with self._progress_bar(count * num_inference_steps, progress) as bar:
-            for i in range(count):
-                # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed
-                # is the same with and without latents, and the noise the same with and without an image.
-                noise = initial_latent((1, *shape), [generators[i]])
-                with self._stage(timings, "content.generate"):
-                    if images[i] is not None:
-                        frame = content.fit_image(images[i], height, width)
-                    else:
-                        frame = content.draw_image(
-                            self.text_to_image, prompts[i], negatives[i], height, width, generators[i], progress
-                        )
-                cond = self._condition(prompts[i], frame, timings)
-                uncond = self._without_prompt(cond, negatives[i], timings) if guidance_scale > 1 else None
-                step_end = _StepEnd(self, callback_on_step_end, bar, (1, *shape))
-                with self._stage(timings, "dit.step"):
-                    latent = self._sample(
-                        noise if given is None else given[i],
-                        cond, uncond, guidance_scale, num_inference_steps, generators[i], step_end,
-                    )  # fmt: skip
-                contents.append(frame)
-                if output_type == "latent":
-                    frames.append(latent[0])
-                else:
-                    with self._stage(timings, "vae.decode"):
-                        frames.append(to_output(self._decode(latent, frame), output_type))
-                if self._interrupt:
-                    break
-        return ReducioOutput(
-            frames=stack(frames) if is_list else frames[0],
-            content=np.stack(contents) if is_list else contents[0],
-            seeds=[g.initial_seed() for g in generators[: len(frames)]],
-            fps=self.fps,
-            timings=timings,
-            output_type=output_type,
-            is_list=is_list,
-            interrupted=self._interrupt,
+        clips = [ClipRequest(*words) for words in zip(prompts, negatives, images, generators, given, strict=True)]
+        return Request(
+            clips, is_list, height, width, shape, num_inference_steps, guidance_scale, output_type, callback_on_step_end
         )
+
+    def _make_clip(
+        self, clip: ClipRequest, request: Request, bar: tqdm, timings: dict[str, float]
+    ) -> tuple[np.ndarray, Any]:
+        """One clip's content frame, and its frames or latent in the form asked for."""
+        shape, steps = (1, *request.latent_shape), request.num_inference_steps
+        # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed is the
+        # same with and without latents, and the noise the same with and without an image.
+        noise = initial_latent(shape, [clip.generator])
+        with self._stage(timings, "content.generate"):
+            if clip.image is not None:
+                frame = content.fit_image(clip.image, request.height, request.width)
+            else:
+                frame = content.draw_image(
+                    self.text_to_image, clip.prompt, clip.negative_prompt, request.height, request.width,
+                    clip.generator, not bar.disable,
+                )  # fmt: skip
+        cond = self._condition(clip.prompt, frame, timings)
+        uncond = self._without_prompt(cond, clip.negative_prompt, timings) if request.guidance_scale > 1 else None
+        step_end = _StepEnd(self, request.callback_on_step_end, bar, shape)
+        with self._stage(timings, "dit.step"):
+            start = noise if clip.latents is None else clip.latents
+            latent = self._sample(start, cond, uncond, request.guidance_scale, steps, clip.generator, step_end)
+        latent = latent if step_end.replaced is None else step_end.replaced
+        if request.output_type == "latent":
+            return frame, latent[0]
+        with self._stage(timings, "vae.decode"):
+            return frame, to_output(self._decode(latent, frame), request.output_type)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, image: Any, output_type: str = "np") -> Any:
@@ -234,146 +245,15 @@ class ReducioPipeline:
         factor, count = self.vae.config.spatial_factor, len(latents) if is_list else 1
         height, width = rows * factor, columns * factor
         clips = inputs.check_latents(latents, inputs.latent_shape(self.vae.config, height, width), count, is_list)
-        images = self._read_images(image, count)
+        images = content.read_images(image, count)
         if images[0] is None:
             raise ReducioError("image: None given; decoding needs the content frame of the clip (out.content)")
         fitted = [content.fit_image(i, height, width) for i in images if i is not None]
         frames = [to_output(self._decode(z, i), output_type) for z, i in zip(clips, fitted, strict=True)]
         return stack(frames) if is_list else frames[0]
 
-    # ---- the stages -------------------------------------------------------------------------------------------------
-
-    def _read_images(self, image: Any, count: int) -> list[np.ndarray | None]:
-        if image is None:
-            return [None] * count
-        if isinstance(image, np.ndarray) and image.ndim == 4:
-            image = list(image)  # `out.content` of a list, given back
-        if not isinstance(image, list | tuple):
-            return [read_image(image)] * count
-        if len(image) != count:
-            raise ReducioError(f"image: {len(image)} given for {count} prompts; give one for all or one a prompt")
-        return [read_image(each) for each in image]
-
-    def _condition(self, prompt: str, frame: np.ndarray, timings: dict[str, float]) -> Condition:
-        with self._stage(timings, "text.encode"):
-            text, mask = self._encode_text(prompt)
-        with self._stage(timings, "image.encode"):
-            pixels = self._pixels(frame)
-            semantic = None if self.image_encoder is None else self.image_encoder(pixels)
-            latent = None if self.content_encoder is None else ContentEncoder(self.content_encoder)(pixels)
-        return Condition(text, mask, semantic, latent)
-
-    def _without_prompt(self, cond: Condition, negative_prompt: str, timings: dict[str, float]) -> Condition:
-        """The half guidance leads away from. The image stays in both halves: guidance is about the text alone."""
-        if not negative_prompt.strip():
-            return cond.without_text(self.transformer.null_text)
-        with self._stage(timings, "text.encode"):
-            text, mask = self._encode_text(negative_prompt)
-        return Condition(text, mask, cond.semantic, cond.content)
-
-    def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
-        length = self.transformer.config.caption_length
-        return TextEncoder(self.text_encoder, self.tokenizer, length)([prompt])
-
-    def _sample(
-        self,
-        noise: Tensor,
-        cond: Condition,
-        uncond: Condition | None,
-        guidance_scale: float,
-        steps: int,
-        generator: torch.Generator,
-        step_end: _StepEnd,
-    ) -> Tensor:
-        # The latent stays float32 whatever the networks run in: twenty updates in bfloat16 lose what they add.
-        noise = noise.to(self.device)
-        words = (noise, cond, uncond, guidance_scale, steps, step_end)
-        try:
-            if self._engine is None:
-                latent = sample(self.transformer, self.scheduler, *words, generator)
-            else:
-                from .fast.sampler import sample as fast_sample
-
-                twins = self._engine.twins(self.transformer, self.vae)
-                latent = fast_sample(twins.transformer, self.scheduler, *words)
-        except ReducioError:
-            raise
-        except ValueError as error:
-            raise ReducioError(f"sampling: {error}") from error
-        return latent if step_end.replaced is None else step_end.replaced
-
-    def _decode(self, latent: Tensor, frame: np.ndarray) -> Tensor:
-        """[1, 16, T/f, H/32, W/32] and the content frame -> float32 [3, T, H, W] in [-1, 1]."""
-        config = self.vae.config
-        tiled = max(frame.shape[:2]) > config.tile_size * (1 + config.tile_overlap)
-        vae = self.vae if self._engine is None else self._engine.twins(self.transformer, self.vae).vae
-        features = vae.encode_content(self._pixels(frame), tiled=tiled)
-        video = vae.decode(latent.to(self.device, self.dtype), features, tiled=tiled)[0].float()
-        if not torch.isfinite(video).all():
-            raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
-        return video.clamp(-1, 1)
-
-    def _pixels(self, frame: np.ndarray) -> Tensor:
-        """uint8 [H, W, 3] -> [1, 3, H, W] in [-1, 1], in the networks' dtype."""
-        pixels = torch.from_numpy(frame).to(self.device).permute(2, 0, 1)[None].float()
-        return (pixels / 127.5 - 1).to(self.dtype)
-
-    def _start_engine(self, required: bool) -> None:
-        """Fast twins for both networks; where one cannot have one, an error if `required`, else the reference."""
-        from .fast.engine import Engine
-        from .fast.sampler import coefficients
-
-        obstacle = None
-        for name, kind in (("transformer", ReducioDiT), ("vae", ReducioVAE)):
-            if type(getattr(self, name)) is not kind:
-                obstacle = (
-                    f"{name} is a {type(getattr(self, name)).__name__}, fast twins are built from {kind.__name__}"
-                )
-        try:
-            coefficients(self.scheduler, 2)
-        except ValueError as error:
-            obstacle = f"scheduler: {error}"
-        if obstacle is None:
-            self._engine = Engine()
-        elif required:
-            raise ReducioError(f"backend: 'fast' cannot run this model: {obstacle}")
-        else:
-            self.backend = "reference"
-            self.report = dict.fromkeys(self.report, f"reference: {obstacle}")
-
-    # ---- bookkeeping ------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _stage(self, timings: dict[str, float], name: str) -> Iterator[None]:
-        start = self._clock()
-        yield
-        timings[name] = timings.get(name, 0.0) + self._clock() - start
-
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels run on after their launch returns
-        return time.perf_counter()
-
     def _progress_bar(self, total: int, progress: bool) -> tqdm:
         return tqdm(total=total, **({"desc": "dit.step", "disable": not progress} | self._progress_bar_config))
-
-    def _networks(self) -> list[nn.Module]:
-        own = [c for c in (getattr(self, name) for name in folders.COMPONENTS) if isinstance(c, nn.Module)]
-        return own + ([] if self.text_to_image is None else content.networks(self.text_to_image))
-
-    def _check_components(self) -> None:
-        """Refuse networks that cannot work together: told now, not by a shape error in the middle of a clip."""
-        config = self.transformer.config
-        text_channels = getattr(getattr(self.text_encoder, "config", None), "hidden_size", config.caption_channels)
-        tower = getattr(self.image_encoder, "visual", None)
-        semantic_channels = config.semantic_channels if tower is None else tower.ln_post.normalized_shape[0]
-        for name, needed, source, given in (
-            ("latent_channels", config.latent_channels, "vae", self.vae.config.latent_channels),
-            ("caption_channels", config.caption_channels, "text_encoder", text_channels),
-            ("semantic_channels", config.semantic_channels, "image_encoder", semantic_channels),
-        ):
-            if needed != given:
-                raise ReducioError(f"transformer has {name}={needed}, {source} gives {given}")
 
 
 class _StepEnd:
@@ -395,47 +275,3 @@ class _StepEnd:
             self.replaced = new
             raise StopSampling
         return None if new is latent else new
-
-
-def generate(
-    prompt: str | list[str],
-    image: Any = None,
-    model: str | os.PathLike[str] | None = None,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    backend: str = "auto",
-    **words: Any,
-) -> ReducioOutput:
-    """Make a clip in one line: `generate("a red circle moving right on a black background").save("clip.mp4")`.
-
-    `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move. The
-    loaded model is kept, so a second call starts at once. All other words are those of `ReducioPipeline.__call__`.
-    """
-    device = inputs.resolve_device(device)
-    dtype = inputs.resolve_dtype(dtype, None, device)
-    folder = embedded_model() if model is None else checkpoints.find_model(model)
-    pipe = _cached_pipeline(folder.resolve(), dtype, device, backend)
-    return pipe(prompt, image, **words)
-
-
-_pipelines: OrderedDict[tuple[Any, ...], ReducioPipeline] = OrderedDict()
-_pipelines_lock = threading.Lock()  # two threads that ask for one model shall load it once
-
-
-def _cached_pipeline(folder: Path, dtype: torch.dtype, device: torch.device, backend: str) -> ReducioPipeline:
-    key = (folder, dtype, device, backend)
-    with _pipelines_lock:
-        if key not in _pipelines:
-            while len(_pipelines) >= CACHED_PIPELINES:
-                _pipelines.popitem(last=False)
-            _pipelines[key] = ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend)
-        _pipelines.move_to_end(key)
-        return _pipelines[key]
-
-
-def embedded_model() -> Path:
-    folder = Path(str(resources.files("reducio_fast"))) / "models" / "tiny"
-    if not (folder / checkpoints.INDEX).is_file():
-        raise ReducioError(f"model: none named, and this installation has no embedded one ({folder})")
-    return folder

@@ -193,17 +193,17 @@ def test_components_can_be_replaced_or_left_out(folder: Path, pipe: ReducioPipel
 
 
 def test_generate_keeps_the_loaded_model(folder: Path, clip, monkeypatch: pytest.MonkeyPatch):
-    from reducio_fast import pipeline
+    from reducio_fast import front
 
-    monkeypatch.setattr(pipeline, "_pipelines", type(pipeline._pipelines)())
+    monkeypatch.setattr(front, "_pipelines", type(front._pipelines)())
     first = reducio_fast.generate(PROMPT, model=folder, seed=3, device="cpu", **FAST)
-    loaded = list(pipeline._pipelines.values())
+    loaded = list(front._pipelines.values())
     again = reducio_fast.generate(PROMPT, model=str(folder), seed=3, dtype="float32", device="cpu", **FAST)
-    assert list(pipeline._pipelines.values()) == loaded and len(loaded) == 1
+    assert list(front._pipelines.values()) == loaded and len(loaded) == 1
     assert np.array_equal(first.frames, clip.frames) and np.array_equal(again.frames, clip.frames)
     for backend, dtype in (("reference", "float32"), ("auto", "bfloat16"), ("auto", "float32")):
         reducio_fast.generate(PROMPT, model=folder, backend=backend, dtype=dtype, device="cpu", **FAST)
-        assert len(pipeline._pipelines) <= pipeline.CACHED_PIPELINES
+        assert len(front._pipelines) <= front.CACHED_PIPELINES
 
 
 # ---- what a call returns ---------------------------------------------------------------------------------------------

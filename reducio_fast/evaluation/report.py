@@ -170,6 +170,7 @@ def _photo_clips(count: int, seed: int, size: int, num_frames: int) -> Iterator[
 def _pipeline(model: str | os.PathLike[str] | Any) -> Any:
     if hasattr(model, "vae"):
         return model
-    from ..pipeline import ReducioPipeline, embedded_model
+    from ..checkpoints import embedded_model
+    from ..pipeline import ReducioPipeline
 
     return ReducioPipeline.from_pretrained(embedded_model() if model is None else model)

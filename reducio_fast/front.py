@@ -1,0 +1,54 @@
+"""The one-line front door: `generate`, and the loaded pipelines it keeps between calls."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoints, inputs
+from .output import ReducioOutput
+from .pipeline import ReducioPipeline
+
+CACHED_PIPELINES = 2  # enough to compare two models; at full size a third would fill most hosts
+
+
+def generate(
+    prompt: str | list[str],
+    image: Any = None,
+    model: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    **words: Any,
+) -> ReducioOutput:
+    """Make a clip in one line: `generate("a red circle moving right on a black background").save("clip.mp4")`.
+
+    `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move. The
+    loaded model is kept, so a second call starts at once. All other words are those of `ReducioPipeline.__call__`.
+    """
+    device = inputs.resolve_device(device)
+    dtype = inputs.resolve_dtype(dtype, None, device)
+    folder = checkpoints.embedded_model() if model is None else checkpoints.find_model(model)
+    pipe = _cached_pipeline(folder.resolve(), dtype, device, backend)
+    return pipe(prompt, image, **words)
+
+
+_pipelines: OrderedDict[tuple[Any, ...], ReducioPipeline] = OrderedDict()
+_pipelines_lock = threading.Lock()  # two threads that ask for one model shall load it once
+
+
+def _cached_pipeline(folder: Path, dtype: torch.dtype, device: torch.device, backend: str) -> ReducioPipeline:
+    key = (folder, dtype, device, backend)
+    with _pipelines_lock:
+        if key not in _pipelines:
+            while len(_pipelines) >= CACHED_PIPELINES:
+                _pipelines.popitem(last=False)
+            _pipelines[key] = ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend)
+        _pipelines.move_to_end(key)
+        return _pipelines[key]
