@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, content, folders, inputs
+from .checkpoints import embedded_model as embedded_model
 from .encoders import SemanticEncoder
 from .errors import ReducioError
 from .inputs import ClipRequest, Request
