@@ -57,6 +57,7 @@ class MotionSettings:
     text_drop: float = 0.1  # prompts replaced by the null text, for classifier-free guidance
     # Content frames passed once through the content autoencoder, because at inference stage one decodes them from it.
     decoded_share: float = 0.5
+    portrait_share: float = 0.0  # of the clips: around a content frame as stage one draws it, else anywhere
     size: int = 128
     config: DiTConfig = field(default_factory=lambda: TINY_DIT)
 
@@ -83,16 +84,31 @@ class Encoders:
         video = as_video(frames_BTHWC)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = self.vae.encode(video)
-        frame = video[:, :, self.vae.config.content_frame].clone()
-        if decoded.any():
-            chosen = torch.from_numpy(decoded)
-            frame[chosen] = self.content_vae.decode(self.content(frame[chosen])).sample.clamp(-1, 1)
+        frame = self.content_frame(video, decoded)
         return {
             "mean": posterior.mean.float(),
             "logvar": posterior.logvar.float(),
             "semantic": self.semantic(frame).half(),
             "content": self.content(frame).half(),
         }
+
+    @torch.no_grad()
+    def content_frame(self, video_BCTHW: Tensor, decoded: np.ndarray) -> Tensor:
+        """The centre frames [B, 3, H, W]; where `decoded` [B], as stage one's decoder would have drawn them."""
+        frame = video_BCTHW[:, :, self.vae.config.content_frame].clone()
+        if decoded.any():
+            chosen = torch.from_numpy(decoded)
+            frame[chosen] = self.content_vae.decode(self.content(frame[chosen])).sample.clamp(-1, 1)
+        return frame
+
+
+def pool_clip(settings: MotionSettings, held_out: bool, index: int) -> tuple[str, np.ndarray, bool]:
+    """Sample `index` of a pool: its caption, its clip, and whether its content frame is a decoded one."""
+    rng = np.random.default_rng((settings.loop.seed, int(held_out), index))
+    scene = world.sample_scene(rng, held_out)
+    portrait = settings.portrait_share > 0 and rng.random() < settings.portrait_share
+    clip = world.render(scene, rng, settings.size, portrait=portrait)
+    return scene.caption(), clip, bool(rng.random() < settings.decoded_share)
 
 
 def shard_path(folder: Path, held_out: bool, shard: int) -> Path:
@@ -106,13 +122,8 @@ def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, s
         return
     parts, captions = [], []
     for start in range(shard * settings.shard, (shard + 1) * settings.shard, 8):
-        clips, decoded = [], []
-        for index in range(start, start + 8):
-            rng = np.random.default_rng((settings.loop.seed, int(held_out), index))
-            scene = world.sample_scene(rng, held_out)
-            clips.append(world.render(scene, rng, settings.size))
-            decoded.append(rng.random() < settings.decoded_share)
-            captions.append(scene.caption())
+        texts, clips, decoded = zip(*(pool_clip(settings, held_out, i) for i in range(start, start + 8)), strict=True)
+        captions += texts
         parts.append(encoders.encode(np.stack(clips), np.array(decoded)))
     tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     tensors["caption"] = _as_bytes(captions)

@@ -20,6 +20,7 @@ from .conditions import SemanticSettings, TextSettings, train_semantic, train_te
 from .content_autoencoder import ContentSettings, train_content
 from .loop import LoopConfig
 from .motion import MotionSettings, train_motion
+from .rehearsal import RehearsalSettings, rehearse, train_rehearsed
 from .stage import Context
 from .text_to_image import TextToImageSettings, train_text_to_image
 from .video_autoencoder import VAESettings, train_vae
@@ -34,6 +35,11 @@ class Stage:
     makes: tuple[str, ...]
     needs: tuple[str, ...] = ()
 
+
+MOTION = MotionSettings(
+    loop=LoopConfig(steps=4000, learning_rate=1e-3, warmup_steps=100, ema_decay=0.998, weight_decay=0.0, seed=8),
+    portrait_share=0.7,
+)
 
 STAGES: dict[str, Stage] = {
     "text": Stage(
@@ -226,36 +232,54 @@ STAGES: dict[str, Stage] = {
     "vae_joint": Stage(
         partial(train_vae, stage="vae_joint"),
         VAESettings(
-            loop=LoopConfig(steps=7000, learning_rate=8e-4, warmup_steps=50, final_rate=0.1, ema_decay=0.995, seed=15),
+            loop=LoopConfig(steps=8000, learning_rate=1e-3, warmup_steps=50, final_rate=0.05, ema_decay=0.995, seed=15),
             trains="all",
             size=96,
             batch=2,
-            photo_share=0.2,
-            portrait_share=0.8,
+            photo_share=0.12,
+            portrait_share=0.85,
             sketch_weight=0.3,
-            chroma_weight=1.0,
-            moving_weight=4.0,
-            carriage_weight=0.3,
+            chroma_weight=0.5,
+            moving_weight=12.0,
+            level_weights=True,
+            carriage_weight=0.5,
             latent_noise=0.3,
             after="vae_shapes",
         ),
-        makes=("vae",),
+        makes=("vae", "runs/vae_joint"),
         needs=("runs/vae_shapes",),
     ),
     "motion": Stage(
         train_motion,
-        MotionSettings(
-            loop=LoopConfig(
-                steps=3000,
-                learning_rate=1e-3,
-                warmup_steps=100,
-                ema_decay=0.998,
-                weight_decay=0.0,
-                seed=8,
-            ),
-        ),
-        makes=("transformer", "scheduler"),
+        MOTION,
+        makes=("transformer", "scheduler", "runs/motion"),
         needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder", "vae"),
+    ),
+    "rehearsal": Stage(
+        rehearse,
+        RehearsalSettings(motion=MOTION),
+        makes=("runs/rehearsal",),
+        needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder", "vae", "transformer", "runs/motion"),
+    ),
+    "vae_rehearsed": Stage(
+        partial(train_rehearsed, stage="vae_rehearsed", motion=MOTION),
+        VAESettings(
+            loop=LoopConfig(steps=3000, learning_rate=6e-4, warmup_steps=30, final_rate=0.02, ema_decay=0.995, seed=17),
+            trains="decoder",
+            size=128,
+            batch=2,
+            photo_share=0.25,
+            portrait_share=0.85,
+            chroma_weight=0.5,
+            moving_weight=12.0,
+            level_weights=True,
+            carriage_weight=0.3,
+            latent_noise=0.3,
+            rehearsed_share=0.5,
+            after="vae_joint",
+        ),
+        makes=("runs/vae_rehearsed",),
+        needs=("runs/vae_joint", "runs/rehearsal"),
     ),
     "export": Stage(
         export,

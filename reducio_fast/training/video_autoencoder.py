@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,7 @@ TINY_VAE = VAEConfig(
     fusion_head_dim=16,
 )
 START_LOGVAR = -6.0
+RehearsedDraw = Callable[[np.random.Generator, int], "tuple[Tensor, Tensor, Tensor]"]  # (rng, B) -> clips, z, content
 FULL_SIZE = 128  # pixels a side at which clips are drawn, whatever is cropped from them
 
 
@@ -63,10 +65,14 @@ class VAESettings:
     chroma_weight: float = 0.0
     # Added to the weight of pixels that change: they are few, and without it their outlines stay blurred longest.
     moving_weight: float = 0.0
+    # Weights average 1 in every clip. Else a photograph under a camera move, which is all motion, weighs as much more
+    # than a scene as `moving_weight` says, and its error is the larger one already: the decoder learns little else.
+    level_weights: bool = False
     carriage_weight: float = 0.0
     # Standard deviation, at most, of noise on the normalised latent: a generated one is never exact, and what it
     # leaves unclear (a silhouette) the content frame knows.
     latent_noise: float = 0.0
+    rehearsed_share: float = 0.0  # of the steps: on generated latents (see `rehearsal`), clips are then not cropped
     kl_weight: float = 1e-6  # on the KL summed over a latent, as in the release
     config: VAEConfig = field(default_factory=lambda: TINY_VAE)
 
@@ -168,8 +174,13 @@ def draw_clip(rng: np.random.Generator, size: int, photo_share: float, portrait_
     return frames[:, top : top + size, left : left + size]
 
 
-def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, float]:
-    """Trains one phase and saves `vae/`. Loss: absolute plus squared error, the sketch's error, weighted KL."""
+def train_vae(
+    context: Context, settings: VAESettings, stage: str, rehearsed: RehearsedDraw | None = None
+) -> dict[str, float]:
+    """Trains one phase and saves `vae/`. Loss: absolute plus squared error, the sketch's error, weighted KL.
+
+    `rehearsed` gives the clips, latents and content frames of the steps that are not the encoder's business.
+    """
     torch.manual_seed(settings.loop.seed)
     model = Trained(settings.config)
     if settings.after is not None:
@@ -186,16 +197,21 @@ def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, 
         module.requires_grad_(False)
 
     def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        shares = settings.photo_share, settings.portrait_share
-        clips = [draw_clip(rng, settings.size, *shares) for _ in range(settings.batch)]
-        video = as_video(np.stack(clips)).to(context.device)
-        content = video[:, :, frame]
+        rehearsal = rehearsed is not None and rng.random() < settings.rehearsed_share
+        if rehearsal:
+            video, z, content = (x.to(context.device) for x in rehearsed(rng, settings.batch))
+        else:
+            shares = settings.photo_share, settings.portrait_share
+            clips = [draw_clip(rng, settings.size, *shares) for _ in range(settings.batch)]
+            video = as_video(np.stack(clips)).to(context.device)
+            content = video[:, :, frame]
         figures = {"still_psnr": _psnr(F.mse_loss(content[:, :, None].expand_as(video), video))}
         loss = torch.zeros((), device=context.device)
-        with torch.set_grad_enabled(encoder_learns):
-            posterior = vae.encode(video)
-            z = vae.normalize_latent(posterior.sample())
-        if settings.latent_noise:
+        if not rehearsal:
+            with torch.set_grad_enabled(encoder_learns):
+                posterior = vae.encode(video)
+                z = vae.normalize_latent(posterior.sample())
+        if settings.latent_noise and not rehearsal:
             spread = settings.latent_noise * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
             z = vae.normalize_latent(z + spread * torch.randn_like(z))
         if encoder_learns:
@@ -205,6 +221,8 @@ def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, 
         if draws:
             output, deep = _decode(vae, z, content, model.carriage.level, whole=settings.trains != "carriage")
             weight = 1 + settings.moving_weight * _moving(video)
+            if settings.level_weights:
+                weight = weight / weight.mean((1, 2, 3, 4), keepdim=True)
             if settings.carriage_weight:
                 carried, figures["carried_psnr"] = _drawing_error(model.carriage(deep).float(), video, weight)
                 loss = loss + settings.carriage_weight * carried
