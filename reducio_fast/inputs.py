@@ -46,6 +46,7 @@ class Request:
     guidance_scale: float
     output_type: str
     callback_on_step_end: Callable[..., Any] | None
+    callback_tensor_inputs: tuple[str, ...]
 
 
 def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str]]:
@@ -82,15 +83,30 @@ def check_size(config: VAEConfig, height: Any, width: Any, num_frames: Any) -> N
         )
 
 
-def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any, callback: Any) -> None:
+def check_count(name: str, value: Any) -> int:
+    if not _is_integer(value) or value < 1:
+        raise ReducioError(f"{name}: must be a whole number of at least 1, is {value!r}")
+    return int(value)
+
+
+def check_callback(callback: Any, names: Any, known: Sequence[str]) -> None:
+    if callback is not None and not callable(callback):
+        raise ReducioError(f"callback_on_step_end: must be callable, is {_brief(callback)}")
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+        raise ReducioError(f"callback_on_step_end_tensor_inputs: must be a list of names, is {_brief(names)}")
+    if unknown := [n for n in names if n not in known]:
+        raise ReducioError(
+            f"callback_on_step_end_tensor_inputs: unknown {', '.join(unknown)}; known are {', '.join(known)}"
+        )
+
+
+def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any) -> None:
     if not _is_integer(steps) or not 1 <= steps <= max_steps:
         raise ReducioError(f"num_inference_steps: must be a whole number from 1 to {max_steps}, is {steps!r}")
     if not isinstance(guidance_scale, numbers.Real) or not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise ReducioError(f"guidance_scale: must be a finite number of at least 0, is {guidance_scale!r}")
     if output_type not in OUTPUT_TYPES:
         raise ReducioError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, is {output_type!r}")
-    if callback is not None and not callable(callback):
-        raise ReducioError(f"callback_on_step_end: must be callable, is {_brief(callback)}")
 
 
 def latent_shape(config: VAEConfig, height: int, width: int) -> tuple[int, int, int, int]:
@@ -120,7 +136,7 @@ def check_generators(count: int, seed: Any, generator: Any) -> list[torch.Genera
         if not isinstance(generators, list | tuple) or not all(isinstance(g, torch.Generator) for g in generators):
             raise ReducioError(f"generator: must be a torch.Generator or a list of them, is {_brief(generator)}")
         if len(generators) != count:
-            raise ReducioError(f"generator: {len(generators)} given for {count} prompts; give one a prompt")
+            raise ReducioError(f"generator: {len(generators)} given for {count} clips; give one a clip")
         return list(generators)
     if seed is None:
         # 32 bits: a seed that is reported shall be easy to type again.

@@ -40,6 +40,17 @@ class ReducioOutput:
         """Of the first clip."""
         return self.seeds[0]
 
+    def as_float(self) -> np.ndarray:
+        """Frames as float32 in [0, 1], [T, H, W, 3] or [N, T, H, W, 3]: what diffusers calls "np".
+
+        `diffusers.utils.export_to_video` takes these, or PIL images; bytes it would multiply by 255.
+        """
+        if self.output_type == "latent":
+            raise ReducioError("as_float: output_type='latent' holds no frames; use pipe.decode(latents, image)")
+        clips = list(self.frames) if self.is_list else [self.frames]
+        frames = np.stack([as_array(clip) for clip in clips]).astype(np.float32) / 255
+        return frames if self.is_list else frames[0]
+
     def save(self, path: str | os.PathLike[str]) -> Path | list[Path]:
         """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; of a list, clip i as NAME-i.SUFFIX."""
         if self.output_type == "latent":

@@ -7,7 +7,8 @@ its own generator, so that a clip's bytes do not depend on the list its prompt s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .encoders import SemanticEncoder
 from .errors import ReducioError
 from .inputs import ClipRequest, Request
 from .output import ReducioOutput, stack, to_output
-from .reference import ReducioDiT, ReducioVAE, initial_latent
+from .reference import Condition, ReducioDiT, ReducioVAE, initial_latent
 from .reference.sampler import StopSampling
 from .stages import Stages
 
@@ -33,8 +34,11 @@ class ReducioPipeline(Stages):
     """The loaded model. Each component can be any object with the same call (the small ones are in `encoders`).
 
     `text_to_image` may be None (then each call needs an image), and so may `image_encoder` and `content_encoder` (the
-    DiT is then not told about that side of the image). `report` says, per network, what runs it and why.
+    DiT is then not told about that side of the image). `report` says, per network, what runs it and why. Threads may
+    share a pipeline: their calls take turns.
     """
+
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
     def __init__(
         self,
@@ -58,6 +62,11 @@ class ReducioPipeline(Stages):
         self.fps, self.sample_height, self.sample_width = fps, sample_height, sample_width
         self._interrupt = False
         self._progress_bar_config: dict[str, Any] = {}
+        self._request: Request | None = None
+        self._current_timestep: Tensor | None = None
+        # Networks, scheduler and fast twins are shared between calls: a second thread waits for the first one's clips.
+        self._lock = threading.RLock()
+        self._at_work = False
 
     @classmethod
     def from_pretrained(
@@ -90,22 +99,62 @@ class ReducioPipeline(Stages):
         parts = {name: getattr(self, name) for name in (*folders.COMPONENTS, *folders.SETTINGS)}
         folders.write_model(Path(save_directory).expanduser(), parts)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ReducioPipeline:
-        """Move and cast every network in place; returns self."""
+    def to(
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> ReducioPipeline:
+        """Move and cast every network in place; returns self. A dtype may also come alone: `pipe.to(torch.float16)`."""
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise ReducioError(f"to: two dtypes given, {device} and {dtype}")
+            device, dtype = None, device
         target = self.device if device is None else inputs.resolve_device(device)
         kind = self.dtype if dtype is None else inputs.resolve_dtype(dtype, None, target)
-        for network in self._networks():
-            checkpoints.cast(network, target, kind)
+        with self._lock:
+            for network in self._networks():
+                checkpoints.cast(network, target, kind)
         return self
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """By name: `ReducioPipeline(**pipe.components)` is a second pipeline on the same weights."""
+        return {name: getattr(self, name) for name in folders.COMPONENTS}
 
     @property
     def interrupt(self) -> bool:
         """Whether the call was asked to end; a callback asks by `pipe._interrupt = True`, as in diffusers."""
         return self._interrupt
 
+    @property
+    def guidance_scale(self) -> float | None:
+        """Of the call at work, else of the last one; so are the next three. None before the first call."""
+        return None if self._request is None else self._request.guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool | None:
+        return None if self._request is None else self._request.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int | None:
+        return None if self._request is None else self._request.num_inference_steps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """Of the step a callback is called for; None outside of the second stage."""
+        return self._current_timestep
+
     def set_progress_bar_config(self, **words: Any) -> None:
         """Words for tqdm, kept for later calls: `set_progress_bar_config(disable=True)`."""
         self._progress_bar_config = words
+
+    def enable_vae_tiling(self) -> None:
+        """Decode each clip in tiles of `vae.config.tile_size` pixels, whatever its size: the least memory."""
+        self.vae_tiling = True
+
+    def disable_vae_tiling(self) -> None:
+        """Decode each clip whole. Not what `vae_tiling = None` does, the default, which tiles above 1.25 tiles."""
+        self.vae_tiling = False
 
     @torch.no_grad()
     def __call__(
@@ -124,31 +173,91 @@ class ReducioPipeline(Stages):
         output_type: str = "np",
         callback_on_step_end: StepCallback | None = None,
         progress: bool = True,
-    ) -> ReducioOutput:
-        """Make one clip of a prompt, or one of each prompt in a list.
+        num_videos_per_prompt: int = 1,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+    ) -> ReducioOutput | tuple[Any]:
+        """Make a clip of a prompt, or of each prompt in a list, or `num_videos_per_prompt` of each.
 
         prompt: text; longer than the model reads (120 tokens) it is cut with a warning.
         image: the content frame (path, PIL image or array; one for all, or a list or array with one a prompt), scaled
-            to cover the clip and cropped. None draws it from the prompt.
+            to cover the clip and cropped. None draws it from the prompt, for each clip anew.
         negative_prompt: what guidance leads away from. None or "" is the model's null text.
         height, width: pixels, multiples of 32; by default the size the model was made for.
         num_inference_steps: of the second stage.
         guidance_scale: 1 or less switches guidance off.
         seed: clip i takes seed + i; None draws one at random. generator: instead of seeds, one a clip.
-        latents: the initial noise [N, 16, T/f, H/32, W/32], without N for a single prompt; the seeds still serve the
+        latents: the initial noise [N, 16, T/f, H/32, W/32], without N for a single clip; the seeds still serve the
             first stage.
         output_type: see `ReducioOutput`.
-        callback_on_step_end(pipe, step, timestep, {"latents": [1, 16, ...]}): called after each step of the second
-            stage. It may return {"latents": replacement}, and may set `pipe._interrupt = True`, which ends the call
-            with the latent reached.
+        callback_on_step_end(pipe, step, timestep, tensors): called after each step of the second stage, with a dict of
+            the tensors named in `callback_on_step_end_tensor_inputs` (of `_callback_tensor_inputs`). It may return
+            {"latents": replacement}, and may set `pipe._interrupt = True`, which ends the call with the latent reached.
+        return_dict: False returns the tuple `(frames,)` alone.
 
         Raises ReducioError before any work for an argument that does not fit, and later where values stop being finite.
         """
         request = self.check_inputs(
-            prompt, image, negative_prompt, height, width, num_frames, num_inference_steps, guidance_scale, seed,
-            generator, latents, output_type, callback_on_step_end,
+            prompt=prompt, image=image, negative_prompt=negative_prompt, height=height, width=width,
+            num_frames=num_frames, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed,
+            generator=generator, latents=latents, output_type=output_type, callback_on_step_end=callback_on_step_end,
+            num_videos_per_prompt=num_videos_per_prompt,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        self._interrupt = False
+        with self._lock:
+            if self._at_work:
+                raise ReducioError("callback_on_step_end: called the pipeline that called it, which is not done yet")
+            self._at_work, self._request, self._interrupt = True, request, False
+            try:
+                out = self._make_clips(request, progress)
+            finally:
+                self._at_work, self._current_timestep = False, None
+        return out if return_dict else (out.frames,)
+
+    def check_inputs(
+        self,
+        *,
+        prompt: Any,
+        image: Any = None,
+        negative_prompt: Any = None,
+        height: Any = None,
+        width: Any = None,
+        num_frames: Any = 16,
+        num_inference_steps: Any = 20,
+        guidance_scale: Any = 4.5,
+        seed: Any = 0,
+        generator: Any = None,
+        latents: Any = None,
+        output_type: Any = "np",
+        callback_on_step_end: Any = None,
+        num_videos_per_prompt: Any = 1,
+        callback_on_step_end_tensor_inputs: Any = ("latents",),
+    ) -> Request:
+        """The words of a call, checked before any work and spread over its clips. Raises ReducioError."""
+        config = self.vae.config
+        height = self.sample_height if height is None else height
+        width = self.sample_width if width is None else width
+        prompts, negatives = inputs.check_prompts(prompt, negative_prompt)
+        per_prompt = inputs.check_count("num_videos_per_prompt", num_videos_per_prompt)
+        inputs.check_size(config, height, width, num_frames)
+        max_steps = self.scheduler.config.num_train_timesteps
+        inputs.check_sampling(num_inference_steps, max_steps, guidance_scale, output_type)
+        inputs.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        shape, count = inputs.latent_shape(config, height, width), len(prompts) * per_prompt
+        is_list = not isinstance(prompt, str) or per_prompt > 1
+        generators = inputs.check_generators(count, seed, generator)
+        given = [None] * count if latents is None else inputs.check_latents(latents, shape, count, is_list)
+        images = content.read_images(image, len(prompts))
+        if image is None and self.text_to_image is None:
+            raise ReducioError("image: None given, and this model has no text-to-image stage to draw one")
+        of_prompts = ([x for x in each for _ in range(per_prompt)] for each in (prompts, negatives, images))
+        clips = [ClipRequest(*words) for words in zip(*of_prompts, generators, given, strict=True)]
+        return Request(
+            clips, is_list, height, width, shape, num_inference_steps, guidance_scale, output_type,
+            callback_on_step_end, tuple(callback_on_step_end_tensor_inputs),
+        )  # fmt: skip
+
+    def _make_clips(self, request: Request, progress: bool) -> ReducioOutput:
         timings: dict[str, float] = {}
         frames, contents = [], []
         with self._progress_bar(len(request.clips) * request.num_inference_steps, progress) as bar:
@@ -164,44 +273,9 @@ class ReducioPipeline(Stages):
             seeds=[clip.generator.initial_seed() for clip in request.clips[: len(frames)]],
             fps=self.fps,
             timings=timings,
-            output_type=output_type,
+            output_type=request.output_type,
             is_list=request.is_list,
             interrupted=self._interrupt,
-        )
-
-    def check_inputs(
-        self,
-        prompt: Any,
-        image: Any,
-        negative_prompt: Any,
-        height: Any,
-        width: Any,
-        num_frames: Any,
-        num_inference_steps: Any,
-        guidance_scale: Any,
-        seed: Any,
-        generator: Any,
-        latents: Any,
-        output_type: Any,
-        callback_on_step_end: Any,
-    ) -> Request:
-        """The words of a call, checked before any work and spread over its clips. Raises ReducioError."""
-        is_list = not isinstance(prompt, str)
-        height = self.sample_height if height is None else height
-        width = self.sample_width if width is None else width
-        prompts, negatives = inputs.check_prompts(prompt, negative_prompt)
-        inputs.check_size(self.vae.config, height, width, num_frames)
-        max_steps = self.scheduler.config.num_train_timesteps
-        inputs.check_sampling(num_inference_steps, max_steps, guidance_scale, output_type, callback_on_step_end)
-        shape, count = inputs.latent_shape(self.vae.config, height, width), len(prompts)
-        generators = inputs.check_generators(count, seed, generator)
-        given = [None] * count if latents is None else inputs.check_latents(latents, shape, count, is_list)
-        images = content.read_images(image, count)
-        if image is None and self.text_to_image is None:
-            raise ReducioError("image: None given, and this model has no text-to-image stage to draw one")
-        clips = [ClipRequest(*words) for words in zip(prompts, negatives, images, generators, given, strict=True)]
-        return Request(
-            clips, is_list, height, width, shape, num_inference_steps, guidance_scale, output_type, callback_on_step_end
         )
 
     def _make_clip(
@@ -222,7 +296,7 @@ class ReducioPipeline(Stages):
                 )  # fmt: skip
         cond = self._condition(clip.prompt, frame, timings)
         uncond = self._without_prompt(cond, clip.negative_prompt, timings) if request.guidance_scale > 1 else None
-        step_end = _StepEnd(self, request.callback_on_step_end, bar, shape)
+        step_end = _StepEnd(self, request, cond, uncond, bar)
         with self._stage(timings, "dit.step"):
             start = noise if clip.latents is None else clip.latents
             latent = self._sample(start, cond, uncond, request.guidance_scale, steps, clip.generator, step_end)
@@ -250,29 +324,58 @@ class ReducioPipeline(Stages):
         if images[0] is None:
             raise ReducioError("image: None given; decoding needs the content frame of the clip (out.content)")
         fitted = [content.fit_image(i, height, width) for i in images if i is not None]
-        frames = [to_output(self._decode(z, i), output_type) for z, i in zip(clips, fitted, strict=True)]
+        with self._lock:
+            frames = [to_output(self._decode(z, i), output_type) for z, i in zip(clips, fitted, strict=True)]
         return stack(frames) if is_list else frames[0]
 
     def _progress_bar(self, total: int, progress: bool) -> tqdm:
-        return tqdm(total=total, **({"desc": "dit.step", "disable": not progress} | self._progress_bar_config))
+        silent = not progress or os.environ.get("RANK", "0") != "0"  # of the ranks that torchrun starts, one speaks
+        return tqdm(total=total, **({"desc": "dit.step", "disable": silent} | self._progress_bar_config))
 
 
 class _StepEnd:
     """The sampler's callback: moves the progress bar, runs the user's, and ends the loop where that asks for it."""
 
-    def __init__(self, pipe: ReducioPipeline, callback: StepCallback | None, bar: tqdm, shape: tuple[int, ...]) -> None:
-        self.pipe, self.callback, self.bar, self.shape = pipe, callback, bar, shape
+    def __init__(
+        self, pipe: ReducioPipeline, request: Request, cond: Condition, uncond: Condition | None, bar: tqdm
+    ) -> None:
+        self.pipe, self.request, self.bar = pipe, request, bar
+        self.embeds = {"prompt_embeds": cond.text, "negative_prompt_embeds": None if uncond is None else uncond.text}
         self.replaced: Tensor | None = None  # a replacement that came together with the request to stop
+        self.error: Exception | None = None  # of the user's own code: not ours to reword
 
     def __call__(self, step: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
         self.bar.update()
-        if self.callback is None:
-            return None
-        answer = self.callback(self.pipe, step, timestep, {"latents": latent}) or {}
-        new = answer.get("latents", latent)
-        if new is not latent:
-            new = inputs.check_latents(new, self.shape[1:], 1, True, "callback_on_step_end: latents")[0].to(latent)
-        if self.pipe.interrupt:
-            self.replaced = new
-            raise StopSampling
+        self.pipe._current_timestep = timestep
+        if self.request.callback_on_step_end is None:
+            return self.stop_if_asked(latent)
+        tensors = {"latents": latent} | self.embeds
+        given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
+        try:
+            answer = self.request.callback_on_step_end(self.pipe, step, timestep, dict(given))
+        except Exception as error:
+            self.error = error
+            raise
+        new = self.check_answer(answer, latent, given)
+        self.stop_if_asked(new)
         return None if new is latent else new
+
+    def check_answer(self, answer: Any, latent: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """The latent to go on with."""
+        if answer is None:
+            return latent
+        if not isinstance(answer, dict):
+            raise ReducioError(f"callback_on_step_end: must return a dict or None, returned a {type(answer).__name__}")
+        for name, value in answer.items():
+            if name != "latents" and value is not given.get(name, self):
+                raise ReducioError(f"callback_on_step_end: returned {name!r}; only 'latents' can be replaced")
+        new = answer.get("latents", latent)
+        if new is latent:
+            return latent
+        shape = self.request.latent_shape
+        return inputs.check_latents(new, shape, 1, True, "callback_on_step_end: latents")[0].to(latent)
+
+    def stop_if_asked(self, latent: Tensor) -> None:
+        if self.pipe.interrupt:
+            self.replaced = latent
+            raise StopSampling

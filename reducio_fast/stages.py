@@ -43,6 +43,7 @@ class Stages:
         self.vae, self.transformer, self.scheduler = vae, transformer, scheduler
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.image_encoder, self.content_encoder, self.text_to_image = image_encoder, content_encoder, text_to_image
+        self.vae_tiling: bool | None = None  # None: by the size of the clip
         self._engine: Any = None
         self._check_components()
         if self.backend == "fast":
@@ -101,12 +102,15 @@ class Stages:
         except ReducioError:
             raise
         except ValueError as error:
+            if error is getattr(step_end, "error", None):
+                raise
             raise ReducioError(f"sampling: {error}") from error
 
     def _decode(self, latent: Tensor, frame: np.ndarray) -> Tensor:
         """[1, 16, T/f, H/32, W/32] and the content frame -> float32 [3, T, H, W] in [-1, 1]."""
-        config = self.vae.config
-        tiled = max(frame.shape[:2]) > config.tile_size * (1 + config.tile_overlap)
+        config, tiled = self.vae.config, self.vae_tiling
+        if tiled is None:
+            tiled = max(frame.shape[:2]) > config.tile_size * (1 + config.tile_overlap)
         vae = self.vae if self._engine is None else self._engine.twins(self.transformer, self.vae).vae
         features = vae.encode_content(self._pixels(frame), tiled=tiled)
         video = vae.decode(latent.to(self.device, self.dtype), features, tiled=tiled)[0].float()

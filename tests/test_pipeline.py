@@ -495,7 +495,7 @@ BAD_CALLS = {
     "many steps": ({"num_inference_steps": 1001}, "from 1 to 1000, is 1001"),
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale: must be a finite number of at least 0, is nan"),
     "seed": ({"seed": -1}, "seed: must be a whole number from 0 to .*, is -1"),
-    "generators": ({"prompt": ["a", "b"], "generator": torch.Generator()}, "generator: 1 given for 2 prompts"),
+    "generators": ({"prompt": ["a", "b"], "generator": torch.Generator()}, "generator: 1 given for 2 clips"),
     "generator": ({"generator": 5}, "generator: must be a torch.Generator or a list of them, is int 5"),
     "latents": ({"latents": NAN}, r"latents: holds values that are not finite \(NaN or infinite\)"),
     "latent shape": ({"latents": torch.zeros(1, 16, 4, 4, 4)}, r"has shape \[1, 16, 4, 4, 4\], .* \[1, 16, 4, 2, 2\]"),
