@@ -44,8 +44,10 @@ def generate(args: argparse.Namespace) -> None:
     from .video import check_output_path, read_image
 
     check_output_path(args.out)
-    if args.image is not None:
-        read_image(args.image)  # a broken file is refused now, not after the model has loaded
+    # A broken file is refused now, not after the model has loaded.
+    picture = None if args.image is None else read_image(args.image).shape[:2]
+    if args.size is not None:
+        args.height, args.width = _size_of(args, picture)
     import reducio_fast
 
     config = {
@@ -77,6 +79,17 @@ def generate(args: argparse.Namespace) -> None:
     lines += ["seconds"] + [f"  {name:<20} {seconds:.2f}" for name, seconds in timings.items()]
     lines += [f"wrote {args.out}: {frames} frames of {height}x{width} at {out.fps:g} frames a second"]
     _report(args, result, lines)
+
+
+def _size_of(args: argparse.Namespace, picture: tuple[int, int] | None) -> tuple[int, int]:
+    """--size as height and width: the aspect bucket of the picture, the square without one."""
+    from .buckets import buckets, choose_size
+
+    if args.height is not None or args.width is not None:
+        given = f"--height {args.height} --width {args.width}"
+        raise ReducioError(f"--size {args.size} and {given}: give one or the other")
+    buckets(args.size)  # refuses a number that has no table
+    return choose_size(None, None, (args.size, args.size), [picture] if picture else ())
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -278,6 +291,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--image", metavar="FILE", help="your own content frame instead of the first stage's")
     command.add_argument("--negative-prompt", metavar="TEXT")
     add_size(command)
+    command.add_argument(
+        "--size", type=_positive, metavar="N", help="256, 512 or 1024: the aspect bucket of --image, else the square"
+    )
     command.add_argument("--num-frames", type=_positive, default=16)
     command.add_argument("--num-inference-steps", type=_positive, default=20)
     command.add_argument("--guidance-scale", type=float, default=4.5)

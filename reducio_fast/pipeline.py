@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoints, content, folders, inputs
+from . import buckets, checkpoints, content, folders, inputs
 from .checkpoints import embedded_model as embedded_model
 from .encoders import SemanticEncoder
 from .errors import ReducioError
@@ -149,11 +149,19 @@ class ReducioPipeline(Stages):
         self._progress_bar_config = words
 
     def enable_vae_tiling(self) -> None:
-        """Decode each clip in tiles of `vae.config.tile_size` pixels, whatever its size: the least memory."""
+        """Decode each clip in tiles: 256 pixels, read 64 beyond and blended, as the release does.
+
+        This is what `vae_tiling = None`, the default, does above 320 pixels, which is all that one tile reads.
+        """
         self.vae_tiling = True
 
     def disable_vae_tiling(self) -> None:
-        """Decode each clip whole. Not what `vae_tiling = None` does, the default, which tiles above 1.25 tiles."""
+        """Decode each clip whole.
+
+        Above 320 pixels this makes another clip, not the same one faster: normalisation then averages over the whole
+        frame, where the published weights saw 256 pixels, and above 512 pixels fusion attends in windows of 512. There
+        are no seams, and memory grows with the frame.
+        """
         self.vae_tiling = False
 
     @torch.no_grad()
@@ -183,7 +191,8 @@ class ReducioPipeline(Stages):
         image: the content frame (path, PIL image or array; one for all, or a list or array with one a prompt), scaled
             to cover the clip and cropped. None draws it from the prompt, for each clip anew.
         negative_prompt: what guidance leads away from. None or "" is the model's null text.
-        height, width: pixels, multiples of 32; by default the size the model was made for.
+        height, width: pixels, multiples of 32. By default the aspect bucket of the image (see `buckets`), without one
+            the size the model was made for.
         num_inference_steps: of the second stage.
         guidance_scale: 1 or less switches guidance off.
         seed: clip i takes seed + i; None draws one at random. generator: instead of seeds, one a clip.
@@ -235,9 +244,11 @@ class ReducioPipeline(Stages):
     ) -> Request:
         """The words of a call, checked before any work and spread over its clips. Raises ReducioError."""
         config = self.vae.config
-        height = self.sample_height if height is None else height
-        width = self.sample_width if width is None else width
         prompts, negatives = inputs.check_prompts(prompt, negative_prompt)
+        images = content.read_images(image, len(prompts))
+        sizes = [i.shape[:2] for i in images if i is not None]
+        own = (self.sample_height, self.sample_width)
+        height, width = buckets.choose_size(height, width, own, sizes, config.spatial_factor)
         per_prompt = inputs.check_count("num_videos_per_prompt", num_videos_per_prompt)
         inputs.check_size(config, height, width, num_frames)
         max_steps = self.scheduler.config.num_train_timesteps
@@ -247,7 +258,6 @@ class ReducioPipeline(Stages):
         is_list = not isinstance(prompt, str) or per_prompt > 1
         generators = inputs.check_generators(count, seed, generator)
         given = [None] * count if latents is None else inputs.check_latents(latents, shape, count, is_list)
-        images = content.read_images(image, len(prompts))
         if image is None and self.text_to_image is None:
             raise ReducioError("image: None given, and this model has no text-to-image stage to draw one")
         of_prompts = ([x for x in each for _ in range(per_prompt)] for each in (prompts, negatives, images))

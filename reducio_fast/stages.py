@@ -108,9 +108,7 @@ class Stages:
 
     def _decode(self, latent: Tensor, frame: np.ndarray) -> Tensor:
         """[1, 16, T/f, H/32, W/32] and the content frame -> float32 [3, T, H, W] in [-1, 1]."""
-        config, tiled = self.vae.config, self.vae_tiling
-        if tiled is None:
-            tiled = max(frame.shape[:2]) > config.tile_size * (1 + config.tile_overlap)
+        tiled = self.vae.config.needs_tiling(*frame.shape[:2]) if self.vae_tiling is None else self.vae_tiling
         vae = self.vae if self._engine is None else self._engine.twins(self.transformer, self.vae).vae
         features = vae.encode_content(self._pixels(frame), tiled=tiled)
         video = vae.decode(latent.to(self.device, self.dtype), features, tiled=tiled)[0].float()

@@ -161,6 +161,13 @@ class VAEConfig(_DictMixin):
         """Index of the frame that serves as content image: the centre, 7 of 16."""
         return (self.num_frames - 1) // 2
 
+    def needs_tiling(self, height: int, width: int) -> bool:
+        """Whether a frame is larger than one tile reads (320 pixels): there the release, and the paper, work in tiles.
+
+        Either side counts. The release looks at the height alone, so that 288x896 would go untiled.
+        """
+        return max(height, width) > self.tile_size * (1 + self.tile_overlap)
+
     def halves_time(self, level: int) -> bool:
         """Whether the step between `level` and `level + 1` scales time as well as space."""
         time_steps = self.temporal_factor.bit_length() - 1

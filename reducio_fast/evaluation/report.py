@@ -107,7 +107,7 @@ def reconstruct(vae: ReducioVAE, frames: np.ndarray) -> np.ndarray:
     weight = next(vae.parameters())
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight.device).float() / 127.5 - 1.0
     video = video.to(weight.dtype)
-    tiled = max(frames.shape[1:3]) > vae.config.tile_size
+    tiled = vae.config.needs_tiling(*frames.shape[1:3])
     latent = vae.normalize_latent(vae.encode(video, tiled=tiled).mode())
     features = vae.encode_content(video[:, :, vae.config.content_frame], tiled=tiled)
     output = vae.decode(latent, features, tiled=tiled)[0].float()
