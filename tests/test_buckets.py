@@ -130,7 +130,7 @@ def test_the_pipeline_takes_the_bucket_of_the_image(pipe: ReducioPipeline, monke
 
 
 def test_whole_frames_or_tiles_as_asked(pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch):
-    """A frame that one tile reads is one tile; above that the two differ, and the rule says tiles."""
+    """The rule: whole frames up to what one tile reads, tiles above. Whatever lies within one stride is one tile."""
     narrow = VAEConfig(  # of three levels, so 4 pixels a latent cell; a tile reads 20 pixels
         base_channels=8, channel_multipliers=(1, 1, 1), content_base_channels=8, content_channel_multipliers=(1, 1),
         fusion_levels=(None, 1, None), norm_groups=4, num_heads=2, fusion_head_dim=8, num_res_blocks=1, tile_size=16,
@@ -138,16 +138,14 @@ def test_whole_frames_or_tiles_as_asked(pipe: ReducioPipeline, monkeypatch: pyte
     monkeypatch.setattr(pipe, "vae", ReducioVAE(narrow).eval())
     latents = torch.randn(16, 4, 4, 6, generator=torch.Generator().manual_seed(0))
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
-    for columns, one_tile in ((5, True), (6, False)):
-        results = []
-        for choice in (None, pipe.enable_vae_tiling, pipe.disable_vae_tiling):
-            pipe.vae_tiling = None
-            if choice:
-                choice()
-            results.append(pipe.decode(latents[..., :columns], image[:, : columns * 4]))
-        assert np.array_equal(results[0], results[1])
-        assert np.array_equal(results[1], results[2]) == one_tile
-    pipe.vae_tiling = None
+    for columns in (4, 5, 6):
+        rule, tiles, whole = (
+            [choose(), pipe.decode(latents[..., :columns], image[:, : columns * 4])][1]
+            for choose in (lambda: None, pipe.enable_vae_tiling, pipe.disable_vae_tiling)
+        )
+        assert np.array_equal(rule, tiles if columns == 6 else whole)
+        assert np.array_equal(tiles, whole) == (columns == 4)
+        pipe.vae_tiling = None
 
 
 def test_size_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
