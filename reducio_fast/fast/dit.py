@@ -15,28 +15,30 @@ Legend as in the reference: B batch, L latent tokens, S condition tokens, D hidd
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compile.graphs import Graphs
 from ..reference import ReducioDiT
 from ..reference.dit import NORM_EPS, Attention, DiTBlock, Grid
 from .plan import Plan
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """What stays the same over all steps of a clip, for a batch of B items (both halves of guidance together)."""
 
     keys_values: list[tuple[Tensor, Tensor]]  # one a block, [B, S, N, K] each
     key_count: Tensor | None  # int32 [B]; None: every key is visible
-    batch: int
+
+    @property
+    def batch(self) -> int:
+        return len(self.keys_values[0][0])
 
 
-@dataclass(frozen=True, slots=True)
-class Modulation:
+class Modulation(NamedTuple):
     """Shifts, scales and gates of every block and of the final layer, for one step [1, ...] or a schedule [steps, ...].
 
     `blocks` [steps, depth, 6, D] in the reference's order (shift, scale, gate of attention, then of feed-forward),
@@ -155,6 +157,7 @@ class FastReducioDiT(nn.Module):
         self.residual_norm = plan.pick("transformer_blocks.*.norm1, norm_out", "gated_residual_ada_layer_norm")
         self.step_update = plan.pick("sampler", "guidance_dpm_step")
         self.positions: dict[Grid, Tensor] = {}
+        self.graphs: Graphs | None = None  # through which the sampler runs a step; None: eagerly
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,7 +207,7 @@ class FastReducioDiT(nn.Module):
         keys_values = [
             block.attn2.keys_values(tokens[index % len(tokens)]) for index, block in enumerate(self.transformer_blocks)
         ]
-        return Prepared(keys_values, count, len(text))
+        return Prepared(keys_values, count)
 
     @torch.no_grad()
     def modulations(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
+from ..compile.graphs import Graphs
 from ..reference import ReducioDiT, ReducioVAE
 from .dit import FastReducioDiT
 from .plan import Plan
@@ -22,22 +24,34 @@ class Twins:
 
 
 class Engine:
-    """Packs weights once: a second call finds the twins ready, a changed, moved or replaced weight makes new ones."""
+    """Packs weights once: a second call finds the twins ready, a changed, moved or replaced weight makes new ones.
 
-    def __init__(self) -> None:
+    On a GPU the twins run through `graphs`, which end with the weights that they read. Graphs that are given serve on
+    any device.
+    """
+
+    def __init__(self, graphs: Graphs | None = None) -> None:
+        self.graphs, self._everywhere = graphs or Graphs(), graphs is not None
         self._twins: Twins | None = None
         self._made_from: tuple = ()
 
     def twins(self, transformer: ReducioDiT, vae: ReducioVAE) -> Twins:
         weights = _fingerprint(transformer) + _fingerprint(vae)
         if self._twins is None or weights != self._made_from:
+            self.graphs.reset()
             self._twins = None  # the old packing goes before the new one comes
             weight = next(transformer.parameters())
             plan = Plan(weight.device, weight.dtype)
-            fast_dit = FastReducioDiT(transformer, plan).eval()
-            self._twins = Twins(fast_dit, FastReducioVAE(vae, plan).eval(), plan)
-            self._made_from = weights
+            twins = Twins(FastReducioDiT(transformer, plan).eval(), FastReducioVAE(vae, plan).eval(), plan)
+            if weight.device.type == "cuda" or self._everywhere:
+                twins.transformer.graphs = twins.vae.graphs = self.graphs
+            self._twins, self._made_from = twins, weights
         return self._twins
+
+    def describe(self) -> dict[str, Any]:
+        """What runs the twins, as plain data: the plan's choices and what became of every graph."""
+        choices = [] if self._twins is None else [asdict(choice) for choice in self._twins.plan.choices]
+        return {"plan": choices, "graphs": self.graphs.describe()}
 
 
 def _fingerprint(network: nn.Module) -> tuple:

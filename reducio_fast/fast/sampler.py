@@ -1,11 +1,14 @@
 """The fast twin of `reference/sampler.py`: guidance and scheduler are one kernel that reads a table of coefficients.
 
 diffusers' scheduler stays the source of truth: its sigmas are read once a schedule, and no number comes back from the
-device inside the loop.
+device inside the loop. On a GPU one graph is a step, guidance and update included, and not the loop: a callback may
+look at every latent, replace it or end the loop, and the number of steps is the caller's. A graph of the loop would be
+captured for each number of steps and hold their multiple of nodes, to save one launch and six small copies a step.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from ..reference.sampler import Callback, Condition, StopSampling, _join
 from ..triton_kernels.guidance_dpm_step import dpm_coefficients, euler_coefficients
-from .dit import FastReducioDiT
+from .dit import FastReducioDiT, Modulation, Prepared
 
 
 def coefficients(scheduler: Any, steps: int) -> Tensor:
@@ -54,9 +57,15 @@ def sample(
     prepared = model.prepare(cond.text, cond.text_mask, cond.semantic, cond.content)
     previous, finite = torch.zeros_like(latent), []
 
+    def advance(
+        latent: Tensor, previous: Tensor, modulation: Modulation, prepared: Prepared, row: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        prediction = model.denoise(latent, modulation, prepared)
+        return model.step_update(prediction.contiguous(), latent.contiguous(), previous, row)
+
+    run = advance if model.graphs is None else functools.partial(model.graphs, "dit.step", advance)
     for step in range(len(table)):
-        prediction = model.denoise(latent, modulation.step(step), prepared)
-        latent, previous = model.step_update(prediction.contiguous(), latent.contiguous(), previous, table[step])
+        latent, previous = run(latent, previous, modulation.step(step), prepared, table[step])
         try:
             answer = None if callback is None else callback(step, timesteps[step], latent)
         except StopSampling:

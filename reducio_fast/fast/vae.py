@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compile.graphs import Graphs
 from ..reference import ReducioVAE
 from ..reference import vae as ref
 from ..reference.fusion import AddFusion, AttentionFusion, LinearFusion
@@ -356,6 +357,8 @@ class FastReducioVAE(nn.Module):
         self.quant_weight, self.quant_bias = frozen(model.quant_conv.weight.flatten(1)), model.quant_conv.bias
         self.post_weight, self.post_bias = frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
         self.blend = plan.pick("tiles", "blend_tiles")
+        self.graphs: Graphs | None = None  # one graph each shape of tile; None: eagerly
+        self.rooms: dict[torch.Size, int] = {}  # shape of a tile's latent -> how many are decoded together
 
     @torch.no_grad()
     def encode(self, video: Tensor, tiled: bool = False) -> ref.DiagonalGaussian:
@@ -373,10 +376,10 @@ class FastReducioVAE(nn.Module):
         self.reference[0]._check_image(image)
         image = image[:, :, None]
         if not tiled:
-            return self.encoder_2d(channels_last(image))
+            return self._encode_content(image)
         stride, extent, _, _ = self.reference[0]._tile_sizes()
         share = self.config.tile_overlap
-        grid = [[self.encoder_2d(channels_last(t)) for t in row] for row in tile_grid(image, stride, extent)]
+        grid = [[self._encode_content(t) for t in row] for row in tile_grid(image, stride, extent)]
 
         def overlap(tile: Tensor, dim: int) -> int:
             return int(tile.shape[dim] / (1 + share) * share)
@@ -398,7 +401,7 @@ class FastReducioVAE(nn.Module):
             decoded = self._decode_tiles(tiles, [pyramid for row in features for pyramid in row])
             columns, overlap = len(features[0]), int(stride * self.config.tile_overlap)
         else:
-            decoded, columns, overlap = [self._decode(latent, features)], 1, 0
+            decoded, columns, overlap = [self._decode(latent, features, keep=not as_uint8)], 1, 0
             stride = max(decoded[0].shape)
         if as_uint8:
             return self.blend(decoded, columns, stride, overlap)
@@ -412,8 +415,18 @@ class FastReducioVAE(nn.Module):
     def _moments(self, video: Tensor) -> Tensor:
         return channels_first(F.linear(self.encoder_3d(channels_last(video)), self.quant_weight, self.quant_bias))
 
-    def _decode(self, latent: Tensor, features: Features) -> Tensor:
-        return self.decoder(F.linear(channels_last(latent), self.post_weight, self.post_bias), features)
+    def _encode_content(self, tile: Tensor) -> Features:
+        # Made dense outside of the graph, which then serves tiles of pictures of any width.
+        return self._graphed("vae.encode_content", self.encoder_2d, channels_last(tile))
+
+    def _decode(self, latent: Tensor, features: Features, keep: bool = True) -> Tensor:
+        def decode(latent: Tensor, features: Features) -> Tensor:
+            return self.decoder(F.linear(channels_last(latent), self.post_weight, self.post_bias), features)
+
+        return self._graphed("vae.decode", decode, latent, features, keep=keep)
+
+    def _graphed(self, name: str, fn: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
+        return fn(*args) if self.graphs is None else self.graphs(name, fn, *args, keep=keep)
 
     def _decode_tiles(self, latents: list[Tensor], features: list[Features]) -> list[Tensor]:
         """Tiles of one shape as one batch, as many as memory takes; items do not see each other."""
@@ -434,10 +447,16 @@ class FastReducioVAE(nn.Module):
     def _tile_batch(self, latent: Tensor) -> int:
         """How many tiles fit: half of the free memory, at eight tensors of the widest full-resolution level each.
 
-        On a CPU one: a tile alone keeps every core busy, and its activations closer.
+        On a CPU one: a tile alone keeps every core busy, and its activations closer. The first answer stays, whatever
+        is free later: another number would be another graph.
         """
         if latent.device.type != "cuda":
             return 1
+        if latent.shape not in self.rooms:
+            self.rooms[latent.shape] = self._room(latent)
+        return self.rooms[latent.shape]
+
+    def _room(self, latent: Tensor) -> int:
         free, _ = torch.cuda.mem_get_info(latent.device)
         config = self.config
         width = config.base_channels * max(config.channel_multipliers[:2])

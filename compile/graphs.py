@@ -1,0 +1,299 @@
+"""Bounded capture and replay of CUDA and HIP graphs: one launch in place of the hundreds that a function makes.
+
+`Graphs` is the bookkeeping: which calls are captured, which run eagerly and why. It hands the capturing itself to a
+function, `capture_graph` on a GPU, so every rule here is tested with no GPU at hand. The rules:
+
+- a graph serves one key: the name of a function, and of its arguments the shapes, strides, dtypes, device, stream and
+  every value that is no tensor. A call with another key is a miss;
+- a miss runs eagerly and is counted by its reason. The first sight of a key is one: a shape that comes once shall cost
+  neither a capture nor memory. So is a key past `limit`, and one whose capture has failed, which is not tried again;
+- inputs are copied into buffers that the graph reads, unless the buffer holds that very tensor, unchanged, already;
+- results are copies, safe to keep. `keep=False` hands out the graph's own buffers, for a caller that has consumed them
+  before the next call;
+- all graphs of a stream live in one memory pool, where one's intermediates lie on another's: no more than the largest
+  needs, plus every graph's inputs and outputs. Where memory runs out they go, and the call is made again without them;
+- a graph reads weights where they lay at capture: whoever moves or rewrites them calls `reset`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOG = logging.getLogger("reducio_fast")
+
+# At 1024x1024 a clip has one key of a denoising step, four shapes of tile to encode and the four to decode, these at up
+# to two batch sizes: 13. Two sizes in turn fit.
+LIMIT = 32
+REMEMBERED = 1024  # keys seen but not captured: a service that meets ever new sizes shall not grow by them
+
+_one_capture_at_a_time = threading.Lock()  # what CUDA allows in a process
+
+
+@dataclass(slots=True)
+class Pool:
+    """Memory of the graphs captured from one stream. What is in it is the capture function's own business."""
+
+    handle: Any = None
+    stream: Any = None
+
+
+Capture = Callable[[Callable[..., Any], list[Tensor], Pool], tuple[Callable[[], Any], Any]]
+
+
+def capture_graph(fn: Callable[..., Any], inputs: list[Tensor], pool: Pool) -> tuple[Callable[[], Any], Any]:
+    """Records `fn(*inputs)` on the GPU of the inputs: (replay, its outputs, which every replay overwrites)."""
+    with _one_capture_at_a_time, torch.cuda.device(inputs[0].device):
+        current = torch.cuda.current_stream()
+        if pool.handle is None:
+            pool.handle, pool.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        try:
+            # Kernels are compiled and loaded, library handles and work spaces made, none of which a capture allows. On
+            # the capture's own stream, since handles and work spaces belong to a stream.
+            pool.stream.wait_stream(current)
+            with torch.cuda.stream(pool.stream):
+                fn(*inputs)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: an allocation in another thread is no reason to fail. What Triton allocates for descriptors
+            # during the capture comes from torch, hence from the pool, and stays the graph's.
+            with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
+                outputs = fn(*inputs)
+        finally:
+            torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own current where a capture cannot be ended
+        return graph.replay, outputs
+
+
+def pool_bytes(pool: Pool) -> int:
+    """Device memory that the pool has reserved."""
+    if pool.handle is None:
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) == tuple(pool.handle))
+
+
+@dataclass(slots=True)
+class _Graph:
+    """One captured function. `held[i]` says which tensor, in which version, `inputs[i]` is a copy of."""
+
+    name: str
+    replay: Callable[[], Any]
+    inputs: list[Tensor]
+    held: list[tuple[weakref.ref[Tensor], int] | None]
+    outputs: Any
+    hits: int = 0
+
+
+class Graphs:
+    """Calls functions through graphs where it has one. Safe to share between threads.
+
+    `limit`: how many graphs at most. `sightings`: how often a key runs eagerly before it is captured; whoever warms up
+    sets 0 meanwhile.
+    """
+
+    def __init__(self, capture: Capture = capture_graph, limit: int = LIMIT, sightings: int = 1) -> None:
+        self.limit, self.sightings = limit, sightings
+        self._capture = capture
+        self._lock = threading.RLock()
+        self._capturing = False
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._pools: dict[Hashable, Pool] = {}
+        self._seen: dict[Hashable, int | str] = {}  # sightings, or why the capture failed
+        self._misses: Counter[str] = Counter()
+        self._hits, self._resets = 0, 0
+
+    def __call__(self, name: str, fn: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
+        """`fn(*args)`. Arguments and results are tensors and plain values, or lists and (named) tuples of them.
+
+        `name` stands for `fn` and for all that it reads besides its arguments: one name, one function and model. `fn`
+        must not read a number back from the device, nor write to its arguments. Python code in it, counters included,
+        runs at captures and misses only. Raises what `fn` raises.
+        """
+        leaves: list[Any] = []
+        form = _flatten(args, leaves)
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        reason, graph = _unfit(tensors), None
+        if reason is None:
+            place = _place(tensors[0])
+            kinds = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+            key = (name, place, form, kinds)
+            with self._lock:
+                if self._capturing:  # a graph within a graph is part of it
+                    return fn(*args)
+                graph = self._graphs.get(key)
+                if graph is None:
+                    reason = self._worth(key) or self._record(key, fn, leaves)
+                    graph = self._graphs.get(key)
+                if graph is not None:
+                    return self._replay(graph, tensors, keep)
+        return self._eagerly(reason, fn, args)
+
+    def reset(self) -> None:
+        """Forget every graph, what was seen and what failed: weights have changed, or memory is wanted."""
+        with self._lock:
+            self._release()
+            self._seen.clear()
+
+    def describe(self) -> dict[str, Any]:
+        """Everything it knows, as plain data; sizes in bytes."""
+        with self._lock:
+            return {
+                "limit": self.limit,
+                "hits": self._hits,
+                "misses": dict(self._misses),
+                "resets": self._resets,
+                "pool_bytes": sum(pool_bytes(pool) for pool in self._pools.values()),
+                "graphs": [
+                    {
+                        "name": graph.name,
+                        "hits": graph.hits,
+                        "inputs": dict(Counter(_text(x) for x in graph.inputs)),
+                        "buffer_bytes": sum(x.numel() * x.element_size() for x in _tensors(graph)),
+                    }
+                    for graph in self._graphs.values()
+                ],
+                "failures": sorted({state for state in self._seen.values() if isinstance(state, str)}),
+            }
+
+    # ---- with the lock held -----------------------------------------------------------------------------------------
+
+    def _worth(self, key: Hashable) -> str | None:
+        """Why a key without a graph is not to be captured now; None: it is."""
+        if len(self._graphs) >= self.limit:
+            return "limit"
+        state = self._seen.get(key, 0)
+        if isinstance(state, str):
+            return "capture failed"
+        if state >= self.sightings:
+            return None
+        self._note(key, state + 1)
+        return "first sight"
+
+    def _note(self, key: Hashable, state: int | str) -> None:
+        self._seen[key] = state
+        if len(self._seen) > REMEMBERED:
+            self._seen.pop(next(iter(self._seen)))
+
+    def _record(self, key: tuple[Any, ...], fn: Callable[..., Any], leaves: list[Any]) -> str | None:
+        """Captures; or says why there is no graph, with one log line. The other graphs stay, unless memory ran out."""
+        name, place, form, _ = key
+        # Without the tensors: what a capture function keeps of `flat` must not keep them.
+        plain = [None if isinstance(x, Tensor) else x for x in leaves]
+        where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+
+        def flat(*tensors: Tensor) -> Any:
+            filled = plain.copy()
+            for i, tensor in zip(where, tensors, strict=True):
+                filled[i] = tensor
+            return fn(*_rebuild(form, iter(filled)))
+
+        self._capturing = True
+        try:
+            inputs = [leaves[i].detach().clone() for i in where]
+            replay, outputs = self._capture(flat, inputs, self._pools.setdefault(place, Pool()))
+        except Exception as error:  # whatever it is, the same call without a graph may still succeed
+            failure = f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            LOG.warning("no graph of %s; it runs without", failure)
+            self._note(key, failure)
+            if isinstance(error, torch.OutOfMemoryError):
+                self._release()
+            return "capture failed"
+        finally:
+            self._capturing = False
+        self._graphs[key] = _Graph(name, replay, inputs, [_version(leaves[i]) for i in where], outputs)
+        return None
+
+    def _replay(self, graph: _Graph, tensors: list[Tensor], keep: bool) -> Any:
+        for i, tensor in enumerate(tensors):
+            # A clip's condition stays over its steps: at full size 361 MB of keys and values that need no second copy.
+            # Asked of the object itself, since its address may have passed to another tensor.
+            held, version = graph.held[i], _version(tensor)
+            if held is None or version is None or held[0]() is not tensor or held[1] != version[1]:
+                graph.inputs[i].copy_(tensor)
+                graph.held[i] = version
+        graph.replay()
+        graph.hits += 1
+        self._hits += 1
+        leaves: list[Any] = []
+        form = _flatten(graph.outputs, leaves)
+        copies = (x.clone() if keep and isinstance(x, Tensor) else x for x in leaves)
+        return _rebuild(form, copies)
+
+    def _release(self) -> None:
+        for device, _ in self._pools:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # a graph that still runs must not go
+        self._resets += bool(self._graphs)
+        self._graphs.clear()
+        self._pools.clear()
+
+    # ---- without --------------------------------------------------------------------------------------------------
+
+    def _eagerly(self, reason: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        with self._lock:
+            self._misses[reason] += 1
+        try:
+            return fn(*args)
+        except torch.OutOfMemoryError:
+            with self._lock:
+                if not self._graphs:
+                    raise
+                self._misses["out of memory"] += 1
+                self._release()
+        return fn(*args)  # here, not above: the exception held what the first try had allocated
+
+
+def _unfit(tensors: list[Tensor]) -> str | None:
+    """Why a call with these arguments can have no graph."""
+    if not tensors:
+        return "no tensor"
+    if len({x.device for x in tensors}) > 1:
+        return "several devices"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "gradient"
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return "inside another capture"
+    return None
+
+
+def _place(x: Tensor) -> Hashable:
+    """Device and stream: two streams share no buffers, so neither has to wait for the other."""
+    return (x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+
+
+def _version(x: Tensor) -> tuple[weakref.ref[Tensor], int] | None:
+    """What tells whether this very tensor was written to since; None: nothing does."""
+    return None if x.is_inference() else (weakref.ref(x), x._version)
+
+
+def _flatten(value: Any, leaves: list[Any]) -> Hashable:
+    """Appends what is neither list nor tuple to `leaves`; returns the form that `_rebuild` fills again."""
+    if isinstance(value, list | tuple):
+        return (type(value), *(_flatten(item, leaves) for item in value))
+    leaves.append(value)
+    return None
+
+
+def _rebuild(form: Any, leaves: Iterator[Any]) -> Any:
+    if form is None:
+        return next(leaves)
+    kind, *items = form
+    filled = [_rebuild(item, leaves) for item in items]
+    return kind(*filled) if hasattr(kind, "_fields") else kind(filled)
+
+
+def _tensors(graph: _Graph) -> list[Tensor]:
+    leaves: list[Any] = []
+    _flatten(graph.outputs, leaves)
+    return [x for x in (*graph.inputs, *leaves) if isinstance(x, Tensor)]
+
+
+def _text(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, x.shape)) or 'scalar'}"
