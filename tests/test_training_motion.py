@@ -35,7 +35,7 @@ def phase(trains: str, **changes) -> video_autoencoder.VAESettings:
 def test_each_phase_changes_only_what_it_trains(tmp_path: Path) -> None:
     context = Context(out=tmp_path, progress=False)
     weights = {}
-    words = {"carriage": {"carriage_weight": 1.0, "latent_noise": 0.2, "moving_weight": 2.0}}
+    words = {"carriage": {"carriage_weight": 1.0, "latent_noise": 0.2, "moving_weight": 2.0, "level_weights": True}}
     for stage, after in (("encoder", None), ("all", "encoder"), ("decoder", "all"), ("carriage", "decoder")):
         figures = video_autoencoder.train_vae(context, phase(stage, after=after, **words.get(stage, {})), stage)
         assert figures["steps"] == 2 and np.isfinite(figures["loss"])

@@ -232,7 +232,7 @@ STAGES: dict[str, Stage] = {
     "vae_joint": Stage(
         partial(train_vae, stage="vae_joint"),
         VAESettings(
-            loop=LoopConfig(steps=8000, learning_rate=1e-3, warmup_steps=50, final_rate=0.05, ema_decay=0.995, seed=15),
+            loop=LoopConfig(steps=5500, learning_rate=1e-3, warmup_steps=50, final_rate=0.05, ema_decay=0.995, seed=15),
             trains="all",
             size=96,
             batch=2,
@@ -264,7 +264,7 @@ STAGES: dict[str, Stage] = {
     "vae_rehearsed": Stage(
         partial(train_rehearsed, stage="vae_rehearsed", motion=MOTION),
         VAESettings(
-            loop=LoopConfig(steps=3000, learning_rate=6e-4, warmup_steps=30, final_rate=0.02, ema_decay=0.995, seed=17),
+            loop=LoopConfig(steps=2000, learning_rate=6e-4, warmup_steps=30, final_rate=0.02, ema_decay=0.995, seed=17),
             trains="decoder",
             size=128,
             batch=2,
