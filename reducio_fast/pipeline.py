@@ -22,6 +22,7 @@ from .checkpoints import embedded_model as embedded_model
 from .encoders import SemanticEncoder
 from .errors import ReducioError
 from .inputs import ClipRequest, Request
+from .lora import LoraLoader
 from .output import ReducioOutput, stack, to_output
 from .reference import Condition, ReducioDiT, ReducioVAE, initial_latent
 from .reference.sampler import StopSampling
@@ -30,7 +31,7 @@ from .stages import Stages
 StepCallback = Callable[["ReducioPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
 
-class ReducioPipeline(Stages):
+class ReducioPipeline(LoraLoader, Stages):
     """The loaded model. Each component can be any object with the same call (the small ones are in `encoders`).
 
     `text_to_image` may be None (then each call needs an image), and so may `image_encoder` and `content_encoder` (the
@@ -96,6 +97,11 @@ class ReducioPipeline(Stages):
         Components that `text_to_image` shares with this pipeline are written once. An earlier model in that place is
         replaced when all is written; a failure leaves what was there.
         """
+        if (active := self.get_active_adapters()) and not self.fused_loras:
+            raise ReducioError(
+                f"save_pretrained: the adapters {', '.join(active)} are active; fuse_lora() to write them with the "
+                "weights, or unload_lora_weights() to leave them out"
+            )
         parts = {name: getattr(self, name) for name in (*folders.COMPONENTS, *folders.SETTINGS)}
         folders.write_model(Path(save_directory).expanduser(), parts)
 
