@@ -20,6 +20,7 @@ from .errors import ReducioError
 
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "fast")
+SAMPLING = {"num_frames": 16, "num_inference_steps": 20, "guidance_scale": 4.5}  # of our models; a peer has its own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,12 @@ def generate(args: argparse.Namespace) -> None:
         args.height, args.width = _size_of(args, picture)
     import reducio_fast
 
+    from .peers import find
+
+    peer = find(args.model)
+    defaults = SAMPLING if peer is None else peer.defaults
+    given = {name: getattr(args, name) for name in SAMPLING}
+    sampling = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     config = {
         "prompt": args.prompt,
         "negative_prompt": args.negative_prompt,
@@ -57,9 +64,7 @@ def generate(args: argparse.Namespace) -> None:
         "model": args.model,
         "height": args.height,
         "width": args.width,
-        "num_frames": args.num_frames,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
+        **sampling,
         "seed": args.seed,
         "backend": args.backend,
         "dtype": args.dtype,
@@ -277,8 +282,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--height", type=_positive, help="multiple of 32 (default: the model's)")
         command.add_argument("--width", type=_positive, help="multiple of 32 (default: the model's)")
 
-    def add_model(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--model", metavar="DIR", help="model folder (default: the embedded toy model)")
+    def add_model(command: argparse.ArgumentParser, also: str = "") -> None:
+        command.add_argument("--model", metavar="DIR", help=f"model folder{also} (default: the embedded toy model)")
         command.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
         command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
 
@@ -286,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
     command = add("generate", generate)
-    command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the clip shows (none for --model svd)")
     command.add_argument("--out", required=True, metavar="PATH", help=".mp4, .gif, .webp or a new folder for PNGs")
     command.add_argument("--image", metavar="FILE", help="your own content frame instead of the first stage's")
     command.add_argument("--negative-prompt", metavar="TEXT")
@@ -294,11 +299,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--size", type=_positive, metavar="N", help="256, 512 or 1024: the aspect bucket of --image, else the square"
     )
-    command.add_argument("--num-frames", type=_positive, default=16)
-    command.add_argument("--num-inference-steps", type=_positive, default=20)
-    command.add_argument("--guidance-scale", type=float, default=4.5)
+    command.add_argument("--num-frames", type=_positive, help="(default: 16)")
+    command.add_argument("--num-inference-steps", type=_positive, help="(default: 20, a peer's own)")
+    command.add_argument("--guidance-scale", type=float, help="(default: 4.5, a peer's own)")
     command.add_argument("--seed", type=_not_negative, default=0)
-    add_model(command)
+    add_model(command, ", hub id, or a peer: svd, svd:DIR, svd:random, ltx, wan")
     command.add_argument("--backend", choices=BACKENDS, default="auto")
     add_progress(command)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import checkpoints, inputs
+from . import checkpoints, inputs, peers
+from .errors import ReducioError
 from .output import ReducioOutput
 from .pipeline import ReducioPipeline
 
@@ -18,7 +19,7 @@ CACHED_PIPELINES = 2  # enough to compare two models; at full size a third would
 
 
 def generate(
-    prompt: str | list[str],
+    prompt: str | list[str] | None = None,
     image: Any = None,
     model: str | os.PathLike[str] | None = None,
     *,
@@ -29,26 +30,33 @@ def generate(
 ) -> ReducioOutput:
     """Make a clip in one line: `generate("a red circle moving right on a black background").save("clip.mp4")`.
 
-    `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move. The
-    loaded model is kept, so a second call starts at once. All other words are those of `ReducioPipeline.__call__`.
+    `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move, or a
+    peer (see `peers`; "svd" takes no prompt). The loaded model is kept, so a second call starts at once. All other
+    words are those of `ReducioPipeline.__call__`.
     """
     device = inputs.resolve_device(device)
     dtype = inputs.resolve_dtype(dtype, None, device)
+    if (peer := peers.find(model)) is not None:
+        peers.check_words(peer, backend, words)
+        key = (peer.peer.name, peer.weights, dtype, device)
+        return _cached(key, lambda: peers.PeerPipeline.from_pretrained(peer, dtype, device))(prompt, image, **words)
+    if prompt is None:
+        raise ReducioError("prompt: None given; say what the clip shall show")
     folder = checkpoints.embedded_model() if model is None else checkpoints.find_model(model)
-    pipe = _cached_pipeline(folder.resolve(), dtype, device, backend)
+    key = (folder.resolve(), dtype, device, backend)
+    pipe = _cached(key, lambda: ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend))
     return pipe(prompt, image, **words)
 
 
-_pipelines: OrderedDict[tuple[Any, ...], ReducioPipeline] = OrderedDict()
+_pipelines: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 _pipelines_lock = threading.Lock()  # two threads that ask for one model shall load it once
 
 
-def _cached_pipeline(folder: Path, dtype: torch.dtype, device: torch.device, backend: str) -> ReducioPipeline:
-    key = (folder, dtype, device, backend)
+def _cached(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
     with _pipelines_lock:
         if key not in _pipelines:
             while len(_pipelines) >= CACHED_PIPELINES:
                 _pipelines.popitem(last=False)
-            _pipelines[key] = ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend)
+            _pipelines[key] = load()
         _pipelines.move_to_end(key)
         return _pipelines[key]

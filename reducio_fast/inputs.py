@@ -69,14 +69,8 @@ def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[st
 
 
 def check_size(config: VAEConfig, height: Any, width: Any, num_frames: Any) -> None:
-    factor = config.spatial_factor
-    for name, value in (("height", height), ("width", width)):
-        if not _is_integer(value) or value < 1:
-            raise ReducioError(f"{name}: must be a positive multiple of {factor}, is {value!r}")
-        if value % factor:
-            below = value // factor * factor
-            near = f"{below} and {below + factor}" if below else f"{factor} and {2 * factor}"
-            raise ReducioError(f"{name}: {value} is not a multiple of {factor}; the two nearest legal sizes are {near}")
+    check_multiple("height", height, config.spatial_factor)
+    check_multiple("width", width, config.spatial_factor)
     if num_frames != config.num_frames:
         raise ReducioError(
             f"num_frames: {num_frames!r} asked for, this model makes clips of {config.num_frames} frames"
@@ -98,6 +92,15 @@ def check_callback(callback: Any, names: Any, known: Sequence[str]) -> None:
         raise ReducioError(
             f"callback_on_step_end_tensor_inputs: unknown {', '.join(unknown)}; known are {', '.join(known)}"
         )
+
+
+def check_multiple(name: str, value: Any, factor: int) -> None:
+    if not _is_integer(value) or value < 1:
+        raise ReducioError(f"{name}: must be a positive multiple of {factor}, is {value!r}")
+    if value % factor:
+        below = value // factor * factor
+        near = f"{below} and {below + factor}" if below else f"{factor} and {2 * factor}"
+        raise ReducioError(f"{name}: {value} is not a multiple of {factor}; the two nearest legal sizes are {near}")
 
 
 def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any) -> None:

@@ -23,11 +23,12 @@ class ReducioOutput:
 
     `frames`: "np" uint8 [T, H, W, 3]; "pil" a list of images; "pt" float32 [T, 3, H, W] in [0, 1], as in diffusers;
     "latent" the motion latent [16, T/f, H/32, W/32]. `content`: the content frame, uint8 [H, W, 3]; given back as
-    `image` with the same seed it makes the same clip. `timings`: seconds per stage, summed over the clips.
+    `image` with the same seed it makes the same clip (None where a peer drew from text alone). `timings`: seconds per
+    stage, summed over the clips.
     """
 
     frames: Any
-    content: np.ndarray
+    content: np.ndarray | None
     seeds: list[int]
     fps: float
     timings: dict[str, float]

@@ -151,9 +151,7 @@ class Stages:
         timings[name] = timings.get(name, 0.0) + self._clock() - start
 
     def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels run on after their launch returns
-        return time.perf_counter()
+        return clock(self.device)
 
     def _networks(self) -> list[nn.Module]:
         own = [c for c in (getattr(self, name) for name in folders.COMPONENTS) if isinstance(c, nn.Module)]
@@ -172,3 +170,10 @@ class Stages:
         ):
             if needed != given:
                 raise ReducioError(f"transformer has {name}={needed}, {source} gives {given}")
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, read when the device has finished what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels run on after their launch returns
+    return time.perf_counter()

@@ -64,7 +64,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         ("", "required: COMMAND"),
         ("dance", "invalid choice: 'dance'"),
-        ("generate", "required: PROMPT, --out"),
+        ("generate", "required: --out"),
         ("generate x", "required: --out"),
         ("generate x --out c.mp4 --seed -1", "--seed: must not be negative, is -1"),
         ("generate x --out c.mp4 --height tall", "--height: invalid whole number value: 'tall'"),
