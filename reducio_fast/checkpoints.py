@@ -14,7 +14,7 @@ import pickle
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -34,6 +34,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name besides our own and open_clip's tower
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # what a folder of the diffusers layout holds
 NAMES_SHOWN = 8  # of each kind in a report: an error stays one readable line even when all 437 names differ
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -117,12 +118,19 @@ def check_component(folder: Path) -> None:
         check_safetensors(file)
 
 
-def load_tensors(path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """All tensors of one safetensors file; floating-point ones as `dtype` if one is given."""
+def load_tensors(
+    path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", skip: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """All tensors of one safetensors file but those whose names begin with one of `skip`, which are not read.
+
+    Floating-point ones come as `dtype` if one is given.
+    """
     check_safetensors(path)
     tensors = {}
     with safe_open(path, framework="pt", device=str(device)) as file:
         for name in file.keys():  # noqa: SIM118  safe_open is not iterable
+            if name.startswith(skip):
+                continue
             tensor = file.get_tensor(name)
             tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     return tensors
@@ -219,13 +227,24 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def load_foreign(library: str, class_name: str, folder: Path, dtype: torch.dtype, device: str | torch.device) -> Any:
-    """Load a component of diffusers or transformers by class name; a network strictly, in `dtype`, and frozen."""
-    if library not in LIBRARIES:
+def load_foreign(
+    library: str,
+    class_name: str,
+    folder: Path,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    skip: tuple[str, ...] = (),
+) -> Any:
+    """Load a component of diffusers or transformers by class name; a network strictly, in `dtype`, and frozen.
+
+    Tensors in the files that the network has no place for are an error, unless their names begin with one of `skip`.
+    """
+    if library.split(".")[0] not in LIBRARIES:
         raise ReducioError(f"{folder}: is of library {library!r}; known are {', '.join(LIBRARIES)}")
     cls = getattr(importlib.import_module(library), class_name, None)
     if not hasattr(cls, "from_pretrained"):
-        raise ReducioError(f"{folder}: is a {class_name}, which {library} {_installed(library)} does not have")
+        installed = f"{library} {_installed(library.split('.')[0])}"
+        raise ReducioError(f"{folder}: is a {class_name}, which {installed} does not have")
     if not folder.is_dir():
         raise ReducioError(f"{folder}: no such folder")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -236,13 +255,23 @@ def load_foreign(library: str, class_name: str, folder: Path, dtype: torch.dtype
     with quiet_transformers():
         model, info = _from_pretrained(cls, folder, output_loading_info=True, use_safetensors=True, **words)
     misshapen = [str(m[0]) for m in info.get("mismatched_keys", ())]
-    report(folder, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), misshapen)
+    unexpected = [name for name in sorted(info["unexpected_keys"]) if not name.startswith(skip)]
+    report(folder, sorted(info["missing_keys"]), unexpected, misshapen)
     return cast(model, device, dtype).requires_grad_(False).eval()
 
 
 def cast(network: _Model, device: str | torch.device, dtype: torch.dtype) -> _Model:
-    """`network.to`, in place, without the line that diffusers' models print at every change of dtype."""
-    return nn.Module.to(network, device=device, dtype=dtype)
+    """`network.to`, in place, without the line that diffusers' models print at every change of dtype.
+
+    Layers that transformers keeps in float32 when the rest is float16 stay so: T5's `wo`, whose sums leave float16's
+    range in the published weights.
+    """
+    nn.Module.to(network, device=device)
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    for path, module in network.named_modules():
+        kind = torch.float32 if kept & set(path.split(".")) else dtype
+        module._apply(lambda t, kind=kind: t.to(kind) if t.is_floating_point() else t, recurse=False)
+    return network
 
 
 @contextmanager
@@ -266,7 +295,7 @@ def _installed(library: str) -> str:
 def _from_pretrained(cls: Any, folder: Path, **words: Any) -> Any:
     try:
         return cls.from_pretrained(str(folder), local_files_only=True, **words)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ReducioError(f"{folder}: {cls.__name__} could not be loaded: {' '.join(lines[:3])}") from error
 
@@ -300,10 +329,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def find_model(model: str | os.PathLike[str]) -> Path:
+def find_model(model: str | os.PathLike[str], argument: str = "model", files: Sequence[str] = MODEL_FILES) -> Path:
     """The folder of a model: itself if it is one, else the local copy of a Hugging Face hub repository `owner/name`.
 
-    Raises ReducioError where there is neither; with no network, the line says what to download.
+    `argument` names what was given, `files` are patterns of those to fetch. Raises ReducioError where there is neither;
+    with no network, the line says what to download.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -311,15 +341,20 @@ def find_model(model: str | os.PathLike[str]) -> Path:
     name = str(model)
     parts = name.split("/")
     if path.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or path.parent.is_dir():
-        raise ReducioError(f"model: {name!r} is neither a folder nor a hub id (owner/name)")
+        raise ReducioError(f"{argument}: {name!r} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
         # Weights as safetensors and the small files around them; pickles in the same repository stay where they are.
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # every failure of the hub client is one of these, a lost network too
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ReducioError(
-            f"model: {name!r} is no local folder and could not be fetched from the hub ({reason}); "
-            f"where there is a network, run `hf download {name} --local-dir DIR`, then pass DIR"
-        ) from error
+        raise not_fetched(argument, name, error) from error
+
+
+def not_fetched(argument: str, name: str, error: Exception) -> ReducioError:
+    """The one line for a hub repository that is not here and cannot be had: it says what to download."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ReducioError(
+        f"{argument}: {name!r} is no local folder and could not be fetched from the hub ({reason}); "
+        f"where there is a network, run `hf download {name} --local-dir DIR`, then pass DIR"
+    )

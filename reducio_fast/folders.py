@@ -9,17 +9,18 @@ the others         as their library writes them
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checkpoints, content
+from . import checkpoints, content, encoders
 from .encoders import SemanticEncoder
 from .errors import ReducioError
 from .reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 
-SETTINGS = ("fps", "sample_height", "sample_width")
+SETTINGS = ("fps", "sample_height", "sample_width", "clean_caption", "content_scaling_factor")
 # In the order they are loaded: text_to_image comes last because it may share the others.
 COMPONENTS = (
     "vae",
@@ -31,13 +32,16 @@ COMPONENTS = (
     "content_encoder",
     "text_to_image",
 )
-OPTIONAL = ("image_encoder", "content_encoder", "text_to_image")
+OPTIONAL = ("text_encoder", "tokenizer", "image_encoder", "content_encoder", "text_to_image")
 # Name within the diffusers pipeline -> name of the component here that it may share.
 SHARED = {"text_encoder": "text_encoder", "tokenizer": "tokenizer", "vae": "content_encoder"}
 
 
 def read_model(folder: Path, given: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """All components and settings of a model folder, by name. A component in `given` is taken from there, unread."""
+    """All components and settings of a model folder, by name.
+
+    A component in `given` is taken from there, unread; a folder or hub id given for one is where it is read from.
+    """
     path = folder / checkpoints.INDEX
     index = checkpoints.read_json(path)
     if index.get("_class_name") != "ReducioPipeline":
@@ -46,10 +50,17 @@ def read_model(folder: Path, given: dict[str, Any], dtype: torch.dtype, device: 
     for names, where in ((given, "from_pretrained"), (index, str(path))):
         if unknown := sorted(n for n in names if n not in known and not n.startswith("_")):
             raise ReducioError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    parts = {name: index[name] for name in SETTINGS if name in index} | given
+    sources = {n: v for n, v in given.items() if n in COMPONENTS and isinstance(v, str | os.PathLike)}
+    if "text_encoder" in sources and "tokenizer" not in given:
+        sources["tokenizer"] = sources["text_encoder"]  # it lies beside the encoder, and no other would fit
+    parts = {name: index[name] for name in SETTINGS if name in index}
+    parts |= {name: value for name, value in given.items() if name not in sources}
+    loaded: dict[Path, Any] = {}  # so that a network which both stages name is in memory once
     for name in COMPONENTS:
-        if name not in parts:
-            parts[name] = _read_component(name, index.get(name), folder, parts, dtype, device)
+        if name in sources:
+            parts[name] = _read_source(name, sources[name], parts, loaded, dtype, device)
+        elif name not in parts:
+            parts[name] = _read_component(name, index.get(name), folder, parts, loaded, dtype, device)
     return parts
 
 
@@ -72,8 +83,43 @@ def write_model(target: Path, parts: dict[str, Any]) -> None:
         checkpoints.write_json(folder / checkpoints.INDEX, index)
 
 
+def _read_source(
+    name: str,
+    source: str | os.PathLike[str],
+    parts: dict[str, Any],
+    loaded: dict[Path, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A component from a folder or hub id of its own: alone there, or in a diffusers pipeline that holds one."""
+    config = parts["transformer"].config
+    if name == "text_encoder":
+        place = encoders.find_text_encoder(source).resolve()
+        loaded[place] = encoders.load_text_encoder(source, dtype, device, config.caption_channels)
+        return loaded[place]
+    if name == "content_encoder":
+        place = encoders.find_content_encoder(source).resolve()
+        loaded[place] = encoders.load_content_encoder(source, dtype, device, config.content_channels)
+        return loaded[place]
+    if name == "image_encoder":
+        return SemanticEncoder.from_pretrained(source, dtype, device, config.semantic_channels)
+    if name == "tokenizer":
+        return encoders.load_tokenizer(source)
+    if name == "text_to_image":
+        return content.load_text_to_image(content.find_text_to_image(source), _shared(parts), dtype, device, loaded)
+    raise ReducioError(
+        f"{name}: {str(source)!r} given; only encoders and text_to_image can be named, this is an object"
+    )
+
+
 def _read_component(
-    name: str, entry: Any, folder: Path, parts: dict[str, Any], dtype: torch.dtype, device: torch.device
+    name: str,
+    entry: Any,
+    folder: Path,
+    parts: dict[str, Any],
+    loaded: dict[Path, Any],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Any:
     if entry is None or entry == [None, None]:
         if name in OPTIONAL:
@@ -81,6 +127,8 @@ def _read_component(
         raise ReducioError(f"{folder / checkpoints.INDEX}: {name} is missing")
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
         raise ReducioError(f"{folder / checkpoints.INDEX}: {name} must be [library, class], is {entry!r}")
+    if name in OPTIONAL and not (folder / name).is_dir():
+        raise ReducioError(f"{folder / name}: no such folder; give {name}=FOLDER_OR_HUB_ID, or None to do without")
     if name == "vae":
         return checkpoints.load_model(ReducioVAE, VAEConfig, folder / name, dtype, device)
     if name == "transformer":
@@ -88,7 +136,7 @@ def _read_component(
     if name == "image_encoder":
         return SemanticEncoder.from_pretrained(folder / name, dtype, device)
     if name == "text_to_image":
-        return content.load_text_to_image(folder / name, _shared(parts), dtype, device)
+        return content.load_text_to_image(folder / name, _shared(parts), dtype, device, loaded)
     return checkpoints.load_foreign(entry[0], entry[1], folder / name, dtype, device)
 
 

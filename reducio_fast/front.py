@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoints, inputs, peers
+from . import checkpoints, folders, inputs, peers
 from .errors import ReducioError
 from .output import ReducioOutput
 from .pipeline import ReducioPipeline
@@ -31,8 +31,9 @@ def generate(
     """Make a clip in one line: `generate("a red circle moving right on a black background").save("clip.mp4")`.
 
     `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move, or a
-    peer (see `peers`; "svd" takes no prompt). The loaded model is kept, so a second call starts at once. All other
-    words are those of `ReducioPipeline.__call__`.
+    peer (see `peers`; "svd" takes no prompt). The loaded model is kept, so a second call starts at once. Components and
+    settings by name (`text_to_image=`, `text_encoder=` ...) are those of `ReducioPipeline.from_pretrained`, all other
+    words those of a call.
     """
     device = inputs.resolve_device(device)
     dtype = inputs.resolve_dtype(dtype, None, device)
@@ -40,11 +41,13 @@ def generate(
         peers.check_words(peer, backend, words)
         key = (peer.peer.name, peer.weights, dtype, device)
         return _cached(key, lambda: peers.PeerPipeline.from_pretrained(peer, dtype, device))(prompt, image, **words)
-    if prompt is None:
+    if prompt is None and words.get("prompt_embeds") is None:
         raise ReducioError("prompt: None given; say what the clip shall show")
     folder = checkpoints.embedded_model() if model is None else checkpoints.find_model(model)
-    key = (folder.resolve(), dtype, device, backend)
-    pipe = _cached(key, lambda: ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend))
+    parts = {name: words.pop(name) for name in (*folders.COMPONENTS, *folders.SETTINGS) if name in words}
+    key = (folder.resolve(), dtype, device, backend, *parts.items())
+    load = {"dtype": dtype, "device": device, "backend": backend} | parts
+    pipe = _cached(key, lambda: ReducioPipeline.from_pretrained(folder, **load))
     return pipe(prompt, image, **words)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import ReducioError
-from .reference import VAEConfig
+from .reference import DiTConfig, VAEConfig
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 BACKENDS = ("reference", "fast", "auto")
@@ -23,12 +23,23 @@ MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
+class Embeds:
+    """Conditions of one clip that were given and need no encoder; None for those to be computed."""
+
+    text: tuple[Tensor, Tensor] | None = None  # [1, L, C] and mask bool [1, L]
+    negative_text: tuple[Tensor, Tensor] | None = None
+    semantic: Tensor | None = None  # [1, n, C]
+    content: Tensor | None = None  # [1, 4, H/8, W/8]
+
+
+@dataclass(frozen=True, slots=True)
 class ClipRequest:
     """What is asked of one clip of a call, checked. `latents`: its initial noise, float32 [1, C, T/f, H/32, W/32]."""
 
-    prompt: str
+    prompt: str  # "" where only `embeds.text` was given
     negative_prompt: str  # "" for none
     image: np.ndarray | None  # uint8 [h, w, 3]; None: to be drawn from the prompt
+    embeds: Embeds
     generator: torch.Generator
     latents: Tensor | None
 
@@ -47,10 +58,17 @@ class Request:
     output_type: str
     callback_on_step_end: Callable[..., Any] | None
     callback_tensor_inputs: tuple[str, ...]
+    content_kwargs: dict[str, Any]  # for the text-to-image pipeline
 
 
-def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str]]:
-    """Prompts and negative prompts ("" for none) as lists of one length."""
+def check_prompts(prompt: Any, negative_prompt: Any, prompt_embeds: Any = None) -> tuple[list[str], list[str], bool]:
+    """Prompts and negative prompts ("" for none) as lists of one length, and whether a list was asked for.
+
+    Without a prompt, `prompt_embeds` [L, C] ask for one clip and [N, L, C] for a list of N.
+    """
+    if prompt is None and isinstance(prompt_embeds, Tensor):
+        is_list = prompt_embeds.ndim > 2
+        return (*_negatives(negative_prompt, [""] * (len(prompt_embeds) if is_list else 1)), is_list)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise ReducioError(f"prompt: must be text or a list of texts, is {_brief(prompt)}")
@@ -58,6 +76,10 @@ def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[st
         if not text.strip():
             where = "" if isinstance(prompt, str) else f" number {i}"
             raise ReducioError(f"prompt{where}: is empty ({text!r}); say what the clip shall show")
+    return (*_negatives(negative_prompt, prompts), not isinstance(prompt, str))
+
+
+def _negatives(negative_prompt: Any, prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     negatives = negative_prompt
     if negatives is None or isinstance(negatives, str):
         negatives = [negatives or ""] * len(prompts)
@@ -120,16 +142,76 @@ def latent_shape(config: VAEConfig, height: int, width: int) -> tuple[int, int, 
 
 def check_latents(latents: Any, shape: Sequence[int], count: int, is_list: bool, name: str = "latents") -> list[Tensor]:
     """Latents as one float32 [1, C, T, H, W] a clip. A single clip's may come without the clip axis."""
-    if not isinstance(latents, Tensor) or not latents.is_floating_point():
-        raise ReducioError(f"{name}: must be a floating-point tensor, is {_brief(latents)}")
-    if not is_list and latents.ndim == len(shape):
-        latents = latents[None]
-    expected = (count, *shape)
-    if tuple(latents.shape) != expected:
-        raise ReducioError(f"{name}: has shape {list(latents.shape)}, this call needs {list(expected)}")
-    if not torch.isfinite(latents).all():
+    return [item.float() for item in check_tensor(latents, shape, count, is_list, name)]
+
+
+def check_tensor(value: Any, shape: Sequence[int | None], count: int, is_list: bool, name: str) -> list[Tensor]:
+    """A finite floating-point tensor [count, *shape] as one [1, *shape] a clip; None in `shape` is any length.
+
+    A single clip's may come without the clip axis.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ReducioError(f"{name}: must be a floating-point tensor, is {_brief(value)}")
+    value = _with_clip_axis(value, shape, count, is_list, name)
+    if not torch.isfinite(value).all():
         raise ReducioError(f"{name}: holds values that are not finite (NaN or infinite)")
-    return list(latents.float().split(1))
+    return list(value.split(1))
+
+
+def check_text(
+    embeds: Any, mask: Any, shape: tuple[int, int], count: int, is_list: bool, negative: bool = False
+) -> list[tuple[Tensor, Tensor] | None]:
+    """`prompt_embeds` [count, L, C] and `prompt_attention_mask` [count, L] as one pair a clip; None for none given."""
+    prefix = "negative_" if negative else ""
+    name, mask_name = f"{prefix}prompt_embeds", f"{prefix}prompt_attention_mask"
+    if embeds is None:
+        if mask is not None:
+            raise ReducioError(f"{mask_name}: given without {name}")
+        return [None] * count
+    texts = check_tensor(embeds, shape, count, is_list, name)
+    if not isinstance(mask, Tensor):
+        # Not taken for all ones: a forgotten mask would let the model read the padding, and show in no shape.
+        raise ReducioError(f"{mask_name}: must be the tensor that belongs to {name}, is {_brief(mask)}")
+    masks = _with_clip_axis(mask, shape[:1], count, is_list, mask_name).bool().split(1)
+    return list(zip(texts, masks, strict=True))
+
+
+def check_embeds(
+    config: DiTConfig,
+    content_size: tuple[int, int],
+    count: int,
+    is_list: bool,
+    prompt_embeds: Any,
+    prompt_attention_mask: Any,
+    negative_prompt_embeds: Any,
+    negative_prompt_attention_mask: Any,
+    semantic_embeds: Any,
+    content_latents: Any,
+) -> list[Embeds]:
+    """The conditions that are given instead of computed, per clip, in the widths of the DiT that will read them."""
+    text = (config.caption_length, config.caption_channels)
+    none = [None] * count
+    texts = check_text(prompt_embeds, prompt_attention_mask, text, count, is_list)
+    negatives = check_text(negative_prompt_embeds, negative_prompt_attention_mask, text, count, is_list, negative=True)
+    tokens, size = (None, config.semantic_channels), (config.content_channels, *content_size)
+    semantics, contents = (
+        none if value is None else check_tensor(value, shape, count, is_list, name)
+        for name, value, shape in (
+            ("semantic_embeds", semantic_embeds, tokens),
+            ("content_latents", content_latents, size),
+        )
+    )
+    return [Embeds(*each) for each in zip(texts, negatives, semantics, contents, strict=True)]
+
+
+def _with_clip_axis(value: Tensor, shape: Sequence[int | None], count: int, is_list: bool, name: str) -> Tensor:
+    if not is_list and value.ndim == len(shape):
+        value = value[None]
+    expected = (count, *shape)
+    if value.ndim != len(expected) or any(e not in (None, n) for n, e in zip(value.shape, expected, strict=True)):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ReducioError(f"{name}: has shape {list(value.shape)}, this call needs [{wanted}]")
+    return value
 
 
 def check_generators(count: int, seed: Any, generator: Any) -> list[torch.Generator]:

@@ -22,9 +22,9 @@ class ReducioOutput:
     """What a call returns. For a single prompt nothing has a clip axis; for a list everything has it in front.
 
     `frames`: "np" uint8 [T, H, W, 3]; "pil" a list of images; "pt" float32 [T, 3, H, W] in [0, 1], as in diffusers;
-    "latent" the motion latent [16, T/f, H/32, W/32]. `content`: the content frame, uint8 [H, W, 3]; given back as
-    `image` with the same seed it makes the same clip (None where a peer drew from text alone). `timings`: seconds per
-    stage, summed over the clips.
+    "latent" the motion latent [16, T/f, H/32, W/32]. `content`: the content frame, uint8 [H, W, 3], which is the clip's
+    centre frame, number (T - 1) // 2; given back as `image` with the same seed it makes the same clip (None for latents
+    that needed none, and where a peer drew from text alone). `timings`: seconds per stage, summed over the clips.
     """
 
     frames: Any

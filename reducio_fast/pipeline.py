@@ -27,6 +27,7 @@ from .output import ReducioOutput, stack, to_output
 from .reference import Condition, ReducioDiT, ReducioVAE, initial_latent
 from .reference.sampler import StopSampling
 from .stages import Stages
+from .video import read_image
 
 StepCallback = Callable[["ReducioPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
@@ -34,9 +35,14 @@ StepCallback = Callable[["ReducioPipeline", int, Tensor, dict[str, Tensor]], "di
 class ReducioPipeline(LoraLoader, Stages):
     """The loaded model. Each component can be any object with the same call (the small ones are in `encoders`).
 
-    `text_to_image` may be None (then each call needs an image), and so may `image_encoder` and `content_encoder` (the
-    DiT is then not told about that side of the image). `report` says, per network, what runs it and why. Threads may
-    share a pipeline: their calls take turns.
+    `text_to_image` may be None (then each call needs an image), `text_encoder` too (then it needs `prompt_embeds`), and
+    so may `image_encoder` and `content_encoder` (the DiT is then not told about that side of the image, unless by
+    `semantic_embeds` and `content_latents`). `report` says, per network, what runs it and why.
+    Threads may share a pipeline: their calls take turns.
+
+    clean_caption: put prompts through PixArt's caption cleaning, as a model trained on PixArt's captions wants it; the
+        published recipe does. content_scaling_factor: multiplies the content latent; 1, as the release extracts it,
+        where Stable Diffusion itself would say 0.18215.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -46,8 +52,8 @@ class ReducioPipeline(LoraLoader, Stages):
         vae: ReducioVAE,
         transformer: ReducioDiT,
         scheduler: Any,
-        text_encoder: nn.Module,
-        tokenizer: Any,
+        text_encoder: nn.Module | None = None,
+        tokenizer: Any = None,
         image_encoder: SemanticEncoder | Callable[[Tensor], Tensor] | None = None,
         content_encoder: nn.Module | None = None,
         text_to_image: Any = None,
@@ -55,11 +61,14 @@ class ReducioPipeline(LoraLoader, Stages):
         fps: float = 16,
         sample_height: int = 256,
         sample_width: int = 256,
+        clean_caption: bool = False,
+        content_scaling_factor: float = 1.0,
         backend: str = "auto",
     ) -> None:
         super().__init__(
-            vae, transformer, scheduler, text_encoder, tokenizer, image_encoder, content_encoder, text_to_image, backend
-        )
+            vae, transformer, scheduler, text_encoder, tokenizer, image_encoder, content_encoder, text_to_image,
+            backend, clean_caption, content_scaling_factor,
+        )  # fmt: skip
         self.fps, self.sample_height, self.sample_width = fps, sample_height, sample_width
         self._interrupt = False
         self._progress_bar_config: dict[str, Any] = {}
@@ -82,8 +91,10 @@ class ReducioPipeline(LoraLoader, Stages):
         """Load a model folder, or a hub repository `owner/name`, in the diffusers layout (safetensors only).
 
         `device` None is a GPU where there is one; `dtype` None is float32 on a CPU and bfloat16 on a GPU; `torch_dtype`
-        is the older word for `dtype`. Further words replace components by name; None leaves an optional one out. Raises
-        ReducioError for a folder, file or setting that does not fit, and names it.
+        is the older word for `dtype`. Further words replace components by name: an object, or the folder or hub id to
+        load it from (`text_encoder="google/flan-t5-xxl"`, `image_encoder="ViT-H-14/laion2b_s32b_b79k"`,
+        `text_to_image="PixArt-alpha/PixArt-XL-2-1024-MS"`); None leaves an optional one out. Raises ReducioError for a
+        folder, file or setting that does not fit, and names it.
         """
         inputs.resolve_backend(backend)  # before gigabytes are read
         device = inputs.resolve_device(device)
@@ -95,13 +106,16 @@ class ReducioPipeline(LoraLoader, Stages):
         """Write the folder `from_pretrained` reads, each weight in the dtype it has.
 
         Components that `text_to_image` shares with this pipeline are written once. An earlier model in that place is
-        replaced when all is written; a failure leaves what was there.
+        replaced when all is written; a failure leaves what was there. Raises ReducioError where a component was
+        unloaded: the folder would lack it.
         """
         if (active := self.get_active_adapters()) and not self.fused_loras:
             raise ReducioError(
                 f"save_pretrained: the adapters {', '.join(active)} are active; fuse_lora() to write them with the "
                 "weights, or unload_lora_weights() to leave them out"
             )
+        if self.unloaded:
+            raise ReducioError(f"save_directory: {', '.join(self.unloaded)} unloaded; the folder would be without")
         parts = {name: getattr(self, name) for name in (*folders.COMPONENTS, *folders.SETTINGS)}
         folders.write_model(Path(save_directory).expanduser(), parts)
 
@@ -173,7 +187,7 @@ class ReducioPipeline(LoraLoader, Stages):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         image: Any = None,
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
@@ -190,6 +204,13 @@ class ReducioPipeline(LoraLoader, Stages):
         num_videos_per_prompt: int = 1,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        semantic_embeds: Tensor | None = None,
+        content_latents: Tensor | None = None,
+        content_kwargs: dict[str, Any] | None = None,
     ) -> ReducioOutput | tuple[Any]:
         """Make a clip of a prompt, or of each prompt in a list, or `num_videos_per_prompt` of each.
 
@@ -208,6 +229,14 @@ class ReducioPipeline(LoraLoader, Stages):
         callback_on_step_end(pipe, step, timestep, tensors): called after each step of the second stage, with a dict of
             the tensors named in `callback_on_step_end_tensor_inputs` (of `_callback_tensor_inputs`). It may return
             {"latents": replacement}, and may set `pipe._interrupt = True`, which ends the call with the latent reached.
+        prompt_embeds [N, L, C], prompt_attention_mask [N, L]: the prompt as the DiT reads it, from `encode_prompt` here
+            or elsewhere; no text encoder is needed then, and a prompt only serves to draw the content frame. The same
+            two words with `negative_` in front. All without N for a single prompt.
+        semantic_embeds [N, tokens, C], content_latents [N, 4, H/8, W/8]: the image as the DiT reads it, from
+            `encode_image`. The content frame itself is still needed, for decoding: unless output_type is "latent".
+        content_kwargs: further words for the text-to-image pipeline, such as {"num_inference_steps": 30,
+            "guidance_scale": 7.0, "height": 768, "width": 1344}; by default its own steps and guidance, at the size
+            nearest to the clip's shape that it was made for.
         return_dict: False returns the tuple `(frames,)` alone.
 
         Raises ReducioError before any work for an argument that does not fit, and later where values stop being finite.
@@ -218,6 +247,10 @@ class ReducioPipeline(LoraLoader, Stages):
             generator=generator, latents=latents, output_type=output_type, callback_on_step_end=callback_on_step_end,
             num_videos_per_prompt=num_videos_per_prompt,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            prompt_embeds=prompt_embeds, prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask, semantic_embeds=semantic_embeds,
+            content_latents=content_latents, content_kwargs=content_kwargs,
         )  # fmt: skip
         with self._lock:
             if self._at_work:
@@ -232,7 +265,7 @@ class ReducioPipeline(LoraLoader, Stages):
     def check_inputs(
         self,
         *,
-        prompt: Any,
+        prompt: Any = None,
         image: Any = None,
         negative_prompt: Any = None,
         height: Any = None,
@@ -247,10 +280,17 @@ class ReducioPipeline(LoraLoader, Stages):
         callback_on_step_end: Any = None,
         num_videos_per_prompt: Any = 1,
         callback_on_step_end_tensor_inputs: Any = ("latents",),
+        prompt_embeds: Any = None,
+        prompt_attention_mask: Any = None,
+        negative_prompt_embeds: Any = None,
+        negative_prompt_attention_mask: Any = None,
+        semantic_embeds: Any = None,
+        content_latents: Any = None,
+        content_kwargs: Any = None,
     ) -> Request:
         """The words of a call, checked before any work and spread over its clips. Raises ReducioError."""
         config = self.vae.config
-        prompts, negatives = inputs.check_prompts(prompt, negative_prompt)
+        prompts, negatives, many_prompts = inputs.check_prompts(prompt, negative_prompt, prompt_embeds)
         images = content.read_images(image, len(prompts))
         sizes = [i.shape[:2] for i in images if i is not None]
         own = (self.sample_height, self.sample_width)
@@ -261,17 +301,23 @@ class ReducioPipeline(LoraLoader, Stages):
         inputs.check_sampling(num_inference_steps, max_steps, guidance_scale, output_type)
         inputs.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         shape, count = inputs.latent_shape(config, height, width), len(prompts) * per_prompt
-        is_list = not isinstance(prompt, str) or per_prompt > 1
+        is_list = many_prompts or per_prompt > 1
         generators = inputs.check_generators(count, seed, generator)
         given = [None] * count if latents is None else inputs.check_latents(latents, shape, count, is_list)
-        if image is None and self.text_to_image is None:
-            raise ReducioError("image: None given, and this model has no text-to-image stage to draw one")
-        of_prompts = ([x for x in each for _ in range(per_prompt)] for each in (prompts, negatives, images))
+        embeds = inputs.check_embeds(
+            self.transformer.config, self._content_size(height, width), len(prompts), many_prompts, prompt_embeds,
+            prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask, semantic_embeds,
+            content_latents,
+        )  # fmt: skip
+        of_prompts = ([x for x in each for _ in range(per_prompt)] for each in (prompts, negatives, images, embeds))
         clips = [ClipRequest(*words) for words in zip(*of_prompts, generators, given, strict=True)]
-        return Request(
+        request = Request(
             clips, is_list, height, width, shape, num_inference_steps, guidance_scale, output_type,
             callback_on_step_end, tuple(callback_on_step_end_tensor_inputs),
+            content.check_words(self.text_to_image, content_kwargs),
         )  # fmt: skip
+        self._check_encoders(request)
+        return request
 
     def _make_clips(self, request: Request, progress: bool) -> ReducioOutput:
         timings: dict[str, float] = {}
@@ -285,7 +331,7 @@ class ReducioPipeline(LoraLoader, Stages):
                     break
         return ReducioOutput(
             frames=stack(frames) if request.is_list else frames[0],
-            content=np.stack(contents) if request.is_list else contents[0],
+            content=np.stack(contents) if request.is_list and contents[0] is not None else contents[0],
             seeds=[clip.generator.initial_seed() for clip in request.clips[: len(frames)]],
             fps=self.fps,
             timings=timings,
@@ -296,22 +342,16 @@ class ReducioPipeline(LoraLoader, Stages):
 
     def _make_clip(
         self, clip: ClipRequest, request: Request, bar: tqdm, timings: dict[str, float]
-    ) -> tuple[np.ndarray, Any]:
+    ) -> tuple[np.ndarray | None, Any]:
         """One clip's content frame, and its frames or latent in the form asked for."""
         shape, steps = (1, *request.latent_shape), request.num_inference_steps
         # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed is the
         # same with and without latents, and the noise the same with and without an image.
         noise = initial_latent(shape, [clip.generator])
         with self._stage(timings, "content.generate"):
-            if clip.image is not None:
-                frame = content.fit_image(clip.image, request.height, request.width)
-            else:
-                frame = content.draw_image(
-                    self.text_to_image, clip.prompt, clip.negative_prompt, request.height, request.width,
-                    clip.generator, not bar.disable,
-                )  # fmt: skip
-        cond = self._condition(clip.prompt, frame, timings)
-        uncond = self._without_prompt(cond, clip.negative_prompt, timings) if request.guidance_scale > 1 else None
+            frame = self._content_frame(clip, request, not bar.disable)
+        cond = self._condition(clip, frame, timings)
+        uncond = self._without_prompt(cond, clip, timings) if request.guidance_scale > 1 else None
         step_end = _StepEnd(self, request, cond, uncond, bar)
         with self._stage(timings, "dit.step"):
             start = noise if clip.latents is None else clip.latents
@@ -343,6 +383,22 @@ class ReducioPipeline(LoraLoader, Stages):
         with self._lock:
             frames = [to_output(self._decode(z, i), output_type) for z, i in zip(clips, fitted, strict=True)]
         return stack(frames) if is_list else frames[0]
+
+    @torch.no_grad()
+    def encode_image(
+        self, image: Any, height: int | None = None, width: int | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The image side of the condition of one image or a list: semantic_embeds [N, tokens, C] and content_latents
+        [N, 4, H/8, W/8] of a clip of that size (by default as in a call); None for an encoder the model does not have.
+        """
+        images = [read_image(each) for each in (image if isinstance(image, list | tuple) else [image])]
+        config, own = self.vae.config, (self.sample_height, self.sample_width)
+        sizes = [each.shape[:2] for each in images]
+        height, width = buckets.choose_size(height, width, own, sizes, config.spatial_factor)
+        inputs.check_size(config, height, width, config.num_frames)
+        frames = [content.fit_image(each, height, width) for each in images]
+        pairs = [self._encode_image(frame, inputs.Embeds()) for frame in frames]
+        return tuple(None if each[0] is None else torch.cat(each) for each in zip(*pairs, strict=True))
 
     def _progress_bar(self, total: int, progress: bool) -> tqdm:
         silent = not progress or os.environ.get("RANK", "0") != "0"  # of the ranks that torchrun starts, one speaks

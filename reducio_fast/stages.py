@@ -6,6 +6,7 @@ text.encode and image.encode make the joint condition of the DiT, dit.step the m
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from . import content, folders, inputs
-from .encoders import ContentEncoder, SemanticEncoder, TextEncoder
+from .encoders import ContentEncoder, SemanticEncoder, TextEncoder, clean_caption
 from .errors import ReducioError
+from .inputs import ClipRequest, Embeds, Request
 from .reference import Condition, ReducioDiT, ReducioVAE, sample
 from .reference.sampler import Callback
+
+VAE_FACTOR = 8  # of the SD autoencoder, for content latents that are given to a model without one
+UNLOADABLE = ("text_encoder", "image_encoder", "content_encoder", "text_to_image")
 
 
 class Stages:
@@ -30,12 +35,14 @@ class Stages:
         vae: ReducioVAE,
         transformer: ReducioDiT,
         scheduler: Any,
-        text_encoder: nn.Module,
+        text_encoder: nn.Module | None,
         tokenizer: Any,
         image_encoder: SemanticEncoder | Callable[[Tensor], Tensor] | None,
         content_encoder: nn.Module | None,
         text_to_image: Any,
         backend: str,
+        clean_caption: bool = False,
+        content_scaling_factor: float = 1.0,
     ) -> None:
         required = backend == "fast"
         self.backend, why = inputs.resolve_backend(backend)
@@ -44,6 +51,8 @@ class Stages:
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.image_encoder, self.content_encoder, self.text_to_image = image_encoder, content_encoder, text_to_image
         self.vae_tiling: bool | None = None  # None: by the size of the clip
+        self.clean_caption, self.content_scaling_factor = clean_caption, content_scaling_factor
+        self._unloaded: set[str] = set()
         self._engine: Any = None
         self._check_components()
         if self.backend == "fast":
@@ -57,26 +66,140 @@ class Stages:
     def dtype(self) -> torch.dtype:
         return self.transformer.dtype
 
-    def _condition(self, prompt: str, frame: np.ndarray, timings: dict[str, float]) -> Condition:
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The text side of the condition, once for many calls or for another process.
+
+        Returns, as in diffusers' PixArt pipelines, prompt_embeds [N, L, C], prompt_attention_mask [N, L] and the two of
+        the negative prompt (None without one): the words of a call, which gives the same bytes with them as without.
+        """
+        prompts, negatives, _ = inputs.check_prompts(prompt, negative_prompt)
+        self._check_text_encoder()
+        pairs = [self._encode_text(text) for text in prompts]  # one by one: a text's bytes depend on no other
+        embeds, masks = (torch.cat(each) for each in zip(*pairs, strict=True))
+        if not any(text.strip() for text in negatives):
+            return embeds, masks, None, None
+        against = [
+            self._encode_text(text) if text.strip() else (self.transformer.null_text[None].to(pair[0]), pair[1])
+            for text, pair in zip(negatives, pairs, strict=True)
+        ]
+        return embeds, masks, *(torch.cat(each) for each in zip(*against, strict=True))
+
+    def unload(self, *names: str) -> None:
+        """Let go of text_encoder, image_encoder, content_encoder or text_to_image, and of the memory they hold.
+
+        Calls then need what it computed: embeds, or an image. Assigning the attribute brings it back. Raises
+        ReducioError for another name, and for a network that `text_to_image` shares and that stays for it.
+        """
+        if unknown := [name for name in names if name not in UNLOADABLE]:
+            raise ReducioError(f"unload: {unknown[0]!r} given; must be of {', '.join(UNLOADABLE)}")
+        if self.text_to_image is not None and "text_to_image" not in names:
+            kept = {id(network) for network in content.networks(self.text_to_image)}
+            for name in names:
+                if id(getattr(self, name)) in kept:
+                    raise ReducioError(f"unload: text_to_image uses the {name} too; unload both or neither")
+        for name in names:
+            if getattr(self, name) is not None:
+                setattr(self, name, None)
+                self._unloaded.add(name)
+        gc.collect()  # networks hold cycles, which would keep their memory until some later collection
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def unloaded(self) -> list[str]:
+        """What `unload` took and nobody gave back."""
+        return sorted(name for name in self._unloaded if getattr(self, name) is None)
+
+    def _content_frame(self, clip: ClipRequest, request: Request, progress: bool) -> np.ndarray | None:
+        """uint8 [H, W, 3] of the clip's size; None where nothing reads it."""
+        if clip.image is not None:
+            return content.fit_image(clip.image, request.height, request.width)
+        if not self._needs_frame(clip, request):
+            return None
+        words = {"clean_caption": self.clean_caption} | request.content_kwargs
+        return content.draw_image(
+            self.text_to_image, clip.prompt, clip.negative_prompt, request.height, request.width, clip.generator,
+            progress, words,
+        )  # fmt: skip
+
+    def _condition(self, clip: ClipRequest, frame: np.ndarray | None, timings: dict[str, float]) -> Condition:
         with self._stage(timings, "text.encode"):
-            text, mask = self._encode_text(prompt)
+            text, mask = self._here(*(clip.embeds.text or self._encode_text(clip.prompt)))
         with self._stage(timings, "image.encode"):
-            pixels = self._pixels(frame)
-            semantic = None if self.image_encoder is None else self.image_encoder(pixels)
-            latent = None if self.content_encoder is None else ContentEncoder(self.content_encoder)(pixels)
+            semantic, latent = self._encode_image(frame, clip.embeds)
         return Condition(text, mask, semantic, latent)
 
-    def _without_prompt(self, cond: Condition, negative_prompt: str, timings: dict[str, float]) -> Condition:
+    def _without_prompt(self, cond: Condition, clip: ClipRequest, timings: dict[str, float]) -> Condition:
         """The half guidance leads away from. The image stays in both halves: guidance is about the text alone."""
-        if not negative_prompt.strip():
+        if clip.embeds.negative_text is not None:
+            text, mask = self._here(*clip.embeds.negative_text)
+        elif not clip.negative_prompt.strip():
             return cond.without_text(self.transformer.null_text)
-        with self._stage(timings, "text.encode"):
-            text, mask = self._encode_text(negative_prompt)
+        else:
+            with self._stage(timings, "text.encode"):
+                text, mask = self._here(*self._encode_text(clip.negative_prompt))
         return Condition(text, mask, cond.semantic, cond.content)
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
         length = self.transformer.config.caption_length
-        return TextEncoder(self.text_encoder, self.tokenizer, length)([prompt])
+        return TextEncoder(self.text_encoder, self.tokenizer, length, self.clean_caption)([prompt])
+
+    def _encode_image(self, frame: np.ndarray | None, given: Embeds) -> tuple[Tensor | None, Tensor | None]:
+        """The tokens and the latent of a content frame, but what is given; the encoders get float32 pixels."""
+        pixels = None if frame is None else self._pixels(frame, torch.float32)
+        semantic, latent = given.semantic, given.content
+        if semantic is None and self.image_encoder is not None:
+            semantic = self.image_encoder(pixels)
+        if latent is None and self.content_encoder is not None:
+            latent = ContentEncoder(self.content_encoder, self.content_scaling_factor)(pixels)
+        return self._here(semantic, latent)
+
+    def _here(self, *tensors: Tensor | None) -> tuple[Any, ...]:
+        return tuple(None if tensor is None else tensor.to(self.device) for tensor in tensors)
+
+    def _content_size(self, height: int, width: int) -> tuple[int, int]:
+        """Of the content latent of a frame."""
+        factor = VAE_FACTOR if self.content_encoder is None else ContentEncoder(self.content_encoder).factor
+        return height // factor, width // factor
+
+    def _needs_frame(self, clip: ClipRequest, request: Request) -> bool:
+        """Whether anything reads the content frame: the decoder, or an encoder whose result is not given."""
+        semantic = clip.embeds.semantic is None and self.image_encoder is not None
+        latent = clip.embeds.content is None and self.content_encoder is not None
+        return semantic or latent or request.output_type != "latent"
+
+    def _check_encoders(self, request: Request) -> None:
+        """Refuse a call that needs an encoder or a first stage that is not there."""
+        for clip in request.clips:
+            for name, given in (("image_encoder", clip.embeds.semantic), ("content_encoder", clip.embeds.content)):
+                if given is None and name in self.unloaded:
+                    word = "semantic_embeds" if name == "image_encoder" else "content_latents"
+                    raise ReducioError(f"{word}: None given, and the {name} was unloaded")
+            if clip.image is None and self._needs_frame(clip, request):
+                if self.text_to_image is None:
+                    raise ReducioError("image: None given, and this model has no text-to-image stage to draw one")
+                if not clip.prompt:
+                    raise ReducioError("image: None given, and without a prompt there is nothing to draw one from")
+            texts = [] if clip.embeds.text is not None else [clip.prompt]
+            if clip.embeds.negative_text is None and clip.negative_prompt.strip() and request.guidance_scale > 1:
+                texts.append(clip.negative_prompt)
+            if texts:
+                self._check_text_encoder()
+            for text in texts:
+                if self.clean_caption and not clean_caption(text):
+                    raise ReducioError(
+                        f"prompt: nothing is left of {text!r} after caption cleaning; set pipe.clean_caption = False"
+                    )
+
+    def _check_text_encoder(self) -> None:
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ReducioError(
+                "prompt_embeds: None given, and no text_encoder is loaded; give the embeds with their attention mask, "
+                "or load one: from_pretrained(..., text_encoder=FOLDER_OR_HUB_ID)"
+            )
 
     def _sample(
         self,
@@ -116,10 +239,10 @@ class Stages:
             raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
         return video.clamp(-1, 1)
 
-    def _pixels(self, frame: np.ndarray) -> Tensor:
-        """uint8 [H, W, 3] -> [1, 3, H, W] in [-1, 1], in the networks' dtype."""
+    def _pixels(self, frame: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+        """uint8 [H, W, 3] -> [1, 3, H, W] in [-1, 1], by default in the networks' dtype."""
         pixels = torch.from_numpy(frame).to(self.device).permute(2, 0, 1)[None].float()
-        return (pixels / 127.5 - 1).to(self.dtype)
+        return (pixels / 127.5 - 1).to(dtype or self.dtype)
 
     def _start_engine(self, required: bool) -> None:
         """Fast twins for both networks; where one cannot have one, an error if `required`, else the reference."""
@@ -163,10 +286,17 @@ class Stages:
         text_channels = getattr(getattr(self.text_encoder, "config", None), "hidden_size", config.caption_channels)
         tower = getattr(self.image_encoder, "visual", None)
         semantic_channels = config.semantic_channels if tower is None else tower.ln_post.normalized_shape[0]
+        content_config = getattr(self.content_encoder, "config", None)
         for name, needed, source, given in (
             ("latent_channels", config.latent_channels, "vae", self.vae.config.latent_channels),
             ("caption_channels", config.caption_channels, "text_encoder", text_channels),
             ("semantic_channels", config.semantic_channels, "image_encoder", semantic_channels),
+            (
+                "content_channels",
+                config.content_channels,
+                "content_encoder",
+                getattr(content_config, "latent_channels", config.content_channels),
+            ),
         ):
             if needed != given:
                 raise ReducioError(f"transformer has {name}={needed}, {source} gives {given}")
