@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import pickle
 import shutil
@@ -35,6 +36,14 @@ LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name bes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # what a folder of the diffusers layout holds
+# Of an element, by safetensors' name of its type; the narrow ones are packed.
+DTYPE_BITS = (
+    dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+    | dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)
+    | dict.fromkeys(("U32", "I32", "F32"), 32)
+    | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
+    | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+)
 NAMES_SHOWN = 8  # of each kind in a report: an error stays one readable line even when all 437 names differ
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -90,14 +99,49 @@ def check_safetensors(path: Path) -> None:
         raise ReducioError(f"{path}: not a safetensors file")
     if len(start) < 8 or length > size - 8:
         raise ReducioError(f"{path}: truncated, its {size} bytes do not even hold the header")
-    try:
-        entries = json.loads(header)
-        end = max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-        raise ReducioError(f"{path}: not a safetensors file") from None
+    end = _check_header(path, header)
     if size != 8 + length + end:
         state = "truncated" if size < 8 + length + end else "damaged"
         raise ReducioError(f"{path}: {state}, has {size} bytes and its header announces {8 + length + end}")
+
+
+def _check_header(path: Path, header: bytes) -> int:
+    """The bytes of data that a safetensors header announces. Refuses one whose tensors are not what they claim to be.
+
+    Nothing is allocated by what a header says, so a shape of 10^18 costs no more than the line that refuses it.
+    """
+    try:
+        entries = json.loads(header, object_pairs_hook=_unique)
+        spans = []
+        for name, entry in entries.items():
+            if name == "__metadata__":
+                continue
+            shape, (start, stop), bits = entry["shape"], entry["data_offsets"], DTYPE_BITS[entry["dtype"]]
+            if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+                raise ReducioError(f"{path}: damaged, {name} has shape {shape} at bytes {start} to {stop}")
+            if stop - start != (needed := math.prod(shape) * bits // 8):
+                has = f"{stop - start} bytes ({start} to {stop})"
+                raise ReducioError(f"{path}: damaged, {name} has {has}; {entry['dtype']} {shape} needs {needed}")
+            spans.append((start, stop, name))
+    except ReducioError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise ReducioError(f"{path}: not a safetensors file") from None
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            fault = "overlaps the tensor before it" if start < end else f"leaves {start - end} bytes unused before it"
+            raise ReducioError(f"{path}: damaged, {name} at bytes {start} to {stop} {fault}")
+        end = stop
+    return end
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without repeated names: readers differ in which of two they believe."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("repeated name")
+    return values
 
 
 def check_component(folder: Path) -> None:
@@ -301,13 +345,15 @@ def _from_pretrained(cls: Any, folder: Path, **words: Any) -> Any:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, mark: str = INDEX) -> Iterator[Path]:
     """Yield an empty folder that takes the name `target` when the block ends well and vanishes when it fails.
 
-    An earlier model folder of that name is replaced; anything else that is not empty is left alone (ReducioError).
+    An earlier folder of that name is replaced if it holds the file `mark`, as a model folder does its index; anything
+    else that is not empty is left alone (ReducioError).
     """
-    if target.exists() and not (target.is_dir() and ((target / INDEX).is_file() or not any(target.iterdir()))):
-        raise ReducioError(f"save_directory: {target} exists and is no model folder (it has no {INDEX})")
+    if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
+        kind = "model" if mark == INDEX else "component"
+        raise ReducioError(f"save_directory: {target} exists and is no {kind} folder (it has no {mark})")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import ReducioError
@@ -206,6 +207,23 @@ def parity(args: argparse.Namespace) -> None:
         raise ReducioError(f"{len(wrong)} of {len(rows)} comparisons fail, the first: {wrong[0]['what']}")
 
 
+def convert(args: argparse.Namespace) -> None:
+    """Published weights -> a safetensors folder, and a vae back to the layout of the release."""
+    from . import convert as conversion
+    from .checkpoints import read_json
+    from .inputs import DTYPES as dtypes
+
+    if args.to == "official":
+        if args.out is None:
+            raise ReducioError("--to official needs --out FILE")
+        result = conversion.export(args.source, args.out)
+    else:
+        config = read_json(Path(args.config)) if args.config else None
+        words = (args.component, args.preset, config, dtypes.get(args.dtype))
+        result = conversion.convert(args.source, args.out, args.into, *words)
+    _report(args, result, conversion.lines(result))
+
+
 def _load_vae(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The VAE alone and the settings in the model's index: the text encoder of a full-size model is 9 GB."""
     from .checkpoints import INDEX, embedded_model, find_model, load_model, read_json
@@ -338,6 +356,18 @@ def _parser() -> argparse.ArgumentParser:
         "--only", metavar="TEXT", default="", help="only variants with this in their name, such as bf16"
     )
     command.add_argument("--jobs", type=_positive, help="compilers at work at once (default: one a core)")
+
+    command = add("convert", convert)
+    command.add_argument("source", metavar="SOURCE", help="a .ckpt, .pth or .safetensors file, or a diffusers folder")
+    command.add_argument("--out", metavar="PATH", help="the component folder to write; with --to official the file")
+    command.add_argument("--into", metavar="DIR", help="the model folder to put it in, made if there is none")
+    command.add_argument("--to", choices=("ours", "official"), default="ours", help="(default: ours)")
+    command.add_argument(
+        "--component", choices=("vae", "transformer", "content_encoder"), help="(default: by its names)"
+    )
+    command.add_argument("--preset", help="such as reducio-ft2, reducio-1024, sdxl (default: by its shapes)")
+    command.add_argument("--config", metavar="JSON", help="a file with fields to put over the preset's")
+    command.add_argument("--dtype", choices=DTYPES, help="(default: as stored)")
 
     command = add("parity", parity)
     add_model(command)

@@ -11,7 +11,6 @@ S condition tokens, D hidden size, N heads, K channels of a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -401,46 +400,3 @@ class ReducioDiT(nn.Module):
                 f"content has size {tuple(content.shape[2:])}, not a multiple of {cell} "
                 f"(content_patch_size={config.content_patch_size}, content_groups={config.content_groups})"
             )
-
-
-@torch.no_grad()
-def load_pixart_state_dict(model: ReducioDiT, state: Mapping[str, Tensor]) -> list[str]:
-    """Start from PixArt-alpha: copy a diffusers `PixArtTransformer2DModel` state dict into `model`, in place.
-
-    With patches of 1 the model also takes a patch-p checkpoint whose channels times p*p are its own, such as PixArt-256
-    (4 channels, patch 2): the patches become channels in `pixel_unshuffle` order, on the way in and on the way out.
-    Where the model learns no variance, PixArt's variance outputs are left out.
-
-    Returns the names that PixArt does not have and that keep their values: the image condition, `null_text`, layers
-    along time, and the size embeddings where the checkpoint is not a 1024 one. Raises ValueError, before anything is
-    copied, where another tensor is missing, unknown or of another shape.
-    """
-    config, state, own = model.config, dict(state), model.state_dict()
-    patch = state.get("pos_embed.proj.weight")
-    if patch is not None and config.patch_size == (1, 1, 1):
-        p = patch.shape[-1]
-        state["pos_embed.proj.weight"] = patch.flatten(1)[:, :, None, None]
-        for name in {"proj_out.weight", "proj_out.bias"} & set(state):
-            # PixArt's rows are (row, column, channel) of a patch; ours are channels, each spread over its patch.
-            rows = state[name].unflatten(0, (p, p, -1)).movedim(2, 0).flatten(0, 2)
-            state[name] = rows if config.learn_sigma else rows[: config.latent_channels]
-    added = (
-        "null_text",
-        "semantic_projection.",
-        "content_embedding.",
-        "attn_temporal.",
-        "resolution_",
-        "aspect_ratio_",
-    )
-    kept = [n for n in own if n not in state and any(part in n for part in added)]
-    problems = [f"{n} is not in the model" for n in state if n not in own]
-    problems += [f"{n} is missing" for n in own if n not in state and n not in kept]
-    problems += [
-        f"{n} has shape {tuple(x.shape)}, the model's has {tuple(own[n].shape)}"
-        for n, x in state.items()
-        if n in own and x.shape != own[n].shape
-    ]
-    if problems:
-        raise ValueError(f"PixArt weights do not fit: {'; '.join(problems[:5])}{' ...' * (len(problems) > 5)}")
-    model.load_state_dict(state, strict=False)
-    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pickle
@@ -162,6 +163,103 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path):
     file.unlink()
     with pytest.raises(ReducioError, match="no such file"):
         load_tensors(file)
+
+
+def with_header(path: Path, header: str | bytes, data: int) -> Path:
+    """A safetensors file of any header, truthful or not, and `data` bytes."""
+    header = header.encode() if isinstance(header, str) else header
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(data))
+    return path
+
+
+def entry(shape: list, start: int, stop: int, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "data", "message"),
+    [
+        ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, "damaged, b at bytes 4 to 12 overlaps the tensor before"),
+        ({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, 8, "damaged, b at bytes 0 to 8 overlaps the tensor before it"),
+        ({"a": entry([2], 0, 8), "b": entry([2], 12, 20)}, 20, "damaged, b .* leaves 4 bytes unused before it"),
+        ({"a": entry([2], 4, 12)}, 12, "damaged, a at bytes 4 to 12 leaves 4 bytes unused before it"),
+        ({"a": entry([2], 8, 0)}, 8, "damaged, a has -8 bytes .8 to 0.; F32 .2. needs 8"),
+        ({"a": entry([3], 0, 8)}, 8, "damaged, a has 8 bytes .0 to 8.; F32 .3. needs 12"),
+        ({"a": entry([4], 0, 8, "F16"), "b": entry([4], 8, 16, "F64")}, 16, "damaged, b has 8 bytes .* needs 32"),
+        ({"a": entry([10**18, 10**18], 0, 8)}, 8, "damaged, a has 8 bytes .* needs 40{36}$"),
+        ({"a": entry([2], 0, 2**63)}, 8, "damaged, a has 9223372036854775808 bytes"),
+        ({"a": entry([-1, -2], 0, 8)}, 8, "damaged, a has shape .-1, -2. at bytes 0 to 8"),
+        ({"a": entry([2.0], 0, 8)}, 8, "damaged, a has shape .2.0. at bytes 0 to 8"),
+        ({"a": entry([True], 0, 4)}, 4, "damaged, a has shape .True. at bytes 0 to 4"),
+        ({"a": entry([2**40], 0, 2**42)}, 8, "truncated, has .* bytes and its header announces 43980465"),
+        ({"a": entry([2], 0, 8, "F31")}, 8, "not a safetensors file"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, 8, "not a safetensors file"),
+        ({"a": entry([2], 0, 8) | {"data_offsets": [0]}}, 8, "not a safetensors file"),
+        ({"a": [1]}, 8, "not a safetensors file"),
+    ],
+    ids=str,
+)
+def test_headers_that_lie_are_refused(entries: dict, data: int, message: str, tmp_path: Path):
+    file = with_header(tmp_path / WEIGHTS, json.dumps(entries), data)
+    with pytest.raises(ReducioError, match=f"^{file}: {message}"):
+        load_tensors(file)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (struct.pack("<Q", 100_000_001), "not a safetensors file"),
+        (struct.pack("<Q", 2**64 - 1), "not a safetensors file"),
+        (struct.pack("<Q", 99_000_000), "truncated, its 18 bytes do not even hold the header"),
+        (struct.pack("<Q", 10), "not a safetensors file"),
+    ],
+    ids=["above-the-limit", "largest", "longer-than-the-file", "no-json"],
+)
+def test_header_lengths_that_lie(start: bytes, message: str, tmp_path: Path):
+    file = tmp_path / WEIGHTS
+    file.write_bytes(start + b"{" * 10)
+    with pytest.raises(ReducioError, match=f"{file}: {message}"):
+        load_tensors(file)
+
+
+def test_a_header_names_each_tensor_once(tmp_path: Path):
+    """Of two entries by one name some readers take the first, some the last."""
+    one = json.dumps(entry([2], 0, 8))
+    with pytest.raises(ReducioError, match="not a safetensors file"):
+        load_tensors(with_header(tmp_path / WEIGHTS, f'{{"a": {one}, "a": {one}}}', 8))
+    with pytest.raises(ReducioError, match="not a safetensors file"):
+        load_tensors(with_header(tmp_path / WEIGHTS, "[" * 200_000, 0))  # deeper than any parser goes
+
+
+def test_honest_headers_pass(tmp_path: Path):
+    """Entries in any order, tensors of no element and of no axis, metadata, and every type that torch can write."""
+    entries = {"b": entry([2], 4, 12), "__metadata__": {"format": "pt"}, "a": entry([], 0, 4), "c": entry([0, 9], 4, 4)}
+    tensors = load_tensors(with_header(tmp_path / WEIGHTS, json.dumps(entries) + "  ", 12))
+    assert {n: list(t.shape) for n, t in tensors.items()} == {"a": [], "b": [2], "c": [0, 9]}
+    kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16)
+    kinds += (torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2)
+    save_file({str(kind): torch.zeros(3, dtype=kind) for kind in kinds}, tmp_path / WEIGHTS)
+    assert {t.dtype for t in load_tensors(tmp_path / WEIGHTS).values()} == set(kinds)
+
+
+def test_no_pickle_is_read_unrestricted(root: Path):
+    """Every torch.load says weights_only=True, and outside of tests nothing else that unpickles is called."""
+    loads = 0
+    for file in sorted(root.rglob("*.py")):
+        if any(part.startswith(".") or part == "build" for part in file.relative_to(root).parts):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called, where = ast.unparse(node.func), f"{file.relative_to(root)}:{node.lineno}"
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if called == "torch.load":
+                loads += 1
+                assert words.get("weights_only") == "True", where
+            assert words.get("allow_pickle") != "True", where
+            unpickles = called in ("pickle.load", "pickle.loads", "torch.jit.load", "joblib.load", "pd.read_pickle")
+            assert not unpickles or "tests" in file.parts, where
+    assert loads >= 2, "the converter's and the training's"
 
 
 def test_shards_must_be_complete(tmp_path: Path):

@@ -10,7 +10,6 @@ from diffusers import PixArtTransformer2DModel
 from torch.nn import functional as F
 
 from reducio_fast.reference import DIT_PRESETS, DiTConfig, ReducioDiT
-from reducio_fast.reference.dit import load_pixart_state_dict
 
 TINY = DiTConfig(
     hidden_size=48,
@@ -115,42 +114,6 @@ def test_one_frame_without_image_is_pixart(grid, masked, changes):
     if config.size_conditioning:  # and the embedding matters: another size, another prediction
         other = model(x["latent"], x["timestep"], x["text"], mask, size=2 * pixels)[:, :, 0]
         assert relative_error(other, expected) > 1e-2
-
-
-@pytest.mark.parametrize("learn_sigma", [True, False], ids=["sigma", "no-sigma"])
-@torch.no_grad()
-def test_pixart_256_weights_find_their_place(learn_sigma):
-    """A patch-2, 4-channel PixArt is our model on the space-to-depth latent, variance or not."""
-    config = dataclasses.replace(TINY, learn_sigma=learn_sigma)
-    peer = randomize(pixart_for(dataclasses.replace(config, learn_sigma=True), channels=4, patch=2), seed=4)
-    model = ReducioDiT(config).eval()
-    kept = load_pixart_state_dict(model, peer.state_dict())
-    assert {n.split(".")[0] for n in kept} == {"null_text", "semantic_projection", "content_embedding"}
-
-    g = torch.Generator().manual_seed(5)
-    image, text = torch.randn(2, 4, 8, 12, generator=g), torch.randn(2, 7, 20, generator=g)
-    timestep = torch.tensor([3.0, 700.0])
-    noise, variance = peer(image, encoder_hidden_states=text, timestep=timestep).sample.chunk(2, dim=1)
-    parts = [noise, variance] if learn_sigma else [noise]
-    expected = torch.cat([F.pixel_unshuffle(part, 2) for part in parts], dim=1)
-    actual = model(F.pixel_unshuffle(image, 2)[:, :, None], timestep, text)[:, :, 0]
-    assert relative_error(actual, expected) < 1e-5
-
-
-def test_pixart_weights_that_do_not_fit_are_refused_whole():
-    config = dataclasses.replace(TINY, learn_sigma=True)
-    model = ReducioDiT(config)
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    state = pixart_for(config).state_dict()
-    for change, message in (
-        ({"extra.weight": torch.zeros(1)}, "extra.weight is not in the model"),
-        ({"proj_out.bias": None}, "proj_out.bias is missing"),
-        ({"adaln_single.linear.bias": torch.zeros(5)}, r"adaln_single.linear.bias has shape \(5,\)"),
-    ):
-        broken = {name: x for name, x in {**state, **change}.items() if x is not None}
-        with pytest.raises(ValueError, match=message):
-            load_pixart_state_dict(model, broken)
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_full_size_is_pixart_xl_plus_the_image_condition():
