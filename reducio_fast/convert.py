@@ -118,7 +118,7 @@ def convert(
         cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in made.tensors.items()}
         made = dataclasses.replace(made, tensors=cast)
     target = Path(out).expanduser() if out is not None else Path(str(into)).expanduser() / name
-    absent = _write(made, target, None if into is None else target.parent, preset)
+    lacks = _write(made, target, None if into is None else target.parent)
     return {
         "source": str(path),
         "component": name,
@@ -127,7 +127,7 @@ def convert(
         "parameters": sum(t.numel() for t in made.tensors.values()),
         "left_out": made.left_out,
         "fresh": made.fresh,
-        "still_missing": absent,
+        "model_lacks": lacks,
     }
 
 
@@ -159,8 +159,10 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         if names := result.get(name):
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             text.append(f"  {len(names)} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
-    if result.get("still_missing"):
-        text.append(f"  the model still lacks {', '.join(result['still_missing'])}")
+    if lacks := result.get("model_lacks"):
+        needed = [n for n in lacks if n not in OPTIONAL]
+        text.append(f"  the model can do without {', '.join(n for n in lacks if n in OPTIONAL)}")
+        text += [f"  the model still needs {', '.join(needed)}"] if needed else []
     return [*text, f"wrote {result['path']}"]
 
 
@@ -359,8 +361,8 @@ def _head(name: str) -> dict[str, Any]:
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def _write(made: Component, target: Path, model: Path | None, preset: str | None) -> list[str]:
-    """Write the component folder, and the index of the `model` it belongs to; returns what that model still lacks."""
+def _write(made: Component, target: Path, model: Path | None) -> list[str]:
+    """Write the component folder, and the index of the `model` it belongs to; returns the components it lacks."""
     earlier = read_json(target / CONFIG).get("_class_name") if (target / CONFIG).is_file() else None
     if earlier not in (None, CLASSES[made.name][1]):
         raise ReducioError(
@@ -386,7 +388,7 @@ def _write(made: Component, target: Path, model: Path | None, preset: str | None
         write_json(model / "scheduler" / "scheduler_config.json", _SCHEDULER)
         index["scheduler"] = ["diffusers", _SCHEDULER["_class_name"]]
     _replace_file(model / INDEX, lambda path: write_json(path, index))
-    return [n for n in COMPONENTS if n not in OPTIONAL and index.get(n) in (None, [None, None])]
+    return [n for n in COMPONENTS if index.get(n) in (None, [None, None])]
 
 
 def _replace_file(target: Path, write: Callable[[Path], None]) -> None:
