@@ -178,6 +178,16 @@ def evaluate(args: argparse.Namespace) -> None:
     _report(args, result, lines)
 
 
+def demo(args: argparse.Namespace) -> None:
+    """A page in the browser that makes clips."""
+    from .demo import serve
+
+    url, wait = serve(args.model, args.dtype, args.device, args.host, args.port)
+    _report(args, {"url": url}, [f"{url} (Ctrl-C ends it)"])
+    sys.stdout.flush()  # whoever started this in the background waits for the address
+    wait()
+
+
 def compile_check(args: argparse.Namespace) -> None:
     """Compile every kernel for every GPU target, with no GPU."""
     from . import compile_check as checker
@@ -348,6 +358,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prompts", type=_positive, default=64, help="held-out prompts to draw (default: 64)")
     command.add_argument("--seed", type=_not_negative, default=0)
     add_progress(command)
+
+    command = add("demo", demo)
+    add_model(command)
+    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to the network (default: this machine)")
+    command.add_argument("--port", type=_positive, default=7860)
 
     command = add("compile-check", compile_check)
     command.add_argument("--targets", metavar="A,B", help="only these, such as sm_90,gfx942 (default: all)")

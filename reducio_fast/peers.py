@@ -143,20 +143,20 @@ class PeerPipeline:
             words["frame_rate"] = defaults["fps"]
         self.pipeline.set_progress_bar_config(disable=not progress, desc="dit.step")
         timings: dict[str, float] = {}
-        clips, contents = [], []
+        clips: list[Any] = []
+        fitted: list[np.ndarray] = []
         for text, negative, picture, each in zip(prompts, negatives, images, generators, strict=True):
             if picture is not None:
-                picture = content.fit_image(picture, height, width)
-                words["image"] = Image.fromarray(picture)
+                fitted.append(content.fit_image(picture, height, width))
+                words["image"] = Image.fromarray(fitted[-1])
             if self.reads_text:
                 words |= {"prompt": text, "negative_prompt": negative}
             clips.append(self._clip(words, each, output_type, callback_on_step_end, timings))
-            contents.append(picture)
             if getattr(self.pipeline, "interrupt", False):
                 break
         return ReducioOutput(
             frames=stack(clips) if is_list else clips[0],
-            content=None if contents[0] is None else np.stack(contents) if is_list else contents[0],
+            content=np.stack(fitted) if is_list and fitted else fitted[0] if fitted else None,
             seeds=[g.initial_seed() for g in generators[: len(clips)]],
             fps=defaults["fps"],
             timings=timings,
@@ -206,8 +206,8 @@ class PeerPipeline:
         if self.takes_image and image is None:
             raise ReducioError(f"image: None given; {title} animates an image")
         if self.reads_text:
-            prompts, negatives = inputs.check_prompts(prompt, negative_prompt)
-            return [*prompts], [*negatives], content.read_images(image, len(prompts)), not isinstance(prompt, str)
+            prompts, negatives, is_list = inputs.check_prompts(prompt, negative_prompt)
+            return [*prompts], [*negatives], content.read_images(image, len(prompts)), is_list
         is_list = isinstance(image, list | tuple) or (isinstance(image, np.ndarray) and image.ndim == 4)
         count = len(image) if is_list else 1
         if count == 0:
@@ -219,8 +219,8 @@ class PeerPipeline:
         if asked is None:
             published = self.source.defaults.get("num_frames")
             return self.pipeline.unet.config.num_frames if published is None else published
-        factor = getattr(self.pipeline, "vae_temporal_compression_ratio", None)
-        factor = factor or getattr(self.pipeline, "vae_scale_factor_temporal", 1)
+        names = ("vae_temporal_compression_ratio", "vae_scale_factor_temporal")  # LTX's, Wan's
+        factor: int = next((getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name)), 1)
         asked = inputs.check_count("num_frames", asked)
         if factor > 1 and asked % factor != 1:
             below = (asked - 1) // factor * factor + 1
