@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -44,6 +45,12 @@ DTYPE_BITS = (
     | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
     | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 )
+DISTRIBUTIONS = {  # of the modules that not every machine has
+    "bs4": "beautifulsoup4",
+    "ftfy": "ftfy",
+    "google.protobuf": "protobuf",
+    "sentencepiece": "sentencepiece",
+}
 NAMES_SHOWN = 8  # of each kind in a report: an error stays one readable line even when all 437 names differ
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -292,6 +299,8 @@ def load_foreign(
     if not folder.is_dir():
         raise ReducioError(f"{folder}: no such folder")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+            require("sentencepiece", "google.protobuf", argument=str(folder / "spiece.model"))
         return _from_pretrained(cls, folder)
     check_component(folder)
     # diffusers renamed `torch_dtype` to `dtype` and warns about the old word, so its models are cast after loading.
@@ -394,13 +403,30 @@ def find_model(model: str | os.PathLike[str], argument: str = "model", files: Se
         # Weights as safetensors and the small files around them; pickles in the same repository stay where they are.
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # every failure of the hub client is one of these, a lost network too
-        raise not_fetched(argument, name, error) from error
+        exact = [] if any("*" in file for file in files) else files
+        raise not_fetched(argument, name, error, exact) from error
 
 
-def not_fetched(argument: str, name: str, error: Exception) -> ReducioError:
+def not_fetched(argument: str, name: str, error: Exception, files: Sequence[str] = ()) -> ReducioError:
     """The one line for a hub repository that is not here and cannot be had: it says what to download."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    wanted = " ".join([name, *files])
     return ReducioError(
         f"{argument}: {name!r} is no local folder and could not be fetched from the hub ({reason}); "
-        f"where there is a network, run `hf download {name} --local-dir DIR`, then pass DIR"
+        f"where there is a network, run `hf download {wanted} --local-dir DIR`, then pass DIR"
     )
+
+
+def require(*modules: str, argument: str) -> None:
+    """ReducioError naming the distributions of `modules` that are not installed."""
+    missing = [module for module in modules if not _importable(module)]
+    if missing:
+        names = " and ".join(DISTRIBUTIONS[module] for module in missing)
+        raise ReducioError(f"{argument}: needs {names}, not installed here (pip install {names.replace(' and', '')})")
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # the parent package is missing; a module that was blocked by None
+        return False

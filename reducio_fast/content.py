@@ -97,9 +97,10 @@ def draw_image(
     chosen = fixed | own | {w: v for w, v in given.items() if w in accepted or takes_any}
     if negative_prompt.strip() and "negative_prompt" in accepted:
         chosen["negative_prompt"] = negative_prompt  # else what the pipeline itself takes for none
-    if (size := (chosen.get("height", height), chosen.get("width", width))) < (height, width):
+    rows, columns = chosen.get("height", height), chosen.get("width", width)
+    if rows < height or columns < width:
         _warn_once(
-            f"content frame: {type(pipeline).__name__} draws {size[0]}x{size[1]}, which is scaled up to the clip's "
+            f"content frame: {type(pipeline).__name__} draws {rows}x{columns}, which is scaled up to the clip's "
             f"{height}x{width}; a first stage made for that size gives a sharper clip"
         )
     pipeline.set_progress_bar_config(disable=not progress, desc="content.generate", leave=False)
@@ -141,12 +142,16 @@ def native_size(pipeline: Any) -> int | None:
 
 
 def _words(pipeline: Any) -> tuple[dict[str, Any], bool]:
-    """The words of a pipeline's call with their defaults (None for none), and whether it takes any other."""
+    """The words of a pipeline's call with their defaults (None for none), and whether it takes any other.
+
+    The `**kwargs` of a call that names its words do not count: diffusers has them for words it retired, and drops the
+    rest in silence.
+    """
     parameters = inspect.signature(pipeline.__call__).parameters if pipeline is not None else {}
     words = {
         name: None if p.default is p.empty else p.default for name, p in parameters.items() if p.kind != p.VAR_KEYWORD
     }
-    return words, len(words) < len(parameters)
+    return words, len(words) < len(parameters) and "num_inference_steps" not in words
 
 
 def _known(words: dict[str, Any]) -> str:
@@ -168,11 +173,17 @@ def find_text_to_image(name: str | os.PathLike[str]) -> Path:
     if path.is_dir() or str(name).count("/") != 1:
         return find_model(name, "text_to_image")
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # with no network it would say in three lines what the error says in one
     try:
-        return Path(DiffusionPipeline.download(str(name), use_safetensors=True))
+        return Path(DiffusionPipeline.download(str(name), use_safetensors=True, local_files_only=HF_HUB_OFFLINE))
     except (OSError, ValueError) as error:
         raise not_fetched("text_to_image", str(name), error) from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 def load_text_to_image(

@@ -8,7 +8,6 @@ latent of the SD autoencoder without its scaling factor. At full size that is 12
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 from pathlib import Path
@@ -27,6 +26,7 @@ from .checkpoints import (
     load_foreign,
     load_tensors,
     read_json,
+    require,
     save_tensors,
     write_json,
 )
@@ -65,9 +65,7 @@ def clean_caption(text: str) -> str:
     names, ids, CJK characters or rare punctuation. Raises ReducioError where a package it needs is missing; diffusers
     would leave the caption as it is.
     """
-    for module, package in (("bs4", "beautifulsoup4"), ("ftfy", "ftfy")):
-        if importlib.util.find_spec(module) is None:
-            raise ReducioError(f"clean_caption: needs the package {package}, which is not installed")
+    require("bs4", "ftfy", argument="clean_caption")
     return _caption_cleaner()._text_preprocessing(text, clean_caption=True)[0]
 
 
