@@ -403,8 +403,8 @@ def find_model(model: str | os.PathLike[str], argument: str = "model", files: Se
         # Weights as safetensors and the small files around them; pickles in the same repository stay where they are.
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # every failure of the hub client is one of these, a lost network too
-        exact = [] if any("*" in file for file in files) else files
-        raise not_fetched(argument, name, error, exact) from error
+        certain = not any("*" in file or "/" in file for file in files)  # else they may not all be there
+        raise not_fetched(argument, name, error, files if certain else ()) from error
 
 
 def not_fetched(argument: str, name: str, error: Exception, files: Sequence[str] = ()) -> ReducioError:

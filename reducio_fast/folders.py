@@ -92,6 +92,10 @@ def _read_source(
     device: torch.device,
 ) -> Any:
     """A component from a folder or hub id of its own: alone there, or in a diffusers pipeline that holds one."""
+    if name in ("vae", "transformer", "scheduler"):
+        raise ReducioError(
+            f"{name}: {str(source)!r} given; only encoders and text_to_image can be named, give an object"
+        )
     config = parts["transformer"].config
     if name == "text_encoder":
         place = encoders.find_text_encoder(source).resolve()
@@ -105,11 +109,7 @@ def _read_source(
         return SemanticEncoder.from_pretrained(source, dtype, device, config.semantic_channels)
     if name == "tokenizer":
         return encoders.load_tokenizer(source)
-    if name == "text_to_image":
-        return content.load_text_to_image(content.find_text_to_image(source), _shared(parts), dtype, device, loaded)
-    raise ReducioError(
-        f"{name}: {str(source)!r} given; only encoders and text_to_image can be named, this is an object"
-    )
+    return content.load_text_to_image(content.find_text_to_image(source), _shared(parts), dtype, device, loaded)
 
 
 def _read_component(

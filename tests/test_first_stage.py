@@ -102,7 +102,7 @@ def stable_diffusion() -> Any:
 
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     eye = tiny | {"image_size": 16, "patch_size": 8}
-    checker = randomise(StableDiffusionSafetyChecker(CLIPConfig(tiny, eye, projection_dim=8)))
+    checker = randomise(StableDiffusionSafetyChecker(CLIPConfig(text_config=tiny, vision_config=eye, projection_dim=8)))
     checker.concept_embeds_weights.fill_(2.0)  # above any cosine: nothing is found unsafe, and blacked out
     checker.special_care_embeds_weights.fill_(2.0)
     eyes = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
