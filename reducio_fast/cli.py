@@ -20,6 +20,9 @@ from typing import Any, NoReturn
 from .errors import ReducioError
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Parts and settings of a model that the command line can name, and words for the first stage.
+NAMED = ("text_to_image", "text_encoder", "image_encoder", "content_encoder", "clean_caption")
+FIRST_STAGE = ("num_inference_steps", "guidance_scale")
 BACKENDS = ("auto", "reference", "fast")
 SAMPLING = {"num_frames": 16, "num_inference_steps": 20, "guidance_scale": 4.5}  # of our models; a peer has its own
 
@@ -70,6 +73,8 @@ def generate(args: argparse.Namespace) -> None:
         "backend": args.backend,
         "dtype": args.dtype,
         "device": args.device,
+        **{name: getattr(args, name) for name in NAMED},
+        "content_kwargs": _first_stage(args),
     }
     options = {name: value for name, value in config.items() if value is not None}
     started = time.perf_counter()
@@ -85,6 +90,12 @@ def generate(args: argparse.Namespace) -> None:
     lines += ["seconds"] + [f"  {name:<20} {seconds:.2f}" for name, seconds in timings.items()]
     lines += [f"wrote {args.out}: {frames} frames of {height}x{width} at {out.fps:g} frames a second"]
     _report(args, result, lines)
+
+
+def _first_stage(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The words of the options that begin with --content-, for the text-to-image pipeline."""
+    words = {word: getattr(args, f"content_{word}") for word in FIRST_STAGE}
+    return {word: value for word, value in words.items() if value is not None} or None
 
 
 def _size_of(args: argparse.Namespace, picture: tuple[int, int] | None) -> tuple[int, int]:
@@ -333,6 +344,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=_not_negative, default=0)
     add_model(command, ", hub id, or a peer: svd, svd:DIR, svd:random, ltx, wan")
     command.add_argument("--backend", choices=BACKENDS, default="auto")
+    command.add_argument(
+        "--text-to-image",
+        metavar="DIR",
+        help="first stage: a diffusers pipeline's folder or hub id (default: the model's)",
+    )
+    command.add_argument("--content-num-inference-steps", type=_positive, help="of the first stage (default: its own)")
+    command.add_argument("--content-guidance-scale", type=float, help="of the first stage (default: its own)")
+    command.add_argument("--text-encoder", metavar="DIR", help="a T5's folder or hub id (default: the model's)")
+    command.add_argument("--image-encoder", metavar="DIR", help="an open_clip folder, hub id or MODEL/TAG")
+    command.add_argument("--content-encoder", metavar="DIR", help="an AutoencoderKL's folder or hub id")
+    command.add_argument(
+        "--clean-caption",
+        action=argparse.BooleanOptionalAction,
+        help="clean the prompt as PixArt's captions were (default: as the model says)",
+    )
     add_progress(command)
 
     command = add("reconstruct", reconstruct)

@@ -382,6 +382,7 @@ def _write(made: Component, target: Path, model: Path | None) -> list[str]:
     if made.name == "transformer":
         side = made.config["position_base_size"] * made.config["spatial_factor"]
         index |= {"sample_height": side, "sample_width": side}
+        index.setdefault("clean_caption", True)  # PixArt's captions were cleaned before it saw them
     index.setdefault("fps", 16)
     if "scheduler" not in index:
         (model / "scheduler").mkdir(exist_ok=True)

@@ -19,6 +19,15 @@ PACKAGES = (
     "imageio-ffmpeg", "nvidia-ml-py",
 )  # fmt: skip
 OPTIONAL_PACKAGES = ("flash-attn", "amd-aiter", "xformers", "torchao", "accelerate", "scikit-image", "scikit-learn")
+# What full-size models are put together from, and the file by which the hub's cache shows that it has a repository.
+PUBLISHED = {
+    "google/flan-t5-xxl": "model.safetensors.index.json",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "open_clip_model.safetensors",
+    "stabilityai/sd-vae-ft-ema": "diffusion_pytorch_model.safetensors",
+    "PixArt-alpha/PixArt-XL-2-512x512": "model_index.json",
+    "PixArt-alpha/PixArt-XL-2-1024-MS": "model_index.json",
+    "stabilityai/stable-diffusion-xl-base-1.0": "model_index.json",
+}
 # What decides how fast a CPU runs a convolution or a bfloat16 matrix product.
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 ARM_FEATURES = ("asimd", "asimdhp", "sve", "sve2", "bf16", "i8mm")
@@ -36,6 +45,7 @@ def describe() -> dict[str, Any]:
         "torch_build": _try(_torch_build),
         "devices": _try(_devices),
         "embedded_model": _try(_embedded_model),
+        "hub_cache": _try(_hub_cache),
     }
 
 
@@ -127,6 +137,13 @@ def _nvidia_driver() -> str:
         return pynvml.nvmlSystemGetDriverVersion()
     finally:
         pynvml.nvmlShutdown()
+
+
+def _hub_cache() -> str:
+    """Which of the published encoders and first stages are here already; asks no network."""
+    hub = importlib.import_module("huggingface_hub")
+    found = [name for name, file in PUBLISHED.items() if isinstance(hub.try_to_load_from_cache(name, file), str)]
+    return ", ".join(found) or "no published encoder or first stage"
 
 
 def _embedded_model() -> str:

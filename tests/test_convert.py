@@ -394,6 +394,7 @@ def test_a_model_folder_grows_until_it_loads(bundle: Path, tmp_path: Path, capsy
         assert says in capsys.readouterr().out
     index = json.loads((model / "model_index.json").read_text())
     assert (index["sample_height"], index["sample_width"], index["fps"]) == (256, 256, 16)
+    assert index["clean_caption"] is True, "PixArt's captions are cleaned"
     for name in ("text_encoder", "tokenizer"):
         shutil.copytree(bundle / name, model / name)
         index[name] = json.loads((bundle / "model_index.json").read_text())[name]

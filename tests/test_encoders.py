@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -504,3 +505,51 @@ def test_names_that_fit_no_part(motion: Path, t5: Path, tmp_path: Path):
     ):
         with pytest.raises(ReducioError, match=message):
             ReducioPipeline.from_pretrained(motion, device="cpu", **words)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_takes_the_names(motion: Path, pixart: Path, clip_folder: Path, tmp_path: Path, capfd: Any):
+    from reducio_fast import cli
+
+    out = tmp_path / "frames"
+    line = f"--out {out} --model {motion} --text-encoder {pixart} --content-encoder {pixart}"
+    line += f" --image-encoder {clip_folder} --text-to-image {pixart} --content-num-inference-steps 2 --device cpu"
+    line += " --content-guidance-scale 2 --clean-caption --num-inference-steps 2 --seed 3 --no-progress --json"
+    assert cli.main(["generate", PROMPT, *line.split()]) == 0
+    config = json.loads(capfd.readouterr().out)["config"]
+    assert config["text_to_image"] == str(pixart) and config["clean_caption"] is True
+    assert config["content_kwargs"] == {"num_inference_steps": 2, "guidance_scale": 2.0}
+    names = {"text_encoder": pixart, "content_encoder": pixart, "image_encoder": clip_folder}
+    pipe = ReducioPipeline.from_pretrained(motion, device="cpu", text_to_image=pixart, clean_caption=True, **names)
+    expected = pipe(PROMPT, seed=3, content_kwargs=config["content_kwargs"], **FAST)
+    written = np.stack([np.asarray(Image.open(path)) for path in sorted(out.iterdir())])
+    assert np.array_equal(written, expected.frames)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--text-encoder google/flan-t5-xxl", "run `hf download google/flan-t5-xxl --local-dir DIR`, then pass DIR"),
+        ("--image-encoder ViT-H-14/laion2b_s32b_b79k", "hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K open_clip_"),
+        ("--text-to-image no/such", "text_to_image: 'no/such' is no local folder and could not be fetched"),
+        ("--text-encoder WIDE", "gives 24 channels, the transformer reads 32"),
+        ("", "prompt_embeds: None given, and no text_encoder is loaded"),
+    ],
+)
+def test_the_command_refuses_in_one_line(motion: Path, tmp_path: Path, capfd: Any, words: str, message: str):
+    from transformers import T5Config
+
+    from reducio_fast import cli
+
+    T5Config(d_model=24).save_pretrained(tmp_path / "wide")
+    argv = words.replace("WIDE", str(tmp_path / "wide")).split()
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 64)).save(image)
+    before = sorted(tmp_path.iterdir())
+    line = ["generate", "a cat", "--image", str(image), "--out", str(tmp_path / "c.gif"), "--model", str(motion)]
+    assert cli.main([*line, *argv, "--device", "cpu"]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err
+    assert sorted(tmp_path.iterdir()) == before, "something was written"
