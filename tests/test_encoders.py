@@ -495,6 +495,34 @@ def test_with_no_network_one_line_says_what_to_download(motion: Path, name: str,
     assert f"run `hf download {hub_id} --local-dir DIR`, then pass DIR" in message and "\n" not in message
 
 
+def test_a_hub_id_in_the_cache_needs_no_network(
+    motion: Path, t5: Path, clip_folder: Path, vae_folder: Path, pixart: Path, tmp_path: Path, monkeypatch
+):
+    """The cache as huggingface_hub lays it out, HF_HUB_OFFLINE set as in all tests."""
+    sources = {
+        "google/flan-t5-xxl": t5,
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": clip_folder,
+        "stabilityai/sd-vae-ft-ema": vae_folder,
+        "PixArt-alpha/PixArt-XL-2-512x512": pixart,
+    }
+    for name, folder in sources.items():
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    text, tower, vae, drawer = sources
+    pipe = ReducioPipeline.from_pretrained(
+        motion, device="cpu", text_encoder=text, image_encoder="ViT-H-14/laion2b_s32b_b79k", content_encoder=vae,
+        text_to_image=drawer,
+    )  # fmt: skip
+    folders = {"text_encoder": t5, "image_encoder": clip_folder, "content_encoder": vae_folder, "text_to_image": pixart}
+    local = ReducioPipeline.from_pretrained(motion, device="cpu", **folders)
+    assert np.array_equal(pipe(PROMPT, **FAST).frames, local(PROMPT, **FAST).frames)
+    both = ReducioPipeline.from_pretrained(motion, device="cpu", text_encoder=drawer, text_to_image=drawer)
+    assert both.text_encoder is both.text_to_image.text_encoder
+
+
 def test_names_that_fit_no_part(motion: Path, t5: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
     for words, message in (
