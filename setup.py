@@ -23,6 +23,6 @@ setup(
         "reducio_fast.triton_kernels": "triton_kernels",
         "reducio_fast.compile": "compile",
     },
-    # The embedded default model: model_index.json and one folder a component, at any depth.
-    package_data={"reducio_fast": ["models/tiny/**"], "reducio_fast.triton_kernels": ["tables/*.json"]},
+    # py.typed lets type checkers read our types; the embedded default model has one folder a component, at any depth.
+    package_data={"reducio_fast": ["py.typed", "models/tiny/**"], "reducio_fast.triton_kernels": ["tables/*.json"]},
 )

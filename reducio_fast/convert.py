@@ -333,7 +333,7 @@ def _make_content_encoder(
     base = {n: v for n, v in stated.items() if not n.startswith("_")}
     if preset is not None or not base:
         base = base | CONTENT_PRESETS[preset or "sd"]
-    network = _skeleton(lambda: AutoencoderKL(**base | config), "config")
+    network: Any = _skeleton(lambda: AutoencoderKL(**base | config), "config")
     own = network.state_dict()
     left_out: list[str] = []
     if any(n.startswith(LDM_PREFIX) for n in tensors):  # a whole latent diffusion model in one file

@@ -106,7 +106,7 @@ class ContentEncoder:
     The factor is 1, not the autoencoder's own (0.18215 for Stable Diffusion's): the release stores the bare latent.
     """
 
-    def __init__(self, vae: nn.Module, scaling_factor: float = 1.0) -> None:
+    def __init__(self, vae: Any, scaling_factor: float = 1.0) -> None:
         self.vae, self.scaling_factor = vae, scaling_factor
 
     @property
@@ -132,6 +132,9 @@ class SemanticEncoder(nn.Module):
 
     `config` is open_clip's own: {"model_cfg": {"embed_dim", "vision_cfg"}, "preprocess_cfg": {"mean", "std"}}.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

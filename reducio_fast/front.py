@@ -37,6 +37,7 @@ def generate(
     """
     device = inputs.resolve_device(device)
     dtype = inputs.resolve_dtype(dtype, None, device)
+    key: tuple[Any, ...]
     if (peer := peers.find(model)) is not None:
         peers.check_words(peer, backend, words)
         key = (peer.peer.name, peer.weights, dtype, device)
@@ -46,7 +47,7 @@ def generate(
     folder = checkpoints.embedded_model() if model is None else checkpoints.find_model(model)
     parts = {name: words.pop(name) for name in (*folders.COMPONENTS, *folders.SETTINGS) if name in words}
     key = (folder.resolve(), dtype, device, backend, *parts.items())
-    load = {"dtype": dtype, "device": device, "backend": backend} | parts
+    load: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend} | parts
     pipe = _cached(key, lambda: ReducioPipeline.from_pretrained(folder, **load))
     return pipe(prompt, image, **words)
 

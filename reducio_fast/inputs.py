@@ -128,7 +128,7 @@ def check_multiple(name: str, value: Any, factor: int) -> None:
 def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any) -> None:
     if not _is_integer(steps) or not 1 <= steps <= max_steps:
         raise ReducioError(f"num_inference_steps: must be a whole number from 1 to {max_steps}, is {steps!r}")
-    if not isinstance(guidance_scale, numbers.Real) or not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+    if not isinstance(guidance_scale, numbers.Real) or not (0 <= float(guidance_scale) < math.inf):
         raise ReducioError(f"guidance_scale: must be a finite number of at least 0, is {guidance_scale!r}")
     if output_type not in OUTPUT_TYPES:
         raise ReducioError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, is {output_type!r}")
@@ -238,8 +238,8 @@ def resolve_dtype(dtype: Any, torch_dtype: Any, device: torch.device) -> torch.d
     asked = torch_dtype if dtype is None else dtype
     if asked is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    found = DTYPES.get(asked.removeprefix("torch."), asked) if isinstance(asked, str) else asked
-    if found not in DTYPES.values():
+    found = DTYPES.get(asked.removeprefix("torch.")) if isinstance(asked, str) else asked
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
         raise ReducioError(f"dtype: must be one of {', '.join(DTYPES)}, is {asked!r}")
     return found
 

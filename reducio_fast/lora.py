@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from . import checkpoints
 from .errors import ReducioError
+from .reference import ReducioDiT
 
 COMPONENT = "transformer"  # the one component that takes adapters
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers, as peft saves them
@@ -76,7 +77,7 @@ class Adapters:
         self._check_untouched()
         with torch.no_grad():
             for path in {**self._originals, **terms}:
-                parameter = self.network.get_submodule(path).weight
+                parameter = self.network.get_parameter(f"{path}.weight")
                 if path not in self._originals:
                     self._originals[path] = parameter.detach().to("cpu", copy=True)
                 value = self._originals[path].to(parameter.device)
@@ -109,7 +110,7 @@ class Adapters:
 class LoraLoader:
     """The words of diffusers' LoRA loaders, for a pipeline with a `transformer`."""
 
-    transformer: nn.Module
+    transformer: ReducioDiT
     _lock: threading.RLock
     _adapters: Adapters | None = None
 
@@ -158,10 +159,10 @@ class LoraLoader:
         """Make these adapters the active ones, each with its weight (one for all, or one each; None: 1)."""
         adapters = self._lora("set_adapters")
         names = _names(adapters, adapter_names)
-        weights = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
-        if len(weights) != len(names):
-            raise ReducioError(f"adapter_weights: {len(weights)} given for {len(names)} adapters")
-        weights = [1.0 if w is None else _finite("adapter_weights", w) for w in weights]
+        given = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
+        if len(given) != len(names):
+            raise ReducioError(f"adapter_weights: {len(given)} given for {len(names)} adapters")
+        weights = [1.0 if w is None else _finite("adapter_weights", w) for w in given]
         with self._lock:
             adapters.active = dict(zip(names, weights, strict=True))
             adapters.apply()

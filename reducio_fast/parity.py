@@ -73,12 +73,14 @@ def _compare(
     from .fast.vae import FastReducioVAE
 
     device = next(vae.parameters()).device
-    low_dit, low_vae = (copy.deepcopy(network).to(dtype).eval() for network in (dit, vae))
+    low_dit, low_vae = copy.deepcopy(dit).to(dtype).eval(), copy.deepcopy(vae).to(dtype).eval()
     if dtype == torch.float32:  # else eager would be its own oracle
         dit, vae = dit.double(), vae.double()
     wide = vae.post_quant_conv.weight.dtype
     plan = Plan(device, dtype)
     fast_dit, fast_vae = FastReducioDiT(low_dit, plan).eval(), FastReducioVAE(low_vae, plan).eval()
+
+    vaes: list[tuple[Any, torch.dtype]] = [(fast_vae, dtype), (low_vae, dtype), (vae, wide)]
 
     def row(what: str, fast: Tensor, eager: Tensor, oracle: Tensor) -> Row:
         verdict = judge(fast.to(eager.dtype), eager, oracle)
@@ -95,13 +97,10 @@ def _compare(
     video = random(1, 3, config.num_frames, pixels, pixels).mul(0.5).clamp(-1, 1)
     video = torch.nn.functional.avg_pool3d(video, 3, 1, 1)  # pictures are smooth, noise is not
     image = video[:, :, config.content_frame]
-    moments = [n.encode(video.to(kind)) for n, kind in ((fast_vae, dtype), (low_vae, dtype), (vae, wide))]
+    moments = [n.encode(video.to(kind)) for n, kind in vaes]
     yield row("vae.encode", *(m.mean for m in moments))
     latent = vae.normalize_latent(moments[2].mean).float()
-    decoded = [
-        n.decode(latent.to(kind), n.encode_content(image.to(kind)))
-        for n, kind in ((fast_vae, dtype), (low_vae, dtype), (vae, wide))
-    ]
+    decoded = [n.decode(latent.to(kind), n.encode_content(image.to(kind))) for n, kind in vaes]
     yield row("vae.decode", *decoded)
 
     d = dit.config
@@ -124,7 +123,7 @@ def _compare(
         yield row("20 steps with guidance", *latents)
         clips = [
             n.decode(z.to(kind), n.encode_content(image.to(kind)))
-            for (n, kind), z in zip(((fast_vae, dtype), (low_vae, dtype), (vae, wide)), latents, strict=True)
+            for (n, kind), z in zip(vaes, latents, strict=True)
         ]
         yield row("end to end", *clips)
 

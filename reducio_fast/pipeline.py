@@ -321,17 +321,18 @@ class ReducioPipeline(LoraLoader, Stages):
 
     def _make_clips(self, request: Request, progress: bool) -> ReducioOutput:
         timings: dict[str, float] = {}
-        frames, contents = [], []
+        frames: list[Any] = []
+        contents: list[np.ndarray] = []  # empty where nothing needs a content frame
         with self._progress_bar(len(request.clips) * request.num_inference_steps, progress) as bar:
             for clip in request.clips:
                 frame, made = self._make_clip(clip, request, bar, timings)
-                contents.append(frame)
+                contents += [] if frame is None else [frame]
                 frames.append(made)
                 if self._interrupt:
                     break
         return ReducioOutput(
             frames=stack(frames) if request.is_list else frames[0],
-            content=np.stack(contents) if request.is_list and contents[0] is not None else contents[0],
+            content=None if not contents else np.stack(contents) if request.is_list else contents[0],
             seeds=[clip.generator.initial_seed() for clip in request.clips[: len(frames)]],
             fps=self.fps,
             timings=timings,
@@ -359,6 +360,7 @@ class ReducioPipeline(LoraLoader, Stages):
         latent = latent if step_end.replaced is None else step_end.replaced
         if request.output_type == "latent":
             return frame, latent[0]
+        assert frame is not None  # _needs_frame
         with self._stage(timings, "vae.decode"):
             return frame, to_output(self._decode(latent, frame), request.output_type)
 
@@ -398,11 +400,13 @@ class ReducioPipeline(LoraLoader, Stages):
         inputs.check_size(config, height, width, config.num_frames)
         frames = [content.fit_image(each, height, width) for each in images]
         pairs = [self._encode_image(frame, inputs.Embeds()) for frame in frames]
-        return tuple(None if each[0] is None else torch.cat(each) for each in zip(*pairs, strict=True))
+        semantic, latent = (None if each[0] is None else torch.cat(each) for each in zip(*pairs, strict=True))
+        return semantic, latent
 
     def _progress_bar(self, total: int, progress: bool) -> tqdm:
         silent = not progress or os.environ.get("RANK", "0") != "0"  # of the ranks that torchrun starts, one speaks
-        return tqdm(total=total, **({"desc": "dit.step", "disable": silent} | self._progress_bar_config))
+        words: dict[str, Any] = {"desc": "dit.step", "disable": silent} | self._progress_bar_config
+        return tqdm(total=total, **words)
 
 
 class _StepEnd:
@@ -420,7 +424,8 @@ class _StepEnd:
         self.bar.update()
         self.pipe._current_timestep = timestep
         if self.request.callback_on_step_end is None:
-            return self.stop_if_asked(latent)
+            self.stop_if_asked(latent)
+            return None
         tensors = {"latents": latent} | self.embeds
         given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
         try:
@@ -432,7 +437,7 @@ class _StepEnd:
         self.stop_if_asked(new)
         return None if new is latent else new
 
-    def check_answer(self, answer: Any, latent: Tensor, given: dict[str, Tensor]) -> Tensor:
+    def check_answer(self, answer: Any, latent: Tensor, given: dict[str, Tensor | None]) -> Tensor:
         """The latent to go on with."""
         if answer is None:
             return latent

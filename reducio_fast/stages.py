@@ -85,7 +85,8 @@ class Stages:
             self._encode_text(text) if text.strip() else (self.transformer.null_text[None].to(pair[0]), pair[1])
             for text, pair in zip(negatives, pairs, strict=True)
         ]
-        return embeds, masks, *(torch.cat(each) for each in zip(*against, strict=True))
+        negative_embeds, negative_masks = (torch.cat(each) for each in zip(*against, strict=True))
+        return embeds, masks, negative_embeds, negative_masks
 
     def unload(self, *names: str) -> None:
         """Let go of text_encoder, image_encoder, content_encoder or text_to_image, and of the memory they hold.
@@ -144,6 +145,7 @@ class Stages:
         return Condition(text, mask, cond.semantic, cond.content)
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
+        assert self.text_encoder is not None  # check_inputs has asked for embeds otherwise
         length = self.transformer.config.caption_length
         return TextEncoder(self.text_encoder, self.tokenizer, length, self.clean_caption)([prompt])
 
@@ -152,8 +154,10 @@ class Stages:
         pixels = None if frame is None else self._pixels(frame, torch.float32)
         semantic, latent = given.semantic, given.content
         if semantic is None and self.image_encoder is not None:
+            assert pixels is not None  # _needs_frame
             semantic = self.image_encoder(pixels)
         if latent is None and self.content_encoder is not None:
+            assert pixels is not None
             latent = ContentEncoder(self.content_encoder, self.content_scaling_factor)(pixels)
         return self._here(semantic, latent)
 

@@ -14,17 +14,22 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, features
 
 from .errors import ReducioError
 
+T = TypeVar("T")
+
 FILE_SUFFIXES = (".mp4", ".gif", ".webp")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+Frames = Generator[tuple[np.ndarray, float | None], None, None]  # frames of a clip, each with the clip's rate
 MAX_GIF_FPS = 50  # players take a delay below 20 ms for a mistake and slow the clip to 10 frames a second
 
 
@@ -40,6 +45,7 @@ def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None
         raise ReducioError(f"start must be at least 0 and count at least 1; they are {start} and {count}")
     if not path.exists():
         raise ReducioError(f"no such file or folder: {path}")
+    frames_fps: Frames
     if path.is_dir():
         frames_fps = _folder_frames(path)
     elif path.suffix.lower() in (".gif", ".webp"):
@@ -47,7 +53,7 @@ def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None
     else:
         frames_fps = _ffmpeg_frames(path)
     stop = None if count is None else start + count
-    fps, frames = None, []
+    fps, frames = None, list[np.ndarray]()
     with contextlib.closing(frames_fps):  # ends ffmpeg at once where the clip goes on
         for frame, fps in islice(frames_fps, start, stop):  # noqa: B007 - the last rate is the clip's rate
             if frames and frame.shape != frames[0].shape:
@@ -152,7 +158,7 @@ def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
     return _decode(load, f"the image {os.fspath(image)}")
 
 
-def _decode(load, what: str) -> np.ndarray:
+def _decode(load: Callable[[], T], what: str) -> T:
     try:
         return load()
     except ReducioError:
@@ -174,7 +180,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
         from PIL import ImageCms  # the only road out of Lab that Pillow has
 
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image  # None: only of in-place work
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -193,7 +199,7 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
-def _folder_frames(path: Path) -> Iterator[tuple[np.ndarray, None]]:
+def _folder_frames(path: Path) -> Frames:
     def number_aware(file: Path) -> list[tuple[int, int | str]]:
         return [(0, int(s)) if s.isdigit() else (1, s) for s in re.split(r"(\d+)", file.name.lower()) if s]
 
@@ -204,7 +210,7 @@ def _folder_frames(path: Path) -> Iterator[tuple[np.ndarray, None]]:
         yield read_image(file), None
 
 
-def _animation_frames(path: Path) -> Iterator[tuple[np.ndarray, float | None]]:
+def _animation_frames(path: Path) -> Frames:
     """Frames of a .gif or .webp. Encoders merge equal neighbours into one long frame; repeating undoes that."""
 
     def durations() -> list[int]:  # milliseconds
@@ -227,12 +233,12 @@ def _animation_frames(path: Path) -> Iterator[tuple[np.ndarray, float | None]]:
             return _rgb(clip)
 
         for index, times in enumerate(repeats):
-            frame = _decode(lambda index=index: frame_at(index), f"frame {index} of {path}")
+            frame = _decode(partial(frame_at, index), f"frame {index} of {path}")
             for _ in range(times):
                 yield frame, fps
 
 
-def _ffmpeg_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
+def _ffmpeg_frames(path: Path) -> Frames:
     import imageio_ffmpeg
 
     _ffmpeg()

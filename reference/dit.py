@@ -260,6 +260,8 @@ class DiTBlock(nn.Module):
 class ReducioDiT(nn.Module):
     """Predicts the noise (or the flow) in a clip's motion latent. `null_text` stands for the absent prompt."""
 
+    null_text: Tensor
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
