@@ -24,6 +24,11 @@ def __getattr__(name: str) -> Any:
         from .front import generate
 
         return generate
+    if name in ("ReducioVAE", "ReducioDiT", "SemanticEncoder", "TextToImage", "ModelMixin"):
+        # Not for users: [library, class] of a model's index, which diffusers resolves here.
+        from . import diffusers_loader
+
+        return getattr(diffusers_loader, name)
     if name == "__version__":
         from importlib.metadata import version
 

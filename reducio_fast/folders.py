@@ -2,6 +2,7 @@
 
 model_index.json   {"_class_name": "ReducioPipeline", COMPONENT: [library, class], ..., SETTING: value, ...}
 vae/ transformer/  ours: config.json and diffusion_pytorch_model.safetensors
+README.md          the model card, and pipeline.py for diffusers (see `hub`)
 image_encoder/     open_clip: open_clip_config.json and open_clip_model.safetensors
 text_to_image/     a diffusers pipeline folder; text_encoder, tokenizer and vae may be absent and are then shared
 the others         as their library writes them
@@ -10,12 +11,13 @@ the others         as their library writes them
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checkpoints, content, encoders
+from . import checkpoints, content, encoders, hub
 from .encoders import SemanticEncoder
 from .errors import ReducioError
 from .reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
@@ -81,6 +83,10 @@ def write_model(target: Path, parts: dict[str, Any]) -> None:
             else:
                 component.save_pretrained(folder / name)
         checkpoints.write_json(folder / checkpoints.INDEX, index)
+        if (target / hub.CARD).is_file():  # the card of the model that is replaced
+            shutil.copyfile(target / hub.CARD, folder / hub.CARD)
+        components = {name: parts[name] for name in COMPONENTS}
+        hub.write_card(folder, components, {name: parts[name] for name in SETTINGS}, target.name)
 
 
 def _read_source(
@@ -150,10 +156,11 @@ def _library_and_class(name: str, component: Any) -> list[str | None]:
     if isinstance(component, ReducioVAE | ReducioDiT):
         return ["reducio_fast", type(component).__name__]
     if isinstance(component, SemanticEncoder):
-        return ["open_clip", "VisionTransformer"]
+        return ["reducio_fast", "SemanticEncoder"]
     library, class_name = type(component).__module__.split(".")[0], type(component).__name__
     if library not in checkpoints.LIBRARIES:
         raise ReducioError(
             f"{name}: a {class_name} cannot be saved; it is of none of {', '.join(checkpoints.LIBRARIES)}"
         )
-    return [library, class_name]
+    # Which pipeline a first stage is stands in its own index; in this one, who loads it with what it shares.
+    return ["reducio_fast", "TextToImage"] if name == "text_to_image" else [library, class_name]

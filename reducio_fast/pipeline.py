@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import buckets, checkpoints, content, folders, inputs
+from . import buckets, checkpoints, content, folders, hub, inputs
 from .checkpoints import embedded_model as embedded_model
 from .encoders import SemanticEncoder
 from .errors import ReducioError
@@ -118,6 +118,16 @@ class ReducioPipeline(LoraLoader, Stages):
             raise ReducioError(f"save_directory: {', '.join(self.unloaded)} unloaded; the folder would be without")
         parts = {name: getattr(self, name) for name in (*folders.COMPONENTS, *folders.SETTINGS)}
         folders.write_model(Path(save_directory).expanduser(), parts)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a Reducio model",
+    ) -> str:
+        """Upload the folder that `save_pretrained` writes to the hub; returns the address of the commit."""
+        return hub.push(self.save_pretrained, repo_id, private, token, commit_message)
 
     def to(
         self,

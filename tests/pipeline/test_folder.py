@@ -49,8 +49,8 @@ def test_a_saved_model_loads_to_the_same_bits(folder: Path, pipe: ReducioPipelin
     index = json.loads((tmp_path / "again" / "model_index.json").read_text())
     assert index == json.loads((folder / "model_index.json").read_text())
     assert index["vae"] == ["reducio_fast", "ReducioVAE"] and index["image_encoder"] == [
-        "open_clip",
-        "VisionTransformer",
+        "reducio_fast",
+        "SemanticEncoder",
     ]
     assert (index["fps"], index["sample_height"]) == (12, 64)
     assert not [p for p in tmp_path.iterdir() if p.name != "again"], "temporary folders left behind"
