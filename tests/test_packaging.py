@@ -1,14 +1,21 @@
-"""What is installed: one import name, every source file, the embedded model, and nothing called `triton_kernels`."""
+"""What is installed: one import name, every source file, the embedded model, and nothing called `triton_kernels`.
+
+The wheel is built from the sdist, as an installer without wheels would, and tried in an environment of its own.
+"""
 
 from __future__ import annotations
 
 import ast
 import email
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -22,23 +29,43 @@ SENTINEL = "models/tiny/deeply/nested/sentinel.safetensors"
 
 
 @pytest.fixture(scope="module")
-def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """A wheel built from a copy, so that neither a stale build folder nor a stray file at the root plays a part."""
+def dist(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an sdist and the wheel built from it, of a copy without stale builds and stray files."""
     source = tmp_path_factory.mktemp("source")
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    ignore = shutil.ignore_patterns("__pycache__", "golden", ".*_cache")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(root / name, source)
-    for name in ("reducio_fast", "tests", *MAPPED):
+    for name in ("reducio_fast", "tests", "docs", "benchmarks", *MAPPED):
         shutil.copytree(root / name, source / name, ignore=ignore)
     sentinel = source / "reducio_fast" / SENTINEL
     sentinel.parent.mkdir(parents=True)
     sentinel.write_bytes(b"package data at any depth")
     out = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(build, cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as archive:
         yield archive
+
+
+@pytest.fixture(scope="module")
+def clean(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bin/ of a new environment with the wheel in it. Its requirements are this one's: they are gigabytes."""
+    folder = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    # Folders that a .pth names are searched, but their own .pth files are not read: no editable install comes along.
+    (site / "shared.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index"]
+    done = subprocess.run([*install, str(next(dist.glob("*.whl")))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "bin"
 
 
 def metadata(wheel: zipfile.ZipFile, name: str) -> str:
@@ -56,6 +83,33 @@ def test_every_source_file_is_in_the_wheel(root: Path, wheel: zipfile.ZipFile) -
     for folder in MAPPED:
         expected |= {f"reducio_fast/{f.relative_to(root)}" for f in (root / folder).rglob("*.py")}
     assert {name for name in wheel.namelist() if name.endswith(".py")} == expected
+
+
+def test_installed_files_are_those_of_the_checkout(root: Path, wheel: zipfile.ZipFile) -> None:
+    """Byte for byte, though they went through the sdist; launch tables, the type marker and the licence among them."""
+    data = 0
+    for name in wheel.namelist():
+        if name.endswith("/") or ".dist-info/" in name or SENTINEL in name:
+            continue
+        inner = name.removeprefix("reducio_fast/")
+        source = root / inner if inner.split("/")[0] in MAPPED else root / name
+        assert wheel.read(name) == source.read_bytes(), name
+        data += not name.endswith(".py")
+    assert data > 10
+    tables = {f.name for f in (root / "triton_kernels" / "tables").glob("*.json")}
+    assert {f"reducio_fast/triton_kernels/tables/{name}" for name in tables} <= set(wheel.namelist())
+    assert "reducio_fast/py.typed" in wheel.namelist()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_sdist_holds_what_a_reader_and_a_tester_need(root: Path, dist: Path) -> None:
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "tests/conftest.py", "benchmarks/demo_check.py"}
+    expected |= {str(f.relative_to(root)) for f in (root / "docs").iterdir()}
+    expected |= {str(f.relative_to(root)) for f in (root / "tests").rglob("test_*.py")}
+    assert expected <= names
+    assert not [name for name in names if "__pycache__" in name or name.startswith(("build/", "."))]
 
 
 def test_embedded_model_is_package_data(root: Path, wheel: zipfile.ZipFile) -> None:
@@ -83,6 +137,38 @@ def test_console_script(wheel: zipfile.ZipFile) -> None:
     assert "reducio-fast = reducio_fast.cli:main" in metadata(wheel, "entry_points.txt")
     (script,) = entry_points(group="console_scripts", name="reducio-fast")
     assert script.load() is reducio_fast.cli.main
+
+
+def run_clean(command: list[str | Path], cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_wheel_in_a_clean_environment(clean: Path, tmp_path: Path) -> None:
+    """The console script makes a clip with the model from the wheel; every package comes from there."""
+    version = run_clean([clean / "reducio-fast", "--version"], tmp_path)
+    assert version.stdout.startswith("reducio-fast ") and version.returncode == 0, version.stderr
+    code = (
+        "import json, reducio_fast, reducio_fast.cli, reducio_fast.compile, reducio_fast.reference as r\n"
+        "from reducio_fast.triton_kernels import launch\n"
+        "from reducio_fast.checkpoints import embedded_model\n"
+        "assert launch.table('sm_90') and launch.table('gfx942')\n"
+        "print(json.dumps([reducio_fast.__file__, r.__file__, launch.__file__, str(embedded_model())]))"
+    )
+    places = run_clean([clean / "python", "-c", code], tmp_path)
+    assert places.returncode == 0, places.stderr
+    assert all(Path(place).is_relative_to(clean.parent) for place in json.loads(places.stdout))
+    words = "generate x --out clip.gif --num-inference-steps 1 --no-progress --device cpu --json".split()
+    made = run_clean([clean / "reducio-fast", *words], tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["config"]["num_frames"] == 16 and (tmp_path / "clip.gif").stat().st_size > 0
+
+
+def test_every_extra_is_written_down(wheel: zipfile.ZipFile) -> None:
+    fields = email.message_from_string(metadata(wheel, "METADATA"))
+    assert {"demo", "train", "test", "dev"} <= set(fields.get_all("Provides-Extra"))
+    demo = [Requirement(line) for line in fields.get_all("Requires-Dist") if "extra == " in line and "demo" in line]
+    assert [r.name for r in demo] == ["gradio"]
 
 
 def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
