@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -467,3 +469,35 @@ def test_other_files_are_refused_by_name(tmp_path: Path):
     with pytest.raises(ReducioError, match="must end in .ckpt, .pt, .pth or .safetensors, is 'x.bin'"):
         export(tmp_path, "x.bin")
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """One small file of each kind, by its ending, that names the tensors of a VAE of no known size."""
+    folder = tmp_path_factory.mktemp("honest")
+    state = {"encoder_3d.conv_in.weight": torch.arange(6.0).view(2, 3), "loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": state}, folder / "a.ckpt")
+    torch.save(state, folder / "a.pth", _use_new_zipfile_serialization=False)
+    save_file(state, folder / "a.safetensors")
+    return {file.suffix: file.read_bytes() for file in folder.iterdir()}
+
+
+@given(data=st.data(), ending=st.sampled_from([".ckpt", ".pth", ".safetensors"]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_files_end_in_our_own_error(data: st.DataObject, ending: str, honest: dict[str, bytes], tmp_path: Path):
+    """Whatever bytes are changed, cut off or put in: one line, or the very tensors if the damage lies elsewhere."""
+    content = bytearray(honest[ending])
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        kind = data.draw(st.sampled_from(["change", "cut", "insert"]))
+        if kind == "change":
+            content[place] = data.draw(st.integers(0, 255))
+        elif kind == "cut" and place:
+            del content[place:]
+        else:
+            content[place:place] = data.draw(st.binary(max_size=9))
+    file = tmp_path / f"file{ending}"
+    file.write_bytes(content)
+    with pytest.raises(ReducioError) as caught:
+        convert(file, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
