@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import ReducioError
+from .errors import ReducioError, is_out_of_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Parts and settings of a model that the command line can name, and words for the first stage.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reducio-fast {args.command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise  # a defect of ours: the traceback is wanted
         return _fail(args.command, f"out of memory: {str(error) or 'choose a smaller size'}")
     return 0
@@ -141,6 +141,37 @@ def reconstruct(args: argparse.Namespace) -> None:
         f"SSIM {result['ssim']:.4f}",
         f"wrote {args.out}: {wanted} frames of {height}x{width}, original left, reconstruction right ({seconds:.2f} s)",
     ]
+    _report(args, result, lines)
+
+
+def decode(args: argparse.Namespace) -> None:
+    """Latents that a failed decode has kept -> a clip on disk."""
+    from .latents import load
+    from .video import check_output_path
+
+    check_output_path(args.out)
+    kept = load(args.file)
+    from .checkpoints import embedded_model
+    from .output import ReducioOutput
+    from .pipeline import ReducioPipeline
+
+    model = embedded_model() if args.model is None else args.model
+    pipe = ReducioPipeline.from_pretrained(model, dtype=args.dtype, device=args.device, backend=args.backend)
+    started = time.perf_counter()
+    frames = pipe.decode(kept.latents, kept.content)
+    seconds, is_list = time.perf_counter() - started, len(frames) > 1
+    out = ReducioOutput(frames if is_list else frames[0], kept.content, kept.seeds, kept.fps, {}, "np", is_list)
+    paths = out.save(args.out)
+    names = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+    result = {"paths": names, "seeds": kept.seeds, "fps": kept.fps, "frames": frames.shape[1], "seconds": seconds}
+    _report(args, result, [f"wrote {name}: {frames.shape[1]} frames ({seconds:.2f} s)" for name in names])
+
+
+def warmup(args: argparse.Namespace) -> None:
+    """Compile for this machine ahead of the first call; take what is compiled from or to another machine."""
+    from .warming import command
+
+    result, lines = command(args)
     _report(args, result, lines)
 
 
@@ -277,11 +308,6 @@ def _fail(command: str | None, message: str) -> int:
     return 2
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-
-
 class _Parser(argparse.ArgumentParser):
     """argparse prints its usage above each error; one line is the rule here."""
 
@@ -367,6 +393,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--start", type=_not_negative, default=0, help="first frame to use (default: 0)")
     add_size(command)
     add_model(command)
+
+    command = add("decode", decode)
+    command.add_argument("file", metavar="FILE", help="the .safetensors file that the error named")
+    command.add_argument("--out", required=True, metavar="PATH", help=".mp4, .gif, .webp or a new folder for PNGs")
+    add_model(command)
+    command.add_argument("--backend", choices=BACKENDS, default="auto")
+
+    command = add("warmup", warmup)
+    command.add_argument(
+        "--sizes", nargs="+", default=[], metavar="SIZE", help="such as 256 or 512x768 (default: the model's own)"
+    )
+    command.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after so long, with status 0")
+    command.add_argument("--export", metavar="FILE", help="afterwards, pack all that is compiled into one archive")
+    command.add_argument(
+        "--import", dest="import_", metavar="FILE",
+        help="before, unpack the archive of an equal machine; it holds code: take those of people you trust",
+    )  # fmt: skip
+    add_model(command)
+    add_progress(command)
 
     add("env", env)
 

@@ -6,6 +6,7 @@ its own generator, so that a clip's bytes do not depend on the list its prompt s
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,17 +18,23 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import buckets, checkpoints, content, folders, hub, inputs
+from . import buckets, checkpoints, content, folders, hub, inputs, memory
 from .checkpoints import embedded_model as embedded_model
+from .compile.warmup import Outcome
 from .encoders import SemanticEncoder
-from .errors import ReducioError
+from .errors import ReducioError, is_out_of_memory
 from .inputs import ClipRequest, Request
+from .latents import rescue
 from .lora import LoraLoader
+from .offload import Offload
 from .output import ReducioOutput, stack, to_output
 from .reference import Condition, ReducioDiT, ReducioVAE, initial_latent
 from .reference.sampler import StopSampling
 from .stages import Stages
 from .video import read_image
+from .warming import warm_up
+
+LOG = logging.getLogger("reducio_fast")
 
 StepCallback = Callable[["ReducioPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
@@ -139,6 +146,10 @@ class ReducioPipeline(LoraLoader, Stages):
             if dtype is not None:
                 raise ReducioError(f"to: two dtypes given, {device} and {dtype}")
             device, dtype = None, device
+        if self._offload is not None and device is not None:
+            raise ReducioError(
+                f"to: device={device!r} given while weights are offloaded; call disable_model_cpu_offload() before"
+            )
         target = self.device if device is None else inputs.resolve_device(device)
         kind = self.dtype if dtype is None else inputs.resolve_dtype(dtype, None, target)
         with self._lock:
@@ -177,6 +188,46 @@ class ReducioPipeline(LoraLoader, Stages):
     def set_progress_bar_config(self, **words: Any) -> None:
         """Words for tqdm, kept for later calls: `set_progress_bar_config(disable=True)`."""
         self._progress_bar_config = words
+
+    def warmup(
+        self,
+        sizes: Sequence[int | tuple[int, int]] | None = None,
+        deadline: float | None = None,
+        progress: bool = True,
+    ) -> Outcome:
+        """Compile, capture and tune now what calls of these sizes would otherwise wait for; returns when it is done.
+
+        sizes: (height, width), or a number for a square; by default the model's own. deadline: seconds; when they have
+        passed, the pipeline is usable at once but runs uncompiled, with one line of log. Returns the seconds each size
+        took, and which are `left`. Raises ReducioError for sizes that a call would refuse.
+        """
+        return warm_up(self, sizes, deadline, progress)
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep all weights on the CPU, and on the GPU only those of the stage at work: less memory, and slower.
+
+        diffusers' words. Packed weights of the fast twins travel likewise. Legal together: every backend, dtype, size
+        and tiling. Not legal: graphs, which hold addresses (stages then run without); and `to(device)`, which is
+        refused. Raises ReducioError where there is no GPU.
+        """
+        if device is None and not torch.cuda.is_available():
+            raise ReducioError("enable_model_cpu_offload: there is no GPU here, all weights are on the CPU already")
+        chosen = inputs.resolve_device((f"cuda:{gpu_id or 0}") if device is None else device)
+        if chosen.type == "cuda" and chosen.index is None:
+            chosen = torch.device("cuda", gpu_id if gpu_id is not None else torch.cuda.current_device())
+        with self._lock:
+            for network in self._networks():
+                network.to("cpu")
+            self._offload = Offload(chosen)
+            self._fits.clear()
+
+    def disable_model_cpu_offload(self) -> None:
+        """All weights to the device where the stages ran, for good."""
+        with self._lock:
+            if self._offload is not None:
+                device, self._offload = self._offload.device, None
+                self._fits.clear()
+                self.to(device)
 
     def enable_vae_tiling(self) -> None:
         """Decode each clip in tiles: 256 pixels, read 64 beyond and blended, as the release does.
@@ -329,10 +380,20 @@ class ReducioPipeline(LoraLoader, Stages):
         self._check_encoders(request)
         return request
 
+    def _fit(self, height: int, width: int) -> None:
+        """Choose how a clip of this size is made in the memory that is free. ReducioError where it cannot be."""
+        fit = memory.fit(self, height, width)
+        if fit.offload and self._offload is None:
+            LOG.warning("memory: weights are offloaded to the CPU between stages, all at once do not fit")
+            self.enable_model_cpu_offload(device=self.device)
+        self._fits[height, width] = fit
+
     def _make_clips(self, request: Request, progress: bool) -> ReducioOutput:
+        self._fit(request.height, request.width)
         timings: dict[str, float] = {}
         frames: list[Any] = []
         contents: list[np.ndarray] = []  # empty where nothing needs a content frame
+        self._undecoded: list[tuple[Tensor, np.ndarray]] = []  # latents of this call, small enough to keep to its end
         with self._progress_bar(len(request.clips) * request.num_inference_steps, progress) as bar:
             for clip in request.clips:
                 frame, made = self._make_clip(clip, request, bar, timings)
@@ -371,8 +432,16 @@ class ReducioPipeline(LoraLoader, Stages):
         if request.output_type == "latent":
             return frame, latent[0]
         assert frame is not None  # _needs_frame
-        with self._stage(timings, "vae.decode"):
-            return frame, to_output(self._decode(latent, frame), request.output_type)
+        self._undecoded.append((latent, frame))
+        try:
+            with self._stage(timings, "vae.decode"):
+                return frame, to_output(self._decode(latent, frame), request.output_type)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            seeds = [c.generator.initial_seed() for c in request.clips[: len(self._undecoded)]]
+            kept = rescue(self._undecoded, seeds, self.fps)
+            raise ReducioError(f"vae.decode: out of memory at {request.height}x{request.width}; {kept}") from error
 
     @torch.no_grad()
     def decode(self, latents: Tensor, image: Any, output_type: str = "np") -> Any:
@@ -392,7 +461,7 @@ class ReducioPipeline(LoraLoader, Stages):
         if images[0] is None:
             raise ReducioError("image: None given; decoding needs the content frame of the clip (out.content)")
         fitted = [content.fit_image(i, height, width) for i in images if i is not None]
-        with self._lock:
+        with self._lock, self._on_device("vae.decode"):
             frames = [to_output(self._decode(z, i), output_type) for z, i in zip(clips, fitted, strict=True)]
         return stack(frames) if is_list else frames[0]
 
@@ -409,7 +478,8 @@ class ReducioPipeline(LoraLoader, Stages):
         height, width = buckets.choose_size(height, width, own, sizes, config.spatial_factor)
         inputs.check_size(config, height, width, config.num_frames)
         frames = [content.fit_image(each, height, width) for each in images]
-        pairs = [self._encode_image(frame, inputs.Embeds()) for frame in frames]
+        with self._on_device("image.encode"):
+            pairs = [self._encode_image(frame, inputs.Embeds()) for frame in frames]
         semantic, latent = (None if each[0] is None else torch.cat(each) for each in zip(*pairs, strict=True))
         return semantic, latent
 

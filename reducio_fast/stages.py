@@ -7,6 +7,7 @@ text.encode and image.encode make the joint condition of the DiT, dit.step the m
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import content, folders, inputs
+from . import content, folders, inputs, memory
+from .compile.memory import weight_bytes
 from .encoders import ContentEncoder, SemanticEncoder, TextEncoder, clean_caption
-from .errors import ReducioError
+from .errors import ReducioError, is_out_of_memory
 from .inputs import ClipRequest, Embeds, Request
+from .offload import Offload
 from .reference import Condition, ReducioDiT, ReducioVAE, sample
 from .reference.sampler import Callback
 
 VAE_FACTOR = 8  # of the SD autoencoder, for content latents that are given to a model without one
 UNLOADABLE = ("text_encoder", "image_encoder", "content_encoder", "text_to_image")
+LOG = logging.getLogger("reducio_fast")
 
 
 class Stages:
@@ -54,6 +58,10 @@ class Stages:
         self.clean_caption, self.content_scaling_factor = clean_caption, content_scaling_factor
         self._unloaded: set[str] = set()
         self._engine: Any = None
+        self._offload: Offload | None = None
+        self._placed_twins: Any = None  # while a stage's weights are away from home
+        self._fits: dict[tuple[int, int], memory.Fit] = {}  # what the last call for a size was decoded with
+        self._forecasts: dict[tuple[Any, ...], memory.Forecast] = {}
         self._check_components()
         if self.backend == "fast":
             self._start_engine(required)
@@ -61,6 +69,15 @@ class Stages:
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where the stages run; `device` is where the weights are between them."""
+        return self.device if self._offload is None else self._offload.device
+
+    @property
+    def offloading(self) -> bool:
+        return self._offload is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,15 +94,15 @@ class Stages:
         """
         prompts, negatives, _ = inputs.check_prompts(prompt, negative_prompt)
         self._check_text_encoder()
-        pairs = [self._encode_text(text) for text in prompts]  # one by one: a text's bytes depend on no other
+        with self._on_device("text.encode"):
+            pairs = [self._encode_text(text) for text in prompts]  # one by one: a text's bytes depend on no other
+            against = [self._encode_text(text) if text.strip() else None for text in negatives]
         embeds, masks = (torch.cat(each) for each in zip(*pairs, strict=True))
         if not any(text.strip() for text in negatives):
             return embeds, masks, None, None
-        against = [
-            self._encode_text(text) if text.strip() else (self.transformer.null_text[None].to(pair[0]), pair[1])
-            for text, pair in zip(negatives, pairs, strict=True)
-        ]
-        negative_embeds, negative_masks = (torch.cat(each) for each in zip(*against, strict=True))
+        null = self.transformer.null_text[None].to(embeds)
+        found = [(null, own[1]) if pair is None else pair for pair, own in zip(against, pairs, strict=True)]
+        negative_embeds, negative_masks = (torch.cat(each) for each in zip(*found, strict=True))
         return embeds, masks, negative_embeds, negative_masks
 
     def unload(self, *names: str) -> None:
@@ -162,7 +179,7 @@ class Stages:
         return self._here(semantic, latent)
 
     def _here(self, *tensors: Tensor | None) -> tuple[Any, ...]:
-        return tuple(None if tensor is None else tensor.to(self.device) for tensor in tensors)
+        return tuple(None if tensor is None else tensor.to(self.execution_device) for tensor in tensors)
 
     def _content_size(self, height: int, width: int) -> tuple[int, int]:
         """Of the content latent of a frame."""
@@ -217,15 +234,14 @@ class Stages:
     ) -> Tensor:
         """noise [1, 16, T/f, H/32, W/32] on any device -> the motion latent, float32, of the last step taken."""
         # The latent stays float32 whatever the networks run in: twenty updates in bfloat16 lose what they add.
-        noise = noise.to(self.device)
+        noise = noise.to(self.execution_device)
         words = (noise, cond, uncond, guidance_scale, steps, step_end)
         try:
             if self._engine is None:
                 return sample(self.transformer, self.scheduler, *words, generator)
             from .fast.sampler import sample as fast_sample
 
-            twins = self._engine.twins(self.transformer, self.vae)
-            return fast_sample(twins.transformer, self.scheduler, *words)
+            return fast_sample(self._twins().transformer, self.scheduler, *words)
         except ReducioError:
             raise
         except ValueError as error:
@@ -234,24 +250,46 @@ class Stages:
             raise ReducioError(f"sampling: {error}") from error
 
     def _decode(self, latent: Tensor, frame: np.ndarray) -> Tensor:
-        """[1, 16, T/f, H/32, W/32] and the content frame -> float32 [3, T, H, W] in [-1, 1]."""
-        tiled = self.vae.config.needs_tiling(*frame.shape[:2]) if self.vae_tiling is None else self.vae_tiling
-        vae = self.vae if self._engine is None else self._engine.twins(self.transformer, self.vae).vae
-        features = vae.encode_content(self._pixels(frame), tiled=tiled)
-        video = vae.decode(latent.to(self.device, self.dtype), features, tiled=tiled)[0].float()
+        """[1, 16, T/f, H/32, W/32] and the content frame -> float32 [3, T, H, W] in [-1, 1].
+
+        Out of memory, it is tried again in ways that need less; the error is raised where none is left.
+        """
+        chosen = self._fits.get(frame.shape[:2]) or memory.Fit(memory.default_decoding(self, *frame.shape[:2]))
+        failure: BaseException | None = None
+        for decoding in memory.attempts(self, chosen.decoding):
+            if failure is not None:
+                LOG.warning("vae.decode: out of memory, trying again %s", decoding)
+            try:
+                return self._decode_as(latent, frame, decoding)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)  # its frames hold the tensors that there is no room for
+            if self.execution_device.type == "cuda":
+                torch.cuda.empty_cache()
+        assert failure is not None
+        raise failure
+
+    def _decode_as(self, latent: Tensor, frame: np.ndarray, decoding: memory.Decoding) -> Tensor:
+        vae = memory.as_chosen(self.vae if self._engine is None else self._twins().vae, decoding)
+        features = vae.encode_content(self._pixels(frame), tiled=decoding.tiled)
+        latent = latent.to(self.execution_device, self.dtype)
+        video = vae.decode(latent, features, tiled=decoding.tiled)[0].float()
         if not torch.isfinite(video).all():
             raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
         return video.clamp(-1, 1)
 
     def _pixels(self, frame: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         """uint8 [H, W, 3] -> [1, 3, H, W] in [-1, 1], by default in the networks' dtype."""
-        pixels = torch.from_numpy(frame).to(self.device).permute(2, 0, 1)[None].float()
+        pixels = torch.from_numpy(frame).to(self.execution_device).permute(2, 0, 1)[None].float()
         return (pixels / 127.5 - 1).to(dtype or self.dtype)
 
     def _start_engine(self, required: bool) -> None:
         """Fast twins for both networks; where one cannot have one, an error if `required`, else the reference."""
+        from .compile import cache
         from .fast.engine import Engine
         from .fast.sampler import coefficients
+        from .triton_kernels.launch import arch_of
 
         obstacle = None
         for name, kind in (("transformer", ReducioDiT), ("vae", ReducioVAE)):
@@ -264,6 +302,7 @@ class Stages:
         except ValueError as error:
             obstacle = f"scheduler: {error}"
         if obstacle is None:
+            cache.use(cache.Origin.here(arch_of(self.device)))
             self._engine = Engine()
         elif required:
             raise ReducioError(f"backend: 'fast' cannot run this model: {obstacle}")
@@ -274,11 +313,57 @@ class Stages:
     @contextmanager
     def _stage(self, timings: dict[str, float], name: str) -> Iterator[None]:
         start = self._clock()
-        yield
+        with self._on_device(name):
+            yield
         timings[name] = timings.get(name, 0.0) + self._clock() - start
 
     def _clock(self) -> float:
-        return clock(self.device)
+        return clock(self.execution_device)
+
+    def forecast(self, height: int, width: int, decoding: memory.Decoding | None = None) -> memory.Forecast:
+        """Bytes that a clip of this size will need, stage by stage. See `memory.forecast`."""
+        key = (height, width, decoding, self.vae_tiling, self.execution_device, self.dtype, self._engine is None)
+        if key not in self._forecasts:
+            self._forecasts[key] = memory.forecast(self, height, width, decoding)
+        return self._forecasts[key]
+
+    def resident_bytes(self) -> int:
+        """Of all weights that are on the device now, and would have to be counted again otherwise."""
+        if self.device != self.execution_device:
+            return 0
+        return weight_bytes(*self._networks(), *([] if self._engine is None else self._engine.packed()))
+
+    def _twins(self) -> Any:
+        """The fast twins; asked for where the weights are at home, since their place is what the engine knows."""
+        if self._placed_twins is not None:
+            return self._placed_twins
+        return self._engine.twins(self.transformer, self.vae, self.execution_device)
+
+    def _stage_networks(self, stage: str) -> list[nn.Module]:
+        """What has to be on the device while a stage runs, packed weights of the fast twins included."""
+        twins = None if self._engine is None else self._twins()
+        chosen: dict[str, list[Any]] = {
+            "content.generate": [] if self.text_to_image is None else content.networks(self.text_to_image),
+            "text.encode": [self.text_encoder],
+            "image.encode": [self.image_encoder, self.content_encoder],
+            "dit.step": [self.transformer, None if twins is None else twins.transformer],
+            "vae.decode": [self.vae, None if twins is None else twins.vae],
+        }
+        return [network for network in chosen.get(stage, []) if isinstance(network, nn.Module)]
+
+    @contextmanager
+    def _on_device(self, stage: str) -> Iterator[None]:
+        """Under offloading, the stage's networks are on the device inside, and at home again afterwards."""
+        if self._offload is None:
+            yield
+            return
+        networks = self._stage_networks(stage)
+        self._placed_twins = None if self._engine is None else self._twins()
+        try:
+            with self._offload.placed(*networks):
+                yield
+        finally:
+            self._placed_twins = None
 
     def _networks(self) -> list[nn.Module]:
         own = [c for c in (getattr(self, name) for name in folders.COMPONENTS) if isinstance(c, nn.Module)]

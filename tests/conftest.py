@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once: a test that would download must fail, here as in CI.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Not the user's: what tests compile is kept between runs all the same.
+os.environ.setdefault("REDUCIO_CACHE_DIR", str(Path(tempfile.gettempdir()) / "reducio-fast-tests"))
 
 import numpy as np
 import pytest

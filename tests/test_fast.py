@@ -204,7 +204,7 @@ def test_tiles_of_one_shape_go_together(monkeypatch: pytest.MonkeyPatch) -> None
     fast = FastReducioVAE(model, plan())
     latent, features = torch.randn(1, 16, 4, 4, 6), fast.encode_content(clip[:, :, 7], tiled=True)
     alone, decode, batches = fast.decode(latent, features, tiled=True), fast._decode, []
-    monkeypatch.setattr(fast, "_tile_batch", lambda latent: 2)
+    fast.tile_batch = 2
     monkeypatch.setattr(fast, "_decode", lambda z, f: batches.append(len(z)) or decode(z, f))
     torch.testing.assert_close(fast.decode(latent, features, tiled=True), alone, rtol=1e-4, atol=1e-4)
     assert sum(batches) == 6 and max(batches) == 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..compile.graphs import Graphs
@@ -30,23 +33,44 @@ class Engine:
     any device.
     """
 
-    def __init__(self, graphs: Graphs | None = None) -> None:
+    def __init__(self, graphs: Graphs | None = None, compiled: bool = True) -> None:
+        self.compiled = compiled  # False: the twins run as they are, through neither graphs nor a compiler
         self.graphs, self._everywhere = graphs or Graphs(), graphs is not None
         self._twins: Twins | None = None
         self._made_from: tuple = ()
 
-    def twins(self, transformer: ReducioDiT, vae: ReducioVAE) -> Twins:
-        weights = _fingerprint(transformer) + _fingerprint(vae)
+    def twins(self, transformer: ReducioDiT, vae: ReducioVAE, device: torch.device | None = None) -> Twins:
+        """`device` is where they will run; None: where the weights are. Without the two being one, there are no graphs:
+        a graph holds addresses, and weights that come to the device for a stage have another one each time."""
+        weights = (device, *_fingerprint(transformer), *_fingerprint(vae))
         if self._twins is None or weights != self._made_from:
             self.graphs.reset()
             self._twins = None  # the old packing goes before the new one comes
             weight = next(transformer.parameters())
-            plan = Plan(weight.device, weight.dtype)
+            runs_on = weight.device if device is None else device
+            plan = Plan(runs_on, weight.dtype)
             twins = Twins(FastReducioDiT(transformer, plan).eval(), FastReducioVAE(vae, plan).eval(), plan)
-            if weight.device.type == "cuda" or self._everywhere:
+            if self.compiled and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
                 twins.transformer.graphs = twins.vae.graphs = self.graphs
             self._twins, self._made_from = twins, weights
         return self._twins
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        """Inside, what is seen for the first time is captured at once: whoever calls knows that it will come again."""
+        sightings, self.graphs.sightings = self.graphs.sightings, 0
+        try:
+            yield
+        finally:
+            self.graphs.sightings = sightings
+
+    def uncompiled(self) -> Engine:
+        """An engine for the same networks that shares nothing with this one, and compiles nothing."""
+        return Engine(compiled=False)
+
+    def packed(self) -> list[nn.Module]:
+        """The twins, where they have been built."""
+        return [] if self._twins is None else [self._twins.transformer, self._twins.vae]
 
     def describe(self) -> dict[str, Any]:
         """What runs the twins, as plain data: the plan's choices and what became of every graph."""

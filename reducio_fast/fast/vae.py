@@ -358,7 +358,9 @@ class FastReducioVAE(nn.Module):
         self.post_weight, self.post_bias = frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
         self.blend = plan.pick("tiles", "blend_tiles")
         self.graphs: Graphs | None = None  # one graph each shape of tile; None: eagerly
-        self.rooms: dict[torch.Size, int] = {}  # shape of a tile's latent -> how many are decoded together
+        # Whoever knows how much memory is free may raise it (`reducio_fast/memory.py`). On a CPU one is best: a tile
+        # alone keeps every core busy, and its activations closer.
+        self.tile_batch = 1
 
     @torch.no_grad()
     def encode(self, video: Tensor, tiled: bool = False) -> ref.DiagonalGaussian:
@@ -429,40 +431,21 @@ class FastReducioVAE(nn.Module):
         return fn(*args) if self.graphs is None else self.graphs(name, fn, *args, keep=keep)
 
     def _decode_tiles(self, latents: list[Tensor], features: list[Features]) -> list[Tensor]:
-        """Tiles of one shape as one batch, as many as memory takes; items do not see each other."""
+        """Tiles of one shape as one batch of at most `tile_batch`; items do not see each other."""
         shapes: dict[tuple[Any, ...], list[int]] = {}
         for i, (z, pyramid) in enumerate(zip(latents, features, strict=True)):
             shapes.setdefault((tuple(z.shape), *(tuple(f.shape) for f in pyramid)), []).append(i)
         decoded: list[Tensor | None] = [None] * len(latents)
         for members in shapes.values():
-            B, room = len(latents[0]), self._tile_batch(latents[members[0]])
-            for start in range(0, len(members), room):
-                chosen = members[start : start + room]
+            B = len(latents[0])
+            for start in range(0, len(members), self.tile_batch):
+                chosen = members[start : start + self.tile_batch]
                 z = torch.cat([latents[i] for i in chosen])
                 pyramid = [torch.cat(level) for level in zip(*(features[i] for i in chosen), strict=True)]
                 for i, tile in zip(chosen, self._decode(z, pyramid).split(B), strict=True):
                     decoded[i] = tile
         return decoded
 
-    def _tile_batch(self, latent: Tensor) -> int:
-        """How many tiles fit: half of the free memory, at eight tensors of the widest full-resolution level each.
-
-        On a CPU one: a tile alone keeps every core busy, and its activations closer. The first answer stays, whatever
-        is free later: another number would be another graph.
-        """
-        if latent.device.type != "cuda":
-            return 1
-        if latent.shape not in self.rooms:
-            self.rooms[latent.shape] = self._room(latent)
-        return self.rooms[latent.shape]
-
-    def _room(self, latent: Tensor) -> int:
-        free, _ = torch.cuda.mem_get_info(latent.device)
-        config = self.config
-        width = config.base_channels * max(config.channel_multipliers[:2])
-        cells = latent.shape[0] * latent.shape[-2] * latent.shape[-1]
-        tile = 8 * cells * config.spatial_factor**2 * config.num_frames * width * latent.element_size()
-        return max(1, int(free // 2 // tile))
 
 
 def _padding(conv: nn.Module) -> Padding:

@@ -1,0 +1,304 @@
+"""One user folder for all that a machine compiles or tunes, and one archive that takes it to the next machine.
+
+    ROOT/KEY/inductor   torch.compile (TORCHINDUCTOR_CACHE_DIR)
+    ROOT/KEY/triton     our kernels and Inductor's (TRITON_CACHE_DIR)
+    ROOT/KEY/tables     launch settings tuned here
+    ROOT/KEY/origin.json
+
+KEY is a digest of `Origin`: what must be equal for an entry to be of use. After an upgrade, or on another GPU, the key
+is another one, so that nothing stale is ever looked at.
+
+Both libraries read their variable when they look up their first entry, not at import; Inductor then writes the answer
+into the environment, and its compile workers inherit it. So `use` must run before the first compilation, and a value
+that is already there stays.
+
+Why not `torch.compiler.save_cache_artifacts`: it holds what torch.compile made in this process, without the kernels
+that we launch ourselves, and what it loads cannot be checked before it is unpickled. An archive here is checked first:
+origin, names, sizes and digests. That guards against accidents, not against malice: entries are machine code and
+pickles, so import archives of people you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import stat
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from . import variables
+
+LOG = logging.getLogger("reducio_fast")
+FORMAT = 1
+MANIFEST = "manifest.json"
+ORIGIN = "origin.json"
+VARIABLE = {"inductor": "TORCHINDUCTOR_CACHE_DIR", "triton": "TRITON_CACHE_DIR"}
+PARTS = (*VARIABLE, "tables")
+# Far above what a warm-up of all buckets leaves (some 100 MB), far below what would fill a disk.
+MAX_BYTES = 4 << 30
+MAX_ENTRIES = 200_000
+GROUP = "__grp__"  # Triton's list of the files of one kernel: it names them by absolute path
+
+
+class CacheError(ValueError):
+    """An archive that cannot be read or written; the message is one line."""
+
+
+class ForeignCache(CacheError):
+    """A sound archive of another machine, version or GPU: to be ignored, never loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an entry depends on. `here` fills it in for this process."""
+
+    format: int
+    package: str
+    torch: str
+    triton: str
+    toolkit: str  # "cuda 12.8", "hip 7.0" or "cpu"
+    python: str  # Triton's and Inductor's launchers are extension modules
+    arch: str  # "sm_90", "gfx942", or a CPU's with a digest of its features
+
+    @classmethod
+    def here(cls, arch: str) -> Origin:
+        """`arch` as launch tables name a GPU; anything without a GPU is told apart by its CPU."""
+        gpu = arch.startswith(("sm_", "gfx"))
+        toolkit = f"hip {torch.version.hip}" if torch.version.hip else f"cuda {torch.version.cuda}"
+        return cls(
+            FORMAT, _version("reducio-fast"), torch.__version__, _triton_version(), toolkit if gpu else "cpu",
+            f"{sys.implementation.cache_tag}-{platform.system()}-{platform.machine()}", arch if gpu else _cpu(),
+        )  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def difference(self, other: Origin) -> str:
+        """In words, where `other` is not this; "" where they are equal."""
+        mine, theirs = asdict(self), asdict(other)
+        return ", ".join(f"{name} {theirs[name]} (here {mine[name]})" for name in mine if mine[name] != theirs[name])
+
+
+def root() -> Path:
+    """The user's cache folder, whether or not it exists yet."""
+    chosen = variables.read("REDUCIO_CACHE_DIR")
+    if chosen is not None:
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")  # the XDG specification: relative paths are to be ignored
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "reducio-fast"
+
+
+def folder(part: str, origin: Origin) -> Path:
+    """Where the entries of one of PARTS are: the folder that the user has chosen for its library, else ours."""
+    chosen = os.environ.get(VARIABLE.get(part, ""))
+    return Path(chosen) if chosen else root() / origin.key / part
+
+
+def use(origin: Origin) -> None:
+    """Point Inductor and Triton at our folder, before they compile anything. Folders that are already set stay.
+
+    Makes nothing on disk but `origin.json`; a folder that cannot be written leaves everything as it was, with one line.
+    """
+    if all(os.environ.get(name) for name in VARIABLE.values()):
+        return
+    home = root() / origin.key
+    try:
+        if not (home / ORIGIN).is_file():
+            if others := [_read_origin(path) for path in sorted(root().glob(f"*/{ORIGIN}"))]:
+                LOG.warning("cache: ignored one of %s", origin.difference(others[-1]))
+            home.mkdir(parents=True, exist_ok=True)
+            _write(home / ORIGIN, json.dumps(asdict(origin), indent=2).encode())
+    except OSError as error:
+        LOG.warning("cache: %s cannot be written (%s), compiled kernels are kept elsewhere", home, error.strerror)
+        return
+    for part, name in VARIABLE.items():
+        if not os.environ.get(name):
+            os.environ[name] = str(home / part)
+
+
+def export_archive(target: Path, origin: Origin) -> int:
+    """Pack all parts into one file, written under another name and renamed; returns the number of entries.
+
+    Raises CacheError where there is nothing to pack or the file cannot be written.
+    """
+    entries = {name: content for name, content in _collect(origin)}
+    if not entries:
+        raise CacheError("there is nothing to export: no kernel or graph has been compiled on this machine yet")
+    listed = {n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in entries.items()}
+    manifest = {"origin": asdict(origin), "entries": listed}
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                    archive.writestr(MANIFEST, json.dumps(manifest, indent=1))
+                    for name, content in entries.items():
+                        archive.writestr(name, content)
+                file.close()
+                temporary.chmod(0o666 & ~_umask())  # temporary files are private
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(f"{target} cannot be written ({error.strerror})") from error
+    return len(entries)
+
+
+def import_archive(source: Path, origin: Origin) -> int:
+    """Unpack an archive of this very origin into our folders; returns the number of entries it holds.
+
+    Everything is checked and unpacked beside its place before anything moves there; entries that are there already
+    stay. Raises ForeignCache for an archive of another origin, CacheError for one that is damaged or unsafe.
+    """
+    try:
+        archive = zipfile.ZipFile(source)
+    except FileNotFoundError:
+        raise CacheError(f"{source}: no such file") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CacheError(f"{source}: is no archive of a cache ({error})") from error
+    with archive:
+        try:
+            entries = _check_manifest(archive, source, origin)
+            root().mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root(), prefix=".import-") as work:
+                for name, entry in entries.items():
+                    content = _read_entry(archive, name, entry, source)
+                    part, *rest = PurePosixPath(name).parts
+                    final = folder(part, origin).joinpath(*rest)
+                    if final.name.startswith(GROUP):
+                        content = _group_paths(content, lambda child, home=final.parent: str(home / child))
+                    _write(Path(work, name), content)
+                for name in entries:
+                    part, *rest = PurePosixPath(name).parts
+                    final = folder(part, origin).joinpath(*rest)
+                    if not final.exists():
+                        final.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.move(Path(work, name), final)
+        except OSError as error:
+            raise CacheError(f"{source}: cannot be unpacked to {root()} ({error.strerror})") from error
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            raise CacheError(f"{source}: is damaged ({error})") from error
+    return len(entries)
+
+
+def _check_manifest(archive: zipfile.ZipFile, source: Path, origin: Origin) -> dict[str, dict[str, Any]]:
+    """The entries to unpack, after everything that can be told without unpacking them."""
+    infos = {info.filename: info for info in archive.infolist()}
+    try:
+        if infos[MANIFEST].file_size > 100 * MAX_ENTRIES * 2:
+            raise CacheError(f"{source}: its manifest has {infos[MANIFEST].file_size} bytes")
+        manifest = json.loads(archive.read(MANIFEST))
+        found, entries = Origin(**manifest["origin"]), dict(manifest["entries"])
+        total = sum(int(entry["size"]) for entry in entries.values())
+        negative = any(int(entry["size"]) < 0 or not isinstance(entry["sha256"], str) for entry in entries.values())
+    except CacheError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheError(f"{source}: has no readable manifest ({type(error).__name__}: {error})") from error
+    if difference := origin.difference(found):
+        raise ForeignCache(f"{source}: ignored, it is of {difference}")
+    if negative or len(entries) > MAX_ENTRIES or total > MAX_BYTES:
+        raise CacheError(
+            f"{source}: lists {len(entries)} entries of {total} bytes, at most {MAX_ENTRIES} of {MAX_BYTES} are taken"
+        )
+    if len(infos) != len(archive.infolist()) or set(infos) != {MANIFEST, *entries}:
+        raise CacheError(f"{source}: its manifest lists {len(entries)} entries, it holds {len(archive.infolist()) - 1}")
+    for name in entries:
+        path, kind = PurePosixPath(name), infos[name].external_attr >> 16
+        plain = not stat.S_IFMT(kind) or stat.S_ISREG(kind)
+        parts = name.split("/")
+        if not plain or "\\" in name or "\0" in name or any(p in ("", ".", "..") for p in parts) or path.is_absolute():
+            raise CacheError(f"{source}: {name!r} is no plain file below the cache folder")
+        if parts[0] not in PARTS or len(parts) < 2 or ":" in parts[0]:
+            raise CacheError(f"{source}: {name!r} belongs to none of {', '.join(PARTS)}")
+    return entries
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str, entry: dict[str, Any], source: Path) -> bytes:
+    with archive.open(name) as file:
+        content = file.read(entry["size"] + 1)  # no more, whatever the archive claims to unpack to
+    if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise CacheError(f"{source}: {name} is damaged: its sha256 is not the manifest's")
+    return content
+
+
+def _collect(origin: Origin) -> Iterator[tuple[str, bytes]]:
+    """(name in the archive, content) of every finished entry."""
+    for part in PARTS:
+        home = folder(part, origin)
+        for path in sorted(home.rglob("*")):
+            inside = path.relative_to(home)
+            # What a process that is at work, or was killed, leaves: locks and files under a temporary name.
+            unfinished = any(p.startswith("tmp.") or p in ("lock", "locks") for p in inside.parts)
+            if path.is_symlink() or not path.is_file() or unfinished or path.suffix in (".lock", ".tmp"):
+                continue
+            content = path.read_bytes()
+            if path.name.startswith(GROUP):
+                content = _group_paths(content, lambda child: Path(child).name)
+            yield f"{part}/{inside.as_posix()}", content
+
+
+def _group_paths(content: bytes, rename: Any) -> bytes:
+    """Triton's group file with every path renamed: left as they are, none would be found on the next machine."""
+    try:
+        group = json.loads(content)
+        group["child_paths"] = {name: rename(path) for name, path in group["child_paths"].items()}
+        return json.dumps(group).encode()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return content  # of another form than Triton 3.6 to 3.9 write: Triton then compiles the kernel anew
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def _read_origin(path: Path) -> Origin:
+    try:
+        return Origin(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return Origin(0, "", "", "", "", "", "unknown")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _triton_version() -> str:
+    # Not by distribution: the wheel's name differs between vendors. Not by import on machines that do without.
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
+
+
+def _cpu() -> str:
+    """Inductor compiles for the very CPU it runs on (-march=native): another one may lack an instruction."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
+    features = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()[:8]
+    return f"{torch.backends.cpu.get_cpu_capability()} {digest}"
