@@ -353,6 +353,13 @@ def _from_pretrained(cls: Any, folder: Path, **words: Any) -> Any:
         raise ReducioError(f"{folder}: {cls.__name__} could not be loaded: {' '.join(lines[:3])}") from error
 
 
+def share(path: Path, mode: int) -> None:
+    """Make a file, or each file of a folder, as readable and writable as `mode` is: safetensors 0.8 writes 0600."""
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file():
+            file.chmod(mode & 0o666)
+
+
 @contextmanager
 def new_folder(target: Path, mark: str = INDEX) -> Iterator[Path]:
     """Yield an empty folder that takes the name `target` when the block ends well and vanishes when it fails.
@@ -372,6 +379,7 @@ def new_folder(target: Path, mark: str = INDEX) -> Iterator[Path]:
         fresh, old = work / "new", work / "old"
         fresh.mkdir()  # within the private one that mkdtemp makes: this one has the permissions of the user's umask
         yield fresh
+        share(fresh, fresh.stat().st_mode)
         if target.exists():
             target.rename(old)
         try:

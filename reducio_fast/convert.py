@@ -40,6 +40,7 @@ from .checkpoints import (
     read_json,
     report,
     save_tensors,
+    share,
     version,
     write_json,
 )
@@ -397,7 +398,10 @@ def _replace_file(target: Path, write: Callable[[Path], None]) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
             fresh = Path(work) / target.name
+            fresh.touch()
+            mode = fresh.stat().st_mode
             write(fresh)
+            share(fresh, mode)
             os.replace(fresh, target)
     except OSError as error:
         raise ReducioError(f"{target}: cannot be written ({error.strerror})") from error

@@ -22,7 +22,7 @@ from reducio_fast.buckets import BASES, buckets, choose_size, nearest, towards_s
 from reducio_fast.cli import main
 from reducio_fast.errors import ReducioError
 from reducio_fast.inputs import check_size
-from reducio_fast.reference import ReducioVAE, VAEConfig
+from reducio_fast.reference import DIT_PRESETS, ReducioVAE, VAEConfig
 from reducio_fast.video import cover_crop
 
 PEERS = {256: ASPECT_RATIO_256_BIN, 512: ASPECT_RATIO_512_BIN, 1024: ASPECT_RATIO_1024_BIN}
@@ -54,8 +54,12 @@ def test_sizes_of_the_256_table_that_the_vae_cannot_represent_are_refused():
         near = f"the two nearest legal sizes are {value - 16} and {value + 16}"
         with pytest.raises(ReducioError, match=f"{name}: {value} is not a multiple of 32; {near}"):
             check_size(VAEConfig(), height, width, 16)
-    for size in legal:
+    for size in (*legal, *buckets(512), *buckets(1024)):
         check_size(VAEConfig(), *size, 16)
+    # The content tokens of the 1024 model are dealt out in groups, so its SD latent (H/8) must be divisible as well.
+    config = DIT_PRESETS["reducio-1024"]
+    cell = 8 * config.content_patch_size * config.content_stride
+    assert all(h % cell == 0 and w % cell == 0 for h, w in buckets(1024))
 
 
 @given(height=SIDES, width=SIDES, base=st.sampled_from(BASES))

@@ -312,6 +312,19 @@ def test_new_folder_appears_whole_or_not_at_all(tmp_path: Path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["deep", "file", "model", "second"]
 
 
+def test_files_are_as_readable_as_the_user_wants_them(network, tmp_path: Path):
+    """safetensors itself makes a file for its owner alone."""
+    umask = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "model") as work:
+            save_model(network, work / "part")
+            save_model(network, work)
+    finally:
+        os.umask(umask)
+    files = [p for p in (tmp_path / "model").rglob("*") if p.is_file()]
+    assert len(files) == 4 and {oct(p.stat().st_mode & 0o777) for p in files} == {"0o640"}
+
+
 def test_find_model(tmp_path: Path):
     assert find_model(tmp_path) == tmp_path
     for name in ("nowhere", "a/b/c", str(tmp_path / "none"), "../none", "./none", "/none", "owner/"):

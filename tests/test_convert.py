@@ -125,6 +125,7 @@ def test_official_to_ours_to_official_is_bit_exact(dtype: torch.dtype, ending: s
     ours, back = tmp_path / "vae", tmp_path / f"b.{ending}"
     assert main(["convert", str(tmp_path / "a.ckpt"), "--out", str(ours), "--config", config, "--json"]) == 0
     assert main(["convert", str(ours), "--to", "official", "--out", str(back)]) == 0
+    assert back.stat().st_mode == (tmp_path / "a.ckpt").stat().st_mode
     again = load_file(back) if ending == "safetensors" else torch.load(back, weights_only=True)["state_dict"]
     assert again.keys() == official.keys()
     for name, tensor in official.items():
@@ -366,6 +367,23 @@ def test_a_diffusers_vae_folder_with_its_old_attention_names(tmp_path: Path):
     with pytest.raises(ReducioError, match="1 unexpected: encoder.mystery"):
         save_file(state | {"encoder.mystery": torch.zeros(1)}, file)
         convert(folder, tmp_path / "other")
+
+
+def test_shards_and_variants(tmp_path: Path):
+    """Weights in several files with an index; a half-precision copy beside the plain file, which is the one taken."""
+    vae = randomized(AutoencoderKL(**NARROW_SD))
+    vae.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    vae.save_pretrained(tmp_path / "both")
+    vae.half().save_pretrained(tmp_path / "both", variant="fp16")
+    for name in ("shards", "both"):
+        convert(tmp_path / name, tmp_path / f"{name}-out")
+        ours = load_file(tmp_path / f"{name}-out" / "diffusion_pytorch_model.safetensors")
+        assert {t.dtype for t in ours.values()} == {torch.float32}
+        assert all(torch.equal(ours[n].half(), t) for n, t in vae.state_dict().items())
+    (tmp_path / "both" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "both" / "other.safetensors")
+    with pytest.raises(ReducioError, match="must hold one file of weights, holds .*fp16.* name the file itself"):
+        convert(tmp_path / "both", tmp_path / "out")
 
 
 # ---- a whole model from published parts ----------------------------------------------------------------------------
