@@ -173,22 +173,28 @@ PEERS = {
 def build_random(peer: Peer, tiny: bool, dtype: torch.dtype, device: torch.device) -> Any:
     """The pipeline with fresh weights, the same ones each time. They are drawn on the device: T5-XXL on a CPU takes
     minutes."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), device:
+    components = peer.tiny if tiny else peer.full
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        built = {name: _component(*component) for name, component in (peer.tiny if tiny else peer.full).items()}
+        built = {name: _component(*component, device) for name, component in components.items()}
     for part in built.values():
         if isinstance(part, torch.nn.Module):
             checkpoints.cast(part, device, dtype).requires_grad_(False).eval()
     return diffusers_class(peer.pipelines[0])(**built)
 
 
-def _component(library: str, class_name: str, words: dict[str, Any]) -> Any:
+def _component(library: str, class_name: str, words: dict[str, Any], device: torch.device) -> Any:
     """A component by its class; where `library` is a configuration class of transformers, a model of that."""
     if library in checkpoints.LIBRARIES:
-        return getattr(importlib.import_module(library), class_name)(**words)
+        cls = getattr(importlib.import_module(library), class_name)
+        if not issubclass(cls, torch.nn.Module):
+            return cls(**words)  # on the CPU: schedulers make NumPy arrays of their tables
+        with device:
+            return cls(**words)
     transformers = importlib.import_module("transformers")
-    return getattr(transformers, class_name)(getattr(transformers, library)(**words))
+    config = getattr(transformers, library)(**words)
+    with device:
+        return getattr(transformers, class_name)(config)
 
 
 def diffusers_class(class_name: str) -> Any:
