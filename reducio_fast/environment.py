@@ -45,6 +45,7 @@ def describe() -> dict[str, Any]:
         "torch_build": _try(_torch_build),
         "devices": _try(_devices),
         "embedded_model": _try(_embedded_model),
+        "variables": _try(_variables),
         "hub_cache": _try(_hub_cache),
     }
 
@@ -144,6 +145,12 @@ def _hub_cache() -> str:
     hub = importlib.import_module("huggingface_hub")
     found = [name for name, file in PUBLISHED.items() if isinstance(hub.try_to_load_from_cache(name, file), str)]
     return ", ".join(found) or "no published encoder or first stage"
+
+
+def _variables() -> dict[str, str]:
+    """Our environment variables, each with its value or, in words, its default."""
+    variables = importlib.import_module("reducio_fast.compile.variables")
+    return {v.name: variables.read(v.name) or f"not set: {v.default}" for v in variables.VARIABLES.values()}
 
 
 def _embedded_model() -> str:

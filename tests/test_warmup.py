@@ -111,7 +111,7 @@ def recorded(fn: Any, inputs: list[Tensor], pool: Pool) -> tuple[Any, Any]:
 
 def test_after_a_warm_up_a_call_captures_nothing(pipe: ReducioPipeline) -> None:
     graphs = Graphs(recorded)
-    pipe._engine = Engine(graphs)
+    pipe._engine = Engine(graphs=graphs)
     outcome = pipe.warmup([64], progress=False)
     assert list(outcome.seconds) == ["64x64"] and outcome.complete
     before = graphs.describe()
@@ -151,7 +151,7 @@ def test_deadline_that_passes_leaves_a_usable_uncompiled_pipeline(
     outcome = warming.warm_up(pipe, [64, 96], 50, False, clock)
     assert outcome.left == ("64x64", "96x96") and not outcome.seconds
     assert caplog.messages == ["warm-up: not done after 50 s, 64x64, 96x96 left; the pipeline runs uncompiled"]
-    assert pipe._engine is not engine and not pipe._engine.compiled
+    assert pipe._engine is not engine and pipe._engine.compile is False
     assert (pipe(**CALL).frames == expected).all()  # while the other thread still hangs in a compiler
     release.set()
 

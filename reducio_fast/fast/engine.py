@@ -33,8 +33,8 @@ class Engine:
     any device.
     """
 
-    def __init__(self, graphs: Graphs | None = None, compiled: bool = True) -> None:
-        self.compiled = compiled  # False: the twins run as they are, through neither graphs nor a compiler
+    def __init__(self, graphs: Graphs | None = None, compile: bool | None = None) -> None:
+        self.compile = compile  # False: the twins run as they are, through neither graphs nor a compiler
         self.graphs, self._everywhere = graphs or Graphs(), graphs is not None
         self._twins: Twins | None = None
         self._made_from: tuple = ()
@@ -50,7 +50,7 @@ class Engine:
             runs_on = weight.device if device is None else device
             plan = Plan(runs_on, weight.dtype)
             twins = Twins(FastReducioDiT(transformer, plan).eval(), FastReducioVAE(vae, plan).eval(), plan)
-            if self.compiled and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
+            if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
                 twins.transformer.graphs = twins.vae.graphs = self.graphs
             self._twins, self._made_from = twins, weights
         return self._twins
@@ -66,7 +66,7 @@ class Engine:
 
     def uncompiled(self) -> Engine:
         """An engine for the same networks that shares nothing with this one, and compiles nothing."""
-        return Engine(compiled=False)
+        return Engine(compile=False)
 
     def packed(self) -> list[nn.Module]:
         """The twins, where they have been built."""
