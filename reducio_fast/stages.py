@@ -289,7 +289,7 @@ class Stages:
         from .compile import cache
         from .fast.engine import Engine
         from .fast.sampler import coefficients
-        from .triton_kernels.launch import arch_of
+        from .triton_kernels.launch import add_tables, arch_of
 
         obstacle = None
         for name, kind in (("transformer", ReducioDiT), ("vae", ReducioVAE)):
@@ -302,7 +302,9 @@ class Stages:
         except ValueError as error:
             obstacle = f"scheduler: {error}"
         if obstacle is None:
-            cache.use(cache.Origin.here(arch_of(self.device)))
+            origin = cache.Origin.here(arch_of(self.device))
+            cache.use(origin)
+            add_tables(cache.folder("tables", origin))
             self._engine = Engine()
         elif required:
             raise ReducioError(f"backend: 'fast' cannot run this model: {obstacle}")

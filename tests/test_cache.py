@@ -16,6 +16,7 @@ from triton.runtime.cache import FileCacheManager
 
 from reducio_fast.compile import cache, variables
 from reducio_fast.compile.cache import CacheError, ForeignCache, Origin
+from reducio_fast.triton_kernels import launch
 
 FILES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
@@ -125,6 +126,27 @@ def test_entries_that_are_there_stay(origin: Origin, tmp_path: Path) -> None:
     table.write_text("newer")
     cache.import_archive(tmp_path / "cache.zip", origin)
     assert table.read_text() == "newer"
+
+
+def test_table_tuned_here_goes_over_the_shipped_one(
+    origin: Origin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "_tuned_here", [])
+    shipped = launch.table("sm_90")
+    folder = cache.folder("tables", origin)
+    folder.mkdir(parents=True)
+    file = folder / "sm_90.json"
+    try:
+        file.write_text(json.dumps({"conv3d": {"K<=16": {"BLOCK_M": 7}}}))
+        launch.add_tables(folder)
+        assert launch.settings("conv3d", "K<=16", "sm_90") == {"BLOCK_M": 7}
+        assert launch.settings("conv3d", "*", "sm_90") == shipped["conv3d"]["*"]
+        file.write_text(file.read_text()[:-3])
+        launch.table.cache_clear()
+        assert launch.table("sm_90") == shipped
+        assert any(m.startswith(f"launch table {file} is ignored") for m in caplog.messages)
+    finally:
+        launch.table.cache_clear()
 
 
 def test_nothing_to_export(origin: Origin, tmp_path: Path) -> None:

@@ -279,7 +279,8 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found["devices"]) == torch.cuda.device_count()
     assert run(["env"]) == 0
     text = capsys.readouterr().out
-    for word in ("python", "torch", "diffusers", "transformers", "open_clip", "cpu_features", "device", "REDUCIO_CACHE_DIR"):
+    words = ("python", "torch", "diffusers", "transformers", "open_clip", "cpu_features", "device", "REDUCIO_CACHE_DIR")
+    for word in words:
         assert word in text
 
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,16 +57,29 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+_tuned_here: list[Path] = []
+
+
+def add_tables(folder: Path) -> None:
+    """Read `<arch>.json` of this folder, tuned on this machine, over the tables that are shipped."""
+    if folder not in _tuned_here:
+        _tuned_here.append(folder)
+        table.cache_clear()
+
+
 @functools.cache
 def table(arch: str) -> dict[str, dict[str, Settings]]:
-    """{op: {key: settings}} for `arch`: its own table over the default one, entry by entry."""
+    """{op: {key: settings}} for `arch`: its own table over the default one, this machine's over both, by entry."""
     folder = resources.files(__package__) / "tables"
     merged = json.loads((folder / "default.json").read_text())
-    own = folder / f"{arch}.json"
-    if own.is_file():
-        for op, entries in json.loads(own.read_text()).items():
-            merged[op] = merged.get(op, {}) | entries
-    elif arch != "default":
+    found = [file for file in (folder / f"{arch}.json", *(f / f"{arch}.json" for f in _tuned_here)) if file.is_file()]
+    for file in found:
+        try:
+            own = json.loads(file.read_text())
+            merged |= {op: merged.get(op, {}) | entries for op, entries in own.items()}
+        except (OSError, ValueError, AttributeError, TypeError) as error:  # a user's file may be cut short
+            LOG.warning("launch table %s is ignored: %s", file, error)
+    if not found and arch != "default":
         LOG.warning("no launch table for %s: kernels run with default settings", arch)
     return merged
 
