@@ -301,16 +301,26 @@ def load_foreign(
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
             require("sentencepiece", "google.protobuf", argument=str(folder / "spiece.model"))
-        return _from_pretrained(cls, folder)
+        # An Auto class would else ask at the terminal whether it may run code that lies in the folder.
+        words = {"trust_remote_code": False} if class_name.startswith("Auto") else {}
+        return _from_pretrained(cls, folder, **words)
     check_component(folder)
     # diffusers renamed `torch_dtype` to `dtype` and warns about the old word, so its models are cast after loading.
-    words = {"dtype": dtype} if library == "transformers" else {}
+    words: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
+    words["variant"] = _variant(folder)
     with quiet_transformers():
         model, info = _from_pretrained(cls, folder, output_loading_info=True, use_safetensors=True, **words)
     misshapen = [str(m[0]) for m in info.get("mismatched_keys", ())]
     unexpected = [name for name in sorted(info["unexpected_keys"]) if not name.startswith(skip)]
     report(folder, sorted(info["missing_keys"]), unexpected, misshapen)
     return cast(model, device, dtype).requires_grad_(False).eval()
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of a folder that holds weights of one variant alone, such as "fp16" (model.fp16.safetensors)."""
+    names = [file.name.split(".") for file in folder.glob("*.safetensors")]
+    variants = {name[1].split("-")[0] if len(name) == 3 else None for name in names}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def cast(network: _Model, device: str | torch.device, dtype: torch.dtype) -> _Model:

@@ -33,7 +33,7 @@ GUIDANCE = 4.5
 DEFAULTS: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 OURS = ("prompt", "negative_prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 # A frame of up to a quarter more or less than the drawer's own number of pixels is drawn as it is. All of PixArt's
-# buckets of one base lie within: their areas are 0.89 to 1.04 of the square's.
+# buckets of one base lie within: their areas are 0.90 to 1.00 of the square's.
 OWN_AREA = (0.8, 1.25)
 BINNED = (256, 512, 1024)  # native sizes for which diffusers has PixArt's table of sizes per aspect ratio
 

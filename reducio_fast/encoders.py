@@ -227,7 +227,7 @@ def load_text_encoder(
     folder = find_text_encoder(name)
     kind = read_json(folder / CONFIG).get("model_type")
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         model_class = AutoModelForTextEncoding._model_mapping[type(config)]
     except (ValueError, KeyError, OSError) as error:
         raise ReducioError(f"text_encoder: {folder} is of the type {kind!r}, which is no text encoder") from error

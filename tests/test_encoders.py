@@ -523,6 +523,22 @@ def test_a_hub_id_in_the_cache_needs_no_network(
     assert both.text_encoder is both.text_to_image.text_encoder
 
 
+def test_code_in_a_folder_is_never_run(motion: Path, t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """transformers would ask at the terminal; an answer must not even be wanted."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for file, words in (
+        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "evil.Own"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "evil.Own"]}}),
+    ):
+        folder = Path(shutil.copytree(t5, tmp_path / file))
+        (folder / "tokenizer.json").unlink()
+        (folder / file).write_text(json.dumps(words))
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: ...\n")
+        with pytest.raises(ReducioError) as caught:
+            ReducioPipeline.from_pretrained(motion, device="cpu", text_encoder=folder)
+        assert str(folder) in str(caught.value) and not (tmp_path / "ran").exists()
+
+
 def test_names_that_fit_no_part(motion: Path, t5: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
     for words, message in (

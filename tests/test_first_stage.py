@@ -199,6 +199,18 @@ def test_a_published_pixart_names_its_transformer_by_an_older_class(tmp_path: Pa
         assert torch.equal(old.transformer.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "3KB"}], ids=["whole", "sharded"])
+def test_a_folder_of_half_precision_files_alone(tmp_path: Path, shards: dict):
+    """As `hf download --include "*fp16*"` leaves it, of every part."""
+    pipeline = pixart()
+    pipeline.save_pretrained(tmp_path, variant="fp16", **shards)
+    assert not list(tmp_path.glob("*/*model.safetensors")) and list(tmp_path.glob("*/*.fp16*.safetensors"))
+    half = load_text_to_image(tmp_path, {}, torch.float32, "cpu")
+    for name in ("transformer", "text_encoder", "vae"):
+        for key, tensor in getattr(pipeline, name).state_dict().items():
+            assert torch.equal(getattr(half, name).state_dict()[key], tensor), key
+
+
 # ---- the size that is drawn ------------------------------------------------------------------------------------------
 
 
