@@ -70,7 +70,8 @@ def write_model(target: Path, parts: dict[str, Any]) -> None:
     """Write what `read_model` reads, each weight in the dtype it has; the folder appears whole or not at all."""
     index: dict[str, Any] = {"_class_name": "ReducioPipeline", "_reducio_fast_version": checkpoints.version()}
     index |= {name: _library_and_class(name, parts[name]) for name in COMPONENTS}
-    index |= {name: parts[name] for name in SETTINGS}
+    settings = {name: parts[name] for name in SETTINGS if name in parts}  # what is not said has its default when read
+    index |= settings
     with checkpoints.new_folder(target) as folder, checkpoints.quiet_transformers():
         for name in COMPONENTS:
             component = parts[name]
@@ -86,7 +87,7 @@ def write_model(target: Path, parts: dict[str, Any]) -> None:
         if (target / hub.CARD).is_file():  # the card of the model that is replaced
             shutil.copyfile(target / hub.CARD, folder / hub.CARD)
         components = {name: parts[name] for name in COMPONENTS}
-        hub.write_card(folder, components, {name: parts[name] for name in SETTINGS}, target.name)
+        hub.write_card(folder, components, settings, target.name)
 
 
 def _read_source(
