@@ -168,6 +168,8 @@ def _decode(load: Callable[[], T], what: str) -> T:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
+    if 0 in image.size:
+        raise ReducioError(f"the image is empty, of {image.width}x{image.height} pixels")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255 instead of scaling them
         grey = np.asarray(image).astype(np.float64) / 257
