@@ -76,6 +76,7 @@ def check_prompts(prompt: Any, negative_prompt: Any, prompt_embeds: Any = None) 
         if not text.strip():
             where = "" if isinstance(prompt, str) else f" number {i}"
             raise ReducioError(f"prompt{where}: is empty ({text!r}); say what the clip shall show")
+    _check_encodable("prompt", prompts)
     return (*_negatives(negative_prompt, prompts), not isinstance(prompt, str))
 
 
@@ -87,7 +88,18 @@ def _negatives(negative_prompt: Any, prompts: Sequence[str]) -> tuple[list[str],
         raise ReducioError(f"negative_prompt: must be text or a list of texts, is {_brief(negative_prompt)}")
     if len(negatives) != len(prompts):
         raise ReducioError(f"negative_prompt: {len(negatives)} texts for {len(prompts)} prompts")
+    _check_encodable("negative_prompt", negatives)
     return list(prompts), list(negatives)
+
+
+def _check_encodable(name: str, texts: Sequence[str]) -> None:
+    """Python keeps bytes of a command line or a file that are no UTF-8 as lone surrogates; no tokenizer takes these."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            wrong = text[error.start]
+            raise ReducioError(f"{name}: holds {wrong!r}, which is no character; is {_brief(text)}") from None
 
 
 def check_size(config: VAEConfig, height: Any, width: Any, num_frames: Any) -> None:

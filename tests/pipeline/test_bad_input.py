@@ -22,6 +22,11 @@ BAD_CALLS = {
     "empty list": ({"prompt": []}, "prompt: must be text or a list of texts, is list"),
     "empty item": ({"prompt": ["a", ""]}, "prompt number 1: is empty"),
     "number for a prompt": ({"prompt": 7}, "prompt: must be text .* is int 7"),
+    "half a character": (
+        {"prompt": "a \udcff star"},
+        r"prompt: holds '\\udcff', which is no character; is str 'a .* star'",
+    ),
+    "half a negative": ({"negative_prompt": "\ud800"}, r"negative_prompt: holds '\\ud800', which is no character"),
     "negatives": ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 texts for 1 prompts"),
     "negative number": ({"negative_prompt": 1}, "negative_prompt: must be text"),
     "height": ({"height": 100}, "height: 100 is not a multiple of 32; the two nearest legal sizes are 96 and 128"),
