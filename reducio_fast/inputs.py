@@ -20,6 +20,8 @@ BACKENDS = ("reference", "fast", "auto")
 MINIMUM_TRITON = (3, 6)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SEED = 2**63 - 1
+MAX_SIDE = 16384  # pixels: 16 frames of that square are 13 GB as bytes alone
+MAX_VIDEOS = 1000  # of one prompt: a call holds all of its clips in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +107,19 @@ def _check_encodable(name: str, texts: Sequence[str]) -> None:
 def check_size(config: VAEConfig, height: Any, width: Any, num_frames: Any) -> None:
     check_multiple("height", height, config.spatial_factor)
     check_multiple("width", width, config.spatial_factor)
+    for name, value in (("height", height), ("width", width)):
+        if value > MAX_SIDE:
+            raise ReducioError(f"{name}: {value} is above the largest side, {MAX_SIDE}")
     if num_frames != config.num_frames:
         raise ReducioError(
             f"num_frames: {num_frames!r} asked for, this model makes clips of {config.num_frames} frames"
         )
 
 
-def check_count(name: str, value: Any) -> int:
-    if not _is_integer(value) or value < 1:
-        raise ReducioError(f"{name}: must be a whole number of at least 1, is {value!r}")
+def check_count(name: str, value: Any, most: int | None = None) -> int:
+    if not _is_integer(value) or value < 1 or (most is not None and value > most):
+        span = "of at least 1" if most is None else f"from 1 to {most}"
+        raise ReducioError(f"{name}: must be a whole number {span}, is {value!r}")
     return int(value)
 
 

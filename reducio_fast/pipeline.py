@@ -356,7 +356,7 @@ class ReducioPipeline(LoraLoader, Stages):
         sizes = [i.shape[:2] for i in images if i is not None]
         own = (self.sample_height, self.sample_width)
         height, width = buckets.choose_size(height, width, own, sizes, config.spatial_factor)
-        per_prompt = inputs.check_count("num_videos_per_prompt", num_videos_per_prompt)
+        per_prompt = inputs.check_count("num_videos_per_prompt", num_videos_per_prompt, inputs.MAX_VIDEOS)
         inputs.check_size(config, height, width, num_frames)
         max_steps = self.scheduler.config.num_train_timesteps
         inputs.check_sampling(num_inference_steps, max_steps, guidance_scale, output_type)

@@ -44,7 +44,12 @@ BAD_CALLS = {
     "latent shape": ({"latents": torch.zeros(1, 16, 4, 4, 4)}, r"has shape \[1, 16, 4, 4, 4\], .* \[1, 16, 4, 2, 2\]"),
     "integer latents": ({"latents": torch.zeros(SHAPE).int()}, "latents: must be a floating-point tensor"),
     "output type": ({"output_type": "mp4"}, "output_type: must be one of np, pil, pt, latent, is 'mp4'"),
-    "videos": ({"num_videos_per_prompt": 0}, "num_videos_per_prompt: must be a whole number of at least 1, is 0"),
+    "videos": ({"num_videos_per_prompt": 0}, "num_videos_per_prompt: must be a whole number from 1 to 1000, is 0"),
+    "a life of video": (
+        {"num_videos_per_prompt": 10**12},
+        "num_videos_per_prompt: .* from 1 to 1000, is 1000000000000",
+    ),
+    "a wall": ({"height": 32 * 10**12}, "height: 32000000000000 is above the largest side, 16384"),
     "half a video": ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt: must be a whole number .* is 1.5"),
     "generators of videos": (
         {"num_videos_per_prompt": 3, "generator": [torch.Generator()]},
