@@ -266,8 +266,9 @@ def convert(args: argparse.Namespace) -> None:
     from .inputs import DTYPES as dtypes
 
     if args.to == "official":
-        if args.out is None:
-            raise ReducioError("--to official needs --out FILE")
+        others = [f"--{n}" for n in ("into", "component", "preset", "config", "dtype") if getattr(args, n) is not None]
+        if args.out is None or others:
+            raise ReducioError(f"--to official takes --out FILE and nothing else, not {', '.join(others) or 'none'}")
         result = conversion.export(args.source, args.out)
     else:
         config = read_json(Path(args.config)) if args.config else None

@@ -137,6 +137,12 @@ def test_official_to_ours_to_official_is_bit_exact(dtype: torch.dtype, ending: s
     assert (ours / "diffusion_pytorch_model.safetensors").read_bytes() == first, "the same file, from either form"
 
 
+def test_the_way_back_takes_a_file_name_alone(capsys: pytest.CaptureFixture[str]):
+    for options, names in ((["--out", "a.ckpt", "--dtype", "float16", "--into", "m"], "--into, --dtype"), ([], "none")):
+        assert main(["convert", "vae", "--to", "official", *options]) == 2
+        assert f"--to official takes --out FILE and nothing else, not {names}\n" in capsys.readouterr().err
+
+
 def test_what_is_converted_again_keeps_its_configuration(tmp_path: Path):
     vae = randomized(ReducioVAE(VAEConfig(**NARROW_VAE)))
     torch.save(vae.state_dict(), tmp_path / "a.pth")
