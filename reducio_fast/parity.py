@@ -45,15 +45,15 @@ def compare(
     vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32, device)
     dit = load_model(ReducioDiT, DiTConfig, folder / "transformer", torch.float32, device)
     name = "default" if model is None else folder.name
-    rows = list(_compare(name, dit, vae, dtype, 128 if model is None else FULL_SIZE_PIXELS, whole=True))
+    rows = list(compare_networks(name, dit, vae, dtype, 128 if model is None else FULL_SIZE_PIXELS, whole=True))
     if full_size if full_size is not None else device.type == "cuda":
         del vae, dit
         with torch.device(device):
             torch.manual_seed(0)
             full = ReducioDiT(DiTConfig()), ReducioVAE(VAEConfig())
         for network in full:
-            _liven(network)
-        rows += _compare("full size", *full, dtype, FULL_SIZE_PIXELS, whole=False)
+            liven(network)
+        rows += compare_networks("full size", *full, dtype, FULL_SIZE_PIXELS, whole=False)
     return rows
 
 
@@ -64,9 +64,10 @@ def lines(rows: list[Row]) -> list[str]:
 
 
 @torch.no_grad()
-def _compare(
+def compare_networks(
     name: str, dit: ReducioDiT, vae: ReducioVAE, dtype: torch.dtype, pixels: int, whole: bool
 ) -> Iterator[Row]:
+    """The rows of two float32 networks; in float32 both become float64, which is then their oracle."""
     from .fast.dit import FastReducioDiT
     from .fast.plan import Plan
     from .fast.sampler import sample as fast_sample
@@ -137,7 +138,7 @@ def _scheduler() -> Any:
 
 
 @torch.no_grad()
-def _liven(network: torch.nn.Module) -> None:
+def liven(network: torch.nn.Module) -> None:
     """Random weights where a fresh network has zeros: a silent branch would compare as equal whatever it computes."""
     for parameter in network.parameters():
         if not parameter.any():

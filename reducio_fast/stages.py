@@ -23,6 +23,7 @@ from .encoders import ContentEncoder, SemanticEncoder, TextEncoder, clean_captio
 from .errors import ReducioError, is_out_of_memory
 from .inputs import ClipRequest, Embeds, Request
 from .offload import Offload
+from .ranges import annotate
 from .reference import Condition, ReducioDiT, ReducioVAE, sample
 from .reference.sampler import Callback
 
@@ -315,7 +316,7 @@ class Stages:
     @contextmanager
     def _stage(self, timings: dict[str, float], name: str) -> Iterator[None]:
         start = self._clock()
-        with self._on_device(name):
+        with annotate(name), self._on_device(name):
             yield
         timings[name] = timings.get(name, 0.0) + self._clock() - start
 

@@ -7,7 +7,7 @@ The choices are our Triton kernel, the vendor's library through torch ("vendor":
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,10 +47,14 @@ class Choice:
 
 @dataclass(slots=True)
 class Plan:
-    """Picks implementations for models on one device in one dtype; `choices` lists every pick so far."""
+    """Picks implementations for models on one device in one dtype; `choices` lists every pick so far.
+
+    `allowed` names the ops that may run our kernel, None all of them: an ablation takes the others away.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    allowed: Collection[str] | None = None
     choices: list[Choice] = field(default_factory=list)
 
     def pick(self, path: str, op: str, shape: str = "") -> Callable[..., Any]:
@@ -65,16 +69,17 @@ class Plan:
             return getattr(torch.ops.reducio_fast, op)
         return _flash_attention if implementation == "flash-attn" else module.twin
 
-    @property
-    def kernels(self) -> bool:
-        """Whether any module runs a kernel, so that statistics from epilogues are worth asking for."""
-        return self.device.type == "cuda"
+    def takes_statistics(self, op: str, shape: str) -> bool:
+        """Whether a convolution's epilogue takes the statistics that a norm's kernel then has no need to."""
+        return all(self._decide(*pick)[0] == "kernel" for pick in ((op, shape), ("group_norm_silu", "")))
 
     def _decide(self, op: str, shape: str) -> tuple[str, str]:
         if self.device.type != "cuda":
             return "torch", f"{self.device.type}: the same algebra on torch ops"
         if self.dtype not in FLOATING:
             return "vendor", f"kernels do not take {self.dtype}"
+        if self.allowed is not None and op not in self.allowed:
+            return "vendor", "its kernel is not allowed"
         arch = arch_of(self.device)
         measured = table(arch).get("plan", {})
         for key in (f"{op} {shape}", op):

@@ -73,8 +73,9 @@ class FastConv(nn.Module):
         super().__init__()
         self.weight, self.bias = frozen(pack_weight(conv.weight)), conv.bias
         self.padding = _padding(conv)
-        self.stats = plan.kernels and not getattr(conv, "front", 0)
-        self.run = plan.pick(path, "conv3d", f"{conv.in_channels}->{conv.out_channels}")
+        pick = ("conv3d", f"{conv.in_channels}->{conv.out_channels}")
+        self.stats = plan.takes_statistics(*pick) and not getattr(conv, "front", 0)
+        self.run = plan.pick(path, *pick)
 
     def forward(self, padded: Tensor, residual: Tensor | None = None, out: Padding = DENSE) -> Activation:
         y, partials = self.run(padded, self.weight, self.bias, residual, self.stats, *out)
@@ -169,8 +170,9 @@ class FastUpsample(nn.Module):
         self.padding = _padding(up.conv)
         self.weight = frozen(fold_weight(up.conv.weight, time, self.causal))
         self.bias = up.conv.bias
-        self.stats = plan.kernels and not self.causal
-        self.run = plan.pick(path, "upsample_conv3d", f"{up.conv.in_channels}->{up.conv.out_channels}")
+        pick = ("upsample_conv3d", f"{up.conv.in_channels}->{up.conv.out_channels}")
+        self.stats = plan.takes_statistics(*pick) and not self.causal
+        self.run = plan.pick(path, *pick)
 
     def forward(self, padded: Tensor) -> Activation:
         y, partials = self.run(padded, self.weight, self.bias, self.causal, self.stats)

@@ -1,0 +1,404 @@
+"""What is measured and profiled: clips of the default model, or of random networks whose conditions are given.
+
+A `Contender` is one way to make the clip of a workload. Latency does not depend on weights, so random ones do; this
+module then needs torch, Triton, numpy and safetensors alone, as a bare GPU machine has them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checkpoints import embedded_model, find_model
+from .errors import ReducioError
+from .measure import clock
+from .parity import compare_networks, liven
+from .ranges import annotate
+from .reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
+
+PROMPT = "a red circle moving right on a black background"
+STEPS, GUIDANCE = 20, 4.5
+NARROW_STEPS = 3
+FULL_SIZES = (256, 512, 1024)
+NAMES = ("default", *map(str, FULL_SIZES), "narrow")
+SEMANTIC_TOKENS = 256  # of OpenCLIP ViT-H at 224 pixels
+
+# The same networks, narrow and small: a CPU takes them through every part of a benchmark in seconds.
+NARROW = (
+    DiTConfig(
+        hidden_size=48, depth=2, num_heads=4, caption_channels=32, caption_length=12, semantic_channels=32,
+        position_base_size=2,
+    ),
+    VAEConfig(
+        base_channels=8, channel_multipliers=(1, 1, 2, 2, 2, 2), content_base_channels=8, norm_groups=4, num_heads=2,
+        content_channel_multipliers=(1, 1, 2, 2), fusion_head_dim=8, num_res_blocks=1, num_frames=4, temporal_factor=2,
+    ),
+    64,
+)  # fmt: skip
+
+Timings = dict[str, float]
+Flops = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """`run` makes one clip: uint8 frames [T, H, W, 3] on the host, and seconds per stage."""
+
+    name: str
+    what: str
+    dtype: torch.dtype
+    run: Callable[[], tuple[np.ndarray, Timings]]
+    algebra: str = "direct"  # whose operations it executes: "direct" as the reference writes them, or "folded"
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One line of the ablation ladder: what it adds to the rung before."""
+
+    name: str
+    what: str
+    transformer: bool = False  # the fast twin
+    vae: bool = False
+    kernels: frozenset[str] = frozenset()  # ops that run our kernel; the others run the vendor's library
+    engine: bool = False  # everything that `backend="fast"` adds: regional compilation, graphs
+
+
+def ladder() -> list[Rung]:
+    """Every optimisation that can be switched by itself, each on top of those before it."""
+    rungs = [
+        Rung("reference", "plain PyTorch, eager"),
+        Rung("transformer", "fast transformer on torch ops: fused QKV, keys and values once a clip, one modulation "
+             "table a schedule, guidance halves share their start", transformer=True),
+        Rung("decoder", "fast decoder on torch ops: channels-last, folded up-sampling, tiles in batches, shared "
+             "content keys and values", transformer=True, vae=True),
+    ]  # fmt: skip
+    kernels: frozenset[str] = frozenset()
+    for name, ops, what in (
+        ("group_norm_silu", ("group_norm_silu",), "parallel GroupNorm + SiLU kernel that writes the padded buffer"),
+        ("conv3d", ("conv3d",), "implicit-GEMM convolution, bias, residual and statistics in its epilogue"),
+        ("upsample_conv3d", ("upsample_conv3d",), "phase-folded up-sampling kernel"),
+        ("attention", ("attention",), "flash attention with head dim 72 as 64 + 16"),
+        ("ada_layer_norm", ("ada_layer_norm", "gated_residual_ada_layer_norm"), "residual + gate + LayerNorm + "
+         "modulation in one kernel"),
+        ("guidance_dpm_step", ("guidance_dpm_step",), "guidance and scheduler in one kernel"),
+        ("blend_tiles", ("blend_tiles",), "tiles blended, cropped and turned into bytes in one kernel"),
+    ):  # fmt: skip
+        kernels |= set(ops)
+        rungs.append(Rung(name, what, transformer=True, vae=True, kernels=kernels))
+    last = rungs[-1]
+    return [*rungs, Rung("engine", "regional compilation and graphs, as backend='fast' has them", last.transformer,
+                         last.vae, last.kernels, engine=True)]  # fmt: skip
+
+
+class Stopwatch:
+    """Seconds per stage, each under the stage's name on a profiler's time line."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, Timings()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = clock(self.device)
+        with annotate(name):
+            yield
+            end = clock(self.device)  # within the range: it then covers the kernels, which outlive their launch
+        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+
+
+class GivenConditions:
+    """Sampling and decoding with two networks, from a condition that is there already."""
+
+    def __init__(
+        self, name: str, dit: ReducioDiT, vae: ReducioVAE, cond: Condition, image: Tensor, noise: Tensor,
+        scheduler: Any, steps: int = STEPS,
+    ) -> None:  # fmt: skip
+        self.name, self.dit, self.vae, self.steps = name, dit, vae, steps
+        self.cond, self.image, self.noise, self.scheduler = cond, image, noise, scheduler
+        config = vae.config
+        self.pixels = max(image.shape[-2:])
+        self.tiled = self.pixels > config.tile_size * (1 + config.tile_overlap)
+        self.device, self.dtype = noise.device, next(dit.parameters()).dtype
+        height, width = image.shape[-2:]
+        self.what = (
+            f"{name}: {config.num_frames}x{height}x{width}, {steps} steps with guidance, conditions given"
+            f"{', tiled' if self.tiled else ''}"
+        )
+
+    @classmethod
+    def random(
+        cls, name: str, dit: DiTConfig, vae: VAEConfig, pixels: int, dtype: torch.dtype, device: torch.device,
+        steps: int = STEPS,
+    ) -> GivenConditions:  # fmt: skip
+        """Random weights with no silent branch, and conditions of the sizes that the encoders give."""
+        torch.manual_seed(0)
+        with torch.device(device):
+            networks = [n.requires_grad_(False).eval() for n in (ReducioDiT(dit), ReducioVAE(vae))]
+        for network in networks:
+            liven(network)
+            network.to(dtype)
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        mask = torch.zeros(1, dit.caption_length, dtype=torch.long, device=device)
+        mask[:, : dit.caption_length // 3] = 1
+        cond = Condition(
+            normal(1, dit.caption_length, dit.caption_channels), mask,
+            normal(1, SEMANTIC_TOKENS, dit.semantic_channels),
+            normal(1, dit.content_channels, pixels // 8, pixels // 8),
+        )  # fmt: skip
+        image = F.avg_pool2d(normal(1, 3, pixels, pixels), 9, 1, 4).mul(4).clamp(-1, 1)  # pictures are smooth
+        cells = pixels // vae.spatial_factor
+        shape = (1, vae.latent_channels, vae.num_frames // vae.temporal_factor, cells, cells)
+        return cls(name, *networks, cond, image, initial_latent(shape, [0], device), scheduler(), steps)
+
+    @classmethod
+    def of_pipeline(cls, name: str, pipe: Any) -> GivenConditions:
+        """What a loaded pipeline would sample and decode for `PROMPT`: its conditions are made once, here."""
+        with torch.no_grad():
+            out = pipe(PROMPT, num_inference_steps=1, output_type="latent", progress=False)
+            cond = pipe._condition(PROMPT, out.content, {})
+            noise = initial_latent((1, *out.frames.shape), [0], pipe.device)
+            image = pipe._pixels(out.content)
+        return cls(name, pipe.transformer, pipe.vae, cond, image, noise, pipe.scheduler)
+
+    @torch.no_grad()
+    def clip(self, dit: Any, vae: Any) -> tuple[np.ndarray, Timings]:
+        """One clip by these networks, of either kind."""
+        stage, reference = Stopwatch(self.device), isinstance(dit, ReducioDiT)
+        with stage("dit.step"):
+            words = (dit, self.scheduler, self.noise, self.cond, None, GUIDANCE, self.steps)
+            latent = sample(*words) if reference else _fast_sample()(*words)
+        with stage("vae.decode"):
+            features = vae.encode_content(self.image, tiled=self.tiled)
+            latent = latent.to(self.dtype)
+            if isinstance(vae, ReducioVAE):
+                video = vae.decode(latent, features, tiled=self.tiled)[0].float().clamp(-1, 1)
+                frames = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+            else:
+                frames = vae.decode(latent, features, tiled=self.tiled, as_uint8=True)[0].cpu().numpy()
+        return frames, stage.seconds
+
+    def contender(self, name: str) -> Contender:
+        if name == "reference":
+            return Contender(name, "plain PyTorch, eager", self.dtype, lambda: self.clip(self.dit, self.vae))
+        if name == "compiled":
+            dit, vae = copy.deepcopy(self.dit), copy.deepcopy(self.vae)
+            return Contender(name, compile_reference(dit, vae, self.device), self.dtype, lambda: self.clip(dit, vae))
+        from .fast.engine import Engine
+
+        twins = Engine().twins(self.dit, self.vae)
+        run = functools.partial(self.clip, twins.transformer, twins.vae)
+        return Contender(name, "fast twins, as backend='fast' builds them", self.dtype, run, "folded")
+
+    def rungs(self) -> list[Contender]:
+        """The ladder, without the rungs that change nothing on this device."""
+        from .fast.dit import FastReducioDiT
+        from .fast.plan import Plan
+        from .fast.vae import FastReducioVAE
+
+        found: list[Contender] = []
+        before: Any = None
+        for rung in ladder():
+            if rung.engine:
+                found.append(_renamed(self.contender("fast"), rung))
+                continue
+            plan = Plan(self.device, self.dtype, rung.kernels)
+            dit = FastReducioDiT(self.dit, plan).eval() if rung.transformer else self.dit
+            vae = FastReducioVAE(self.vae, plan).eval() if rung.vae else self.vae
+            made = (rung.transformer, rung.vae, [(c.path, c.implementation) for c in plan.choices])
+            if made != before:
+                run = functools.partial(self.clip, dit, vae)
+                found.append(Contender(rung.name, rung.what, self.dtype, run, "folded" if rung.vae else "direct"))
+            before = made
+        return found
+
+    def parity(self) -> list[dict[str, Any]]:
+        """The fast path against the oracle, on these networks at the size that `parity` uses for a full-width one."""
+        networks = [copy.deepcopy(n).float() for n in (self.dit, self.vae)]
+        return list(compare_networks(self.name, *networks, self.dtype, min(self.pixels, 256), whole=False))
+
+    @functools.cached_property
+    def flops(self) -> dict[str, Flops]:
+        """{"direct" or "folded": {stage: floating-point operations}}, two a multiply-add, counted by torch.
+
+        Counted on the meta device, so nothing is computed. The folded count is what the fast twins execute: 12% fewer
+        in the full-size decoder, because up-sampling and the convolution after it are one. Norms are not counted.
+        """
+        return count(self)
+
+
+class DefaultClip:
+    """Whole clips of a model folder, from the prompt to the frames, by the public pipeline."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, dtype: str | None, device: torch.device) -> None:
+        self.name = "default" if folder is None else os.path.basename(os.fspath(folder).rstrip("/"))
+        self.folder = embedded_model() if folder is None else find_model(folder)
+        self.asked, self.device = dtype, device
+        pipe = self._pipe("reference")
+        self.dtype = pipe.dtype
+        self.given = GivenConditions.of_pipeline(self.name, pipe)
+        frames = pipe.vae.config.num_frames
+        self.what = (
+            f"{self.name}: {frames}x{pipe.sample_height}x{pipe.sample_width} from a prompt, {STEPS} steps with guidance"
+        )
+
+    def _pipe(self, backend: str) -> Any:
+        from . import ReducioPipeline
+
+        return ReducioPipeline.from_pretrained(self.folder, dtype=self.asked, device=self.device, backend=backend)
+
+    def contender(self, name: str) -> Contender:
+        pipe = self._pipe("fast" if name == "fast" else "reference")
+        what = f"ReducioPipeline, backend='{pipe.backend}'"
+        if name == "compiled":
+            what = compile_reference(pipe.transformer, pipe.vae, self.device)
+
+        def run() -> tuple[np.ndarray, Timings]:
+            out = pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, progress=False)
+            return out.frames, dict(out.timings)
+
+        return Contender(name, what, pipe.dtype, run, "folded" if name == "fast" else "direct")
+
+    def rungs(self) -> list[Contender]:
+        return self.given.rungs()
+
+    def parity(self) -> list[dict[str, Any]]:
+        return self.given.parity()
+
+    @property
+    def flops(self) -> dict[str, Flops]:
+        return self.given.flops
+
+
+def workload(
+    name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device
+) -> DefaultClip | GivenConditions:
+    """One of `NAMES`. Raises ReducioError for another one, and for a full-size one on a CPU."""
+    from .inputs import resolve_dtype
+
+    if name not in NAMES:
+        raise ReducioError(f"workload: {name!r} is unknown; known: {', '.join(NAMES)}")
+    if name == "default":
+        return DefaultClip(model, dtype, device)
+    if model is not None:
+        raise ReducioError(f"model: {os.fspath(model)} given, but workload {name} has random weights; leave one out")
+    kind = resolve_dtype(dtype, None, device)
+    if name == "narrow":
+        return GivenConditions.random("narrow", *NARROW, kind, device, NARROW_STEPS)
+    if device.type != "cuda":
+        raise ReducioError(
+            f"workload: {name} is full-size, 3.5 billion operations a pixel and 8 GB of memory, which takes a CPU an "
+            "hour and more; name a GPU, or measure 'default' or 'narrow'"
+        )
+    return GivenConditions.random(f"full size {name}", DiTConfig(), VAEConfig(), int(name), kind, device)
+
+
+def compile_reference(dit: ReducioDiT, vae: ReducioVAE, device: torch.device) -> str:
+    """torch.compile, in place, as its users are told to: block by block, weights channels-last. Says what it did.
+
+    max-autotune on a GPU, without its own graphs: those hand out a tile's memory again before the tile is blended.
+    """
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    for network in (dit, vae):
+        for parameter in network.parameters():
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            if parameter.ndim in formats:
+                parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
+    for block in dit.transformer_blocks:
+        block.compile(mode=mode, dynamic=False)  # one compilation serves them all
+    for part in (vae.encoder_2d, vae.decoder):
+        part.compile(mode=mode, dynamic=False)
+    return f"torch.compile {mode}, channels_last_3d"
+
+
+def count(given: GivenConditions) -> dict[str, Flops]:
+    """See `GivenConditions.flops`."""
+    from .fast.dit import FastReducioDiT
+    from .fast.plan import Plan
+    from .fast.vae import FastReducioVAE
+
+    meta = torch.device("meta")
+    with meta:
+        dit, vae = (n.requires_grad_(False) for n in (ReducioDiT(given.dit.config), ReducioVAE(given.vae.config)))
+    cond = [None if x is None else x.expand(2, *x.shape[1:]).to(meta, x.dtype if x.dtype == torch.long else None)
+            for x in (given.cond.text, given.cond.text_mask, given.cond.semantic, given.cond.content)]  # fmt: skip
+    cond = [x if x is None or x.dtype == torch.long else x.float() for x in cond]
+    noise, image = given.noise.to(meta).float(), given.image.to(meta).float()
+    steps = torch.empty(2, device=meta)
+    plan = Plan(meta, torch.float32)
+    fast_dit, fast_vae = FastReducioDiT(dit, plan), FastReducioVAE(vae, plan)
+    prepared = fast_dit.prepare(*cond)
+    modulation = fast_dit.modulations(steps[:1], noise.shape[-2:])
+
+    def of(run: Callable[[], Any]) -> float:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        return float(counter.get_total_flops())
+
+    def decode(network: Any) -> float:
+        return of(lambda: network.decode(noise, network.encode_content(image, tiled=given.tiled), tiled=given.tiled))
+
+    both = noise.expand(2, *noise.shape[1:])
+    return {
+        "direct": {"dit.step": given.steps * of(lambda: dit(both, steps, *cond)), "vae.decode": decode(vae)},
+        "folded": {
+            "dit.step": of(lambda: fast_dit.prepare(*cond))
+            + given.steps * of(lambda: fast_dit.denoise(noise, modulation, prepared)),
+            "vae.decode": decode(fast_vae),
+        },
+    }
+
+
+class FlowMatchEulerDiscreteScheduler:
+    """Rectified flow by Euler steps, where diffusers is not installed: as long a schedule, the same work a step.
+
+    Named as its original in diffusers, by which name the fast sampler knows whose coefficients to read.
+    """
+
+    init_noise_sigma = 1.0
+
+    def __init__(self) -> None:
+        self.config, self.num_inference_steps = {"stochastic_sampling": False}, None
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        self.num_inference_steps = num_inference_steps
+        self.sigmas = torch.linspace(1, 0, num_inference_steps + 1)
+        self.timesteps = (self.sigmas[:-1] * 1000).to(device)
+        self._index = 0
+
+    def step(self, velocity: Tensor, timestep: Tensor, latent: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        before, after = self.sigmas[self._index : self._index + 2].tolist()
+        self._index += 1
+        return (latent + (after - before) * velocity,)
+
+
+def scheduler() -> Any:
+    """DPM-Solver++ as the model is sampled, by diffusers; without diffusers an Euler schedule."""
+    try:
+        from diffusers import DPMSolverMultistepScheduler
+    except ImportError:
+        return FlowMatchEulerDiscreteScheduler()
+    return DPMSolverMultistepScheduler()
+
+
+def _fast_sample() -> Callable[..., Tensor]:
+    from .fast.sampler import sample as fast_sample
+
+    return fast_sample
+
+
+def _renamed(contender: Contender, rung: Rung) -> Contender:
+    return Contender(rung.name, rung.what, contender.dtype, contender.run, contender.algebra)
