@@ -277,6 +277,34 @@ def convert(args: argparse.Namespace) -> None:
     _report(args, result, conversion.lines(result))
 
 
+def bench(args: argparse.Namespace) -> None:
+    """Time the fast path, the reference and torch.compile in turns, against what this machine can do at best."""
+    from . import bench as benchmark
+    from . import tune
+
+    log = (lambda line: print(line, file=sys.stderr)) if args.progress else lambda line: None
+    if args.tune:
+        row = tune.run(args.out, args.device, args.limit, log)
+        _report(args, row, tune.lines(row))
+        return
+    split = args.contenders.split(",") if args.contenders else None
+    row = benchmark.bench(
+        args.workload, args.model, args.dtype, args.device, split, args.ladder, args.pairs, args.cold, args.note, log
+    )
+    if args.out:
+        benchmark.write(row, args.out)
+    _report(args, row, benchmark.lines(row))
+
+
+def profile(args: argparse.Namespace) -> None:
+    """Trace one clip: a Chrome trace and a table of what each stage is spent on."""
+    from . import profile as profiling
+
+    words = (args.workload, args.model, args.contender, args.dtype, args.device)
+    row = profiling.marked(*words) if args.ranges else profiling.profile(args.out, *words, shapes=args.shapes)
+    _report(args, row, profiling.lines(row))
+
+
 def _load_vae(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The VAE alone and the settings in the model's index: the text encoder of a full-size model is 9 GB."""
     from .checkpoints import INDEX, embedded_model, find_model, load_model, read_json
@@ -462,6 +490,34 @@ def _parser() -> argparse.ArgumentParser:
         "--full-size",
         action=argparse.BooleanOptionalAction,
         help="full-width random weights as well (default: on a GPU)",
+    )
+
+    workloads = ("default", "256", "512", "1024", "narrow")
+    which = "a clip of the default model, or full-size random weights at so many pixels (default: default)"
+
+    command = add("bench", bench)
+    command.add_argument("workload", nargs="?", choices=workloads, default="default", help=which)
+    add_model(command)
+    command.add_argument("--contenders", metavar="A,B", help="of reference,compiled,fast (default: all)")
+    command.add_argument("--ladder", action="store_true", help="every optimisation that can be switched, one by one")
+    command.add_argument("--pairs", type=_positive, default=5, help="turns that are timed (default: 5)")
+    command.add_argument(
+        "--cold", action=argparse.BooleanOptionalAction, default=True, help="first clips of fresh processes too"
+    )
+    command.add_argument("--note", help="a line that stays with the row")
+    command.add_argument("--out", metavar="FILE", help="JSON row to write; with --tune the table")
+    command.add_argument("--tune", action="store_true", help="instead: find launch settings for the GPU that is here")
+    command.add_argument("--limit", type=_positive, default=120, metavar="SECONDS", help="for --tune (default: 120)")
+    add_progress(command)
+
+    command = add("profile", profile)
+    command.add_argument("workload", nargs="?", choices=workloads, default="default", help=which)
+    add_model(command)
+    command.add_argument("--contender", choices=("reference", "compiled", "fast"), default="fast")
+    command.add_argument("--out", metavar="FILE", default="trace.json.gz", help="(default: trace.json.gz)")
+    command.add_argument("--shapes", action="store_true", help="record the shapes of inputs too")
+    command.add_argument(
+        "--ranges", action="store_true", help="no trace: NVTX or roctx ranges, for nsys, ncu or rocprofv3"
     )
     return parser
 

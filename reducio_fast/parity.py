@@ -20,6 +20,7 @@ from .errors import ReducioError
 from .inputs import resolve_device, resolve_dtype, triton_missing
 from .numerics import judge
 from .reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
+from .schedules import scheduler
 
 Row = dict[str, Any]
 # A full-width tile and clip of the smallest size there is: the widths are what the kernels are specialised for.
@@ -120,21 +121,13 @@ def compare_networks(
     yield row("dit.step", *(n(noise, *arguments)[:, :channels] for n in (fast_dit, low_dit, dit)))
     if whole:
         run: list[tuple[Callable[..., Tensor], Any]] = [(fast_sample, fast_dit), (sample, low_dit), (sample, dit)]
-        latents = [function(n, _scheduler(), noise.to(wide if n is dit else noise.dtype), cond) for function, n in run]
+        latents = [function(n, scheduler(), noise.to(wide if n is dit else noise.dtype), cond) for function, n in run]
         yield row("20 steps with guidance", *latents)
         clips = [
             n.decode(z.to(kind), n.encode_content(image.to(kind)))
             for (n, kind), z in zip(vaes, latents, strict=True)
         ]
         yield row("end to end", *clips)
-
-
-def _scheduler() -> Any:
-    try:
-        from diffusers import DPMSolverMultistepScheduler
-    except ImportError as error:
-        raise ReducioError(f"parity needs diffusers for its scheduler: {error}") from error
-    return DPMSolverMultistepScheduler()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from .measure import clock
 from .parity import compare_networks, liven
 from .ranges import annotate
 from .reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
+from .schedules import scheduler
 
 PROMPT = "a red circle moving right on a black background"
 STEPS, GUIDANCE = 20, 4.5
@@ -44,7 +45,7 @@ NARROW = (
         base_channels=8, channel_multipliers=(1, 1, 2, 2, 2, 2), content_base_channels=8, norm_groups=4, num_heads=2,
         content_channel_multipliers=(1, 1, 2, 2), fusion_head_dim=8, num_res_blocks=1, num_frames=4, temporal_factor=2,
     ),
-    64,
+    32,
 )  # fmt: skip
 
 Timings = dict[str, float]
@@ -360,38 +361,6 @@ def count(given: GivenConditions) -> dict[str, Flops]:
             "vae.decode": decode(fast_vae),
         },
     }
-
-
-class FlowMatchEulerDiscreteScheduler:
-    """Rectified flow by Euler steps, where diffusers is not installed: as long a schedule, the same work a step.
-
-    Named as its original in diffusers, by which name the fast sampler knows whose coefficients to read.
-    """
-
-    init_noise_sigma = 1.0
-
-    def __init__(self) -> None:
-        self.config, self.num_inference_steps = {"stochastic_sampling": False}, None
-
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        self.num_inference_steps = num_inference_steps
-        self.sigmas = torch.linspace(1, 0, num_inference_steps + 1)
-        self.timesteps = (self.sigmas[:-1] * 1000).to(device)
-        self._index = 0
-
-    def step(self, velocity: Tensor, timestep: Tensor, latent: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        before, after = self.sigmas[self._index : self._index + 2].tolist()
-        self._index += 1
-        return (latent + (after - before) * velocity,)
-
-
-def scheduler() -> Any:
-    """DPM-Solver++ as the model is sampled, by diffusers; without diffusers an Euler schedule."""
-    try:
-        from diffusers import DPMSolverMultistepScheduler
-    except ImportError:
-        return FlowMatchEulerDiscreteScheduler()
-    return DPMSolverMultistepScheduler()
 
 
 def _fast_sample() -> Callable[..., Tensor]:

@@ -67,7 +67,7 @@ class Plan:
         self.choices.append(Choice(path, f"{op} {shape}".strip(), implementation, why))
         if implementation == "kernel":
             return getattr(torch.ops.reducio_fast, op)
-        return _flash_attention if implementation == "flash-attn" else module.twin
+        return flash_attention if implementation == "flash-attn" else module.twin
 
     def takes_statistics(self, op: str, shape: str) -> bool:
         """Whether a convolution's epilogue takes the statistics that a norm's kernel then has no need to."""
@@ -91,7 +91,7 @@ class Plan:
         return "kernel", f"no faster one was measured on {arch}"
 
 
-def _flash_attention(
+def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, key_count: Tensor | None = None, scale: float | None = None, frame: int = 0
 ) -> Tensor:
     """flash-attn where it can say what is asked; key counts and frame-causal masks it cannot, our kernel can."""
