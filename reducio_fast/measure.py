@@ -167,17 +167,19 @@ def roof(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """
     n, copied = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 27)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    matmul = 2 * n**3 / min(_timed(lambda: a @ b, device)) / 1e12
+    matmul = 2 * n**3 / min(timed(lambda: a @ b, device)) / 1e12
     clocks = _clocks(device)
     source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
-    copy = 2 * copied / min(_timed(lambda: target.copy_(source), device)) / 1e9
+    copy = 2 * copied / min(timed(lambda: target.copy_(source), device)) / 1e9
     name = str(dtype).removeprefix("torch.")
     return {"matmul_tflops": round(matmul, 3), "dtype": name, "copy_gbs": round(copy, 1), "clocks_mhz": clocks}
 
 
-def _timed(run: Callable[[], Any], device: torch.device, repeats: int = 9) -> list[float]:
-    run()
+def timed(run: Callable[[], Any], device: torch.device, repeats: int = 9, warm: int = 1) -> list[float]:
+    """Seconds of each of `repeats` runs, after `warm` that do not count; launches are part of them."""
+    for _ in range(warm):
+        run()
     seconds = []
     for _ in range(repeats):
         start = clock(device)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import ReducioError
+from .ranges import annotate
 from .video import check_output_path, write_video
 
 
@@ -65,8 +66,9 @@ class ReducioOutput:
             )
         for each in paths:
             check_output_path(each)  # all of them before the first is written
-        for each, frames in zip(paths, clips, strict=True):
-            write_video(as_array(frames), each, self.fps)
+        with annotate("video.write"):
+            for each, frames in zip(paths, clips, strict=True):
+                write_video(as_array(frames), each, self.fps)
         self.timings["video.write"] = self.timings.get("video.write", 0.0) + time.perf_counter() - start
         return paths if self.is_list else name
 

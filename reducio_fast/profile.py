@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import ranges
@@ -66,7 +67,9 @@ def profile(
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with ranges.asked("trace"), torch.profiler.profile(activities=activities, record_shapes=shapes) as profiler:
-        run()
+        frames, _ = run()
+        if name == "default":
+            _write_clip(frames)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = os.path.join(folder, "trace.json.gz")
         profiler.export_chrome_trace(part)
@@ -79,9 +82,7 @@ def profile(
     }  # fmt: skip
 
 
-def marked(
-    name: str, model: Any, contender: str, dtype: str | None, device: Any, warm: int = 2
-) -> dict[str, Any]:
+def marked(name: str, model: Any, contender: str, dtype: str | None, device: Any, warm: int = 2) -> dict[str, Any]:
     """One warm clip under NVTX or roctx ranges, between the profiler API's start and stop, for a profiler outside.
 
     Raises ReducioError where there is no GPU.
@@ -92,6 +93,14 @@ def marked(
     with ranges.asked("markers"), torch.cuda.profiler.profile():
         run()
     return {"benchmark": "profile", "what": what, "trace": None, "machine": machine(device), "stages": {}}
+
+
+def _write_clip(frames: np.ndarray) -> None:
+    """The last stage, which the contenders leave out."""
+    from .video import write_video
+
+    with tempfile.TemporaryDirectory() as folder, ranges.annotate("video.write"):
+        write_video(frames, Path(folder) / "clip.mp4", 16)
 
 
 def _ready(name: str, model: Any, contender: str, dtype: str | None, device: Any, warm: int) -> tuple[Any, Any, str]:

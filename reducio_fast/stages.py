@@ -318,7 +318,8 @@ class Stages:
         start = self._clock()
         with annotate(name), self._on_device(name):
             yield
-        timings[name] = timings.get(name, 0.0) + self._clock() - start
+            end = self._clock()
+        timings[name] = timings.get(name, 0.0) + end - start
 
     def _clock(self) -> float:
         return clock(self.execution_device)

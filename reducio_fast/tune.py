@@ -270,7 +270,7 @@ def run(
     limit_s: float = 120,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Tune for the GPU that is here; the table goes to `out`, by default into the installed package.
+    """Tune for the GPU that is here; the table goes to the file or folder `out`, by default into the installed package.
 
     Returns a JSON-ready row. Raises ReducioError where there is no GPU or no Triton.
     """
@@ -284,7 +284,8 @@ def run(
     from .triton_kernels.launch import arch_of
 
     arch = arch_of(device)
-    path = Path(out) if out else Path(str(resources.files("reducio_fast.triton_kernels"))) / "tables" / f"{arch}.json"
+    path = Path(out) if out else Path(str(resources.files("reducio_fast.triton_kernels"))) / "tables"
+    path = path / f"{arch}.json" if path.is_dir() else path
     ways: dict[Problem, dict[str, Callable[[], Any]]] = {}
 
     def timed(problem: Problem, way: str) -> float:

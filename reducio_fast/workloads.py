@@ -307,18 +307,18 @@ def workload(
     return GivenConditions.random(f"full size {name}", DiTConfig(), VAEConfig(), int(name), kind, device)
 
 
-def compile_reference(dit: ReducioDiT, vae: ReducioVAE, device: torch.device) -> str:
+def compile_reference(dit: ReducioDiT | None, vae: ReducioVAE, device: torch.device) -> str:
     """torch.compile, in place, as its users are told to: block by block, weights channels-last. Says what it did.
 
     max-autotune on a GPU, without its own graphs: those hand out a tile's memory again before the tile is blended.
     """
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    for network in (dit, vae):
+    for network in (vae,) if dit is None else (dit, vae):
         for parameter in network.parameters():
             formats = {4: torch.channels_last, 5: torch.channels_last_3d}
             if parameter.ndim in formats:
                 parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
-    for block in dit.transformer_blocks:
+    for block in () if dit is None else dit.transformer_blocks:
         block.compile(mode=mode, dynamic=False)  # one compilation serves them all
     for part in (vae.encoder_2d, vae.decoder):
         part.compile(mode=mode, dynamic=False)

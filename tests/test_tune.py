@@ -124,7 +124,8 @@ def test_tune_writes_settings_and_a_plan(tmp_path: Path) -> None:
     written = json.loads(path.read_text())
     shipped = json.loads((Path(tune.__file__).parents[1] / "triton_kernels" / "tables" / "sm_90.json").read_text())
     assert written["conv3d"]["K<=128"] == table["conv3d"]["K<=128"] and written["plan"] == table["plan"]
-    assert written["conv3d"]["32-bit"] == shipped["conv3d"]["32-bit"]  # what was not measured stays
+    kept = [(op, key) for op, entries in shipped.items() for key in entries if key not in table.get(op, {})]
+    assert kept and all(written[op][key] == shipped[op][key] for op, key in kept)  # what was not measured stays
     assert max(map(len, path.read_text().splitlines())) > 60  # an entry a line, as in the tables that ship
 
 
