@@ -93,6 +93,8 @@ def bench(
         row["ladder"] = compare([lambda r=r: r for r in rungs], names, made, pairs, row["roof"], log)
     if cold:
         for each in chosen:
+            if each == "compiled":
+                continue  # compiles for minutes, which `first_s` has measured
             log(f"cold: {each}, in fresh processes")
             row["cold"][each] = first_clips(name, model, dtype, device, each)
     return row

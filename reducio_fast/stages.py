@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from .compile.memory import weight_bytes
 from .encoders import ContentEncoder, SemanticEncoder, TextEncoder, clean_caption
 from .errors import ReducioError, is_out_of_memory
 from .inputs import ClipRequest, Embeds, Request
+from .measure import clock
 from .offload import Offload
 from .ranges import annotate
 from .reference import Condition, ReducioDiT, ReducioVAE, sample
@@ -393,10 +393,3 @@ class Stages:
         ):
             if needed != given:
                 raise ReducioError(f"transformer has {name}={needed}, {source} gives {given}")
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, read when the device has finished what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # kernels run on after their launch returns
-    return time.perf_counter()

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import embedded_model, find_model
 from .errors import ReducioError
+from .inputs import latent_shape, resolve_dtype
 from .measure import clock
 from .parity import compare_networks, liven
 from .ranges import annotate
@@ -126,13 +127,12 @@ class GivenConditions:
     ) -> None:  # fmt: skip
         self.name, self.dit, self.vae, self.steps = name, dit, vae, steps
         self.cond, self.image, self.noise, self.scheduler = cond, image, noise, scheduler
-        config = vae.config
         self.pixels = max(image.shape[-2:])
-        self.tiled = self.pixels > config.tile_size * (1 + config.tile_overlap)
+        self.tiled = vae.config.needs_tiling(*image.shape[-2:])
         self.device, self.dtype = noise.device, next(dit.parameters()).dtype
         height, width = image.shape[-2:]
         self.what = (
-            f"{name}: {config.num_frames}x{height}x{width}, {steps} steps with guidance, conditions given"
+            f"{name}: {vae.config.num_frames}x{height}x{width}, {steps} steps with guidance, conditions given"
             f"{', tiled' if self.tiled else ''}"
         )
 
@@ -161,18 +161,19 @@ class GivenConditions:
             normal(1, dit.content_channels, pixels // 8, pixels // 8),
         )  # fmt: skip
         image = F.avg_pool2d(normal(1, 3, pixels, pixels), 9, 1, 4).mul(4).clamp(-1, 1)  # pictures are smooth
-        cells = pixels // vae.spatial_factor
-        shape = (1, vae.latent_channels, vae.num_frames // vae.temporal_factor, cells, cells)
-        return cls(name, *networks, cond, image, initial_latent(shape, [0], device), scheduler(), steps)
+        noise = initial_latent((1, *latent_shape(vae, pixels, pixels)), [0], device)
+        return cls(name, *networks, cond, image, noise, scheduler(), steps)
 
     @classmethod
     def of_pipeline(cls, name: str, pipe: Any) -> GivenConditions:
         """What a loaded pipeline would sample and decode for `PROMPT`: its conditions are made once, here."""
         with torch.no_grad():
-            out = pipe(PROMPT, num_inference_steps=1, output_type="latent", progress=False)
-            cond = pipe._condition(PROMPT, out.content, {})
-            noise = initial_latent((1, *out.frames.shape), [0], pipe.device)
-            image = pipe._pixels(out.content)
+            out = pipe(PROMPT, num_inference_steps=1, progress=False)
+            text, mask, _, _ = pipe.encode_prompt(PROMPT)
+            cond = Condition(text, mask, *pipe.encode_image(out.content))
+            image = torch.from_numpy(out.content).to(pipe.device, pipe.dtype).permute(2, 0, 1)[None] / 127.5 - 1
+        shape = latent_shape(pipe.vae.config, *out.content.shape[:2])
+        noise = initial_latent((1, *shape), [0], pipe.device)
         return cls(name, pipe.transformer, pipe.vae, cond, image, noise, pipe.scheduler)
 
     @torch.no_grad()
@@ -288,8 +289,6 @@ def workload(
     name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device
 ) -> DefaultClip | GivenConditions:
     """One of `NAMES`. Raises ReducioError for another one, and for a full-size one on a CPU."""
-    from .inputs import resolve_dtype
-
     if name not in NAMES:
         raise ReducioError(f"workload: {name!r} is unknown; known: {', '.join(NAMES)}")
     if name == "default":
