@@ -6,6 +6,7 @@ within a turn. The fast path is compared with the oracle first: on red nothing i
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -86,11 +87,13 @@ def bench(
         "parity": rows, "roof": measure.roof(device, made.dtype), "flops": made.flops,
         "contenders": {}, "ladder": {}, "cold": {},
     }  # fmt: skip
-    row["contenders"] = compare([lambda c=c: made.contender(c) for c in chosen], chosen, made, pairs, row["roof"], log)
+    makers = [functools.partial(made.contender, each) for each in chosen]
+    row["contenders"] = compare(makers, chosen, made, pairs, row["roof"], log)
     if ladder:
         rungs = made.rungs()
         names = [rung.name for rung in rungs]
-        row["ladder"] = compare([lambda r=r: r for r in rungs], names, made, pairs, row["roof"], log)
+        ready = [functools.partial(_same, rung) for rung in rungs]
+        row["ladder"] = compare(ready, names, made, pairs, row["roof"], log)
     if cold:
         for each in chosen:
             if each == "compiled":
@@ -266,6 +269,10 @@ def _table(title: str, figures: dict[str, Row]) -> list[str]:
                 speed_up = f"{ratio:.2f}" if ratio is not None else "-"
                 out.append(f"{stage:<20}{name:<20}{f['stages_s'][stage]['median']:>9.4f}{speed_up:>10}{roofs}")
     return out
+
+
+def _same(contender: Contender) -> Contender:
+    return contender
 
 
 def _ratios(slow: list[float], quick: list[float]) -> dict[str, float]:

@@ -96,7 +96,9 @@ class Energy:
     """
 
     def __init__(self, nvml: Any, handle: Any) -> None:
-        self.nvml, self.handle, self.joules, self.source = nvml, handle, None, None
+        self.nvml, self.handle = nvml, handle
+        self.joules: float | None = None
+        self.source: str | None = None
 
     def __enter__(self) -> Energy:
         self._before, self._thread = self._counter(), None
@@ -110,7 +112,7 @@ class Energy:
     def __exit__(self, *_: object) -> None:
         if self._thread is None:
             after = self._counter()
-            if after is not None:
+            if after is not None and self._before is not None:
                 self.joules, self.source = (after - self._before) / 1e3, "counter"
             return
         self._stop.set()
@@ -141,7 +143,8 @@ class Energy:
 @contextmanager
 def nvml(device: torch.device) -> Iterator[tuple[Any, Any] | None]:
     """(pynvml, handle of `device`), or None: no NVIDIA GPU, no nvidia-ml-py, no driver that answers."""
-    module = handle = None
+    module: Any = None
+    handle: Any = None
     if device.type == "cuda" and not torch.version.hip:
         try:
             module = importlib.import_module("pynvml")

@@ -62,9 +62,9 @@ def profile(
         raise ReducioError(f"out: {path} must end in .json.gz")
     if not path.parent.is_dir():
         raise ReducioError(f"out: the folder {path.parent} does not exist")
-    run, device, what = _ready(name, model, contender, dtype, device, warm)
+    run, where, what = _ready(name, model, contender, dtype, device, warm)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
+    if where.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with ranges.asked("trace"), torch.profiler.profile(activities=activities, record_shapes=shapes) as profiler:
         frames, _ = run()
@@ -77,7 +77,7 @@ def profile(
             trace = json.load(file)
         os.replace(part, path)
     return {
-        "benchmark": "profile", "what": what, "trace": str(path), "machine": machine(device),
+        "benchmark": "profile", "what": what, "trace": str(path), "machine": machine(where),
         "stages": {stage: _summary(found) for stage, found in by_stage(trace["traceEvents"]).items()},
     }  # fmt: skip
 
@@ -89,10 +89,10 @@ def marked(name: str, model: Any, contender: str, dtype: str | None, device: Any
     """
     if not torch.cuda.is_available():
         raise ReducioError("ranges: NVTX and roctx mark the time line of a GPU, and there is none here")
-    run, device, what = _ready(name, model, contender, dtype, device, warm)
+    run, where, what = _ready(name, model, contender, dtype, device, warm)
     with ranges.asked("markers"), torch.cuda.profiler.profile():
         run()
-    return {"benchmark": "profile", "what": what, "trace": None, "machine": machine(device), "stages": {}}
+    return {"benchmark": "profile", "what": what, "trace": None, "machine": machine(where), "stages": {}}
 
 
 def _write_clip(frames: np.ndarray) -> None:
@@ -103,7 +103,9 @@ def _write_clip(frames: np.ndarray) -> None:
         write_video(frames, Path(folder) / "clip.mp4", 16)
 
 
-def _ready(name: str, model: Any, contender: str, dtype: str | None, device: Any, warm: int) -> tuple[Any, Any, str]:
+def _ready(
+    name: str, model: Any, contender: str, dtype: str | None, device: Any, warm: int
+) -> tuple[Any, torch.device, str]:
     if contender not in CONTENDERS:
         raise ReducioError(f"contender: {contender!r} is unknown; known: {', '.join(CONTENDERS)}")
     device = resolve_device(device)

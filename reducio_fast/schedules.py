@@ -17,7 +17,8 @@ class FlowMatchEulerDiscreteScheduler:
     init_noise_sigma = 1.0
 
     def __init__(self) -> None:
-        self.config, self.num_inference_steps = {"stochastic_sampling": False}, None
+        self.config = {"stochastic_sampling": False}
+        self.num_inference_steps: int | None = None
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         self.num_inference_steps = num_inference_steps

@@ -153,7 +153,7 @@ def tune(
         variants = tuple(dict.fromkeys(m.variant for m in members))
         found = search(
             in_force(op, key, arch), axes_of(op, key, hip), cost, functools.partial(allowed, op, key, variants),
-            lambda stop=stop: now() >= stop,
+            functools.partial(_passed, now, stop),
         )  # fmt: skip
         table.setdefault(op, {})[key] = found.settings
         rows.append({
@@ -314,6 +314,10 @@ def lines(row: dict[str, Any]) -> list[str]:
         times = ", ".join(f"{way} {seconds * 1e6:.1f}" for way, seconds in r["seconds"].items())
         out.append(f"{r['plan'] + ', ' + r['what']:<60}{times}")
     return [*out, f"wrote {row['table']}"]
+
+
+def _passed(now: Callable[[], float], stop: float) -> bool:
+    return now() >= stop
 
 
 def _key(entry: Settings) -> tuple[tuple[str, int], ...]:

@@ -144,9 +144,9 @@ class GivenConditions:
         """Random weights with no silent branch, and conditions of the sizes that the encoders give."""
         torch.manual_seed(0)
         with torch.device(device):
-            networks = [n.requires_grad_(False).eval() for n in (ReducioDiT(dit), ReducioVAE(vae))]
-        for network in networks:
-            liven(network)
+            transformer, autoencoder = ReducioDiT(dit), ReducioVAE(vae)
+        for network in (transformer, autoencoder):
+            liven(network.requires_grad_(False).eval())
             network.to(dtype)
         generator = torch.Generator().manual_seed(0)
 
@@ -162,7 +162,7 @@ class GivenConditions:
         )  # fmt: skip
         image = F.avg_pool2d(normal(1, 3, pixels, pixels), 9, 1, 4).mul(4).clamp(-1, 1)  # pictures are smooth
         noise = initial_latent((1, *latent_shape(vae, pixels, pixels)), [0], device)
-        return cls(name, *networks, cond, image, noise, scheduler(), steps)
+        return cls(name, transformer, autoencoder, cond, image, noise, scheduler(), steps)
 
     @classmethod
     def of_pipeline(cls, name: str, pipe: Any) -> GivenConditions:
@@ -229,8 +229,8 @@ class GivenConditions:
 
     def parity(self) -> list[dict[str, Any]]:
         """The fast path against the oracle, on these networks at the size that `parity` uses for a full-width one."""
-        networks = [copy.deepcopy(n).float() for n in (self.dit, self.vae)]
-        return list(compare_networks(self.name, *networks, self.dtype, min(self.pixels, 256), whole=False))
+        dit, vae = copy.deepcopy(self.dit).float(), copy.deepcopy(self.vae).float()
+        return list(compare_networks(self.name, dit, vae, self.dtype, min(self.pixels, 256), whole=False))
 
     @functools.cached_property
     def flops(self) -> dict[str, Flops]:
@@ -332,10 +332,16 @@ def count(given: GivenConditions) -> dict[str, Flops]:
 
     meta = torch.device("meta")
     with meta:
-        dit, vae = (n.requires_grad_(False) for n in (ReducioDiT(given.dit.config), ReducioVAE(given.vae.config)))
-    cond = [None if x is None else x.expand(2, *x.shape[1:]).to(meta, x.dtype if x.dtype == torch.long else None)
-            for x in (given.cond.text, given.cond.text_mask, given.cond.semantic, given.cond.content)]  # fmt: skip
-    cond = [x if x is None or x.dtype == torch.long else x.float() for x in cond]
+        dit = ReducioDiT(given.dit.config).requires_grad_(False)
+        vae = ReducioVAE(given.vae.config).requires_grad_(False)
+
+    def twice(x: Tensor | None) -> Any:
+        """Both halves of guidance, without data."""
+        if x is None:
+            return None
+        return x.expand(2, *x.shape[1:]).to(meta, torch.float32 if x.is_floating_point() else x.dtype)
+
+    cond = [twice(x) for x in (given.cond.text, given.cond.text_mask, given.cond.semantic, given.cond.content)]
     noise, image = given.noise.to(meta).float(), given.image.to(meta).float()
     steps = torch.empty(2, device=meta)
     plan = Plan(meta, torch.float32)
