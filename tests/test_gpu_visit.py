@@ -19,7 +19,8 @@ PARTS = ("tests", "parity", "first_measurements", "bench-1024", "tune", "profile
 BARE = """
 import sys
 
-for name in ("diffusers", "transformers", "open_clip", "imageio", "PIL", "tqdm", "scipy", "pynvml", "matplotlib"):
+for name in ("diffusers", "transformers", "open_clip", "imageio", "PIL", "tqdm", "scipy", "pynvml",
+             "matplotlib", "huggingface_hub"):
     sys.modules[name] = None
 sys.meta_path[:] = [f for f in sys.meta_path if "reducio_fast" not in getattr(f, "__module__", "")]
 """
