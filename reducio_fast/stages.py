@@ -316,8 +316,9 @@ class Stages:
     @contextmanager
     def _stage(self, timings: dict[str, float], name: str) -> Iterator[None]:
         start = self._clock()
-        with annotate(name), self._on_device(name):
-            yield
+        with annotate(name):
+            with self._on_device(name):
+                yield
             end = self._clock()
         timings[name] = timings.get(name, 0.0) + end - start
 
