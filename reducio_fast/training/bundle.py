@@ -56,6 +56,7 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
     # The sentinels behind the 256 bytes serve T5's pre-training; no caption holds one.
     parts["tokenizer"] = ByT5Tokenizer(extra_ids=0)
     parts["text_encoder"].resize_token_embeddings(len(parts["tokenizer"]))
+    parts["text_encoder"].to(dtype)  # `wo` too, which is kept in float32 to run, not to be stored
     shared = {inner: parts[outer] for inner, outer in SHARED.items()}
     parts["text_to_image"] = load_text_to_image(out / "text_to_image", shared, dtype, "cpu")
     networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
