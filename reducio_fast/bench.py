@@ -41,7 +41,7 @@ loaded = time.perf_counter()
 contender.run()
 print(json.dumps({{"load_s": loaded - start, "first_clip_s": time.perf_counter() - loaded}}))
 """
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "REDUCIO_CACHE")
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "REDUCIO_CACHE_DIR")
 
 
 def bench(

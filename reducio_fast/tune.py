@@ -270,7 +270,8 @@ def run(
     limit_s: float = 120,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Tune for the GPU that is here; the table goes to the file or folder `out`, by default into the installed package.
+    """Tune for the GPU that is here; the table goes to the file or folder `out`, by default to the cache folder, where
+    the fast path looks for one that was tuned on this machine.
 
     Returns a JSON-ready row. Raises ReducioError where there is no GPU or no Triton.
     """
@@ -279,12 +280,11 @@ def run(
         raise ReducioError("tune: there is no GPU here, and settings are found by measuring on one")
     if missing := triton_missing():
         raise ReducioError(f"tune: {missing}")
-    from importlib import resources
-
+    from .compile import cache
     from .triton_kernels.launch import arch_of
 
     arch = arch_of(device)
-    path = Path(out) if out else Path(str(resources.files("reducio_fast.triton_kernels"))) / "tables"
+    path = Path(out) if out else cache.folder("tables", cache.Origin.here(arch)) / f"{arch}.json"
     path = path / f"{arch}.json" if path.is_dir() else path
     ways: dict[Problem, dict[str, Callable[[], Any]]] = {}
 

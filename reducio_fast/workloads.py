@@ -127,6 +127,7 @@ class GivenConditions:
     ) -> None:  # fmt: skip
         self.name, self.dit, self.vae, self.steps = name, dit, vae, steps
         self.cond, self.image, self.noise, self.scheduler = cond, image, noise, scheduler
+        _add_tuned_tables(noise.device)
         self.pixels = max(image.shape[-2:])
         self.tiled = vae.config.needs_tiling(*image.shape[-2:])
         self.device, self.dtype = noise.device, next(dit.parameters()).dtype
@@ -366,6 +367,14 @@ def count(given: GivenConditions) -> dict[str, Flops]:
             "vae.decode": decode(fast_vae),
         },
     }
+
+
+def _add_tuned_tables(device: torch.device) -> None:
+    """What was tuned on this machine is in force, as it is in a pipeline."""
+    from .compile import cache
+    from .triton_kernels.launch import add_tables, arch_of
+
+    add_tables(cache.folder("tables", cache.Origin.here(arch_of(device))))
 
 
 def _fast_sample() -> Callable[..., Tensor]:
