@@ -82,13 +82,23 @@ class Fit:
     offload: bool = False
 
 
-def forecast(stages: Stages, height: int, width: int, decoding: Decoding | None = None) -> Forecast:
-    """Of a clip of this size, decoded as the pipeline would by itself, or as given. Computes nothing."""
+def forecast(
+    stages: Stages, height: int, width: int, decoding: Decoding | None = None, earlier: Forecast | None = None
+) -> Forecast:
+    """Of a clip of this size, decoded as the pipeline would by itself, or as given. Computes nothing.
+
+    `earlier`: of the same clip decoded in another way, so that only vae.decode has to be found out.
+    """
     decoding = default_decoding(stages, height, width) if decoding is None else decoding
     dry = DryRun()
     with torch.no_grad(), dry:
         ghost = _ghost(stages, dry)
-        peaks = dict(_run_stages(ghost, dry, stages, height, width, decoding))
+        peaks = {"vae.decode": _peak_of_decoding(ghost, dry, stages, height, width, decoding)}
+        if earlier is not None:
+            rows = tuple(s if s.stage not in peaks else dataclasses.replace(s, activations=peaks[s.stage])
+                         for s in earlier.stages)  # fmt: skip
+            return dataclasses.replace(earlier, decoding=decoding, stages=rows)
+        peaks |= _run_stages(ghost, dry, stages, height, width)
         of = {stage: weight_bytes(*ghost._stage_networks(stage)) for stage in STAGES}
         everything = weight_bytes(*ghost._networks(), *(n for stage in STAGES for n in ghost._stage_networks(stage)))
     rows = tuple(StageMemory(stage, of[stage], peaks[stage]) for stage in STAGES)
@@ -246,13 +256,22 @@ class _Twins:
         return self.made
 
 
-def _run_stages(
+def _peak_of_decoding(
     ghost: Stages, dry: DryRun, stages: Stages, height: int, width: int, decoding: Decoding
+) -> int:
+    # The twins call oneDNN at every size.
+    dry.unfolding = stages.execution_device.type == "cpu" and ghost._engine is None
+    latent = torch.empty((1, *inputs.latent_shape(ghost.vae.config, height, width)), device=META)
+    return dry.peak_of(ghost._decode_as, latent, np.zeros((height, width, 3), np.uint8), decoding)[1]
+
+
+def _run_stages(
+    ghost: Stages, dry: DryRun, stages: Stages, height: int, width: int
 ) -> Iterator[tuple[str, int | None]]:
+    """All stages but the last."""
     frame = np.zeros((height, width, 3), np.uint8)
     config, generator = ghost.vae.config, torch.Generator().manual_seed(0)
-    on_cpu = stages.execution_device.type == "cpu"
-    dry.unfolding = on_cpu
+    dry.unfolding = stages.execution_device.type == "cpu"
     yield "content.generate", _peak_of_drawing(ghost.text_to_image, dry, height, width, generator)
     if ghost.text_encoder is None:
         length, channels = ghost.transformer.null_text.shape
@@ -267,11 +286,7 @@ def _run_stages(
     uncond = cond.without_text(ghost.transformer.null_text)
     noise = initial_latent((1, *inputs.latent_shape(config, height, width)), [generator])
     # Two steps: a multistep scheduler remembers its last prediction from then on.
-    z, peak = dry.peak_of(ghost._sample, noise, cond, uncond, 4.5, 2, generator, None)
-    yield "dit.step", peak
-    del text, mask, semantic, latent, cond, uncond
-    dry.unfolding = on_cpu and ghost._engine is None  # the twins call oneDNN at every size
-    yield "vae.decode", dry.peak_of(ghost._decode_as, z, frame, decoding)[1]
+    yield "dit.step", dry.peak_of(ghost._sample, noise, cond, uncond, 4.5, 2, generator, None)[1]
 
 
 def _peak_of_drawing(

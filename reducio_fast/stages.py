@@ -327,9 +327,12 @@ class Stages:
 
     def forecast(self, height: int, width: int, decoding: memory.Decoding | None = None) -> memory.Forecast:
         """Bytes that a clip of this size will need, stage by stage. See `memory.forecast`."""
-        key = (height, width, decoding, self.vae_tiling, self.execution_device, self.dtype, self._engine is None)
+        decoding = memory.default_decoding(self, height, width) if decoding is None else decoding
+        same = (height, width, self.vae_tiling, self.execution_device, self.dtype, self._engine is None)
+        key = (*same, decoding)
         if key not in self._forecasts:
-            self._forecasts[key] = memory.forecast(self, height, width, decoding)
+            earlier = next((f for known, f in self._forecasts.items() if known[:-1] == same), None)
+            self._forecasts[key] = memory.forecast(self, height, width, decoding, earlier)
         return self._forecasts[key]
 
     def resident_bytes(self) -> int:

@@ -43,6 +43,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def bare(embedded: dict[str, Any]) -> dict[str, Any]:
+    """Without the stages that make conditions of an image."""
+    return embedded | dict.fromkeys(("text_to_image", "image_encoder", "content_encoder"))
+
+
 def pipeline(parts: dict[str, Any], backend: str, vae: dict | None = None, dit: dict | None = None) -> ReducioPipeline:
     """The embedded model, with networks of other widths where configurations are given."""
     torch.manual_seed(0)
@@ -124,13 +130,15 @@ def test_first_stage_and_text_are_forecast_too(embedded: dict, tmp_path: Path) -
     assert 0.85 <= expected["text.encode"] / text <= 1.15
 
 
-def test_forecast_of_kernels_on_a_gpu_needs_none(embedded: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecast_of_kernels_on_a_gpu_needs_none(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels allocate what they return, weights are offloaded, tiles go together as far as memory reaches."""
     widths = {"base_channels": 32, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2}
-    pipe, size = pipeline(embedded, "fast", *widths), (256, 256)  # 16 tiles, 9 of them of one shape
+    pipe, size = pipeline(bare, "fast", *widths), (256, 256)  # 16 tiles, 9 of them of one shape
     on_cpu = pipe.forecast(*size)
     pipe._offload = Offload(torch.device("cuda"))
     one, two, four = (pipe.forecast(*size, Decoding(True, 64, n)).peak(True) for n in (1, 2, 4))
+    # What an earlier forecast has found out is the same when it is found out again.
+    assert memory.forecast(pipe, *size, Decoding(True, 64, 4)).peak(True) == four
     assert one < on_cpu.peak(True)
     step = two - one
     assert step > 0 and abs(four - one - 3 * step) < 0.05 * four
@@ -150,8 +158,8 @@ def test_weights_are_counted_once_and_packed_copies_too(embedded: dict) -> None:
     assert json.loads(json.dumps(plain.as_dict()))["peak"] == plain.peak()
 
 
-def test_too_little_memory_is_told_before_any_work(embedded: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = pipeline(embedded, "reference")
+def test_too_little_memory_is_told_before_any_work(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(bare, "reference")
     needed, smaller = pipe.forecast(256, 256).peak(), pipe.forecast(192, 192).peak()
     free = (needed + smaller) / 2 - pipe.resident_bytes()
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(free / memory.HEADROOM))
@@ -165,9 +173,9 @@ def test_too_little_memory_is_told_before_any_work(embedded: dict, monkeypatch: 
 
 
 def test_smaller_tiles_are_chosen_where_they_fit(
-    embedded: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bare: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipe = pipeline(embedded, "fast", {"base_channels": 8, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2})
+    pipe = pipeline(bare, "fast", {"base_channels": 8, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2})
     whole, tiles = pipe.forecast(64, 64).peak(), pipe.forecast(64, 64, Decoding(True, 32)).peak()
     assert tiles < whole
     free = (whole + tiles) / 2 - pipe.resident_bytes()
