@@ -21,7 +21,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,13 +117,12 @@ class Graphs:
         runs at captures and misses only. Raises what `fn` raises.
         """
         leaves: list[Any] = []
-        form = _flatten(args, leaves)
+        form = flatten(args, leaves)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         reason, graph = _unfit(tensors), None
         if reason is None:
             place = _place(tensors[0])
-            kinds = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
-            key = (name, place, form, kinds)
+            key = (name, place, form, kinds(leaves))
             with self._lock:
                 if self._capturing:  # a graph within a graph is part of it
                     return fn(*args)
@@ -192,7 +191,7 @@ class Graphs:
             filled = plain.copy()
             for i, tensor in zip(where, tensors, strict=True):
                 filled[i] = tensor
-            return fn(*_rebuild(form, iter(filled)))
+            return fn(*rebuild(form, iter(filled)))
 
         self._capturing = True
         try:
@@ -222,9 +221,9 @@ class Graphs:
         graph.hits += 1
         self._hits += 1
         leaves: list[Any] = []
-        form = _flatten(graph.outputs, leaves)
+        form = flatten(graph.outputs, leaves)
         copies = (x.clone() if keep and isinstance(x, Tensor) else x for x in leaves)
-        return _rebuild(form, copies)
+        return rebuild(form, copies)
 
     def _release(self) -> None:
         for device, _ in self._pools:
@@ -273,25 +272,30 @@ def _version(x: Tensor) -> tuple[weakref.ref[Tensor], int] | None:
     return None if x.is_inference() else (weakref.ref(x), x._version)
 
 
-def _flatten(value: Any, leaves: list[Any]) -> Hashable:
-    """Appends what is neither list nor tuple to `leaves`; returns the form that `_rebuild` fills again."""
+def flatten(value: Any, leaves: list[Any]) -> Hashable:
+    """Appends what is neither list nor tuple to `leaves`; returns the form that `rebuild` fills again."""
     if isinstance(value, list | tuple):
-        return (type(value), *(_flatten(item, leaves) for item in value))
+        return (type(value), *(flatten(item, leaves) for item in value))
     leaves.append(value)
     return None
 
 
-def _rebuild(form: Any, leaves: Iterator[Any]) -> Any:
+def kinds(leaves: Iterable[Any]) -> Hashable:
+    """What a graph or a compiled function is made for: a tensor's shape, strides, dtype and device, other values."""
+    return tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+
+
+def rebuild(form: Any, leaves: Iterator[Any]) -> Any:
     if form is None:
         return next(leaves)
     kind, *items = form
-    filled = [_rebuild(item, leaves) for item in items]
+    filled = [rebuild(item, leaves) for item in items]
     return kind(*filled) if hasattr(kind, "_fields") else kind(filled)
 
 
 def _tensors(graph: _Graph) -> list[Tensor]:
     leaves: list[Any] = []
-    _flatten(graph.outputs, leaves)
+    flatten(graph.outputs, leaves)
     return [x for x in (*graph.inputs, *leaves) if isinstance(x, Tensor)]
 
 

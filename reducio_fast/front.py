@@ -32,7 +32,7 @@ def generate(
 
     `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move, or a
     peer (see `peers`; "svd" takes no prompt). The loaded model is kept, so a second call starts at once. Components and
-    settings by name (`text_to_image=`, `text_encoder=` ...) are those of `ReducioPipeline.from_pretrained`, all other
+    settings by name (`text_to_image=`, `compile=` ...) are those of `ReducioPipeline.from_pretrained`, all other
     words those of a call.
     """
     device = inputs.resolve_device(device)
@@ -45,7 +45,7 @@ def generate(
     if prompt is None and words.get("prompt_embeds") is None:
         raise ReducioError("prompt: None given; say what the clip shall show")
     folder = checkpoints.embedded_model() if model is None else checkpoints.find_model(model)
-    parts = {name: words.pop(name) for name in (*folders.COMPONENTS, *folders.SETTINGS) if name in words}
+    parts = {name: words.pop(name) for name in (*folders.COMPONENTS, *folders.SETTINGS, "compile") if name in words}
     key = (folder.resolve(), dtype, device, backend, *parts.items())
     load: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend} | parts
     pipe = _cached(key, lambda: ReducioPipeline.from_pretrained(folder, **load))

@@ -289,6 +289,14 @@ def resolve_backend(backend: Any) -> tuple[str, str]:
     return "reference", missing
 
 
+def check_compile(compile: Any, backend: str, why: str) -> None:
+    """Raises ReducioError for what is not a choice, and for compiling what the fast path does not run."""
+    if compile is not None and not isinstance(compile, bool):
+        raise ReducioError(f"compile: must be True, False or None, is {compile!r}")
+    if compile and backend == "reference":
+        raise ReducioError(f"compile: True needs the fast path, but backend is reference: {why}")
+
+
 def triton_missing() -> str | None:
     """Why the kernels cannot be imported, in one line; None where they can."""
     try:

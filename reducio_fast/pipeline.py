@@ -71,10 +71,11 @@ class ReducioPipeline(LoraLoader, Stages):
         clean_caption: bool = False,
         content_scaling_factor: float = 1.0,
         backend: str = "auto",
+        compile: bool | None = None,
     ) -> None:
         super().__init__(
             vae, transformer, scheduler, text_encoder, tokenizer, image_encoder, content_encoder, text_to_image,
-            backend, clean_caption, content_scaling_factor,
+            backend, clean_caption, content_scaling_factor, compile,
         )  # fmt: skip
         self.fps, self.sample_height, self.sample_width = fps, sample_height, sample_width
         self._interrupt = False
@@ -93,6 +94,7 @@ class ReducioPipeline(LoraLoader, Stages):
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         backend: str = "auto",
+        compile: bool | None = None,
         **components: Any,
     ) -> ReducioPipeline:
         """Load a model folder, or a hub repository `owner/name`, in the diffusers layout (safetensors only).
@@ -102,12 +104,16 @@ class ReducioPipeline(LoraLoader, Stages):
         load it from (`text_encoder="google/flan-t5-xxl"`, `image_encoder="ViT-H-14/laion2b_s32b_b79k"`,
         `text_to_image="PixArt-alpha/PixArt-XL-2-1024-MS"`); None leaves an optional one out. Raises ReducioError for a
         folder, file or setting that does not fit, and names it.
+
+        `compile` True runs the repeated blocks of both stages through torch.compile: the first clip of each size then
+        waits for a compiler, later ones are faster. By default nothing does, and on a GPU the fast path replays graphs
+        of its kernels; False switches off both.
         """
         inputs.resolve_backend(backend)  # before gigabytes are read
         device = inputs.resolve_device(device)
         dtype = inputs.resolve_dtype(dtype, torch_dtype, device)
         parts = folders.read_model(checkpoints.find_model(model), components, dtype, device)
-        return cls(**parts, backend=backend)
+        return cls(**parts, backend=backend, compile=compile)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the folder `from_pretrained` reads, each weight in the dtype it has.

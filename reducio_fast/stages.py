@@ -48,9 +48,11 @@ class Stages:
         backend: str,
         clean_caption: bool = False,
         content_scaling_factor: float = 1.0,
+        compile: bool | None = None,
     ) -> None:
         required = backend == "fast"
         self.backend, why = inputs.resolve_backend(backend)
+        inputs.check_compile(compile, self.backend, why)
         self.report = {name: f"{self.backend}: {why}" for name in ("transformer", "vae")}
         self.vae, self.transformer, self.scheduler = vae, transformer, scheduler
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
@@ -65,7 +67,7 @@ class Stages:
         self._forecasts: dict[tuple[Any, ...], memory.Forecast] = {}
         self._check_components()
         if self.backend == "fast":
-            self._start_engine(required)
+            self._start_engine(required, compile)
 
     @property
     def device(self) -> torch.device:
@@ -285,7 +287,7 @@ class Stages:
         pixels = torch.from_numpy(frame).to(self.execution_device).permute(2, 0, 1)[None].float()
         return (pixels / 127.5 - 1).to(dtype or self.dtype)
 
-    def _start_engine(self, required: bool) -> None:
+    def _start_engine(self, required: bool, compile: bool | None) -> None:
         """Fast twins for both networks; where one cannot have one, an error if `required`, else the reference."""
         from .compile import cache
         from .fast.engine import Engine
@@ -306,7 +308,9 @@ class Stages:
             origin = cache.Origin.here(arch_of(self.device))
             cache.use(origin)
             add_tables(cache.folder("tables", origin))
-            self._engine = Engine()
+            self._engine = Engine(compile)
+            for network in [] if self.text_to_image is None else content.networks(self.text_to_image):
+                self._engine.adopt("content.block", network)
         elif required:
             raise ReducioError(f"backend: 'fast' cannot run this model: {obstacle}")
         else:

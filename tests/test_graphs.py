@@ -333,7 +333,7 @@ def condition(device: str = "cpu", dtype: torch.dtype = torch.float32, cells: in
 def pairs(device: str, dtype: torch.dtype, graphs: Graphs | None) -> tuple[Twins, Twins]:
     """The same twins twice: eager, and through graphs."""
     parts = networks(device, dtype)
-    eager, graphed = Engine().twins(*parts), Engine(graphs).twins(*parts)
+    eager, graphed = Engine().twins(*parts), Engine(graphs=graphs).twins(*parts)
     eager.transformer.graphs = eager.vae.graphs = None
     return eager, graphed
 
@@ -400,7 +400,7 @@ def test_bytes_may_read_the_graphs_own_buffer(graphs: Graphs) -> None:
 
 def test_changed_weights_end_their_graphs(graphs: Graphs) -> None:
     dit, vae = networks()
-    engine = Engine(graphs)
+    engine = Engine(graphs=graphs)
     noise, told = condition()
     words = (DPMSolverMultistepScheduler(), noise, told, None, 4.5, 3)
     first = sample(engine.twins(dit, vae).transformer, *words)

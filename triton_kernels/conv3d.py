@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
+from torch.library import custom_op, triton_op
 
 from .launch import (
     OPTIONS,
@@ -236,13 +236,30 @@ def twin(
     return with_halo(y, front, back, halo), statistics(y) if stats else y.new_empty(0, dtype=torch.float32)
 
 
+ONE_DNN = torch.backends.mkldnn.is_available()
+
+
 def convolve(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """`F.conv3d`, but on a CPU oneDNN's at every size: up to N*C*T*H = 20480 torch unfolds, 2 to 10 times slower."""
-    one_dnn = x_NCTHW.device.type == "cpu" and x_NCTHW.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    # A plain tensor: oneDNN's op has neither a fake nor a traced form.
-    if one_dnn and type(x_NCTHW) is Tensor and not torch.compiler.is_compiling():
-        return torch.mkldnn_convolution(x_NCTHW, kernel, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
+    if ONE_DNN and x_NCTHW.device.type == "cpu" and x_NCTHW.dtype == torch.float32:
+        if torch.compiler.is_compiling():
+            return one_dnn(x_NCTHW, kernel, bias)
+        if type(x_NCTHW) is Tensor:
+            return torch.mkldnn_convolution(x_NCTHW, kernel, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
     return F.conv3d(x_NCTHW, kernel, bias)
+
+
+@custom_op("reducio_fast::one_dnn", mutates_args=())
+def one_dnn(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's convolution where torch.compile can see it: it has no fake form of its own. Channels-last result."""
+    y = torch.mkldnn_convolution(x_NCTHW, kernel, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
+    return y.contiguous(memory_format=torch.channels_last_3d)
+
+
+@one_dnn.register_fake
+def _(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    N, sizes = len(x_NCTHW), [n - k + 1 for n, k in zip(x_NCTHW.shape[2:], kernel.shape[2:], strict=True)]
+    return x_NCTHW.new_empty(N, len(kernel), *sizes).contiguous(memory_format=torch.channels_last_3d)
 
 
 def statistics(y: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compile.graphs import Graphs
+from ..compile.inductor import Regional
 from ..reference import ReducioDiT
 from ..reference.dit import NORM_EPS, Attention, DiTBlock, Grid
 from .plan import Plan
@@ -89,7 +90,7 @@ class FastCrossAttention(nn.Module):
 
 
 class FastDiTBlock(nn.Module):
-    """One block without its first norm and its last residual: these belong to the pass between two blocks."""
+    """One block, from its first modulated norm, which it is given, to that of the next block or of the final layer."""
 
     def __init__(self, block: DiTBlock, plan: Plan, path: str) -> None:
         super().__init__()
@@ -99,39 +100,47 @@ class FastDiTBlock(nn.Module):
             self.attn_temporal = FastSelfAttention(block.attn_temporal, plan, f"{path}.attn_temporal")
         self.attn2 = FastCrossAttention(block.attn2, plan, f"{path}.attn2")
         self.ff = block.ff
-        self.residual_norm = plan.pick(f"{path}.norm2", "gated_residual_ada_layer_norm")
+        self.residual_norm = plan.pick(f"{path}.norm2, and the norm after it", "gated_residual_ada_layer_norm")
 
     def forward(
-        self, x_BLD: Tensor, y_BLD: Tensor, modulation_6D: Tensor, prepared: Prepared, index: int, grid: Grid
+        self,
+        x_BLD: Tensor,
+        y_BLD: Tensor,
+        modulation_6D: Tensor,
+        following_2D: tuple[Tensor, Tensor],
+        keys_values: tuple[Tensor, Tensor],
+        key_count: Tensor | None,
+        frames: int,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream and its modulated norm -> the stream before the last residual, and that branch.
+        """The residual stream and its modulated norm -> both at the end of the block. `following_2D`: shift and scale.
 
-        In the first block the batch may be half of `prepared`'s: then both halves of guidance part here.
+        In the first block the batch may be half of the keys': then both halves of guidance part here.
         """
-        _, _, gate_1, shift_2, scale_2, _ = modulation_6D
-        x_BLD = torch.addcmul(x_BLD, gate_1, self.self_attention(y_BLD, grid))
+        _, _, gate_1, shift_2, scale_2, gate_2 = modulation_6D
+        x_BLD = torch.addcmul(x_BLD, gate_1, self.self_attention(y_BLD, frames))
         if self.per_frame:
-            x_BLD = x_BLD + self.temporal_attention(x_BLD, grid)
-        if len(x_BLD) != prepared.batch:
+            x_BLD = x_BLD + self.temporal_attention(x_BLD, frames)
+        if len(x_BLD) != len(keys_values[0]):
             x_BLD = torch.cat([x_BLD, x_BLD])
-        branch = self.attn2(x_BLD, prepared.keys_values[index], prepared.key_count)
+        branch = self.attn2(x_BLD, keys_values, key_count)
         B = len(x_BLD)
         x_BLD, y_BLD = self.residual_norm(x_BLD, branch, None, _rows(shift_2, B), _rows(scale_2, B), NORM_EPS)
-        return x_BLD, self.ff(y_BLD)
+        shift, scale = following_2D
+        return self.residual_norm(x_BLD, self.ff(y_BLD), _rows(gate_2, B), _rows(shift, B), _rows(scale, B), NORM_EPS)
 
-    def self_attention(self, y_BLD: Tensor, grid: Grid) -> Tensor:
+    def self_attention(self, y_BLD: Tensor, frames: int) -> Tensor:
         if not self.per_frame:
             return self.attn1(y_BLD)
-        B, t = len(y_BLD), grid[0]
-        return self.attn1(y_BLD.unflatten(1, (t, -1)).flatten(0, 1)).unflatten(0, (B, t)).flatten(1, 2)
+        B = len(y_BLD)
+        return self.attn1(y_BLD.unflatten(1, (frames, -1)).flatten(0, 1)).unflatten(0, (B, frames)).flatten(1, 2)
 
-    def temporal_attention(self, x_BLD: Tensor, grid: Grid) -> Tensor:
-        B, t = len(x_BLD), grid[0]
-        y = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=NORM_EPS).unflatten(1, (t, -1)).transpose(1, 2)
+    def temporal_attention(self, x_BLD: Tensor, frames: int) -> Tensor:
+        B = len(x_BLD)
+        y = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=NORM_EPS).unflatten(1, (frames, -1)).transpose(1, 2)
         return self.attn_temporal(y.flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
 
 
-class FastReducioDiT(nn.Module):
+class FastReducioDiT(Regional):
     """Built from a reference model, whose unpacked weights it shares. Evaluation only.
 
     A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step; called like the
@@ -154,7 +163,6 @@ class FastReducioDiT(nn.Module):
             for p in (model.proj_out.weight, model.proj_out.bias)
         )
         self.first_norm = plan.pick("transformer_blocks.0.norm1", "ada_layer_norm")
-        self.residual_norm = plan.pick("transformer_blocks.*.norm1, norm_out", "gated_residual_ada_layer_norm")
         self.step_update = plan.pick("sampler", "guidance_dpm_step")
         self.positions: dict[Grid, Tensor] = {}
         self.graphs: Graphs | None = None  # through which the sampler runs a step; None: eagerly
@@ -231,10 +239,9 @@ class FastReducioDiT(nn.Module):
         y = self.first_norm(x, _rows(blocks_M6D[0, 0], len(x)), _rows(blocks_M6D[0, 1], len(x)), NORM_EPS)
         last = len(self.transformer_blocks) - 1
         for i, block in enumerate(self.transformer_blocks):
-            x, branch = block(x, y, blocks_M6D[i], prepared, i, grid)
-            following = blocks_M6D[i + 1] if i < last else (shift, scale)
-            rows = [_rows(row, len(x)) for row in (blocks_M6D[i, 5], following[0], following[1])]
-            x, y = self.residual_norm(x, branch, *rows, NORM_EPS)
+            following = (blocks_M6D[i + 1, 0], blocks_M6D[i + 1, 1]) if i < last else (shift, scale)
+            condition = (prepared.keys_values[i], prepared.key_count)
+            x, y = self.block("dit.block", block, x, y, blocks_M6D[i], following, *condition, grid[0])
         out = F.linear(y, self.out_weight, self.out_bias)
         return self.conditioner[0].unpatchify(out, grid)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..compile.graphs import Graphs
+from ..compile.inductor import Regions, adopt, connect
 from ..reference import ReducioDiT, ReducioVAE
 from .dit import FastReducioDiT
 from .plan import Plan
@@ -29,13 +30,15 @@ class Twins:
 class Engine:
     """Packs weights once: a second call finds the twins ready, a changed, moved or replaced weight makes new ones.
 
-    On a GPU the twins run through `graphs`, which end with the weights that they read. Graphs that are given serve on
-    any device.
+    `compile` None: on a GPU the twins run through graphs, which end with the weights that they read; nobody waits for a
+    compiler. True: their blocks also run compiled, on any device, and code outlives weights. False: neither. Graphs
+    that are given serve on any device.
     """
 
-    def __init__(self, graphs: Graphs | None = None, compile: bool | None = None) -> None:
-        self.compile = compile  # False: the twins run as they are, through neither graphs nor a compiler
+    def __init__(self, compile: bool | None = None, graphs: Graphs | None = None) -> None:
+        self.compile = compile
         self.graphs, self._everywhere = graphs or Graphs(), graphs is not None
+        self.regions = Regions() if compile else None
         self._twins: Twins | None = None
         self._made_from: tuple = ()
 
@@ -52,6 +55,8 @@ class Engine:
             twins = Twins(FastReducioDiT(transformer, plan).eval(), FastReducioVAE(vae, plan).eval(), plan)
             if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
                 twins.transformer.graphs = twins.vae.graphs = self.graphs
+            for network in (twins.transformer, twins.vae):
+                connect(network, self.regions)
             self._twins, self._made_from = twins, weights
         return self._twins
 
@@ -65,17 +70,25 @@ class Engine:
             self.graphs.sightings = sightings
 
     def uncompiled(self) -> Engine:
-        """An engine for the same networks that shares nothing with this one, and compiles nothing."""
+        """An engine for the same networks that shares nothing with this one. Neither compiles anything from now on."""
+        if self.regions is not None:
+            self.regions.open = False
         return Engine(compile=False)
 
     def packed(self) -> list[nn.Module]:
         """The twins, where they have been built."""
         return [] if self._twins is None else [self._twins.transformer, self._twins.vae]
 
+    def adopt(self, name: str, network: nn.Module) -> None:
+        """The repeated blocks of a network that is not ours run compiled too, where the twins' do."""
+        if self.regions is not None:
+            adopt(self.regions, name, network)
+
     def describe(self) -> dict[str, Any]:
-        """What runs the twins, as plain data: the plan's choices and what became of every graph."""
+        """What runs the twins, as plain data: the plan's choices, what became of every graph, and what is compiled."""
         choices = [] if self._twins is None else [asdict(choice) for choice in self._twins.plan.choices]
-        return {"plan": choices, "graphs": self.graphs.describe()}
+        regions = None if self.regions is None else self.regions.describe()
+        return {"plan": choices, "graphs": self.graphs.describe(), "regions": regions}
 
 
 def _fingerprint(network: nn.Module) -> tuple:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compile.graphs import Graphs
+from ..compile.inductor import Regional
 from ..reference import ReducioVAE
 from ..reference import vae as ref
 from ..reference.fusion import AddFusion, AttentionFusion, LinearFusion
@@ -208,7 +209,7 @@ class FastEncoderLevel(nn.Module):
         return act
 
 
-class FastEncoder3D(nn.Module):
+class FastEncoder3D(Regional):
     def __init__(self, encoder: ref.Encoder3D, plan: Plan, path: str) -> None:
         super().__init__()
         self.conv_in = FastConv(encoder.conv_in, plan, f"{path}.conv_in")
@@ -220,13 +221,14 @@ class FastEncoder3D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         act = self.conv_in(pad(x, self.conv_in.padding))
         for level in self.down:
-            act = level(act)
+            act = self.block("vae.encoder_level", level, act)
             if hasattr(level, "downsample"):
                 act = level.downsample(act)
-        return self.conv_out(self.norm_out(self.mid(act), self.conv_out.padding)).x
+        act = self.block("vae.middle", self.mid, act)
+        return self.conv_out(self.block("vae.norm_out", self.norm_out, act, self.conv_out.padding)).x
 
 
-class FastContentEncoder(nn.Module):
+class FastContentEncoder(Regional):
     def __init__(self, encoder: ref.ContentEncoder, plan: Plan, path: str) -> None:
         super().__init__()
         self.conv_in = FastConv(encoder.conv_in, plan, f"{path}.conv_in")
@@ -236,11 +238,11 @@ class FastContentEncoder(nn.Module):
     def forward(self, image: Tensor) -> Features:
         act, features = self.conv_in(pad(image, self.conv_in.padding)), []
         for level in self.down:
-            act = level(act)
+            act = self.block("vae.encoder_level", level, act)
             features.append(act.x)
             if hasattr(level, "downsample"):
                 act = level.downsample(act)
-        return [*features, self.mid(act).x]
+        return [*features, self.block("vae.middle", self.mid, act).x]
 
 
 class FastDecoderLevel(nn.Module):
@@ -271,7 +273,7 @@ class FastDecoderLevel(nn.Module):
         return self.upsample(pad(act.x, padding))
 
 
-class FastDecoder(nn.Module):
+class FastDecoder(Regional):
     def __init__(self, decoder: ref.Decoder, plan: Plan, path: str) -> None:
         super().__init__()
         self.sources = decoder.sources
@@ -283,10 +285,10 @@ class FastDecoder(nn.Module):
         self.conv_out.stats = False
 
     def forward(self, z: Tensor, features: Features) -> Tensor:
-        act = self.mid(self.conv_in(pad(z, self.conv_in.padding)), features[-1])
+        act = self.block("vae.middle", self.mid, self.conv_in(pad(z, self.conv_in.padding)), features[-1])
         for level, source in zip(reversed(self.up), reversed(self.sources), strict=True):
-            act = level(act, None if source is None else features[source])
-        return self.conv_out(self.norm_out(act, self.conv_out.padding)).x
+            act = self.block("vae.decoder_level", level, act, None if source is None else features[source])
+        return self.conv_out(self.block("vae.norm_out", self.norm_out, act, self.conv_out.padding)).x
 
 
 class FastAttentionFusion(nn.Module):
