@@ -6,6 +6,7 @@ since C++ code for each of a hundred shapes would take an hour.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from reducio_fast.compile.inductor import Regions, connect
 from reducio_fast.errors import ReducioError
 from reducio_fast.fast.dit import FastReducioDiT
 from reducio_fast.fast.plan import Plan
-from reducio_fast.fast.vae import FastReducioVAE
+from reducio_fast.fast.vae import Activation, FastReducioVAE, Padding
 from reducio_fast.numerics import judge
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.reference.tiling import tile_grid
@@ -270,7 +271,25 @@ def regions_of(vae: FastReducioVAE) -> int:
     return len(vae.encoder_2d.down) + 1 + len(vae.decoder.up) + 1 + 1
 
 
-# ---- the pipeline on top ---------------------------------------------------------------------------------------------
+# ---- for real --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(inductor.obstacle() is not None, reason="needs a C++ compiler")
+def test_compiled_code_equals_eager() -> None:
+    """Norm, activation and padding in Inductor's own loops, and once compiled no more."""
+    vae = FastReducioVAE(lively(ReducioVAE(VAEConfig(**VAE))), Plan(torch.device("cpu"), torch.float32))
+    norm, regions, given = (
+        vae.decoder.norm_out,
+        Regions(),
+        (Activation(torch.randn(1, 4, 6, 5, 8)), Padding(1, 1, True)),
+    )
+    with torch.no_grad():
+        eager, oracle = norm(*given), copy.deepcopy(norm).double()(Activation(given[0].x.double()), given[1])
+        for _ in range(2):
+            verdict = judge(regions("vae.norm_out", norm, *given), eager, oracle)
+            assert verdict.right, str(verdict)
+    told = regions.describe()
+    assert told["misses"] == {} and told["regions"]["vae.norm_out"]["calls"] == 2
 
 
 def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
