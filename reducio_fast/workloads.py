@@ -224,7 +224,8 @@ class GivenConditions:
             made = (rung.transformer, rung.vae, [(c.path, c.implementation) for c in plan.choices])
             if made != before:
                 run = functools.partial(self.clip, dit, vae)
-                found.append(Contender(rung.name, rung.what, self.dtype, run, "folded" if rung.vae else "direct"))
+                algebra = "folded" if rung.vae else "folded transformer" if rung.transformer else "direct"
+                found.append(Contender(rung.name, rung.what, self.dtype, run, algebra))
             before = made
         return found
 
@@ -359,13 +360,12 @@ def count(given: GivenConditions) -> dict[str, Flops]:
         return of(lambda: network.decode(noise, network.encode_content(image, tiled=given.tiled), tiled=given.tiled))
 
     both = noise.expand(2, *noise.shape[1:])
+    step = of(lambda: fast_dit.prepare(*cond)) + given.steps * of(lambda: fast_dit.denoise(noise, modulation, prepared))
+    direct = {"dit.step": given.steps * of(lambda: dit(both, steps, *cond)), "vae.decode": decode(vae)}
     return {
-        "direct": {"dit.step": given.steps * of(lambda: dit(both, steps, *cond)), "vae.decode": decode(vae)},
-        "folded": {
-            "dit.step": of(lambda: fast_dit.prepare(*cond))
-            + given.steps * of(lambda: fast_dit.denoise(noise, modulation, prepared)),
-            "vae.decode": decode(fast_vae),
-        },
+        "direct": direct,
+        "folded transformer": direct | {"dit.step": step},
+        "folded": {"dit.step": step, "vae.decode": decode(fast_vae)},
     }
 
 
