@@ -93,7 +93,9 @@ def forecast(
     dry = DryRun()
     with torch.no_grad(), dry:
         ghost = _ghost(stages, dry)
-        peaks = {"vae.decode": _peak_of_decoding(ghost, dry, stages, height, width, decoding)}
+        peaks: dict[str, int | None] = {
+            "vae.decode": _peak_of_decoding(ghost, dry, stages, height, width, decoding)
+        }
         if earlier is not None:
             rows = tuple(s if s.stage not in peaks else dataclasses.replace(s, activations=peaks[s.stage])
                          for s in earlier.stages)  # fmt: skip
