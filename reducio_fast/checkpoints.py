@@ -302,8 +302,8 @@ def load_foreign(
         if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
             require("sentencepiece", "google.protobuf", argument=str(folder / "spiece.model"))
         # An Auto class would else ask at the terminal whether it may run code that lies in the folder.
-        words = {"trust_remote_code": False} if class_name.startswith("Auto") else {}
-        return _from_pretrained(cls, folder, **words)
+        safe = {"trust_remote_code": False} if class_name.startswith("Auto") else {}
+        return _from_pretrained(cls, folder, **safe)
     check_component(folder)
     # diffusers renamed `torch_dtype` to `dtype` and warns about the old word, so its models are cast after loading.
     words: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
