@@ -26,20 +26,19 @@ from .errors import ReducioError, is_out_of_memory
 from .inputs import ClipRequest, Request
 from .latents import rescue
 from .lora import LoraLoader
-from .offload import Offload
 from .output import ReducioOutput, stack, to_output
-from .reference import Condition, ReducioDiT, ReducioVAE, initial_latent
-from .reference.sampler import StopSampling
-from .stages import Stages
+from .reference import ReducioDiT, ReducioVAE, initial_latent
+from .step_end import StepEnd
 from .video import read_image
 from .warming import warm_up
+from .words import Words
 
 LOG = logging.getLogger("reducio_fast")
 
 StepCallback = Callable[["ReducioPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
 
-class ReducioPipeline(LoraLoader, Stages):
+class ReducioPipeline(LoraLoader, Words):
     """The loaded model. Each component can be any object with the same call (the small ones are in `encoders`).
 
     `text_to_image` may be None (then each call needs an image), `text_encoder` too (then it needs `prompt_embeds`), and
@@ -142,59 +141,6 @@ class ReducioPipeline(LoraLoader, Stages):
         """Upload the folder that `save_pretrained` writes to the hub; returns the address of the commit."""
         return hub.push(self.save_pretrained, repo_id, private, token, commit_message)
 
-    def to(
-        self,
-        device: torch.device | torch.dtype | str | None = None,
-        dtype: torch.dtype | str | None = None,
-    ) -> ReducioPipeline:
-        """Move and cast every network in place; returns self. A dtype may also come alone: `pipe.to(torch.float16)`."""
-        if isinstance(device, torch.dtype):
-            if dtype is not None:
-                raise ReducioError(f"to: two dtypes given, {device} and {dtype}")
-            device, dtype = None, device
-        if self._offload is not None and device is not None:
-            raise ReducioError(
-                f"to: device={device!r} given while weights are offloaded; call disable_model_cpu_offload() before"
-            )
-        target = self.device if device is None else inputs.resolve_device(device)
-        kind = self.dtype if dtype is None else inputs.resolve_dtype(dtype, None, target)
-        with self._lock:
-            for network in self._networks():
-                checkpoints.cast(network, target, kind)
-        return self
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """By name: `ReducioPipeline(**pipe.components)` is a second pipeline on the same weights."""
-        return {name: getattr(self, name) for name in folders.COMPONENTS}
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the call was asked to end; a callback asks by `pipe._interrupt = True`, as in diffusers."""
-        return self._interrupt
-
-    @property
-    def guidance_scale(self) -> float | None:
-        """Of the call at work, else of the last one; so are the next three. None before the first call."""
-        return None if self._request is None else self._request.guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool | None:
-        return None if self._request is None else self._request.guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int | None:
-        return None if self._request is None else self._request.num_inference_steps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        """Of the step a callback is called for; None outside of the second stage."""
-        return self._current_timestep
-
-    def set_progress_bar_config(self, **words: Any) -> None:
-        """Words for tqdm, kept for later calls: `set_progress_bar_config(disable=True)`."""
-        self._progress_bar_config = words
-
     def warmup(
         self,
         sizes: Sequence[int | tuple[int, int]] | None = None,
@@ -208,48 +154,6 @@ class ReducioPipeline(LoraLoader, Stages):
         took, and which are `left`. Raises ReducioError for sizes that a call would refuse.
         """
         return warm_up(self, sizes, deadline, progress)
-
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep all weights on the CPU, and on the GPU only those of the stage at work: less memory, and slower.
-
-        diffusers' words. Packed weights of the fast twins travel likewise. Legal together: every backend, dtype, size
-        and tiling. Not legal: graphs, which hold addresses (stages then run without); and `to(device)`, which is
-        refused. Raises ReducioError where there is no GPU.
-        """
-        if device is None and not torch.cuda.is_available():
-            raise ReducioError("enable_model_cpu_offload: there is no GPU here, all weights are on the CPU already")
-        chosen = inputs.resolve_device((f"cuda:{gpu_id or 0}") if device is None else device)
-        if chosen.type == "cuda" and chosen.index is None:
-            chosen = torch.device("cuda", gpu_id if gpu_id is not None else torch.cuda.current_device())
-        with self._lock:
-            for network in self._networks():
-                network.to("cpu")
-            self._offload = Offload(chosen)
-            self._fits.clear()
-
-    def disable_model_cpu_offload(self) -> None:
-        """All weights to the device where the stages ran, for good."""
-        with self._lock:
-            if self._offload is not None:
-                device, self._offload = self._offload.device, None
-                self._fits.clear()
-                self.to(device)
-
-    def enable_vae_tiling(self) -> None:
-        """Decode each clip in tiles: 256 pixels, read 64 beyond and blended, as the release does.
-
-        This is what `vae_tiling = None`, the default, does above 320 pixels, which is all that one tile reads.
-        """
-        self.vae_tiling = True
-
-    def disable_vae_tiling(self) -> None:
-        """Decode each clip whole.
-
-        Above 320 pixels this makes another clip, not the same one faster: normalisation then averages over the whole
-        frame, where the published weights saw 256 pixels, and above 512 pixels fusion attends in windows of 512. There
-        are no seams, and memory grows with the frame.
-        """
-        self.vae_tiling = False
 
     @torch.no_grad()
     def __call__(
@@ -430,7 +334,7 @@ class ReducioPipeline(LoraLoader, Stages):
             frame = self._content_frame(clip, request, not bar.disable)
         cond = self._condition(clip, frame, timings)
         uncond = self._without_prompt(cond, clip, timings) if request.guidance_scale > 1 else None
-        step_end = _StepEnd(self, request, cond, uncond, bar)
+        step_end = StepEnd(self, request, cond, uncond, bar)
         with self._stage(timings, "dit.step"):
             start = noise if clip.latents is None else clip.latents
             latent = self._sample(start, cond, uncond, request.guidance_scale, steps, clip.generator, step_end)
@@ -493,52 +397,3 @@ class ReducioPipeline(LoraLoader, Stages):
         silent = not progress or os.environ.get("RANK", "0") != "0"  # of the ranks that torchrun starts, one speaks
         words: dict[str, Any] = {"desc": "dit.step", "disable": silent} | self._progress_bar_config
         return tqdm(total=total, **words)
-
-
-class _StepEnd:
-    """The sampler's callback: moves the progress bar, runs the user's, and ends the loop where that asks for it."""
-
-    def __init__(
-        self, pipe: ReducioPipeline, request: Request, cond: Condition, uncond: Condition | None, bar: tqdm
-    ) -> None:
-        self.pipe, self.request, self.bar = pipe, request, bar
-        self.embeds = {"prompt_embeds": cond.text, "negative_prompt_embeds": None if uncond is None else uncond.text}
-        self.replaced: Tensor | None = None  # a replacement that came together with the request to stop
-        self.error: Exception | None = None  # of the user's own code: not ours to reword
-
-    def __call__(self, step: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
-        self.bar.update()
-        self.pipe._current_timestep = timestep
-        if self.request.callback_on_step_end is None:
-            self.stop_if_asked(latent)
-            return None
-        tensors = {"latents": latent} | self.embeds
-        given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
-        try:
-            answer = self.request.callback_on_step_end(self.pipe, step, timestep, dict(given))
-        except Exception as error:
-            self.error = error
-            raise
-        new = self.check_answer(answer, latent, given)
-        self.stop_if_asked(new)
-        return None if new is latent else new
-
-    def check_answer(self, answer: Any, latent: Tensor, given: dict[str, Tensor | None]) -> Tensor:
-        """The latent to go on with."""
-        if answer is None:
-            return latent
-        if not isinstance(answer, dict):
-            raise ReducioError(f"callback_on_step_end: must return a dict or None, returned a {type(answer).__name__}")
-        for name, value in answer.items():
-            if name != "latents" and value is not given.get(name, self):
-                raise ReducioError(f"callback_on_step_end: returned {name!r}; only 'latents' can be replaced")
-        new = answer.get("latents", latent)
-        if new is latent:
-            return latent
-        shape = self.request.latent_shape
-        return inputs.check_latents(new, shape, 1, True, "callback_on_step_end: latents")[0].to(latent)
-
-    def stop_if_asked(self, latent: Tensor) -> None:
-        if self.pipe.interrupt:
-            self.replaced = latent
-            raise StopSampling

@@ -39,19 +39,20 @@ class Engine:
         self.compile = compile
         self.graphs, self._everywhere = graphs or Graphs(), graphs is not None
         self.regions = Regions() if compile else None
+        self.attention = "auto"  # of `plan.ATTENTION`
         self._twins: Twins | None = None
         self._made_from: tuple = ()
 
     def twins(self, transformer: ReducioDiT, vae: ReducioVAE, device: torch.device | None = None) -> Twins:
         """`device` is where they will run; None: where the weights are. Without the two being one, there are no graphs:
         a graph holds addresses, and weights that come to the device for a stage have another one each time."""
-        weights = (device, *_fingerprint(transformer), *_fingerprint(vae))
+        weights = (device, self.attention, *_fingerprint(transformer), *_fingerprint(vae))
         if self._twins is None or weights != self._made_from:
             self.graphs.reset()
             self._twins = None  # the old packing goes before the new one comes
             weight = next(transformer.parameters())
             runs_on = weight.device if device is None else device
-            plan = Plan(runs_on, weight.dtype)
+            plan = Plan(runs_on, weight.dtype, attention=self.attention)
             twins = Twins(FastReducioDiT(transformer, plan).eval(), FastReducioVAE(vae, plan).eval(), plan)
             if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
                 twins.transformer.graphs = twins.vae.graphs = self.graphs
@@ -73,7 +74,9 @@ class Engine:
         """An engine for the same networks that shares nothing with this one. Neither compiles anything from now on."""
         if self.regions is not None:
             self.regions.open = False
-        return Engine(compile=False)
+        engine = Engine(compile=False)
+        engine.attention = self.attention
+        return engine
 
     def packed(self) -> list[nn.Module]:
         """The twins, where they have been built."""

@@ -35,6 +35,24 @@ OPS = {
 }  # fmt: skip
 
 
+# The words for attention, diffusers' where it has one, and the implementation each means; "auto" leaves it open.
+ATTENTION = {"auto": None, "native": "vendor", "flash": "flash-attn", "reducio": "kernel"}
+
+
+def check_attention(word: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError, one line, for a word that is unknown or cannot be followed on `device` in `dtype`."""
+    if word not in ATTENTION:
+        raise ValueError(f"{word!r} is not known; known are {', '.join(ATTENTION)}")
+    if word in ("auto", "native"):
+        return
+    if device.type != "cuda":
+        raise ValueError(f"{word!r} needs a GPU, the pipeline is on {device.type}; auto and native run here")
+    if word == "flash" and importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("'flash' needs the package flash-attn, which is not here; auto, native and reducio are")
+    if dtype not in ((torch.float16, torch.bfloat16) if word == "flash" else FLOATING):
+        raise ValueError(f"{word!r} does not take {dtype}; auto and native do")
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One line of the report: the module's path, the op it runs, what runs it and why."""
@@ -56,6 +74,7 @@ class Plan:
     dtype: torch.dtype
     allowed: Collection[str] | None = None
     choices: list[Choice] = field(default_factory=list)
+    attention: str = "auto"  # of ATTENTION
 
     def pick(self, path: str, op: str, shape: str = "") -> Callable[..., Any]:
         """The callable for `op` at module `path`. `shape` is its class in the table, e.g. "128->128" of a convolution.
@@ -80,6 +99,9 @@ class Plan:
             return "vendor", f"kernels do not take {self.dtype}"
         if self.allowed is not None and op not in self.allowed:
             return "vendor", "its kernel is not allowed"
+        asked = ATTENTION[self.attention] if op == "attention" else None
+        if asked is not None:
+            return asked, f"asked for: {self.attention}"
         arch = arch_of(self.device)
         measured = table(arch).get("plan", {})
         for key in (f"{op} {shape}", op):
