@@ -22,7 +22,7 @@ WORDS = {"num_inference_steps": 1, "progress": False, "output_type": "latent"}
 def test_a_word_decides_attention_and_nothing_else(word: str, implementation: str):
     asked = Plan(CUDA, torch.float16, attention=word)
     run = asked.pick("transformer_blocks.0.attn1", "attention", "self 72")
-    expected = {"native": attention.twin, "flash": plan._flash_attention, "reducio": torch.ops.reducio_fast.attention}
+    expected = {"native": attention.twin, "flash": plan.flash_attention, "reducio": torch.ops.reducio_fast.attention}
     assert run is expected[word]
     (choice,) = asked.choices
     assert (choice.implementation, choice.why) == (implementation, f"asked for: {word}")
@@ -34,7 +34,7 @@ def test_flash_leaves_masked_keys_to_our_kernel():
     """flash-attn has no mask by count: there the op answers, which on a CPU is its twin."""
     q, k, v = torch.randn(3, 1, 5, 2, 16).unbind(0)
     count = torch.tensor([3], dtype=torch.int32)
-    assert torch.equal(plan._flash_attention(q, k, v, count), attention.twin(q, k, v, count))
+    assert torch.equal(plan.flash_attention(q, k, v, count), attention.twin(q, k, v, count))
 
 
 @pytest.mark.parametrize(
