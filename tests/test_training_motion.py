@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from reducio_fast.checkpoints import load_model, save_model, save_tensors
+from reducio_fast.checkpoints import load_model, save_model
 from reducio_fast.encoders import SemanticEncoder
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
-from reducio_fast.training import motion, photos, rehearsal, video_autoencoder, world
+from reducio_fast.training import motion, photos, video_autoencoder, world
 from reducio_fast.training.loop import LoopConfig
 from reducio_fast.training.stage import Context
 
@@ -159,36 +159,3 @@ def test_pool_files_do_not_depend_on_the_order_they_are_made_in(components: Path
     length = int(mask.sum())
     torch.testing.assert_close(rows["text"][1, :length], text[0, :length], atol=2e-3, rtol=2e-3)
     assert rows["text_mask"][1].sum() == length
-
-
-def test_rehearsal_keeps_a_clip_and_what_generation_makes_of_its_latent(components: Path) -> None:
-    """Samples belong to the pool's clips, and the later generation starts, the closer it stays to the encoder's."""
-    context, settings = Context(out=components, progress=False), motion_settings(portrait_share=0.5)
-    motion.train_motion(context, settings)
-    moved = {}
-    for first in (4, 19):
-        words = {"samples": 8, "batch": 4, "first_steps": (first, first + 1), "guidance_scale": 1.5}
-        figures = rehearsal.rehearse(context, rehearsal.RehearsalSettings(motion=settings, **words))
-        moved[first] = figures["moved"]
-    assert 0 < moved[19] < 0.2 < moved[4] < 3
-    video, z, content = rehearsal.Rehearsed(context.run_folder("rehearsal"), settings).draw(np.random.default_rng(5), 3)
-    index = np.random.default_rng(5).integers(8, size=3)
-    for i, clip, latent, frame in zip(index, video, z, content, strict=True):
-        _, frames, decoded = motion.pool_clip(settings, False, int(i))
-        torch.testing.assert_close(clip, video_autoencoder.as_video(frames[None])[0])
-        encoded = load_file(motion.shard_path(context.run_folder("motion") / "pool", False, 0))["mean"][i]
-        assert torch.nn.functional.cosine_similarity(latent.flatten(), encoded.flatten(), dim=0) > 0.9
-        if not decoded:
-            torch.testing.assert_close(frame, clip[:, 7], atol=5e-3, rtol=0)
-
-    before = load_model(ReducioVAE, VAEConfig, components / "vae").state_dict()
-    torch.manual_seed(LOOP.seed)
-    model = video_autoencoder.Trained(VAE)
-    model.vae.load_state_dict(before)
-    context.run_folder("before").mkdir()
-    save_tensors(model.state_dict(), context.run_folder("before") / "diffusion_pytorch_model.safetensors")
-    words = {"after": "before", "rehearsed_share": 1.0, "size": 64}
-    rehearsal.train_rehearsed(context, phase("decoder", **words), "rehearsed", settings)
-    after = load_model(ReducioVAE, VAEConfig, components / "vae").state_dict()
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"encoder_2d", "decoder", "post_quant_conv"}

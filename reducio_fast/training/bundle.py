@@ -59,6 +59,9 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
     parts["text_encoder"].to(dtype)  # `wo` too, which is kept in float32 to run, not to be stored
     shared = {inner: parts[outer] for inner, outer in SHARED.items()}
     parts["text_to_image"] = load_text_to_image(out / "text_to_image", shared, dtype, "cpu")
+    for name in ("content_encoder", "text_to_image"):  # else its config tells where it lay on this machine
+        network = parts[name].transformer if name == "text_to_image" else parts[name]
+        network.register_to_config(_name_or_path=name)
     networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     for name, network in {**networks, "text_to_image": parts["text_to_image"].transformer}.items():
         for key, value in network.state_dict().items():

@@ -20,7 +20,6 @@ from .conditions import SemanticSettings, TextSettings, train_semantic, train_te
 from .content_autoencoder import ContentSettings, train_content
 from .loop import LoopConfig
 from .motion import MotionSettings, train_motion
-from .rehearsal import RehearsalSettings, rehearse, train_rehearsed
 from .stage import Context
 from .text_to_image import TextToImageSettings, train_text_to_image
 from .video_autoencoder import VAESettings, train_vae
@@ -35,11 +34,6 @@ class Stage:
     makes: tuple[str, ...]
     needs: tuple[str, ...] = ()
 
-
-MOTION = MotionSettings(
-    loop=LoopConfig(steps=4000, learning_rate=1e-3, warmup_steps=100, ema_decay=0.998, weight_decay=0.0, seed=8),
-    portrait_share=0.7,
-)
 
 STAGES: dict[str, Stage] = {
     "text": Stage(
@@ -246,40 +240,19 @@ STAGES: dict[str, Stage] = {
             latent_noise=0.3,
             after="vae_shapes",
         ),
-        makes=("vae", "runs/vae_joint"),
+        makes=("vae",),
         needs=("runs/vae_shapes",),
     ),
     "motion": Stage(
         train_motion,
-        MOTION,
-        makes=("transformer", "scheduler", "runs/motion"),
-        needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder", "vae"),
-    ),
-    "rehearsal": Stage(
-        rehearse,
-        RehearsalSettings(motion=MOTION),
-        makes=("runs/rehearsal",),
-        needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder", "vae", "transformer", "runs/motion"),
-    ),
-    "vae_rehearsed": Stage(
-        partial(train_rehearsed, stage="vae_rehearsed", motion=MOTION),
-        VAESettings(
-            loop=LoopConfig(steps=2000, learning_rate=6e-4, warmup_steps=30, final_rate=0.02, ema_decay=0.995, seed=17),
-            trains="decoder",
-            size=128,
-            batch=2,
-            photo_share=0.25,
-            portrait_share=0.85,
-            chroma_weight=0.5,
-            moving_weight=12.0,
-            level_weights=True,
-            carriage_weight=0.3,
-            latent_noise=0.3,
-            rehearsed_share=0.5,
-            after="vae_joint",
+        MotionSettings(
+            loop=LoopConfig(
+                steps=4000, learning_rate=1e-3, warmup_steps=100, ema_decay=0.998, weight_decay=0.0, seed=8
+            ),
+            portrait_share=0.7,
         ),
-        makes=("runs/vae_rehearsed",),
-        needs=("runs/vae_joint", "runs/rehearsal"),
+        makes=("transformer", "scheduler"),
+        needs=("text_encoder", "tokenizer", "image_encoder", "content_encoder", "vae"),
     ),
     "export": Stage(
         export,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,7 +41,6 @@ TINY_VAE = VAEConfig(
     fusion_head_dim=16,
 )
 START_LOGVAR = -6.0
-RehearsedDraw = Callable[[np.random.Generator, int], "tuple[Tensor, Tensor, Tensor]"]  # (rng, B) -> clips, z, content
 FULL_SIZE = 128  # pixels a side at which clips are drawn, whatever is cropped from them
 
 
@@ -72,7 +70,6 @@ class VAESettings:
     # Standard deviation, at most, of noise on the normalised latent: a generated one is never exact, and what it
     # leaves unclear (a silhouette) the content frame knows.
     latent_noise: float = 0.0
-    rehearsed_share: float = 0.0  # of the steps: on generated latents (see `rehearsal`), clips are then not cropped
     kl_weight: float = 1e-6  # on the KL summed over a latent, as in the release
     config: VAEConfig = field(default_factory=lambda: TINY_VAE)
 
@@ -174,13 +171,8 @@ def draw_clip(rng: np.random.Generator, size: int, photo_share: float, portrait_
     return frames[:, top : top + size, left : left + size]
 
 
-def train_vae(
-    context: Context, settings: VAESettings, stage: str, rehearsed: RehearsedDraw | None = None
-) -> dict[str, float]:
-    """Trains one phase and saves `vae/`. Loss: absolute plus squared error, the sketch's error, weighted KL.
-
-    `rehearsed` gives the clips, latents and content frames of the steps that are not the encoder's business.
-    """
+def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, float]:
+    """Trains one phase and saves `vae/`. Loss: absolute plus squared error, the sketch's error, weighted KL."""
     torch.manual_seed(settings.loop.seed)
     model = Trained(settings.config)
     if settings.after is not None:
@@ -197,21 +189,16 @@ def train_vae(
         module.requires_grad_(False)
 
     def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        rehearsal = rehearsed is not None and rng.random() < settings.rehearsed_share
-        if rehearsal:
-            video, z, content = (x.to(context.device) for x in rehearsed(rng, settings.batch))
-        else:
-            shares = settings.photo_share, settings.portrait_share
-            clips = [draw_clip(rng, settings.size, *shares) for _ in range(settings.batch)]
-            video = as_video(np.stack(clips)).to(context.device)
-            content = video[:, :, frame]
+        shares = settings.photo_share, settings.portrait_share
+        clips = [draw_clip(rng, settings.size, *shares) for _ in range(settings.batch)]
+        video = as_video(np.stack(clips)).to(context.device)
+        content = video[:, :, frame]
         figures = {"still_psnr": _psnr(F.mse_loss(content[:, :, None].expand_as(video), video))}
         loss = torch.zeros((), device=context.device)
-        if not rehearsal:
-            with torch.set_grad_enabled(encoder_learns):
-                posterior = vae.encode(video)
-                z = vae.normalize_latent(posterior.sample())
-        if settings.latent_noise and not rehearsal:
+        with torch.set_grad_enabled(encoder_learns):
+            posterior = vae.encode(video)
+            z = vae.normalize_latent(posterior.sample())
+        if settings.latent_noise:
             spread = settings.latent_noise * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
             z = vae.normalize_latent(z + spread * torch.randn_like(z))
         if encoder_learns:
