@@ -85,6 +85,7 @@ def bench(
     row: Row = {
         "benchmark": "bench", "workload": name, "what": made.what, "note": note, "pairs": pairs, "machine": machine,
         "parity": rows, "roof": measure.roof(device, made.dtype), "flops": made.flops,
+        "shape": made.shape,
         "contenders": {}, "ladder": {}, "cold": {},
     }  # fmt: skip
     makers = [functools.partial(made.contender, each) for each in chosen]

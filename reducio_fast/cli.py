@@ -287,13 +287,22 @@ def bench(args: argparse.Namespace) -> None:
         row = tune.run(args.out, args.device, args.limit, log)
         _report(args, row, tune.lines(row))
         return
+    models = []
+    if args.peer:
+        from . import peers  # a bare GPU machine, without diffusers, can bench too
+
+        models = peers.named(args.peer)
     split = args.contenders.split(",") if args.contenders else None
     row = benchmark.bench(
         args.workload, args.model, args.dtype, args.device, split, args.ladder, args.pairs, args.cold, args.note, log
     )
+    lines = benchmark.lines(row)
+    if models:
+        row["peers"] = peers.compare(row, models, args.pairs, args.dtype, args.device, log)
+        lines += ["", *peers.lines(row["peers"])]
     if args.out:
         benchmark.write(row, args.out)
-    _report(args, row, benchmark.lines(row))
+    _report(args, row, lines)
 
 
 def profile(args: argparse.Namespace) -> None:
@@ -499,6 +508,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("workload", nargs="?", choices=workloads, default="default", help=which)
     add_model(command)
     command.add_argument("--contenders", metavar="A,B", help="of reference,compiled,fast (default: all)")
+    command.add_argument(
+        "--peer", metavar="A,B", help="svd, ltx, wan beside ours: random weights of the published size, or svd:DIR"
+    )
     command.add_argument("--ladder", action="store_true", help="every optimisation that can be switched, one by one")
     command.add_argument("--pairs", type=_positive, default=5, help="turns that are timed (default: 5)")
     command.add_argument(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from . import checkpoints, content, inputs
 from .errors import ReducioError
+from .measure import clock
 from .output import ReducioOutput, stack, to_output
 from .peer_models import PEERS, Peer, build_random, diffusers_class
-from .stages import clock
 
 RANDOM, RANDOM_TINY = "random", "random-tiny"
 DECODE_CHUNK = 8  # frames SVD decodes at once: what diffusers' own example uses; all 25 need tens of gigabytes
@@ -318,11 +318,48 @@ def bench_row(
     }
 
 
-def rates(seconds: float, frames: int, height: int, width: int, fps: float) -> dict[str, float]:
+def named(text: str) -> list[str]:
+    """The peers of a list with commas. Raises ReducioError for one that is none."""
+    models = text.split(",")
+    if unknown := [model for model in models if find(model) is None]:
+        raise ReducioError(f"peer: {unknown[0]!r} is unknown; known are {', '.join(PEERS)}, or a folder of one")
+    return models
+
+
+def compare(
+    row: dict[str, Any],
+    models: Sequence[str],
+    repeats: int,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """What `bench.bench` has measured of ours, then each peer, as rows of one table.
+
+    Ours have no `peak_memory` here: several contenders are loaded at once.
+    """
+    rows = []
+    for name, figures in row["contenders"].items():
+        if "skipped" not in figures:
+            seconds = figures["clip_s"]["median"]
+            stages = {stage: spread["median"] for stage, spread in figures["stages_s"].items()}
+            rows.append(
+                {"model": f"ours, {name}", "weights": row["workload"], "dtype": figures["dtype"], **row["shape"]}
+                | {"cold": figures["first_s"], "seconds": seconds, "stages": stages, "peak_memory": None}
+                | rates(seconds, **row["shape"])
+            )
+    for model in models:
+        log(f"{model}: loading, then {1 + repeats} clips")
+        rows.append(bench_row(model, repeats=repeats, dtype=dtype, device=device))
+        log(f"{model}: {rows[-1]['seconds']:.2f} s")
+    return rows
+
+
+def rates(seconds: float, num_frames: int, height: int, width: int, fps: float) -> dict[str, float]:
     """What a clip of that size cost, by the two measures that compare models with unlike clips."""
     return {
-        "per_video_second": seconds / (frames / fps),
-        "per_megapixel": seconds / (frames * height * width / 1e6),
+        "per_video_second": seconds / (num_frames / fps),
+        "per_megapixel": seconds / (num_frames * height * width / 1e6),
     }
 
 

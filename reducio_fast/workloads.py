@@ -32,6 +32,7 @@ from .schedules import scheduler
 PROMPT = "a red circle moving right on a black background"
 STEPS, GUIDANCE = 20, 4.5
 NARROW_STEPS = 3
+FPS = 16.0  # a clip of 16 frames lasts a second
 FULL_SIZES = (256, 512, 1024)
 NAMES = ("default", *map(str, FULL_SIZES), "narrow")
 SEMANTIC_TOKENS = 256  # of OpenCLIP ViT-H at 224 pixels
@@ -132,6 +133,7 @@ class GivenConditions:
         self.tiled = vae.config.needs_tiling(*image.shape[-2:])
         self.device, self.dtype = noise.device, next(dit.parameters()).dtype
         height, width = image.shape[-2:]
+        self.shape = {"num_frames": vae.config.num_frames, "height": height, "width": width, "fps": FPS}
         self.what = (
             f"{name}: {vae.config.num_frames}x{height}x{width}, {steps} steps with guidance, conditions given"
             f"{', tiled' if self.tiled else ''}"
@@ -254,6 +256,7 @@ class DefaultClip:
         pipe = self._pipe("reference")
         self.dtype = pipe.dtype
         self.given = GivenConditions.of_pipeline(self.name, pipe)
+        self.shape = self.given.shape | {"fps": pipe.fps}
         frames = pipe.vae.config.num_frames
         self.what = (
             f"{self.name}: {frames}x{pipe.sample_height}x{pipe.sample_width} from a prompt, {STEPS} steps with guidance"

@@ -207,6 +207,21 @@ def test_bench_row(picture: np.ndarray) -> None:
     assert "s per video s" in head and line.startswith("svd") and "2x32x32@7" in line
 
 
+def test_bench_command_with_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "bench narrow --contenders fast --pairs 1 --no-cold --no-progress --device cpu --json"
+    assert cli.main([*words.split(), "--peer", "svd:random-tiny"]) == 0
+    ours, theirs = json.loads(capsys.readouterr().out)["peers"]
+    assert (ours["model"], theirs["model"]) == ("ours, fast", "svd")
+    assert ours["per_video_second"] == pytest.approx(ours["seconds"] * 16 / ours["num_frames"])
+    assert theirs["per_megapixel"] == pytest.approx(theirs["seconds"] / (4 * 32 * 32 / 1e6))
+    assert len(peers.lines([ours, theirs])) == 3
+
+
+def test_bench_command_refuses_a_peer_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main("bench narrow --peer sora --device cpu --no-progress".split()) == 2
+    assert "'sora' is unknown; known are svd, ltx, wan" in capsys.readouterr().err
+
+
 @pytest.fixture
 def here(tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.fromarray(picture).save(tmp_path / "x.png")
