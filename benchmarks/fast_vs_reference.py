@@ -1,14 +1,18 @@
 """The fast path against the reference, in one process: `python -P benchmarks/fast_vs_reference.py [--tile] --out FILE`.
 
-Two workloads: a clip of the default model, and one full-width tile of 256 pixels decoded by the published
-architecture with random weights (`--tile`; latency does not depend on them, a CPU takes minutes). The two backends take
-turns, so that a slow minute of the machine hits both; a ratio is the median of the pairs' ratios.
+Two workloads: a clip of the default model, and one full-width tile of 256 pixels decoded by the published architecture
+with random weights (`--tile`; latency does not depend on them, a CPU takes minutes). Three contestants: the reference
+in float32 (on a GPU in bfloat16), the fast path at the precision that it takes by default on this machine, and the fast
+path at the reference's. They take turns, so that a slow minute of the machine hits all; a ratio is the median of those
+within a round.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import os
 import platform
 import resource
@@ -18,12 +22,15 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+CUDA = torch.cuda.is_available()
+SAME = "bfloat16" if CUDA else "float32"  # the reference's precision
 PROMPT = "a red circle moving right on a black background"
 
 
@@ -32,7 +39,7 @@ class Peak:
 
     def __enter__(self) -> Peak:
         self.bytes, self._stop = 0, threading.Event()
-        if torch.cuda.is_available():
+        if CUDA:
             torch.cuda.reset_peak_memory_stats()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -47,84 +54,113 @@ class Peak:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if torch.cuda.is_available():
+        if CUDA:
             self.bytes = torch.cuda.max_memory_allocated()
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    out = run()
-    if torch.cuda.is_available():
+    run()
+    if CUDA:
         torch.cuda.synchronize()
-    return time.perf_counter() - start, out
+    return time.perf_counter() - start
 
 
-def paired(reference: Callable[[], Any], fast: Callable[[], Any], pairs: int) -> dict[str, Any]:
-    """Medians of both, and of the ratio within each pair; the first run of each is a warm-up and not counted."""
-    peaks = {}
-    for name, run in (("reference", reference), ("fast", fast)):
-        with Peak() as peak:
-            run()
-        peaks[name] = round(peak.bytes / 1e9, 3)
-    rows = [(timed(reference)[0], timed(fast)[0]) for _ in range(pairs)]
-    ratios = [slow / quick for slow, quick in rows]
-    return {
-        "pairs": pairs,
-        "reference_s": round(statistics.median(r for r, _ in rows), 4),
-        "fast_s": round(statistics.median(f for _, f in rows), 4),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
-        "peak_gb": peaks,
-    }
+def turns(
+    runs: dict[str, Callable[[], Any]], rounds: int, warm: bool = True, budget: float = math.inf
+) -> dict[str, Any]:
+    """Median seconds of each, its ratio to the first one's within a round, and its peak.
 
-
-def default_clip(pairs: int, dtype: str) -> dict[str, Any]:
-    from reducio_fast import ReducioPipeline
-    from reducio_fast.checkpoints import embedded_model
-
-    pipes = [
-        ReducioPipeline.from_pretrained(embedded_model(), dtype=d, backend=b)
-        for b, d in (("reference", "float32"), ("fast", dtype))
-    ]
-    stages: list[list[dict[str, float]]] = [[], []]
-
-    def run(i: int) -> Callable[[], None]:
-        return lambda: stages[i].append(pipes[i](PROMPT, progress=False).timings)
-
-    row = paired(run(0), run(1), pairs)
-    row["stages_s"] = {
-        name: {
-            b: round(statistics.median(s[name] for s in stages[i][1:]), 4) for i, b in enumerate(("reference", "fast"))
-        }
-        for name in stages[0][0]
-    }
+    `warm`: the first run of each is a warm-up and not counted. A contestant whose turn comes after `budget` seconds is
+    skipped, and the row says so.
+    """
+    began, peaks = time.perf_counter(), {name: 0 for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + warm):
+        for name, run in runs.items():
+            if time.perf_counter() - began > budget:
+                continue
+            with Peak() as peak:
+                spent = timed(run)
+            peaks[name] = max(peaks[name], peak.bytes)
+            if turn or not warm:
+                seconds[name].append(spent)
+    first = next(iter(seconds.values()))
+    row: dict[str, Any] = {"rounds": rounds, "warm": warm}
+    for name, spent in seconds.items():
+        if not spent:
+            row[name] = {"skipped": f"{time.perf_counter() - began:.0f} s had passed, the budget is {budget:.0f} s"}
+            continue
+        ratios = [slow / quick for slow, quick in zip(first, spent, strict=False)]
+        row[name] = {"s": round(statistics.median(spent), 4), "peak_gb": round(peaks[name] / 1e9, 3)}
+        if spent is not first:
+            row[name] |= {
+                "ratio": round(statistics.median(ratios), 3),
+                "ratio_min": round(min(ratios), 3),
+                "ratio_max": round(max(ratios), 3),
+            }
     return row
 
 
-def full_width_tile(pairs: int, dtype: torch.dtype) -> dict[str, Any]:
-    from reducio_fast.fast.plan import Plan
+def default_clip(rounds: int) -> dict[str, Any]:
+    from reducio_fast.checkpoints import embedded_model
+    from reducio_fast.pipeline import ReducioPipeline
+
+    words: dict[str, dict[str, Any]] = {
+        "reference": {"backend": "reference", "dtype": SAME},
+        "fast": {"backend": "fast"},
+    }
+    if not CUDA:  # there the default is the reference's precision
+        words[f"fast {SAME}"] = {"backend": "fast", "dtype": SAME}
+    pipes = {name: ReducioPipeline.from_pretrained(embedded_model(), **each) for name, each in words.items()}
+    stages: dict[str, list[dict[str, float]]] = {name: [] for name in pipes}
+
+    def run(name: str) -> Callable[[], None]:
+        return lambda: stages[name].append(pipes[name](PROMPT, progress=False).timings)
+
+    row = turns({name: run(name) for name in pipes}, rounds)
+    for name, pipe in pipes.items():
+        row[name]["runs"] = pipe.report["transformer"]
+        row[name]["stages_s"] = {
+            k: round(statistics.median(s[k] for s in stages[name][1:]), 4) for k in stages[name][0]
+        }
+    return row
+
+
+def full_width_tile(rounds: int, budget: float) -> dict[str, Any]:
+    from reducio_fast.fast.plan import Plan, default_dtype
     from reducio_fast.fast.vae import FastReducioVAE
     from reducio_fast.reference import ReducioVAE, VAEConfig
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, same = torch.device("cuda" if CUDA else "cpu"), getattr(torch, SAME)
     torch.manual_seed(0)
-    vae = ReducioVAE(VAEConfig()).to(device, dtype).eval().requires_grad_(False)
-    fast = FastReducioVAE(vae, Plan(device, dtype))
-    image, latent = torch.rand(1, 3, 256, 256).to(device, dtype), torch.randn(1, 16, 4, 8, 8).to(device, dtype)
+    vae = ReducioVAE(VAEConfig()).to(device, same).eval().requires_grad_(False)
+    dtype = default_dtype(device, same)[0]
+    models: dict[str, Any] = {
+        "reference": vae,
+        "fast": FastReducioVAE(copy.deepcopy(vae).to(dtype), Plan(device, dtype)),
+    }
+    if dtype != same:
+        models[f"fast {SAME}"] = FastReducioVAE(vae, Plan(device, same))
+    image, latent = torch.rand(1, 3, 256, 256).to(device, same), torch.randn(1, 16, 4, 8, 8).to(device, same)
 
     @torch.no_grad()
-    def run(model: Any) -> Any:
-        return model.decode(latent, model.encode_content(image))
+    def run(model: Any, dtype: torch.dtype) -> Any:
+        return model.decode(latent.to(dtype), model.encode_content(image.to(dtype)))
 
-    return paired(lambda: run(vae), lambda: run(fast), pairs)
+    dtypes = {"reference": same, "fast": dtype, f"fast {SAME}": same}
+    # Without a warm-up where a run takes minutes: first calls cost seconds.
+    row = turns({name: partial(run, model, dtypes[name]) for name, model in models.items()}, rounds, CUDA, budget)
+    for name in models:
+        row[name]["dtype"] = str(dtypes[name]).removeprefix("torch.")
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--tile", action="store_true", help="also the full-width tile, one pair and a warm-up")
-    parser.add_argument("--dtype", default="float32", help="of the fast path's clip")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tile", action="store_true", help="also the full-width tile, on a CPU one cold round")
+    parser.add_argument("--budget", type=float, default=900.0, help="seconds after which the tile skips contestants")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     row = {
@@ -133,15 +169,16 @@ def main() -> None:
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name() if CUDA else _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load": [round(x, 1) for x in os.getloadavg()],  # of other processes, when this one began
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in ("torch", "triton", "diffusers")},
-        "dtype": args.dtype,
-        "default_clip": default_clip(args.pairs, args.dtype),
+        "default_clip": default_clip(args.rounds),
     }
     if args.tile:
-        row["full_width_tile_256"] = full_width_tile(1, torch.float32)
+        row["full_width_tile_256"] = full_width_tile(args.rounds if CUDA else 1, args.budget)
     print(json.dumps(row, indent=2))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -36,14 +36,15 @@ def generate(
     words those of a call.
     """
     device = inputs.resolve_device(device)
-    dtype = inputs.resolve_dtype(dtype, None, device)
+    kind = inputs.resolve_dtype(dtype, None, device)
     key: tuple[Any, ...]
     if (peer := peers.find(model)) is not None:
         peers.check_words(peer, backend, words)
-        key = (peer.peer.name, peer.weights, dtype, device)
-        return _cached(key, lambda: peers.PeerPipeline.from_pretrained(peer, dtype, device))(prompt, image, **words)
+        key = (peer.peer.name, peer.weights, kind, device)
+        return _cached(key, lambda: peers.PeerPipeline.from_pretrained(peer, kind, device))(prompt, image, **words)
     if prompt is None and words.get("prompt_embeds") is None:
         raise ReducioError("prompt: None given; say what the clip shall show")
+    dtype = None if dtype is None else kind  # None is more than float32: the fast path then chooses its own
     folder = checkpoints.embedded_model() if model is None else checkpoints.find_model(model)
     parts = {name: words.pop(name) for name in (*folders.COMPONENTS, *folders.SETTINGS, "compile") if name in words}
     key = (folder.resolve(), dtype, device, backend, *parts.items())

@@ -74,10 +74,13 @@ class ReducioOutput:
 
 
 def to_output(video: Tensor, output_type: str) -> Any:
-    """float32 [3, T, H, W] in [-1, 1] -> what `ReducioOutput.frames` holds for one clip."""
+    """float32 [3, T, H, W] in [-1, 1] -> what `ReducioOutput.frames` holds for one clip; but for "pt" also from bytes
+    uint8 [T, H, W, 3]."""
     if output_type == "pt":
         return (video.transpose(0, 1) + 1) / 2
-    frames = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    if video.dtype != torch.uint8:
+        video = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
+    frames = video.cpu().numpy()
     return frames if output_type == "np" else [Image.fromarray(frame) for frame in frames]
 
 

@@ -23,8 +23,8 @@ from .reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, 
 from .schedules import scheduler
 
 Row = dict[str, Any]
-# A full-width tile and clip of the smallest size there is: the widths are what the kernels are specialised for.
-FULL_SIZE_PIXELS = 256
+# Of a full-width clip: one tile on a GPU; on a CPU, where that takes an hour, the smallest with more than one cell.
+GPU_PIXELS, CPU_PIXELS = 256, 64
 
 
 def compare(
@@ -33,56 +33,58 @@ def compare(
     device: str | torch.device | None = None,
     full_size: bool | None = None,
 ) -> list[Row]:
-    """One row a stage: `what`, `error` and `eager` (relative, against the oracle), `limit`, `right`.
+    """One row a stage: `what`, `dtype`, `error` and `eager` (relative, against the oracle), `limit`, `right`.
 
-    The model is the embedded one unless a folder is named. `full_size` adds the full-width networks with random
-    weights (8 GB of memory); None does so on a GPU only. Raises ReducioError where the fast path cannot run.
+    The model is the embedded one unless a folder is named; `dtype` None is what the fast path takes by default here.
+    `full_size` adds the full-width networks with random weights, one after the other (6 GB of memory in bfloat16, 12 in
+    float32); None does so on a GPU only. Raises ReducioError where the fast path cannot run.
     """
     if missing := triton_missing():
         raise ReducioError(f"parity: {missing}")
+    from .fast.plan import default_dtype
+
     device = resolve_device(device)
-    dtype = resolve_dtype(dtype, None, device)
+    free, dtype = dtype is None, resolve_dtype(dtype, None, device)
+    dtype = default_dtype(device, dtype)[0] if free else dtype
     folder = embedded_model() if model is None else find_model(model)
     vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32, device)
     dit = load_model(ReducioDiT, DiTConfig, folder / "transformer", torch.float32, device)
-    name = "default" if model is None else folder.name
-    rows = list(compare_networks(name, dit, vae, dtype, 128 if model is None else FULL_SIZE_PIXELS, whole=True))
+    pixels = GPU_PIXELS if device.type == "cuda" else CPU_PIXELS
+    name, own = ("default", 128) if model is None else (folder.name, pixels)
+    rows = list(compare_networks(name, dit, vae, dtype, own, whole=True))
     if full_size if full_size is not None else device.type == "cuda":
         del vae, dit
-        with torch.device(device):
-            torch.manual_seed(0)
-            full = ReducioDiT(DiTConfig()), ReducioVAE(VAEConfig())
-        for network in full:
-            liven(network)
-        rows += compare_networks("full size", *full, dtype, FULL_SIZE_PIXELS, whole=False)
+        for kind in (ReducioVAE, ReducioDiT):
+            rows += compare_networks("full size", *_full_size(kind, device), dtype, pixels, whole=False)
     return rows
 
 
 def lines(rows: list[Row]) -> list[str]:
-    head = f"{'':<36}{'error':>10}{'eager':>10}{'limit':>10}"
-    body = [f"{r['what']:<36}{r['error']:>10.2e}{r['eager']:>10.2e}{r['limit']:>10.2e}" for r in rows]
+    head = f"{'':<43}{'error':>10}{'eager':>10}{'limit':>10}"
+    body = [f"{r['what']:<34}{r['dtype']:>9}{r['error']:>10.2e}{r['eager']:>10.2e}{r['limit']:>10.2e}" for r in rows]
     return [head, *(line + ("" if r["right"] else "  WRONG") for line, r in zip(body, rows, strict=True))]
 
 
 @torch.no_grad()
 def compare_networks(
-    name: str, dit: ReducioDiT, vae: ReducioVAE, dtype: torch.dtype, pixels: int, whole: bool
+    name: str, dit: ReducioDiT | None, vae: ReducioVAE | None, dtype: torch.dtype, pixels: int, whole: bool
 ) -> Iterator[Row]:
-    """The rows of two float32 networks; in float32 both become float64, which is then their oracle."""
+    """The rows of float32 networks, either may be None; `whole` adds sampling and both together. In float32 they become
+    float64, which is then their oracle."""
     from .fast.dit import FastReducioDiT
     from .fast.plan import Plan
     from .fast.sampler import sample as fast_sample
     from .fast.vae import FastReducioVAE
 
-    device = next(vae.parameters()).device
-    low_dit, low_vae = copy.deepcopy(dit).to(dtype).eval(), copy.deepcopy(vae).to(dtype).eval()
-    if dtype == torch.float32:  # else eager would be its own oracle
-        dit, vae = dit.double(), vae.double()
-    wide = vae.post_quant_conv.weight.dtype
-    plan = Plan(device, dtype)
-    fast_dit, fast_vae = FastReducioDiT(low_dit, plan).eval(), FastReducioVAE(low_vae, plan).eval()
+    given: list[Any] = [network for network in (vae, dit) if network is not None]
+    device = next(given[0].parameters()).device
+    wide = torch.float64 if dtype == torch.float32 else torch.float32  # else eager would be its own oracle
+    generator = torch.Generator().manual_seed(0)
 
-    vaes: list[tuple[Any, torch.dtype]] = [(fast_vae, dtype), (low_vae, dtype), (vae, wide)]
+    def three(network: Any, twin: Any) -> list[tuple[Any, torch.dtype]]:
+        """Fast, eager, oracle, and what each takes."""
+        low = copy.deepcopy(network).to(dtype).eval()
+        return [(twin(low, Plan(device, dtype)).eval(), dtype), (low, dtype), (network.to(wide).eval(), wide)]
 
     def row(what: str, fast: Tensor, eager: Tensor, oracle: Tensor) -> Row:
         verdict = judge(fast.to(eager.dtype), eager, oracle)
@@ -91,20 +93,26 @@ def compare_networks(
             "error": verdict.fast, "eager": verdict.eager, "limit": verdict.limit, "right": verdict.right,
         }  # fmt: skip
 
-    config, generator = vae.config, torch.Generator().manual_seed(0)
-
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    video = random(1, 3, config.num_frames, pixels, pixels).mul(0.5).clamp(-1, 1)
-    video = torch.nn.functional.avg_pool3d(video, 3, 1, 1)  # pictures are smooth, noise is not
-    image = video[:, :, config.content_frame]
-    moments = [n.encode(video.to(kind)) for n, kind in vaes]
-    yield row("vae.encode", *(m.mean for m in moments))
-    latent = vae.normalize_latent(moments[2].mean).float()
-    decoded = [n.decode(latent.to(kind), n.encode_content(image.to(kind))) for n, kind in vaes]
-    yield row("vae.decode", *decoded)
+    def decode(latents: list[Tensor]) -> list[Tensor]:
+        return [
+            n.decode(z.to(kind), n.encode_content(image.to(kind))) for (n, kind), z in zip(vaes, latents, strict=True)
+        ]
 
+    if vae is not None:
+        vaes = three(vae, FastReducioVAE)
+        video = random(1, 3, vae.config.num_frames, pixels, pixels).mul(0.5).clamp(-1, 1)
+        video = torch.nn.functional.avg_pool3d(video, 3, 1, 1)  # pictures are smooth, noise is not
+        image = video[:, :, vae.config.content_frame]
+        moments = [n.encode(video.to(kind)).mean for n, kind in vaes]
+        yield row("vae.encode", *moments)
+        yield row("vae.decode", *decode([vae.normalize_latent(moments[-1]).float()] * 3))
+    if dit is None:
+        return
+
+    dits = three(dit, FastReducioDiT)
     d = dit.config
     cell = d.content_patch_size * d.content_stride
     side = max(pixels // 8 // cell, 1) * cell
@@ -114,20 +122,32 @@ def compare_networks(
         random(1, d.caption_length, d.caption_channels), mask, random(1, 16, d.semantic_channels),
         random(1, d.content_channels, side, side),
     )  # fmt: skip
-    noise = initial_latent((1, *latent.shape[1:]), [0], device)
-    timestep = torch.tensor([500.0], device=device)
-    arguments = (timestep, cond.text, cond.text_mask, cond.semantic, cond.content)
-    channels = d.latent_channels
-    yield row("dit.step", *(n(noise, *arguments)[:, :channels] for n in (fast_dit, low_dit, dit)))
-    if whole:
-        run: list[tuple[Callable[..., Tensor], Any]] = [(fast_sample, fast_dit), (sample, low_dit), (sample, dit)]
-        latents = [function(n, scheduler(), noise.to(wide if n is dit else noise.dtype), cond) for function, n in run]
-        yield row("20 steps with guidance", *latents)
-        clips = [
-            n.decode(z.to(kind), n.encode_content(image.to(kind)))
-            for (n, kind), z in zip(vaes, latents, strict=True)
-        ]
-        yield row("end to end", *clips)
+    clip, side = VAEConfig() if vae is None else vae.config, pixels // d.spatial_factor
+    steps = clip.num_frames // clip.temporal_factor
+    noise = initial_latent((1, d.latent_channels, steps, side, side), [0], device)
+    arguments = (torch.tensor([500.0], device=device), cond.text, cond.text_mask, cond.semantic, cond.content)
+    yield row("dit.step", *(n(noise, *arguments)[:, : d.latent_channels] for n, _ in dits))
+    if vae is None or not whole:
+        return
+    run: list[Callable[..., Tensor]] = [fast_sample, sample, sample]
+    kinds = (noise.dtype, noise.dtype, wide)  # of the latent between steps
+    latents = [
+        function(n, scheduler(), noise.to(kind), cond)
+        for function, (n, _), kind in zip(run, dits, kinds, strict=True)
+    ]
+    yield row("20 steps with guidance", *latents)
+    yield row("end to end", *decode(latents))
+
+
+def _full_size(kind: type, device: torch.device) -> tuple[ReducioDiT | None, ReducioVAE | None]:
+    """The full-width network of that class, in its place in the pair of both."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        pair = (None, ReducioVAE(VAEConfig())) if kind is ReducioVAE else (ReducioDiT(DiTConfig()), None)
+    for network in pair:
+        if network is not None:
+            liven(network)
+    return pair
 
 
 @torch.no_grad()

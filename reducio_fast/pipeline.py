@@ -98,11 +98,12 @@ class ReducioPipeline(LoraLoader, Words):
     ) -> ReducioPipeline:
         """Load a model folder, or a hub repository `owner/name`, in the diffusers layout (safetensors only).
 
-        `device` None is a GPU where there is one; `dtype` None is float32 on a CPU and bfloat16 on a GPU; `torch_dtype`
-        is the older word for `dtype`. Further words replace components by name: an object, or the folder or hub id to
-        load it from (`text_encoder="google/flan-t5-xxl"`, `image_encoder="ViT-H-14/laion2b_s32b_b79k"`,
-        `text_to_image="PixArt-alpha/PixArt-XL-2-1024-MS"`); None leaves an optional one out. Raises ReducioError for a
-        folder, file or setting that does not fit, and names it.
+        `device` None is a GPU where there is one; `dtype` None is bfloat16 on a GPU, float32 on a CPU, where the fast
+        path computes in bfloat16 if the processor multiplies that faster (`report` says so; a named dtype holds
+        everywhere). `torch_dtype` is the older word for `dtype`. Further words replace components by name: an object,
+        or the folder or hub id to load it from (`text_encoder="google/flan-t5-xxl"`,
+        `image_encoder="ViT-H-14/laion2b_s32b_b79k"`, `text_to_image="PixArt-alpha/PixArt-XL-2-1024-MS"`); None leaves
+        an optional one out. Raises ReducioError for a folder, file or setting that does not fit, and names it.
 
         `compile` True runs the repeated blocks of both stages through torch.compile: the first clip of each size then
         waits for a compiler, later ones are faster. By default nothing does, and on a GPU the fast path replays graphs
@@ -110,9 +111,12 @@ class ReducioPipeline(LoraLoader, Words):
         """
         inputs.resolve_backend(backend)  # before gigabytes are read
         device = inputs.resolve_device(device)
+        free = dtype is None and torch_dtype is None
         dtype = inputs.resolve_dtype(dtype, torch_dtype, device)
         parts = folders.read_model(checkpoints.find_model(model), components, dtype, device)
-        return cls(**parts, backend=backend, compile=compile)
+        pipe = cls(**parts, backend=backend, compile=compile)
+        pipe._let_fast_path_choose(free)
+        return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the folder `from_pretrained` reads, each weight in the dtype it has.
@@ -345,7 +349,7 @@ class ReducioPipeline(LoraLoader, Words):
         self._undecoded.append((latent, frame))
         try:
             with self._stage(timings, "vae.decode"):
-                return frame, to_output(self._decode(latent, frame), request.output_type)
+                return frame, to_output(self._decode(latent, frame, request.output_type), request.output_type)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -372,7 +376,8 @@ class ReducioPipeline(LoraLoader, Words):
             raise ReducioError("image: None given; decoding needs the content frame of the clip (out.content)")
         fitted = [content.fit_image(i, height, width) for i in images if i is not None]
         with self._lock, self._on_device("vae.decode"):
-            frames = [to_output(self._decode(z, i), output_type) for z, i in zip(clips, fitted, strict=True)]
+            decoded = [self._decode(z, i, output_type) for z, i in zip(clips, fitted, strict=True)]
+            frames = [to_output(clip, output_type) for clip in decoded]
         return stack(frames) if is_list else frames[0]
 
     @torch.no_grad()

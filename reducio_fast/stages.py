@@ -51,9 +51,9 @@ class Stages:
         compile: bool | None = None,
     ) -> None:
         required = backend == "fast"
-        self.backend, why = inputs.resolve_backend(backend)
-        inputs.check_compile(compile, self.backend, why)
-        self.report = {name: f"{self.backend}: {why}" for name in ("transformer", "vae")}
+        self.backend, self._why = inputs.resolve_backend(backend)
+        inputs.check_compile(compile, self.backend, self._why)
+        self.report = {name: f"{self.backend}: {self._why}" for name in ("transformer", "vae")}
         self.vae, self.transformer, self.scheduler = vae, transformer, scheduler
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.image_encoder, self.content_encoder, self.text_to_image = image_encoder, content_encoder, text_to_image
@@ -252,9 +252,10 @@ class Stages:
                 raise
             raise ReducioError(f"sampling: {error}") from error
 
-    def _decode(self, latent: Tensor, frame: np.ndarray) -> Tensor:
+    def _decode(self, latent: Tensor, frame: np.ndarray, output_type: str = "pt") -> Tensor:
         """[1, 16, T/f, H/32, W/32] and the content frame -> float32 [3, T, H, W] in [-1, 1].
 
+        Where bytes are wanted ("np", "pil") the fast path makes them itself: uint8 [T, H, W, 3].
         Out of memory, it is tried again in ways that need less; the error is raised where none is left.
         """
         chosen = self._fits.get(frame.shape[:2]) or memory.Fit(memory.default_decoding(self, *frame.shape[:2]))
@@ -263,7 +264,7 @@ class Stages:
             if failure is not None:
                 LOG.warning("vae.decode: out of memory, trying again %s", decoding)
             try:
-                return self._decode_as(latent, frame, decoding)
+                return self._decode_as(latent, frame, decoding, output_type)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -273,10 +274,18 @@ class Stages:
         assert failure is not None
         raise failure
 
-    def _decode_as(self, latent: Tensor, frame: np.ndarray, decoding: memory.Decoding) -> Tensor:
+    def _decode_as(
+        self, latent: Tensor, frame: np.ndarray, decoding: memory.Decoding, output_type: str = "pt"
+    ) -> Tensor:
         vae = memory.as_chosen(self.vae if self._engine is None else self._twins().vae, decoding)
-        features = vae.encode_content(self._pixels(frame), tiled=decoding.tiled)
-        latent = latent.to(self.execution_device, self.dtype)
+        dtype = self.dtype if self._engine is None else vae.dtype
+        features = vae.encode_content(self._pixels(frame, dtype), tiled=decoding.tiled)
+        latent = latent.to(self.execution_device, dtype)
+        if self._engine is not None and output_type != "pt":
+            try:
+                return vae.decode(latent, features, tiled=decoding.tiled, as_uint8=True)[0]
+            except ValueError as error:
+                raise ReducioError(f"vae.decode: {error}") from error
         video = vae.decode(latent, features, tiled=decoding.tiled)[0].float()
         if not torch.isfinite(video).all():
             raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
@@ -286,6 +295,17 @@ class Stages:
         """uint8 [H, W, 3] -> [1, 3, H, W] in [-1, 1], by default in the networks' dtype."""
         pixels = torch.from_numpy(frame).to(self.execution_device).permute(2, 0, 1)[None].float()
         return (pixels / 127.5 - 1).to(dtype or self.dtype)
+
+    def _let_fast_path_choose(self, free: bool) -> None:
+        """Whether the twins may take the dtype that suits this machine; what is not a twin keeps its own."""
+        if self._engine is None:
+            return
+        from .fast.plan import default_dtype
+
+        self._engine.own_dtype = free
+        dtype, why = default_dtype(self.execution_device, self.dtype) if free else (self.dtype, "asked for")
+        line = f"fast: {self._why}; in {str(dtype).removeprefix('torch.')}: {why}"
+        self.report = dict.fromkeys(self.report, line)
 
     def _start_engine(self, required: bool, compile: bool | None) -> None:
         """Fast twins for both networks; where one cannot have one, an error if `required`, else the reference."""

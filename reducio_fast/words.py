@@ -48,6 +48,7 @@ class Words(Stages):
         with self._lock:
             for network in self._networks():
                 checkpoints.cast(network, target, kind)
+            self._let_fast_path_choose(dtype is None and self._engine is not None and self._engine.own_dtype)
         return self
 
     @property

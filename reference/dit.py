@@ -323,7 +323,8 @@ class ReducioDiT(nn.Module):
 
         Raises ValueError naming the argument and both values where a shape does not fit the configuration.
         """
-        self._check(latent, timestep, text=text, text_mask=text_mask, semantic=semantic, content=content, size=size)
+        inputs = {"text": text, "text_mask": text_mask, "semantic": semantic, "content": content, "size": size}
+        self.check_inputs(latent, timestep, **inputs)
         B, T, H, W = len(latent), *latent.shape[2:]
         if size is None:
             pixels = (n * self.config.spatial_factor for n in (H, W))
@@ -373,7 +374,8 @@ class ReducioDiT(nn.Module):
         x = x_BLP.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)  # B t h w pt ph pw C
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _check(self, latent: Tensor, timestep: Tensor, **inputs: Tensor | None) -> None:
+    def check_inputs(self, latent: Tensor, timestep: Tensor, **inputs: Tensor | None) -> None:
+        """ValueError, naming the argument, for a shape that `forward` cannot take."""
         config, B = self.config, len(latent)
         shapes = {
             "latent": (None, config.latent_channels, None, None, None),

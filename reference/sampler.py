@@ -94,7 +94,7 @@ def sample(
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
     guided = guidance_scale > 1
     if guided:
-        cond = _join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
+        cond = join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
     scheduler.set_timesteps(num_inference_steps, device=latent.device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # spares the scheduler a search, on the device, for the first timestep
@@ -111,26 +111,36 @@ def sample(
             without, with_text = prediction.chunk(2)
             prediction = without + guidance_scale * (with_text - without)
         latent = scheduler.step(prediction, timestep, latent, **noise_source, return_dict=False)[0]
-        try:
-            answer = None if callback is None else callback(step, timestep, latent)
-        except StopSampling:
-            answer = False
-        if isinstance(answer, Tensor):
-            latent = answer
+        latent, go_on = end_step(callback, step, timestep, latent)
         finite.append(torch.isfinite(latent).all())
-        if answer is False:
+        if not go_on:
             break
 
-    bad = (~torch.stack(finite)).nonzero()
-    if len(bad):
-        raise ValueError(
-            f"the latent is not finite (NaN or infinite) from step {int(bad[0]) + 1} of {len(scheduler.timesteps)} on"
-        )
+    check_finite(finite, len(scheduler.timesteps))
     return latent
 
 
-def _join(first: Condition, second: Condition) -> Condition:
-    """Both conditions in one batch, `first` in its first half."""
+def end_step(callback: Callback | None, step: int, timestep: Tensor, latent: Tensor) -> tuple[Tensor, bool]:
+    """The latent after a step, as the callback leaves it, and whether the loop goes on."""
+    try:
+        answer = None if callback is None else callback(step, timestep, latent)
+    except StopSampling:
+        answer = False
+    return answer if isinstance(answer, Tensor) else latent, answer is not False
+
+
+def check_finite(finite: list[Tensor], steps: int) -> None:
+    """Raises ValueError that names the first step whose flag, kept on the device until now, is False."""
+    bad = (~torch.stack(finite)).nonzero()
+    if len(bad):
+        raise ValueError(f"the latent is not finite (NaN or infinite) from step {int(bad[0]) + 1} of {steps} on")
+
+
+def join(first: Condition, second: Condition) -> Condition:
+    """Both conditions in one batch, `first` (of guidance: the unconditional one) in its first half.
+
+    Raises ValueError where they differ in shape.
+    """
     joined = {}
     for field in dataclasses.fields(Condition):
         a, b = getattr(first, field.name), getattr(second, field.name)

@@ -334,7 +334,8 @@ class ReducioVAE(nn.Module):
     """The whole autoencoder. Videos and images lie in [-1, 1]; the content image is frame `config.content_frame`.
 
     A clip is compressed with `encode` and `normalize_latent`, restored with `decode` from that latent and the features
-    of `encode_content`. `tiled=True` works in tiles of `config.tile_size` pixels as the release does above 256 pixels.
+    of `encode_content`. `tiled=True` works in tiles of `config.tile_size` pixels as the release does;
+    `config.needs_tiling` says which frames are too large without.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -352,10 +353,10 @@ class ReducioVAE(nn.Module):
         Raises ValueError for a size that is not a multiple of 32 (the release silently shrinks it) or a frame count
         other than `config.num_frames` (the time embeddings have that length).
         """
-        self._check_video(video)
+        self.check_video(video)
         if not tiled:
             return DiagonalGaussian(self._moments(video))
-        stride, extent, latent_stride, _ = self._tile_sizes()
+        stride, extent, latent_stride, _ = self.tile_sizes()
         grid = [[self._moments(tile) for tile in row] for row in tile_grid(video, stride, extent)]
         overlap = int(latent_stride * self.config.tile_overlap)
         return DiagonalGaussian(stitch(grid, overlap, latent_stride))
@@ -365,10 +366,10 @@ class ReducioVAE(nn.Module):
 
         Tiles are blended level by level at their top and left sides and stay uncropped: each serves one decoder tile.
         """
-        self._check_image(image)
+        self.check_image(image)
         if not tiled:
             return self.encoder_2d(image)
-        stride, extent, _, _ = self._tile_sizes()
+        stride, extent, _, _ = self.tile_sizes()
         grid = [[self.encoder_2d(tile) for tile in row] for row in tile_grid(image, stride, extent)]
         share = self.config.tile_overlap
 
@@ -383,10 +384,10 @@ class ReducioVAE(nn.Module):
 
         The latent is not normalised again. Raises ValueError for a latent whose channels or time steps do not fit.
         """
-        self._check_latent(latent, features, tiled)
+        self.check_latent(latent, features, tiled)
         if not tiled:
             return self._decode(latent, features)
-        stride, _, latent_stride, latent_extent = self._tile_sizes()
+        stride, _, latent_stride, latent_extent = self.tile_sizes()
         grid: Grid = [
             [self._decode(tile, pyramid) for tile, pyramid in zip(tiles, pyramids, strict=True)]
             for tiles, pyramids in zip(tile_grid(latent, latent_stride, latent_extent), features, strict=True)
@@ -409,25 +410,28 @@ class ReducioVAE(nn.Module):
     def _decode(self, latent: Tensor, features: Features) -> Tensor:
         return self.decoder(self.post_quant_conv(latent), features)
 
-    def _tile_sizes(self) -> tuple[int, int, int, int]:
+    def tile_sizes(self) -> tuple[int, int, int, int]:
         """Stride and read extent in pixels, then in latent cells: 256, 320, 8, 10 in the release."""
         grow, factor = 1 + self.config.tile_overlap, self.config.spatial_factor
         stride, latent_stride = self.config.tile_size, self.config.tile_size // factor
         return stride, int(stride * grow), latent_stride, int(latent_stride * grow)
 
-    def _check_video(self, video: Tensor) -> None:
+    def check_video(self, video: Tensor) -> None:
+        """ValueError for what `encode` cannot take."""
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video must be [B, 3, T, H, W], not {list(video.shape)}")
         if video.shape[2] != self.config.num_frames:
             raise ValueError(f"video has {video.shape[2]} frames, this VAE has num_frames={self.config.num_frames}")
         self._check_size("video", video.shape[-2:])
 
-    def _check_image(self, image: Tensor) -> None:
+    def check_image(self, image: Tensor) -> None:
+        """ValueError for what `encode_content` cannot take."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"image must be [B, 3, H, W], not {list(image.shape)}")
         self._check_size("image", image.shape[-2:])
 
-    def _check_latent(self, latent: Tensor, features: Features | list[list[Features]], tiled: bool) -> None:
+    def check_latent(self, latent: Tensor, features: Features | list[list[Features]], tiled: bool) -> None:
+        """ValueError for what `decode` cannot take."""
         steps = self.config.num_frames // self.config.temporal_factor
         expected = (self.config.latent_channels, steps)
         if latent.ndim != 5 or tuple(latent.shape[1:3]) != expected:

@@ -6,9 +6,12 @@ The oracle is the reference in float64, eager the reference in float32, the rule
 from __future__ import annotations
 
 import copy
+import importlib.machinery
 import subprocess
 import sys
 import textwrap
+import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from reducio_fast.fast.dit import FastReducioDiT
 from reducio_fast.fast.plan import Plan
 from reducio_fast.fast.sampler import sample as fast_sample
 from reducio_fast.fast.vae import FastReducioVAE
-from reducio_fast.numerics import judge
+from reducio_fast.numerics import judge, relative_error
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, sample
 from reducio_fast.reference.sampler import StopSampling
 
@@ -264,10 +267,13 @@ def test_sampler_callbacks() -> None:
     def halve(i: int, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return x / 2
 
+    exact = copy.deepcopy(model).double()
+    wide = Condition(cond.text.double(), cond.text_mask, cond.semantic.double(), cond.content.double())
     for callback in (stop, halve):
-        expected = sample(model, DPMSolverMultistepScheduler(), noise, cond, None, 4.5, 3, callback)
-        actual = fast_sample(fast, DPMSolverMultistepScheduler(), noise, cond, None, 4.5, 3, callback)
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+        words = None, 4.5, 3, callback
+        oracle = sample(exact, DPMSolverMultistepScheduler(), noise.double(), wide, *words)
+        eager = sample(model, DPMSolverMultistepScheduler(), noise, cond, *words)
+        assert_right(fast_sample(fast, DPMSolverMultistepScheduler(), noise, cond, *words), eager, oracle)
 
 
 def test_sampler_errors() -> None:
@@ -293,6 +299,26 @@ def test_plan_lists_every_module() -> None:
     assert ("transformer_blocks.2.attn1", "attention self 12") in lines
     assert ("decoder.up.2.upsample", "upsample_conv3d 16->16") in lines
     assert len(lines) == len(chosen.choices)
+
+
+def test_flash_attention_where_it_can_say_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen when the model is built, by a table that names it; counts of keys and masks by frames stay ours."""
+    from reducio_fast.fast import plan as planning
+
+    calls, library = [], types.ModuleType("flash_attn")
+    library.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    library.flash_attn_func = lambda q, k, v, softmax_scale: calls.append(q.shape) or v
+    monkeypatch.setitem(sys.modules, "flash_attn", library)
+    monkeypatch.setattr(planning, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(planning, "table", lambda arch: {"plan": {"attention": "flash-attn"}})
+    on_gpu = Plan(torch.device("cuda"), torch.bfloat16)
+    for shape in ("cross 72", "self 64 frames"):
+        assert on_gpu.pick("a", "attention", shape) is torch.ops.reducio_fast.attention
+    attend, x = on_gpu.pick("b", "attention", "self 72"), torch.ones(1, 2, 3, 4)
+    assert attend(x, x, x, None, None, 0) is x and calls == [x.shape]
+    with pytest.raises(ValueError, match=r"no frame \(2\)"):
+        attend(x, x, x, frame=2)
+    assert [c.implementation for c in on_gpu.choices] == ["kernel", "kernel", "flash-attn"]
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -326,6 +352,44 @@ def test_changed_weights_are_packed_again(bundle: Path) -> None:
     assert not np.array_equal(second, first)
     pipe.backend, pipe._engine = "reference", None
     assert np.abs(pipe("a red circle", image, **words).frames.astype(int) - second).max() <= 1
+
+
+def test_a_cpu_that_has_bfloat16_computes_in_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody asked for a dtype, in the twins alone; a named one holds everywhere."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
+    image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 2, "progress": False}
+    prompt, load = "a red circle moving right", partial(ReducioPipeline.from_pretrained, bundle, device="cpu")
+
+    def dtypes(pipe: ReducioPipeline) -> tuple[torch.dtype, ...]:
+        twins = pipe._engine.twins(pipe.transformer, pipe.vae)
+        return pipe.dtype, pipe.vae.quant_conv.weight.dtype, twins.transformer.dtype, twins.vae.dtype
+
+    pipe, wide, half = load(), [torch.float32] * 2, [torch.bfloat16] * 2
+    assert dtypes(pipe) == (*wide, *half) and pipe.report["vae"].endswith("in bfloat16: this CPU has avx512_bf16")
+    latent = pipe(prompt, image, output_type="latent", **words).frames
+    named, reference = load(dtype="float32"), load(backend="reference")
+    assert dtypes(named) == (*wide, *wide) and named.report["vae"].endswith("in float32: asked for")
+    assert reference._engine is None and reference.dtype == torch.float32
+    pipes = reference, named, load(dtype="bfloat16", backend="reference")
+    oracle, float32, rounded = (p(prompt, image, output_type="latent", **words).frames for p in pipes)
+    assert latent.dtype == torch.float32 and relative_error(float32, oracle) < 1e-4
+    assert_right(latent, rounded, oracle)
+    assert dtypes(pipe.to("cpu")) == (*wide, *half) and dtypes(pipe.to(dtype="float32")) == (*wide, *wide)
+    assert torch.equal(pipe(prompt, image, output_type="latent", **words).frames, float32)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert dtypes(load()) == (*wide, *wide)
+
+
+def test_bytes_and_values_are_one_clip(bundle: Path) -> None:
+    """The fast path's own bytes are those of its values, and refuse what no byte can say."""
+    pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="float32", backend="fast")
+    latents = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    frames, values = (pipe.decode(latents, image, output_type=kind) for kind in ("np", "pt"))
+    assert np.array_equal(frames, (values * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    vae = pipe._engine.twins(pipe.transformer, pipe.vae).vae
+    with pytest.raises(ValueError, match="not finite"):
+        vae.decode(latents[None] * torch.nan, vae.encode_content(torch.zeros(1, 3, 128, 128)), as_uint8=True)
 
 
 def test_fast_raises_where_it_would_fall_back(bundle: Path) -> None:

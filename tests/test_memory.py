@@ -104,7 +104,8 @@ def test_forecast_is_within_15_percent_of_what_is_allocated(
     frame = np.zeros((*size, 3), np.uint8)
     pipe._stage_networks("dit.step")  # packs the weights, which belong to no stage
     found = {}
-    (text, mask), _ = measured(tmp_path, pipe._encode_text, "a red circle")
+    text, mask = pipe._encode_text(PROMPT * 5)  # as long as the model reads: what is not read costs nothing
+    assert mask.all()
     (semantic, image), found["image.encode"] = measured(tmp_path, pipe._encode_image, frame, Embeds())
     cond = Condition(text, mask, semantic, image)
     uncond = cond.without_text(pipe.transformer.null_text)

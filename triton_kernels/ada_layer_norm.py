@@ -20,6 +20,22 @@ OP = "ada_layer_norm"
 
 
 @triton.jit
+def norm_and_modulate(x, shift_ptr, scale_ptr, start, eps, d, D: tl.constexpr):
+    """One row, float32 and zero from D on: its LayerNorm times (1 + scale) plus shift, both from element `start` on.
+
+    Two passes over registers: the mean first, since E[x^2] - E[x]^2 would cancel where it is large.
+    """
+    inside = d < D
+    mean = tl.sum(x, 0) / D
+    centred = tl.where(inside, x - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / D
+    y = centred * tl.rsqrt(variance + eps)
+    shift = tl.load(shift_ptr + start + d, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + start + d, mask=inside, other=0.0).to(tl.float32)
+    return y * (1.0 + scale) + shift
+
+
+@triton.jit
 def ada_layer_norm_kernel(
     x_ptr, shift_ptr, scale_ptr, out_ptr, L, modulation_stride, eps, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -29,13 +45,7 @@ def ada_layer_norm_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     x = tl.load(x_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / D
-    centred = tl.where(inside, x - mean, 0.0)
-    variance = tl.sum(centred * centred, 0) / D
-    y = centred * tl.rsqrt(variance + eps)
-    shift = tl.load(shift_ptr + item * modulation_stride + d, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + item * modulation_stride + d, mask=inside, other=0.0).to(tl.float32)
-    y = y * (1.0 + scale) + shift
+    y = norm_and_modulate(x, shift_ptr, scale_ptr, item * modulation_stride, eps, d, D)
     tl.store(out_ptr + row * D + d, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 

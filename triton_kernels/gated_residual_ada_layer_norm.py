@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from .ada_layer_norm import norm_and_modulate
 from .launch import TYPES, Variant, arch_of, check_contiguous, check_same, check_tensors, launcher, settings
 
 OP = "gated_residual_ada_layer_norm"
@@ -54,13 +55,7 @@ def gated_residual_ada_layer_norm_kernel(
         branch *= tl.load(gate_ptr + item * modulation_stride + d, mask=inside, other=0.0).to(tl.float32)
     x += branch
     tl.store(residual_ptr + start + d, x.to(residual_ptr.dtype.element_ty), mask=inside)
-    mean = tl.sum(x, 0) / D
-    centred = tl.where(inside, x - mean, 0.0)
-    variance = tl.sum(centred * centred, 0) / D
-    y = centred * tl.rsqrt(variance + eps)
-    shift = tl.load(shift_ptr + item * modulation_stride + d, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + item * modulation_stride + d, mask=inside, other=0.0).to(tl.float32)
-    y = y * (1.0 + scale) + shift
+    y = norm_and_modulate(x, shift_ptr, scale_ptr, item * modulation_stride, eps, d, D)
     tl.store(out_ptr + start + d, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 

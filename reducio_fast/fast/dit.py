@@ -25,6 +25,7 @@ from ..compile.graphs import Graphs
 from ..compile.inductor import Regional
 from ..reference import ReducioDiT
 from ..reference.dit import NORM_EPS, Attention, DiTBlock, Grid
+from ..triton_kernels import attention
 from .plan import Plan
 
 
@@ -164,6 +165,7 @@ class FastReducioDiT(Regional):
         )
         self.first_norm = plan.pick("transformer_blocks.0.norm1", "ada_layer_norm")
         self.step_update = plan.pick("sampler", "guidance_dpm_step")
+        self.masks_keys = self.transformer_blocks[0].attn2.attend is attention.twin  # our kernel stops at a count
         self.positions: dict[Grid, Tensor] = {}
         self.graphs: Graphs | None = None  # through which the sampler runs a step; None: eagerly
 
@@ -187,7 +189,7 @@ class FastReducioDiT(Regional):
 
         Raises ValueError as the reference does, and for timesteps or sizes that differ between the items.
         """
-        self.conditioner[0]._check(
+        self.conditioner[0].check_inputs(
             latent, timestep, text=text, text_mask=text_mask, semantic=semantic, content=content, size=size
         )
         for name, value in (("timestep", timestep), ("size", size)):
@@ -212,6 +214,14 @@ class FastReducioDiT(Regional):
             order = condition.mask.int().argsort(dim=1, descending=True, stable=True)
             tokens = [t.gather(1, order[..., None].expand_as(t)) for t in tokens]
             count = condition.mask.sum(1, dtype=torch.int32)
+            if count.is_meta and self.masks_keys:
+                count = None  # a forecast has no prompt: of the longest, every key is seen
+            elif count.device.type == "cpu":
+                # No keys but those that some item sees, and no mask where all see as many: 20% of a small model's step.
+                # On a GPU the kernel stops at the count; asking for it would wait, and a graph wants one shape.
+                seen = max(int(count.max()), 1)
+                tokens = [t[:, :seen] for t in tokens]
+                count = None if bool((count == seen).all()) else count
         keys_values = [
             block.attn2.keys_values(tokens[index % len(tokens)]) for index, block in enumerate(self.transformer_blocks)
         ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,8 +15,10 @@ from ..compile.graphs import Graphs
 from ..compile.inductor import Regions, adopt, connect
 from ..reference import ReducioDiT, ReducioVAE
 from .dit import FastReducioDiT
-from .plan import Plan
+from .plan import Plan, default_dtype
 from .vae import FastReducioVAE
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Engine:
     `compile` None: on a GPU the twins run through graphs, which end with the weights that they read; nobody waits for a
     compiler. True: their blocks also run compiled, on any device, and code outlives weights. False: neither. Graphs
     that are given serve on any device.
+    `own_dtype`: nobody asked for a dtype, so the twins take `plan.default_dtype`, not that of the weights.
     """
 
     def __init__(self, compile: bool | None = None, graphs: Graphs | None = None) -> None:
@@ -40,20 +44,23 @@ class Engine:
         self.graphs, self._everywhere = graphs or Graphs(), graphs is not None
         self.regions = Regions() if compile else None
         self.attention = "auto"  # of `plan.ATTENTION`
+        self.own_dtype = False
         self._twins: Twins | None = None
         self._made_from: tuple = ()
 
     def twins(self, transformer: ReducioDiT, vae: ReducioVAE, device: torch.device | None = None) -> Twins:
         """`device` is where they will run; None: where the weights are. Without the two being one, there are no graphs:
         a graph holds addresses, and weights that come to the device for a stage have another one each time."""
-        weights = (device, self.attention, *_fingerprint(transformer), *_fingerprint(vae))
+        weights = (self.own_dtype, device, self.attention, *_fingerprint(transformer), *_fingerprint(vae))
         if self._twins is None or weights != self._made_from:
             self.graphs.reset()
             self._twins = None  # the old packing goes before the new one comes
             weight = next(transformer.parameters())
             runs_on = weight.device if device is None else device
-            plan = Plan(runs_on, weight.dtype, attention=self.attention)
-            twins = Twins(FastReducioDiT(transformer, plan).eval(), FastReducioVAE(vae, plan).eval(), plan)
+            dtype = default_dtype(runs_on, weight.dtype)[0] if self.own_dtype else weight.dtype
+            plan = Plan(runs_on, dtype, attention=self.attention)
+            fast_dit = FastReducioDiT(_in(dtype, transformer), plan).eval()
+            twins = Twins(fast_dit, FastReducioVAE(_in(dtype, vae), plan).eval(), plan)
             if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
                 twins.transformer.graphs = twins.vae.graphs = self.graphs
             for network in (twins.transformer, twins.vae):
@@ -92,6 +99,11 @@ class Engine:
         choices = [] if self._twins is None else [asdict(choice) for choice in self._twins.plan.choices]
         regions = None if self.regions is None else self.regions.describe()
         return {"plan": choices, "graphs": self.graphs.describe(), "regions": regions}
+
+
+def _in(dtype: torch.dtype, network: _Network) -> _Network:
+    """The network itself where it has the dtype, else a copy: the twin shares what it does not pack."""
+    return network if next(network.parameters()).dtype == dtype else copy.deepcopy(network).to(dtype)
 
 
 def _fingerprint(network: nn.Module) -> tuple:

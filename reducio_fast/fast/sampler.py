@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.sampler import Callback, Condition, StopSampling, _join
+from ..reference.sampler import Callback, Condition, check_finite, end_step, join
 from ..triton_kernels.guidance_dpm_step import dpm_coefficients, euler_coefficients
 from .dit import FastReducioDiT, Modulation, Prepared
 
@@ -48,7 +48,7 @@ def sample(
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
     guided = guidance_scale > 1
     if guided:
-        cond = _join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
+        cond = join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
     table = coefficients(scheduler, num_inference_steps)
     guidance = table.new_full((len(table), 1), guidance_scale)
     table = torch.cat([guidance, table], dim=1).float().to(latent.device)
@@ -66,17 +66,10 @@ def sample(
     run = advance if model.graphs is None else functools.partial(model.graphs, "dit.step", advance)
     for step in range(len(table)):
         latent, previous = run(latent, previous, modulation.step(step), prepared, table[step])
-        try:
-            answer = None if callback is None else callback(step, timesteps[step], latent)
-        except StopSampling:
-            answer = False
-        if isinstance(answer, Tensor):
-            latent = answer
+        latent, go_on = end_step(callback, step, timesteps[step], latent)
         finite.append(torch.isfinite(latent).all())
-        if answer is False:
+        if not go_on:
             break
 
-    bad = (~torch.stack(finite)).nonzero()
-    if len(bad):
-        raise ValueError(f"the latent is not finite (NaN or infinite) from step {int(bad[0]) + 1} of {len(table)} on")
+    check_finite(finite, len(table))
     return latent

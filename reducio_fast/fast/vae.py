@@ -130,7 +130,7 @@ class FastSelfAttention(nn.Module):
         self.qkv_bias = frozen(torch.cat([conv.bias for conv in parts]))
         self.out_weight, self.out_bias = frozen(attention.proj_out.weight.flatten(1)), attention.proj_out.bias
         head_dim = len(self.out_weight) // self.num_heads
-        self.attend = plan.pick(path, "attention", f"self {head_dim}")
+        self.attend = plan.pick(path, "attention", f"self {head_dim}" + " frames" * self.causal)
 
     def forward(self, act: Activation) -> Activation:
         N, _, H, W, C = act.x.shape
@@ -366,24 +366,28 @@ class FastReducioVAE(nn.Module):
         # alone keeps every core busy, and its activations closer.
         self.tile_batch = 1
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.post_weight.dtype
+
     @torch.no_grad()
     def encode(self, video: Tensor, tiled: bool = False) -> ref.DiagonalGaussian:
         """As the reference's."""
-        self.reference[0]._check_video(video)
+        self.reference[0].check_video(video)
         if not tiled:
             return ref.DiagonalGaussian(self._moments(video))
-        stride, extent, latent_stride, _ = self.reference[0]._tile_sizes()
+        stride, extent, latent_stride, _ = self.reference[0].tile_sizes()
         grid = [[self._moments(tile) for tile in row] for row in tile_grid(video, stride, extent)]
         return ref.DiagonalGaussian(stitch(grid, int(latent_stride * self.config.tile_overlap), latent_stride))
 
     @torch.no_grad()
     def encode_content(self, image: Tensor, tiled: bool = False) -> Features | list[list[Features]]:
         """As the reference's, features [N, 1, H, W, C]."""
-        self.reference[0]._check_image(image)
+        self.reference[0].check_image(image)
         image = image[:, :, None]
         if not tiled:
             return self._encode_content(image)
-        stride, extent, _, _ = self.reference[0]._tile_sizes()
+        stride, extent, _, _ = self.reference[0].tile_sizes()
         share = self.config.tile_overlap
         grid = [[self._encode_content(t) for t in row] for row in tile_grid(image, stride, extent)]
 
@@ -399,9 +403,12 @@ class FastReducioVAE(nn.Module):
     def decode(
         self, latent: Tensor, features: Features | list[list[Features]], tiled: bool = False, as_uint8: bool = False
     ) -> Tensor:
-        """Clip [B, 3, T, H, W], not clamped, as the reference's; or, `as_uint8`, frames [B, T, H, W, 3] of 0..255."""
-        self.reference[0]._check_latent(latent, features, tiled)
-        stride, _, latent_stride, latent_extent = self.reference[0]._tile_sizes()
+        """Clip [B, 3, T, H, W], not clamped, as the reference's; or, `as_uint8`, frames [B, T, H, W, 3] of 0..255.
+
+        Raises ValueError as the reference does, and, since bytes cannot say it, for values that are not finite.
+        """
+        self.reference[0].check_latent(latent, features, tiled)
+        stride, _, latent_stride, latent_extent = self.reference[0].tile_sizes()
         if tiled:
             tiles = [t for row in tile_grid(latent, latent_stride, latent_extent) for t in row]
             decoded = self._decode_tiles(tiles, [pyramid for row in features for pyramid in row])
@@ -410,6 +417,8 @@ class FastReducioVAE(nn.Module):
             decoded, columns, overlap = [self._decode(latent, features, keep=not as_uint8)], 1, 0
             stride = max(decoded[0].shape)
         if as_uint8:
+            if not torch.stack([torch.isfinite(tile).all() for tile in decoded]).all():
+                raise ValueError("the clip has values that are not finite (NaN or infinite)")
             return self.blend(decoded, columns, stride, overlap)
         if not tiled:
             return channels_first(decoded[0])

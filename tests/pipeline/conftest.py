@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipe(folder: Path) -> ReducioPipeline:
-    return ReducioPipeline.from_pretrained(folder, device="cpu")
+    return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

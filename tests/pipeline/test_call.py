@@ -128,7 +128,8 @@ def test_save(pipe: ReducioPipeline, clip, tmp_path: Path):
 
 def test_backend_is_reported(pipe: ReducioPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert pipe.backend == "fast"
-    assert pipe.report == dict.fromkeys(("transformer", "vae"), "fast: the best there is")
+    assert list(pipe.report) == ["transformer", "vae"]
+    assert all(line.startswith("fast: the best there is; in ") for line in pipe.report.values())
     asked = ReducioPipeline.from_pretrained(folder, backend="reference")
     assert asked.report == dict.fromkeys(("transformer", "vae"), "reference: asked for")
     monkeypatch.setattr("triton.__version__", "3.5.1")

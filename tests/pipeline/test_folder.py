@@ -118,9 +118,9 @@ def test_generate_keeps_the_loaded_model(folder: Path, clip, monkeypatch: pytest
     from reducio_fast import front
 
     monkeypatch.setattr(front, "_pipelines", type(front._pipelines)())
-    first = reducio_fast.generate(PROMPT, model=folder, seed=3, device="cpu", **FAST)
+    first = reducio_fast.generate(PROMPT, model=folder, seed=3, dtype="float32", device="cpu", **FAST)
     loaded = list(front._pipelines.values())
-    again = reducio_fast.generate(PROMPT, model=str(folder), seed=3, dtype="float32", device="cpu", **FAST)
+    again = reducio_fast.generate(PROMPT, model=str(folder), seed=3, dtype=torch.float32, device="cpu", **FAST)
     assert list(front._pipelines.values()) == loaded and len(loaded) == 1
     assert np.array_equal(first.frames, clip.frames) and np.array_equal(again.frames, clip.frames)
     for backend, dtype in (("reference", "float32"), ("auto", "bfloat16"), ("auto", "float32")):

@@ -22,7 +22,7 @@ TARGETS = ["to_q", "to_v", "to_out.0", "ff.net.0.proj", "pos_embed.proj", "linea
 
 @pytest.fixture
 def own(folder: Path) -> ReducioPipeline:
-    return ReducioPipeline.from_pretrained(folder, device="cpu", text_to_image=None)
+    return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", text_to_image=None)
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +144,7 @@ def test_adapters_are_chosen_as_in_diffusers(own: ReducioPipeline):
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])
 def test_fused_then_unfused_is_the_same_clip(folder: Path, backend: str, image: np.ndarray):
-    own = ReducioPipeline.from_pretrained(folder, device="cpu", text_to_image=None, backend=backend)
+    own = ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", text_to_image=None, backend=backend)
     before, weights = own(PROMPT, image, **FAST).frames, bits(own.transformer)
     own.load_lora_weights(lora(own.transformer, 1), adapter_name="red")
     loaded, loaded_weights = own(PROMPT, image, **FAST).frames, bits(own.transformer)
@@ -171,7 +171,8 @@ def test_fused_then_unfused_is_the_same_clip(folder: Path, backend: str, image: 
 def test_fast_equals_reference_with_an_adapter(folder: Path, image: np.ndarray):
     made = []
     for backend in ("reference", "fast"):
-        own = ReducioPipeline.from_pretrained(folder, device="cpu", text_to_image=None, backend=backend)
+        words = {"device": "cpu", "dtype": "float32", "text_to_image": None, "backend": backend}
+        own = ReducioPipeline.from_pretrained(folder, **words)
         without = own(PROMPT, image, **FAST).frames  # so that the fast twins exist before the swap
         own.load_lora_weights(lora(own.transformer, 1))
         made.append((without, own(PROMPT, image, **FAST).frames))
