@@ -256,7 +256,8 @@ def test_latents_survive_a_decode_without_memory(
             pipe(**words)
     (file,) = (cache / "latents").iterdir()
     assert f"reducio-fast decode {file} --out clip.mp4" in str(caught.value)
-    argv = ["decode", str(file), "--out", str(tmp_path / "clip"), "--backend", "fast", "--device", "cpu", "--json"]
+    argv = ["decode", str(file), "--out", str(tmp_path / "clip"), "--backend", "fast", "--device", "cpu"]
+    argv += ["--dtype", "float32", "--json"]  # that of the call
     assert cli.main(argv) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["seeds"] == [3, 4] and told["fps"] == pipe.fps

@@ -19,7 +19,8 @@ WORDS = {"num_inference_steps": 1, "progress": False, "output_type": "latent"}
 @pytest.mark.parametrize(
     ("word", "implementation"), [("native", "vendor"), ("flash", "flash-attn"), ("reducio", "kernel")]
 )
-def test_a_word_decides_attention_and_nothing_else(word: str, implementation: str):
+def test_a_word_decides_attention_and_nothing_else(word: str, implementation: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     asked = Plan(CUDA, torch.float16, attention=word)
     run = asked.pick("transformer_blocks.0.attn1", "attention", "self 72")
     expected = {"native": attention.twin, "flash": plan.flash_attention, "reducio": torch.ops.reducio_fast.attention}
@@ -30,11 +31,16 @@ def test_a_word_decides_attention_and_nothing_else(word: str, implementation: st
     assert on_cpu.pick("x", "attention", "self 72") is attention.twin and on_cpu.choices[0].implementation == "torch"
 
 
-def test_flash_leaves_masked_keys_to_our_kernel():
-    """flash-attn has no mask by count: there the op answers, which on a CPU is its twin."""
+def test_flash_leaves_masked_keys_to_our_kernel(monkeypatch: pytest.MonkeyPatch):
+    """flash-attn has no count of keys an item and no mask by frames: there the plan takes the op that has."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    asked = Plan(CUDA, torch.float16, attention="flash")
+    for shape, why in (("cross 72", "no count of keys an item"), ("self 64 frames", "no mask by frames")):
+        assert asked.pick("x", "attention", shape) is torch.ops.reducio_fast.attention
+        assert asked.choices[-1].implementation == "kernel" and why in asked.choices[-1].why
     q, k, v = torch.randn(3, 1, 5, 2, 16).unbind(0)
-    count = torch.tensor([3], dtype=torch.int32)
-    assert torch.equal(plan.flash_attention(q, k, v, count), attention.twin(q, k, v, count))
+    with pytest.raises(ValueError, match="flash-attn takes no key_count"):
+        plan.flash_attention(q, k, v, torch.tensor([3], dtype=torch.int32))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def image() -> np.ndarray:
 @pytest.fixture(scope="module")
 def bare(folder: Path) -> ReducioPipeline:
     """The two networks and the VAE alone, as a process that gets its conditions from another one holds them."""
-    return ReducioPipeline.from_pretrained(folder, device="cpu", **dict.fromkeys(ENCODERS))
+    return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", **dict.fromkeys(ENCODERS))
 
 
 def encode(pipe: ReducioPipeline, prompt: Any, image: Any, negative: Any = None) -> dict[str, torch.Tensor]:
