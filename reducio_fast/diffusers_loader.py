@@ -82,6 +82,7 @@ class DiffusersReducioPipeline(pipeline.ReducioPipeline, DiffusionPipeline):
         clean_caption: bool = False,
         content_scaling_factor: int | float = 1.0,
         backend: str = "auto",
+        compile: bool | None = None,
     ) -> None:
         words = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.register_to_config()  # before any attribute is set: diffusers looks each one up in it

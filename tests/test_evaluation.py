@@ -17,6 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from reducio_fast.errors import ReducioError
 from reducio_fast.evaluation import detect, psnr, report, ssim
 from reducio_fast.evaluation.metrics import pooled_psnr, psnr_per_frame, ssim_per_frame
+from reducio_fast.reference import VAEConfig
 from reducio_fast.training import photos, world
 from reducio_fast.training.world import Scene
 
@@ -205,7 +206,7 @@ def test_detector_refuses_what_is_not_a_clip():
 class StillVAE:
     """Keeps the content frame and nothing else: what a reconstruction must beat."""
 
-    config = SimpleNamespace(content_frame=7, num_frames=16, tile_size=256)
+    config = VAEConfig()
 
     def parameters(self):
         yield torch.zeros(1)

@@ -302,7 +302,9 @@ def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPat
     assert compiler.made == 0
     pipe = ReducioPipeline.from_pretrained(bundle, compile=True, **words)
     actual = pipe("a red circle", **call)
-    assert np.array_equal(actual.frames, expected.frames) and np.array_equal(actual.content, expected.content)
+    # Without a compiler keys nobody sees are cut, with one they are masked: sums of another length, rounded otherwise.
+    assert np.abs(actual.frames.astype(int) - expected.frames).max() <= 1
+    assert np.array_equal(actual.content, expected.content)
     made = compiler.made
     assert {"dit.block", "vae.decoder_level", "content.block"} <= set(pipe._engine.describe()["regions"]["regions"])
     pipe("a blue square", **call)

@@ -216,9 +216,10 @@ class FastReducioDiT(Regional):
             count = condition.mask.sum(1, dtype=torch.int32)
             if count.is_meta and self.masks_keys:
                 count = None  # a forecast has no prompt: of the longest, every key is seen
-            elif count.device.type == "cpu":
+            elif count.device.type == "cpu" and self.graphs is None and self.regions is None:
                 # No keys but those that some item sees, and no mask where all see as many: 20% of a small model's step.
-                # On a GPU the kernel stops at the count; asking for it would wait, and a graph wants one shape.
+                # On a GPU the kernel stops at the count; asking for it would wait. Graphs and compiled blocks want one
+                # shape for prompts of any length.
                 seen = max(int(count.max()), 1)
                 tokens = [t[:, :seen] for t in tokens]
                 count = None if bool((count == seen).all()) else count

@@ -82,7 +82,7 @@ class Engine:
         if self.regions is not None:
             self.regions.open = False
         engine = Engine(compile=False)
-        engine.attention = self.attention
+        engine.attention, engine.own_dtype = self.attention, self.own_dtype
         return engine
 
     def packed(self) -> list[nn.Module]:
