@@ -59,8 +59,8 @@ def bench(
     """Measure a workload (`workloads.NAMES`) and return one JSON-ready row.
 
     `contenders` is some of CONTENDERS, the reference among them or not; `ladder` adds the rungs of the ablation.
-    `dtype` None gives each backend its default. Raises ReducioError where a library pair is known to be broken, where
-    the fast path is wrong, and for names that do not exist.
+    `dtype` None is float32 on a CPU, bfloat16 on a GPU, for all contenders. Raises ReducioError where a library pair is
+    known to be broken, where the fast path is wrong, and for names that do not exist.
     """
     if broken := measure.broken_libraries(torch.__version__, torch.backends.cudnn.version()):
         raise ReducioError(f"bench: {broken}")

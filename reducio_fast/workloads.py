@@ -252,7 +252,8 @@ class DefaultClip:
     def __init__(self, folder: str | os.PathLike[str] | None, dtype: str | None, device: torch.device) -> None:
         self.name = "default" if folder is None else os.path.basename(os.fspath(folder).rstrip("/"))
         self.folder = embedded_model() if folder is None else find_model(folder)
-        self.asked, self.device = dtype, device
+        # Named, so that the fast path takes no precision of its own: contenders and roof are compared at one.
+        self.asked, self.device = resolve_dtype(dtype, None, device), device
         pipe = self._pipe("reference")
         self.dtype = pipe.dtype
         self.given = GivenConditions.of_pipeline(self.name, pipe)
