@@ -308,6 +308,8 @@ def load_foreign(
     # diffusers renamed `torch_dtype` to `dtype` and warns about the old word, so its models are cast after loading.
     words: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
     words["variant"] = _variant(folder)
+    if library.startswith("diffusers") and importlib.util.find_spec("accelerate") is None:
+        words["low_cpu_mem_usage"] = False  # what it does then anyway, but not without five lines on stderr
     with quiet_transformers():
         model, info = _from_pretrained(cls, folder, output_loading_info=True, use_safetensors=True, **words)
     misshapen = [str(m[0]) for m in info.get("mismatched_keys", ())]

@@ -36,7 +36,8 @@ def compare(
     """One row a stage: `what`, `dtype`, `error` and `eager` (relative, against the oracle), `limit`, `right`.
 
     The model is the embedded one unless a folder is named; `dtype` None is what the fast path takes by default here.
-    `full_size` adds the full-width networks with random weights, one after the other (7 GB of memory in bfloat16); None does so on a GPU only. Raises ReducioError where the fast path cannot run.
+    `full_size` adds the full-width networks with random weights, one after the other (7 GB of memory in bfloat16); None
+    does so on a GPU only. Raises ReducioError where the fast path cannot run.
     """
     if missing := triton_missing():
         raise ReducioError(f"parity: {missing}")
