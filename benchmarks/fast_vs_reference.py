@@ -15,10 +15,8 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -29,41 +27,12 @@ from typing import Any
 
 import torch
 
+from reducio_fast import measure
+
 CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 SAME = "bfloat16" if CUDA else "float32"  # the reference's precision
 PROMPT = "a red circle moving right on a black background"
-
-
-class Peak:
-    """Highest memory of this process while it runs, sampled every 5 ms; on a GPU the allocator's own figure."""
-
-    def __enter__(self) -> Peak:
-        self.bytes, self._stop = 0, threading.Event()
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        page = resource.getpagesize()
-        while not self._stop.is_set():
-            self.bytes = max(self.bytes, int(Path("/proc/self/statm").read_text().split()[1]) * page)
-            self._stop.wait(0.005)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if CUDA:
-            self.bytes = torch.cuda.max_memory_allocated()
-
-
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def turns(
@@ -80,8 +49,10 @@ def turns(
         for name, run in runs.items():
             if time.perf_counter() - began > budget:
                 continue
-            with Peak() as peak:
-                spent = timed(run)
+            with measure.Peak(DEVICE) as peak:
+                start = measure.clock(DEVICE)
+                run()
+                spent = measure.clock(DEVICE) - start
             peaks[name] = max(peaks[name], peak.bytes)
             if turn or not warm:
                 seconds[name].append(spent)

@@ -133,7 +133,7 @@ class Energy:
         while True:
             try:
                 self._samples.append((time.perf_counter(), self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1e3))
-            except Exception:
+            except Exception:  # as above; the samples so far are what there is
                 return
             if last:
                 return

@@ -271,7 +271,7 @@ def bench_row(
     `stages` its parts. Of them follow `per_video_second`, the seconds that one second of video costs at the model's
     own frame rate, and `per_megapixel`. `peak_memory` in bytes is measured on a GPU, null elsewhere.
     """
-    from .pipeline import ReducioPipeline, embedded_model
+    from .pipeline import ReducioPipeline
 
     device = inputs.resolve_device(device)
     dtype = inputs.resolve_dtype(dtype, None, device)
@@ -280,7 +280,8 @@ def bench_row(
     source = find(model)
     pipe: Any
     if source is None:
-        pipe = ReducioPipeline.from_pretrained(model or embedded_model(), dtype=dtype, device=device, backend=backend)
+        folder = model or checkpoints.embedded_model()
+        pipe = ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend)
         name, weights, networks = "reducio", str(model or "the embedded default"), pipe._networks()
     else:
         pipe = PeerPipeline.from_pretrained(source, dtype, device)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import buckets, checkpoints, content, folders, hub, inputs, memory
-from .checkpoints import embedded_model as embedded_model
 from .compile.warmup import Outcome
 from .encoders import SemanticEncoder
 from .errors import ReducioError, is_out_of_memory

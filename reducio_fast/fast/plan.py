@@ -53,7 +53,7 @@ def check_attention(word: str, device: torch.device, dtype: torch.dtype) -> None
         raise ValueError(f"{word!r} does not take {dtype}; auto and native do")
 
 
-# A CPU that has one of these multiplies bfloat16 faster than float32: twice (AVX-512, ARM) to eight times (AMX).
+# A CPU that has one of these multiplies bfloat16 faster than float32: on a Xeon with AMX a clip's decoding, 2.6 times.
 BFLOAT16_CPU_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
 
 
