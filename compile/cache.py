@@ -2,15 +2,16 @@
 
     ROOT/KEY/inductor   torch.compile (TORCHINDUCTOR_CACHE_DIR)
     ROOT/KEY/triton     our kernels and Inductor's (TRITON_CACHE_DIR)
+    ROOT/KEY/regions    compiled blocks, found by what they depend on (see `artifacts`)
     ROOT/KEY/tables     launch settings tuned here
     ROOT/KEY/origin.json
 
 KEY is a digest of `Origin`: what must be equal for an entry to be of use. After an upgrade, or on another GPU, the key
 is another one, so that nothing stale is ever looked at.
 
-Both libraries read their variable when they look up their first entry, not at import; Inductor then writes the answer
-into the environment, and its compile workers inherit it. So `use` must run before the first compilation, and a value
-that is already there stays.
+Both libraries read their variable when they look up an entry, and compile workers inherit it: so `use` must run before
+the first compilation, and a folder that somebody has chosen stays. torch writes its own default into the environment as
+soon as it is asked, which `import diffusers` is enough for: that is nobody's choice.
 
 Why not `torch.compiler.save_cache_artifacts`: it holds what torch.compile made in this process, without the kernels
 that we launch ourselves, and what it loads cannot be checked before it is unpickled. An archive here is checked first:
@@ -45,7 +46,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 ORIGIN = "origin.json"
 VARIABLE = {"inductor": "TORCHINDUCTOR_CACHE_DIR", "triton": "TRITON_CACHE_DIR"}
-PARTS = (*VARIABLE, "tables")
+PARTS = (*VARIABLE, "regions", "tables")
 # Far above what a warm-up of all buckets leaves (some 100 MB), far below what would fill a disk.
 MAX_BYTES = 4 << 30
 MAX_ENTRIES = 200_000
@@ -103,7 +104,7 @@ def root() -> Path:
 
 def folder(part: str, origin: Origin) -> Path:
     """Where the entries of one of PARTS are: the folder that the user has chosen for its library, else ours."""
-    chosen = os.environ.get(VARIABLE.get(part, ""))
+    chosen = _chosen(VARIABLE[part]) if part in VARIABLE else None
     return Path(chosen) if chosen else root() / origin.key / part
 
 
@@ -112,7 +113,7 @@ def use(origin: Origin) -> None:
 
     Makes nothing on disk but `origin.json`; a folder that cannot be written leaves everything as it was, with one line.
     """
-    if all(os.environ.get(name) for name in VARIABLE.values()):
+    if all(_chosen(name) for name in VARIABLE.values()):
         return
     home = root() / origin.key
     try:
@@ -125,7 +126,7 @@ def use(origin: Origin) -> None:
         LOG.warning("cache: %s cannot be written (%s), compiled kernels are kept elsewhere", home, error.strerror)
         return
     for part, name in VARIABLE.items():
-        if not os.environ.get(name):
+        if not _chosen(name):
             os.environ[name] = str(home / part)
 
 
@@ -259,6 +260,16 @@ def _group_paths(content: bytes, rename: Any) -> bytes:
         return json.dumps(group).encode()
     except (ValueError, KeyError, TypeError, AttributeError):
         return content  # of another form than Triton 3.6 to 3.9 write: Triton then compiles the kernel anew
+
+
+def _chosen(name: str) -> str | None:
+    """The value of a library's variable, unless it is what torch wrote there itself."""
+    value = os.environ.get(name)
+    if not value or name != VARIABLE["inductor"]:
+        return value or None
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return None if value == default_cache_dir() else value
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,14 +1,14 @@
-"""Regional torch.compile: the repeated blocks of a network, each shape on its own, around our kernels.
+"""Regional compilation: the repeated blocks of a network, each shape on its own, around our kernels.
 
 A whole network takes minutes to compile where its blocks take seconds: block two and all that follow find the code of
-block one. `Regions` compiles a block's `forward` with `fullgraph=True`, and keeps one compiled copy for each key: the
-structure of the block (which all its siblings share) and its arguments' shapes, strides, dtypes and plain values. What
-was compiled for one size therefore never meets another: walking through sizes compiles each once, recompiles nothing,
-and no guard of one size is tried for another. torch's own limit of eight shapes a function does not apply, since a copy
-has a code object, hence a cache, of its own.
+block one. `Regions` has a block's `forward` compiled as a function of its weights and arguments, one copy for each key:
+the structure of the block (which all its siblings share) and its arguments' shapes, strides, dtypes and plain values.
+What was compiled for one size therefore never meets another: walking through sizes compiles each once, recompiles
+nothing, and no guard is tried in a call. With a folder (`store`) code outlives the process, see `artifacts`.
 
-A key beyond `limit`, or one whose compilation fails, runs as plain Python, and so does everything where the machine has
-no compiler: counted by reason, with one log line.
+Since nothing is guarded, the key must hold all that code relies on, and is put to the proof: the first call of each
+region in a process runs both ways and compares. A key beyond `limit`, or one whose compilation fails, runs as plain
+Python, and so does everything where the machine has no compiler: counted by reason, with one log line.
 """
 
 from __future__ import annotations
@@ -20,78 +20,97 @@ import time
 import types
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .graphs import flatten, kinds
+from . import artifacts, collector
+from .graphs import flatten, kinds, rebuild
 
 LOG = logging.getLogger("reducio_fast")
 
-# A size of clip has two keys in the transformer (the first block's batch is one half of the others') and, for each
-# shape of tile, one a level: 6 + 1 of the decoder, 4 + 1 of the content encoder. All 91 buckets fit.
+# A size of clip has one key in the transformer and, for each shape of tile, one a level: 6 + 1 of the decoder, 4 + 1
+# of the content encoder. All 91 buckets fit.
 LIMIT = 2048
+# Relative distance between compiled and plain outputs above which the code cannot be that of the block. Rounding of
+# bfloat16 is a tenth of it; code of another block is worlds away.
+TOLERANCE = 0.05
 
-Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def inductor(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled for the shapes of the first call. No autotuning, which multiplies the wait; graphs are our own."""
-    return torch.compile(fn, fullgraph=True, dynamic=False)
+Compile = Callable[[artifacts.Function, Sequence[Tensor], Collection[int]], Callable[..., Sequence[Tensor]]]
 
 
-def obstacle() -> str | None:
-    """Why Inductor cannot work on this machine, or None."""
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-    except ImportError as error:
-        return str(error)
-    try:
-        get_cpp_compiler()
-    except Exception as error:
-        return f"no C++ compiler ({(str(error).splitlines() or [''])[0]})"
-    return None
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """`structure` numbers what a compiled copy relies on, and siblings share. `places` says where the weights are, which
+    are each one's own: by name, since a module that moves to another device gets new ones."""
+
+    structure: int
+    places: list[tuple[str, dict[str, Any], str]]
+
+    def weights(self) -> list[Tensor]:
+        return [home[name] for _, home, name in self.places]
 
 
 @dataclass(slots=True)
 class _Region:
     name: str
-    run: Callable[..., Any]
-    seconds: float  # of the first call, nearly all of it compilation
+    run: Callable[..., Sequence[Tensor]]
+    form: Hashable  # of what the block returns
+    plain: list[Any]  # its leaves, `Tensor` in the place of each tensor
+    seconds: float  # until its first result
+    stored: bool  # loaded, not compiled here
     calls: int = 1
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        outputs = self.run(*tensors)
+        if self.form is None:
+            return outputs[0]
+        following = iter(outputs)
+        return rebuild(self.form, (next(following) if leaf is Tensor else leaf for leaf in self.plain))
 
 
 class Regions:
     """Runs modules compiled. Safe to share between threads.
 
-    `compile` turns a function into a compiled one; the default needs a compiler on this machine. `open` False compiles
-    nothing new: what is compiled stays in use. A warm-up whose deadline has passed sets it.
+    `compile(fn, tensors, free)` turns a function of tensors into a compiled one (see `artifacts.compile_function`); the
+    default needs a compiler on this machine, and keeps what it makes in the folder `store`. `open` False compiles nothing new: what is compiled stays in
+    use. A warm-up whose deadline has passed sets it.
     """
 
-    def __init__(self, compile: Compile | None = None, limit: int = LIMIT) -> None:
-        self.limit, self.open = limit, True
-        self._compile = inductor if compile is None else compile
-        self._obstacle = obstacle() if compile is None else None
+    def __init__(self, compile: Compile | None = None, limit: int = LIMIT, store: Path | None = None) -> None:
+        self.limit, self.open, self.store = limit, True, store if compile is None else None
+        self._compile = artifacts.compile_function if compile is None else compile
+        self._obstacle = artifacts.obstacle() if compile is None else None
         if self._obstacle is not None:
             LOG.warning("torch.compile: %s; everything runs uncompiled", self._obstacle)
         self._lock = threading.RLock()
         self._regions: dict[Hashable, _Region] = {}
         self._failures: dict[Hashable, str] = {}
         self._misses: Counter[str] = Counter()
-        self._structures: weakref.WeakKeyDictionary[nn.Module, Hashable] = weakref.WeakKeyDictionary()
+        self._structures: dict[Hashable, int] = {}
+        self._blocks: weakref.WeakKeyDictionary[nn.Module, _Block] = weakref.WeakKeyDictionary()
 
     def __call__(self, name: str, module: nn.Module, *args: Any, **words: Any) -> Any:
-        """`module.forward(*args, **words)`; arguments are tensors and plain values, or lists and (named) tuples of
-        them. Raises what the module raises."""
+        """`module.forward(*args, **words)`; arguments and results are tensors and plain values, or lists and (named)
+        tuples of them. Raises what the module raises."""
+        return self.run(name, module, args, words)
+
+    def run(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], words: dict[str, Any], free: Sequence[Tensor] = ()
+    ) -> Any:
+        """The same; `free`: those of the arguments whose dimension 1 may have any length, one for them all."""
         if self._obstacle is not None:
             return self._plainly("no compiler", module, args, words)
-        leaves: list[Any] = []
-        form = flatten((args, tuple(words), tuple(words.values())), leaves)
-        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        key = (name, self._structure(module), form, kinds(leaves), modes)
+        if torch.is_grad_enabled():
+            return self._plainly("gradients", module, args, words)
+        block = self._blocks.get(module) or self._look_at(module)
+        tensors, signature = block.weights(), []
+        _sign((args, words), {id(x) for x in free}, signature, tensors)
+        key = (name, block.structure, *_modes(), *signature)
         region = self._regions.get(key)
         if region is None:
             if not self.open:  # before the lock, which a compilation that came too late may still hold
@@ -100,19 +119,24 @@ class Regions:
                 if key not in self._regions:
                     reason = self._closed(key)
                     if reason is None:
-                        return self._first(name, key, module, args, words)
+                        with collector.paused():
+                            return self._first(name, key, module, block, args, words, free, tensors)
                     return self._plainly(reason, module, args, words)
                 region = self._regions[key]
         region.calls += 1
-        return region.run(module, *args, **words)
+        return region(tensors)
+
+    def forget(self, module: nn.Module) -> None:
+        """Look at the module again before its next call: for whoever has changed it. Weights may change in place."""
+        self._blocks.pop(module, None)
 
     def describe(self) -> dict[str, Any]:
         """Everything it knows, as plain data."""
         with self._lock:
             totals: dict[str, dict[str, Any]] = {}
             for region in self._regions.values():
-                total = totals.setdefault(region.name, {"compiled": 0, "seconds": 0.0, "calls": 0})
-                total["compiled"] += 1
+                total = totals.setdefault(region.name, {"compiled": 0, "loaded": 0, "seconds": 0.0, "calls": 0})
+                total["loaded" if region.stored else "compiled"] += 1
                 total["seconds"] = round(total["seconds"] + region.seconds, 3)
                 total["calls"] += region.calls
             return {
@@ -128,32 +152,72 @@ class Regions:
             return "compilation failed"
         return "limit" if len(self._regions) >= self.limit else None
 
-    def _first(self, name: str, key: Hashable, module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> Any:
-        LOG.info("compiling %s for a new shape", name)
+    def _first(
+        self, name: str, key: Hashable, module: nn.Module, block: _Block, args: tuple[Any, ...], words: dict[str, Any],
+        free: Sequence[Tensor], tensors: list[Tensor],
+    ) -> Any:  # fmt: skip
+        """The block's own result for its first arguments, after its code was made or loaded, and has proved right."""
         start = time.perf_counter()
-        run = self._compile(_copy(type(module).forward))
+        expected = type(module).forward(module, *args, **words)
+        plain: list[Any] = []
+        shape = flatten(expected, plain)
+        right = [leaf for leaf in plain if isinstance(leaf, Tensor)]
+        file = None if self.store is None else self.store / f"{self._digest(key, block)}.bin"
+        run = None if file is None or not file.is_file() else self._loaded(file, tensors, right)
+        stored = run is not None
         try:
-            result = run(module, *args, **words)
-        except Exception as error:  # the compiler's, or the module's own, which then comes again below
+            if run is None:
+                LOG.info("compiling %s for a new shape", name)
+                given: list[Any] = []
+                flatten((args, tuple(words.values())), given)
+                given = [leaf for leaf in given if isinstance(leaf, Tensor)]
+                loose = [len(block.places) + i for i, x in enumerate(given) if any(x is one for one in free)]
+                run = self._compile(_flat(module, block, args, words), tensors, loose)
+                if (wrong := _difference(run(*tensors), right)) is not None:
+                    raise ValueError(f"compiled, it returns {wrong}")
+        except Exception as error:  # whatever a tracer or a compiler raises: the block has just shown that it is sound
             self._failures[key] = f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             LOG.warning("not compiled, runs as it is: %s", self._failures[key])
-        else:
-            self._regions[key] = _Region(name, run, time.perf_counter() - start)
-            return result
-        return self._plainly("compilation failed", module, args, words)
+            self._misses["compilation failed"] += 1
+            return expected
+        if file is not None and not stored:
+            _keep(run, file)
+        marked = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in plain]
+        region = self._regions[key] = _Region(name, run, shape, marked, 0.0, stored)
+        result = region(tensors)
+        region.seconds = time.perf_counter() - start
+        return result
+
+    def _loaded(self, file: Path, tensors: Sequence[Tensor], right: list[Tensor]) -> Callable[..., Any] | None:
+        try:
+            run = artifacts.load(file, tensors)
+            wrong = _difference(run(*tensors), right)
+        except Exception as error:  # of a file that something has damaged, anything
+            wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if wrong is None:
+            return run
+        LOG.warning("cache: ignored %s, compiled anew: %s", file, wrong)
+        return None
 
     def _plainly(self, reason: str, module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> Any:
         self._misses[reason] += 1
         return type(module).forward(module, *args, **words)
 
-    def _structure(self, module: nn.Module) -> Hashable:
-        """What a compiled copy relies on, and siblings share: classes, plain attributes, shapes of weights."""
-        if module not in self._structures:
-            self._structures[module] = tuple(
-                (name, type(part), *_attributes(part), *kinds(part.parameters(recurse=False)))
-                for name, part in module.named_modules()
-            )
-        return self._structures[module]
+    def _look_at(self, module: nn.Module) -> _Block:
+        parts, places = [], []
+        for prefix, part in module.named_modules(prefix="block"):
+            for home in (part._parameters, part._buffers):
+                places += [(f"{prefix}.{name}", home, name) for name, weight in home.items() if weight is not None]
+            parts.append((prefix, type(part), *_attributes(part)))
+        structure = (*parts, kinds(home[name] for _, home, name in places))
+        with self._lock:
+            number = self._structures.setdefault(structure, len(self._structures))
+            self._blocks[module] = block = _Block(number, places)
+        return block
+
+    def _digest(self, key: Any, block: _Block) -> str:
+        structure = next(known for known, number in self._structures.items() if number == block.structure)
+        return artifacts.digest((structure, *(part for i, part in enumerate(key) if i != 1)))
 
 
 class Regional(nn.Module):
@@ -161,8 +225,8 @@ class Regional(nn.Module):
 
     regions: Regions | None = None
 
-    def block(self, name: str, module: nn.Module, *args: Any) -> Any:
-        return module(*args) if self.regions is None else self.regions(name, module, *args)
+    def block(self, name: str, module: nn.Module, *args: Any, free: Sequence[Tensor] = ()) -> Any:
+        return module(*args) if self.regions is None else self.regions.run(name, module, args, {}, free)
 
 
 def connect(network: nn.Module, regions: Regions | None) -> None:
@@ -176,28 +240,127 @@ def adopt(regions: Regions, name: str, network: nn.Module) -> None:
     """The repeated blocks of a foreign network run through `regions`, called as before by its own `forward`.
 
     Which they are: the classes that a diffusers model lists for this purpose, else the members of `transformer_blocks`.
+    Again for a network that may have changed since: with other adapters, say, or attention processors.
     """
     listed = getattr(network, "_repeated_blocks", None) or ()
     blocks = [part for part in network.modules() if type(part).__name__ in listed]
     for block in blocks or getattr(network, "transformer_blocks", ()):
+        regions.forget(block)
         block.forward = functools.partial(regions, name, block)
 
 
+class _Bare(nn.Module):
+    """A block whose class's own `forward` runs, whatever stands in that place on the block itself."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **words: Any) -> Any:
+        return type(self.block).forward(self.block, *args, **words)
+
+
+def _flat(module: nn.Module, block: _Block, args: tuple[Any, ...], words: dict[str, Any]) -> artifacts.Function:
+    """The module's `forward` as a function of its weights and of the tensors among its arguments."""
+    names, bare = [name for name, _, _ in block.places], _Bare(module)
+    leaves: list[Any] = []
+    form = flatten((args, tuple(words.values())), leaves)
+    template = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors[len(names) :])
+        positional, named = rebuild(form, (next(given) if leaf is Tensor else leaf for leaf in template))
+        state = dict(zip(names, tensors, strict=False))
+        named = dict(zip(words, named, strict=True))
+        # Every place is in `state`: tying those that share a weight would leave the tracer's weights in one of them.
+        result = torch.func.functional_call(bare, state, positional, named, tie_weights=False)
+        outputs: list[Any] = []
+        flatten(result, outputs)
+        return [output for output in outputs if isinstance(output, Tensor)]
+
+    return run
+
+
+def _difference(outputs: Sequence[Tensor], right: list[Tensor]) -> str | None:
+    """What is wrong with a compiled block's outputs, None for nothing. NaN, and tensors without values, prove none."""
+    if len(outputs) != len(right):
+        return f"{len(outputs)} tensors, not {len(right)}"
+    for output, expected in zip(outputs, right, strict=True):
+        if (output.shape, output.dtype, output.device) != (expected.shape, expected.dtype, expected.device):
+            return f"{tuple(output.shape)} {output.dtype}, not {tuple(expected.shape)} {expected.dtype}"
+        if expected.device.type == "meta" or not expected.is_floating_point():
+            continue
+        distance, size = (expected.double() - output.double()).norm(), expected.double().norm()
+        if float(distance) > TOLERANCE * float(size):
+            return f"values that are {float(distance / size):.2f} away from the block's"
+    return None
+
+
+def _keep(run: Any, file: Path) -> None:
+    try:
+        artifacts.save(run, file)
+    except Exception as error:  # a full disk, or Inductor's own caches switched off: it costs the next process time
+        LOG.info("cache: %s not written: %s", file, (str(error).splitlines() or [""])[0])
+
+
+def _sign(value: Any, free: Collection[int], signature: list[Hashable], tensors: list[Tensor]) -> None:
+    """What code is made for: the form of the arguments, the shape, dtype and device of tensors, any other value.
+
+    Tensors are collected, and made dense, so that a block which comes after a convolution finds the code of its
+    siblings. In every call of every block: a list that grows, since nested tuples take three times as long.
+    """
+    if isinstance(value, Tensor):
+        shape = value.shape
+        signature += ((shape[0], None, *shape[2:]) if id(value) in free else shape, value.dtype, value.device)
+        tensors.append(value if value.is_contiguous() else value.contiguous())
+    elif isinstance(value, tuple | list):
+        signature += (type(value), len(value))
+        for item in value:
+            _sign(item, free, signature, tensors)
+    elif isinstance(value, dict):
+        signature += (dict, *value)
+        for item in value.values():
+            _sign(item, free, signature, tensors)
+    else:
+        signature += (type(value), value)
+
+
+def _modes() -> tuple[Hashable, ...]:
+    """What steers torch from outside of a call."""
+    cast = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled() else None
+    return torch.is_inference_mode_enabled(), cast, torch.get_float32_matmul_precision()
+
+
+# What torch keeps in each module, weights and submodules among it: the rest is the module's own.
+_TORCHS = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_DEPTH = 4  # of attributes within attributes
+
+
 def _attributes(module: nn.Module) -> list[Hashable]:
-    """Numbers, words, tuples of them, and the functions picked for its ops."""
-    plain = (int, float, str, types.NoneType, types.FunctionType, torch.dtype, torch._ops.OpOverloadPacket)
-    found = []
-    for name, value in vars(module).items():
-        items = value if isinstance(value, tuple) else (value,)
-        if all(isinstance(item, plain) for item in items):
-            found.append((name, value))
-    return found
+    """Everything of a module that is no weight and no submodule, and any hooks it has."""
+    own = {name: value for name, value in vars(module).items() if name not in _TORCHS and not _is_region(value)}
+    hooks = {name: list(getattr(module, name).values()) for name in _HOOKS if getattr(module, name)}
+    return [(name, _plain(value, _DEPTH)) for name, value in sorted((own | hooks).items())]
 
 
-def _copy(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The function again, over a code object of its own: torch keeps what it compiles with the code object."""
-    fresh = types.FunctionType(
-        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    fresh.__kwdefaults__ = forward.__kwdefaults__
-    return fresh
+def _is_region(value: Any) -> bool:
+    return isinstance(value, functools.partial) and isinstance(value.func, Regions)
+
+
+def _plain(value: Any, depth: int) -> Hashable:
+    """A value that is equal where compiled code may be shared. Of tensors and modules in odd places, the class."""
+    plain = (bool, int, float, str, bytes, types.NoneType, torch.dtype, torch.device, torch._ops.OpOverloadPacket)
+    if isinstance(value, plain) or isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+        return value
+    if depth == 0 or isinstance(value, Tensor | nn.Module | Regions):
+        return type(value)
+    if isinstance(value, tuple | list):
+        return (type(value), *(_plain(item, depth - 1) for item in value))
+    if isinstance(value, dict):
+        return (dict, *((str(name), _plain(item, depth - 1)) for name, item in value.items()))
+    if isinstance(value, functools.partial):
+        return (type(value), _plain((value.func, value.args, value.keywords), depth - 1))
+    if isinstance(value, types.MethodType):
+        return (types.MethodType, value.__func__, _plain(value.__self__, depth - 1))
+    return (type(value), _plain(getattr(value, "__dict__", {}), depth - 1))

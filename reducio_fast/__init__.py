@@ -16,14 +16,17 @@ __all__ = ["ReducioPipeline", "__version__", "generate"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ReducioPipeline":
-        from .pipeline import ReducioPipeline
+    if name in ("ReducioPipeline", "generate"):
+        from .compile import collector
 
-        return ReducioPipeline
-    if name == "generate":
-        from .front import generate
+        with collector.paused():  # torch is imported here
+            if name == "generate":
+                from .front import generate
 
-        return generate
+                return generate
+            from .pipeline import ReducioPipeline
+
+            return ReducioPipeline
     if name in ("ReducioVAE", "ReducioDiT", "SemanticEncoder", "TextToImage", "ModelMixin"):
         # Not for users: [library, class] of a model's index, which diffusers resolves here.
         from . import diffusers_loader

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import buckets, checkpoints, content, folders, hub, inputs, memory
+from .compile import collector
 from .compile.warmup import Outcome
 from .encoders import SemanticEncoder
 from .errors import ReducioError, is_out_of_memory
@@ -112,8 +113,9 @@ class ReducioPipeline(LoraLoader, Words):
         device = inputs.resolve_device(device)
         free = dtype is None and torch_dtype is None
         dtype = inputs.resolve_dtype(dtype, torch_dtype, device)
-        parts = folders.read_model(checkpoints.find_model(model), components, dtype, device)
-        pipe = cls(**parts, backend=backend, compile=compile)
+        with collector.paused():
+            parts = folders.read_model(checkpoints.find_model(model), components, dtype, device)
+            pipe = cls(**parts, backend=backend, compile=compile)
         pipe._let_fast_path_choose(free)
         return pipe
 

@@ -141,10 +141,16 @@ class Stages:
         if not self._needs_frame(clip, request):
             return None
         words = {"clean_caption": self.clean_caption} | request.content_kwargs
-        return content.draw_image(
-            self.text_to_image, clip.prompt, clip.negative_prompt, request.height, request.width, clip.generator,
-            progress, words,
-        )  # fmt: skip
+        return self._draw(
+            clip.prompt, clip.negative_prompt, request.height, request.width, clip.generator, progress, words
+        )
+
+    def _draw(self, *words: Any) -> np.ndarray:
+        """`content.draw_image` with this pipeline's first stage, which may be another, or wear a LoRA, since last."""
+        if self._engine is not None:
+            for network in content.networks(self.text_to_image):
+                self._engine.adopt("content.block", network)
+        return content.draw_image(self.text_to_image, *words)
 
     def _condition(self, clip: ClipRequest, frame: np.ndarray | None, timings: dict[str, float]) -> Condition:
         with self._stage(timings, "text.encode"):
@@ -328,9 +334,7 @@ class Stages:
             origin = cache.Origin.here(arch_of(self.device))
             cache.use(origin)
             add_tables(cache.folder("tables", origin))
-            self._engine = Engine(compile)
-            for network in [] if self.text_to_image is None else content.networks(self.text_to_image):
-                self._engine.adopt("content.block", network)
+            self._engine = Engine(compile, store=cache.folder("regions", origin))
         elif required:
             raise ReducioError(f"backend: 'fast' cannot run this model: {obstacle}")
         else:

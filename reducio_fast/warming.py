@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import content, inputs
+from . import inputs
 from .compile import warmup
 from .errors import ReducioError
 
@@ -83,7 +83,7 @@ def _clip(pipe: ReducioPipeline, height: int, width: int) -> Callable[[warmup.Ch
         if pipe.text_to_image is not None:
             generator, words = torch.Generator().manual_seed(0), {"num_inference_steps": STEPS}
             with torch.no_grad(), pipe._lock, pipe._on_device("content.generate"):
-                frame = content.draw_image(pipe.text_to_image, PROMPT, "", height, width, generator, False, words)
+                frame = pipe._draw(PROMPT, "", height, width, generator, False, words)
             check()
         pipe(
             PROMPT, frame, height=height, width=width, num_frames=pipe.vae.config.num_frames, num_inference_steps=STEPS,

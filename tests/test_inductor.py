@@ -1,6 +1,6 @@
 """Regional compilation: its bookkeeping, no graph breaks, no recompiles over all sizes, and one real compilation.
 
-Dynamo traces for real wherever a test speaks of breaks or recompiles; what it hands over is counted and run as it is,
+Blocks are traced for real wherever a test speaks of breaks or recompiles; the graphs are counted and run as they are,
 since C++ code for each of a hundred shapes would take an hour.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reducio_fast import ReducioPipeline
 from reducio_fast.buckets import BASES, buckets
-from reducio_fast.compile import inductor
+from reducio_fast.compile import artifacts, inductor
 from reducio_fast.compile.inductor import Regions, connect
 from reducio_fast.errors import ReducioError
 from reducio_fast.fast.dit import FastReducioDiT
@@ -48,25 +48,25 @@ SIZES = [size for base in BASES for size in buckets(base, 32)]
 
 
 class Counting:
-    """A compiler that is not one: `traced` counts the graphs that dynamo hands over, `made` the functions it gets."""
+    """A compiler that is not one: `traced` counts graphs, each of a whole function, `made` the functions it gets."""
 
     def __init__(self, trace: bool = True) -> None:
         self.trace, self.made, self.traced = trace, 0, 0
 
-    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, fn: Callable[..., Any], tensors: Sequence[Tensor], free: Collection[int]) -> Callable[..., Any]:
         self.made += 1
-        return torch.compile(fn, fullgraph=True, dynamic=False, backend=self._count) if self.trace else fn
-
-    def _count(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if not self.trace:
+            return fn
+        graph = artifacts.trace(fn, tensors, free)
         self.traced += 1
-        return graph.forward
+        return graph
 
 
 @pytest.fixture(autouse=True)
-def no_cache_of_other_tests() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def no_gradients() -> Iterator[None]:
+    """Compiled code is for inference: with gradients blocks run as they are, and a test says so."""
+    with torch.no_grad():
+        yield
 
 
 def lively(network: nn.Module) -> nn.Module:
@@ -188,8 +188,7 @@ def test_transformer_blocks_have_no_breaks(attention: str, kernels: bool, monkey
     expected, compiler = step(dit), Counting()
     connect(dit, regions := Regions(compiler))
     assert torch.equal(step(dit), expected) and torch.equal(step(dit), expected)
-    # The first block, where the halves of guidance part, and one for all others.
-    assert (compiler.made, compiler.traced) == (2, 2)
+    assert (compiler.made, compiler.traced) == (1, 1)  # one for all blocks
     assert regions.describe()["misses"] == {} and regions.describe()["regions"]["dit.block"]["calls"] == 6
 
 
@@ -217,7 +216,7 @@ def test_levels_have_no_breaks(changes: dict[str, Any], kernels: bool, monkeypat
 
 
 def test_walking_through_sizes_recompiles_nothing() -> None:
-    """Dynamo hands over one graph for each key, and none when the walk is made again."""
+    """One graph for each number of latent cells, and none when the walk is made again."""
     dit = FastReducioDiT(lively(ReducioDiT(DiTConfig(**DIT))), Plan(torch.device("cpu"), torch.float32))
     compiler = Counting()
     connect(dit, Regions(compiler))
@@ -225,7 +224,7 @@ def test_walking_through_sizes_recompiles_nothing() -> None:
     for cells in sizes:
         step(dit, cells)
     once = compiler.traced
-    assert once == compiler.made == 2 * len({h * w for h, w in sizes})
+    assert once == compiler.made == len({h * w for h, w in sizes})
     for cells in sizes:
         step(dit, cells)
     assert compiler.traced == once
@@ -260,7 +259,7 @@ def test_every_bucket_has_its_code_after_one_walk() -> None:
     walk()
     once = compiler.made
     # Levels of one width share code where one tile's half is another tile's whole.
-    most = 2 * len({h * w for h, w in SIZES}) + regions_of(vae) * len(tiles)
+    most = len({h * w for h, w in SIZES}) + regions_of(vae) * len(tiles)
     assert most / 2 < once <= most < inductor.LIMIT
     walk()
     assert compiler.made == once
@@ -274,7 +273,7 @@ def regions_of(vae: FastReducioVAE) -> int:
 # ---- for real --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(inductor.obstacle() is not None, reason="needs a C++ compiler")
+@pytest.mark.skipif(artifacts.obstacle() is not None, reason="needs a C++ compiler")
 def test_compiled_code_equals_eager() -> None:
     """Norm, activation and padding in Inductor's own loops, and once compiled no more."""
     vae = FastReducioVAE(lively(ReducioVAE(VAEConfig(**VAE))), Plan(torch.device("cpu"), torch.float32))
@@ -294,7 +293,7 @@ def test_compiled_code_equals_eager() -> None:
 
 def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = Counting(trace=False)
-    monkeypatch.setattr(inductor, "inductor", compiler)
+    monkeypatch.setattr(artifacts, "compile_function", compiler)
     words = {"device": "cpu", "dtype": "float32", "backend": "fast"}
     call = {"num_inference_steps": 1, "progress": False}
     plain = ReducioPipeline.from_pretrained(bundle, **words)
@@ -306,7 +305,7 @@ def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPat
     assert np.abs(actual.frames.astype(int) - expected.frames).max() <= 1
     assert np.array_equal(actual.content, expected.content)
     made = compiler.made
-    assert {"dit.block", "vae.decoder_level", "content.block"} <= set(pipe._engine.describe()["regions"]["regions"])
+    assert set(pipe._engine.describe()["regions"]["regions"]) == {"dit.block", "content.block"}
     pipe("a blue square", **call)
     with torch.no_grad():
         pipe.vae.decoder.conv_out.bias.add_(0.5)

@@ -214,10 +214,10 @@ def twin(
     if not (front or back or halo):
         return y
     out = y.new_empty((N, T + front + back, H + 2 * halo, W + 2 * halo, C))
-    edges = (0, -1) if halo else ()
-    out[:, :front], out[:, front + T :] = 0, 0
-    for edge in edges:
-        out[:, :, edge], out[:, :, :, edge] = 0, 0
+    borders = [out[:, :front], out[:, front + T :]]
+    borders += [border for edge in (0, -1) if halo for border in (out[:, :, edge], out[:, :, :, edge])]
+    for border in borders:
+        border.zero_()  # not `= 0`, of which a tracer makes a constant tensor
     out[:, front : front + T, int(halo) : halo + H, int(halo) : halo + W] = y
     return out
 

@@ -152,6 +152,7 @@ class FastReducioDiT(Regional):
         super().__init__()
         self.config, self.null_text = model.config, model.null_text
         self.pos_embed, self.adaln_single = model.pos_embed, model.adaln_single
+        self.patch_weight = frozen(self.pos_embed.proj.weight.flatten(1))  # patches do not overlap: a matrix product
         self.conditioner = (model,)  # in a tuple: embeds conditions, without its weights being listed twice
         self.transformer_blocks = nn.ModuleList(
             FastDiTBlock(block, plan, f"transformer_blocks.{i}") for i, block in enumerate(model.transformer_blocks)
@@ -216,10 +217,10 @@ class FastReducioDiT(Regional):
             count = condition.mask.sum(1, dtype=torch.int32)
             if count.is_meta and self.masks_keys:
                 count = None  # a forecast has no prompt: of the longest, every key is seen
-            elif count.device.type == "cpu" and self.graphs is None and self.regions is None:
+            elif count.device.type == "cpu" and self.graphs is None:
                 # No keys but those that some item sees, and no mask where all see as many: 20% of a small model's step.
-                # On a GPU the kernel stops at the count; asking for it would wait. Graphs and compiled blocks want one
-                # shape for prompts of any length.
+                # On a GPU the kernel stops at the count; asking for it would wait. Graphs want one shape for prompts of
+                # any length; compiled blocks take any number of keys.
                 seen = max(int(count.max()), 1)
                 tokens = [t[:, :seen] for t in tokens]
                 count = None if bool((count == seen).all()) else count
@@ -247,23 +248,25 @@ class FastReducioDiT(Regional):
         T, H, W = latent.shape[2:]
         grid = (T // pt, H // ph, W // pw)
         x, blocks_M6D, (shift, scale) = self.tokens(latent, grid), modulation.blocks[0], modulation.final[0]
+        if self.regions is not None and len(x) != prepared.batch:
+            x = torch.cat([x, x])  # one shape for all blocks to compile: half a self-attention of all more, if that
         y = self.first_norm(x, _rows(blocks_M6D[0, 0], len(x)), _rows(blocks_M6D[0, 1], len(x)), NORM_EPS)
         last = len(self.transformer_blocks) - 1
         for i, block in enumerate(self.transformer_blocks):
             following = (blocks_M6D[i + 1, 0], blocks_M6D[i + 1, 1]) if i < last else (shift, scale)
             condition = (prepared.keys_values[i], prepared.key_count)
-            x, y = self.block("dit.block", block, x, y, blocks_M6D[i], following, *condition, grid[0])
+            free = prepared.keys_values[i] if x.device.type == "cpu" else ()
+            x, y = self.block("dit.block", block, x, y, blocks_M6D[i], following, *condition, grid[0], free=free)
         out = F.linear(y, self.out_weight, self.out_bias)
         return self.conditioner[0].unpatchify(out, grid)
 
     def tokens(self, latent: Tensor, grid: Grid) -> Tensor:
         """Patches and their positions, [B, L, D]."""
-        embed, pt = self.pos_embed, self.config.patch_size[0]
-        B, C, T, H, W = latent.shape
-        frames = latent.to(self.dtype).reshape(B, C, T // pt, pt, H, W).transpose(1, 2).reshape(-1, C * pt, H, W)
-        x = embed.proj(frames).flatten(2).transpose(1, 2).unflatten(0, (B, grid[0]))
+        (B, C), (T, H, W), (pt, ph, pw) = latent.shape[:2], grid, self.config.patch_size
+        patches = latent.to(self.dtype).view(B, C, T, pt, H, ph, W, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        x = F.linear(patches.reshape(B, T, H * W, -1), self.patch_weight, self.pos_embed.proj.bias)
         if grid not in self.positions:
-            self.positions[grid] = embed.position(*grid, latent.device)
+            self.positions[grid] = self.pos_embed.position(*grid, latent.device)
         return (x + self.positions[grid]).flatten(1, 2).to(self.dtype)
 
 

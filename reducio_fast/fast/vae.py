@@ -123,7 +123,7 @@ class FastSelfAttention(nn.Module):
     def __init__(self, attention: ref.SelfAttention, plan: Plan, path: str) -> None:
         super().__init__()
         self.num_heads, self.window_size, self.causal = attention.num_heads, attention.window_size, attention.causal
-        self.windowed = (attention,)  # in a tuple: its weights are not this module's
+        self.windowed = attention
         self.norm = FastNorm(attention.norm, plan, f"{path}.norm", silu=False)
         parts = (attention.q, attention.k, attention.v)
         self.qkv_weight = frozen(torch.cat([conv.weight.flatten(1) for conv in parts]))
@@ -136,7 +136,7 @@ class FastSelfAttention(nn.Module):
         N, _, H, W, C = act.x.shape
         if self.window_size**2 < H * W:
             x = channels_first(act.x)
-            attention = self.windowed[0]
+            attention = self.windowed
             flat = isinstance(attention.q, nn.Conv2d)
             return Activation(channels_last(attention(x[:, :, 0])[:, :, None] if flat else attention(x)))
         qkv = F.linear(self.norm(act), self.qkv_weight, self.qkv_bias)
@@ -296,7 +296,7 @@ class FastAttentionFusion(nn.Module):
 
     def __init__(self, fusion: AttentionFusion, plan: Plan, path: str) -> None:
         super().__init__()
-        self.windowed = (fusion,)  # in a tuple: its weights are not this module's
+        self.windowed = fusion
         self.pos_embed = frozen(fusion.pos_embed[0, :, 0])
         self.norm, self.num_heads = fusion.norm, fusion.attn.num_heads
         self.to_q, self.to_out = fusion.attn.to_q, fusion.attn.to_out[0]
@@ -305,7 +305,7 @@ class FastAttentionFusion(nn.Module):
 
     def forward(self, act: Activation, content: Tensor) -> Activation:
         N, T, H, W, C = act.x.shape
-        reference = self.windowed[0]
+        reference = self.windowed
         x, image = channels_first(act.x), channels_first(content)[:, :, 0]
         if reference.windows(x.shape, image.shape) is not None:
             return Activation(channels_last(reference(x, image)))
