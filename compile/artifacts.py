@@ -9,6 +9,7 @@ imported.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -162,8 +163,7 @@ def _source(module: str) -> str:
     place = getattr(sys.modules.get(module), "__file__", None)
     for file in [] if place is None else sorted(Path(place).parent.glob("*.py")):
         found.update(file.read_bytes())
-    try:
+    # Python itself has none, nor has a package that is installed under another name.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found.update(importlib.metadata.version(module.partition(".")[0]).encode())
-    except importlib.metadata.PackageNotFoundError:
-        pass  # of Python itself, or a package that is installed under another name
     return found.hexdigest()[:16]

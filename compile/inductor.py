@@ -45,8 +45,8 @@ Compile = Callable[[artifacts.Function, Sequence[Tensor], Collection[int]], Call
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """`structure` numbers what a compiled copy relies on, and siblings share. `places` says where the weights are, which
-    are each one's own: by name, since a module that moves to another device gets new ones."""
+    """`structure` numbers what a compiled copy relies on, and siblings share. `places` says where the weights are,
+    which are each one's own: by name, since a module that moves to another device gets new ones."""
 
     structure: int
     places: list[tuple[str, dict[str, Any], str]]
@@ -77,8 +77,8 @@ class Regions:
     """Runs modules compiled. Safe to share between threads.
 
     `compile(fn, tensors, free)` turns a function of tensors into a compiled one (see `artifacts.compile_function`); the
-    default needs a compiler on this machine, and keeps what it makes in the folder `store`. `open` False compiles nothing new: what is compiled stays in
-    use. A warm-up whose deadline has passed sets it.
+    default needs a compiler on this machine, and keeps what it makes in the folder `store`. `open` False compiles
+    nothing new: what is compiled stays in use. A warm-up whose deadline has passed sets it.
     """
 
     def __init__(self, compile: Compile | None = None, limit: int = LIMIT, store: Path | None = None) -> None:
@@ -350,8 +350,8 @@ def _is_region(value: Any) -> bool:
 
 def _plain(value: Any, depth: int) -> Hashable:
     """A value that is equal where compiled code may be shared. Of tensors and modules in odd places, the class."""
-    plain = (bool, int, float, str, bytes, types.NoneType, torch.dtype, torch.device, torch._ops.OpOverloadPacket)
-    if isinstance(value, plain) or isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+    functions = (type, types.FunctionType, types.BuiltinFunctionType, torch._ops.OpOverloadPacket)
+    if isinstance(value, (bool, int, float, str, bytes, types.NoneType, torch.dtype, torch.device, *functions)):
         return value
     if depth == 0 or isinstance(value, Tensor | nn.Module | Regions):
         return type(value)

@@ -26,7 +26,8 @@ from .inputs import resolve_device
 from .measure import clock, spread
 from .workloads import Contender, DefaultClip, GivenConditions, workload
 
-CONTENDERS = ("reference", "compiled", "fast")
+CONTENDERS = ("reference", "compiled", "fast", "fast-compiled")
+DEFAULT = CONTENDERS[:3]
 Row = dict[str, Any]
 
 # Runs in a fresh process, with the caches named in its environment. Counts from before the first import of ours.
@@ -58,13 +59,13 @@ def bench(
 ) -> Row:
     """Measure a workload (`workloads.NAMES`) and return one JSON-ready row.
 
-    `contenders` is some of CONTENDERS, the reference among them or not; `ladder` adds the rungs of the ablation.
+    `contenders` is some of CONTENDERS, by default DEFAULT; `ladder` adds the rungs of the ablation.
     `dtype` None is float32 on a CPU, bfloat16 on a GPU, for all contenders. Raises ReducioError where a library pair is
     known to be broken, where the fast path is wrong, and for names that do not exist.
     """
     if broken := measure.broken_libraries(torch.__version__, torch.backends.cudnn.version()):
         raise ReducioError(f"bench: {broken}")
-    chosen = list(CONTENDERS if contenders is None else contenders)
+    chosen = list(DEFAULT if contenders is None else contenders)
     for each in chosen:
         if each not in CONTENDERS:
             raise ReducioError(f"bench: contender {each!r} is unknown; known: {', '.join(CONTENDERS)}")

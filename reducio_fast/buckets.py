@@ -38,6 +38,11 @@ def buckets(base: int, factor: int = 1) -> list[Size]:
     return [(h, w) for h, w in table if h % factor == 0 and w % factor == 0]
 
 
+def is_bucket(height: int, width: int) -> bool:
+    """Whether a size is in one of the tables."""
+    return any((height, width) in buckets(base) for base in BASES)
+
+
 def towards_square(height: int, width: int, table: Sequence[Size]) -> Size:
     """The bucket of `table` with a picture's own H / W, else the next one nearer to the square; the release's rule."""
     ratios = [h / w for h, w in table]

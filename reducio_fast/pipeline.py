@@ -305,6 +305,7 @@ class ReducioPipeline(LoraLoader, Words):
 
     def _make_clips(self, request: Request, progress: bool) -> ReducioOutput:
         self._fit(request.height, request.width)
+        self._tell_of_compiling(request.height, request.width)
         timings: dict[str, float] = {}
         frames: list[Any] = []
         contents: list[np.ndarray] = []  # empty where nothing needs a content frame

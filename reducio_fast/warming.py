@@ -130,7 +130,7 @@ def command(args: Any) -> tuple[dict[str, Any], list[str]]:
                 LOG.warning("%s", error)
                 result["ignored"] = str(error)
         model = embedded_model() if args.model is None else args.model
-        pipe = ReducioPipeline.from_pretrained(model, dtype=args.dtype, device=args.device)
+        pipe = ReducioPipeline.from_pretrained(model, dtype=args.dtype, device=args.device, compile=args.compile)
         outcome = pipe.warmup(sizes, args.deadline, args.progress)
         result |= {"seconds": outcome.seconds, "left": list(outcome.left)}
         lines += [f"{name:<12} {seconds:.2f} s" for name, seconds in outcome.seconds.items()]

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import embedded_model, find_model
+from .compile import cache
 from .errors import ReducioError
 from .inputs import latent_shape, resolve_dtype
 from .measure import clock
@@ -74,7 +75,7 @@ class Rung:
     transformer: bool = False  # the fast twin
     vae: bool = False
     kernels: frozenset[str] = frozenset()  # ops that run our kernel; the others run the vendor's library
-    engine: bool = False  # everything that `backend="fast"` adds: regional compilation, graphs
+    contender: str = ""  # which whole contender it is
 
 
 def ladder() -> list[Rung]:
@@ -100,8 +101,11 @@ def ladder() -> list[Rung]:
         kernels |= set(ops)
         rungs.append(Rung(name, what, transformer=True, vae=True, kernels=kernels))
     last = rungs[-1]
-    return [*rungs, Rung("engine", "regional compilation and graphs, as backend='fast' has them", last.transformer,
-                         last.vae, last.kernels, engine=True)]  # fmt: skip
+    return [
+        *rungs,
+        replace(last, name="engine", what="graphs, as backend='fast' has them", contender="fast"),
+        replace(last, name="compile", what="compiled blocks, as compile=True has them", contender="fast-compiled"),
+    ]
 
 
 class Stopwatch:
@@ -204,9 +208,12 @@ class GivenConditions:
             return Contender(name, compile_reference(dit, vae, self.device), self.dtype, lambda: self.clip(dit, vae))
         from .fast.engine import Engine
 
-        twins = Engine().twins(self.dit, self.vae)
+        compiled = name == "fast-compiled"
+        engine = Engine(compiled or None, store=cache.folder("regions", _origin(self.device)))
+        twins = engine.twins(self.dit, self.vae)
         run = functools.partial(self.clip, twins.transformer, twins.vae)
-        return Contender(name, "fast twins, as backend='fast' builds them", self.dtype, run, "folded")
+        what = "fast twins, as backend='fast' builds them" + ", compiled" * compiled
+        return Contender(name, what, self.dtype, run, "folded")
 
     def rungs(self) -> list[Contender]:
         """The ladder, without the rungs that change nothing on this device."""
@@ -217,8 +224,8 @@ class GivenConditions:
         found: list[Contender] = []
         before: Any = None
         for rung in ladder():
-            if rung.engine:
-                found.append(_renamed(self.contender("fast"), rung))
+            if rung.contender:
+                found.append(replace(self.contender(rung.contender), name=rung.name, what=rung.what))
                 continue
             plan = Plan(self.device, self.dtype, rung.kernels)
             dit = FastReducioDiT(self.dit, plan).eval() if rung.transformer else self.dit
@@ -263,14 +270,16 @@ class DefaultClip:
             f"{self.name}: {frames}x{pipe.sample_height}x{pipe.sample_width} from a prompt, {STEPS} steps with guidance"
         )
 
-    def _pipe(self, backend: str) -> Any:
+    def _pipe(self, backend: str, compile: bool | None = None) -> Any:
         from . import ReducioPipeline
 
-        return ReducioPipeline.from_pretrained(self.folder, dtype=self.asked, device=self.device, backend=backend)
+        words: dict[str, Any] = {"dtype": self.asked, "device": self.device, "backend": backend, "compile": compile}
+        return ReducioPipeline.from_pretrained(self.folder, **words)
 
     def contender(self, name: str) -> Contender:
-        pipe = self._pipe("fast" if name == "fast" else "reference")
-        what = f"ReducioPipeline, backend='{pipe.backend}'"
+        fast, compiled = name.startswith("fast"), name == "fast-compiled"
+        pipe = self._pipe("fast" if fast else "reference", compiled or None)
+        what = f"ReducioPipeline, backend='{pipe.backend}'" + ", compile=True" * compiled
         if name == "compiled":
             what = compile_reference(pipe.transformer, pipe.vae, self.device)
 
@@ -278,7 +287,7 @@ class DefaultClip:
             out = pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, progress=False)
             return out.frames, dict(out.timings)
 
-        return Contender(name, what, pipe.dtype, run, "folded" if name == "fast" else "direct")
+        return Contender(name, what, pipe.dtype, run, "folded" if fast else "direct")
 
     def rungs(self) -> list[Contender]:
         return self.given.rungs()
@@ -375,17 +384,18 @@ def count(given: GivenConditions) -> dict[str, Flops]:
 
 def _add_tuned_tables(device: torch.device) -> None:
     """What was tuned on this machine is in force, as it is in a pipeline."""
-    from .compile import cache
-    from .triton_kernels.launch import add_tables, arch_of
+    from .triton_kernels.launch import add_tables
 
-    add_tables(cache.folder("tables", cache.Origin.here(arch_of(device))))
+    add_tables(cache.folder("tables", _origin(device)))
+
+
+def _origin(device: torch.device) -> cache.Origin:
+    from .triton_kernels.launch import arch_of
+
+    return cache.Origin.here(arch_of(device))
 
 
 def _fast_sample() -> Callable[..., Tensor]:
     from .fast.sampler import sample as fast_sample
 
     return fast_sample
-
-
-def _renamed(contender: Contender, rung: Rung) -> Contender:
-    return Contender(rung.name, rung.what, contender.dtype, contender.run, contender.algebra)

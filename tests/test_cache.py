@@ -243,3 +243,15 @@ def test_what_is_no_archive_is_refused(origin: Origin, tmp_path: Path) -> None:
         cache.import_archive(tmp_path / "none.zip", origin)
     with pytest.raises(CacheError, match="cannot be written"):
         cache.export_archive(tmp_path / "none" / "cache.zip", origin)
+
+
+def test_torchs_own_default_is_nobodys_choice(
+    origin: Origin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch writes it into the environment as soon as it is asked, which importing diffusers is enough for."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert cache_dir() == os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    cache.use(origin)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache.folder("inductor", origin))
+    assert cache.folder("inductor", origin) == cache.root() / origin.key / "inductor"
