@@ -84,6 +84,7 @@ class ReducioPipeline(LoraLoader, Words):
         # Networks, scheduler and fast twins are shared between calls: a second thread waits for the first one's clips.
         self._lock = threading.RLock()
         self._at_work = False
+        self._told_of: set[tuple[int, int]] = set()  # sizes in no bucket that have been compiled for
 
     @classmethod
     def from_pretrained(
@@ -302,6 +303,14 @@ class ReducioPipeline(LoraLoader, Words):
             LOG.warning("memory: weights are offloaded to the CPU between stages, all at once do not fit")
             self.enable_model_cpu_offload(device=self.device)
         self._fits[height, width] = fit
+
+    def _tell_of_compiling(self, height: int, width: int) -> None:
+        """One line, once a size, where somebody waits for a compiler who could have had a size that others have too."""
+        compiles = self._engine is not None and self._engine.regions is not None
+        usual = (height, width) == (self.sample_height, self.sample_width) or buckets.is_bucket(height, width)
+        if compiles and not usual and (height, width) not in self._told_of:
+            self._told_of.add((height, width))
+            LOG.warning("compile: %dx%d is in no bucket, its blocks are compiled for this size alone", height, width)
 
     def _make_clips(self, request: Request, progress: bool) -> ReducioOutput:
         self._fit(request.height, request.width)

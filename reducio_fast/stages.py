@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import buckets, content, folders, inputs, memory
+from . import content, folders, inputs, memory
 from .compile.memory import weight_bytes
 from .encoders import ContentEncoder, SemanticEncoder, TextEncoder, clean_caption
 from .errors import ReducioError, is_out_of_memory
@@ -65,7 +65,6 @@ class Stages:
         self._placed_twins: Any = None  # while a stage's weights are away from home
         self._fits: dict[tuple[int, int], memory.Fit] = {}  # what the last call for a size was decoded with
         self._forecasts: dict[tuple[Any, ...], memory.Forecast] = {}
-        self._told_of: set[tuple[int, int]] = set()  # sizes whose compiling was announced
         self._check_components()
         if self.backend == "fast":
             self._start_engine(required, compile)
@@ -374,14 +373,6 @@ class Stages:
         """What runs this pipeline, as plain data: `backend` and, of the fast path, the implementation picked for each
         module and why (`plan`), what became of every graph (`graphs`) and which blocks are compiled (`regions`)."""
         return {"backend": self.backend} | ({} if self._engine is None else self._engine.describe())
-
-    def _tell_of_compiling(self, height: int, width: int) -> None:
-        """One line, once a size, where somebody waits for a compiler who could have had a size that others have too."""
-        compiles = self._engine is not None and self._engine.regions is not None
-        usual = (height, width) == (self.sample_height, self.sample_width) or buckets.is_bucket(height, width)
-        if compiles and not usual and (height, width) not in self._told_of:
-            self._told_of.add((height, width))
-            LOG.warning("compile: %dx%d is in no bucket, its blocks are compiled for this size alone", height, width)
 
     def _twins(self) -> Any:
         """The fast twins; asked for where the weights are at home, since their place is what the engine knows."""

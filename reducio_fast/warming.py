@@ -46,6 +46,7 @@ def warm_up(
         raise ReducioError(
             f"deadline: {deadline} given while weights are offloaded, they cannot be in two calls at once; leave it out"
         )
+    pipe._told_of.update(wanted)  # who names a size here knows that it compiles
     worker = pipe if deadline is None else _beside(pipe)
     engine = pipe._engine
     jobs = [warmup.Job(f"{h}x{w}", _clip(worker, h, w)) for h, w in wanted]

@@ -127,7 +127,7 @@ def test_the_ladder_adds_one_thing_a_rung() -> None:
         assert below.kernels <= above.kernels
         changed = [
             below.transformer != above.transformer, below.vae != above.vae, below.kernels != above.kernels,
-            below.engine != above.engine,
+            below.contender != above.contender,
         ]  # fmt: skip
         assert sum(changed) == 1, above.name
     from reducio_fast.fast.plan import OPS

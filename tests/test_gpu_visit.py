@@ -74,7 +74,7 @@ def test_a_bare_machine_benchmarks_given_conditions(dry_run: Path) -> None:
     row, printed = read(dry_run, "bench-1024"), (dry_run / "bench-1024.log").read_text()
     assert list(row["contenders"]) == ["reference", "fast"]
     # On a CPU no kernel can be switched: what is left is each network's algebra, and everything together.
-    assert list(row["ladder"]) == ["reference", "transformer", "decoder", "engine"]
+    assert list(row["ladder"]) == ["reference", "transformer", "decoder", "engine", "compile"]
     assert all(r["right"] for r in row["parity"]) and len(row["parity"]) == 3
     for found in (*row["contenders"].values(), *row["ladder"].values()):
         assert set(found["stages_s"]) == set(found["tflops"]) == {"dit.step", "vae.decode"}

@@ -301,7 +301,7 @@ def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPat
     assert compiler.made == 0
     pipe = ReducioPipeline.from_pretrained(bundle, compile=True, **words)
     actual = pipe("a red circle", **call)
-    # Without a compiler keys nobody sees are cut, with one they are masked: sums of another length, rounded otherwise.
+    # Compiled or not, the same operations: but the halves of guidance part later in a transformer that is not.
     assert np.abs(actual.frames.astype(int) - expected.frames).max() <= 1
     assert np.array_equal(actual.content, expected.content)
     made = compiler.made
@@ -311,6 +311,24 @@ def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPat
         pipe.vae.decoder.conv_out.bias.add_(0.5)
     pipe("a red circle", **call)
     assert compiler.made == made  # neither other words nor other weights need other code
+    assert plain.describe()["regions"] is None and plain.describe()["plan"] and plain.describe()["backend"] == "fast"
+
+
+def test_a_size_outside_the_buckets_says_once_that_it_compiles(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(artifacts, "compile_function", Counting(trace=False))
+    pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="float32", backend="fast", compile=True)
+    call = {"image": np.zeros((64, 64, 3), np.uint8), "num_inference_steps": 1, "output_type": "latent"}
+
+    def told(**size: int) -> list[str]:
+        caplog.clear()
+        pipe("a red circle", progress=False, **call, **size)
+        return [r.getMessage() for r in caplog.records if r.name == "reducio_fast"]
+
+    line = "compile: 96x160 is in no bucket, its blocks are compiled for this size alone"
+    assert told(height=96, width=160) == [line] and told(height=96, width=160) == []
+    assert told() == told(height=256, width=256) == told(height=192, width=320) == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reducio_fast import ReducioPipeline, cli, warming
-from reducio_fast.compile import cache, warmup
+from reducio_fast.compile import artifacts, cache, warmup
 from reducio_fast.compile.graphs import Graphs, Pool
 from reducio_fast.compile.warmup import DeadlinePassed, Job
 from reducio_fast.errors import ReducioError
@@ -222,6 +222,25 @@ def test_command_takes_a_cache_to_another_folder(
     status, result, _ = command("c", "--import", str(tmp_path / "foreign.zip"))
     assert status == 0 and result["imported"] is None and "it is of torch 1.0" in result["ignored"]
     assert len(caplog.messages) == 1 and caplog.messages[0].endswith(f"it is of torch 1.0 (here {torch.__version__})")
+
+
+@pytest.mark.skipif(artifacts.obstacle() is not None, reason="needs a C++ compiler")
+def test_command_takes_compiled_blocks_along(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    archive = str(tmp_path / "cache.zip")
+    status, result, _ = command("a", "--compile", "--export", archive)
+    made = list((tmp_path / "a").glob("*/regions/*.bin"))
+    assert status == 0 and len(made) == 2 and result["exported"] > len(made)
+
+    def refuse(*words: Any) -> None:
+        raise AssertionError("compiled what the archive holds")
+
+    monkeypatch.setattr(artifacts, "compile_function", refuse)
+    status, result, _ = command("b", "--compile", "--import", archive)
+    assert status == 0 and result["imported"] > len(made)
+    assert {path.name for path in (tmp_path / "b").glob("*/regions/*.bin")} == {path.name for path in made}
+    assert not [r for r in caplog.records if r.name == "reducio_fast"]  # neither compiled anew nor failed
 
 
 @pytest.mark.parametrize(
