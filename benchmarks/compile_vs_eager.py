@@ -1,10 +1,10 @@
-"""Default clip of the fast path with torch.compile and without it, in paired runs of one process, one JSON row.
+"""Default clip of the fast path with compiled blocks and without, in paired runs of one process, one JSON row.
 
-    python -P benchmarks/compile_vs_eager.py [--pairs 7] [--dtype bfloat16] [--clock cpu] [--out row.json]
+    python -P benchmarks/compile_vs_eager.py [--pairs 15] [--dtype bfloat16] [--clock cpu] [--out row.json]
 
-Also the seconds from the start of a fresh process to its first clip, which the default leaves uncompiled, and those of
-the first compiled clip. `--clock cpu` counts processor seconds of the process instead of the wall's: on a machine that
-others use they say more, as long as torch runs on one thread (OMP_NUM_THREADS=1).
+Also the seconds from the start of a fresh process to its end, with a clip in memory: uncompiled, compiled with empty
+caches, compiled with what that left. `--clock cpu` counts processor seconds of the process instead of the wall's: on a
+machine that others use they say more, as long as torch runs on one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -12,73 +12,77 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from reducio_fast import ReducioPipeline
+import torch
+
+from reducio_fast import ReducioPipeline, measure
+from reducio_fast.bench import CACHES
 from reducio_fast.checkpoints import embedded_model
 
 PROMPT = "a red circle moving right on a black background"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def first_clip_s() -> float:
-    """A fresh process from its start to a clip in memory."""
-    code = f"import reducio_fast; reducio_fast.generate({PROMPT!r}, progress=False)"
+def process_s(dtype: str | None, compile: bool | None, caches: str) -> float:
+    """A fresh process from its start to its end, which has a clip in memory."""
+    words = f"{PROMPT!r}, dtype={dtype!r}, compile={compile}, progress=False"
+    environment = os.environ | {variable: os.path.join(caches, variable) for variable in CACHES}
+    code = f"import reducio_fast; reducio_fast.generate({words})"
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, env=environment)
     return round(time.perf_counter() - start, 2)
 
 
+def processes(dtype: str | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as caches:
+        process_s(dtype, None, caches)  # files are in memory from here on
+        return {
+            "uncompiled": [process_s(dtype, None, caches) for _ in range(3)],
+            "compiled, caches empty": process_s(dtype, True, caches),
+            "compiled, caches warm": [process_s(dtype, True, caches) for _ in range(3)],
+        }
+
+
 def paired(pairs: int, dtype: str | None, clock: str) -> dict[str, Any]:
-    plain, compiled = (
+    pipes = [
         ReducioPipeline.from_pretrained(embedded_model(), dtype=dtype, backend="fast", compile=choice)
         for choice in (None, True)
-    )
-    for pipe in (plain, compiled):
+    ]
+    for pipe in pipes:
         pipe._clock = CLOCKS[clock]
-    plain(PROMPT, progress=False)
-    start = time.perf_counter()
-    compiled(PROMPT, progress=False)
-    first = time.perf_counter() - start
-    rows = [tuple(pipe(PROMPT, progress=False).timings for pipe in (plain, compiled)) for _ in range(pairs)]
-    ratios = [sum(a.values()) / sum(b.values()) for a, b in rows]
+        for _ in range(2):
+            pipe(PROMPT, progress=False)
+    rows = [[pipe(PROMPT, progress=False).timings for pipe in pipes] for _ in range(pairs)]
+    totals = [[sum(timings.values()) for timings in row] for row in rows]
     return {
         "pairs": pairs,
         "clock": clock,
-        "first_compiled_clip_s": round(first, 2),
-        "plain_s": round(statistics.median(sum(a.values()) for a, _ in rows), 4),
-        "compiled_s": round(statistics.median(sum(b.values()) for _, b in rows), 4),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
-        "ratio_of_stage": {
-            name: round(statistics.median(a[name] / b[name] for a, b in rows), 3) for name in rows[0][0]
-        },
-        "regions": compiled._engine.describe()["regions"],
+        "plain_s": measure.spread([plain for plain, _ in totals]),
+        "compiled_s": measure.spread([compiled for _, compiled in totals]),
+        "ratio": measure.spread([plain / compiled for plain, compiled in totals], 3),
+        "ratio_of_stage": {name: measure.spread([a[name] / b[name] for a, b in rows], 3) for name in rows[0][0]},
+        "regions": pipes[1].describe()["regions"],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--dtype", help="of the clip (default: what the device takes)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     row = {
         "benchmark": "compile_vs_eager",
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in ("torch", "diffusers")},
+        "machine": measure.machine(torch.device("cpu")),
         "dtype": args.dtype,
-        "first_clip_s": first_clip_s(),
+        "process_s": processes(args.dtype),
         **paired(args.pairs, args.dtype, args.clock),
     }
     print(json.dumps(row, indent=2))
