@@ -39,6 +39,7 @@ LIMIT = 2048
 # Relative distance between compiled and plain outputs above which the code cannot be that of the block. Rounding of
 # bfloat16 is a tenth of it; code of another block is worlds away.
 TOLERANCE = 0.05
+SAMPLES = 1 << 20  # values of each output that are compared, at least
 
 Compile = Callable[[artifacts.Function, Sequence[Tensor], Collection[int]], Callable[..., Sequence[Tensor]]]
 
@@ -129,6 +130,10 @@ class Regions:
     def forget(self, module: nn.Module) -> None:
         """Look at the module again before its next call: for whoever has changed it. Weights may change in place."""
         self._blocks.pop(module, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Regions:
+        """A copied network runs as it is: copies are made to be changed, or to be tried without data."""
+        return Regions(artifacts.compile_function if self._obstacle is None else None, limit=0)
 
     def describe(self) -> dict[str, Any]:
         """Everything it knows, as plain data."""
@@ -290,7 +295,9 @@ def _difference(outputs: Sequence[Tensor], right: list[Tensor]) -> str | None:
             return f"{tuple(output.shape)} {output.dtype}, not {tuple(expected.shape)} {expected.dtype}"
         if expected.device.type == "meta" or not expected.is_floating_point():
             continue
-        distance, size = (expected.double() - output.double()).norm(), expected.double().norm()
+        some = slice(None, None, max(1, expected.numel() // SAMPLES))  # a level of a decoder has 400 million
+        mine, theirs = (x.reshape(-1)[some].double() for x in (output, expected))
+        distance, size = (theirs - mine).norm(), theirs.norm()
         if float(distance) > TOLERANCE * float(size):
             return f"values that are {float(distance / size):.2f} away from the block's"
     return None

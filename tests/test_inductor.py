@@ -311,6 +311,8 @@ def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPat
         pipe.vae.decoder.conv_out.bias.add_(0.5)
     pipe("a red circle", **call)
     assert compiler.made == made  # neither other words nor other weights need other code
+    stages = [stage.stage for stage in pipe.forecast(64, 64).stages if stage.activations]
+    assert {"content.generate", "dit.step"} <= set(stages) and compiler.made == made  # a dry run compiles nothing
     assert plain.describe()["regions"] is None and plain.describe()["plan"] and plain.describe()["backend"] == "fast"
 
 
