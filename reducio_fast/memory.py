@@ -245,10 +245,11 @@ class _Twins:
         class KernelPlan(Plan):
             """Every op is one kernel. What a vendor's library does instead allocates no more."""
 
-            kernels = True
-
             def pick(self, path: str, op: str, shape: str = "") -> Callable[..., Any]:
                 return dry.opaque(OPS[op].twin)
+
+            def library_pads(self, op: str, shape: str) -> bool:
+                return False
 
         kind = Plan if stages.execution_device.type == "cpu" else KernelPlan
         plan = kind(torch.device("cpu"), stages.dtype)

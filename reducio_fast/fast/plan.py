@@ -109,6 +109,10 @@ class Plan:
         """Whether a convolution's epilogue takes the statistics that a norm's kernel then has no need to."""
         return all(self._decide(*pick)[0] == "kernel" for pick in ((op, shape), ("group_norm_silu", "")))
 
+    def library_pads(self, op: str, shape: str) -> bool:
+        """Whether a convolution runs on torch ops, which add a border by themselves for less than writing it costs."""
+        return self._decide(op, shape)[0] == "torch"
+
     def _decide(self, op: str, shape: str) -> tuple[str, str]:
         if self.device.type != "cuda":
             return "torch", f"{self.device.type}: the same algebra on torch ops"

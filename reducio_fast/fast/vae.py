@@ -14,6 +14,7 @@ Legend: N clips, T frames, H W rows and columns, C channels, L tokens (T*H*W), S
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,7 +69,8 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class FastConv(nn.Module):
-    """A 3x3x3 (or, of an image, 3x3) convolution at stride 1 over a buffer padded by `padding`."""
+    """A 3x3x3 (or, of an image, 3x3) convolution at stride 1 over a buffer padded by `padding`: by nothing where the
+    library adds the border."""
 
     def __init__(self, conv: nn.Conv3d | nn.Conv2d, plan: Plan, path: str) -> None:
         super().__init__()
@@ -77,6 +79,8 @@ class FastConv(nn.Module):
         pick = ("conv3d", f"{conv.in_channels}->{conv.out_channels}")
         self.stats = plan.takes_statistics(*pick) and not getattr(conv, "front", 0)
         self.run = plan.pick(path, *pick)
+        if self.padding.front == self.padding.back and plan.library_pads(*pick):
+            self.padding, self.run = DENSE, functools.partial(self.run, pad=True)
 
     def forward(self, padded: Tensor, residual: Tensor | None = None, out: Padding = DENSE) -> Activation:
         y, partials = self.run(padded, self.weight, self.bias, residual, self.stats, *out)
