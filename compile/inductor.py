@@ -109,6 +109,7 @@ class Regions:
         if torch.is_grad_enabled():
             return self._plainly("gradients", module, args, words)
         block = self._blocks.get(module) or self._look_at(module)
+        free = [x for x in free if x.shape[1] > 1]  # a tracer takes a length of 1 for one that is broadcast
         tensors, signature = block.weights(), []
         _sign((args, words), {id(x) for x in free}, signature, tensors)
         key = (name, block.structure, *_modes(), *signature)
@@ -133,7 +134,7 @@ class Regions:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Regions:
         """A copied network runs as it is: copies are made to be changed, or to be tried without data."""
-        return Regions(artifacts.compile_function if self._obstacle is None else None, limit=0)
+        return Regions(self._compile, limit=0)
 
     def describe(self) -> dict[str, Any]:
         """Everything it knows, as plain data."""
@@ -362,8 +363,9 @@ def _plain(value: Any, depth: int) -> Hashable:
         return value
     if depth == 0 or isinstance(value, Tensor | nn.Module | Regions):
         return type(value)
-    if isinstance(value, tuple | list):
-        return (type(value), *(_plain(item, depth - 1) for item in value))
+    if isinstance(value, tuple | list | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return (type(value), *(_plain(item, depth - 1) for item in items))
     if isinstance(value, dict):
         return (dict, *((str(name), _plain(item, depth - 1)) for name, item in value.items()))
     if isinstance(value, functools.partial):

@@ -111,12 +111,14 @@ def test_a_free_length_has_one_code(tmp_path: Path) -> None:
     again = Regions(store=tmp_path)
     run(again, block, 33, free=True)
     assert told(again) == {"compiled": 0, "loaded": 1, "calls": 1}
+    run(again, block, 1, free=True)  # one of its own, since a single one could be broadcast
+    assert told(again) == {"compiled": 1, "loaded": 1, "calls": 2}
     # A slice of something longer is not dense: what it is copied to has the freedom too.
     gate, x = _arguments(9)
     part = x[:, ::2]
     result = again.run("block", block, (gate, part), {}, [part])
     torch.testing.assert_close(result, block(gate, part))
-    assert told(again)["loaded"] == 1
+    assert told(again) == {"compiled": 1, "loaded": 1, "calls": 3}
 
 
 @needs_compiler
@@ -197,7 +199,7 @@ def test_what_a_block_holds_besides_weights_is_in_its_key() -> None:
     class Set(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.processor, self.scaling = Processor(2.0), {"default": 1.0}
+            self.processor, self.scaling, self.active = Processor(2.0), {"default": 1.0}, {"a"}
 
         def forward(self, x: Tensor) -> Tensor:
             return x * self.processor.factor * self.scaling["default"]
@@ -220,8 +222,10 @@ def test_what_a_block_holds_besides_weights_is_in_its_key() -> None:
     assert draw() == 9.0 and len(made) == 2
     network.blocks[0].scaling["default"] = 0.5
     assert draw() == 4.5 and len(made) == 3
-    network.blocks[0].register_forward_pre_hook(lambda module, args: None)
+    network.blocks[0].active.add("b")
     assert draw() == 4.5 and len(made) == 4
+    network.blocks[0].register_forward_pre_hook(lambda module, args: None)
+    assert draw() == 4.5 and len(made) == 5
     assert regions.describe()["failures"] == []
 
 
