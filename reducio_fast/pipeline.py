@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,6 @@ class ReducioPipeline(LoraLoader, Words):
         self._progress_bar_config: dict[str, Any] = {}
         self._request: Request | None = None
         self._current_timestep: Tensor | None = None
-        # Networks, scheduler and fast twins are shared between calls: a second thread waits for the first one's clips.
-        self._lock = threading.RLock()
         self._at_work = False
         self._told_of: set[tuple[int, int]] = set()  # sizes in no bucket that have been compiled for
 
@@ -404,7 +401,7 @@ class ReducioPipeline(LoraLoader, Words):
         height, width = buckets.choose_size(height, width, own, sizes, config.spatial_factor)
         inputs.check_size(config, height, width, config.num_frames)
         frames = [content.fit_image(each, height, width) for each in images]
-        with self._on_device("image.encode"):
+        with self._lock, self._on_device("image.encode"):
             pairs = [self._encode_image(frame, inputs.Embeds()) for frame in frames]
         semantic, latent = (None if each[0] is None else torch.cat(each) for each in zip(*pairs, strict=True))
         return semantic, latent

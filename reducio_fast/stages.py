@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,8 @@ class Stages:
         self.image_encoder, self.content_encoder, self.text_to_image = image_encoder, content_encoder, text_to_image
         self.vae_tiling: bool | None = None  # None: by the size of the clip
         self.clean_caption, self.content_scaling_factor = clean_caption, content_scaling_factor
+        # Networks, scheduler and fast twins are shared between calls: a second thread waits for the first one's clips.
+        self._lock = threading.RLock()
         self._unloaded: set[str] = set()
         self._engine: Any = None
         self._offload: Offload | None = None
@@ -97,7 +100,7 @@ class Stages:
         """
         prompts, negatives, _ = inputs.check_prompts(prompt, negative_prompt)
         self._check_text_encoder()
-        with self._on_device("text.encode"):
+        with self._lock, self._on_device("text.encode"):
             pairs = [self._encode_text(text) for text in prompts]  # one by one: a text's bytes depend on no other
             against = [self._encode_text(text) if text.strip() else None for text in negatives]
         embeds, masks = (torch.cat(each) for each in zip(*pairs, strict=True))
@@ -121,10 +124,11 @@ class Stages:
             for name in names:
                 if id(getattr(self, name)) in kept:
                     raise ReducioError(f"unload: text_to_image uses the {name} too; unload both or neither")
-        for name in names:
-            if getattr(self, name) is not None:
-                setattr(self, name, None)
-                self._unloaded.add(name)
+        with self._lock:  # not under a clip that another thread is making
+            for name in names:
+                if getattr(self, name) is not None:
+                    setattr(self, name, None)
+                    self._unloaded.add(name)
         gc.collect()  # networks hold cycles, which would keep their memory until some later collection
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

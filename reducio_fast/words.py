@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 class Words(Stages):
     """What `ReducioPipeline` has beside its call."""
 
-    _lock: threading.RLock
     _interrupt: bool
     _request: Request | None
     _current_timestep: Tensor | None

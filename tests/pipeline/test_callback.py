@@ -126,6 +126,32 @@ def test_threads_take_turns(pipe: ReducioPipeline, clip):
         assert out.interrupted == bool(i % 2) and torch.equal(out.frames, (stopped if i % 2 else whole).frames)
 
 
+def test_encoders_wait_for_the_clip_of_another_thread(pipe: ReducioPipeline, clip):
+    """What a clip works with is not moved, called or taken away under it."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import TimeoutError as NotYet
+
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(own, step, timestep, tensors):
+        reached.set()
+        assert go_on.wait(30)
+
+    expected = pipe.encode_prompt(PROMPT)[0], pipe.encode_image(clip.content)[0]
+    with ThreadPoolExecutor(3) as threads:
+        making = threads.submit(pipe, PROMPT, clip.content, callback_on_step_end=hold, output_type="latent", **FAST)
+        assert reached.wait(30)
+        others = [threads.submit(pipe.encode_prompt, PROMPT), threads.submit(pipe.encode_image, clip.content)]
+        for other in others:
+            with pytest.raises(NotYet):
+                other.result(0.2)
+        go_on.set()
+        assert making.result(60).frames.shape
+        for other, whole in zip(others, expected, strict=True):
+            assert torch.equal(other.result(60)[0], whole)
+
+
 def test_only_the_first_rank_shows_progress(pipe: ReducioPipeline, clip, monkeypatch, capsys):
     for rank, shown in (("1", False), ("0", True)):
         monkeypatch.setenv("RANK", rank)
