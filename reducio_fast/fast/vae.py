@@ -1,7 +1,8 @@
 """The fast twin of `reference/vae.py`: the same autoencoder on channels-last tensors [N, T, H, W, C].
 
 What differs from the reference, and why:
-- a convolution reads a buffer whose zero halo the pass before it has written: no masks, no separate padding;
+- a convolution reads a buffer whose zero halo the pass before it has written: no masks, no separate padding (on a CPU
+  the library's own padding costs less);
 - GroupNorm and SiLU are one pass over memory, with statistics that the convolution before has left behind on a GPU;
 - residuals and biases are added where a convolution ends;
 - up-sampling and the convolution after it are folded into smaller convolutions over the low-resolution tensor;
