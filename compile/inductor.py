@@ -46,10 +46,12 @@ Compile = Callable[[artifacts.Function, Sequence[Tensor], Collection[int]], Call
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """`structure` numbers what a compiled copy relies on, and siblings share. `places` says where the weights are,
-    which are each one's own: by name, since a module that moves to another device gets new ones."""
+    """`structure` is what a compiled copy relies on, and siblings share; `number` stands for it in keys, since hashing
+    it takes longer than all else in a call. `places` says where the weights are, which are each one's own: by name,
+    since a module that moves to another device gets new ones."""
 
-    structure: int
+    structure: Hashable
+    number: int
     places: list[tuple[str, dict[str, Any], str]]
 
     def weights(self) -> list[Tensor]:
@@ -112,7 +114,7 @@ class Regions:
         free = [x for x in free if x.shape[1] > 1]  # a tracer takes a length of 1 for one that is broadcast
         tensors, signature = block.weights(), []
         _sign((args, words), {id(x) for x in free}, signature, tensors)
-        key = (name, block.structure, *_modes(), *signature)
+        key = (name, block.number, *_modes(), *signature)
         region = self._regions.get(key)
         if region is None:
             if not self.open:  # before the lock, which a compilation that came too late may still hold
@@ -159,8 +161,8 @@ class Regions:
         return "limit" if len(self._regions) >= self.limit else None
 
     def _first(
-        self, name: str, key: Hashable, module: nn.Module, block: _Block, args: tuple[Any, ...], words: dict[str, Any],
-        free: Sequence[Tensor], tensors: list[Tensor],
+        self, name: str, key: tuple[Hashable, ...], module: nn.Module, block: _Block, args: tuple[Any, ...],
+        words: dict[str, Any], free: Sequence[Tensor], tensors: list[Tensor],
     ) -> Any:  # fmt: skip
         """The block's own result for its first arguments, after its code was made or loaded, and has proved right."""
         start = time.perf_counter()
@@ -168,7 +170,7 @@ class Regions:
         plain: list[Any] = []
         shape = flatten(expected, plain)
         right = [leaf for leaf in plain if isinstance(leaf, Tensor)]
-        file = None if self.store is None else self.store / f"{self._digest(key, block)}.bin"
+        file = None if self.store is None else self.store / f"{artifacts.digest((name, block.structure, *key[2:]))}.bin"
         run = None if file is None or not file.is_file() else self._loaded(file, tensors, right)
         stored = run is not None
         try:
@@ -218,12 +220,8 @@ class Regions:
         structure = (*parts, kinds(home[name] for _, home, name in places))
         with self._lock:
             number = self._structures.setdefault(structure, len(self._structures))
-            self._blocks[module] = block = _Block(number, places)
+            self._blocks[module] = block = _Block(structure, number, places)
         return block
-
-    def _digest(self, key: Any, block: _Block) -> str:
-        structure = next(known for known, number in self._structures.items() if number == block.structure)
-        return artifacts.digest((structure, *(part for i, part in enumerate(key) if i != 1)))
 
 
 class Regional(nn.Module):
@@ -335,8 +333,9 @@ def _sign(value: Any, free: Collection[int], signature: list[Hashable], tensors:
 
 def _modes() -> tuple[Hashable, ...]:
     """What steers torch from outside of a call."""
-    cast = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled() else None
-    return torch.is_inference_mode_enabled(), cast, torch.get_float32_matmul_precision()
+    # By device: without one, torch 2.10 speaks of CUDA alone.
+    casts = (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
+    return torch.is_inference_mode_enabled(), *casts, torch.get_float32_matmul_precision()
 
 
 # What torch keeps in each module, weights and submodules among it: the rest is the module's own.

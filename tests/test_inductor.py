@@ -122,8 +122,12 @@ def test_siblings_share_what_is_compiled() -> None:
     assert torch.equal(regions("scale", first, x[:1]), 2 * x[:1])
     assert torch.equal(regions("scale", first, x.double()), 2 * x.double())
     assert (compiler.made, compiler.traced) == (5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(regions("scale", first, x.double()), 2 * x.double())
+    assert torch.equal(regions("scale", first, x.double()), 2 * x.double())
+    assert (compiler.made, compiler.traced) == (6, 6)
     told = regions.describe()
-    assert told["regions"]["scale"]["compiled"] == 5 and told["regions"]["scale"]["calls"] == 7
+    assert told["regions"]["scale"]["compiled"] == 6 and told["regions"]["scale"]["calls"] == 9
     assert told["misses"] == {} and told["failures"] == []
     json.dumps(told)
 
