@@ -42,9 +42,12 @@ class Session:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.row: dict[str, Any] = {
-            "benchmark": "first_measurements", "machine": measure.machine(self.device), "narrow": narrow,
-            "roof": measure.roof(self.device, self.dtype), "rows": [],
-        }  # fmt: skip
+            "benchmark": "first_measurements",
+            "machine": measure.machine(self.device),
+            "narrow": narrow,
+            "roof": measure.roof(self.device, self.dtype),
+            "rows": [],
+        }
 
     def random(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype).mul_(scale)
@@ -63,8 +66,9 @@ class Session:
         found = {"what": what, "way": way, "seconds": seconds}
         roof = self.row["roof"]
         for name, work, best in (
-            ("tflops", flop / 1e12, roof["matmul_tflops"]), ("gbs", bytes_ / 1e9, roof["copy_gbs"]),
-        ):  # fmt: skip
+            ("tflops", flop / 1e12, roof["matmul_tflops"]),
+            ("gbs", bytes_ / 1e9, roof["copy_gbs"]),
+        ):
             if work:
                 found |= {name: work / seconds, "of_roof": work / seconds / best}
         self.add(found)

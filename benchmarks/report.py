@@ -76,8 +76,11 @@ def table(row: Row) -> list[str]:
     if any(f["joules"] for f in found.values()):
         line("energy", [f"{f['joules']:.0f} J" if f["joules"] else "" for f in found.values()])
     roof = row["roof"]
-    lines += ["", f"Roof, measured in the same run: {roof['matmul_tflops']:g} TFLOP/s by matrix product in "
-              f"{roof['dtype']}, {roof['copy_gbs']:g} GB/s by copy."]  # fmt: skip
+    lines += [
+        "",
+        f"Roof, measured in the same run: {roof['matmul_tflops']:g} TFLOP/s by matrix product in "
+        f"{roof['dtype']}, {roof['copy_gbs']:g} GB/s by copy.",
+    ]
     for name, f in row["contenders"].items():
         if "skipped" in f:
             lines.append(f"{name} was skipped: {f['skipped']}.")

@@ -82,9 +82,15 @@ def _judge(variant: Any, target: Target, compiled: Any) -> Build:
     if variant.bulk_copy and target.arch in ("sm_90", "gfx942") and not bulk:
         problems.append(f"no {target.bulk_copy}")
     return Build(
-        variant=variant.name, arch=target.arch, registers=registers, spilled=spilled, shared=shared,
-        matrix=matrix, bulk_copy=bulk, problems=tuple(problems),
-    )  # fmt: skip
+        variant=variant.name,
+        arch=target.arch,
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        matrix=matrix,
+        bulk_copy=bulk,
+        problems=tuple(problems),
+    )
 
 
 def _nvidia(compiled: Any) -> tuple[int, int]:

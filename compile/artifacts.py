@@ -122,9 +122,11 @@ def _settings(tensors: Sequence[Tensor]) -> Any:
     chosen: dict[str, Any] = {}
     if _on_cpu(tensors):
         chosen = {
-            "cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True,
+            "cpp_wrapper": True,
+            "cpp_cache_precompile_headers": False,
+            "cpp.vec_isa_ok": True,
             "cpp.use_decompose_tanh": True,
-        }  # fmt: skip
+        }
     return config.patch(chosen)
 
 

@@ -79,9 +79,14 @@ class Origin:
         gpu = arch.startswith(("sm_", "gfx"))
         toolkit = f"hip {torch.version.hip}" if torch.version.hip else f"cuda {torch.version.cuda}"
         return cls(
-            FORMAT, _version("reducio-fast"), torch.__version__, _triton_version(), toolkit if gpu else "cpu",
-            f"{sys.implementation.cache_tag}-{platform.system()}-{platform.machine()}", arch if gpu else _cpu(),
-        )  # fmt: skip
+            FORMAT,
+            _version("reducio-fast"),
+            torch.__version__,
+            _triton_version(),
+            toolkit if gpu else "cpu",
+            f"{sys.implementation.cache_tag}-{platform.system()}-{platform.machine()}",
+            arch if gpu else _cpu(),
+        )
 
     @property
     def key(self) -> str:

@@ -21,11 +21,13 @@ VARIABLES: dict[str, Variable] = {
     variable.name: variable
     for variable in (
         Variable(
-            "REDUCIO_CACHE_DIR", "$XDG_CACHE_HOME/reducio-fast, else ~/.cache/reducio-fast", "a folder",
+            "REDUCIO_CACHE_DIR",
+            "$XDG_CACHE_HOME/reducio-fast, else ~/.cache/reducio-fast",
+            "a folder",
             "compiled kernels, compiled graphs, launch tables of this machine and latents saved from a failed decode",
         ),
     )
-}  # fmt: skip
+}
 
 
 def read(name: str) -> str | None:

@@ -119,9 +119,11 @@ def parser(functions: Iterable[Callable[[argparse.Namespace], None]]) -> argpars
     command.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after so long, with status 0")
     command.add_argument("--export", metavar="FILE", help="afterwards, pack all that is compiled into one archive")
     command.add_argument(
-        "--import", dest="import_", metavar="FILE",
+        "--import",
+        dest="import_",
+        metavar="FILE",
         help="before, unpack the archive of an equal machine; it holds code: take those of people you trust",
-    )  # fmt: skip
+    )
     add_model(command)
     add_compile(command)
     add_progress(command)

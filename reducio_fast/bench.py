@@ -139,10 +139,13 @@ def compare(
         with measure.Peak(device) as peak:
             frames[name], _ = contender.run()
         found[name] = {
-            "what": contender.what, "dtype": str(contender.dtype).removeprefix("torch."),
-            "build_s": round(built - start, 3), "first_s": round(first, 3),
-            "peak_gb": round(peak.bytes / 1e9, 3), "above_start_gb": round(peak.above / 1e9, 3),
-        }  # fmt: skip
+            "what": contender.what,
+            "dtype": str(contender.dtype).removeprefix("torch."),
+            "build_s": round(built - start, 3),
+            "first_s": round(first, 3),
+            "peak_gb": round(peak.bytes / 1e9, 3),
+            "above_start_gb": round(peak.above / 1e9, 3),
+        }
         ready.append(contender)
         log(f"{name}: first clip {first:.2f} s")
 
@@ -174,8 +177,9 @@ def compare(
         mine["speed_up"] = _ratios(totals[first_name], totals[name])
         mine["stages_speed_up"] = {
             s: _ratios([t[s] for t in stages[first_name]], [t[s] for t in stages[name]])
-            for s in stages[name][0] if s in stages[first_name][0]
-        }  # fmt: skip
+            for s in stages[name][0]
+            if s in stages[first_name][0]
+        }
         work = made.flops[contender.algebra]
         mine["tflops"] = {s: round(work[s] / mine["stages_s"][s]["median"] / 1e12, 4) for s in work}
         mine["share_of_roof"] = {s: round(rate / roof["matmul_tflops"], 4) for s, rate in mine["tflops"].items()}
@@ -217,8 +221,9 @@ def write(row: Row, path: str | os.PathLike[str]) -> None:
 def lines(row: Row) -> list[str]:
     """The row for people."""
     roof, machine = row["roof"], row["machine"]
-    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "triton")
-                         if name in machine["packages"])  # fmt: skip
+    versions = ", ".join(
+        f"{name} {machine['packages'][name]}" for name in ("torch", "triton") if name in machine["packages"]
+    )
     out = [
         row["what"],
         f"{machine['device']['name']}; {versions}; commit {(machine['commit'] or 'unknown')[:10]}; {machine['date']}",

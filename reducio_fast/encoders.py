@@ -36,9 +36,15 @@ TOWER_CONFIG = "open_clip_config.json"
 TOWER_WEIGHTS = "open_clip_model.safetensors"
 # What an open_clip file of a whole CLIP holds beside the image tower: its text side, bare or in a box.
 CLIP_TEXT = (
-    "text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale",
+    "text.",
+    "transformer.",
+    "token_embedding.",
+    "positional_embedding",
+    "ln_final.",
+    "text_projection",
+    "logit_scale",
     "logit_bias",
-)  # fmt: skip
+)
 # What a published T5 holds beside the encoder.
 T5_DECODER = ("decoder.", "lm_head.")
 # Which files of a hub repository are fetched for an encoder, alone there or in the folders of a diffusers pipeline:

@@ -93,12 +93,12 @@ def forecast(
     dry = DryRun()
     with torch.no_grad(), dry:
         ghost = _ghost(stages, dry)
-        peaks: dict[str, int | None] = {
-            "vae.decode": _peak_of_decoding(ghost, dry, stages, height, width, decoding)
-        }
+        peaks: dict[str, int | None] = {"vae.decode": _peak_of_decoding(ghost, dry, stages, height, width, decoding)}
         if earlier is not None:
-            rows = tuple(s if s.stage not in peaks else dataclasses.replace(s, activations=peaks[s.stage])
-                         for s in earlier.stages)  # fmt: skip
+            rows = tuple(
+                s if s.stage not in peaks else dataclasses.replace(s, activations=peaks[s.stage])
+                for s in earlier.stages
+            )
             return dataclasses.replace(earlier, decoding=decoding, stages=rows)
         peaks |= _run_stages(ghost, dry, stages, height, width)
         of = {stage: weight_bytes(*ghost._stage_networks(stage)) for stage in STAGES}
@@ -259,9 +259,7 @@ class _Twins:
         return self.made
 
 
-def _peak_of_decoding(
-    ghost: Stages, dry: DryRun, stages: Stages, height: int, width: int, decoding: Decoding
-) -> int:
+def _peak_of_decoding(ghost: Stages, dry: DryRun, stages: Stages, height: int, width: int, decoding: Decoding) -> int:
     # The twins call oneDNN at every size.
     dry.unfolding = stages.execution_device.type == "cpu" and ghost._engine is None
     latent = torch.empty((1, *inputs.latent_shape(ghost.vae.config, height, width)), device=META)
@@ -292,9 +290,7 @@ def _run_stages(
     yield "dit.step", dry.peak_of(ghost._sample, noise, cond, uncond, 4.5, 2, generator, None)[1]
 
 
-def _peak_of_drawing(
-    pipeline: Any, dry: DryRun, height: int, width: int, generator: torch.Generator
-) -> int | None:
+def _peak_of_drawing(pipeline: Any, dry: DryRun, height: int, width: int, generator: torch.Generator) -> int | None:
     """Of the text-to-image stage: a diffusers pipeline, whichever it is."""
     if pipeline is None:
         return 0

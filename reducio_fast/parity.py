@@ -89,9 +89,14 @@ def compare_networks(
     def row(what: str, fast: Tensor, eager: Tensor, oracle: Tensor) -> Row:
         verdict = judge(fast.to(eager.dtype), eager, oracle)
         return {
-            "what": f"{name}: {what}", "dtype": str(dtype).removeprefix("torch."), "device": str(device),
-            "error": verdict.fast, "eager": verdict.eager, "limit": verdict.limit, "right": verdict.right,
-        }  # fmt: skip
+            "what": f"{name}: {what}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+            "error": verdict.fast,
+            "eager": verdict.eager,
+            "limit": verdict.limit,
+            "right": verdict.right,
+        }
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -119,9 +124,11 @@ def compare_networks(
     mask = torch.ones(1, d.caption_length, dtype=torch.long, device=device)
     mask[:, d.caption_length // 3 :] = 0
     cond = Condition(
-        random(1, d.caption_length, d.caption_channels), mask, random(1, 16, d.semantic_channels),
+        random(1, d.caption_length, d.caption_channels),
+        mask,
+        random(1, 16, d.semantic_channels),
         random(1, d.content_channels, side, side),
-    )  # fmt: skip
+    )
     clip, side = VAEConfig() if vae is None else vae.config, pixels // d.spatial_factor
     steps = clip.num_frames // clip.temporal_factor
     noise = initial_latent((1, d.latent_channels, steps, side, side), [0], device)
@@ -132,8 +139,7 @@ def compare_networks(
     run: list[Callable[..., Tensor]] = [fast_sample, sample, sample]
     kinds = (noise.dtype, noise.dtype, wide)  # of the latent between steps
     latents = [
-        function(n, scheduler(), noise.to(kind), cond)
-        for function, (n, _), kind in zip(run, dits, kinds, strict=True)
+        function(n, scheduler(), noise.to(kind), cond) for function, (n, _), kind in zip(run, dits, kinds, strict=True)
     ]
     yield row("20 steps with guidance", *latents)
     yield row("end to end", *decode(latents))

@@ -55,39 +55,76 @@ _SVD_SCHEDULER = {
     "timestep_spacing": "leading", "timestep_type": "continuous",
 }  # fmt: skip
 _CLIP_VIT_H = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-    "patch_size": 14, "image_size": 224, "projection_dim": 1024, "hidden_act": "gelu",
-}  # fmt: skip
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 224,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
 _T5_XXL = {
-    "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}
 _LTX_SCHEDULER = {
-    "use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024,
-    "max_image_seq_len": 4096, "shift_terminal": 0.1,
-}  # fmt: skip
+    "use_dynamic_shifting": True,
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096,
+    "shift_terminal": 0.1,
+}
 _TINY_SVD_UNET = {
-    "sample_size": 16, "block_out_channels": (32, 64), "cross_attention_dim": 32, "num_attention_heads": 4,
+    "sample_size": 16,
+    "block_out_channels": (32, 64),
+    "cross_attention_dim": 32,
+    "num_attention_heads": 4,
     "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), "layers_per_block": 1,
-    "addition_time_embed_dim": 32, "projection_class_embeddings_input_dim": 96,
-}  # fmt: skip
+    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    "layers_per_block": 1,
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 96,
+}
 _TINY_CLIP = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "patch_size": 32, "image_size": 224, "projection_dim": 32,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "patch_size": 32,
+    "image_size": 224,
+    "projection_dim": 32,
+}
 _TINY_T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 384}
 _TINY_LTX = {
-    "in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 32,
-    "num_layers": 1, "caption_channels": 32,
-}  # fmt: skip
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "num_layers": 1,
+    "caption_channels": 32,
+}
 _TINY_LTX_VAE = {
-    "latent_channels": 8, "block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,
-    "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5,
-}  # fmt: skip
+    "latent_channels": 8,
+    "block_out_channels": (8,) * 4,
+    "decoder_block_out_channels": (8,) * 4,
+    "layers_per_block": (1,) * 5,
+    "decoder_layers_per_block": (1,) * 5,
+}
 _TINY_WAN = {
-    "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32, "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
     "rope_max_seq_len": 32,
-}  # fmt: skip
+}
 # Bytes stand in for T5's tokenizer, whose vocabulary only a download would bring: padded to the same length, the
 # encoder does the same work.
 _BYTES: Component = ("transformers", "ByT5Tokenizer", {})

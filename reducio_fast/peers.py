@@ -32,6 +32,7 @@ from .peer_models import PEERS, Peer, build_random, diffusers_class
 RANDOM, RANDOM_TINY = "random", "random-tiny"
 DECODE_CHUNK = 8  # frames SVD decodes at once: what diffusers' own example uses; all 25 need tens of gigabytes
 
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A peer and where its weights come from: `weights` is a folder, a hub id, "random" or "random-tiny"."""
@@ -429,4 +430,3 @@ def _step_end(
 ) -> dict[str, Tensor]:
     timed()
     return (callback(pipe, step, timestep, tensors) or {}) if callback is not None else {}
-

@@ -77,9 +77,12 @@ def profile(
             trace = json.load(file)
         os.replace(part, path)
     return {
-        "benchmark": "profile", "what": what, "trace": str(path), "machine": machine(where),
+        "benchmark": "profile",
+        "what": what,
+        "trace": str(path),
+        "machine": machine(where),
         "stages": {stage: _summary(found) for stage, found in by_stage(trace["traceEvents"]).items()},
-    }  # fmt: skip
+    }
 
 
 def marked(name: str, model: Any, contender: str, dtype: str | None, device: Any, warm: int = 2) -> dict[str, Any]:
@@ -123,8 +126,11 @@ def by_stage(events: Iterable[dict[str, Any]]) -> dict[str, Stage]:
     Where the trace has no kernels the ops of the CPU are listed, each without the ops inside it.
     """
     spans = [e for e in events if e.get("ph") == "X"]
-    marks = [(e["ts"], e["ts"] + e["dur"], e["name"]) for e in spans
-             if e.get("cat") == "user_annotation" and e["name"] in ranges.STAGES]  # fmt: skip
+    marks = [
+        (e["ts"], e["ts"] + e["dur"], e["name"])
+        for e in spans
+        if e.get("cat") == "user_annotation" and e["name"] in ranges.STAGES
+    ]
     stages = {name: Stage() for name in ranges.STAGES if any(mark[2] == name for mark in marks)}
     for begin, end, name in marks:
         stages[name].wall += end - begin

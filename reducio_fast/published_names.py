@@ -16,8 +16,13 @@ from .reference import DiTConfig
 
 # Parts of a Reducio-DiT that PixArt-alpha does not have, or not at every size.
 PIXART_LACKS = (
-    "null_text", "semantic_projection.", "content_embedding.", "attn_temporal.", "resolution_", "aspect_ratio_",
-)  # fmt: skip
+    "null_text",
+    "semantic_projection.",
+    "content_embedding.",
+    "attn_temporal.",
+    "resolution_",
+    "aspect_ratio_",
+)
 
 # PixArt-alpha's own names -> diffusers', which are ours.
 _PIXART = {

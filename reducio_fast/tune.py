@@ -105,8 +105,12 @@ def axes_of(op: str, key: str, hip: bool) -> list[list[Settings]]:
                  (128, 256, 8), (64, 256, 8), (256, 64, 4)]  # fmt: skip
         if key == "K<=128":
             tiles = [t for t in tiles if t[1] <= 128]
-        axes = [_axis(("BLOCK_M", "BLOCK_K", "num_warps"), tiles), _one("BLOCK_C", 32, 64, 128),
-                _one("num_stages", *((1, 2, 3) if hip else (2, 3, 4, 5))), _one("PIECES", 1, 2, 4)]  # fmt: skip
+        axes = [
+            _axis(("BLOCK_M", "BLOCK_K", "num_warps"), tiles),
+            _one("BLOCK_C", 32, 64, 128),
+            _one("num_stages", *((1, 2, 3) if hip else (2, 3, 4, 5))),
+            _one("PIECES", 1, 2, 4),
+        ]
         amd = [_one("waves_per_eu", 1, 2, 3), _one("matrix_instr_nonkdim", 16, 32)]
         return axes + (amd if hip else [])
     if op == "attention":
@@ -152,9 +156,12 @@ def tune(
 
         variants = tuple(dict.fromkeys(m.variant for m in members))
         found = search(
-            in_force(op, key, arch), axes_of(op, key, hip), cost, functools.partial(allowed, op, key, variants),
+            in_force(op, key, arch),
+            axes_of(op, key, hip),
+            cost,
+            functools.partial(allowed, op, key, variants),
             functools.partial(_passed, now, stop),
-        )  # fmt: skip
+        )
         table.setdefault(op, {})[key] = found.settings
         rows.append({
             "op": op, "key": key, "settings": found.settings, "tried": found.tried, "pruned": found.pruned,
@@ -344,40 +351,53 @@ def hot_problems() -> list[Problem]:
     tiles, steps = 14.4, 20  # of a 1024x1024 clip: 16 tiles are as many pixels as 14.4 full ones
     problems = []
     for C, K, side, times in (
-        (128, 128, 320, 7), (256, 128, 320, 1), (256, 256, 160, 9), (512, 512, 80, 1), (256, 256, 80, 7),
-    ):  # fmt: skip
+        (128, 128, 320, 7),
+        (256, 128, 320, 1),
+        (256, 256, 160, 9),
+        (512, 512, 80, 1),
+        (256, 256, 80, 7),
+    ):
         problems.append(Problem(
             "conv3d", "K<=128" if K <= 128 else "*", f"{C}->{K}", f"conv3d bf16 {C}->{K} k3", f"16x{side}x{side}",
             times * tiles, functools.partial(_conv, C, K, 16, side),
         ))  # fmt: skip
     for C, time_, frames, side in (
-        (256, False, 16, 160), (256, False, 16, 80), (512, False, 16, 40), (512, True, 8, 20),
-    ):  # fmt: skip
+        (256, False, 16, 160),
+        (256, False, 16, 80),
+        (512, False, 16, 40),
+        (512, True, 8, 20),
+    ):
         kind = "space+time" if time_ else "space"
         problems.append(Problem(
             "upsample_conv3d", "*", f"{C}->{C}", f"upsample_conv3d bf16 {C}->{C} {kind} stats",
             f"{kind}, from {frames}x{side}x{side}", tiles, functools.partial(_upsample, C, time_, frames, side),
         ))  # fmt: skip
     for plan, D, B, L, S, N, counted, calls in (
-        ("self 72", 72, 2, 4096, 4096, 16, False, 28 * steps), ("cross 72", 72, 2, 4096, 4472, 16, True, 28 * steps),
+        ("self 72", 72, 2, 4096, 4096, 16, False, 28 * steps),
+        ("cross 72", 72, 2, 4096, 4472, 16, True, 28 * steps),
         ("fusion 64", 64, 1, 16 * 80 * 80, 80 * 80, 4, False, tiles),
         ("fusion 64", 64, 1, 16 * 40 * 40, 40 * 40, 8, False, tiles),
-    ):  # fmt: skip
+    ):
         problems.append(Problem(
             "attention", str(D), plan, f"attention bf16 {D}", f"{B}x{L} queries, {S} keys", calls,
             functools.partial(_attention, D, B, L, S, N, counted),
         ))  # fmt: skip
     for key, C, side, calls in (
-        ("apply", 128, 320, 14), ("apply", 256, 160, 16), ("finalise", 128, 320, 30), ("statistics", 128, 320, 2),
-    ):  # fmt: skip
+        ("apply", 128, 320, 14),
+        ("apply", 256, 160, 16),
+        ("finalise", 128, 320, 30),
+        ("statistics", 128, 320, 2),
+    ):
         problems.append(Problem(
             "group_norm_silu", key, "", f"group_norm_silu {key} bf16 {C}", f"{key}, {C} channels of 16x{side}x{side}",
             calls * tiles, functools.partial(_norm, key != "statistics", C, side),
         ))  # fmt: skip
     for op, calls in (("ada_layer_norm", 1), ("gated_residual_ada_layer_norm", 56)):
-        problems.append(Problem(
-            op, "1152", "", f"{op} bf16 1152", "2x4096 tokens", calls * steps, functools.partial(_token_norm, op)
-        ))  # fmt: skip
+        problems.append(
+            Problem(
+                op, "1152", "", f"{op} bf16 1152", "2x4096 tokens", calls * steps, functools.partial(_token_norm, op)
+            )
+        )
     return problems
 
 

@@ -87,9 +87,15 @@ def _clip(pipe: ReducioPipeline, height: int, width: int) -> Callable[[warmup.Ch
                 frame = pipe._draw(PROMPT, "", height, width, generator, False, words)
             check()
         pipe(
-            PROMPT, frame, height=height, width=width, num_frames=pipe.vae.config.num_frames, num_inference_steps=STEPS,
-            progress=False, callback_on_step_end=lambda *_: check(),
-        )  # fmt: skip
+            PROMPT,
+            frame,
+            height=height,
+            width=width,
+            num_frames=pipe.vae.config.num_frames,
+            num_inference_steps=STEPS,
+            progress=False,
+            callback_on_step_end=lambda *_: check(),
+        )
 
     return make
 

@@ -93,11 +93,14 @@ def ladder() -> list[Rung]:
         ("conv3d", ("conv3d",), "implicit-GEMM convolution, bias, residual and statistics in its epilogue"),
         ("upsample_conv3d", ("upsample_conv3d",), "phase-folded up-sampling kernel"),
         ("attention", ("attention",), "flash attention with head dim 72 as 64 + 16"),
-        ("ada_layer_norm", ("ada_layer_norm", "gated_residual_ada_layer_norm"), "residual + gate + LayerNorm + "
-         "modulation in one kernel"),
+        (
+            "ada_layer_norm",
+            ("ada_layer_norm", "gated_residual_ada_layer_norm"),
+            "residual + gate + LayerNorm + modulation in one kernel",
+        ),
         ("guidance_dpm_step", ("guidance_dpm_step",), "guidance and scheduler in one kernel"),
         ("blend_tiles", ("blend_tiles",), "tiles blended, cropped and turned into bytes in one kernel"),
-    ):  # fmt: skip
+    ):
         kernels |= set(ops)
         rungs.append(Rung(name, what, transformer=True, vae=True, kernels=kernels))
     last = rungs[-1]
@@ -145,9 +148,15 @@ class GivenConditions:
 
     @classmethod
     def random(
-        cls, name: str, dit: DiTConfig, vae: VAEConfig, pixels: int, dtype: torch.dtype, device: torch.device,
+        cls,
+        name: str,
+        dit: DiTConfig,
+        vae: VAEConfig,
+        pixels: int,
+        dtype: torch.dtype,
+        device: torch.device,
         steps: int = STEPS,
-    ) -> GivenConditions:  # fmt: skip
+    ) -> GivenConditions:
         """Random weights with no silent branch, and conditions of the sizes that the encoders give."""
         torch.manual_seed(0)
         with torch.device(device):
@@ -163,10 +172,11 @@ class GivenConditions:
         mask = torch.zeros(1, dit.caption_length, dtype=torch.long, device=device)
         mask[:, : dit.caption_length // 3] = 1
         cond = Condition(
-            normal(1, dit.caption_length, dit.caption_channels), mask,
+            normal(1, dit.caption_length, dit.caption_channels),
+            mask,
             normal(1, SEMANTIC_TOKENS, dit.semantic_channels),
             normal(1, dit.content_channels, pixels // 8, pixels // 8),
-        )  # fmt: skip
+        )
         image = F.avg_pool2d(normal(1, 3, pixels, pixels), 9, 1, 4).mul(4).clamp(-1, 1)  # pictures are smooth
         noise = initial_latent((1, *latent_shape(vae, pixels, pixels)), [0], device)
         return cls(name, transformer, autoencoder, cond, image, noise, scheduler(), steps)

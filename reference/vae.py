@@ -189,11 +189,14 @@ class Encoder3D(nn.Module):
         self.conv_in = layers.conv(3, config.base_channels)
         self.down = nn.ModuleList(
             EncoderLevel(
-                layers, widths[max(i - 1, 0)] if i else config.base_channels, width, config.res_blocks_at(i),
+                layers,
+                widths[max(i - 1, 0)] if i else config.base_channels,
+                width,
+                config.res_blocks_at(i),
                 None if i == last else "space+time" if config.halves_time(i) else "space",
             )
             for i, width in enumerate(widths)
-        )  # fmt: skip
+        )
         self.mid = Middle(layers, widths[-1])
         self.norm_out = layers.norm(widths[-1])
         self.conv_out = layers.conv(widths[-1], 2 * config.latent_channels)
@@ -222,11 +225,14 @@ class ContentEncoder(nn.Module):
         self.conv_in = layers.conv(3, config.content_base_channels)
         self.down = nn.ModuleList(
             EncoderLevel(
-                layers, widths[i - 1] if i else config.content_base_channels, width, config.res_blocks_at(i),
+                layers,
+                widths[i - 1] if i else config.content_base_channels,
+                width,
+                config.res_blocks_at(i),
                 None if i == last else "space",
             )
             for i, width in enumerate(widths)
-        )  # fmt: skip
+        )
         self.mid = Middle(layers, widths[-1])
         self.norm_out = layers.norm(widths[-1])
 
@@ -278,12 +284,15 @@ class Decoder(nn.Module):
         self.mid = Middle(layers, widths[-1], fusion("attn", last, config.content_levels))
         self.up = nn.ModuleList(  # indexed by level as published: 0 is full resolution, the last is entered first
             DecoderLevel(
-                layers, widths[min(i + 1, last)], width, config.res_blocks_at(i),
+                layers,
+                widths[min(i + 1, last)],
+                width,
+                config.res_blocks_at(i),
                 None if self.sources[i] is None else fusion(config.fusion_kinds[i], i, self.sources[i]),
                 None if i == 0 else "space+time" if config.halves_time(i - 1) else "space",
             )
             for i, width in enumerate(widths)
-        )  # fmt: skip
+        )
         self.norm_out = layers.norm(widths[0])
         self.conv_out = layers.conv(widths[0], 3)
 

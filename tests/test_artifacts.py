@@ -173,8 +173,9 @@ def test_tensors_from_elsewhere_are_not_compiled_in() -> None:
     gate, x = _arguments(8)
     block = Reads()
     assert torch.equal(regions("block", block, gate, x)[0], block(gate, x)[0])
-    assert regions.describe()["failures"] == ["block: ValueError: reads tensors that are neither arguments nor "
-                                              "weights: lifted_tensor_0"]  # fmt: skip
+    assert regions.describe()["failures"] == [
+        "block: ValueError: reads tensors that are neither arguments nor weights: lifted_tensor_0"
+    ]
 
 
 def test_what_a_block_holds_besides_weights_is_in_its_key() -> None:

@@ -23,9 +23,11 @@ def test_operations_are_those_of_the_published_decoder() -> None:
     config, vae = workloads.NARROW[0], VAEConfig()
     with torch.device("meta"):
         cond = Condition(
-            torch.empty(1, 12, 32), torch.ones(1, 12, dtype=torch.long), torch.empty(1, 256, 32),
+            torch.empty(1, 12, 32),
+            torch.ones(1, 12, dtype=torch.long),
+            torch.empty(1, 256, 32),
             torch.empty(1, 4, 40, 40),
-        )  # fmt: skip
+        )
         image, noise = torch.empty(1, 3, 320, 320), torch.empty(1, 16, 4, 10, 10)
         given = GivenConditions("tile", ReducioDiT(config), ReducioVAE(vae), cond, image, noise, None)
     assert not given.tiled
@@ -72,10 +74,8 @@ def contender(clock: SimpleNamespace, name: str, decode: list[float], shade: int
 
 MADE = SimpleNamespace(
     device=CPU,
-    flops={
-        "direct": {"dit.step": 2e12, "vae.decode": 8e12}, "folded": {"dit.step": 1e12, "vae.decode": 4e12}
-    },
-)  # fmt: skip
+    flops={"direct": {"dit.step": 2e12, "vae.decode": 8e12}, "folded": {"dit.step": 1e12, "vae.decode": 4e12}},
+)
 
 
 def test_speed_up_is_the_median_of_ratios_within_a_turn(clock: SimpleNamespace) -> None:
@@ -126,9 +126,11 @@ def test_the_ladder_adds_one_thing_a_rung() -> None:
     for below, above in zip(rungs, rungs[1:], strict=False):
         assert below.kernels <= above.kernels
         changed = [
-            below.transformer != above.transformer, below.vae != above.vae, below.kernels != above.kernels,
+            below.transformer != above.transformer,
+            below.vae != above.vae,
+            below.kernels != above.kernels,
             below.contender != above.contender,
-        ]  # fmt: skip
+        ]
         assert sum(changed) == 1, above.name
     from reducio_fast.fast.plan import OPS
 
@@ -195,11 +197,16 @@ def test_peak_sees_memory_that_is_gone_again() -> None:
 @pytest.mark.parametrize(
     ("torch_version", "cudnn", "broken"),
     [
-        ("2.9.0+cu128", 91002, True), ("2.9.0", 90800, True), ("2.9.0+cu128", 91499, True),
-        ("2.9.0+cu128", 91500, False), ("2.9.0+cu128", 90701, False), ("2.9.1+cu128", 91002, False),
-        ("2.10.0+cu128", 91002, False), ("2.9.0+cpu", None, False),
+        ("2.9.0+cu128", 91002, True),
+        ("2.9.0", 90800, True),
+        ("2.9.0+cu128", 91499, True),
+        ("2.9.0+cu128", 91500, False),
+        ("2.9.0+cu128", 90701, False),
+        ("2.9.1+cu128", 91002, False),
+        ("2.10.0+cu128", 91002, False),
+        ("2.9.0+cpu", None, False),
     ],
-)  # fmt: skip
+)
 def test_broken_library_pairs(torch_version: str, cudnn: int | None, broken: bool) -> None:
     assert (measure.broken_libraries(torch_version, cudnn) is not None) == broken
 

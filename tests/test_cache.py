@@ -218,9 +218,13 @@ def longer(manifest: dict, contents: dict[str, bytes]) -> None:
     ],
 )
 def test_tampered_archive_is_refused_and_nothing_unpacked(
-    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[dict, dict[str, bytes]], None], link: str, reason: str,
-) -> None:  # fmt: skip
+    origin: Origin,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict, dict[str, bytes]], None],
+    link: str,
+    reason: str,
+) -> None:
     filled(origin)
     archive = tmp_path / "cache.zip"
     cache.export_archive(archive, origin)
@@ -245,9 +249,7 @@ def test_what_is_no_archive_is_refused(origin: Origin, tmp_path: Path) -> None:
         cache.export_archive(tmp_path / "none" / "cache.zip", origin)
 
 
-def test_torchs_own_default_is_nobodys_choice(
-    origin: Origin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_torchs_own_default_is_nobodys_choice(origin: Origin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """torch writes it into the environment as soon as it is asked, which importing diffusers is enough for."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 

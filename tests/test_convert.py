@@ -27,15 +27,28 @@ from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 
 # All levels and names of the release, at a 32nd of its width.
 NARROW_VAE = {
-    "base_channels": 4, "content_base_channels": 4, "norm_groups": 2, "num_heads": 2, "fusion_head_dim": 4,
-}  # fmt: skip
+    "base_channels": 4,
+    "content_base_channels": 4,
+    "norm_groups": 2,
+    "num_heads": 2,
+    "fusion_head_dim": 4,
+}
 NARROW_DIT = {
-    "hidden_size": 48, "depth": 2, "num_heads": 4, "caption_channels": 20, "caption_length": 7, "semantic_channels": 24,
-}  # fmt: skip
+    "hidden_size": 48,
+    "depth": 2,
+    "num_heads": 4,
+    "caption_channels": 20,
+    "caption_length": 7,
+    "semantic_channels": 24,
+}
 NARROW_SD = {
-    "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "block_out_channels": [4, 8, 8], "norm_num_groups": 2, "layers_per_block": 2, "latent_channels": 4,
-}  # fmt: skip
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [4, 8, 8],
+    "norm_num_groups": 2,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 
 
 def manifest(root: Path, name: str) -> dict[str, list[int]]:
@@ -158,19 +171,26 @@ def test_what_is_converted_again_keeps_its_configuration(tmp_path: Path):
 
 def pixart(config: DiTConfig, **words) -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel(
-        num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, num_layers=config.depth,
-        cross_attention_dim=config.hidden_size, caption_channels=config.caption_channels, **words,
-    )  # fmt: skip
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        num_layers=config.depth,
+        cross_attention_dim=config.hidden_size,
+        caption_channels=config.caption_channels,
+        **words,
+    )
 
 
 def original_names(state: dict[str, Tensor], depth: int, tokens: int, caption: tuple[int, int]) -> dict[str, Tensor]:
     """A diffusers PixArt state dict as the .pth files have it, written down from PixArt-alpha's own modules."""
     places = [
-        ("x_embedder.proj", "pos_embed.proj"), ("t_embedder.mlp.0", "adaln_single.emb.timestep_embedder.linear_1"),
-        ("t_embedder.mlp.2", "adaln_single.emb.timestep_embedder.linear_2"), ("t_block.1", "adaln_single.linear"),
+        ("x_embedder.proj", "pos_embed.proj"),
+        ("t_embedder.mlp.0", "adaln_single.emb.timestep_embedder.linear_1"),
+        ("t_embedder.mlp.2", "adaln_single.emb.timestep_embedder.linear_2"),
+        ("t_block.1", "adaln_single.linear"),
         ("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
-        ("y_embedder.y_proj.fc2", "caption_projection.linear_2"), ("final_layer.linear", "proj_out"),
-    ]  # fmt: skip
+        ("y_embedder.y_proj.fc2", "caption_projection.linear_2"),
+        ("final_layer.linear", "proj_out"),
+    ]
     if "adaln_single.emb.resolution_embedder.linear_1.weight" in state:
         for theirs, ours in (("csize_embedder", "resolution_embedder"), ("ar_embedder", "aspect_ratio_embedder")):
             places += [(f"{theirs}.mlp.{2 * i}", f"adaln_single.emb.{ours}.linear_{i + 1}") for i in (0, 1)]
@@ -187,10 +207,14 @@ def original_names(state: dict[str, Tensor], depth: int, tokens: int, caption: t
         out[f"{theirs}.scale_shift_table"] = state[f"{ours}.scale_shift_table"]
         for leaf in ("weight", "bias"):
             for a, parts in (
-                ("attn.qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")), ("attn.proj", ("attn1.to_out.0",)),
-                ("cross_attn.q_linear", ("attn2.to_q",)), ("cross_attn.kv_linear", ("attn2.to_k", "attn2.to_v")),
-                ("cross_attn.proj", ("attn2.to_out.0",)), ("mlp.fc1", ("ff.net.0.proj",)), ("mlp.fc2", ("ff.net.2",)),
-            ):  # fmt: skip
+                ("attn.qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+                ("attn.proj", ("attn1.to_out.0",)),
+                ("cross_attn.q_linear", ("attn2.to_q",)),
+                ("cross_attn.kv_linear", ("attn2.to_k", "attn2.to_v")),
+                ("cross_attn.proj", ("attn2.to_out.0",)),
+                ("mlp.fc1", ("ff.net.0.proj",)),
+                ("mlp.fc2", ("ff.net.2",)),
+            ):
                 rows = [state[f"{ours}.{p}.{leaf}"] for p in parts]
                 if full:  # their shapes only
                     out[f"{theirs}.{a}.{leaf}"] = torch.zeros(1).expand(len(rows) * len(rows[0]), *rows[0].shape[1:])
@@ -320,9 +344,7 @@ def ldm_names(vae: AutoencoderKL) -> dict[str, str]:
 def as_ldm(vae: AutoencoderKL) -> dict[str, Tensor]:
     names, state = ldm_names(vae), vae.state_dict()
     # In LDM the attention's layers are 1x1 convolutions.
-    return {
-        names[n]: t[:, :, None, None] if ".attentions." in n and t.ndim == 2 else t for n, t in state.items()
-    }  # fmt: skip
+    return {names[n]: t[:, :, None, None] if ".attentions." in n and t.ndim == 2 else t for n, t in state.items()}
 
 
 @pytest.mark.parametrize(("preset", "scale"), [("sd", 0.18215), ("sdxl", 0.13025)])
@@ -405,9 +427,10 @@ def test_a_model_folder_grows_until_it_loads(bundle: Path, tmp_path: Path, capsy
     randomized(pixart(DiTConfig(**words), sample_size=32)).save_pretrained(tmp_path / "pixart" / "transformer")
     json_file(tmp_path / "pixart" / "model_index.json", {"transformer": [None, None], "vae": [None, None]})
     four_levels = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
         "block_out_channels": [4] * 4,
-    }  # fmt: skip
+    }
     randomized(AutoencoderKL(**NARROW_SD | four_levels)).save_pretrained(tmp_path / "sd")
     without = "text_encoder, tokenizer, image_encoder, content_encoder, text_to_image"
     for source, config, says in (

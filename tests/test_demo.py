@@ -34,9 +34,13 @@ def test_both_paths_of_one_seed(bundle: Path, tmp_path: Path) -> None:
         assert read_video(clip.path)[0].shape == clip.out.frames.shape
         assert clip.rows[-1][0] == "sum" and {"dit.step", "vae.decode"} <= {name for name, _ in clip.rows}
     assert told == [
-        (0.0, "fast: starting"), (0.25, "fast: step 1 of 2"), (0.5, "fast: step 2 of 2"),
-        (0.5, "reference: starting"), (0.75, "reference: step 1 of 2"), (1.0, "reference: step 2 of 2"),
-    ]  # fmt: skip
+        (0.0, "fast: starting"),
+        (0.25, "fast: step 1 of 2"),
+        (0.5, "fast: step 2 of 2"),
+        (0.5, "reference: starting"),
+        (0.75, "reference: step 1 of 2"),
+        (1.0, "reference: step 2 of 2"),
+    ]
 
 
 def test_stop_ends_a_clip_at_the_next_step_and_leaves_the_model_usable(bundle: Path, tmp_path: Path) -> None:

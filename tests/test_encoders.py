@@ -387,9 +387,15 @@ def pixart(t5: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
     torch.manual_seed(1)
     drawer = PixArtTransformer2DModel(
-        sample_size=8, num_attention_heads=2, attention_head_dim=8, num_layers=1, in_channels=4, out_channels=8,
-        caption_channels=32, cross_attention_dim=16,
-    )  # fmt: skip
+        sample_size=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        in_channels=4,
+        out_channels=8,
+        caption_channels=32,
+        cross_attention_dim=16,
+    )
     parts = load_tokenizer(t5), load_text_encoder(t5, torch.float32, "cpu"), AutoencoderKL.from_pretrained(vae_folder)
     folder = tmp_path_factory.mktemp("pixart")
     PixArtAlphaPipeline(*parts, randomise(drawer), DPMSolverMultistepScheduler()).save_pretrained(folder)
@@ -513,9 +519,13 @@ def test_a_hub_id_in_the_cache_needs_no_network(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     text, tower, vae, drawer = sources
     pipe = ReducioPipeline.from_pretrained(
-        motion, device="cpu", text_encoder=text, image_encoder="ViT-H-14/laion2b_s32b_b79k", content_encoder=vae,
+        motion,
+        device="cpu",
+        text_encoder=text,
+        image_encoder="ViT-H-14/laion2b_s32b_b79k",
+        content_encoder=vae,
         text_to_image=drawer,
-    )  # fmt: skip
+    )
     folders = {"text_encoder": t5, "image_encoder": clip_folder, "content_encoder": vae_folder, "text_to_image": pixart}
     local = ReducioPipeline.from_pretrained(motion, device="cpu", **folders)
     assert np.array_equal(pipe(PROMPT, **FAST).frames, local(PROMPT, **FAST).frames)

@@ -31,13 +31,24 @@ from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE,
 from reducio_fast.reference.sampler import StopSampling
 
 DIT = dict(
-    hidden_size=48, depth=3, num_heads=4, caption_channels=20, caption_length=7, semantic_channels=24,
+    hidden_size=48,
+    depth=3,
+    num_heads=4,
+    caption_channels=20,
+    caption_length=7,
+    semantic_channels=24,
     position_base_size=4,
-)  # fmt: skip
+)
 VAE = dict(
-    base_channels=8, channel_multipliers=(1, 1, 2, 2, 2, 2), content_base_channels=8,
-    content_channel_multipliers=(1, 1, 2, 2), norm_groups=4, num_heads=2, fusion_head_dim=8, num_res_blocks=1,
-)  # fmt: skip
+    base_channels=8,
+    channel_multipliers=(1, 1, 2, 2, 2, 2),
+    content_base_channels=8,
+    content_channel_multipliers=(1, 1, 2, 2),
+    norm_groups=4,
+    num_heads=2,
+    fusion_head_dim=8,
+    num_res_blocks=1,
+)
 CPU = torch.device("cpu")
 
 
@@ -155,12 +166,13 @@ VAE_CASES = {
     "causal linear": {"causal": True, "fusion": "linear"},
     "ft2": {"temporal_factor": 2},
     "no blocks at full resolution": {
-        "num_res_blocks": (0, 1, 1, 1, 1, 1), "fusion": ("attn", "add", "add", "add+attn", "attn", "attn"),
+        "num_res_blocks": (0, 1, 1, 1, 1, 1),
+        "fusion": ("attn", "add", "add", "add+attn", "attn", "attn"),
         "fusion_levels": (None, 1, 2, 3, None, None),
     },
     "windows": {"window_size": 8, "content_window_size": 4},
     "windows, padding masked": {"window_size": 5, "content_window_size": 3, "mask_window_padding": True},
-}  # fmt: skip
+}
 
 
 def run_vae(vae: ReducioVAE | FastReducioVAE, clip: torch.Tensor, tiled: bool = False) -> list[torch.Tensor]:

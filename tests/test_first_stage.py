@@ -76,9 +76,15 @@ def pixart() -> Any:
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     drawer = PixArtTransformer2DModel(
-        sample_size=8, num_attention_heads=2, attention_head_dim=8, num_layers=1, in_channels=4, out_channels=8,
-        caption_channels=16, cross_attention_dim=16,
-    )  # fmt: skip
+        sample_size=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        in_channels=4,
+        out_channels=8,
+        caption_channels=16,
+        cross_attention_dim=16,
+    )
     return PixArtAlphaPipeline(*t5(), autoencoder(), randomise(drawer), DPMSolverMultistepScheduler())
 
 
@@ -86,9 +92,11 @@ def sdxl() -> Any:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     network = unet(
-        cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=4,
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=16 + 6 * 4,
-    )  # fmt: skip
+    )
     tokenizers = clip_tokenizer(), clip_tokenizer()
     parts = autoencoder(), clip_text(), clip_text(projection=True), *tokenizers, network, EulerDiscreteScheduler()
     return StableDiffusionXLPipeline(*parts, add_watermarker=False)

@@ -302,10 +302,15 @@ def networks(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[R
     """Narrow, with every branch alive, and of the head sizes that kernels know."""
     dit = ReducioDiT(
         DiTConfig(
-            hidden_size=128, depth=3, num_heads=2, caption_channels=20, caption_length=7, semantic_channels=24,
+            hidden_size=128,
+            depth=3,
+            num_heads=2,
+            caption_channels=20,
+            caption_length=7,
+            semantic_channels=24,
             position_base_size=4,
         )
-    )  # fmt: skip
+    )
     vae = ReducioVAE(
         VAEConfig(
             base_channels=16, channel_multipliers=(1, 1, 1, 1, 2, 2), content_base_channels=16,
@@ -350,9 +355,13 @@ def walk(eager: Twins, graphed: Twins, device: str, dtype: torch.dtype) -> None:
 
     seen: list[Tensor] = []
     for callback, guidance, cells in (
-        (None, 4.5, 4), (None, 4.5, 2), (stop, 7.0, 4), (None, 1.0, 2), (replace, 1.5, 4),
+        (None, 4.5, 4),
+        (None, 4.5, 2),
+        (stop, 7.0, 4),
+        (None, 1.0, 2),
+        (replace, 1.5, 4),
         (lambda step, timestep, latent: seen.append(latent), 4.5, 4),
-    ):  # fmt: skip
+    ):
         noise, told = condition(device, dtype, cells)
         expected, actual = (
             sample(twins.transformer, DPMSolverMultistepScheduler(), noise, told, None, guidance, 4, callback)
@@ -382,8 +391,10 @@ def test_sampler_and_decoder_through_graphs(graphs: Graphs, recorder: Recorder) 
     assert told["misses"] == {"first sight": 7}
     # Of the steps 4 + 4 + 3 + 4 + 4 + 4, less three first sights; of the tiles two of three clips.
     assert {name: sum(g["hits"] for g in told["graphs"] if g["name"] == name) for name in names} == {
-        "dit.step": 20, "vae.encode_content": 4, "vae.decode": 4,
-    }  # fmt: skip
+        "dit.step": 20,
+        "vae.encode_content": 4,
+        "vae.decode": 4,
+    }
 
 
 def test_bytes_may_read_the_graphs_own_buffer(graphs: Graphs) -> None:

@@ -92,8 +92,12 @@ def test_the_card(folder: Path, pipe: ReducioPipeline, tmp_path: Path):
     compile((folder / "pipeline.py").read_text(), "pipeline.py", "exec")
 
     (tmp_path / "model").mkdir()
-    hub.write_card(tmp_path / "model", {"vae": pipe.vae, "text_to_image": None}, {"fps": 8, "sample_height": 64,
-        "sample_width": 96}, "model")  # fmt: skip
+    hub.write_card(
+        tmp_path / "model",
+        {"vae": pipe.vae, "text_to_image": None},
+        {"fps": 8, "sample_height": 64, "sample_width": 96},
+        "model",
+    )
     assert ModelCard.load(tmp_path / "model" / "README.md").data.pipeline_tag == "image-to-video"
 
 

@@ -197,8 +197,9 @@ def test_transformer_blocks_have_no_breaks(attention: str, kernels: bool, monkey
 
 
 EVERY_FUSION = {
-    "fusion": ("attn", "add", "linear", "add+attn", "attn", "attn"), "fusion_levels": (None, 1, 2, 3, None, None),
-}  # fmt: skip
+    "fusion": ("attn", "add", "linear", "add+attn", "attn", "attn"),
+    "fusion_levels": (None, 1, 2, 3, None, None),
+}
 WINDOWS = {"causal": True, "window_size": 8, "content_window_size": 4}
 
 
@@ -215,8 +216,11 @@ def test_levels_have_no_breaks(changes: dict[str, Any], kernels: bool, monkeypat
     assert told["misses"] == {}
     assert compiler.traced == compiler.made == sum(region["compiled"] for region in told["regions"].values())
     assert {name: region["calls"] for name, region in told["regions"].items()} == {
-        "vae.encoder_level": 8, "vae.middle": 4, "vae.decoder_level": 12, "vae.norm_out": 2,
-    }  # fmt: skip
+        "vae.encoder_level": 8,
+        "vae.middle": 4,
+        "vae.decoder_level": 12,
+        "vae.norm_out": 2,
+    }
 
 
 def test_walking_through_sizes_recompiles_nothing() -> None:
@@ -240,9 +244,12 @@ def test_every_bucket_has_its_code_after_one_walk() -> None:
     assert len(SIZES) == 91
     # One width and no residual blocks: what is walked through is shapes.
     narrow = VAE | {
-        "channel_multipliers": (1,) * 6, "content_channel_multipliers": (1,) * 4, "num_res_blocks": 0,
-        "tile_size": 256, "tile_overlap": 0.25,
-    }  # fmt: skip
+        "channel_multipliers": (1,) * 6,
+        "content_channel_multipliers": (1,) * 4,
+        "num_res_blocks": 0,
+        "tile_size": 256,
+        "tile_overlap": 0.25,
+    }
     with meta:
         dit = FastReducioDiT(ReducioDiT(DiTConfig(**DIT)), Plan(meta, torch.float32))
         vae = FastReducioVAE(ReducioVAE(VAEConfig(**narrow)), Plan(meta, torch.float32))

@@ -297,9 +297,8 @@ def test_offloaded_weights_leave_home_for_their_stage_only(
 
         def noted(*args: Any) -> Any:
             away[stage] = {
-                name for name, n in networks.items()
-                if all(p.data_ptr() not in home[name] for p in n.parameters())
-            }  # fmt: skip
+                name for name, n in networks.items() if all(p.data_ptr() not in home[name] for p in n.parameters())
+            }
             return run(*args)
 
         monkeypatch.setattr(pipe, method, noted)

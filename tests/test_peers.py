@@ -113,7 +113,7 @@ def test_callback_stops_where_diffusers_can(pipes: dict[str, peers.PeerPipeline]
         ("wan", {"output_type": "gif"}, "output_type: must be one of np, pil, pt, latent, is 'gif'"),
         ("wan", {"seed": -1}, "seed"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(
     name: str, words: dict[str, Any], message: str, pipes: dict[str, peers.PeerPipeline], picture: np.ndarray
 ) -> None:
@@ -130,9 +130,15 @@ def test_folder_round_trip_and_its_three_names(
     expected = pipes["svd"](**inputs_of(pipes["svd"], picture)).frames
     for model in (f"svd:{tmp_path / 'svd'}", str(tmp_path / "svd"), tmp_path / "svd"):
         out = reducio_fast.generate(
-            model=model, image=picture, height=32, width=32, num_frames=4, num_inference_steps=2, device="cpu",
+            model=model,
+            image=picture,
+            height=32,
+            width=32,
+            num_frames=4,
+            num_inference_steps=2,
+            device="cpu",
             progress=False,
-        )  # fmt: skip
+        )
         assert np.array_equal(out.frames, expected)
 
 

@@ -24,13 +24,18 @@ def figures(decode: float, ratio: float, **more: object) -> dict:
         return {"median": value, "min": value * 0.9, "max": value * 1.1}
 
     return {
-        "what": "an optimisation", "dtype": "float32", "first_s": 3.0, "above_start_gb": 0.5, "joules": None,
-        "clip_s": spread(decode + 0.5), "speed_up": spread(ratio),
+        "what": "an optimisation",
+        "dtype": "float32",
+        "first_s": 3.0,
+        "above_start_gb": 0.5,
+        "joules": None,
+        "clip_s": spread(decode + 0.5),
+        "speed_up": spread(ratio),
         "stages_s": {"dit.step": spread(0.5), "vae.decode": spread(decode)},
         "stages_speed_up": {"dit.step": spread(1.0), "vae.decode": spread(ratio)},
         "tflops": {"dit.step": 0.02, "vae.decode": 0.1 / decode},
         "share_of_roof": {"dit.step": 0.1, "vae.decode": 0.25},
-    } | more  # fmt: skip
+    } | more
 
 
 def row(date: str = "2026-11-20", **more: object) -> dict:
@@ -67,10 +72,12 @@ def test_ladder(report: ModuleType) -> None:
 
 def test_the_latest_row_of_a_workload_and_device_counts(report: ModuleType, tmp_path: Path) -> None:
     for name, each in {
-        "bench-a.json": row("2026-11-21"), "bench-b.json": row("2026-11-20"),
+        "bench-a.json": row("2026-11-21"),
+        "bench-b.json": row("2026-11-20"),
         "bench-c.json": row(what="full size 1024: 16x1024x1024"),
-        "bench-d.json": row("2026-11-30", contenders={"fast": {"skipped": "x"}}), "other.json": row("2026-12-01"),
-    }.items():  # fmt: skip
+        "bench-d.json": row("2026-11-30", contenders={"fast": {"skipped": "x"}}),
+        "other.json": row("2026-12-01"),
+    }.items():
         (tmp_path / name).write_text(json.dumps(each))
     assert [r["file"] for r in report.rows(tmp_path)] == ["bench-a.json", "bench-c.json"]
 

@@ -21,9 +21,13 @@ from reducio_fast.training.stage import Context
 
 VAE = replace(
     video_autoencoder.TINY_VAE,
-    base_channels=4, channel_multipliers=(1, 1, 2, 2, 2, 2), content_base_channels=4,
-    content_channel_multipliers=(1, 1, 2, 2), fusion_head_dim=4, num_heads=2,
-)  # fmt: skip
+    base_channels=4,
+    channel_multipliers=(1, 1, 2, 2, 2, 2),
+    content_base_channels=4,
+    content_channel_multipliers=(1, 1, 2, 2),
+    fusion_head_dim=4,
+    num_heads=2,
+)
 LOOP = LoopConfig(steps=2, learning_rate=1e-3, warmup_steps=1, ema_decay=0.0, log_every=1)
 
 
@@ -109,9 +113,13 @@ def components(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     save_model(ReducioVAE(VAE), tmp_path / "vae")
     AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    ).save_pretrained(tmp_path / "content_encoder")  # fmt: skip
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+        latent_channels=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).save_pretrained(tmp_path / "content_encoder")
     tower = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
     SemanticEncoder({"model_cfg": {"embed_dim": 8, "vision_cfg": tower}, "preprocess_cfg": half}).save_pretrained(
@@ -125,9 +133,14 @@ def components(tmp_path: Path) -> Path:
 
 def motion_settings(**changes) -> motion.MotionSettings:
     dit = DiTConfig(
-        hidden_size=24, depth=1, num_heads=2, caption_channels=16, semantic_channels=16, learn_sigma=False,
+        hidden_size=24,
+        depth=1,
+        num_heads=2,
+        caption_channels=16,
+        semantic_channels=16,
+        learn_sigma=False,
         position_base_size=2,
-    )  # fmt: skip
+    )
     settings = motion.MotionSettings(
         loop=LOOP, pool=16, held_out_pool=8, shard=8, batch=4, size=64, config=dit, decoded_share=0.5
     )

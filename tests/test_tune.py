@@ -88,9 +88,11 @@ def problem(op: str, key: str, plan: str, calls: float) -> Problem:
 def test_tune_writes_settings_and_a_plan(tmp_path: Path) -> None:
     """One clock for every launch, which reads the settings in force as a kernel would."""
     problems = [
-        problem("conv3d", "K<=128", "128->128", 100), problem("conv3d", "K<=128", "256->128", 10),
-        problem("conv3d", "*", "512->512", 1), problem("attention", "72", "cross 72", 50),
-    ]  # fmt: skip
+        problem("conv3d", "K<=128", "128->128", 100),
+        problem("conv3d", "K<=128", "256->128", 10),
+        problem("conv3d", "*", "512->512", 1),
+        problem("attention", "72", "cross 72", 50),
+    ]
     vendor = {"128->128": 2.0, "256->128": 0.5, "512->512": 0.98, "cross 72": 5.0}  # 0.98: within the threshold
     asked: list[tuple[str, str, tuple[str, ...]]] = []
 
@@ -111,9 +113,11 @@ def test_tune_writes_settings_and_a_plan(tmp_path: Path) -> None:
     assert table["conv3d"]["K<=128"]["num_stages"] == 3 and table["conv3d"]["K<=128"]["BLOCK_M"] == 64
     assert table["attention"]["72"]["num_warps"] == 4
     assert table["plan"] == {
-        "conv3d 128->128": "kernel", "conv3d 256->128": "vendor", "conv3d 512->512": "kernel",
+        "conv3d 128->128": "kernel",
+        "conv3d 256->128": "vendor",
+        "conv3d 512->512": "kernel",
         "attention cross 72": "kernel",
-    }  # fmt: skip
+    }
     # The group that costs most comes first, and the compiler is asked about its own builds.
     assert asked[0] == ("conv3d", "K<=128", ("conv3d bf16",))
     assert [r["key"] for r in rows if "settings" in r] == ["K<=128", "72", "*"]
@@ -158,14 +162,18 @@ def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        functools.partial(tune._conv, 16, 32, 3, 5), functools.partial(tune._upsample, 16, True, 2, 4),
-        functools.partial(tune._upsample, 16, False, 3, 4), functools.partial(tune._attention, 24, 2, 9, 85, 2, True),
-        functools.partial(tune._attention, 16, 1, 9, 7, 2, False), functools.partial(tune._norm, True, 32, 5),
-        functools.partial(tune._norm, False, 32, 5), functools.partial(tune._token_norm, "ada_layer_norm"),
+        functools.partial(tune._conv, 16, 32, 3, 5),
+        functools.partial(tune._upsample, 16, True, 2, 4),
+        functools.partial(tune._upsample, 16, False, 3, 4),
+        functools.partial(tune._attention, 24, 2, 9, 85, 2, True),
+        functools.partial(tune._attention, 16, 1, 9, 7, 2, False),
+        functools.partial(tune._norm, True, 32, 5),
+        functools.partial(tune._norm, False, 32, 5),
+        functools.partial(tune._token_norm, "ada_layer_norm"),
         functools.partial(tune._token_norm, "gated_residual_ada_layer_norm"),
     ],
     ids=lambda make: " ".join(map(str, (make.func.__name__, *make.args))),
-)  # fmt: skip
+)
 def test_both_ways_compute_the_same(make: functools.partial, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our op against the vendor's way on small inputs in float32; of a convolution the statistics are compared."""
     from reducio_fast.triton_kernels import conv3d, group_norm_silu

@@ -21,9 +21,15 @@ from reducio_fast.reference.vae import Layers, SelfAttention
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = dict(
-    base_channels=8, channel_multipliers=(1, 1, 2, 2, 2, 2), content_base_channels=8,
-    content_channel_multipliers=(1, 1, 2, 2), norm_groups=4, num_heads=2, fusion_head_dim=8, num_res_blocks=1,
-)  # fmt: skip
+    base_channels=8,
+    channel_multipliers=(1, 1, 2, 2, 2, 2),
+    content_base_channels=8,
+    content_channel_multipliers=(1, 1, 2, 2),
+    norm_groups=4,
+    num_heads=2,
+    fusion_head_dim=8,
+    num_res_blocks=1,
+)
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -70,7 +76,7 @@ def test_golden_outputs_of_the_release(path: Path) -> None:
             **{k: int(meta[k]) for k in ("window_size", "tile_size")},
             **{k: tuple(map(int, meta[k].split(","))) for k in ("channel_multipliers", "content_channel_multipliers")},
         )
-    ).eval()  # fmt: skip
+    ).eval()
     fill_by_recipe(model)
     shape = (1, 3, int(meta["frames"]), int(meta["height"]), int(meta["width"]))
     noise = np.random.RandomState(zlib.crc32(meta["input_tensor"].encode())).uniform(-1, 1, shape)
@@ -104,9 +110,13 @@ def test_content_encoder_equals_diffusers_encoder() -> None:
     """With one head, as diffusers has, the two structures coincide up to the middle attention."""
     model = small_vae(num_heads=1, num_res_blocks=2).encoder_2d
     theirs = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=2, norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    ).encoder.eval()  # fmt: skip
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).encoder.eval()
 
     def copy(source: torch.nn.Module, target: torch.nn.Module) -> None:
         target.load_state_dict({k: v.reshape(target.state_dict()[k].shape) for k, v in source.state_dict().items()})
@@ -324,7 +334,7 @@ def test_sinusoid_table_by_its_formula() -> None:
         (lambda m: VAEConfig(tile_size=100), ("tile_size=100", "32")),
         (lambda m: VAEConfig.from_dict({"base_chanels": 3}), ("base_chanels", "base_channels")),
     ],
-)  # fmt: skip
+)
 def test_errors_name_both_values(call, words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError) as error:
         call(small_vae())

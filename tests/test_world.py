@@ -75,8 +75,10 @@ def test_held_out_scenes_stay_apart():
         assert max(Counter(tuple(c[i] for i in pair) for c in held_out).values()) == 1
     # A change of the split would let an older bundle be tested on what it was trained on.
     assert sorted(held_out)[:3] == [
-        ("blue", "circle", "right"), ("blue", "square", "down"), ("blue", "triangle", "shrinking"),
-    ]  # fmt: skip
+        ("blue", "circle", "right"),
+        ("blue", "square", "down"),
+        ("blue", "triangle", "shrinking"),
+    ]
 
     rng = np.random.default_rng(0)
     for kept in (False, True):
@@ -91,8 +93,12 @@ def test_held_out_scenes_stay_apart():
 def test_labels_index_the_attributes():
     scene = Scene("cyan", "star", "down", "fast", "noisy")
     assert {n: world.ATTRIBUTES[n][i] for n, i in scene.labels().items()} == {
-        "colour": "cyan", "shape": "star", "motion": "down", "speed": "fast", "background": "noisy",
-    }  # fmt: skip
+        "colour": "cyan",
+        "shape": "star",
+        "motion": "down",
+        "speed": "fast",
+        "background": "noisy",
+    }
 
 
 def _corners(shape: str, x: float, y: float, r: float) -> np.ndarray:

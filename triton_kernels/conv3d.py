@@ -183,9 +183,7 @@ def conv3d_kernel(
     in_rows = row_number(item, t, y, x, T, H, W)
     out_rows = row_number(item, f, y + HALO, x + HALO, FRAMES, H + 2 * HALO, W + 2 * HALO)
     stored = (f < FRAMES) & (y < H + HALO) & (x < W + HALO)
-    finish(
-        acc, k0, bias_ptr, residual_ptr, out_ptr, stats_ptr, tile, in_rows, inside, out_rows, stored, K, PIECES
-    )  # fmt: skip
+    finish(acc, k0, bias_ptr, residual_ptr, out_ptr, stats_ptr, tile, in_rows, inside, out_rows, stored, K, PIECES)
 
 
 def blocks_for(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Settings:
@@ -204,9 +202,15 @@ def descriptors_fit(x: Tensor, weight: Tensor) -> bool:
 
 
 def launch(
-    x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
-    stats: bool = False, front: int = 0, back: int = 0, halo: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_padded: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stats: bool = False,
+    front: int = 0,
+    back: int = 0,
+    halo: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `conv3d`."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
     K, time = len(weight), weight.shape[1] // (9 * C)
@@ -282,9 +286,15 @@ def with_halo(y: Tensor, front: int, back: int, halo: bool) -> Tensor:
 
 @triton_op("reducio_fast::conv3d", mutates_args={})
 def conv3d(
-    x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
-    stats: bool = False, front: int = 0, back: int = 0, halo: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_padded: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stats: bool = False,
+    front: int = 0,
+    back: int = 0,
+    halo: bool = False,
+) -> tuple[Tensor, Tensor]:
     """3x3 convolution in space, over 1 or 3 frames, plus bias and residual, with GroupNorm's sums on the way.
 
     Args:
@@ -366,13 +376,18 @@ def variants(arch: str) -> Iterator[Variant]:
     ]
     for dtype, C, K, time, residual, stats, halo in shapes:
         yield variant(
-            OP, conv3d_kernel, arch, dtype, C, K,
+            OP,
+            conv3d_kernel,
+            arch,
+            dtype,
+            C,
+            K,
             pointers=("x_ptr", "w_ptr", "bias_ptr", *["residual_ptr"] * residual, "out_ptr"),
             absent=(["residual_ptr"] if not residual else []) + (["stats_ptr"] if not stats else []),
             name=f"k{time}" + " residual" * residual + " stats" * stats + " halo" * halo,
             constants={"TIME": time, "HALO": int(halo)},
             integers=("N", "T", "H", "W", "FRONT", "FRAMES", "TILES"),
-        )  # fmt: skip
+        )
 
 
 def variant(

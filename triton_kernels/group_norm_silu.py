@@ -283,16 +283,21 @@ def variants(arch: str) -> Iterator[Variant]:
                 f"statistics {TYPES[dtype]} {C}", statistics_kernel, {"x_ptr": of}, {"C": C}, statistics_entry
             )
             yield _variant(
-                f"finalise {TYPES[dtype]} {C}", finalise_kernel, {"weight_ptr": of, "bias_ptr": of},
-                {"C": C, "GROUPS": 32}, blocks("finalise", C // 32, arch),
-            )  # fmt: skip
+                f"finalise {TYPES[dtype]} {C}",
+                finalise_kernel,
+                {"weight_ptr": of, "bias_ptr": of},
+                {"C": C, "GROUPS": 32},
+                blocks("finalise", C // 32, arch),
+            )
             # Fusion norms without an activation, attention's too; the residual branches always have one.
             for silu, halo, per_frame in ((True, 1, False), (True, 1, True), (True, 0, False), (False, 0, False)):
                 yield _variant(
                     f"apply {TYPES[dtype]} {C}{' silu' * silu}{' halo' * halo}{' per frame' * per_frame}",
-                    apply_kernel, {"x_ptr": of, "out_ptr": of},
-                    {"HALO": halo, "SILU": silu, "PER_FRAME": per_frame, "C": C}, blocks("apply", C, arch),
-                )  # fmt: skip
+                    apply_kernel,
+                    {"x_ptr": of, "out_ptr": of},
+                    {"HALO": halo, "SILU": silu, "PER_FRAME": per_frame, "C": C},
+                    blocks("apply", C, arch),
+                )
 
 
 def _variant(name: str, kernel: triton.JITFunction, types: dict, constants: dict, entry: Settings) -> Variant:

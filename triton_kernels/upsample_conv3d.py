@@ -82,15 +82,19 @@ def upsample_conv3d_kernel(
     width = 2 * (W + HALO)
     stored = (f >= 0) & (f < FRAMES) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
     out_rows = row_number(item, f, y, x, FRAMES, height, width)
-    finish(
-        acc, k0, bias_ptr, None, out_ptr, stats_ptr, tile, out_rows, inside, out_rows, stored, K, PIECES
-    )  # fmt: skip
+    finish(acc, k0, bias_ptr, None, out_ptr, stats_ptr, tile, out_rows, inside, out_rows, stored, K, PIECES)
 
 
 def launch(
-    x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, causal: bool = False,
-    stats: bool = False, front: int = 0, back: int = 0, halo: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_padded: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    stats: bool = False,
+    front: int = 0,
+    back: int = 0,
+    halo: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `upsample_conv3d`."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
     P, K, _ = weight.shape
@@ -109,9 +113,15 @@ def launch(
 
 
 def twin(
-    x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, causal: bool = False,
-    stats: bool = False, front: int = 0, back: int = 0, halo: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_padded: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    stats: bool = False,
+    front: int = 0,
+    back: int = 0,
+    halo: bool = False,
+) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile an item."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
     P, K, _ = weight.shape
@@ -131,9 +141,15 @@ def twin(
 
 @triton_op("reducio_fast::upsample_conv3d", mutates_args={})
 def upsample_conv3d(
-    x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, causal: bool = False,
-    stats: bool = False, front: int = 0, back: int = 0, halo: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_padded: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    stats: bool = False,
+    front: int = 0,
+    back: int = 0,
+    halo: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Nearest x2 in space, and in time if the weight has 8 phases, then 3x3x3 convolution with zero padding, plus bias.
 
     Args:
@@ -195,10 +211,15 @@ def variants(arch: str) -> Iterator[Variant]:
     ]
     for dtype, C, time, causal, stats, halo in shapes:
         yield variant(
-            OP, upsample_conv3d_kernel, arch, dtype, C, C,
+            OP,
+            upsample_conv3d_kernel,
+            arch,
+            dtype,
+            C,
+            C,
             pointers=("x_ptr", "w_ptr", "bias_ptr", "out_ptr"),
             absent=[] if stats else ["stats_ptr"],
             name=("space+time" if time else "space") + " causal" * causal + " stats" * stats + " halo" * halo,
             constants={"DOUBLE": 1 + time, "CAUSAL": causal, "HALO": int(halo)},
             integers=("N", "T", "H", "W", "FRONT", "LEAD", "FRAMES", "TILES"),
-        )  # fmt: skip
+        )

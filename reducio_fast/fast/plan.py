@@ -29,10 +29,16 @@ from ..triton_kernels.launch import FLOATING, arch_of, table
 OPS = {
     module.OP: module
     for module in (
-        ada_layer_norm, gated_residual_ada_layer_norm, attention, conv3d, upsample_conv3d, group_norm_silu,
-        guidance_dpm_step, blend_tiles,
+        ada_layer_norm,
+        gated_residual_ada_layer_norm,
+        attention,
+        conv3d,
+        upsample_conv3d,
+        group_norm_silu,
+        guidance_dpm_step,
+        blend_tiles,
     )
-}  # fmt: skip
+}
 
 
 # The words for attention, diffusers' where it has one, and the implementation each means; "auto" leaves it open.

@@ -465,7 +465,6 @@ class FastReducioVAE(nn.Module):
         return decoded
 
 
-
 def _padding(conv: nn.Module) -> Padding:
     """What a convolution reads beyond its input."""
     if isinstance(conv, nn.Conv2d):

@@ -48,9 +48,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **blocks, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4
     )
     drawer = PixArtTransformer2DModel(
-        sample_size=8, num_attention_heads=2, attention_head_dim=16, num_layers=1, in_channels=4, out_channels=4,
-        caption_channels=32, cross_attention_dim=32,
-    )  # fmt: skip
+        sample_size=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        in_channels=4,
+        out_channels=4,
+        caption_channels=32,
+        cross_attention_dim=32,
+    )
     tokenizer, schedule = ByT5Tokenizer(), {"beta_start": 1e-4, "beta_end": 0.02}
     for network in (vae, transformer, text_encoder, content_encoder, drawer):
         randomise(network)

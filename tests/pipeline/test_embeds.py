@@ -80,9 +80,13 @@ def test_for_any_prompt(pipe: ReducioPipeline, bare: ReducioPipeline, prompt: st
     text, mask, *_ = pipe.encode_prompt(prompt if alone else ["another text, longer than this one", prompt])
     semantic, latents = pipe.encode_image(picture, 32, 32)
     given = bare(
-        prompt_embeds=text[-1], prompt_attention_mask=mask[-1], semantic_embeds=semantic, content_latents=latents,
-        output_type="latent", **words,
-    )  # fmt: skip
+        prompt_embeds=text[-1],
+        prompt_attention_mask=mask[-1],
+        semantic_embeds=semantic,
+        content_latents=latents,
+        output_type="latent",
+        **words,
+    )
     assert torch.equal(given.frames, computed) and given.content is None, "nothing read the content frame"
 
 

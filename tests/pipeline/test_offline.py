@@ -26,9 +26,13 @@ socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 def run(code: str, home: Path) -> subprocess.CompletedProcess:
     kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGINGFACE_", "XDG_", "REDUCIO_"))}
     return subprocess.run(
-        [sys.executable, "-P", "-c", NO_NETWORK + code], capture_output=True, text=True, cwd=home, timeout=200,
+        [sys.executable, "-P", "-c", NO_NETWORK + code],
+        capture_output=True,
+        text=True,
+        cwd=home,
+        timeout=200,
         env=kept | {"HOME": str(home)},
-    )  # fmt: skip
+    )
 
 
 def test_three_lines_and_a_folder_make_a_clip(folder: Path, tmp_path: Path):

@@ -25,9 +25,12 @@ from reducio_fast.lora import LoraLoader
 
 def quick(max_examples: int = 50) -> settings:
     return settings(
-        max_examples=max_examples, deadline=None, derandomize=True, database=None,
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
         suppress_health_check=[HealthCheck.too_slow],
-    )  # fmt: skip
+    )
 
 
 SIZES = st.sampled_from([32, 64, 96])
@@ -84,13 +87,21 @@ def test_a_clip_does_not_know_its_neighbours(pipe: ReducioPipeline, data, height
     steps, scale = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1.0, 4.5]))
     images = [np.roll(PICTURE, i, axis=0) for i in range(count)]
     common = {
-        "height": height, "width": width, "num_inference_steps": steps, "guidance_scale": scale,
-        "output_type": output_type, "progress": False,
-    }  # fmt: skip
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": scale,
+        "output_type": output_type,
+        "progress": False,
+    }
     many = pipe(
-        prompts, images, negatives, generator=[torch.Generator().manual_seed(s) for s in seeds],
-        num_videos_per_prompt=per_prompt, **common,
-    )  # fmt: skip
+        prompts,
+        images,
+        negatives,
+        generator=[torch.Generator().manual_seed(s) for s in seeds],
+        num_videos_per_prompt=per_prompt,
+        **common,
+    )
     assert many.seeds == seeds and len(many.frames) == len(seeds)
     k = data.draw(st.integers(0, len(seeds) - 1))
     i = k // per_prompt
@@ -102,9 +113,7 @@ def test_a_clip_does_not_know_its_neighbours(pipe: ReducioPipeline, data, height
 
 
 @quick(16)
-@given(
-    height=SIZES, width=SIZES, output_type=OUTPUT_TYPES, seed=SEEDS, dtype=st.sampled_from(DTYPES)
-)  # fmt: skip
+@given(height=SIZES, width=SIZES, output_type=OUTPUT_TYPES, seed=SEEDS, dtype=st.sampled_from(DTYPES))
 def test_every_legal_size_and_dtype_has_its_form(
     pipes, height: int, width: int, output_type: str, seed: int, dtype: str
 ):
@@ -126,9 +135,14 @@ def test_an_illegal_size_names_the_two_nearest_legal_ones(pipe: ReducioPipeline,
 # ---- whatever is passed ----------------------------------------------------------------------------------------------
 
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5), st.binary(max_size=5),
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=5),
     st.sampled_from([np.int64(32), np.float32(32.5), np.array(32), torch.tensor(32), 64j, "32", math.inf, object()]),
-)  # fmt: skip
+)
 TEXTS = st.one_of(
     WORDS, st.text(max_size=5), SCALARS, st.just("\ud800"), st.lists(st.one_of(WORDS, SCALARS), max_size=3)
 )
@@ -140,12 +154,16 @@ TENSORS = st.builds(
     KINDS,
     VALUES,
 )
-EMBEDS = st.one_of(SCALARS, TENSORS, st.builds(
-    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
-    st.sampled_from([(40, 32), (1, 40, 32), (2, 40, 32), (0, 40, 32), (40,), (1, 40), (1, 4, 32), (1, 4, 4, 4)]),
-    KINDS,
-    VALUES,
-))  # fmt: skip
+EMBEDS = st.one_of(
+    SCALARS,
+    TENSORS,
+    st.builds(
+        lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+        st.sampled_from([(40, 32), (1, 40, 32), (2, 40, 32), (0, 40, 32), (40,), (1, 40), (1, 4, 32), (1, 4, 4, 4)]),
+        KINDS,
+        VALUES,
+    ),
+)
 GENERATORS = st.one_of(
     SCALARS, st.builds(torch.Generator), st.lists(st.one_of(st.builds(torch.Generator), SCALARS), max_size=3)
 )
@@ -242,7 +260,7 @@ def test_an_array_is_a_picture_or_refused(image: np.ndarray, size: tuple[int, in
     extent=st.tuples(st.integers(0, 40), st.integers(0, 40)) | st.sampled_from([(1, 3000), (3000, 1)]),
     turn=st.integers(0, 9),
     size=st.tuples(SIZES, SIZES),
-)  # fmt: skip
+)
 def test_a_picture_of_any_mode_and_extent(mode: str, extent: tuple[int, int], turn: int, size: tuple[int, int]):
     image = Image.new(mode, extent)
     image.getexif()[0x0112] = turn  # the camera's rotation tag; only 1 to 8 mean something
@@ -295,13 +313,18 @@ def adapter(seed: int, layers: str) -> dict[str, torch.Tensor]:
 NAMES = st.sampled_from(["x", "y", "z"])
 WEIGHTS = st.floats(-3, 3, width=32)
 LORA_WORDS = st.one_of(
-    st.tuples(st.just("load_lora_weights"), st.builds(adapter, st.integers(0, 9), st.sampled_from(["a", "b", "ab"])),
-              NAMES, st.none(), st.booleans()),
+    st.tuples(
+        st.just("load_lora_weights"),
+        st.builds(adapter, st.integers(0, 9), st.sampled_from(["a", "b", "ab"])),
+        NAMES,
+        st.none(),
+        st.booleans(),
+    ),
     st.tuples(st.just("set_adapters"), st.lists(NAMES, max_size=2), st.none() | WEIGHTS),
     st.tuples(st.just("fuse_lora"), st.just(("transformer",)), WEIGHTS),
     st.tuples(st.just("delete_adapters"), NAMES),
     st.tuples(st.sampled_from(["unfuse_lora", "disable_lora", "enable_lora"])),
-)  # fmt: skip
+)
 
 
 @quick(60)
