@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from reducio_fast import ReducioPipeline, measure
-from reducio_fast.bench import CACHES
-from reducio_fast.checkpoints import embedded_model
+from reducio_fast import ReducioPipeline
+from reducio_fast.checkpoints.strict_files import embedded_model
+from reducio_fast.measurement import instruments
+from reducio_fast.measurement.bench import CACHES
 
 PROMPT = "a red circle moving right on a black background"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -63,10 +64,10 @@ def paired(pairs: int, dtype: str | None, clock: str) -> dict[str, Any]:
     return {
         "pairs": pairs,
         "clock": clock,
-        "plain_s": measure.spread([plain for plain, _ in totals]),
-        "compiled_s": measure.spread([compiled for _, compiled in totals]),
-        "ratio": measure.spread([plain / compiled for plain, compiled in totals], 3),
-        "ratio_of_stage": {name: measure.spread([a[name] / b[name] for a, b in rows], 3) for name in rows[0][0]},
+        "plain_s": instruments.spread([plain for plain, _ in totals]),
+        "compiled_s": instruments.spread([compiled for _, compiled in totals]),
+        "ratio": instruments.spread([plain / compiled for plain, compiled in totals], 3),
+        "ratio_of_stage": {name: instruments.spread([a[name] / b[name] for a, b in rows], 3) for name in rows[0][0]},
         "regions": pipes[1].describe()["regions"],
     }
 
@@ -80,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     row = {
         "benchmark": "compile_vs_eager",
-        "machine": measure.machine(torch.device("cpu")),
+        "machine": instruments.machine(torch.device("cpu")),
         "dtype": args.dtype,
         "process_s": processes(args.dtype),
         **paired(args.pairs, args.dtype, args.clock),

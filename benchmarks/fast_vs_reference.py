@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from reducio_fast import measure
+from reducio_fast.measurement import instruments
+from reducio_fast.system import stage_clock
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -49,10 +50,10 @@ def turns(
         for name, run in runs.items():
             if time.perf_counter() - began > budget:
                 continue
-            with measure.Peak(DEVICE) as peak:
-                start = measure.clock(DEVICE)
+            with instruments.Peak(DEVICE) as peak:
+                start = stage_clock.clock(DEVICE)
                 run()
-                spent = measure.clock(DEVICE) - start
+                spent = stage_clock.clock(DEVICE) - start
             peaks[name] = max(peaks[name], peak.bytes)
             if turn or not warm:
                 seconds[name].append(spent)
@@ -74,8 +75,8 @@ def turns(
 
 
 def default_clip(rounds: int) -> dict[str, Any]:
-    from reducio_fast.checkpoints import embedded_model
-    from reducio_fast.pipeline import ReducioPipeline
+    from reducio_fast.checkpoints.strict_files import embedded_model
+    from reducio_fast.pipelines.reducio.pipeline import ReducioPipeline
 
     words: dict[str, dict[str, Any]] = {
         "reference": {"backend": "reference", "dtype": SAME},
@@ -100,7 +101,7 @@ def default_clip(rounds: int) -> dict[str, Any]:
 
 def full_width_tile(rounds: int, budget: float) -> dict[str, Any]:
     from reducio_fast.fast.plan import Plan, default_dtype
-    from reducio_fast.fast.vae import FastReducioVAE
+    from reducio_fast.fast.reducio.vae import FastReducioVAE
     from reducio_fast.reference import ReducioVAE, VAEConfig
 
     device, same = torch.device("cuda" if CUDA else "cpu"), getattr(torch, SAME)

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from reducio_fast import measure
-from reducio_fast.bench import write
 from reducio_fast.fast.plan import Plan
-from reducio_fast.fast.vae import FastReducioVAE
-from reducio_fast.parity import liven
+from reducio_fast.fast.reducio.vae import FastReducioVAE
+from reducio_fast.measurement import instruments
+from reducio_fast.measurement.bench import write
+from reducio_fast.measurement.contenders import NARROW, compile_reference
+from reducio_fast.measurement.parity import liven
 from reducio_fast.reference import ReducioVAE, VAEConfig
 from reducio_fast.triton_kernels import conv3d, group_norm_silu, upsample_conv3d
-from reducio_fast.workloads import NARROW, compile_reference
 
 CONVS = ((128, 128, 320), (256, 128, 320), (256, 256, 160), (512, 512, 80), (256, 256, 80))  # C, K, side
 NORMS = ((128, 320), (256, 160))
@@ -43,9 +43,9 @@ class Session:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.row: dict[str, Any] = {
             "benchmark": "first_measurements",
-            "machine": measure.machine(self.device),
+            "machine": instruments.machine(self.device),
             "narrow": narrow,
-            "roof": measure.roof(self.device, self.dtype),
+            "roof": instruments.roof(self.device, self.dtype),
             "rows": [],
         }
 
@@ -57,9 +57,9 @@ class Session:
         try:
             with torch.no_grad():
                 if self.device.type == "cuda":
-                    seconds = measure.kernel_seconds(run, self.device)
+                    seconds = instruments.kernel_seconds(run, self.device)
                 else:
-                    seconds = min(measure.timed(run, self.device, 3))
+                    seconds = min(instruments.timed(run, self.device, 3))
         except Exception as error:  # a shape that a library does not take is a finding, not the end
             self.add({"what": what, "way": way, "skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
             return
@@ -156,9 +156,9 @@ def tile(s: Session, compiled: bool) -> None:
         with torch.no_grad():
             network = make()
             features = network.encode_content(image)
-            first = measure.timed(lambda n=network, f=features: n.decode(latent, f), s.device, 1, warm=0)[0]
-            seconds = measure.timed(lambda n=network, f=features: n.decode(latent, f), s.device, 5)
-        spread = measure.spread(seconds)
+            first = instruments.timed(lambda n=network, f=features: n.decode(latent, f), s.device, 1, warm=0)[0]
+            seconds = instruments.timed(lambda n=network, f=features: n.decode(latent, f), s.device, 5)
+        spread = instruments.spread(seconds)
         found = {"what": f"one {pixels}-pixel tile", "way": way, "seconds": spread["median"], "spread": spread}
         s.add(found | {"first_s": first, "clip_s": None if s.narrow else spread["median"] * TILES})
 

@@ -68,7 +68,7 @@ reducio() { "$python" -m reducio_fast "$@"; }
 narrow_parity() {
     "$python" - <<'END'
 import json, torch
-from reducio_fast.workloads import workload
+from reducio_fast.measurement.contenders import workload
 
 rows = workload("narrow", None, None, torch.device("cpu")).parity()
 print(json.dumps({"rows": rows, "wrong": sum(not row["right"] for row in rows)}))
@@ -77,9 +77,9 @@ END
 
 # The report of pytest as JSON. Without diffusers the one file that compares with its schedulers cannot be collected.
 tests() {
-    local where=(tests/kernels) words=(-q -p no:cacheprovider)
-    "$python" -c "import diffusers" 2>/dev/null || words+=(--ignore=tests/kernels/test_guidance_dpm_step.py)
-    [ -n "$dry" ] && where=(tests/kernels/test_ada_layer_norm.py)
+    local where=(tests/triton_kernels) words=(-q -p no:cacheprovider)
+    "$python" -c "import diffusers" 2>/dev/null || words+=(--ignore=tests/triton_kernels/test_guidance_dpm_step.py)
+    [ -n "$dry" ] && where=(tests/triton_kernels/test_ada_layer_norm.py)
     cd "$root" || return
     "$python" -m pytest "${words[@]}" --junit-xml="$out/tests.xml" "${where[@]}"
     local status=$?

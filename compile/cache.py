@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 
-from . import variables
+from ..system.cache_folder import root
 
 LOG = logging.getLogger("reducio_fast")
 FORMAT = 1
@@ -96,15 +96,6 @@ class Origin:
         """In words, where `other` is not this; "" where they are equal."""
         mine, theirs = asdict(self), asdict(other)
         return ", ".join(f"{name} {theirs[name]} (here {mine[name]})" for name in mine if mine[name] != theirs[name])
-
-
-def root() -> Path:
-    """The user's cache folder, whether or not it exists yet."""
-    chosen = variables.read("REDUCIO_CACHE_DIR")
-    if chosen is not None:
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME", "")  # the XDG specification: relative paths are to be ignored
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "reducio-fast"
 
 
 def folder(part: str, origin: Origin) -> Path:

@@ -1,7 +1,8 @@
 """Reducio, fast: text and an image in, a short clip out.
 
-`generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline` is the same with every part in
-the caller's hands. Both are loaded on first use, so that importing this package costs nothing.
+`generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline` gives access to every part of
+a loaded model. `ReducioError` is raised for bad input, with a message of one line. All three are loaded at first use,
+so that importing this package loads no torch.
 """
 
 from __future__ import annotations
@@ -9,29 +10,44 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .front import generate
-    from .pipeline import ReducioPipeline
+    from .pipelines.generate import generate
+    from .pipelines.reducio.pipeline import ReducioPipeline
+    from .system.errors import ReducioError
 
-__all__ = ["ReducioPipeline", "__version__", "generate"]
+__all__ = ["ReducioError", "ReducioPipeline", "__version__", "generate"]
+
+# Not for users: the [library, class] entries of a model's index, which diffusers looks up in this package, and the
+# class that a model folder's `pipeline.py` names.
+_FOR_DIFFUSERS = (
+    "DiffusersReducioPipeline",
+    "ModelMixin",
+    "ReducioDiT",
+    "ReducioVAE",
+    "SemanticEncoder",
+    "TextToImage",
+)
 
 
 def __getattr__(name: str) -> Any:
     if name in ("ReducioPipeline", "generate"):
-        from .compile import collector
+        from .compile import gc_pause
 
-        with collector.paused():  # torch is imported here
+        with gc_pause.paused():  # torch is imported here
             if name == "generate":
-                from .front import generate
+                from .pipelines.generate import generate
 
                 return generate
-            from .pipeline import ReducioPipeline
+            from .pipelines.reducio.pipeline import ReducioPipeline
 
             return ReducioPipeline
-    if name in ("ReducioVAE", "ReducioDiT", "SemanticEncoder", "TextToImage", "ModelMixin"):
-        # Not for users: [library, class] of a model's index, which diffusers resolves here.
-        from . import diffusers_loader
+    if name == "ReducioError":
+        from .system.errors import ReducioError
 
-        return getattr(diffusers_loader, name)
+        return ReducioError
+    if name in _FOR_DIFFUSERS:
+        from .pipelines.reducio import diffusers_bridge
+
+        return getattr(diffusers_bridge, name)
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,9 +1,10 @@
 """The oracle: Reducio as the paper states it, in plain PyTorch. Everything fast is measured and checked against it."""
 
-from .config import DIT_PRESETS, VAE_PRESETS, DiTConfig, VAEConfig
-from .dit import ReducioDiT
-from .sampler import Condition, initial_latent, sample
-from .vae import DiagonalGaussian, ReducioVAE
+from .reducio.condition import Condition
+from .reducio.config import DIT_PRESETS, VAE_PRESETS, DiTConfig, VAEConfig
+from .reducio.dit import ReducioDiT
+from .reducio.vae import DiagonalGaussian, ReducioVAE
+from .sampler import initial_latent, sample
 
 __all__ = [
     "DIT_PRESETS",

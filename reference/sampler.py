@@ -7,7 +7,6 @@ PixArt-alpha's. Nothing here reads a number back from the device inside the loop
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,30 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Condition:
-    """What the model is told, in the shapes `ReducioDiT` takes: text [B, L, C], and where given text_mask [B, L],
-    semantic [B, n, C] and content [B, C, h, w]."""
-
-    text: Tensor
-    text_mask: Tensor | None = None
-    semantic: Tensor | None = None
-    content: Tensor | None = None
-
-    def without_text(self, null_text: Tensor) -> Condition:
-        """The unconditional half of guidance: `null_text` [L, C] under the prompt's own mask, as in PixArt-alpha.
-
-        The image stays. Raises ValueError where the lengths or widths differ.
-        """
-        if null_text.shape != self.text.shape[1:]:
-            raise ValueError(f"null_text has shape {tuple(null_text.shape)}, a prompt has {tuple(self.text.shape[1:])}")
-        return dataclasses.replace(self, text=null_text.to(self.text).expand_as(self.text))
-
-    def without_image(self) -> Condition:
-        """The image condition dropped: zeros in its place, so that both halves of the guidance fit one batch."""
-        zero = {n: torch.zeros_like(x) for n in ("semantic", "content") if (x := getattr(self, n)) is not None}
-        return dataclasses.replace(self, **zero)
+from .reducio.condition import Condition, join
 
 
 class StopSampling(Exception):
@@ -134,20 +110,3 @@ def check_finite(finite: list[Tensor], steps: int) -> None:
     bad = (~torch.stack(finite)).nonzero()
     if len(bad):
         raise ValueError(f"the latent is not finite (NaN or infinite) from step {int(bad[0]) + 1} of {steps} on")
-
-
-def join(first: Condition, second: Condition) -> Condition:
-    """Both conditions in one batch, `first` (of guidance: the unconditional one) in its first half.
-
-    Raises ValueError where they differ in shape.
-    """
-    joined = {}
-    for field in dataclasses.fields(Condition):
-        a, b = getattr(first, field.name), getattr(second, field.name)
-        shapes = [None if x is None else tuple(x.shape) for x in (a, b)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{field.name} is {shapes[0]} in the unconditional half, {shapes[1]} in the conditional one"
-            )
-        joined[field.name] = None if a is None else torch.cat([a, b.to(a)])
-    return Condition(**joined)

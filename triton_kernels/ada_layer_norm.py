@@ -1,6 +1,6 @@
 """ada_layer_norm: y = LayerNorm(x) * (1 + scale) + shift, no affine; statistics in float32.
 
-Twin: `modulate(LayerNorm(x), shift, scale)` of `reference/dit.py`. Legend: B batch, L tokens, D channels.
+Twin: `modulate(LayerNorm(x), shift, scale)` of `reference/reducio/dit.py`. Legend: B batch, L tokens, D channels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, arch_of, check_contiguous, check_same, check_tensors, launcher, settings
+from .launch import TYPES, Variant, launcher
+from .shape_checks import check_contiguous, check_same, check_tensors
+from .tables import arch_of, settings
 
 OP = "ada_layer_norm"
 

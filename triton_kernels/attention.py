@@ -17,18 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import (
-    OPTIONS,
-    TYPES,
-    Variant,
-    arch_of,
-    check_same,
-    check_shape,
-    check_tensors,
-    launcher,
-    settings,
-    use_descriptors,
-)
+from .launch import TYPES, Variant, launcher, use_descriptors
+from .shape_checks import check_same, check_shape, check_tensors
+from .tables import OPTIONS, arch_of, settings
 
 OP = "attention"
 HIDDEN = tl.constexpr(-1.0e30)  # the score of a key out of sight: finite, for inf - inf would be NaN

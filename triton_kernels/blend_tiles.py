@@ -1,6 +1,6 @@
 """blend_tiles: overlapping tiles of a clip, blended, cropped and joined to frames, and from [-1, 1] to uint8.
 
-Twin: `stitch` of `reference/tiling.py`, then the rounding of `reducio_fast/output.py`. Legend: B batch, T frames, H W
+Twin: `stitch` of `reference/reducio/tiling.py`, then the rounding of `media`. Legend: B batch, T frames, H W
 rows and columns of the clip, h w those of a tile, C = 3 colours.
 
 The reference blends each tile with its blended upper, then its blended left neighbour. Where no cell of a tile fades
@@ -22,9 +22,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from ..reference.tiling import stitch
-from .launch import TYPES, Variant, arch_of, check_contiguous, check_tensors, launcher
-from .launch import settings as table_settings
+from ..reference.reducio.tiling import stitch
+from .launch import TYPES, Variant, launcher
+from .shape_checks import check_contiguous, check_tensors
+from .tables import arch_of
+from .tables import settings as table_settings
 
 OP = "blend_tiles"
 _SIZES = ("h", "w", "above_h", "left_w", "fade_y", "fade_x", "crop_h", "crop_w", "H", "W", "y0", "x0")

@@ -1,6 +1,6 @@
 """conv3d: y = conv(x, w) + bias + residual; 3x3 in space, 1 or 3 taps in time, over a buffer that already has its halo.
 
-Twin: `F.conv3d` over the padded buffer (`VideoConv` of `reference/vae.py`).
+Twin: `F.conv3d` over the padded buffer (`VideoConv` of `reference/reducio/vae.py`).
 
 Implicit GEMM with no masks in the inner loop: the padded channels-last buffer is one matrix [rows, C], and a tap of the
 kernel is a constant shift of rows. Positions whose window wraps around a border are computed too and come out as halo.
@@ -18,20 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from .launch import (
-    OPTIONS,
-    TYPES,
-    Settings,
-    Variant,
-    arch_of,
-    check_contiguous,
-    check_multiple,
-    check_shape,
-    check_tensors,
-    launcher,
-    settings,
-    use_descriptors,
-)
+from .launch import TYPES, Variant, launcher, use_descriptors
+from .shape_checks import check_contiguous, check_multiple, check_shape, check_tensors
+from .tables import OPTIONS, Settings, arch_of, settings
 
 OP = "conv3d"
 

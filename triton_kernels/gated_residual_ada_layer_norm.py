@@ -1,7 +1,7 @@
 """gated_residual_ada_layer_norm: r = x + gate * branch; y = LayerNorm(r) * (1 + scale) + shift; both are returned.
 
-Twin: `x + gate * branch` and `modulate(LayerNorm(x), shift, scale)` of `reference/dit.py`. Legend: B batch, L tokens, D
-channels.
+Twin: `x + gate * branch` and `modulate(LayerNorm(x), shift, scale)` of `reference/reducio/dit.py`.
+Legend: B batch, L tokens, D channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .ada_layer_norm import norm_and_modulate
-from .launch import TYPES, Variant, arch_of, check_contiguous, check_same, check_tensors, launcher, settings
+from .launch import TYPES, Variant, launcher
+from .shape_checks import check_contiguous, check_same, check_tensors
+from .tables import arch_of, settings
 
 OP = "gated_residual_ada_layer_norm"
 

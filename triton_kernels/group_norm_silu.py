@@ -1,6 +1,7 @@
 """group_norm_silu: y = silu(GroupNorm(x)) in NDHWC, written into the interior of a zero-padded buffer.
 
-Twin: `F.silu(nn.GroupNorm(x))`, or `PerFrameGroupNorm`, of `reference/vae.py`, then the next convolution's padding.
+Twin: `F.silu(nn.GroupNorm(x))`, or `PerFrameGroupNorm`, of `reference/reducio/vae.py`,
+then the next convolution's padding.
 Legend: N batch, T frames, H W rows and columns, C channels, R rows of C channels that share statistics (an item's).
 
 Three kernels: statistics of tiles of rows, read in parallel over the whole tensor; one scale and shift a channel from
@@ -19,19 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import (
-    TYPES,
-    Settings,
-    Variant,
-    arch_of,
-    check_contiguous,
-    check_multiple,
-    check_same,
-    check_shape,
-    check_tensors,
-    launcher,
-)
-from .launch import settings as table_settings
+from .launch import TYPES, Variant, launcher
+from .shape_checks import check_contiguous, check_multiple, check_same, check_shape, check_tensors
+from .tables import Settings, arch_of
+from .tables import settings as table_settings
 
 OP = "group_norm_silu"
 

@@ -7,9 +7,7 @@ Twin: guidance in `reference/sampler.py` and diffusers' `scheduler.step`. Legend
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -17,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, arch_of, check_contiguous, check_same, check_shape, check_tensors, launcher
-from .launch import settings as table_settings
+from .launch import TYPES, Variant, launcher
+from .shape_checks import check_contiguous, check_same, check_shape, check_tensors
+from .tables import arch_of
+from .tables import settings as table_settings
 
 OP = "guidance_dpm_step"
 
@@ -115,97 +115,6 @@ def guidance_dpm_step(prediction: Tensor, x: Tensor, previous: Tensor, coefficie
     check_same(OP, "device", x=x.device, prediction=prediction.device, coefficients=coefficients.device)
     check_same(OP, "dtype", expected=torch.float32, coefficients=coefficients.dtype)
     return (launch if x.is_cuda else twin)(prediction, x, previous, coefficients)
-
-
-# --- coefficients: what a diffusers scheduler would do, as numbers ----------------------------------------------------
-
-
-def dpm_coefficients(scheduler: Any) -> Tensor:
-    """(p, q, a, b, c) of every step of a `DPMSolverMultistepScheduler` after `set_timesteps`: float64 [steps, 5].
-
-    Its sigmas are taken as they are, so every schedule it knows is covered. Raises ValueError for what is not a linear
-    update of two data predictions: other schedulers, solvers that draw noise or predict it, third order, thresholding.
-    """
-    config, sigmas = _checked(scheduler, "DPMSolverMultistepScheduler")
-    for name, known in (
-        ("algorithm_type", ("dpmsolver++",)),
-        ("solver_order", (1, 2)),
-        ("solver_type", ("midpoint", "heun")),
-        ("prediction_type", ("epsilon", "sample", "v_prediction", "flow_prediction")),
-        ("thresholding", (False,)),
-        ("variance_type", (None,)),  # the scheduler would cut the prediction to three channels
-    ):
-        if config[name] not in known:
-            raise ValueError(f"dpm_coefficients: {name}={config[name]!r} is not one of {known}")
-
-    def alpha_sigma(sigma: float) -> tuple[float, float]:
-        if config.get("use_flow_sigmas", False):
-            return 1 - sigma, sigma
-        return 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
-
-    def log_snr(sigma: float) -> float:
-        alpha, sigma = alpha_sigma(sigma)
-        return (math.log(alpha) if alpha else -math.inf) - (math.log(sigma) if sigma else -math.inf)
-
-    steps = len(sigmas) - 1
-    lower_at_end = (
-        config["euler_at_final"]
-        or (config["lower_order_final"] and steps < 15)
-        or config["final_sigmas_type"] == "zero"
-    )
-    rows = []
-    for i in range(steps):
-        alpha, sigma = alpha_sigma(sigmas[i])
-        if config["prediction_type"] == "epsilon":
-            p, q = 1 / alpha, -sigma / alpha
-        elif config["prediction_type"] == "v_prediction":
-            p, q = alpha, -sigma
-        elif config["prediction_type"] == "flow_prediction":
-            p, q = 1.0, -sigmas[i]
-        else:
-            p, q = 0.0, 1.0
-        alpha_next, sigma_next = alpha_sigma(sigmas[i + 1])
-        h = log_snr(sigmas[i + 1]) - log_snr(sigmas[i])
-        a, b, c = sigma_next / sigma, -alpha_next * math.expm1(-h), 0.0
-        if config["solver_order"] == 2 and i > 0 and not (i == steps - 1 and lower_at_end):
-            # The slope of the data prediction, from its last two values, extends the step to second order.
-            if config["solver_type"] == "midpoint":
-                weight = 0.5 * b
-            else:
-                weight = alpha_next * (math.expm1(-h) / h + 1) if h else 0.0
-            slope = weight * h / (log_snr(sigmas[i]) - log_snr(sigmas[i - 1]))
-            b, c = b + slope, -slope
-        rows.append((p, q, a, b, c))
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def euler_coefficients(scheduler: Any) -> Tensor:
-    """(p, q, a, b, c) of every step of a `FlowMatchEulerDiscreteScheduler` after `set_timesteps`: float64 [steps, 5].
-
-    The "data prediction" is then the velocity itself. Raises ValueError for other schedulers and for one that draws
-    noise as it goes.
-    """
-    config, sigmas = _checked(scheduler, "FlowMatchEulerDiscreteScheduler")
-    if config.get("stochastic_sampling", False):
-        raise ValueError("euler_coefficients: stochastic_sampling=True draws noise, a step here is a linear update")
-    rows = [(0.0, 1.0, 1.0, after - before, 0.0) for before, after in zip(sigmas[:-1], sigmas[1:], strict=True)]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def _checked(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]]:
-    """Config and sigmas, one more than there are steps, of a scheduler of the wanted class, ready to step.
-
-    By the name of the class or of a base: kernels import without diffusers. Relatives with the same config (single-step
-    and EDM solvers) scale the noise or the model's input, or step otherwise.
-    """
-    kind = type(scheduler).__name__
-    if wanted not in (base.__name__ for base in type(scheduler).__mro__):
-        raise ValueError(f"{OP}: the scheduler is a {kind}, coefficients are known for {wanted}")
-    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
-        raise ValueError(f"{OP}: {kind} has init_noise_sigma={scheduler.init_noise_sigma}, it must be 1")
-    if getattr(scheduler, "num_inference_steps", None) is None:
-        raise ValueError(f"{OP}: {kind} has no steps yet, call set_timesteps first")
-    return dict(scheduler.config), scheduler.sigmas.double().tolist()
 
 
 def variants(arch: str) -> Iterator[Variant]:

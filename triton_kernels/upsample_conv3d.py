@@ -1,6 +1,6 @@
 """upsample_conv3d: y = conv(nearest x2 of x in space, or space and time; w) + bias, w being 3x3x3 with zero padding.
 
-Twin: `Upsample` of `reference/vae.py`. Source: sub-pixel (phase) decomposition of nearest up-sampling, exact.
+Twin: `Upsample` of `reference/reducio/vae.py`. Source: sub-pixel (phase) decomposition of nearest up-sampling, exact.
 
 The up-sampled tensor is never made. Along a doubled axis the outputs of one parity (a phase) see only two inputs, so a
 phase is a smaller convolution of x with sums of taps: 27 taps become 12 (space) or 8 (space and time).
@@ -29,7 +29,9 @@ from .conv3d import (
     statistics,
     variant,
 )
-from .launch import Variant, arch_of, check_contiguous, check_shape, check_tensors, launcher
+from .launch import Variant, launcher
+from .shape_checks import check_contiguous, check_shape, check_tensors
+from .tables import arch_of
 
 OP = "upsample_conv3d"
 

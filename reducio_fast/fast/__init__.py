@@ -1,1 +1,1 @@
-"""The fast twins of `reference/`: same classes, same order, same names, built from a reference model."""
+"""Fast twins of `reference/`, family by family, and the plan that picks what runs each layer."""

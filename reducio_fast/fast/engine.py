@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..compile.compiled_blocks import Regions, adopt, connect
 from ..compile.graphs import Graphs
-from ..compile.inductor import Regions, adopt, connect
 from ..reference import ReducioDiT, ReducioVAE
-from .dit import FastReducioDiT
 from .plan import Plan, default_dtype
-from .vae import FastReducioVAE
+from .reducio.dit import FastReducioDiT
+from .reducio.vae import FastReducioVAE
 
 _Network = TypeVar("_Network", bound=nn.Module)
 

@@ -14,32 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..triton_kernels import (
-    ada_layer_norm,
-    attention,
-    blend_tiles,
-    conv3d,
-    gated_residual_ada_layer_norm,
-    group_norm_silu,
-    guidance_dpm_step,
-    upsample_conv3d,
-)
-from ..triton_kernels.launch import FLOATING, arch_of, table
-
-OPS = {
-    module.OP: module
-    for module in (
-        ada_layer_norm,
-        gated_residual_ada_layer_norm,
-        attention,
-        conv3d,
-        upsample_conv3d,
-        group_norm_silu,
-        guidance_dpm_step,
-        blend_tiles,
-    )
-}
-
+from ..triton_kernels.launch import FLOATING
+from ..triton_kernels.registry import OPS
+from ..triton_kernels.tables import arch_of, table
 
 # The words for attention, diffusers' where it has one, and the implementation each means; "auto" leaves it open.
 ATTENTION = {"auto": None, "native": "vendor", "flash": "flash-attn", "reducio": "kernel"}

@@ -14,19 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.sampler import Callback, Condition, check_finite, end_step, join
-from ..triton_kernels.guidance_dpm_step import dpm_coefficients, euler_coefficients
-from .dit import FastReducioDiT, Modulation, Prepared
-
-
-def coefficients(scheduler: Any, steps: int) -> Tensor:
-    """[steps, 5] of a schedule, whose timesteps are set. Raises ValueError for one that the kernel cannot follow."""
-    name = type(scheduler).__name__
-    tables = {"DPMSolverMultistepScheduler": dpm_coefficients, "FlowMatchEulerDiscreteScheduler": euler_coefficients}
-    if name not in tables:
-        raise ValueError(f"{name} has no table of coefficients; the fast sampler follows {' and '.join(tables)}")
-    scheduler.set_timesteps(steps, device="cpu")
-    return tables[name](scheduler)
+from ..reference.reducio.condition import Condition, join
+from ..reference.sampler import Callback, check_finite, end_step
+from .reducio.dit import FastReducioDiT, Modulation, Prepared
+from .solver_tables import coefficients
 
 
 @torch.no_grad()

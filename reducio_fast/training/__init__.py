@@ -1,1 +1,1 @@
-"""The training recipe of the embedded default model. Only the `train` command imports it."""
+"""Recipes and the loop that runs them; `tiny` makes the embedded model."""

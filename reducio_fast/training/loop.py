@@ -6,7 +6,6 @@ random in a step comes from `(seed, step)` alone, so a run that was stopped and 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import os
@@ -21,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reducio_fast.errors import ReducioError
+from ..system.atomic_files import atomic_write
+from ..system.errors import ReducioError
+
+LOG = "log.csv"
 
 Figures = Mapping[str, "float | Tensor"]
 LossFunction = Callable[[int, np.random.Generator], "tuple[Tensor, Figures]"]
 
 CHECKPOINT = "checkpoint.pt"
-LOG = "log.csv"
 # These change when a run stops or what it prints, never a weight: a resumed run may differ in them.
 _HARMLESS = frozenset({"max_seconds", "log_every", "checkpoint_every"})
 
@@ -167,19 +168,6 @@ def run(
                 break
     model.eval()
     return Outcome(state.step, state.step >= config.steps, state.seconds, average, dict(state.last))
-
-
-def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary)` beside `path`, then renames: a reader sees the old file or the new, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 @dataclass(slots=True)

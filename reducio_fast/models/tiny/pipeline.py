@@ -3,4 +3,4 @@
     DiffusionPipeline.from_pretrained(FOLDER_OR_HUB_ID, custom_pipeline="pipeline", trust_remote_code=True)
 """
 
-from reducio_fast.diffusers_loader import DiffusersReducioPipeline  # noqa: F401
+from reducio_fast import DiffusersReducioPipeline  # noqa: F401

@@ -1,0 +1,374 @@
+"""Regional compilation: the repeated blocks of a network, each shape on its own, around our kernels.
+
+A whole network takes minutes to compile where its blocks take seconds: block two and all that follow find the code of
+block one. `Regions` has a block's `forward` compiled as a function of its weights and arguments, one copy for each key:
+the structure of the block (which all its siblings share) and its arguments' shapes, strides, dtypes and plain values.
+What was compiled for one size therefore never meets another: walking through sizes compiles each once, recompiles
+nothing, and no guard is tried in a call. With a folder (`store`) code outlives the process, see `artifacts`.
+
+Since nothing is guarded, the key must hold all that code relies on, and is put to the proof: the first call of each
+region in a process runs both ways and compares. A key beyond `limit`, or one whose compilation fails, runs as plain
+Python, and so does everything where the machine has no compiler: counted by reason, with one log line.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+import types
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import artifacts, gc_pause
+from .graphs import flatten, kinds, rebuild
+
+LOG = logging.getLogger("reducio_fast")
+
+# A size of clip has one key in the transformer and, for each shape of tile, one a level: 6 + 1 of the decoder, 4 + 1
+# of the content encoder. All 91 buckets fit.
+LIMIT = 2048
+# Relative distance between compiled and plain outputs above which the code cannot be that of the block. Rounding of
+# bfloat16 is a tenth of it; code of another block is worlds away.
+TOLERANCE = 0.05
+SAMPLES = 1 << 20  # values of each output that are compared, at least
+
+Compile = Callable[[artifacts.Function, Sequence[Tensor], Collection[int]], Callable[..., Sequence[Tensor]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """`structure` is what a compiled copy relies on, and siblings share; `number` stands for it in keys, since hashing
+    it takes longer than all else in a call. `places` says where the weights are, which are each one's own: by name,
+    since a module that moves to another device gets new ones."""
+
+    structure: Hashable
+    number: int
+    places: list[tuple[str, dict[str, Any], str]]
+
+    def weights(self) -> list[Tensor]:
+        return [home[name] for _, home, name in self.places]
+
+
+@dataclass(slots=True)
+class _Region:
+    name: str
+    run: Callable[..., Sequence[Tensor]]
+    form: Hashable  # of what the block returns
+    plain: list[Any]  # its leaves, `Tensor` in the place of each tensor
+    seconds: float  # until its first result
+    stored: bool  # loaded, not compiled here
+    calls: int = 1
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        outputs = self.run(*tensors)
+        if self.form is None:
+            return outputs[0]
+        following = iter(outputs)
+        return rebuild(self.form, (next(following) if leaf is Tensor else leaf for leaf in self.plain))
+
+
+class Regions:
+    """Runs modules compiled. Safe to share between threads.
+
+    `compile(fn, tensors, free)` turns a function of tensors into a compiled one (see `artifacts.compile_function`); the
+    default needs a compiler on this machine, and keeps what it makes in the folder `store`. `open` False compiles
+    nothing new: what is compiled stays in use. A warm-up whose deadline has passed sets it.
+    """
+
+    def __init__(self, compile: Compile | None = None, limit: int = LIMIT, store: Path | None = None) -> None:
+        self.limit, self.open, self.store = limit, True, store if compile is None else None
+        self._compile = artifacts.compile_function if compile is None else compile
+        self._obstacle = artifacts.obstacle() if compile is None else None
+        if self._obstacle is not None:
+            LOG.warning("torch.compile: %s; everything runs uncompiled", self._obstacle)
+        self._lock = threading.RLock()
+        self._regions: dict[Hashable, _Region] = {}
+        self._failures: dict[Hashable, str] = {}
+        self._misses: Counter[str] = Counter()
+        self._structures: dict[Hashable, int] = {}
+        self._blocks: weakref.WeakKeyDictionary[nn.Module, _Block] = weakref.WeakKeyDictionary()
+
+    def __call__(self, name: str, module: nn.Module, *args: Any, **words: Any) -> Any:
+        """`module.forward(*args, **words)`; arguments and results are tensors and plain values, or lists and (named)
+        tuples of them. Raises what the module raises."""
+        return self.run(name, module, args, words)
+
+    def run(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], words: dict[str, Any], free: Sequence[Tensor] = ()
+    ) -> Any:
+        """The same; `free`: those of the arguments whose dimension 1 may have any length, one for them all."""
+        if self._obstacle is not None:
+            return self._plainly("no compiler", module, args, words)
+        if torch.is_grad_enabled():
+            return self._plainly("gradients", module, args, words)
+        block = self._blocks.get(module) or self._look_at(module)
+        free = [x for x in free if x.shape[1] > 1]  # a tracer takes a length of 1 for one that is broadcast
+        tensors, signature = block.weights(), []
+        _sign((args, words), {id(x) for x in free}, signature, tensors)
+        key = (name, block.number, *_modes(), *signature)
+        region = self._regions.get(key)
+        if region is None:
+            if not self.open:  # before the lock, which a compilation that came too late may still hold
+                return self._plainly("not compiled in time", module, args, words)
+            with self._lock:
+                if key not in self._regions:
+                    reason = self._closed(key)
+                    if reason is None:
+                        with gc_pause.paused():
+                            return self._first(name, key, module, block, args, words, free, tensors)
+                    return self._plainly(reason, module, args, words)
+                region = self._regions[key]
+        region.calls += 1
+        return region(tensors)
+
+    def forget(self, module: nn.Module) -> None:
+        """Look at the module again before its next call: for whoever has changed it. Weights may change in place."""
+        self._blocks.pop(module, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Regions:
+        """A copied network runs as it is: copies are made to be changed, or to be tried without data."""
+        return Regions(self._compile, limit=0)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything it knows, as plain data."""
+        with self._lock:
+            totals: dict[str, dict[str, Any]] = {}
+            for region in self._regions.values():
+                total = totals.setdefault(region.name, {"compiled": 0, "loaded": 0, "seconds": 0.0, "calls": 0})
+                total["loaded" if region.stored else "compiled"] += 1
+                total["seconds"] = round(total["seconds"] + region.seconds, 3)
+                total["calls"] += region.calls
+            return {
+                "limit": self.limit,
+                "regions": totals,
+                "misses": dict(self._misses),
+                "failures": sorted(set(self._failures.values())),
+            }
+
+    def _closed(self, key: Hashable) -> str | None:
+        """Why a key that is not compiled is not to be compiled now."""
+        if key in self._failures:
+            return "compilation failed"
+        return "limit" if len(self._regions) >= self.limit else None
+
+    def _first(
+        self, name: str, key: tuple[Hashable, ...], module: nn.Module, block: _Block, args: tuple[Any, ...],
+        words: dict[str, Any], free: Sequence[Tensor], tensors: list[Tensor],
+    ) -> Any:  # fmt: skip
+        """The block's own result for its first arguments, after its code was made or loaded, and has proved right."""
+        start = time.perf_counter()
+        expected = type(module).forward(module, *args, **words)
+        plain: list[Any] = []
+        shape = flatten(expected, plain)
+        right = [leaf for leaf in plain if isinstance(leaf, Tensor)]
+        file = None if self.store is None else self.store / f"{artifacts.digest((name, block.structure, *key[2:]))}.bin"
+        run = None if file is None or not file.is_file() else self._loaded(file, tensors, right)
+        stored = run is not None
+        try:
+            if run is None:
+                LOG.info("compiling %s for a new shape", name)
+                given: list[Any] = []
+                flatten((args, tuple(words.values())), given)
+                given = [leaf for leaf in given if isinstance(leaf, Tensor)]
+                loose = [len(block.places) + i for i, x in enumerate(given) if any(x is one for one in free)]
+                run = self._compile(_flat(module, block, args, words), tensors, loose)
+                if (wrong := _difference(run(*tensors), right)) is not None:
+                    raise ValueError(f"compiled, it returns {wrong}")
+        except Exception as error:  # whatever a tracer or a compiler raises: the block has just shown that it is sound
+            self._failures[key] = f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            LOG.warning("not compiled, runs as it is: %s", self._failures[key])
+            self._misses["compilation failed"] += 1
+            return expected
+        if file is not None and not stored:
+            _keep(run, file)
+        marked = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in plain]
+        region = self._regions[key] = _Region(name, run, shape, marked, 0.0, stored)
+        result = region(tensors)
+        region.seconds = time.perf_counter() - start
+        return result
+
+    def _loaded(self, file: Path, tensors: Sequence[Tensor], right: list[Tensor]) -> Callable[..., Any] | None:
+        try:
+            run = artifacts.load(file, tensors)
+            wrong = _difference(run(*tensors), right)
+        except Exception as error:  # of a file that something has damaged, anything
+            wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if wrong is None:
+            return run
+        LOG.warning("cache: ignored %s, compiled anew: %s", file, wrong)
+        return None
+
+    def _plainly(self, reason: str, module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> Any:
+        self._misses[reason] += 1
+        return type(module).forward(module, *args, **words)
+
+    def _look_at(self, module: nn.Module) -> _Block:
+        parts, places = [], []
+        for prefix, part in module.named_modules(prefix="block"):
+            for home in (part._parameters, part._buffers):
+                places += [(f"{prefix}.{name}", home, name) for name, weight in home.items() if weight is not None]
+            parts.append((prefix, type(part), *_attributes(part)))
+        structure = (*parts, kinds(home[name] for _, home, name in places))
+        with self._lock:
+            number = self._structures.setdefault(structure, len(self._structures))
+            self._blocks[module] = block = _Block(structure, number, places)
+        return block
+
+
+class Regional(nn.Module):
+    """A network of blocks, which `regions` runs compiled; None: as they are."""
+
+    regions: Regions | None = None
+
+    def block(self, name: str, module: nn.Module, *args: Any, free: Sequence[Tensor] = ()) -> Any:
+        return module(*args) if self.regions is None else self.regions.run(name, module, args, {}, free)
+
+
+def connect(network: nn.Module, regions: Regions | None) -> None:
+    """Every part of `network` that is made of blocks runs them through `regions`."""
+    for part in network.modules():
+        if isinstance(part, Regional):
+            part.regions = regions
+
+
+def adopt(regions: Regions, name: str, network: nn.Module) -> None:
+    """The repeated blocks of a foreign network run through `regions`, called as before by its own `forward`.
+
+    Which they are: the classes that a diffusers model lists for this purpose, else the members of `transformer_blocks`.
+    Again for a network that may have changed since: with other adapters, say, or attention processors.
+    """
+    listed = getattr(network, "_repeated_blocks", None) or ()
+    blocks = [part for part in network.modules() if type(part).__name__ in listed]
+    for block in blocks or getattr(network, "transformer_blocks", ()):
+        regions.forget(block)
+        block.forward = functools.partial(regions, name, block)
+
+
+class _Bare(nn.Module):
+    """A block whose class's own `forward` runs, whatever stands in that place on the block itself."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **words: Any) -> Any:
+        return type(self.block).forward(self.block, *args, **words)
+
+
+def _flat(module: nn.Module, block: _Block, args: tuple[Any, ...], words: dict[str, Any]) -> artifacts.Function:
+    """The module's `forward` as a function of its weights and of the tensors among its arguments."""
+    names, bare = [name for name, _, _ in block.places], _Bare(module)
+    leaves: list[Any] = []
+    form = flatten((args, tuple(words.values())), leaves)
+    template = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors[len(names) :])
+        positional, named = rebuild(form, (next(given) if leaf is Tensor else leaf for leaf in template))
+        state = dict(zip(names, tensors, strict=False))
+        named = dict(zip(words, named, strict=True))
+        # Every place is in `state`: tying those that share a weight would leave the tracer's weights in one of them.
+        result = torch.func.functional_call(bare, state, positional, named, tie_weights=False)
+        outputs: list[Any] = []
+        flatten(result, outputs)
+        return [output for output in outputs if isinstance(output, Tensor)]
+
+    return run
+
+
+def _difference(outputs: Sequence[Tensor], right: list[Tensor]) -> str | None:
+    """What is wrong with a compiled block's outputs, None for nothing. NaN, and tensors without values, prove none."""
+    if len(outputs) != len(right):
+        return f"{len(outputs)} tensors, not {len(right)}"
+    for output, expected in zip(outputs, right, strict=True):
+        if (output.shape, output.dtype, output.device) != (expected.shape, expected.dtype, expected.device):
+            return f"{tuple(output.shape)} {output.dtype}, not {tuple(expected.shape)} {expected.dtype}"
+        if expected.device.type == "meta" or not expected.is_floating_point():
+            continue
+        some = slice(None, None, max(1, expected.numel() // SAMPLES))  # a level of a decoder has 400 million
+        mine, theirs = (x.reshape(-1)[some].double() for x in (output, expected))
+        distance, size = (theirs - mine).norm(), theirs.norm()
+        if float(distance) > TOLERANCE * float(size):
+            return f"values that are {float(distance / size):.2f} away from the block's"
+    return None
+
+
+def _keep(run: Any, file: Path) -> None:
+    try:
+        artifacts.save(run, file)
+    except Exception as error:  # a full disk, or Inductor's own caches switched off: it costs the next process time
+        LOG.info("cache: %s not written: %s", file, (str(error).splitlines() or [""])[0])
+
+
+def _sign(value: Any, free: Collection[int], signature: list[Hashable], tensors: list[Tensor]) -> None:
+    """What code is made for: the form of the arguments, the shape, dtype and device of tensors, any other value.
+
+    Tensors are collected, and made dense, so that a block which comes after a convolution finds the code of its
+    siblings. In every call of every block: a list that grows, since nested tuples take three times as long.
+    """
+    if isinstance(value, Tensor):
+        shape = value.shape
+        signature += ((shape[0], None, *shape[2:]) if id(value) in free else shape, value.dtype, value.device)
+        tensors.append(value if value.is_contiguous() else value.contiguous())
+    elif isinstance(value, tuple | list):
+        signature += (type(value), len(value))
+        for item in value:
+            _sign(item, free, signature, tensors)
+    elif isinstance(value, dict):
+        signature += (dict, *value)
+        for item in value.values():
+            _sign(item, free, signature, tensors)
+    else:
+        signature += (type(value), value)
+
+
+def _modes() -> tuple[Hashable, ...]:
+    """What steers torch from outside of a call."""
+    # By device: without one, torch 2.10 speaks of CUDA alone.
+    casts = (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
+    return torch.is_inference_mode_enabled(), *casts, torch.get_float32_matmul_precision()
+
+
+# What torch keeps in each module, weights and submodules among it: the rest is the module's own.
+_TORCHS = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_DEPTH = 4  # of attributes within attributes
+
+
+def _attributes(module: nn.Module) -> list[Hashable]:
+    """Everything of a module that is no weight and no submodule, and any hooks it has."""
+    own = {name: value for name, value in vars(module).items() if name not in _TORCHS and not _is_region(value)}
+    hooks = {name: list(getattr(module, name).values()) for name in _HOOKS if getattr(module, name)}
+    return [(name, _plain(value, _DEPTH)) for name, value in sorted((own | hooks).items())]
+
+
+def _is_region(value: Any) -> bool:
+    return isinstance(value, functools.partial) and isinstance(value.func, Regions)
+
+
+def _plain(value: Any, depth: int) -> Hashable:
+    """A value that is equal where compiled code may be shared. Of tensors and modules in odd places, the class."""
+    functions = (type, types.FunctionType, types.BuiltinFunctionType, torch._ops.OpOverloadPacket)
+    if isinstance(value, (bool, int, float, str, bytes, types.NoneType, torch.dtype, torch.device, *functions)):
+        return value
+    if depth == 0 or isinstance(value, Tensor | nn.Module | Regions):
+        return type(value)
+    if isinstance(value, tuple | list | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return (type(value), *(_plain(item, depth - 1) for item in items))
+    if isinstance(value, dict):
+        return (dict, *((str(name), _plain(item, depth - 1)) for name, item in value.items()))
+    if isinstance(value, functools.partial):
+        return (type(value), _plain((value.func, value.args, value.keywords), depth - 1))
+    if isinstance(value, types.MethodType):
+        return (types.MethodType, value.__func__, _plain(value.__self__, depth - 1))
+    return (type(value), _plain(getattr(value, "__dict__", {}), depth - 1))

@@ -1,0 +1,1 @@
+"""Model files: read strictly, written whole, converted, found on the hub."""

@@ -1,0 +1,311 @@
+"""Published weights -> our safetensors folders, and back. Other projects' names and shapes are known here alone.
+
+published                                           becomes
+Reducio-VAE release, reducio-ft4-fs32-attn23.ckpt   vae: the same names, less the losses of its training
+PixArt-alpha, .pth or diffusers folder              transformer: where the training of a Reducio-DiT starts
+SD 2.1 or SDXL VAE, diffusers folder or LDM names   content_encoder
+
+Pickles are read by torch's restricted unpickler, which makes tensors and plain values and calls nothing. Names and
+shapes are compared with the configured network, built on the meta device, before a byte is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from ..system.atomic_files import new_folder, replace_file
+from ..system.errors import ReducioError
+from . import published_names
+from .foreign_files import read_weights
+from .layouts import COMPONENTS, OPTIONAL
+from .networks import load_model
+from .strict_files import CONFIG, INDEX, NAMES_SHOWN, WEIGHTS, read_json, report, save_tensors, version, write_json
+
+# Of diffusers' AutoencoderKL; one architecture, two scales of the latent.
+_SD_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+CONTENT_PRESETS: dict[str, dict[str, Any]] = {
+    "sd": _SD_VAE | {"scaling_factor": 0.18215},
+    "sdxl": _SD_VAE | {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True},
+}
+PRESETS = {"vae": tuple(VAE_PRESETS), "transformer": tuple(DIT_PRESETS), "content_encoder": tuple(CONTENT_PRESETS)}
+CLASSES = {
+    "vae": ("reducio_fast", "ReducioVAE"),
+    "transformer": ("reducio_fast", "ReducioDiT"),
+    "content_encoder": ("diffusers", "AutoencoderKL"),
+}
+# A name that only one of the three has, in any of its spellings.
+_TELLTALES = {
+    "vae": re.compile(r"^(encoder_3d|encoder_2d)\."),
+    "transformer": re.compile(r"^(transformer_)?blocks\.\d"),
+    "content_encoder": re.compile(r"^(first_stage_model\.|vae\.)?encoder\.(down|down_blocks)\."),
+}
+LDM_PREFIX = "first_stage_model."
+# PixArt-alpha's own scheduler, for a model folder that has none yet.
+_SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "beta_start": 0.0001, "beta_end": 0.02}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Component:
+    """A component ready to be written: its configuration and tensors, and how they differ from the source."""
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    left_out: list[str]  # names in the source that belong to no network: losses, tables
+    fresh: list[str]  # names in the result that the source does not have, freshly initialised
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    into: str | os.PathLike[str] | None = None,
+    component: str | None = None,
+    preset: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Convert a published file or folder to the component folder `out`, or to a component of the model folder `into`.
+
+    `component` (vae, transformer, content_encoder) and `preset` (see PRESETS) are found from the names and shapes where
+    they can be; `config` overrides single fields. `dtype` None keeps what is stored. Returns what was written, left out
+    and freshly initialised. Raises ReducioError for a file that cannot be read without running code, and for any
+    missing, unexpected or misshapen tensor; then nothing is written.
+    """
+    if (out is None) == (into is None):
+        raise ReducioError(f"convert: give out or into, not {'neither' if out is None else 'both'}")
+    path = Path(source).expanduser()
+    tensors, stated = read_weights(path, component)
+    name = component or _recognise(path, tensors)
+    if name not in PRESETS:
+        raise ReducioError(f"component: must be one of {', '.join(PRESETS)}, is {name!r}")
+    if preset is not None and preset not in PRESETS[name]:
+        raise ReducioError(f"preset: must be one of {', '.join(PRESETS[name])} for {name}, is {preset!r}")
+    made = _MAKERS[name](path, tensors, stated, preset, dict(config or {}))
+    if dtype is not None:
+        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in made.tensors.items()}
+        made = dataclasses.replace(made, tensors=cast)
+    target = Path(out).expanduser() if out is not None else Path(str(into)).expanduser() / name
+    lacks = _write(made, target, None if into is None else target.parent)
+    return {
+        "source": str(path),
+        "component": name,
+        "path": str(target),
+        "tensors": len(made.tensors),
+        "parameters": sum(t.numel() for t in made.tensors.values()),
+        "left_out": made.left_out,
+        "fresh": made.fresh,
+        "model_lacks": lacks,
+    }
+
+
+def export(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Write a vae as the release has it: a pickled {"state_dict": ...} (.ckpt, .pt, .pth), or plain safetensors.
+
+    `source` is a component folder or a model folder. Raises ReducioError for another component or ending of the name.
+    """
+    folder, target = Path(source).expanduser(), Path(out).expanduser()
+    folder = folder / "vae" if (folder / INDEX).is_file() else folder
+    if target.suffix not in (".ckpt", ".pt", ".pth", ".safetensors"):
+        raise ReducioError(f"out: must end in .ckpt, .pt, .pth or .safetensors, is {str(out)!r}")
+    state = load_model(ReducioVAE, VAEConfig, folder).state_dict()
+
+    def write(path: Path) -> None:
+        if target.suffix == ".safetensors":
+            save_tensors(state, path)
+        else:
+            torch.save({"state_dict": dict(state)}, path)
+
+    replace_file(target, write)
+    return {"source": str(folder), "component": "vae", "path": str(target), "tensors": len(state)}
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """The result of `convert` or `export` for people."""
+    text = [f"{result['component']}: {result['tensors']} tensors"]
+    for name, what in (("left_out", "left out"), ("fresh", "not in the source, freshly initialised")):
+        if names := result.get(name):
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            text.append(f"  {len(names)} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
+    if lacks := result.get("model_lacks"):
+        needed = [n for n in lacks if n not in OPTIONAL]
+        text.append(f"  the model can do without {', '.join(n for n in lacks if n in OPTIONAL)}")
+        text += [f"  the model still needs {', '.join(needed)}"] if needed else []
+    return [*text, f"wrote {result['path']}"]
+
+
+def _recognise(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    for name, telltale in _TELLTALES.items():
+        if any(telltale.match(n) for n in tensors):
+            return name
+    raise ReducioError(
+        f"{path}: neither a Reducio-VAE nor a PixArt transformer nor an image VAE; its names begin with "
+        f"{', '.join(list(tensors)[:3])}"
+    )
+
+
+# ---- the three components ----------------------------------------------------------------------------------------
+
+
+def _fit(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> None:
+    """Raise one ReducioError that lists all names that are missing, unexpected or of another shape."""
+    misshapen = [
+        f"{n} {list(t.shape)} instead of {list(own[n].shape)}"
+        for n, t in tensors.items()
+        if n in own and t.shape != own[n].shape
+    ]
+    missing = [n for n in own if n not in tensors and n not in fresh]
+    report(path, missing, [n for n in tensors if n not in own], misshapen)
+
+
+def _skeleton(make: Callable[[], nn.Module], what: str) -> nn.Module:
+    """A network without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (TypeError, ValueError) as error:
+        raise ReducioError(f"{what}: {error}") from error
+
+
+def _configured(config_class: Any, base: Any, config: dict[str, Any]) -> Any:
+    """`base` with the fields in `config` put over it."""
+    try:
+        return config_class.from_dict(base.to_dict() | config)
+    except (TypeError, ValueError) as error:
+        raise ReducioError(f"config: {error}") from error
+
+
+def _make_vae(
+    path: Path, tensors: dict[str, Tensor], stated: dict[str, Any], preset: str | None, config: dict[str, Any]
+) -> Component:
+    """The names of the release are ours; what else its files hold are the discriminator and LPIPS of the training."""
+    left_out = [n for n in tensors if n.startswith("loss.")]
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("loss.")}
+    base = VAE_PRESETS[preset] if preset is not None else VAEConfig()
+    if preset is None and not stated:
+        # A down-sampling that halves time as well has a kernel of three frames instead of one.
+        kernels = [t for n, t in tensors.items() if re.fullmatch(r"encoder_3d\.down\.\d+\.downsample\.conv\.weight", n)]
+        base = dataclasses.replace(base, temporal_factor=2 ** sum(k.ndim == 5 and k.shape[2] == 3 for k in kernels))
+    final = _configured(VAEConfig, base, {n: v for n, v in stated.items() if not n.startswith("_")} | config)
+    own = _skeleton(lambda: ReducioVAE(final), "config").state_dict()
+    _fit(path, own, tensors)
+    return Component("vae", _head("vae") | final.to_dict(), {n: tensors[n] for n in own}, left_out, [])
+
+
+def _make_transformer(
+    path: Path, tensors: dict[str, Tensor], stated: dict[str, Any], preset: str | None, config: dict[str, Any]
+) -> Component:
+    """PixArt's tensors, patches turned into channels; the image condition starts as a fresh Reducio-DiT's does."""
+    grid = tensors.get("pos_embed")  # the table of the .pth files, [1, rows * columns, D], and its size in tokens
+    side = math.isqrt(grid.shape[1]) if grid is not None and grid.ndim == 3 else stated.get("sample_size", 0) // 2
+    if not side and any(n.startswith("csize_embedder.") for n in tensors):
+        side = 64  # only the 1024 model is told of sizes
+    state, left_out = published_names.pixart_names(tensors)
+    if preset is None:
+        preset = f"reducio-{side * 16}"
+        if preset not in DIT_PRESETS:
+            raise ReducioError(f"{path}: does not say its size; give a preset, one of {', '.join(DIT_PRESETS)}")
+    final = _configured(DiTConfig, DIT_PRESETS[preset], config)
+    own = _skeleton(lambda: ReducioDiT(final), "config").state_dict()
+    state = published_names.pixart_patches(final, state)
+    fresh = [n for n in own if n not in state and any(part in n for part in published_names.PIXART_LACKS)]
+    _fit(path, own, state, fresh)
+    start = _fresh_transformer(final, fresh)
+    made = {n: start[n].to(state["proj_out.weight"].dtype) if n in fresh else state[n] for n in own}
+    return Component("transformer", _head("transformer") | final.to_dict(), made, left_out, fresh)
+
+
+def _fresh_transformer(config: DiTConfig, names: Sequence[str]) -> dict[str, Tensor]:
+    """At least the tensors `names` of a new Reducio-DiT. Only one block exists at a time: a whole XL takes 2.4 GB."""
+    one = dataclasses.replace(config, depth=1)
+    tensors: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same file twice gives the same folder
+        for block in range(config.depth if any("transformer_blocks." in n for n in names) else 1):
+            drawn = ReducioDiT(one).state_dict()
+            tensors |= {n.replace("transformer_blocks.0.", f"transformer_blocks.{block}."): t for n, t in drawn.items()}
+    return tensors
+
+
+def _make_content_encoder(
+    path: Path, tensors: dict[str, Tensor], stated: dict[str, Any], preset: str | None, config: dict[str, Any]
+) -> Component:
+    from diffusers import AutoencoderKL
+
+    base = {n: v for n, v in stated.items() if not n.startswith("_")}
+    if preset is not None or not base:
+        base = base | CONTENT_PRESETS[preset or "sd"]
+    network: Any = _skeleton(lambda: AutoencoderKL(**base | config), "config")
+    own = network.state_dict()
+    left_out: list[str] = []
+    if any(n.startswith(LDM_PREFIX) for n in tensors):  # a whole latent diffusion model in one file
+        left_out = [n for n in tensors if not n.startswith(LDM_PREFIX)]
+        tensors = {n.removeprefix(LDM_PREFIX): t for n, t in tensors.items() if n.startswith(LDM_PREFIX)}
+    if any(".down." in n for n in tensors):
+        tensors = published_names.ldm_vae_names(tensors, network)
+    tensors = {published_names.attention_name(n): t for n, t in tensors.items()}
+    for n, t in tensors.items():
+        # The attention was once written as 1x1 convolutions.
+        if n in own and own[n].ndim == 2 and t.ndim == 4 and t.shape[2:] == (1, 1):
+            tensors[n] = t.flatten(1)
+    _fit(path, own, tensors)
+    settings = {n: v for n, v in json.loads(network.to_json_string()).items() if n != "_name_or_path"}
+    return Component("content_encoder", settings, {n: tensors[n] for n in own}, left_out, [])
+
+
+_MAKERS = {"vae": _make_vae, "transformer": _make_transformer, "content_encoder": _make_content_encoder}
+
+
+def _head(name: str) -> dict[str, Any]:
+    return {"_class_name": CLASSES[name][1], "_reducio_fast_version": version()}
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def _write(made: Component, target: Path, model: Path | None) -> list[str]:
+    """Write the component folder, and the index of the `model` it belongs to; returns the components it lacks."""
+    earlier = read_json(target / CONFIG).get("_class_name") if (target / CONFIG).is_file() else None
+    if earlier not in (None, CLASSES[made.name][1]):
+        raise ReducioError(
+            f"{target}: holds a {earlier}, which is not replaced by another class ({CLASSES[made.name][1]})"
+        )
+    index: dict[str, Any] = {"_class_name": "ReducioPipeline", "_reducio_fast_version": version()}
+    if model is not None and (model / INDEX).is_file():
+        index = read_json(model / INDEX)
+        if index.get("_class_name") != "ReducioPipeline":
+            raise ReducioError(f"{model}: is the folder of a {index.get('_class_name')}, not of a ReducioPipeline")
+    with new_folder(target, CONFIG) as folder:
+        write_json(folder / CONFIG, made.config)
+        save_tensors(made.tensors, folder / WEIGHTS)
+    if model is None:
+        return []
+    index[made.name] = list(CLASSES[made.name])
+    if made.name == "transformer":
+        side = made.config["position_base_size"] * made.config["spatial_factor"]
+        index |= {"sample_height": side, "sample_width": side}
+        index.setdefault("clean_caption", True)  # PixArt's captions were cleaned before it saw them
+    index.setdefault("fps", 16)
+    if "scheduler" not in index:
+        (model / "scheduler").mkdir(exist_ok=True)
+        write_json(model / "scheduler" / "scheduler_config.json", _SCHEDULER)
+        index["scheduler"] = ["diffusers", _SCHEDULER["_class_name"]]
+    replace_file(model / INDEX, lambda path: write_json(path, index))
+    return [n for n in COMPONENTS if index.get(n) in (None, [None, None])]

@@ -1,0 +1,99 @@
+"""Folders of diffusers pipelines, loaded one component at a time."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..system.errors import ReducioError
+from .hub import find_model, not_fetched
+from .networks import LIBRARIES, load_foreign
+from .strict_files import INDEX, read_json, write_json
+
+
+def find_text_to_image(name: str | os.PathLike[str]) -> Path:
+    """The folder of a diffusers text-to-image pipeline, or the local copy of that hub repository `owner/name`.
+
+    From the hub only the files that the pipeline names are fetched, as safetensors. Raises ReducioError where there is
+    neither, with what to download.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or str(name).count("/") != 1:
+        return find_model(name, "text_to_image")
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # with no network it would say in three lines what the error says in one
+    try:
+        return Path(DiffusionPipeline.download(str(name), use_safetensors=True, local_files_only=HF_HUB_OFFLINE))
+    except (OSError, ValueError) as error:
+        raise not_fetched("text_to_image", str(name), error) from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+
+
+def load_text_to_image(
+    folder: Path,
+    shared: dict[str, Any],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    loaded: dict[Path, Any] | None = None,
+) -> Any:
+    """Load a diffusers pipeline folder. A component without a sub-folder of its own is taken from `shared`.
+
+    `loaded`: components by the folder they came from; one that lies in the same folder is taken, not loaded again.
+    Components are loaded one by one rather than by the pipeline's `from_pretrained`: strictly, and without importing
+    what they do not need.
+    """
+    index = read_json(folder / INDEX)
+    class_name = index.get("_class_name")
+    cls = getattr(importlib.import_module("diffusers"), str(class_name), None)
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        raise ReducioError(f"{folder / INDEX}: names the pipeline {class_name!r}, which diffusers does not have")
+    components: dict[str, Any] = {}
+    for name, value in index.items():
+        if name.startswith("_"):
+            continue
+        if not _is_component(value):
+            components[name] = value  # a plain setting of the pipeline
+        elif value[0] is None:
+            components[name] = None
+        elif (known := (loaded or {}).get((folder / name).resolve())) is not None:
+            components[name] = known
+        elif (folder / name).is_dir():
+            components[name] = load_foreign(_library(value[0]), value[1], folder / name, dtype, device)
+        elif shared.get(name) is not None:
+            components[name] = shared[name]
+        else:
+            raise ReducioError(f"{folder}: {name} has no folder here and the model shares no component of that name")
+    try:
+        return cls(**components)
+    except (TypeError, ValueError) as error:
+        raise ReducioError(f"{folder / INDEX}: {class_name} cannot be built: {error}") from error
+
+
+def save_text_to_image(pipeline: Any, folder: Path, shared: dict[str, Any]) -> None:
+    """Write a diffusers pipeline, except the components that are the very objects in `shared`; the index names all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, component in pipeline.components.items():
+        if component is not None and component is not shared.get(name):
+            component.save_pretrained(folder / name)
+    settings = {n: list(v) if isinstance(v, tuple) else v for n, v in pipeline.config.items() if n != "_name_or_path"}
+    write_json(folder / INDEX, {"_class_name": type(pipeline).__name__} | settings)
+
+
+def _library(name: str) -> str:
+    """diffusers names the modules of its own pipelines without their package: stable_diffusion has a safety checker."""
+    pipelines = importlib.import_module("diffusers.pipelines")
+    return f"diffusers.pipelines.{name}" if name not in LIBRARIES and hasattr(pipelines, name) else name
+
+
+def _is_component(value: Any) -> bool:
+    """In a diffusers index a component is a pair [library, class], [null, null] where it is left out."""
+    return isinstance(value, list) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)

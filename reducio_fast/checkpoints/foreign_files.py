@@ -1,0 +1,81 @@
+"""Weights as other projects publish them, pickles included, read without running any code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..system.errors import ReducioError
+from .strict_files import CONFIG, INDEX, PICKLES, WEIGHTS, check_component, load_tensors, read_json
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: Path, component: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a weights file or a component folder by name, and the folder's configuration ({} for a file).
+
+    In the folder of a whole pipeline it is the transformer, else the vae; `component` decides where it has both.
+    """
+    if not path.exists():
+        raise ReducioError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return _read_file(path), {}
+    if (path / INDEX).is_file():
+        has = read_json(path / INDEX)
+        wanted = "vae" if component == "content_encoder" or "transformer" not in has else "transformer"
+        return read_weights(path / wanted)
+    stated = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    shards = sorted(path.glob("*.safetensors.index.json"))
+    if shards:
+        check_component(path)
+        files = sorted({path / file for file in read_json(shards[0])["weight_map"].values()})
+        return {name: tensor for file in files for name, tensor in _read_file(file).items()}, stated
+    # The plain name first: beside it may lie a half-precision variant of the same weights.
+    files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
+    files = files or sorted(p for p in path.iterdir() if p.suffix in PICKLES)
+    if len(files) != 1:
+        names = ", ".join(f.name for f in files) or "none"
+        raise ReducioError(f"{path}: must hold one file of weights, holds {names}; name the file itself")
+    return _read_file(files[0]), stated
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    loaded = _unpickle(path)
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(state, Mapping) or not state:
+        raise ReducioError(f"{path}: holds a {type(state).__name__}, must hold tensors by name")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ReducioError(f"{path}: entry {name!r} is a {type(value).__name__}, must be a tensor")
+    if all(name.startswith("module.") for name in state):  # written by DistributedDataParallel
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
+def _unpickle(path: Path) -> Any:
+    """torch.load, restricted to tensors and plain values; memory-mapped where the file allows it."""
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"  # torch's format since 1.6; older files cannot be mapped
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about old pickles, which are read or refused all the same
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError as error:
+        raise ReducioError(f"{path}: not readable ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
+        # torch's own message tells at length how to switch the restriction off.
+        found = re.search(r"(?:GLOBAL|[Cc]lass) ([\w.]+)", str(error))
+        what = f"asks for {found[1]}" if found else "cannot be read without running what it says"
+        raise ReducioError(f"{path}: refused, a pickle of more than tensors: it {what}") from error
+    except Exception as error:  # half a dozen types for a damaged file
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ReducioError(f"{path}: damaged ({line})") from error

@@ -1,0 +1,71 @@
+"""Model folders and the Hugging Face hub: find or fetch one, upload one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+from ..system.errors import ReducioError
+from .model_card import CARD
+
+
+def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token: str | None, message: str) -> str:
+    """Upload what `save` writes to the hub repository `repo_id`, made if there is none; returns the commit's address.
+
+    A model card that the repository has already stays. Raises ReducioError for whatever the hub refuses.
+    """
+    from huggingface_hub import HfApi  # a bare GPU machine is without, and never uploads
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / repo_id.rpartition("/")[2]
+        save(folder)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            kept = [CARD] if api.file_exists(repo_id, CARD) else None
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=kept
+            )
+        except (OSError, ValueError) as error:  # every failure of the hub client is one of these, a lost network too
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ReducioError(f"repo_id: {repo_id!r} could not be written on the hub ({line})") from error
+    return str(commit.commit_url)
+
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # what a folder of the diffusers layout holds
+
+
+def find_model(model: str | os.PathLike[str], argument: str = "model", files: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder of a model: itself if it is one, else the local copy of a Hugging Face hub repository `owner/name`.
+
+    `argument` names what was given, `files` are patterns of those to fetch. Raises ReducioError where there is neither;
+    with no network, the line says what to download.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    parts = name.split("/")
+    if path.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or path.parent.is_dir():
+        raise ReducioError(f"{argument}: {name!r} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Weights as safetensors and the small files around them; pickles in the same repository stay where they are.
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:  # every failure of the hub client is one of these, a lost network too
+        certain = not any("*" in file or "/" in file for file in files)  # else they may not all be there
+        raise not_fetched(argument, name, error, files if certain else ()) from error
+
+
+def not_fetched(argument: str, name: str, error: Exception, files: Sequence[str] = ()) -> ReducioError:
+    """The one line for a hub repository that is not here and cannot be had: it says what to download."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    wanted = " ".join([name, *files])
+    return ReducioError(
+        f"{argument}: {name!r} is no local folder and could not be fetched from the hub ({reason}); "
+        f"where there is a network, run `hf download {wanted} --local-dir DIR`, then pass DIR"
+    )

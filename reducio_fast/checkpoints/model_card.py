@@ -1,0 +1,82 @@
+"""What makes a model folder a hub repository: the model card and `pipeline.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from torch import nn
+
+from .networks import pipeline_networks
+
+CARD = "README.md"
+PIPELINE_FILE = "pipeline.py"
+
+_PIPELINE_CODE = '''"""Opens this folder through diffusers; needs `pip install reducio-fast`.
+
+    DiffusionPipeline.from_pretrained(FOLDER_OR_HUB_ID, custom_pipeline="pipeline", trust_remote_code=True)
+"""
+
+from reducio_fast import DiffusersReducioPipeline  # noqa: F401
+'''
+
+_CARD_TEXT = """
+# {title}
+
+A [Reducio](https://arxiv.org/abs/2411.13552) model: text and an image in, a clip of {frames} frames of {height}x{width}
+at {fps:g} frames a second out.
+
+With reducio-fast (`pip install reducio-fast`):
+
+```python
+from reducio_fast import ReducioPipeline
+
+pipe = ReducioPipeline.from_pretrained("{title}")  # this folder, or its hub id
+pipe("what the clip shall show").save("clip.mp4")
+```
+
+Through diffusers, where reducio-fast is installed:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{title}", custom_pipeline="pipeline", trust_remote_code=True)
+```
+
+| component | class | parameters |
+|---|---|---|
+{rows}
+"""
+
+
+def write_card(folder: Path, components: Mapping[str, Any], settings: Mapping[str, Any], title: str) -> None:
+    """Write `README.md` and `pipeline.py`; a card that is there already belongs to its author and stays.
+
+    What the weights were trained on, and their licence, is for the author to add.
+    """
+    (folder / PIPELINE_FILE).write_text(_PIPELINE_CODE, encoding="utf-8")
+    if (folder / CARD).exists():
+        return
+    given = {name: part for name, part in components.items() if part is not None}
+    data = ModelCardData(
+        library_name="reducio-fast",
+        pipeline_tag="text-to-video" if "text_to_image" in given else "image-to-video",
+        tags=["reducio", "diffusers", "safetensors"],
+    )
+    text = _CARD_TEXT.format(
+        title=title,
+        frames=components["vae"].config.num_frames,
+        height=settings["sample_height"],
+        width=settings["sample_width"],
+        fps=settings["fps"],
+        rows="\n".join(f"| {n} | {type(part).__name__} | {_parameters(part)} |" for n, part in given.items()),
+    )
+    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
+
+
+def _parameters(part: Any) -> str:
+    networks = pipeline_networks(part) if hasattr(part, "components") else [part]
+    count = sum(p.numel() for n in networks if isinstance(n, nn.Module) for p in n.parameters())
+    return f"{count:,}" if count else ""

@@ -1,0 +1,219 @@
+"""Networks from strict files: our two, and those of diffusers and transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..system.errors import ReducioError
+from .strict_files import (
+    CONFIG,
+    WEIGHTS,
+    check_component,
+    load_tensors,
+    read_json,
+    report,
+    save_tensors,
+    version,
+    write_json,
+)
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def pipeline_networks(pipeline: Any) -> list[nn.Module]:
+    """The torch modules of a diffusers pipeline."""
+    return [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
+
+
+LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name besides our own and open_clip's tower
+DISTRIBUTIONS = {  # of the modules that not every machine has
+    "bs4": "beautifulsoup4",
+    "ftfy": "ftfy",
+    "google.protobuf": "protobuf",
+    "sentencepiece": "sentencepiece",
+}
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Make `tensors` the weights of `module`, all or nothing. `where` names their file in the report."""
+    own = module.state_dict()
+    misshapen = [
+        f"{n} {list(t.shape)} instead of {list(own[n].shape)}"
+        for n, t in tensors.items()
+        if n in own and t.shape != own[n].shape
+    ]
+    report(where, [n for n in own if n not in tensors], [n for n in tensors if n not in own], misshapen)
+    module.load_state_dict(tensors, strict=True, assign=True)
+
+
+class _NoRandomInit(TorchFunctionMode):
+    """Leave fresh weights zero. Filling a billion numbers that a file replaces takes longer than loading them.
+
+    Unlike construction on the meta device this keeps the buffers that no file holds (masks, tables) real.
+    """
+
+    # The functions of nn.init are what a mode sees where they look out for one, else the method they call.
+    FILLS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, torch.Tensor.uniform_, torch.Tensor.normal_)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.FILLS:
+            # Zero, not whatever the memory held: `trunc_normal_` draws again until every value lies in its range.
+            return nn.init.zeros_(args[0] if args else (kwargs or {})["tensor"])
+        return func(*args, **(kwargs or {}))
+
+
+def build(
+    make: Callable[[], _Model], tensors: Mapping[str, Tensor], where: Path, device: str | torch.device = "cpu"
+) -> _Model:
+    """A frozen model in eval mode: `make()` without its random initialisation, then `tensors` as its weights."""
+    with _NoRandomInit():
+        model = make()
+    assign(model, tensors, where)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def load_model(
+    model_class: type[_Model],
+    config_class: Any,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> _Model:
+    """Load one of our two networks (`ReducioVAE`, `ReducioDiT`) from its component folder.
+
+    `dtype` None keeps what is stored. Raises ReducioError for a missing or broken file, a configuration that does not
+    validate, and weights that do not fit it.
+    """
+    folder = Path(folder)
+    values = read_json(folder / CONFIG)
+    stated = values.get("_class_name", model_class.__name__)
+    if stated != model_class.__name__:
+        raise ReducioError(f"{folder / CONFIG}: describes a {stated}, not a {model_class.__name__}")
+    try:
+        config = config_class.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ReducioError(f"{folder / CONFIG}: {error}") from error
+    check_component(folder)
+    path = folder / WEIGHTS
+    return build(lambda: model_class(config), load_tensors(path, dtype, device), path, device)
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Write `config.json` and the weights of a `ReducioVAE` or `ReducioDiT` into `folder`, in the dtype they have."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"_class_name": type(model).__name__, "_reducio_fast_version": version()}
+    write_json(folder / CONFIG, metadata | model.config.to_dict())  # type: ignore[operator, union-attr]
+    save_tensors(model.state_dict(), folder / WEIGHTS)
+
+
+def load_foreign(
+    library: str,
+    class_name: str,
+    folder: Path,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    skip: tuple[str, ...] = (),
+) -> Any:
+    """Load a component of diffusers or transformers by class name; a network strictly, in `dtype`, and frozen.
+
+    Tensors in the files that the network has no place for are an error, unless their names begin with one of `skip`.
+    """
+    if library.split(".")[0] not in LIBRARIES:
+        raise ReducioError(f"{folder}: is of library {library!r}; known are {', '.join(LIBRARIES)}")
+    cls = getattr(importlib.import_module(library), class_name, None)
+    if not hasattr(cls, "from_pretrained"):
+        installed = f"{library} {_installed(library.split('.')[0])}"
+        raise ReducioError(f"{folder}: is a {class_name}, which {installed} does not have")
+    if not folder.is_dir():
+        raise ReducioError(f"{folder}: no such folder")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+            require("sentencepiece", "google.protobuf", argument=str(folder / "spiece.model"))
+        # An Auto class would else ask at the terminal whether it may run code that lies in the folder.
+        safe = {"trust_remote_code": False} if class_name.startswith("Auto") else {}
+        return _from_pretrained(cls, folder, **safe)
+    check_component(folder)
+    # diffusers renamed `torch_dtype` to `dtype` and warns about the old word, so its models are cast after loading.
+    words: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
+    words["variant"] = _variant(folder)
+    if library.startswith("diffusers") and importlib.util.find_spec("accelerate") is None:
+        words["low_cpu_mem_usage"] = False  # what it does then anyway, but not without five lines on stderr
+    with quiet_transformers():
+        model, info = _from_pretrained(cls, folder, output_loading_info=True, use_safetensors=True, **words)
+    misshapen = [str(m[0]) for m in info.get("mismatched_keys", ())]
+    unexpected = [name for name in sorted(info["unexpected_keys"]) if not name.startswith(skip)]
+    report(folder, sorted(info["missing_keys"]), unexpected, misshapen)
+    return cast(model, device, dtype).requires_grad_(False).eval()
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of a folder that holds weights of one variant alone, such as "fp16" (model.fp16.safetensors)."""
+    names = [file.name.split(".") for file in folder.glob("*.safetensors")]
+    variants = {name[1].split("-")[0] if len(name) == 3 else None for name in names}
+    return variants.pop() if len(variants) == 1 else None
+
+
+def cast(network: _Model, device: str | torch.device, dtype: torch.dtype) -> _Model:
+    """`network.to`, in place, without the line that diffusers' models print at every change of dtype.
+
+    Layers that transformers keeps in float32 when the rest is float16 stay so: T5's `wo`, whose sums leave float16's
+    range in the published weights.
+    """
+    nn.Module.to(network, device=device)
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    for path, module in network.named_modules():
+        kind = torch.float32 if kept & set(path.split(".")) else dtype
+        module._apply(lambda t, kind=kind: t.to(kind) if t.is_floating_point() else t, recurse=False)
+    return network
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bar for each file that transformers reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _installed(library: str) -> str:
+    return importlib.metadata.version(library)
+
+
+def _from_pretrained(cls: Any, folder: Path, **words: Any) -> Any:
+    try:
+        return cls.from_pretrained(str(folder), local_files_only=True, **words)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ReducioError(f"{folder}: {cls.__name__} could not be loaded: {' '.join(lines[:3])}") from error
+
+
+def require(*modules: str, argument: str) -> None:
+    """ReducioError naming the distributions of `modules` that are not installed."""
+    missing = [module for module in modules if not _importable(module)]
+    if missing:
+        names = " and ".join(DISTRIBUTIONS[module] for module in missing)
+        raise ReducioError(f"{argument}: needs {names}, not installed here (pip install {names.replace(' and', '')})")
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # the parent package is missing; a module that was blocked by None
+        return False

@@ -1,0 +1,76 @@
+"""Motion latents on disk, with all that decoding needs: what remains of a call whose last stage found no memory.
+
+One safetensors file: `latents` float32 [N, 16, T/f, H/32, W/32], `content` uint8 [N, H, W, 3] (the content frames),
+and as metadata the frame rate and the seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..system.cache_folder import root
+from ..system.errors import ReducioError
+
+FORMAT = "reducio-fast latents 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    latents: Tensor
+    content: np.ndarray
+    fps: float
+    seeds: list[int]
+
+
+def save(path: Path, clips: Latents) -> None:
+    """Written under another name and renamed. Raises OSError where that cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "latents": clips.latents.detach().float().cpu().contiguous(),
+        "content": torch.from_numpy(np.ascontiguousarray(clips.content)),
+    }
+    about = {"format": FORMAT, "fps": json.dumps(clips.fps), "seeds": json.dumps(clips.seeds)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, about)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> Latents:
+    """Raises ReducioError for a file that is none of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise ReducioError(f"{path}: holds {about.get('format', 'no latents')!r}, must hold {FORMAT!r}")
+            latents, frames = file.get_tensor("latents"), file.get_tensor("content").numpy()
+        return Latents(latents, frames, float(json.loads(about["fps"])), list(json.loads(about["seeds"])))
+    except FileNotFoundError:
+        raise ReducioError(f"{path}: no such file") from None
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if isinstance(error, ReducioError):
+            raise
+        raise ReducioError(f"{path}: is no file of latents ({error})") from error
+
+
+def rescue(clips: list[tuple[Tensor, np.ndarray]], seeds: list[int], fps: float) -> str:
+    """Keep latents and content frames for which there was no memory, and say in half a line where."""
+    path = root() / "latents" / f"clip-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{seeds[0]}.safetensors"
+    latents, frames = torch.cat([z for z, _ in clips]), np.stack([frame for _, frame in clips])
+    try:
+        save(path, Latents(latents, frames, fps, seeds))
+    except OSError as error:
+        return f"the latents could not be kept in {path} either ({error.strerror})"
+    return f"the latents are kept, `reducio-fast decode {path} --out clip.mp4` makes frames of them"

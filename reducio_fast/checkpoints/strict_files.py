@@ -1,0 +1,186 @@
+"""Safetensors and JSON files, read strictly.
+
+Where a file and a model disagree, the error lists what is missing, unexpected or of another shape; a file that is cut
+short or a pickle is refused by name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import pickle
+import struct
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..system.errors import ReducioError
+
+INDEX = "model_index.json"
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+# Of an element, by safetensors' name of its type; the narrow ones are packed.
+DTYPE_BITS = (
+    dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+    | dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)
+    | dict.fromkeys(("U32", "I32", "F32"), 32)
+    | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
+    | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+)
+NAMES_SHOWN = 8  # of each kind in a report: an error stays one readable line even when all 437 names differ
+
+
+def version() -> str:
+    """Of this package, as installed."""
+    return importlib.metadata.version("reducio-fast")
+
+
+def embedded_model() -> Path:
+    """Folder of the small model inside the package; ReducioError where an installation came without."""
+    folder = Path(str(resources.files("reducio_fast"))) / "models" / "tiny"
+    if not (folder / INDEX).is_file():
+        raise ReducioError(f"model: none named, and this installation has no embedded one ({folder})")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ReducioError if there is none or it is no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReducioError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ReducioError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ReducioError(f"{path}: holds a JSON {type(values).__name__}, must hold an object")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a file that is not a whole safetensors file, and say what it is instead. Reads the header only."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            header = file.read(length) if length <= MAX_HEADER else b""
+    except FileNotFoundError:
+        raise ReducioError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ReducioError(f"{path}: not readable ({error.strerror})") from error
+    if len(start) == 8 and length > MAX_HEADER:  # so the file does not begin with the length of a header
+        if start[:2] == b"PK" or start[:1] == pickle.PROTO:
+            raise ReducioError(f"{path}: is a pickle, not safetensors; pickles can run code and are never loaded")
+        if start == b"version ":
+            raise ReducioError(f"{path}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+        raise ReducioError(f"{path}: not a safetensors file")
+    if len(start) < 8 or length > size - 8:
+        raise ReducioError(f"{path}: truncated, its {size} bytes do not even hold the header")
+    end = _check_header(path, header)
+    if size != 8 + length + end:
+        state = "truncated" if size < 8 + length + end else "damaged"
+        raise ReducioError(f"{path}: {state}, has {size} bytes and its header announces {8 + length + end}")
+
+
+def _check_header(path: Path, header: bytes) -> int:
+    """The bytes of data that a safetensors header announces. Refuses one whose tensors are not what they claim to be.
+
+    Nothing is allocated by what a header says, so a shape of 10^18 costs no more than the line that refuses it.
+    """
+    try:
+        entries = json.loads(header, object_pairs_hook=_unique)
+        spans = []
+        for name, entry in entries.items():
+            if name == "__metadata__":
+                continue
+            shape, (start, stop), bits = entry["shape"], entry["data_offsets"], DTYPE_BITS[entry["dtype"]]
+            if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+                raise ReducioError(f"{path}: damaged, {name} has shape {shape} at bytes {start} to {stop}")
+            if stop - start != (needed := math.prod(shape) * bits // 8):
+                has = f"{stop - start} bytes ({start} to {stop})"
+                raise ReducioError(f"{path}: damaged, {name} has {has}; {entry['dtype']} {shape} needs {needed}")
+            spans.append((start, stop, name))
+    except ReducioError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise ReducioError(f"{path}: not a safetensors file") from None
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            fault = "overlaps the tensor before it" if start < end else f"leaves {start - end} bytes unused before it"
+            raise ReducioError(f"{path}: damaged, {name} at bytes {start} to {stop} {fault}")
+        end = stop
+    return end
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without repeated names: readers differ in which of two they believe."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("repeated name")
+    return values
+
+
+def check_component(folder: Path) -> None:
+    """Refuse a component folder without whole safetensors weights: missing, pickled, cut short or short of a shard."""
+    if not folder.is_dir():
+        raise ReducioError(f"{folder}: no such folder")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+        if pickles:
+            raise ReducioError(f"{folder}: holds the pickle {pickles[0]} and no safetensors; pickles are never loaded")
+        raise ReducioError(f"{folder}: holds no safetensors file")
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(read_json(index).get("weight_map", {}).values())
+        if missing := sorted(shards - {f.name for f in files}):
+            raise ReducioError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there")
+    for file in files:
+        check_safetensors(file)
+
+
+def load_tensors(
+    path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", skip: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """All tensors of one safetensors file but those whose names begin with one of `skip`, which are not read.
+
+    Floating-point ones come as `dtype` if one is given.
+    """
+    check_safetensors(path)
+    tensors = {}
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        for name in file.keys():  # noqa: SIM118  safe_open is not iterable
+            if name.startswith(skip):
+                continue
+            tensor = file.get_tensor(name)
+            tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    return tensors
+
+
+def report(where: Path, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
+    """Raise one ReducioError that lists every disagreement between a file and its model; return if there is none."""
+    parts = []
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    for kind, names in kinds:
+        if names:
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            parts.append(f"{len(names)} {kind}: {', '.join(names[:NAMES_SHOWN])}{more}")
+    if parts:
+        raise ReducioError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})

@@ -1,0 +1,1 @@
+"""The `reducio-fast` command: one file a sub-command."""

@@ -1,0 +1,1 @@
+"""Clips to learn from: the toy world, photographs under camera moves."""

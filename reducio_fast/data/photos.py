@@ -1,0 +1,148 @@
+"""Photographs under camera moves: natural textures for the video autoencoder, without a download.
+
+The pictures are those that the scikit-image and scikit-learn wheels carry, on the terms their documentation states:
+
+    training   astronaut          public domain (NASA)
+               chelsea            CC0 (Stefan van der Walt)
+               camera             CC0 (Lav Varshney)
+               flower             CC BY 2.0 (vultilion, flickr.com/photos/vultilion/6056698931)
+               hubble_deep_field  public domain (NASA)
+               retina             CC0 (Mikael Haggstrom)
+               ihc                no known copyright restrictions (Center for Microscopy and Molecular Imaging)
+               brick, gravel      CC0 (CC0Textures)
+               grass              CC0 (linolafett)
+    held out   coffee             CC0 (Rachel Michetti)
+               china              CC BY 2.0 (danielbuechele, flickr.com/photos/danielbuechele/6061409035)
+               rocket             public domain (SpaceX)
+
+Pictures without stated terms (moon, the stereo motorcycle) are left out. The split is by picture, so no texture of the
+held-out ones is ever trained on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..system.errors import ReducioError
+
+_SKIMAGE, _SKLEARN = ("skimage", "data"), ("sklearn", "datasets/images")
+_FILES: dict[str, tuple[tuple[str, str], str]] = {
+    "astronaut": (_SKIMAGE, "astronaut.png"),
+    "chelsea": (_SKIMAGE, "chelsea.png"),
+    "camera": (_SKIMAGE, "camera.png"),
+    "flower": (_SKLEARN, "flower.jpg"),
+    "hubble_deep_field": (_SKIMAGE, "hubble_deep_field.jpg"),
+    "retina": (_SKIMAGE, "retina.jpg"),
+    "ihc": (_SKIMAGE, "ihc.png"),
+    "brick": (_SKIMAGE, "brick.png"),
+    "gravel": (_SKIMAGE, "gravel.png"),
+    "grass": (_SKIMAGE, "grass.png"),
+    "coffee": (_SKIMAGE, "coffee.png"),
+    "china": (_SKLEARN, "china.jpg"),
+    "rocket": (_SKIMAGE, "rocket.jpg"),
+}
+HELD_OUT_PHOTOS: tuple[str, ...] = ("coffee", "china", "rocket")
+TRAINING_PHOTOS: tuple[str, ...] = tuple(name for name in _FILES if name not in HELD_OUT_PHOTOS)
+
+# Between two neighbours of a picture's pyramid. The level is chosen so that one output pixel spans 0.84 to 1.19 of its
+# pixels: close enough to 1 that bicubic sampling neither aliases nor softens visibly.
+_PYRAMID_STEP = math.sqrt(2.0)
+
+
+@functools.lru_cache(maxsize=len(_FILES))
+def _pyramid(name: str) -> list[torch.Tensor]:
+    """A picture and its anti-aliased reductions by powers of `_PYRAMID_STEP`, float32 [1, 3, H, W] in 0..255."""
+    (package, folder), file = _FILES[name]
+    spec = importlib.util.find_spec(package)
+    root = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    if root is None or not (root / folder / file).is_file():
+        raise ReducioError(
+            f"the photograph {name!r} comes with {package}, which is not installed or lacks {folder}/{file}; "
+            'pip install "reducio-fast[train]"'
+        )
+    with Image.open(root / folder / file) as opened:
+        picture = opened.convert("RGB")
+    levels = [picture]
+    while min(picture.size) / _PYRAMID_STEP ** len(levels) >= 64:
+        scale = _PYRAMID_STEP ** -len(levels)
+        shape = (round(picture.width * scale), round(picture.height * scale))
+        levels.append(picture.resize(shape, Image.Resampling.LANCZOS))
+    return [torch.from_numpy(np.array(level, np.float32)).permute(2, 0, 1)[None].contiguous() for level in levels]
+
+
+def load_photo(name: str) -> np.ndarray:
+    """One picture, uint8 [H, W, 3]. Raises `ReducioError` if the package that carries it is not installed."""
+    if name not in _FILES:
+        raise ReducioError(f"photo name={name!r} is unknown; known: {', '.join(_FILES)}")
+    return _pyramid(name)[0][0].permute(1, 2, 0).numpy().astype(np.uint8)
+
+
+def _camera_move(rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offsets [T, 2] in view widths, zooms [T] (view width relative to the start or end) and angles [T] in radians."""
+    time = np.linspace(0.0, 1.0, num_frames) if num_frames > 1 else np.zeros(1)
+    ease = rng.uniform(0.0, 1.0)  # from constant speed to a soft start and stop
+    time = (1.0 - ease) * time + ease * time * time * (3.0 - 2.0 * time)
+    # One main move of 8-25% of the frame, and a little of the others, as from a hand-held camera.
+    main = rng.choice(3, p=(0.5, 0.35, 0.15))
+    pan = rng.uniform(0.08, 0.25) if main == 0 else rng.uniform(0.0, 0.05)
+    heading = rng.uniform(0.0, 2.0 * np.pi)
+    # The frame's edge lies half a width from the centre, so a zoom by exp(2 d) moves it by about d widths.
+    zoom = rng.choice([-1.0, 1.0]) * 2.0 * (rng.uniform(0.08, 0.2) if main == 1 else rng.uniform(0.0, 0.03))
+    angle = rng.choice([-1.0, 1.0]) * (rng.uniform(0.15, 0.3) if main == 2 else rng.uniform(0.0, 0.03))
+    offsets = pan * time[:, None] * np.array([np.cos(heading), np.sin(heading)])
+    return offsets, np.exp(-abs(zoom) * (time if zoom < 0 else 1.0 - time)), angle * (time - 0.5)
+
+
+def render(
+    rng: np.random.Generator, size: int = 128, num_frames: int = 16, held_out: bool = False, name: str | None = None
+) -> np.ndarray:
+    """One picture under one smooth camera move (pan, zoom in or out, slight rotation), uint8 [T, size, size, 3].
+
+    The view moves by 8-25% of the frame over the clip. `held_out` chooses the side of the split, `name` one picture.
+    Training clips are mirrored and tinted at random, held-out ones are not. A view wider than the picture allows
+    is narrowed, so above a size of about 250 the smallest pictures are enlarged. Raises `ReducioError` for a size below
+    16, for no frames and where the picture's package is not installed.
+    """
+    if size < 16 or num_frames < 1:
+        raise ReducioError(f"a clip needs size >= 16 and num_frames >= 1, got size={size}, num_frames={num_frames}")
+    if name is None:
+        names = HELD_OUT_PHOTOS if held_out else TRAINING_PHOTOS
+        name = names[rng.integers(len(names))]
+    elif name not in _FILES:
+        raise ReducioError(f"photo name={name!r} is unknown; known: {', '.join(_FILES)}")
+    levels = _pyramid(name)
+    height, width = levels[0].shape[-2:]
+    offsets, zooms, angles = _camera_move(rng, num_frames)
+
+    # The view's half-width that just fits, by the extent of the moving, turning square; then one between 1 and that.
+    turned = 0.5 * zooms * (np.abs(np.cos(angles)) + np.abs(np.sin(angles)))
+    low, high = (offsets - turned[:, None]).min(0), (offsets + turned[:, None]).max(0)
+    widest = 0.98 * float((np.array([width, height]) / (high - low)).min())
+    narrowest = min(size / float(zooms.min()), widest)
+    view = narrowest * (widest / narrowest) ** rng.random()  # source pixels across the widest frame
+    corner = rng.uniform(-low * view, np.array([width, height]) - high * view)
+    centres = corner + offsets * view
+
+    # The view's square in the normalised coordinates of grid_sample (align_corners=False), one matrix a frame.
+    flip = -1.0 if not held_out and rng.random() < 0.5 else 1.0
+    cos, sin = np.cos(angles) * zooms * view, np.sin(angles) * zooms * view
+    theta = np.empty((num_frames, 2, 3), np.float32)
+    theta[:, 0] = np.stack([flip * cos / width, -sin / width, 2.0 * centres[:, 0] / width - 1.0], -1)
+    theta[:, 1] = np.stack([flip * sin / height, cos / height, 2.0 * centres[:, 1] / height - 1.0], -1)
+    shrink = max(view * float(np.exp(np.log(zooms).mean())) / size, 1.0)
+    level = levels[min(round(math.log(shrink, _PYRAMID_STEP)), len(levels) - 1)]
+    grid = F.affine_grid(torch.from_numpy(theta), [num_frames, 3, size, size], align_corners=False)
+    source = level.expand(num_frames, -1, -1, -1)
+    clip = F.grid_sample(source, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    frames = clip.permute(0, 2, 3, 1).numpy()
+    if not held_out:
+        frames = frames * rng.uniform(0.8, 1.15, 3).astype(np.float32)
+    return np.rint(frames).clip(0.0, 255.0).astype(np.uint8)

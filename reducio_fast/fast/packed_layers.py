@@ -1,0 +1,89 @@
+"""Layers of the fast twins on channels-last tensors [N, T, H, W, C], with packed weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..reference.reducio import vae as ref
+from ..triton_kernels.conv3d import pack_weight, with_halo
+from .plan import Plan
+
+
+class Padding(NamedTuple):
+    """Zero frames before and after a clip, and whether a ring of zeros surrounds every frame."""
+
+    front: int = 0
+    back: int = 0
+    halo: bool = False
+
+
+DENSE = Padding()
+
+
+class Activation(NamedTuple):
+    """A tensor [N, T, H, W, C] and, where its producer has computed them, its statistics (see `conv3d`)."""
+
+    x: Tensor
+    partials: Tensor | None = None
+
+
+def pad(x: Tensor, padding: Padding) -> Tensor:
+    return with_halo(x, *padding)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """[N, T, H, W, C] -> [N, C, T, H, W], a view."""
+    return x.permute(0, 4, 1, 2, 3)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[N, C, T, H, W] -> [N, T, H, W, C], dense."""
+    return x.permute(0, 2, 3, 4, 1).contiguous()
+
+
+class FastConv(nn.Module):
+    """A 3x3x3 (or, of an image, 3x3) convolution at stride 1 over a buffer padded by `padding`: by nothing where the
+    library adds the border."""
+
+    def __init__(self, conv: nn.Conv3d | nn.Conv2d, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.weight, self.bias = frozen(pack_weight(conv.weight)), conv.bias
+        self.padding = padding_of(conv)
+        pick = ("conv3d", f"{conv.in_channels}->{conv.out_channels}")
+        self.stats = plan.takes_statistics(*pick) and not getattr(conv, "front", 0)
+        self.run = plan.pick(path, *pick)
+        if self.padding.front == self.padding.back and plan.library_pads(*pick):
+            self.padding, self.run = DENSE, functools.partial(self.run, pad=True)
+
+    def forward(self, padded: Tensor, residual: Tensor | None = None, out: Padding = DENSE) -> Activation:
+        y, partials = self.run(padded, self.weight, self.bias, residual, self.stats, *out)
+        return Activation(y, partials if self.stats else None)
+
+
+class FastNorm(nn.Module):
+    """GroupNorm, then SiLU if `silu`, into a buffer padded for what follows."""
+
+    def __init__(self, norm: nn.GroupNorm, plan: Plan, path: str, silu: bool = True) -> None:
+        super().__init__()
+        self.weight, self.bias, self.groups, self.eps = norm.weight, norm.bias, norm.num_groups, norm.eps
+        self.silu, self.per_frame = silu, isinstance(norm, ref.PerFrameGroupNorm)
+        self.run = plan.pick(path, "group_norm_silu")
+
+    def forward(self, act: Activation, out: Padding = DENSE) -> Tensor:
+        partials = None if self.per_frame else act.partials
+        return self.run(act.x, self.weight, self.bias, self.groups, self.eps, self.silu, self.per_frame, partials, *out)
+
+
+def padding_of(conv: nn.Module) -> Padding:
+    """What a convolution reads beyond its input."""
+    if isinstance(conv, nn.Conv2d):
+        return Padding(0, 0, True)
+    return Padding(conv.front, 0, True) if conv.front else Padding(1, 1, True)
+
+
+def frozen(x: Tensor) -> nn.Parameter:
+    """A packed weight: dense, and without the gradient of what it was packed from."""
+    return nn.Parameter(x.detach().contiguous(), requires_grad=False)

@@ -1,0 +1,276 @@
+"""The fast twin of `reference/reducio/dit.py`: the same network; what no step changes is computed once a clip.
+
+What differs from the reference, and why:
+- query, key and value of self-attention are one matrix product;
+- cross-attention keys and values, which no step changes, are made in `prepare`, and hidden tokens go to the end, so
+  that a count per item replaces the mask;
+- the modulation of every block and step is a table made once a schedule (it depends on the timestep only);
+- residual, gate, LayerNorm and modulation are one pass, across block boundaries and into the final layer;
+- both halves of guidance share everything up to the first cross-attention;
+- the variance half of the final layer is never computed.
+
+Legend as in the reference: B batch, L latent tokens, S condition tokens, D hidden size, N heads, K channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...compile.compiled_blocks import Regional
+from ...compile.graphs import Graphs
+from ...reference import ReducioDiT
+from ...reference.reducio.dit import NORM_EPS, Attention, DiTBlock, Grid
+from ...triton_kernels import attention
+from ..packed_layers import frozen
+from ..plan import Plan
+
+
+class Prepared(NamedTuple):
+    """What stays the same over all steps of a clip, for a batch of B items (both halves of guidance together)."""
+
+    keys_values: list[tuple[Tensor, Tensor]]  # one a block, [B, S, N, K] each
+    key_count: Tensor | None  # int32 [B]; None: every key is visible
+
+    @property
+    def batch(self) -> int:
+        return len(self.keys_values[0][0])
+
+
+class Modulation(NamedTuple):
+    """Shifts, scales and gates of every block and of the final layer, for one step [1, ...] or a schedule [steps, ...].
+
+    `blocks` [steps, depth, 6, D] in the reference's order (shift, scale, gate of attention, then of feed-forward),
+    `final` [steps, 2, D] (shift, scale).
+    """
+
+    blocks: Tensor
+    final: Tensor
+
+    def step(self, index: int) -> Modulation:
+        return Modulation(self.blocks[index : index + 1], self.final[index : index + 1])
+
+
+class FastSelfAttention(nn.Module):
+    """Query, key and value from one product [D, 3D]; the kernel reads them in place."""
+
+    def __init__(self, attention: Attention, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        parts = (attention.to_q, attention.to_k, attention.to_v)
+        self.qkv_weight = frozen(torch.cat([linear.weight for linear in parts]))
+        self.qkv_bias = frozen(torch.cat([linear.bias for linear in parts]))
+        self.to_out = attention.to_out[0]
+        head_dim = len(self.to_out.weight) // self.num_heads
+        self.attend = plan.pick(path, "attention", f"self {head_dim}")
+
+    def forward(self, y_BLD: Tensor) -> Tensor:
+        q, k, v = F.linear(y_BLD, self.qkv_weight, self.qkv_bias).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return self.to_out(self.attend(q, k, v).flatten(2))
+
+
+class FastCrossAttention(nn.Module):
+    def __init__(self, attention: Attention, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.to_q, self.to_k, self.to_v = attention.to_q, attention.to_k, attention.to_v
+        self.to_out = attention.to_out[0]
+        head_dim = len(self.to_out.weight) // self.num_heads
+        self.attend = plan.pick(path, "attention", f"cross {head_dim}")
+
+    def keys_values(self, context_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (to(context_BSD).unflatten(-1, (self.num_heads, -1)) for to in (self.to_k, self.to_v))
+        return k, v
+
+    def forward(self, x_BLD: Tensor, keys_values: tuple[Tensor, Tensor], key_count: Tensor | None) -> Tensor:
+        q = self.to_q(x_BLD).unflatten(-1, (self.num_heads, -1))
+        return self.to_out(self.attend(q, *keys_values, key_count).flatten(2))
+
+
+class FastDiTBlock(nn.Module):
+    """One block, from its first modulated norm, which it is given, to that of the next block or of the final layer."""
+
+    def __init__(self, block: DiTBlock, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.per_frame = block.per_frame
+        self.attn1 = FastSelfAttention(block.attn1, plan, f"{path}.attn1")
+        if self.per_frame:
+            self.attn_temporal = FastSelfAttention(block.attn_temporal, plan, f"{path}.attn_temporal")
+        self.attn2 = FastCrossAttention(block.attn2, plan, f"{path}.attn2")
+        self.ff = block.ff
+        self.residual_norm = plan.pick(f"{path}.norm2, and the norm after it", "gated_residual_ada_layer_norm")
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        y_BLD: Tensor,
+        modulation_6D: Tensor,
+        following_2D: tuple[Tensor, Tensor],
+        keys_values: tuple[Tensor, Tensor],
+        key_count: Tensor | None,
+        frames: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and its modulated norm -> both at the end of the block. `following_2D`: shift and scale.
+
+        In the first block the batch may be half of the keys': then both halves of guidance part here.
+        """
+        _, _, gate_1, shift_2, scale_2, gate_2 = modulation_6D
+        x_BLD = torch.addcmul(x_BLD, gate_1, self.self_attention(y_BLD, frames))
+        if self.per_frame:
+            x_BLD = x_BLD + self.temporal_attention(x_BLD, frames)
+        if len(x_BLD) != len(keys_values[0]):
+            x_BLD = torch.cat([x_BLD, x_BLD])
+        branch = self.attn2(x_BLD, keys_values, key_count)
+        B = len(x_BLD)
+        x_BLD, y_BLD = self.residual_norm(x_BLD, branch, None, _rows(shift_2, B), _rows(scale_2, B), NORM_EPS)
+        shift, scale = following_2D
+        return self.residual_norm(x_BLD, self.ff(y_BLD), _rows(gate_2, B), _rows(shift, B), _rows(scale, B), NORM_EPS)
+
+    def self_attention(self, y_BLD: Tensor, frames: int) -> Tensor:
+        if not self.per_frame:
+            return self.attn1(y_BLD)
+        B = len(y_BLD)
+        return self.attn1(y_BLD.unflatten(1, (frames, -1)).flatten(0, 1)).unflatten(0, (B, frames)).flatten(1, 2)
+
+    def temporal_attention(self, x_BLD: Tensor, frames: int) -> Tensor:
+        B = len(x_BLD)
+        y = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=NORM_EPS).unflatten(1, (frames, -1)).transpose(1, 2)
+        return self.attn_temporal(y.flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class FastReducioDiT(Regional):
+    """Built from a reference model, whose unpacked weights it shares. Evaluation only.
+
+    A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step; called like the
+    reference it does all three. Source of the network: see `reference/reducio/dit.py`.
+    """
+
+    def __init__(self, model: ReducioDiT, plan: Plan) -> None:
+        super().__init__()
+        self.config, self.null_text = model.config, model.null_text
+        self.pos_embed, self.adaln_single = model.pos_embed, model.adaln_single
+        self.patch_weight = frozen(self.pos_embed.proj.weight.flatten(1))  # patches do not overlap: a matrix product
+        self.conditioner = (model,)  # in a tuple: embeds conditions, without its weights being listed twice
+        self.transformer_blocks = nn.ModuleList(
+            FastDiTBlock(block, plan, f"transformer_blocks.{i}") for i, block in enumerate(model.transformer_blocks)
+        )
+        self.tables = frozen(torch.stack([block.scale_shift_table for block in model.transformer_blocks]))
+        self.final_table = model.scale_shift_table
+        keep, patch = model.config.latent_channels, math.prod(model.config.patch_size)
+        self.out_weight, self.out_bias = (
+            frozen(p.unflatten(0, (patch, -1))[:, :keep].flatten(0, 1))
+            for p in (model.proj_out.weight, model.proj_out.bias)
+        )
+        self.first_norm = plan.pick("transformer_blocks.0.norm1", "ada_layer_norm")
+        self.step_update = plan.pick("sampler", "guidance_dpm_step")
+        self.masks_keys = self.transformer_blocks[0].attn2.attend is attention.twin  # our kernel stops at a count
+        self.positions: dict[Grid, Tensor] = {}
+        self.graphs: Graphs | None = None  # through which the sampler runs a step; None: eagerly
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out_weight.dtype
+
+    @torch.no_grad()
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        semantic: Tensor | None = None,
+        content: Tensor | None = None,
+        *,
+        size: Tensor | None = None,
+    ) -> Tensor:
+        """As the reference's, without the variance: [B, latent_channels, T, H, W]. All items share one timestep.
+
+        Raises ValueError as the reference does, and for timesteps or sizes that differ between the items.
+        """
+        self.conditioner[0].check_inputs(
+            latent, timestep, text=text, text_mask=text_mask, semantic=semantic, content=content, size=size
+        )
+        for name, value in (("timestep", timestep), ("size", size)):
+            if value is not None and value.ndim and bool((value != value[:1]).any()):
+                raise ValueError(f"{name} differs between the items of the batch: {value.tolist()}")
+        modulation = self.modulations(timestep.flatten()[:1], latent.shape[-2:], None if size is None else size[:1])
+        return self.denoise(latent, modulation, self.prepare(text, text_mask, semantic, content))
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        semantic: Tensor | None = None,
+        content: Tensor | None = None,
+    ) -> Prepared:
+        """Cross-attention keys and values of every block; arguments as in the reference's `forward`."""
+        condition = self.conditioner[0].embed_condition(text, text_mask, semantic, content)
+        tokens, count = condition.tokens, None
+        if condition.mask is not None:
+            # Attention does not ask in which order its keys come: visible ones first, and a count says how many.
+            order = condition.mask.int().argsort(dim=1, descending=True, stable=True)
+            tokens = [t.gather(1, order[..., None].expand_as(t)) for t in tokens]
+            count = condition.mask.sum(1, dtype=torch.int32)
+            if count.is_meta and self.masks_keys:
+                count = None  # a forecast has no prompt: of the longest, every key is seen
+            elif count.device.type == "cpu" and self.graphs is None:
+                # No keys but those that some item sees, and no mask where all see as many: 20% of a small model's step.
+                # On a GPU the kernel stops at the count; asking for it would wait. Graphs want one shape for prompts of
+                # any length; compiled blocks take any number of keys.
+                seen = max(int(count.max()), 1)
+                tokens = [t[:, :seen] for t in tokens]
+                count = None if bool((count == seen).all()) else count
+        keys_values = [
+            block.attn2.keys_values(tokens[index % len(tokens)]) for index, block in enumerate(self.transformer_blocks)
+        ]
+        return Prepared(keys_values, count)
+
+    @torch.no_grad()
+    def modulations(
+        self, timesteps: Tensor, latent_size: tuple[int, int] | torch.Size, size: Tensor | None = None
+    ) -> Modulation:
+        """The table of a schedule: timesteps [steps]; latent_size (H, W) in cells; size [1, 2] in pixels."""
+        if size is None:
+            pixels = [float(n * self.config.spatial_factor) for n in latent_size]
+            size = torch.tensor([pixels], device=timesteps.device)
+        shared_S6D, embedding_SD = self.adaln_single(timesteps, size.expand(len(timesteps), 2))
+        return Modulation(self.tables + shared_S6D[:, None], self.final_table + embedding_SD[:, None])
+
+    @torch.no_grad()
+    def denoise(self, latent: Tensor, modulation: Modulation, prepared: Prepared) -> Tensor:
+        """One prediction. latent [B, C, T, H, W], or half of `prepared`'s batch: then both halves of guidance, the
+        unconditional first, are predicted from the one latent. Returns [prepared.batch, latent_channels, T, H, W]."""
+        pt, ph, pw = self.config.patch_size
+        T, H, W = latent.shape[2:]
+        grid = (T // pt, H // ph, W // pw)
+        x, blocks_M6D, (shift, scale) = self.tokens(latent, grid), modulation.blocks[0], modulation.final[0]
+        if self.regions is not None and len(x) != prepared.batch:
+            x = torch.cat([x, x])  # one shape for all blocks to compile: half a self-attention of all more, if that
+        y = self.first_norm(x, _rows(blocks_M6D[0, 0], len(x)), _rows(blocks_M6D[0, 1], len(x)), NORM_EPS)
+        last = len(self.transformer_blocks) - 1
+        for i, block in enumerate(self.transformer_blocks):
+            following = (blocks_M6D[i + 1, 0], blocks_M6D[i + 1, 1]) if i < last else (shift, scale)
+            condition = (prepared.keys_values[i], prepared.key_count)
+            free = prepared.keys_values[i] if x.device.type == "cpu" else ()
+            x, y = self.block("dit.block", block, x, y, blocks_M6D[i], following, *condition, grid[0], free=free)
+        out = F.linear(y, self.out_weight, self.out_bias)
+        return self.conditioner[0].unpatchify(out, grid)
+
+    def tokens(self, latent: Tensor, grid: Grid) -> Tensor:
+        """Patches and their positions, [B, L, D]."""
+        (B, C), (T, H, W), (pt, ph, pw) = latent.shape[:2], grid, self.config.patch_size
+        patches = latent.to(self.dtype).view(B, C, T, pt, H, ph, W, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        x = F.linear(patches.reshape(B, T, H * W, -1), self.patch_weight, self.pos_embed.proj.bias)
+        if grid not in self.positions:
+            self.positions[grid] = self.pos_embed.position(*grid, latent.device)
+        return (x + self.positions[grid]).flatten(1, 2).to(self.dtype)
+
+
+def _rows(row_D: Tensor, batch: int) -> Tensor:
+    """One modulation for every item: [D] -> [B, D] of stride 0."""
+    return row_D.expand(batch, -1)

@@ -1,0 +1,427 @@
+"""The fast twin of `reference/reducio/vae.py`: the same autoencoder on channels-last tensors [N, T, H, W, C].
+
+What differs from the reference, and why:
+- a convolution reads a buffer whose zero halo the pass before it has written: no masks, no separate padding (on a CPU
+  the library's own padding costs less);
+- GroupNorm and SiLU are one pass over memory, with statistics that the convolution before has left behind on a GPU;
+- residuals and biases are added where a convolution ends;
+- up-sampling and the convolution after it are folded into smaller convolutions over the low-resolution tensor;
+- content keys and values serve all frames of a clip, and attention reads query, key and value from one product;
+- the dead second middle block of the content encoder is not there;
+- tiles of one shape are decoded together where memory allows, and blended, cropped and converted in one pass.
+
+Legend: N clips, T frames, H W rows and columns, C channels, L tokens (T*H*W), S content tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...compile.compiled_blocks import Regional
+from ...compile.graphs import Graphs
+from ...reference import ReducioVAE
+from ...reference.reducio import vae as ref
+from ...reference.reducio.fusion import AddFusion, AttentionFusion, LinearFusion
+from ...reference.reducio.tiling import blend_grid, stitch, tile_grid
+from ...triton_kernels.upsample_conv3d import fold_weight
+from ..packed_layers import (
+    DENSE,
+    Activation,
+    FastConv,
+    FastNorm,
+    Padding,
+    channels_first,
+    channels_last,
+    frozen,
+    pad,
+    padding_of,
+)
+from ..plan import Plan
+
+Features = list[Tensor]  # as in the reference, but [N, 1, H, W, C]
+
+
+class FastResBlock(nn.Module):
+    def __init__(self, block: ref.ResBlock, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.norm1 = FastNorm(block.norm1, plan, f"{path}.norm1")
+        self.conv1 = FastConv(block.conv1, plan, f"{path}.conv1")
+        self.norm2 = FastNorm(block.norm2, plan, f"{path}.norm2")
+        self.conv2 = FastConv(block.conv2, plan, f"{path}.conv2")
+        if hasattr(block, "nin_shortcut"):
+            self.shortcut_weight = frozen(block.nin_shortcut.weight.flatten(1))
+            self.shortcut_bias = block.nin_shortcut.bias
+
+    def forward(self, act: Activation, out: Padding = DENSE) -> Activation:
+        h = self.conv1(self.norm1(act, self.conv1.padding))
+        h = self.norm2(h, self.conv2.padding)
+        shortcut = act.x
+        if hasattr(self, "shortcut_weight"):
+            shortcut = F.linear(act.x, self.shortcut_weight, self.shortcut_bias)
+        return self.conv2(h, shortcut, out)
+
+
+class FastSelfAttention(nn.Module):
+    """Joint attention over all positions; in windows (above 128^2 cells) the reference's own code runs."""
+
+    def __init__(self, attention: ref.SelfAttention, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.num_heads, self.window_size, self.causal = attention.num_heads, attention.window_size, attention.causal
+        self.windowed = attention
+        self.norm = FastNorm(attention.norm, plan, f"{path}.norm", silu=False)
+        parts = (attention.q, attention.k, attention.v)
+        self.qkv_weight = frozen(torch.cat([conv.weight.flatten(1) for conv in parts]))
+        self.qkv_bias = frozen(torch.cat([conv.bias for conv in parts]))
+        self.out_weight, self.out_bias = frozen(attention.proj_out.weight.flatten(1)), attention.proj_out.bias
+        head_dim = len(self.out_weight) // self.num_heads
+        self.attend = plan.pick(path, "attention", f"self {head_dim}" + " frames" * self.causal)
+
+    def forward(self, act: Activation) -> Activation:
+        N, _, H, W, C = act.x.shape
+        if self.window_size**2 < H * W:
+            x = channels_first(act.x)
+            attention = self.windowed
+            flat = isinstance(attention.q, nn.Conv2d)
+            return Activation(channels_last(attention(x[:, :, 0])[:, :, None] if flat else attention(x)))
+        qkv = F.linear(self.norm(act), self.qkv_weight, self.qkv_bias)
+        q, k, v = qkv.view(N, -1, 3, self.num_heads, C // self.num_heads).unbind(2)
+        out = self.attend(q, k, v, None, None, H * W if self.causal else 0).view(act.x.shape)
+        return Activation(act.x + F.linear(out, self.out_weight, self.out_bias))
+
+
+class FastDownsample(nn.Module):
+    """The strided convolution stays with the vendor's library: 1% of the work."""
+
+    def __init__(self, down: ref.Downsample) -> None:
+        super().__init__()
+        self.pad = down.pad
+        weight = down.conv.weight
+        self.weight = frozen(weight) if weight.ndim == 5 else frozen(weight[:, :, None])
+        self.weight.data = self.weight.data.to(memory_format=torch.channels_last_3d)
+        self.bias, self.stride = down.conv.bias, tuple(down.conv.stride)[-3:]
+        self.stride = self.stride if len(self.stride) == 3 else (1, *self.stride)
+
+    def forward(self, act: Activation) -> Activation:
+        x = F.pad(channels_first(act.x), self.pad)
+        return Activation(channels_last(F.conv3d(x, self.weight, self.bias, self.stride)))
+
+
+class FastUpsample(nn.Module):
+    """Nearest x2 and the convolution after it, as one convolution a phase of the finer grid."""
+
+    def __init__(self, up: ref.Upsample, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.causal, time = up.conv.front > 0, up.scale[0] == 2.0
+        self.padding = padding_of(up.conv)
+        self.weight = frozen(fold_weight(up.conv.weight, time, self.causal))
+        self.bias = up.conv.bias
+        pick = ("upsample_conv3d", f"{up.conv.in_channels}->{up.conv.out_channels}")
+        self.stats = plan.takes_statistics(*pick) and not self.causal
+        self.run = plan.pick(path, *pick)
+
+    def forward(self, padded: Tensor) -> Activation:
+        y, partials = self.run(padded, self.weight, self.bias, self.causal, self.stats)
+        return Activation(y, partials if self.stats else None)
+
+
+class FastMiddle(nn.Module):
+    def __init__(self, middle: ref.Middle, plan: Plan, path: str, whole: bool = True) -> None:
+        super().__init__()
+        self.block_1 = FastResBlock(middle.block_1, plan, f"{path}.block_1")
+        self.fuse = _fusions(middle, plan, path)
+        self.attn_1 = FastSelfAttention(middle.attn_1, plan, f"{path}.attn_1")
+        self.block_2 = FastResBlock(middle.block_2, plan, f"{path}.block_2") if whole else None
+
+    def forward(self, act: Activation, content: Tensor | None = None) -> Activation:
+        act = self.block_1(act)
+        for fuse in self.fuse:
+            act = fuse(act, content)
+        act = self.attn_1(act)
+        return act if self.block_2 is None else self.block_2(act)
+
+
+class FastEncoderLevel(nn.Module):
+    def __init__(self, level: ref.EncoderLevel, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(FastResBlock(b, plan, f"{path}.block.{i}") for i, b in enumerate(level.block))
+        if hasattr(level, "downsample"):
+            self.downsample = FastDownsample(level.downsample)
+
+    def forward(self, act: Activation) -> Activation:
+        for block in self.block:
+            act = block(act)
+        return act
+
+
+class FastEncoder3D(Regional):
+    def __init__(self, encoder: ref.Encoder3D, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.conv_in = FastConv(encoder.conv_in, plan, f"{path}.conv_in")
+        self.down = nn.ModuleList(FastEncoderLevel(x, plan, f"{path}.down.{i}") for i, x in enumerate(encoder.down))
+        self.mid = FastMiddle(encoder.mid, plan, f"{path}.mid")
+        self.norm_out = FastNorm(encoder.norm_out, plan, f"{path}.norm_out")
+        self.conv_out = FastConv(encoder.conv_out, plan, f"{path}.conv_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = self.conv_in(pad(x, self.conv_in.padding))
+        for level in self.down:
+            act = self.block("vae.encoder_level", level, act)
+            if hasattr(level, "downsample"):
+                act = level.downsample(act)
+        act = self.block("vae.middle", self.mid, act)
+        return self.conv_out(self.block("vae.norm_out", self.norm_out, act, self.conv_out.padding)).x
+
+
+class FastContentEncoder(Regional):
+    def __init__(self, encoder: ref.ContentEncoder, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.conv_in = FastConv(encoder.conv_in, plan, f"{path}.conv_in")
+        self.down = nn.ModuleList(FastEncoderLevel(x, plan, f"{path}.down.{i}") for i, x in enumerate(encoder.down))
+        self.mid = FastMiddle(encoder.mid, plan, f"{path}.mid", whole=False)
+
+    def forward(self, image: Tensor) -> Features:
+        act, features = self.conv_in(pad(image, self.conv_in.padding)), []
+        for level in self.down:
+            act = self.block("vae.encoder_level", level, act)
+            features.append(act.x)
+            if hasattr(level, "downsample"):
+                act = level.downsample(act)
+        return [*features, self.block("vae.middle", self.mid, act).x]
+
+
+class FastDecoderLevel(nn.Module):
+    def __init__(self, level: ref.DecoderLevel, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.block_1, self.block_2 = (
+            nn.ModuleList(FastResBlock(b, plan, f"{path}.{name}.{i}") for i, b in enumerate(getattr(level, name)))
+            for name in ("block_1", "block_2")
+        )
+        self.fuse = _fusions(level, plan, path)
+        self.upsample = FastUpsample(level.upsample, plan, f"{path}.upsample") if hasattr(level, "upsample") else None
+
+    def forward(self, act: Activation, content: Tensor | None) -> Activation:
+        for block in self.block_1:
+            act = block(act)
+        for fuse in self.fuse:
+            act = fuse(act, content)
+        if self.upsample is None:
+            for block in self.block_2:
+                act = block(act)
+            return act
+        # The last convolution before an up-sampling writes the padded buffer that this one reads.
+        for block in self.block_2[:-1]:
+            act = block(act)
+        padding = self.upsample.padding
+        if len(self.block_2):
+            return self.upsample(self.block_2[-1](act, padding).x)
+        return self.upsample(pad(act.x, padding))
+
+
+class FastDecoder(Regional):
+    def __init__(self, decoder: ref.Decoder, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.sources = decoder.sources
+        self.conv_in = FastConv(decoder.conv_in, plan, f"{path}.conv_in")
+        self.mid = FastMiddle(decoder.mid, plan, f"{path}.mid")
+        self.up = nn.ModuleList(FastDecoderLevel(x, plan, f"{path}.up.{i}") for i, x in enumerate(decoder.up))
+        self.norm_out = FastNorm(decoder.norm_out, plan, f"{path}.norm_out")
+        self.conv_out = FastConv(decoder.conv_out, plan, f"{path}.conv_out")
+        self.conv_out.stats = False
+
+    def forward(self, z: Tensor, features: Features) -> Tensor:
+        act = self.block("vae.middle", self.mid, self.conv_in(pad(z, self.conv_in.padding)), features[-1])
+        for level, source in zip(reversed(self.up), reversed(self.sources), strict=True):
+            act = self.block("vae.decoder_level", level, act, None if source is None else features[source])
+        return self.conv_out(self.block("vae.norm_out", self.norm_out, act, self.conv_out.padding)).x
+
+
+class FastAttentionFusion(nn.Module):
+    """Content keys and values are computed once and serve every frame. In windows the reference's own code runs."""
+
+    def __init__(self, fusion: AttentionFusion, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.windowed = fusion
+        self.pos_embed = frozen(fusion.pos_embed[0, :, 0])
+        self.norm, self.num_heads = fusion.norm, fusion.attn.num_heads
+        self.to_q, self.to_out = fusion.attn.to_q, fusion.attn.to_out[0]
+        self.kv_weight = frozen(torch.cat([fusion.attn.to_k.weight, fusion.attn.to_v.weight]))
+        self.attend = plan.pick(path, "attention", f"fusion {len(self.to_out.weight) // self.num_heads}")
+
+    def forward(self, act: Activation, content: Tensor) -> Activation:
+        N, T, H, W, C = act.x.shape
+        reference = self.windowed
+        x, image = channels_first(act.x), channels_first(content)[:, :, 0]
+        if reference.windows(x.shape, image.shape) is not None:
+            return Activation(channels_last(reference(x, image)))
+        y = act.x + self.pos_embed[None, :, None, None]
+        q = self.to_q(self.norm(y)).view(N, T * H * W, self.num_heads, -1)
+        k, v = F.linear(content.flatten(1, 3), self.kv_weight).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return Activation(y + self.to_out(self.attend(q, k, v).flatten(2)).view(y.shape))
+
+
+class FastAddFusion(nn.Module):
+    def __init__(self, fusion: AddFusion, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.content_conv = FastConv(fusion.content_conv, plan, f"{path}.content_conv")
+        self.frame_embed = frozen(fusion.frame_embed[0, :, :, 0, 0].T)
+        self.conv, self.norm = FastConv(fusion.conv, plan, f"{path}.conv"), FastNorm(fusion.norm, plan, f"{path}.norm")
+
+    def forward(self, act: Activation, content: Tensor) -> Activation:
+        image = _same_grid(self.content_conv(pad(content, self.content_conv.padding)).x, act.x)
+        mixed = self.conv(pad(act.x + (image + self.frame_embed[None, :, None, None]), self.conv.padding))
+        return Activation(act.x + self.norm(mixed))
+
+
+class FastLinearFusion(nn.Module):
+    """The map over frames [T, T + 1] as one matrix product; the content frame's column comes last."""
+
+    def __init__(self, fusion: LinearFusion, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.content_conv = FastConv(fusion.content_conv, plan, f"{path}.content_conv")
+        self.weight = frozen((fusion.mix.weight * fusion.visible).flatten(1))
+        self.bias = fusion.mix.bias
+        self.norm = FastNorm(fusion.norm, plan, f"{path}.norm")
+
+    def forward(self, act: Activation, content: Tensor) -> Activation:
+        image = _same_grid(self.content_conv(pad(content, self.content_conv.padding)).x, act.x)
+        mixed = torch.matmul(self.weight, torch.cat([act.x, image], dim=1).flatten(2)) + self.bias[:, None]
+        return Activation(act.x + self.norm(Activation(mixed.view(act.x.shape))))
+
+
+class FastReducioVAE(nn.Module):
+    """Built from a reference model, whose unpacked weights it shares. Evaluation only.
+
+    `encode`, `encode_content` and `decode` take and return what the reference's do, except that content features are
+    channels-last: they travel between these methods only. Source of the network: see `reference/reducio/vae.py`.
+    """
+
+    def __init__(self, model: ReducioVAE, plan: Plan) -> None:
+        super().__init__()
+        self.config = model.config
+        self.reference = (model,)  # in a tuple: its checks and sizes serve here, its weights are not this module's
+        self.encoder_3d = FastEncoder3D(model.encoder_3d, plan, "encoder_3d")
+        self.encoder_2d = FastContentEncoder(model.encoder_2d, plan, "encoder_2d")
+        self.decoder = FastDecoder(model.decoder, plan, "decoder")
+        self.quant_weight, self.quant_bias = frozen(model.quant_conv.weight.flatten(1)), model.quant_conv.bias
+        self.post_weight, self.post_bias = frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
+        self.blend = plan.pick("tiles", "blend_tiles")
+        self.graphs: Graphs | None = None  # one graph each shape of tile; None: eagerly
+        # Whoever knows how much memory is free may raise it (`reducio_fast/memory.py`). On a CPU one is best: a tile
+        # alone keeps every core busy, and its activations closer.
+        self.tile_batch = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.post_weight.dtype
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, tiled: bool = False) -> ref.DiagonalGaussian:
+        """As the reference's."""
+        self.reference[0].check_video(video)
+        if not tiled:
+            return ref.DiagonalGaussian(self._moments(video))
+        stride, extent, latent_stride, _ = self.reference[0].tile_sizes()
+        grid = [[self._moments(tile) for tile in row] for row in tile_grid(video, stride, extent)]
+        return ref.DiagonalGaussian(stitch(grid, int(latent_stride * self.config.tile_overlap), latent_stride))
+
+    @torch.no_grad()
+    def encode_content(self, image: Tensor, tiled: bool = False) -> Features | list[list[Features]]:
+        """As the reference's, features [N, 1, H, W, C]."""
+        self.reference[0].check_image(image)
+        image = image[:, :, None]
+        if not tiled:
+            return self._encode_content(image)
+        stride, extent, _, _ = self.reference[0].tile_sizes()
+        share = self.config.tile_overlap
+        grid = [[self._encode_content(t) for t in row] for row in tile_grid(image, stride, extent)]
+
+        def overlap(tile: Tensor, dim: int) -> int:
+            return int(tile.shape[dim] / (1 + share) * share)
+
+        levels = [
+            blend_grid([[channels_first(f[i]) for f in row] for row in grid], overlap) for i in range(len(grid[0][0]))
+        ]
+        return [[[channels_last(level[i][j]) for level in levels] for j in range(len(r))] for i, r in enumerate(grid)]
+
+    @torch.no_grad()
+    def decode(
+        self, latent: Tensor, features: Features | list[list[Features]], tiled: bool = False, as_uint8: bool = False
+    ) -> Tensor:
+        """Clip [B, 3, T, H, W], not clamped, as the reference's; or, `as_uint8`, frames [B, T, H, W, 3] of 0..255.
+
+        Raises ValueError as the reference does, and, since bytes cannot say it, for values that are not finite.
+        """
+        self.reference[0].check_latent(latent, features, tiled)
+        stride, _, latent_stride, latent_extent = self.reference[0].tile_sizes()
+        if tiled:
+            tiles = [t for row in tile_grid(latent, latent_stride, latent_extent) for t in row]
+            decoded = self._decode_tiles(tiles, [pyramid for row in features for pyramid in row])
+            columns, overlap = len(features[0]), int(stride * self.config.tile_overlap)
+        else:
+            decoded, columns, overlap = [self._decode(latent, features, keep=not as_uint8)], 1, 0
+            stride = max(decoded[0].shape)
+        if as_uint8:
+            if not torch.stack([torch.isfinite(tile).all() for tile in decoded]).all():
+                raise ValueError("the clip has values that are not finite (NaN or infinite)")
+            return self.blend(decoded, columns, stride, overlap)
+        if not tiled:
+            return channels_first(decoded[0])
+        return channels_first(self.blend(decoded, columns, stride, overlap, False))
+
+    def normalize_latent(self, z: Tensor) -> Tensor:
+        return self.reference[0].normalize_latent(z)
+
+    def _moments(self, video: Tensor) -> Tensor:
+        return channels_first(F.linear(self.encoder_3d(channels_last(video)), self.quant_weight, self.quant_bias))
+
+    def _encode_content(self, tile: Tensor) -> Features:
+        # Made dense outside of the graph, which then serves tiles of pictures of any width.
+        return self._graphed("vae.encode_content", self.encoder_2d, channels_last(tile))
+
+    def _decode(self, latent: Tensor, features: Features, keep: bool = True) -> Tensor:
+        def decode(latent: Tensor, features: Features) -> Tensor:
+            return self.decoder(F.linear(channels_last(latent), self.post_weight, self.post_bias), features)
+
+        return self._graphed("vae.decode", decode, latent, features, keep=keep)
+
+    def _graphed(self, name: str, fn: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
+        return fn(*args) if self.graphs is None else self.graphs(name, fn, *args, keep=keep)
+
+    def _decode_tiles(self, latents: list[Tensor], features: list[Features]) -> list[Tensor]:
+        """Tiles of one shape as one batch of at most `tile_batch`; items do not see each other."""
+        shapes: dict[tuple[Any, ...], list[int]] = {}
+        for i, (z, pyramid) in enumerate(zip(latents, features, strict=True)):
+            shapes.setdefault((tuple(z.shape), *(tuple(f.shape) for f in pyramid)), []).append(i)
+        decoded: list[Tensor | None] = [None] * len(latents)
+        for members in shapes.values():
+            B = len(latents[0])
+            for start in range(0, len(members), self.tile_batch):
+                chosen = members[start : start + self.tile_batch]
+                z = torch.cat([latents[i] for i in chosen])
+                pyramid = [torch.cat(level) for level in zip(*(features[i] for i in chosen), strict=True)]
+                for i, tile in zip(chosen, self._decode(z, pyramid).split(B), strict=True):
+                    decoded[i] = tile
+        return decoded
+
+
+def _fusions(owner: nn.Module, plan: Plan, path: str) -> nn.ModuleList:
+    twins: dict[type, Callable[..., nn.Module]] = {
+        AttentionFusion: FastAttentionFusion,
+        AddFusion: FastAddFusion,
+        LinearFusion: FastLinearFusion,
+    }
+    chain = getattr(owner, "fuse", ())
+    return nn.ModuleList(twins[type(fusion)](fusion, plan, f"{path}.fuse.{i}") for i, fusion in enumerate(chain))
+
+
+def _same_grid(content: Tensor, x: Tensor) -> Tensor:
+    """Cut the content [N, 1, H, W, C] to the video's grid, as the reference does in the tiled path."""
+    H, W = x.shape[2:4]
+    if content.shape[2] < H or content.shape[3] < W:
+        raise ValueError(f"content feature is {tuple(content.shape[2:4])}, smaller than the video's {(H, W)}")
+    return content[:, :, :H, :W]

@@ -1,0 +1,293 @@
+"""`reducio-fast bench`: every way to make a clip, in turns, in one process, against what this machine can do at best.
+
+Contenders take turns, so that a slow minute of the machine hits them all, and a speed-up is the median of the ratios
+within a turn. The fast path is compared with the oracle first: on red nothing is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..system.devices import resolve_device
+from ..system.errors import ReducioError
+from ..system.stage_clock import clock
+from . import instruments
+from .contenders import Contender, DefaultClip, GivenConditions, workload
+from .instruments import spread
+
+CONTENDERS = ("reference", "compiled", "fast", "fast-compiled")
+DEFAULT = CONTENDERS[:3]
+Row = dict[str, Any]
+
+# Runs in a fresh process, with the caches named in its environment. Counts from before the first import of ours.
+COLD = """
+import json, time
+start = time.perf_counter()
+from reducio_fast.system.devices import resolve_device
+from reducio_fast.measurement.contenders import workload
+made = workload({name!r}, {model!r}, {dtype!r}, resolve_device({device!r}))
+contender = made.contender({contender!r})
+loaded = time.perf_counter()
+contender.run()
+print(json.dumps({{"load_s": loaded - start, "first_clip_s": time.perf_counter() - loaded}}))
+"""
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "REDUCIO_CACHE_DIR")
+
+
+def bench(
+    name: str = "default",
+    model: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    contenders: Sequence[str] | None = None,
+    ladder: bool = False,
+    pairs: int = 5,
+    cold: bool = True,
+    note: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Row:
+    """Measure a workload (`workloads.NAMES`) and return one JSON-ready row.
+
+    `contenders` is some of CONTENDERS, by default DEFAULT; `ladder` adds the rungs of the ablation.
+    `dtype` None is float32 on a CPU, bfloat16 on a GPU, for all contenders. Raises ReducioError where a library pair is
+    known to be broken, where the fast path is wrong, and for names that do not exist.
+    """
+    if broken := instruments.broken_libraries(torch.__version__, torch.backends.cudnn.version()):
+        raise ReducioError(f"bench: {broken}")
+    chosen = list(DEFAULT if contenders is None else contenders)
+    for each in chosen:
+        if each not in CONTENDERS:
+            raise ReducioError(f"bench: contender {each!r} is unknown; known: {', '.join(CONTENDERS)}")
+    if pairs < 1:
+        raise ReducioError(f"bench: pairs must be at least 1, is {pairs}")
+    device = resolve_device(device)
+    made = workload(name, model, dtype, device)
+    log(made.what)
+    machine = instruments.machine(device)
+
+    rows = made.parity()
+    wrong = [row["what"] for row in rows if not row["right"]]
+    if wrong:
+        raise ReducioError(
+            f"bench: nothing is timed, for {len(wrong)} of {len(rows)} comparisons fail, the first: {wrong[0]}"
+        )
+    log(f"parity: {len(rows)} of {len(rows)} right")
+    row: Row = {
+        "benchmark": "bench", "workload": name, "what": made.what, "note": note, "pairs": pairs, "machine": machine,
+        "parity": rows, "roof": instruments.roof(device, made.dtype), "flops": made.flops,
+        "shape": made.shape,
+        "contenders": {}, "ladder": {}, "cold": {},
+    }  # fmt: skip
+    makers = [functools.partial(made.contender, each) for each in chosen]
+    row["contenders"] = compare(makers, chosen, made, pairs, row["roof"], log)
+    if ladder:
+        rungs = made.rungs()
+        names = [rung.name for rung in rungs]
+        ready = [functools.partial(_same, rung) for rung in rungs]
+        row["ladder"] = compare(ready, names, made, pairs, row["roof"], log)
+    if cold:
+        for each in chosen:
+            if each == "compiled":
+                continue  # compiles for minutes, which `first_s` has measured
+            log(f"cold: {each}, in fresh processes")
+            row["cold"][each] = first_clips(name, model, dtype, device, each)
+    return row
+
+
+def compare(
+    makers: Sequence[Callable[[], Contender]],
+    names: Sequence[str],
+    made: DefaultClip | GivenConditions,
+    pairs: int,
+    roof: Row,
+    log: Callable[[str], None],
+) -> dict[str, Row]:
+    """{contender: figures}; speed-ups are over the first of them. One that cannot be built says why, and is left out.
+
+    A first clip, which compiles what is to be compiled, and one for the memory come before those that count.
+    """
+    found: dict[str, Row] = {}
+    ready: list[Contender] = []
+    frames: dict[str, np.ndarray] = {}
+    device = made.device
+    for name, make in zip(names, makers, strict=True):
+        try:
+            start = clock(device)
+            contender = make()
+            built = clock(device)
+            contender.run()
+            first = clock(device) - built
+        except Exception as error:
+            if name == "reference" or isinstance(error, ReducioError | torch.OutOfMemoryError):
+                raise
+            # A compiler that is not there, say: the others can be measured all the same.
+            lines = str(error).splitlines() or [""]
+            found[name] = {"skipped": f"{type(error).__name__}: {lines[0][:300]}"}
+            log(f"{name}: skipped, {found[name]['skipped']}")
+            continue
+        with instruments.Peak(device) as peak:
+            frames[name], _ = contender.run()
+        found[name] = {
+            "what": contender.what,
+            "dtype": str(contender.dtype).removeprefix("torch."),
+            "build_s": round(built - start, 3),
+            "first_s": round(first, 3),
+            "peak_gb": round(peak.bytes / 1e9, 3),
+            "above_start_gb": round(peak.above / 1e9, 3),
+        }
+        ready.append(contender)
+        log(f"{name}: first clip {first:.2f} s")
+
+    totals: dict[str, list[float]] = {c.name: [] for c in ready}
+    stages: dict[str, list[dict[str, float]]] = {c.name: [] for c in ready}
+    joules: dict[str, list[float]] = {c.name: [] for c in ready}
+    with instruments.nvml(device) as counter:
+        for turn in range(pairs):
+            for contender in ready:
+                if counter is None:
+                    start = clock(device)
+                    _, seconds = contender.run()
+                    totals[contender.name].append(clock(device) - start)
+                else:
+                    with instruments.Energy(*counter) as energy:
+                        start = clock(device)
+                        _, seconds = contender.run()
+                        totals[contender.name].append(clock(device) - start)
+                    joules[contender.name] += [] if energy.joules is None else [energy.joules]
+                    found[contender.name]["energy_source"] = energy.source
+                stages[contender.name].append(seconds)
+            log(f"turn {turn + 1} of {pairs}: " + ", ".join(f"{c.name} {totals[c.name][-1]:.3f} s" for c in ready))
+
+    first_name = ready[0].name
+    for contender in ready:
+        mine, name = found[contender.name], contender.name
+        mine["clip_s"] = spread(totals[name])
+        mine["stages_s"] = {s: spread([turn[s] for turn in stages[name]]) for s in stages[name][0]}
+        mine["speed_up"] = _ratios(totals[first_name], totals[name])
+        mine["stages_speed_up"] = {
+            s: _ratios([t[s] for t in stages[first_name]], [t[s] for t in stages[name]])
+            for s in stages[name][0]
+            if s in stages[first_name][0]
+        }
+        work = made.flops[contender.algebra]
+        mine["tflops"] = {s: round(work[s] / mine["stages_s"][s]["median"] / 1e12, 4) for s in work}
+        mine["share_of_roof"] = {s: round(rate / roof["matmul_tflops"], 4) for s, rate in mine["tflops"].items()}
+        mine["psnr_db"] = None if name == first_name else _psnr(frames[first_name], frames[name])
+        mine["joules"] = round(statistics.mean(joules[name]), 2) if joules[name] else None
+    return found
+
+
+def first_clips(
+    name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device, contender: str
+) -> Row:
+    """Loading and the first clip in two fresh processes: the first with empty caches, the second with what it left."""
+    words = {"name": name, "model": None if model is None else os.fspath(model), "dtype": dtype}
+    code = COLD.format(**words, device=str(device), contender=contender)
+    row: Row = {}
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {variable: os.path.join(folder, variable) for variable in CACHES}
+        for state in ("empty_caches", "warm_caches"):
+            # -P keeps the current folder off the path: from the repository root its folders would shadow packages.
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=os.environ | caches, check=False
+            )
+            if done.returncode:
+                return {"skipped": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+            figures = json.loads(done.stdout.splitlines()[-1])
+            row[state] = {key: round(value, 3) for key, value in figures.items()}
+    return row
+
+
+def write(row: Row, path: str | os.PathLike[str]) -> None:
+    """The row as JSON, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(row, indent=2) + "\n")
+    part.replace(path)
+
+
+def lines(row: Row) -> list[str]:
+    """The row for people."""
+    roof, machine = row["roof"], row["machine"]
+    versions = ", ".join(
+        f"{name} {machine['packages'][name]}" for name in ("torch", "triton") if name in machine["packages"]
+    )
+    out = [
+        row["what"],
+        f"{machine['device']['name']}; {versions}; commit {(machine['commit'] or 'unknown')[:10]}; {machine['date']}",
+        f"roof, measured now: matrix product {roof['matmul_tflops']:g} TFLOP/s in {roof['dtype']}, "
+        f"copy {roof['copy_gbs']:g} GB/s",
+        f"parity: {len(row['parity'])} of {len(row['parity'])} right",
+    ]
+    if row["note"]:
+        out.append(row["note"])
+    for title, figures in (("", row["contenders"]), ("ladder", row["ladder"])):
+        if figures:
+            out += ["", *_table(title, figures)]
+    if row["cold"]:
+        out += ["", f"{'fresh process':<20}{'load s':>8}{'first clip s':>14}{'caches warm: load s':>21}{'clip s':>8}"]
+        for name, states in row["cold"].items():
+            if "skipped" in states:
+                out.append(f"{name:<20}skipped: {states['skipped']}")
+                continue
+            values = [states[s][k] for s in ("empty_caches", "warm_caches") for k in ("load_s", "first_clip_s")]
+            out.append(f"{name:<20}{values[0]:>8.2f}{values[1]:>14.2f}{values[2]:>21.2f}{values[3]:>8.2f}")
+    return out
+
+
+def _table(title: str, figures: dict[str, Row]) -> list[str]:
+    head = (
+        f"{title:<20}{'dtype':>9}{'first s':>9}{'clip s':>9}{'min':>8}{'max':>8}{'speed-up':>10}{'min':>7}{'max':>7}"
+        f"{'peak GB':>9}{'over start':>11}{'J':>8}{'PSNR':>7}"
+    )
+    out = [head]
+    for name, f in figures.items():
+        if "skipped" in f:
+            out.append(f"{name:<20}skipped: {f['skipped']}")
+            continue
+        clip, ratio = f["clip_s"], f["speed_up"]
+        joules, psnr = (f"{x:.1f}" if x is not None else "-" for x in (f["joules"], f["psnr_db"]))
+        out.append(
+            f"{name:<20}{f['dtype']:>9}{f['first_s']:>9.2f}{clip['median']:>9.3f}{clip['min']:>8.3f}{clip['max']:>8.3f}"
+            f"{ratio['median']:>10.2f}{ratio['min']:>7.2f}{ratio['max']:>7.2f}"
+            f"{f['peak_gb']:>9.2f}{f['above_start_gb']:>11.2f}{joules:>8}{psnr:>7}"
+        )
+    timed = {name: f for name, f in figures.items() if "skipped" not in f}
+    stages = list(dict.fromkeys(s for f in timed.values() for s in f["stages_s"]))
+    out.append(f"{'stage':<20}{'contender':<20}{'s':>9}{'speed-up':>10}{'TFLOP/s':>10}{'of roof':>9}")
+    for stage in stages:
+        for name, f in timed.items():
+            if stage in f["stages_s"]:
+                ratio = f["stages_speed_up"].get(stage, {}).get("median")
+                rate = f["tflops"].get(stage)
+                roofs = f"{rate:>10.3f}{f['share_of_roof'][stage]:>9.1%}" if rate is not None else f"{'-':>10}{'-':>9}"
+                speed_up = f"{ratio:.2f}" if ratio is not None else "-"
+                out.append(f"{stage:<20}{name:<20}{f['stages_s'][stage]['median']:>9.4f}{speed_up:>10}{roofs}")
+    return out
+
+
+def _same(contender: Contender) -> Contender:
+    return contender
+
+
+def _ratios(slow: list[float], quick: list[float]) -> dict[str, float]:
+    return spread([s / q for s, q in zip(slow, quick, strict=True)], 3)
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Of frames against the first contender's, in dB; None for equal ones."""
+    error = float(np.square(a.astype(np.float64) - b).mean())
+    return round(10 * np.log10(255**2 / error), 2) if error else None

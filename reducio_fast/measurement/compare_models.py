@@ -1,0 +1,147 @@
+"""Other image-to-video models beside ours: what a second of video, or a megapixel of it, costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..checkpoints import strict_files
+from ..checkpoints.networks import pipeline_networks
+from ..pipelines.call.output import ReducioOutput
+from ..pipelines.peers.models import PEERS
+from ..pipelines.peers.pipeline import RANDOM, PeerPipeline, find
+from ..system import devices
+from ..system.errors import ReducioError
+from ..system.stage_clock import clock
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def bench_row(
+    model: str | os.PathLike[str] | None,
+    *,
+    prompt: str | None = "a red circle moving right on a black background",
+    image: Any = None,
+    repeats: int = 3,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    progress: bool = False,
+    **words: Any,
+) -> dict[str, Any]:
+    """Time one model, a peer or one of ours, at its own published call: a row of the comparison.
+
+    A peer named without weights gets random ones of the published size, and a grey image where it needs one. `cold`
+    is the first call with everything it compiles and loads; `seconds` is the median of `repeats` further ones, and
+    `stages` its parts. Of them follow `per_video_second`, the seconds that one second of video costs at the model's
+    own frame rate, and `per_megapixel`. `peak_memory` in bytes is measured on a GPU, null elsewhere.
+    """
+    from ..pipelines.reducio.pipeline import ReducioPipeline
+
+    device = devices.resolve_device(device)
+    dtype = devices.resolve_dtype(dtype, None, device)
+    if isinstance(model, str) and model in PEERS:
+        model = f"{model}:{RANDOM}"
+    source = find(model)
+    pipe: Any
+    if source is None:
+        folder = model or strict_files.embedded_model()
+        pipe = ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend)
+        name, weights, networks = "reducio", str(model or "the embedded default"), pipe._networks()
+    else:
+        pipe = PeerPipeline.from_pretrained(source, dtype, device)
+        name, weights, networks = source.peer.name, source.weights, pipeline_networks(pipe.pipeline)
+        if pipe.takes_image and image is None:
+            image = Image.new("RGB", (512, 512), "grey")
+        if not pipe.reads_text:
+            prompt = None
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    runs: list[tuple[float, ReducioOutput]] = []
+    for _ in range(1 + repeats):
+        start = clock(device)
+        out = pipe(prompt, image, progress=progress, **words)
+        runs.append((clock(device) - start, out))
+    seconds, out = sorted(runs[1:] or runs, key=lambda run: run[0])[len(runs[1:]) // 2]
+    frames, height, width = out.frames.shape[:3]
+    return {
+        "model": name,
+        "weights": weights,
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for network in networks for p in network.parameters()),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "fps": out.fps,
+        "cold": runs[0][0],
+        "seconds": seconds,
+        "stages": dict(out.timings),
+        **rates(seconds, frames, height, width, out.fps),
+        "peak_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "versions": {library: metadata.version(library) for library in ("torch", "diffusers", "transformers")},
+    }
+
+
+def named(text: str) -> list[str]:
+    """The peers of a list with commas. Raises ReducioError for one that is none."""
+    models = text.split(",")
+    if unknown := [model for model in models if find(model) is None]:
+        raise ReducioError(f"peer: {unknown[0]!r} is unknown; known are {', '.join(PEERS)}, or a folder of one")
+    return models
+
+
+def compare(
+    row: dict[str, Any],
+    models: Sequence[str],
+    repeats: int,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """What `bench.bench` has measured of ours, then each peer, as rows of one table.
+
+    Ours have no `peak_memory` here: several contenders are loaded at once.
+    """
+    rows = []
+    for name, figures in row["contenders"].items():
+        if "skipped" not in figures:
+            seconds = figures["clip_s"]["median"]
+            stages = {stage: spread["median"] for stage, spread in figures["stages_s"].items()}
+            rows.append(
+                {"model": f"ours, {name}", "weights": row["workload"], "dtype": figures["dtype"], **row["shape"]}
+                | {"cold": figures["first_s"], "seconds": seconds, "stages": stages, "peak_memory": None}
+                | rates(seconds, **row["shape"])
+            )
+    for model in models:
+        log(f"{model}: loading, then {1 + repeats} clips")
+        rows.append(bench_row(model, repeats=repeats, dtype=dtype, device=device))
+        log(f"{model}: {rows[-1]['seconds']:.2f} s")
+    return rows
+
+
+def rates(seconds: float, num_frames: int, height: int, width: int, fps: float) -> dict[str, float]:
+    """What a clip of that size cost, by the two measures that compare models with unlike clips."""
+    return {
+        "per_video_second": seconds / (num_frames / fps),
+        "per_megapixel": seconds / (num_frames * height * width / 1e6),
+    }
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows of `bench_row` as a table for people."""
+    head = ("model", "weights", "clip", "cold s", "warm s", "s per video s", "s per megapixel", "peak GB")
+    table = [head]
+    for row in rows:
+        memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e9:.1f}"
+        clip = f"{row['num_frames']}x{row['height']}x{row['width']}@{row['fps']:g}"
+        figures = (row["cold"], row["seconds"], row["per_video_second"], row["per_megapixel"])
+        table.append((row["model"], row["weights"], clip, *(f"{value:.3g}" for value in figures), memory))
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table]

@@ -1,0 +1,396 @@
+"""What is measured and profiled: clips of the default model, or of random networks whose conditions are given.
+
+A `Contender` is one way to make the clip of a workload. Latency does not depend on weights, so random ones do; this
+module then needs torch, Triton, numpy and safetensors alone, as a bare GPU machine has them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..checkpoints.hub import find_model
+from ..checkpoints.strict_files import embedded_model
+from ..compile import cache
+from ..pipelines.call.validation import latent_shape
+from ..reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
+from ..system.devices import resolve_dtype
+from ..system.errors import ReducioError
+from ..system.stage_clock import Stopwatch, Timings
+from .bare_scheduler import scheduler
+from .parity import compare_networks, liven
+
+PROMPT = "a red circle moving right on a black background"
+STEPS, GUIDANCE = 20, 4.5
+NARROW_STEPS = 3
+FPS = 16.0  # a clip of 16 frames lasts a second
+FULL_SIZES = (256, 512, 1024)
+NAMES = ("default", *map(str, FULL_SIZES), "narrow")
+SEMANTIC_TOKENS = 256  # of OpenCLIP ViT-H at 224 pixels
+
+# The same networks, narrow and small: a CPU takes them through every part of a benchmark in seconds.
+NARROW = (
+    DiTConfig(
+        hidden_size=48, depth=2, num_heads=4, caption_channels=32, caption_length=12, semantic_channels=32,
+        position_base_size=2,
+    ),
+    VAEConfig(
+        base_channels=8, channel_multipliers=(1, 1, 2, 2, 2, 2), content_base_channels=8, norm_groups=4, num_heads=2,
+        content_channel_multipliers=(1, 1, 2, 2), fusion_head_dim=8, num_res_blocks=1, num_frames=4, temporal_factor=2,
+    ),
+    32,
+)  # fmt: skip
+Flops = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """`run` makes one clip: uint8 frames [T, H, W, 3] on the host, and seconds per stage."""
+
+    name: str
+    what: str
+    dtype: torch.dtype
+    run: Callable[[], tuple[np.ndarray, Timings]]
+    algebra: str = "direct"  # whose operations it executes: "direct" as the reference writes them, or "folded"
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One line of the ablation ladder: what it adds to the rung before."""
+
+    name: str
+    what: str
+    transformer: bool = False  # the fast twin
+    vae: bool = False
+    kernels: frozenset[str] = frozenset()  # ops that run our kernel; the others run the vendor's library
+    contender: str = ""  # which whole contender it is
+
+
+def ladder() -> list[Rung]:
+    """Every optimisation that can be switched by itself, each on top of those before it."""
+    rungs = [
+        Rung("reference", "plain PyTorch, eager"),
+        Rung("transformer", "fast transformer on torch ops: fused QKV, keys and values once a clip, one modulation "
+             "table a schedule, guidance halves share their start", transformer=True),
+        Rung("decoder", "fast decoder on torch ops: channels-last, folded up-sampling, tiles in batches, shared "
+             "content keys and values", transformer=True, vae=True),
+    ]  # fmt: skip
+    kernels: frozenset[str] = frozenset()
+    for name, ops, what in (
+        ("group_norm_silu", ("group_norm_silu",), "parallel GroupNorm + SiLU kernel that writes the padded buffer"),
+        ("conv3d", ("conv3d",), "implicit-GEMM convolution, bias, residual and statistics in its epilogue"),
+        ("upsample_conv3d", ("upsample_conv3d",), "phase-folded up-sampling kernel"),
+        ("attention", ("attention",), "flash attention with head dim 72 as 64 + 16"),
+        (
+            "ada_layer_norm",
+            ("ada_layer_norm", "gated_residual_ada_layer_norm"),
+            "residual + gate + LayerNorm + modulation in one kernel",
+        ),
+        ("guidance_dpm_step", ("guidance_dpm_step",), "guidance and scheduler in one kernel"),
+        ("blend_tiles", ("blend_tiles",), "tiles blended, cropped and turned into bytes in one kernel"),
+    ):
+        kernels |= set(ops)
+        rungs.append(Rung(name, what, transformer=True, vae=True, kernels=kernels))
+    last = rungs[-1]
+    return [
+        *rungs,
+        replace(last, name="engine", what="graphs, as backend='fast' has them", contender="fast"),
+        replace(last, name="compile", what="compiled blocks, as compile=True has them", contender="fast-compiled"),
+    ]
+
+
+class GivenConditions:
+    """Sampling and decoding with two networks, from a condition that is there already."""
+
+    def __init__(
+        self, name: str, dit: ReducioDiT, vae: ReducioVAE, cond: Condition, image: Tensor, noise: Tensor,
+        scheduler: Any, steps: int = STEPS,
+    ) -> None:  # fmt: skip
+        self.name, self.dit, self.vae, self.steps = name, dit, vae, steps
+        self.cond, self.image, self.noise, self.scheduler = cond, image, noise, scheduler
+        _add_tuned_tables(noise.device)
+        self.pixels = max(image.shape[-2:])
+        self.tiled = vae.config.needs_tiling(*image.shape[-2:])
+        self.device, self.dtype = noise.device, next(dit.parameters()).dtype
+        height, width = image.shape[-2:]
+        self.shape = {"num_frames": vae.config.num_frames, "height": height, "width": width, "fps": FPS}
+        self.what = (
+            f"{name}: {vae.config.num_frames}x{height}x{width}, {steps} steps with guidance, conditions given"
+            f"{', tiled' if self.tiled else ''}"
+        )
+
+    @classmethod
+    def random(
+        cls,
+        name: str,
+        dit: DiTConfig,
+        vae: VAEConfig,
+        pixels: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        steps: int = STEPS,
+    ) -> GivenConditions:
+        """Random weights with no silent branch, and conditions of the sizes that the encoders give."""
+        torch.manual_seed(0)
+        with torch.device(device):
+            transformer, autoencoder = ReducioDiT(dit), ReducioVAE(vae)
+        for network in (transformer, autoencoder):
+            liven(network.requires_grad_(False).eval())
+            network.to(dtype)
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        mask = torch.zeros(1, dit.caption_length, dtype=torch.long, device=device)
+        mask[:, : dit.caption_length // 3] = 1
+        cond = Condition(
+            normal(1, dit.caption_length, dit.caption_channels),
+            mask,
+            normal(1, SEMANTIC_TOKENS, dit.semantic_channels),
+            normal(1, dit.content_channels, pixels // 8, pixels // 8),
+        )
+        image = F.avg_pool2d(normal(1, 3, pixels, pixels), 9, 1, 4).mul(4).clamp(-1, 1)  # pictures are smooth
+        noise = initial_latent((1, *latent_shape(vae, pixels, pixels)), [0], device)
+        return cls(name, transformer, autoencoder, cond, image, noise, scheduler(), steps)
+
+    @classmethod
+    def of_pipeline(cls, name: str, pipe: Any) -> GivenConditions:
+        """What a loaded pipeline would sample and decode for `PROMPT`: its conditions are made once, here."""
+        with torch.no_grad():
+            out = pipe(PROMPT, num_inference_steps=1, progress=False)
+            text, mask, _, _ = pipe.encode_prompt(PROMPT)
+            cond = Condition(text, mask, *pipe.encode_image(out.content))
+            image = torch.from_numpy(out.content).to(pipe.device, pipe.dtype).permute(2, 0, 1)[None] / 127.5 - 1
+        shape = latent_shape(pipe.vae.config, *out.content.shape[:2])
+        noise = initial_latent((1, *shape), [0], pipe.device)
+        return cls(name, pipe.transformer, pipe.vae, cond, image, noise, pipe.scheduler)
+
+    @torch.no_grad()
+    def clip(self, dit: Any, vae: Any) -> tuple[np.ndarray, Timings]:
+        """One clip by these networks, of either kind."""
+        stage, reference = Stopwatch(self.device), isinstance(dit, ReducioDiT)
+        with stage("dit.step"):
+            words = (dit, self.scheduler, self.noise, self.cond, None, GUIDANCE, self.steps)
+            latent = sample(*words) if reference else _fast_sample()(*words)
+        with stage("vae.decode"):
+            features = vae.encode_content(self.image, tiled=self.tiled)
+            latent = latent.to(self.dtype)
+            if isinstance(vae, ReducioVAE):
+                video = vae.decode(latent, features, tiled=self.tiled)[0].float().clamp(-1, 1)
+                frames = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+            else:
+                frames = vae.decode(latent, features, tiled=self.tiled, as_uint8=True)[0].cpu().numpy()
+        return frames, stage.seconds
+
+    def contender(self, name: str) -> Contender:
+        if name == "reference":
+            return Contender(name, "plain PyTorch, eager", self.dtype, lambda: self.clip(self.dit, self.vae))
+        if name == "compiled":
+            dit, vae = copy.deepcopy(self.dit), copy.deepcopy(self.vae)
+            return Contender(name, compile_reference(dit, vae, self.device), self.dtype, lambda: self.clip(dit, vae))
+        from ..fast.engine import Engine
+
+        compiled = name == "fast-compiled"
+        engine = Engine(compiled or None, store=cache.folder("regions", _origin(self.device)))
+        twins = engine.twins(self.dit, self.vae)
+        run = functools.partial(self.clip, twins.transformer, twins.vae)
+        what = "fast twins, as backend='fast' builds them" + ", compiled" * compiled
+        return Contender(name, what, self.dtype, run, "folded")
+
+    def rungs(self) -> list[Contender]:
+        """The ladder, without the rungs that change nothing on this device."""
+        from ..fast.plan import Plan
+        from ..fast.reducio.dit import FastReducioDiT
+        from ..fast.reducio.vae import FastReducioVAE
+
+        found: list[Contender] = []
+        before: Any = None
+        for rung in ladder():
+            if rung.name == "compile" and self.device.type == "cuda":
+                continue  # minutes, for all levels of four shapes of tile; `contenders` has it for who wants to wait
+            if rung.contender:
+                found.append(replace(self.contender(rung.contender), name=rung.name, what=rung.what))
+                continue
+            plan = Plan(self.device, self.dtype, rung.kernels)
+            dit = FastReducioDiT(self.dit, plan).eval() if rung.transformer else self.dit
+            vae = FastReducioVAE(self.vae, plan).eval() if rung.vae else self.vae
+            made = (rung.transformer, rung.vae, [(c.path, c.implementation) for c in plan.choices])
+            if made != before:
+                run = functools.partial(self.clip, dit, vae)
+                algebra = "folded" if rung.vae else "folded transformer" if rung.transformer else "direct"
+                found.append(Contender(rung.name, rung.what, self.dtype, run, algebra))
+            before = made
+        return found
+
+    def parity(self) -> list[dict[str, Any]]:
+        """The fast path against the oracle, on these networks at the size that `parity` uses for a full-width one."""
+        dit, vae = copy.deepcopy(self.dit).float(), copy.deepcopy(self.vae).float()
+        return list(compare_networks(self.name, dit, vae, self.dtype, min(self.pixels, 256), whole=False))
+
+    @functools.cached_property
+    def flops(self) -> dict[str, Flops]:
+        """{"direct" or "folded": {stage: floating-point operations}}, two a multiply-add, counted by torch.
+
+        Counted on the meta device, so nothing is computed. The folded count is what the fast twins execute: 12% fewer
+        in the full-size decoder, because up-sampling and the convolution after it are one. Norms are not counted.
+        """
+        return count(self)
+
+
+class DefaultClip:
+    """Whole clips of a model folder, from the prompt to the frames, by the public pipeline."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, dtype: str | None, device: torch.device) -> None:
+        self.name = "default" if folder is None else os.path.basename(os.fspath(folder).rstrip("/"))
+        self.folder = embedded_model() if folder is None else find_model(folder)
+        # Named, so that the fast path takes no precision of its own: contenders and roof are compared at one.
+        self.asked, self.device = resolve_dtype(dtype, None, device), device
+        pipe = self._pipe("reference")
+        self.dtype = pipe.dtype
+        self.given = GivenConditions.of_pipeline(self.name, pipe)
+        self.shape = self.given.shape | {"fps": pipe.fps}
+        frames = pipe.vae.config.num_frames
+        self.what = (
+            f"{self.name}: {frames}x{pipe.sample_height}x{pipe.sample_width} from a prompt, {STEPS} steps with guidance"
+        )
+
+    def _pipe(self, backend: str, compile: bool | None = None) -> Any:
+        from .. import ReducioPipeline
+
+        words: dict[str, Any] = {"dtype": self.asked, "device": self.device, "backend": backend, "compile": compile}
+        return ReducioPipeline.from_pretrained(self.folder, **words)
+
+    def contender(self, name: str) -> Contender:
+        fast, compiled = name.startswith("fast"), name == "fast-compiled"
+        pipe = self._pipe("fast" if fast else "reference", compiled or None)
+        what = f"ReducioPipeline, backend='{pipe.backend}'" + ", compile=True" * compiled
+        if name == "compiled":
+            what = compile_reference(pipe.transformer, pipe.vae, self.device)
+
+        def run() -> tuple[np.ndarray, Timings]:
+            out = pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, progress=False)
+            return out.frames, dict(out.timings)
+
+        return Contender(name, what, pipe.dtype, run, "folded" if fast else "direct")
+
+    def rungs(self) -> list[Contender]:
+        return self.given.rungs()
+
+    def parity(self) -> list[dict[str, Any]]:
+        return self.given.parity()
+
+    @property
+    def flops(self) -> dict[str, Flops]:
+        return self.given.flops
+
+
+def workload(
+    name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device
+) -> DefaultClip | GivenConditions:
+    """One of `NAMES`. Raises ReducioError for another one, and for a full-size one on a CPU."""
+    if name not in NAMES:
+        raise ReducioError(f"workload: {name!r} is unknown; known: {', '.join(NAMES)}")
+    if name == "default":
+        return DefaultClip(model, dtype, device)
+    if model is not None:
+        raise ReducioError(f"model: {os.fspath(model)} given, but workload {name} has random weights; leave one out")
+    kind = resolve_dtype(dtype, None, device)
+    if name == "narrow":
+        return GivenConditions.random("narrow", *NARROW, kind, device, NARROW_STEPS)
+    if device.type != "cuda":
+        raise ReducioError(
+            f"workload: {name} is full-size, 3.5 billion operations a pixel and 8 GB of memory, which takes a CPU an "
+            "hour and more; name a GPU, or measure 'default' or 'narrow'"
+        )
+    return GivenConditions.random(f"full size {name}", DiTConfig(), VAEConfig(), int(name), kind, device)
+
+
+def compile_reference(dit: ReducioDiT | None, vae: ReducioVAE, device: torch.device) -> str:
+    """torch.compile, in place, as its users are told to: block by block, weights channels-last. Says what it did.
+
+    max-autotune on a GPU, without its own graphs: those hand out a tile's memory again before the tile is blended.
+    """
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    for network in (vae,) if dit is None else (dit, vae):
+        for parameter in network.parameters():
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            if parameter.ndim in formats:
+                parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
+    for block in () if dit is None else dit.transformer_blocks:
+        block.compile(mode=mode, dynamic=False)  # one compilation serves them all
+    for part in (vae.encoder_2d, vae.decoder):
+        part.compile(mode=mode, dynamic=False)
+    return f"torch.compile {mode}, channels_last_3d"
+
+
+def count(given: GivenConditions) -> dict[str, Flops]:
+    """See `GivenConditions.flops`."""
+    from ..fast.plan import Plan
+    from ..fast.reducio.dit import FastReducioDiT
+    from ..fast.reducio.vae import FastReducioVAE
+
+    meta = torch.device("meta")
+    with meta:
+        dit = ReducioDiT(given.dit.config).requires_grad_(False)
+        vae = ReducioVAE(given.vae.config).requires_grad_(False)
+
+    def twice(x: Tensor | None) -> Any:
+        """Both halves of guidance, without data."""
+        if x is None:
+            return None
+        return x.expand(2, *x.shape[1:]).to(meta, torch.float32 if x.is_floating_point() else x.dtype)
+
+    cond = [twice(x) for x in (given.cond.text, given.cond.text_mask, given.cond.semantic, given.cond.content)]
+    noise, image = given.noise.to(meta).float(), given.image.to(meta).float()
+    steps = torch.empty(2, device=meta)
+    plan = Plan(meta, torch.float32)
+    fast_dit, fast_vae = FastReducioDiT(dit, plan), FastReducioVAE(vae, plan)
+    prepared = fast_dit.prepare(*cond)
+    modulation = fast_dit.modulations(steps[:1], noise.shape[-2:])
+
+    def of(run: Callable[[], Any]) -> float:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        return float(counter.get_total_flops())
+
+    def decode(network: Any) -> float:
+        return of(lambda: network.decode(noise, network.encode_content(image, tiled=given.tiled), tiled=given.tiled))
+
+    both = noise.expand(2, *noise.shape[1:])
+    step = of(lambda: fast_dit.prepare(*cond)) + given.steps * of(lambda: fast_dit.denoise(noise, modulation, prepared))
+    direct = {"dit.step": given.steps * of(lambda: dit(both, steps, *cond)), "vae.decode": decode(vae)}
+    return {
+        "direct": direct,
+        "folded transformer": direct | {"dit.step": step},
+        "folded": {"dit.step": step, "vae.decode": decode(fast_vae)},
+    }
+
+
+def _add_tuned_tables(device: torch.device) -> None:
+    """What was tuned on this machine is in force, as it is in a pipeline."""
+    from ..triton_kernels.tables import add_tables
+
+    add_tables(cache.folder("tables", _origin(device)))
+
+
+def _origin(device: torch.device) -> cache.Origin:
+    from ..triton_kernels.tables import arch_of
+
+    return cache.Origin.here(arch_of(device))
+
+
+def _fast_sample() -> Callable[..., Tensor]:
+    from ..fast.sampler import sample as fast_sample
+
+    return fast_sample

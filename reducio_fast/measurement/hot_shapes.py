@@ -1,0 +1,153 @@
+"""The calls that a 1024x1024 clip spends its time in, one `Problem` each: what the tuner times."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One call of the hot path. `make(device)` returns what to time: our kernel, the vendor's way, and others by name.
+
+    `key` is its shape class among the launch settings, `plan` its class in the plan, `variant` the start of the names
+    under which `compile-check` knows its builds. `calls`: how often a 1024x1024 clip makes it (tiles of 16, 20 steps).
+    """
+
+    op: str
+    key: str
+    plan: str
+    variant: str
+    what: str
+    calls: float
+    make: Callable[[torch.device], dict[str, Callable[[], Any]]] = field(repr=False, compare=False)
+
+
+# ---- the hot shapes --------------------------------------------------------------------------------------------------
+
+
+def hot_problems() -> list[Problem]:
+    """81% of the decoder's work, its norms, and the transformer's attention and norms, all in bfloat16."""
+    tiles, steps = 14.4, 20  # of a 1024x1024 clip: 16 tiles are as many pixels as 14.4 full ones
+    problems = []
+    for C, K, side, times in (
+        (128, 128, 320, 7),
+        (256, 128, 320, 1),
+        (256, 256, 160, 9),
+        (512, 512, 80, 1),
+        (256, 256, 80, 7),
+    ):
+        problems.append(Problem(
+            "conv3d", "K<=128" if K <= 128 else "*", f"{C}->{K}", f"conv3d bf16 {C}->{K} k3", f"16x{side}x{side}",
+            times * tiles, functools.partial(_conv, C, K, 16, side),
+        ))  # fmt: skip
+    for C, time_, frames, side in (
+        (256, False, 16, 160),
+        (256, False, 16, 80),
+        (512, False, 16, 40),
+        (512, True, 8, 20),
+    ):
+        kind = "space+time" if time_ else "space"
+        problems.append(Problem(
+            "upsample_conv3d", "*", f"{C}->{C}", f"upsample_conv3d bf16 {C}->{C} {kind} stats",
+            f"{kind}, from {frames}x{side}x{side}", tiles, functools.partial(_upsample, C, time_, frames, side),
+        ))  # fmt: skip
+    for plan, D, B, L, S, N, counted, calls in (
+        ("self 72", 72, 2, 4096, 4096, 16, False, 28 * steps),
+        ("cross 72", 72, 2, 4096, 4472, 16, True, 28 * steps),
+        ("fusion 64", 64, 1, 16 * 80 * 80, 80 * 80, 4, False, tiles),
+        ("fusion 64", 64, 1, 16 * 40 * 40, 40 * 40, 8, False, tiles),
+    ):
+        problems.append(Problem(
+            "attention", str(D), plan, f"attention bf16 {D}", f"{B}x{L} queries, {S} keys", calls,
+            functools.partial(_attention, D, B, L, S, N, counted),
+        ))  # fmt: skip
+    for key, C, side, calls in (
+        ("apply", 128, 320, 14),
+        ("apply", 256, 160, 16),
+        ("finalise", 128, 320, 30),
+        ("statistics", 128, 320, 2),
+    ):
+        problems.append(Problem(
+            "group_norm_silu", key, "", f"group_norm_silu {key} bf16 {C}", f"{key}, {C} channels of 16x{side}x{side}",
+            calls * tiles, functools.partial(_norm, key != "statistics", C, side),
+        ))  # fmt: skip
+    for op, calls in (("ada_layer_norm", 1), ("gated_residual_ada_layer_norm", 56)):
+        problems.append(
+            Problem(
+                op, "1152", "", f"{op} bf16 1152", "2x4096 tokens", calls * steps, functools.partial(_token_norm, op)
+            )
+        )
+    return problems
+
+
+def _random(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(scale)
+
+
+def _conv(C: int, K: int, T: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """With bias, residual and statistics; the vendor's convolution leaves the statistics to a kernel of their own."""
+    from ..triton_kernels import conv3d, group_norm_silu
+
+    x = _random(device, 1, T + 2, side + 2, side + 2, C)
+    w, b = _random(device, K, 27 * C, scale=(27 * C) ** -0.5), _random(device, K)
+    residual = _random(device, 1, T, side, side, K)
+    return {
+        "kernel": lambda: torch.ops.reducio_fast.conv3d(x, w, b, residual, True),
+        "vendor": lambda: group_norm_silu.statistics(conv3d.twin(x, w, b, residual)[0], False),
+    }
+
+
+def _upsample(C: int, time_: bool, T: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+    from ..triton_kernels import group_norm_silu, upsample_conv3d
+
+    x = _random(device, 1, T + 2, side + 2, side + 2, C)
+    w = upsample_conv3d.fold_weight(_random(device, C, C, 3, 3, 3, scale=(27 * C) ** -0.5), time_, False)
+    b = _random(device, C)
+    return {
+        "kernel": lambda: torch.ops.reducio_fast.upsample_conv3d(x, w, b, False, True),
+        "vendor": lambda: group_norm_silu.statistics(upsample_conv3d.twin(x, w, b)[0], False),
+    }
+
+
+def _attention(
+    D: int, B: int, L: int, S: int, N: int, counted: bool, device: torch.device
+) -> dict[str, Callable[[], Any]]:
+    from ..fast.plan import flash_attention
+    from ..triton_kernels import attention
+
+    q, k, v = _random(device, B, L, N, D), _random(device, B, S, N, D), _random(device, B, S, N, D)
+    count = torch.full((B,), S - 80, dtype=torch.int32, device=device) if counted else None
+    ways: dict[str, Callable[[], Any]] = {
+        "kernel": lambda: torch.ops.reducio_fast.attention(q, k, v, count),
+        "vendor": lambda: attention.twin(q, k, v, count),
+    }
+    return ways if counted else ways | {"flash-attn": lambda: flash_attention(q, k, v)}
+
+
+def _norm(given: bool, C: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """`given`: a convolution has left the statistics behind."""
+    from ..triton_kernels import group_norm_silu
+
+    x = _random(device, 1, 16, side, side, C)
+    w, b = _random(device, C), _random(device, C)
+    partials = group_norm_silu.statistics(x, False) if given else None
+    words = (32, 1e-6, True, False)
+    return {
+        "kernel": lambda: torch.ops.reducio_fast.group_norm_silu(x, w, b, *words, partials, 1, 1, True),
+        "vendor": lambda: group_norm_silu.twin(x, w, b, *words, None, 1, 1, True),
+    }
+
+
+def _token_norm(op: str, device: torch.device) -> dict[str, Callable[[], Any]]:
+    from ..triton_kernels.registry import OPS
+
+    x, branch = _random(device, 2, 4096, 1152), _random(device, 2, 4096, 1152)
+    rows = [_random(device, 1152).expand(2, -1) for _ in range(3)]
+    words = (x, *rows[:2]) if op == "ada_layer_norm" else (x, branch, *rows)
+    return {"kernel": lambda: getattr(torch.ops.reducio_fast, op)(*words), "vendor": lambda: OPS[op].twin(*words)}

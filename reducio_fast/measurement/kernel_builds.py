@@ -1,0 +1,64 @@
+"""`reducio-fast compile-check`: every kernel and every table entry, compiled for every GPU that is not here.
+
+What a compiler can tell without the card: registers, spills, shared memory against the target's limit, and whether the
+matrix instruction and the bulk copy that a kernel was written for are in the machine code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from ..system.errors import ReducioError
+
+
+def check(
+    archs: Iterable[str] | None = None, ops: Iterable[str] | None = None, only: str = "", jobs: int | None = None
+) -> Iterator:
+    """Yields a `compile.aot.Build` for each variant on each target, in the order of targets, then kernels.
+
+    `only` keeps the variants whose names contain it: "bf16", "conv3d bf16 128->128".
+
+    Raises ReducioError for an unknown target or kernel, and where Triton is missing or interprets its functions.
+    """
+    try:
+        import triton
+
+        from ..compile.targets import TARGETS
+        from ..triton_kernels.registry import OPS
+    except ImportError as error:
+        raise ReducioError(f"compile-check needs Triton: {error}") from error
+    if triton.knobs.runtime.interpret:
+        raise ReducioError("compile-check: TRITON_INTERPRET is set, so nothing is compiled; unset it")
+    archs, ops = list(TARGETS if archs is None else archs), list(OPS if ops is None else ops)
+    for what, names, known in (("target", archs, TARGETS), ("kernel", ops, OPS)):
+        for name in names:
+            if name not in known:
+                raise ReducioError(f"compile-check: {what} {name!r} is unknown; known: {', '.join(known)}")
+    tasks = [(arch, op, only) for arch in archs for op in ops]
+    # Processes, started afresh: Triton's compiler holds the interpreter's lock, and a forked torch may hang.
+    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for builds in pool.map(_build, *zip(*tasks, strict=True)):
+            yield from builds
+
+
+def _build(arch: str, op: str, only: str) -> list:
+    from ..compile import aot
+    from ..compile.targets import TARGETS
+    from ..triton_kernels.registry import OPS
+
+    return aot.build_all((v for v in OPS[op].variants(arch) if only in v.name), TARGETS[arch])
+
+
+def lines(builds: list) -> list[str]:
+    """One aligned line a build."""
+    head = f"{'variant':<44} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  matrix, bulk copy"
+    out = [head]
+    for b in builds:
+        extras = ", ".join(x for x in (b.matrix, "bulk copy" if b.bulk_copy else "", *b.problems) if x)
+        mark = "  <-- WRONG" if b.problems else ""
+        out.append(f"{b.variant:<44} {b.arch:<7} {b.registers:>9} {b.spilled:>7} {b.shared:>7}  {extras}{mark}")
+    wrong = sum(bool(b.problems) for b in builds)
+    return [*out, f"{len(builds)} builds, {wrong} wrong"]

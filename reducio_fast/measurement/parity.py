@@ -1,0 +1,166 @@
+"""`reducio-fast parity`: the fast path against the reference on this machine, by the rule of `numerics`.
+
+Every stage gets the same inputs three times: the reference in float32 (the oracle; float64 where the fast path runs in
+float32), the reference at the fast path's precision (eager), and the fast path. Importable with torch, Triton, numpy
+and safetensors alone, so that a bare GPU machine can run it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.hub import find_model
+from ..checkpoints.networks import load_model
+from ..checkpoints.strict_files import embedded_model
+from ..reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
+from ..system.devices import resolve_device, resolve_dtype, triton_missing
+from ..system.errors import ReducioError
+from .accuracy_rule import judge
+from .bare_scheduler import scheduler
+
+Row = dict[str, Any]
+# Of a full-width clip: one tile on a GPU; on a CPU, where that takes an hour, the smallest with more than one cell.
+GPU_PIXELS, CPU_PIXELS = 256, 64
+
+
+def compare(
+    model: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    full_size: bool | None = None,
+) -> list[Row]:
+    """One row a stage: `what`, `dtype`, `error` and `eager` (relative, against the oracle), `limit`, `right`.
+
+    The model is the embedded one unless a folder is named; `dtype` None is what the fast path takes by default here.
+    `full_size` adds the full-width networks with random weights, one after the other (7 GB of memory in bfloat16); None
+    does so on a GPU only. Raises ReducioError where the fast path cannot run.
+    """
+    if missing := triton_missing():
+        raise ReducioError(f"parity: {missing}")
+    from ..fast.plan import default_dtype
+
+    device = resolve_device(device)
+    free, dtype = dtype is None, resolve_dtype(dtype, None, device)
+    dtype = default_dtype(device, dtype)[0] if free else dtype
+    folder = embedded_model() if model is None else find_model(model)
+    vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32, device)
+    dit = load_model(ReducioDiT, DiTConfig, folder / "transformer", torch.float32, device)
+    pixels = GPU_PIXELS if device.type == "cuda" else CPU_PIXELS
+    name, own = ("default", 128) if model is None else (folder.name, pixels)
+    rows = list(compare_networks(name, dit, vae, dtype, own, whole=True))
+    if full_size if full_size is not None else device.type == "cuda":
+        del vae, dit
+        for kind in (ReducioVAE, ReducioDiT):
+            rows += compare_networks("full size", *_full_size(kind, device), dtype, pixels, whole=False)
+    return rows
+
+
+def lines(rows: list[Row]) -> list[str]:
+    head = f"{'':<43}{'error':>10}{'eager':>10}{'limit':>10}"
+    body = [f"{r['what']:<34}{r['dtype']:>9}{r['error']:>10.2e}{r['eager']:>10.2e}{r['limit']:>10.2e}" for r in rows]
+    return [head, *(line + ("" if r["right"] else "  WRONG") for line, r in zip(body, rows, strict=True))]
+
+
+@torch.no_grad()
+def compare_networks(
+    name: str, dit: ReducioDiT | None, vae: ReducioVAE | None, dtype: torch.dtype, pixels: int, whole: bool
+) -> Iterator[Row]:
+    """The rows of float32 networks, either may be None; `whole` adds sampling and both together. In float32 they become
+    float64, which is then their oracle."""
+    from ..fast.plan import Plan
+    from ..fast.reducio.dit import FastReducioDiT
+    from ..fast.reducio.vae import FastReducioVAE
+    from ..fast.sampler import sample as fast_sample
+
+    given: list[Any] = [network for network in (vae, dit) if network is not None]
+    device = next(given[0].parameters()).device
+    wide = torch.float64 if dtype == torch.float32 else torch.float32  # else eager would be its own oracle
+    generator = torch.Generator().manual_seed(0)
+
+    def three(network: Any, twin: Any) -> list[tuple[Any, torch.dtype]]:
+        """Fast, eager, oracle, and what each takes."""
+        low = copy.deepcopy(network).to(dtype).eval()
+        return [(twin(low, Plan(device, dtype)).eval(), dtype), (low, dtype), (network.to(wide).eval(), wide)]
+
+    def row(what: str, fast: Tensor, eager: Tensor, oracle: Tensor) -> Row:
+        verdict = judge(fast.to(eager.dtype), eager, oracle)
+        return {
+            "what": f"{name}: {what}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+            "error": verdict.fast,
+            "eager": verdict.eager,
+            "limit": verdict.limit,
+            "right": verdict.right,
+        }
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    def decode(latents: list[Tensor]) -> list[Tensor]:
+        return [
+            n.decode(z.to(kind), n.encode_content(image.to(kind))) for (n, kind), z in zip(vaes, latents, strict=True)
+        ]
+
+    if vae is not None:
+        vaes = three(vae, FastReducioVAE)
+        video = random(1, 3, vae.config.num_frames, pixels, pixels).mul(0.5).clamp(-1, 1)
+        video = torch.nn.functional.avg_pool3d(video, 3, 1, 1)  # pictures are smooth, noise is not
+        image = video[:, :, vae.config.content_frame]
+        moments = [n.encode(video.to(kind)).mean for n, kind in vaes]
+        yield row("vae.encode", *moments)
+        yield row("vae.decode", *decode([vae.normalize_latent(moments[-1]).float()] * 3))
+    if dit is None:
+        return
+
+    dits = three(dit, FastReducioDiT)
+    d = dit.config
+    cell = d.content_patch_size * d.content_stride
+    side = max(pixels // 8 // cell, 1) * cell
+    mask = torch.ones(1, d.caption_length, dtype=torch.long, device=device)
+    mask[:, d.caption_length // 3 :] = 0
+    cond = Condition(
+        random(1, d.caption_length, d.caption_channels),
+        mask,
+        random(1, 16, d.semantic_channels),
+        random(1, d.content_channels, side, side),
+    )
+    clip, side = VAEConfig() if vae is None else vae.config, pixels // d.spatial_factor
+    steps = clip.num_frames // clip.temporal_factor
+    noise = initial_latent((1, d.latent_channels, steps, side, side), [0], device)
+    arguments = (torch.tensor([500.0], device=device), cond.text, cond.text_mask, cond.semantic, cond.content)
+    yield row("dit.step", *(n(noise, *arguments)[:, : d.latent_channels] for n, _ in dits))
+    if vae is None or not whole:
+        return
+    run: list[Callable[..., Tensor]] = [fast_sample, sample, sample]
+    kinds = (noise.dtype, noise.dtype, wide)  # of the latent between steps
+    latents = [
+        function(n, scheduler(), noise.to(kind), cond) for function, (n, _), kind in zip(run, dits, kinds, strict=True)
+    ]
+    yield row("20 steps with guidance", *latents)
+    yield row("end to end", *decode(latents))
+
+
+def _full_size(kind: type, device: torch.device) -> tuple[ReducioDiT | None, ReducioVAE | None]:
+    """The full-width network of that class, in its place in the pair of both."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        pair = (None, ReducioVAE(VAEConfig())) if kind is ReducioVAE else (ReducioDiT(DiTConfig()), None)
+    for network in pair:
+        if network is not None:
+            liven(network)
+    return pair
+
+
+@torch.no_grad()
+def liven(network: torch.nn.Module) -> None:
+    """Random weights where a fresh network has zeros: a silent branch would compare as equal whatever it computes."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)

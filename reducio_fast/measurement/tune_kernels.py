@@ -1,0 +1,326 @@
+"""`reducio-fast bench --tune`: launch settings and the plan of the present GPU, found by measurement, as a table.
+
+The hot shapes are those of a 1024x1024 clip: a 320-pixel tile of the decoder, a denoising step over 4096 tokens. The
+settings of one kernel and shape class are searched one axis at a time from those in force; a candidate that the
+compiler finds wanting (registers spilled, more shared memory than a block may have) is never launched. Times are of
+graph replays on a cold cache. `search` and `tune` take the clock and the compiler's judgement as functions, so both are
+tested with no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..system.devices import resolve_device, triton_missing
+from ..system.errors import ReducioError
+from . import instruments
+from .hot_shapes import Problem, hot_problems
+
+Settings = dict[str, int]
+NOISE = 0.01  # by how much a candidate must be faster, as a share, to replace the best so far
+THRESHOLD = 0.03  # by how much a vendor's library must be faster than our kernel to take its place in the plan
+
+
+@dataclass(slots=True)
+class Found:
+    """What a search came to, times in seconds over all problems of the group, weighted by their calls."""
+
+    settings: Settings
+    before: float
+    after: float
+    tried: int
+    pruned: int
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+def search(
+    start: Settings,
+    axes: Sequence[Sequence[Settings]],
+    cost: Callable[[Settings], float],
+    allowed: Callable[[list[Settings]], list[bool]],
+    expired: Callable[[], bool],
+) -> Found:
+    """Coordinate descent: along each axis (partial settings that replace each other) in turn, until a round gains
+    nothing or time is up. `start` is measured whatever `allowed` says of it, so the result is never slower."""
+    best, least = start, cost(start)
+    found = Found(start, least, least, 1, 0)
+    seen = {_key(start)}
+    gained = True
+    while gained and not expired():
+        gained = False
+        for axis in axes:
+            candidates = [c for c in (best | part for part in axis) if _key(c) not in seen]
+            seen |= {_key(c) for c in candidates}
+            for candidate, good in zip(candidates, allowed(candidates) if candidates else (), strict=True):
+                if not good:
+                    found.pruned += 1
+                    continue
+                if expired():
+                    break
+                seconds = cost(candidate)
+                found.tried += 1
+                if seconds < least * (1 - NOISE):
+                    best, least, gained = candidate, seconds, True
+    found.settings, found.after = best, least
+    return found
+
+
+def axes_of(op: str, key: str, hip: bool) -> list[list[Settings]]:
+    """What is tried. Tile and warps are one axis: neither is good without the other."""
+    if op in ("conv3d", "upsample_conv3d"):
+        tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8),
+                 (128, 256, 8), (64, 256, 8), (256, 64, 4)]  # fmt: skip
+        if key == "K<=128":
+            tiles = [t for t in tiles if t[1] <= 128]
+        axes = [
+            _axis(("BLOCK_M", "BLOCK_K", "num_warps"), tiles),
+            _one("BLOCK_C", 32, 64, 128),
+            _one("num_stages", *((1, 2, 3) if hip else (2, 3, 4, 5))),
+            _one("PIECES", 1, 2, 4),
+        ]
+        amd = [_one("waves_per_eu", 1, 2, 3), _one("matrix_instr_nonkdim", 16, 32)]
+        return axes + (amd if hip else [])
+    if op == "attention":
+        tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
+        axes = [_axis(("BLOCK_L", "BLOCK_S", "num_warps"), tiles), _one("num_stages", 1, 2, 3, 4)]
+        return axes + ([_one("waves_per_eu", 1, 2, 3)] if hip else [])
+    warps = _one("num_warps", 1, 2, 4, 8)
+    if op == "group_norm_silu":
+        axes = [_one("ELEMENTS", 1024, 2048, 4096, 8192, 16384), warps]
+        return axes + ([_one("TILES", 1024, 2048, 4096)] if key == "statistics" else [])
+    return [warps]
+
+
+def tune(
+    problems: Sequence[Problem],
+    arch: str,
+    clock: Callable[[Problem, str], float],
+    allowed: Callable[[str, str, tuple[str, ...], list[Settings]], list[bool]],
+    limit_s: float = 120,
+    hip: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+    now: Callable[[], float] = time.monotonic,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(table, rows): settings by op and shape class with a "plan" of who runs what, and one row a group and problem.
+
+    `clock(problem, way)` times a way to compute it ("kernel", "vendor", "flash-attn"; inf where it fails) under the
+    settings in force; `allowed(op, key, variants, candidates)` says which candidates the compiler passes. The groups
+    that cost a clip most come first, and each may use half of the time that is left.
+    """
+    end = now() + limit_s
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.op, problem.key), []).append(problem)
+    costs = {group: _total(members, clock) for group, members in groups.items()}
+    table: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for (op, key), members in sorted(groups.items(), key=lambda item: -costs[item[0]]):
+        stop = now() + (end - now()) / 2
+
+        def cost(entry: Settings, op: str = op, key: str = key, members: list[Problem] = members) -> float:
+            with trial(arch, op, key, entry):
+                return _total(members, clock)
+
+        variants = tuple(dict.fromkeys(m.variant for m in members))
+        found = search(
+            in_force(op, key, arch),
+            axes_of(op, key, hip),
+            cost,
+            functools.partial(allowed, op, key, variants),
+            functools.partial(_passed, now, stop),
+        )
+        table.setdefault(op, {})[key] = found.settings
+        rows.append({
+            "op": op, "key": key, "settings": found.settings, "tried": found.tried, "pruned": found.pruned,
+            "before_s": found.before, "after_s": found.after,
+        })  # fmt: skip
+        log(
+            f"{op} {key}: {found.before * 1e3:.2f} -> {found.after * 1e3:.2f} ms a clip, {found.tried} tried, "
+            f"{found.pruned} not launched"
+        )
+    plan, more = choose(problems, arch, table, clock)
+    for row in more:
+        log(f"{row['plan']} ({row['what']}): " + ", ".join(f"{w} {s * 1e6:.0f} us" for w, s in row["seconds"].items()))
+    return table | {"plan": plan}, rows + more
+
+
+def choose(
+    problems: Sequence[Problem], arch: str, table: dict[str, Any], clock: Callable[[Problem, str], float]
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """({class: who runs it}, one row a problem), under the settings just found: our kernel unless another way is
+    faster by THRESHOLD over all problems of a class."""
+    rows, totals = [], dict[str, dict[str, float]]()
+    for p in problems:
+        with trial(arch, p.op, p.key, table[p.op][p.key]):
+            ways = ["kernel", "vendor"]
+            if p.op == "attention" and not p.plan.startswith("cross") and importlib.util.find_spec("flash_attn"):
+                ways.append("flash-attn")
+            seconds = {way: clock(p, way) for way in ways}
+        name = f"{p.op} {p.plan}".strip()
+        for way, each in seconds.items():
+            sums = totals.setdefault(name, {})
+            sums[way] = sums.get(way, 0.0) + p.calls * each
+        rows.append({"plan": name, "what": p.what, "calls": p.calls, "seconds": seconds})
+    plan = {}
+    for name, sums in totals.items():
+        other = min((way for way in sums if way != "kernel"), key=sums.__getitem__)
+        plan[name] = other if sums[other] < sums["kernel"] * (1 - THRESHOLD) else "kernel"
+    return plan, rows
+
+
+# ---- settings and their compilation ----------------------------------------------------------------------------------
+
+
+def in_force(op: str, key: str, arch: str) -> Settings:
+    from ..triton_kernels.tables import settings
+
+    return settings(op, key, arch)
+
+
+@contextmanager
+def trial(arch: str, op: str, key: str, entry: Settings) -> Iterator[None]:
+    """Within it every launch of that class uses `entry`."""
+    from ..triton_kernels.tables import table
+
+    entries = table(arch)[op]
+    before = entries.get(key)
+    entries[key] = entry
+    try:
+        yield
+    finally:
+        if before is None:
+            del entries[key]
+        else:
+            entries[key] = before
+
+
+def compile_problems(arch: str, op: str, key: str, entry: Settings, variants: tuple[str, ...]) -> list[str]:
+    """What the compiler finds wrong with these settings; also for a GPU that is not here."""
+    from ..compile import aot
+    from ..compile.targets import TARGETS
+    from ..triton_kernels.registry import OPS
+
+    with trial(arch, op, key, entry):
+        builds = aot.build_all((v for v in OPS[op].variants(arch) if v.name.startswith(variants)), TARGETS[arch])
+    return [problem for build in builds for problem in build.problems]
+
+
+def compiles(
+    pool: Executor, arch: str, op: str, key: str, variants: tuple[str, ...], candidates: list[Settings]
+) -> list[bool]:
+    """Which candidates the compiler passes. Of an architecture that `compile-check` does not know, all: then a launch
+    that cannot be made counts as infinitely slow."""
+    from ..compile.targets import TARGETS
+
+    if arch not in TARGETS:
+        return [True] * len(candidates)
+    words = [pool.submit(compile_problems, arch, op, key, entry, variants) for entry in candidates]
+    return [not word.result() for word in words]
+
+
+def write(table: dict[str, Any], arch: str, path: Path) -> None:
+    """The table in the shipped ones' layout, over what the present one says of classes that were not measured."""
+    from importlib import resources
+
+    own = resources.files("reducio_fast.triton_kernels") / "tables" / f"{arch}.json"
+    merged = json.loads(own.read_text()) if own.is_file() else {}
+    for op, entries in table.items():
+        merged[op] = merged.get(op, {}) | entries
+    ops = [
+        f"  {json.dumps(op)}: {{\n"
+        + ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
+        + "\n  }"
+        for op, entries in merged.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("{\n" + ",\n".join(ops) + "\n}\n")
+    os.replace(part, path)
+
+
+def run(
+    out: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    limit_s: float = 120,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Tune for the GPU that is here; the table goes to the file or folder `out`, by default to the cache folder, where
+    the fast path looks for one that was tuned on this machine.
+
+    Returns a JSON-ready row. Raises ReducioError where there is no GPU or no Triton.
+    """
+    device = resolve_device(device)
+    if device.type != "cuda":
+        raise ReducioError("tune: there is no GPU here, and settings are found by measuring on one")
+    if missing := triton_missing():
+        raise ReducioError(f"tune: {missing}")
+    from ..compile import cache
+    from ..triton_kernels.tables import arch_of
+
+    arch = arch_of(device)
+    path = Path(out) if out else cache.folder("tables", cache.Origin.here(arch)) / f"{arch}.json"
+    path = path / f"{arch}.json" if path.is_dir() else path
+    ways: dict[Problem, dict[str, Callable[[], Any]]] = {}
+
+    def timed(problem: Problem, way: str) -> float:
+        if problem not in ways:
+            ways[problem] = problem.make(device)
+        try:
+            return instruments.kernel_seconds(ways[problem][way], device)
+        except Exception:  # shared memory exceeded, a shape the vendor does not take: this way is out of the race
+            return math.inf
+
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        allowed = functools.partial(compiles, pool, arch)
+        table, rows = tune(hot_problems(), arch, timed, allowed, limit_s, torch.version.hip is not None, log)
+    write(table, arch, path)
+    return {"benchmark": "tune", "machine": instruments.machine(device), "arch": arch, "table": str(path), "rows": rows}
+
+
+def lines(row: dict[str, Any]) -> list[str]:
+    """The row for people."""
+    out = [f"{'kernel and class':<40}{'before ms':>11}{'after ms':>10}  settings (ms a clip)"]
+    for r in (r for r in row["rows"] if "settings" in r):
+        words = " ".join(f"{name}={value}" for name, value in r["settings"].items())
+        out.append(f"{r['op'] + ' ' + r['key']:<40}{r['before_s'] * 1e3:>11.2f}{r['after_s'] * 1e3:>10.2f}  {words}")
+    out.append(f"{'shape':<60}microseconds a call")
+    for r in (r for r in row["rows"] if "plan" in r):
+        times = ", ".join(f"{way} {seconds * 1e6:.1f}" for way, seconds in r["seconds"].items())
+        out.append(f"{r['plan'] + ', ' + r['what']:<60}{times}")
+    return [*out, f"wrote {row['table']}"]
+
+
+def _passed(now: Callable[[], float], stop: float) -> bool:
+    return now() >= stop
+
+
+def _key(entry: Settings) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(entry.items()))
+
+
+def _axis(names: tuple[str, ...], values: Sequence[tuple[int, ...]]) -> list[Settings]:
+    return [dict(zip(names, each, strict=True)) for each in values]
+
+
+def _one(name: str, *values: int) -> list[Settings]:
+    return [{name: value} for value in values]
+
+
+def _total(members: Sequence[Problem], clock: Callable[[Problem, str], float]) -> float:
+    return sum(p.calls * clock(p, "kernel") for p in members)

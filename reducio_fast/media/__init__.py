@@ -1,0 +1,1 @@
+"""Clips and images as files and arrays: read, write, cut, compare."""

@@ -1,0 +1,1 @@
+"""How much memory a stage needs, how to make it fit, and where its weights are meanwhile."""

@@ -1,0 +1,230 @@
+"""How much memory a function will need, found out by running it on tensors that have shapes and no contents.
+
+`DryRun` runs the very code that it forecasts, on torch's meta device, and counts storages as they come and go: so the
+answer follows every change of that code, and nothing has to be loaded or multiplied. What no tensor shows is added by
+rule: the copies that a convolution library makes in a layout of its own.
+
+Measured against the allocator's own record of real runs (`torch.profiler`, whose memory events see what operators
+allocate inside), not against the process's resident size, which the C library's free lists blur.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_T = TypeVar("_T")
+
+META = torch.device("meta")
+# Up to so many values N*C*T*H, torch convolves on a CPU by unfolding: every tap gets a copy of the input. Above, and
+# for batches, by oneDNN (aten/src/ATen/native/Convolution.cpp, use_mkldnn).
+UNFOLDED = 20480
+
+
+class DryRun(TorchDispatchMode):
+    """While it is entered, `live` and `peak` count the bytes of all storages made inside, in their own dtypes.
+
+    Numbers asked of a tensor are 1 and conditions hold, so that checks of values pass; nothing is nonzero twice.
+    `unfolding` counts convolutions as torch itself runs them on a CPU; on a GPU and in oneDNN on channels-last tensors
+    there is no unfolding.
+    """
+
+    def __init__(self, unfolding: bool = False) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.unfolding = unfolding
+        self._functions = _FusedAttention()
+        self._known: dict[tuple[Any, ...], tuple[int, Any]] = {}
+        self._paused = False
+
+    def __enter__(self) -> DryRun:
+        self._functions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._functions.__exit__(*error)
+
+    def peak_of(self, function: Callable[..., _T], *args: Any) -> tuple[_T, int]:
+        """Result, and the most bytes alive at once during the call beyond those alive before it."""
+        before, outer = self.live, self.peak
+        self.peak = before
+        result = function(*args)
+        peak, self.peak = self.peak, max(outer, self.peak)
+        return result, peak - before
+
+    def given(self, *networks: nn.Module) -> None:
+        """What is there already: weights, whose storages are not the function's doing."""
+        for network in networks:
+            for x in (*network.parameters(), *network.buffers()):
+                x.untyped_storage()._counted = True  # type: ignore[attr-defined]
+
+    def remember(self, *modules: nn.Module) -> None:
+        """Run modules of one class once a set of argument shapes; later calls only make outputs of the same form.
+
+        What a network of 28 equal blocks, or a clip of 16 tiles, needs is then known after one of them.
+        """
+        for module in modules:
+            module.forward = self._remembered(type(module), module.forward)
+
+    def opaque(self, function: Callable[..., _T]) -> Callable[..., _T]:
+        """`function` as one kernel: it allocates what it returns, whatever its twin in plain torch makes on the way."""
+
+        def call(*args: Any, **words: Any) -> _T:
+            # By shapes: a decoder asks for one norm of one size a dozen times, and its twin is what takes the time.
+            leaves = tree_leaves((args, tuple(sorted(words.items()))))
+            key = (function, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves))
+            paused, self._paused = self._paused, True
+            try:
+                if key in self._known:
+                    result = _of_form(self._known[key][1])
+                else:
+                    result = function(*args, **words)
+                    self._known[key] = 0, _form(result)
+            finally:
+                self._paused = paused
+            self._count(result)
+            return result
+
+        return call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1
+        if func is torch.ops.aten.nonzero.default:
+            return torch.empty((0, args[0].ndim), dtype=torch.int64, device=META)
+        out = func(*args, **(kwargs or {}))
+        if not self._paused:
+            if func is torch.ops.aten.convolution.default:
+                self.peak = max(self.peak, self.live + self._inside_convolution(args[0], args[1], out))
+            self._count(out)
+        return out
+
+    def _count(self, result: Any) -> None:
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.device == META:
+                storage = x.untyped_storage()
+                if not hasattr(storage, "_counted"):
+                    storage._counted = True  # type: ignore[attr-defined]
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+    def _remembered(self, kind: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            key = (kind, *(tuple(x.shape) for x in tree_leaves(args) if isinstance(x, Tensor)))
+            if key not in self._known:
+                result, peak = self.peak_of(forward, *args)
+                self._known[key] = peak, _form(result)
+                return result
+            peak, form = self._known[key]
+            self.peak = max(self.peak, self.live + peak)
+            return _of_form(form)
+
+        return call
+
+    def _inside_convolution(self, x: Tensor, weight: Tensor, out: Tensor) -> int:
+        """The most bytes that a convolution holds at once, its result included."""
+        result = out.numel() * out.element_size()
+        taps = math.prod(weight.shape[2:])
+        if self.unfolding and x.dtype == torch.float32 and x.shape[0] == 1 and math.prod(x.shape[:4]) <= UNFOLDED:
+            return result + (taps > 1) * taps * x.shape[1] * math.prod(out.shape[2:]) * x.element_size()
+        if x.stride(1) == 1 or not x.is_contiguous() or taps == 1:
+            return result
+        # Channels-first tensors are copied to blocks of 16 channels (oneDNN) or to channels-last (cuDNN's and MIOpen's
+        # matrix kernels), convolved, and copied back, when the first copy is gone.
+        block = 16 * x.element_size()
+        source = x.shape[0] * -(-x.shape[1] // 16) * block * math.prod(x.shape[2:])
+        blocked = out.shape[0] * -(-out.shape[1] // 16) * block * math.prod(out.shape[2:])
+        return blocked + max(source, result)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What is kept of a tensor."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _form(result: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: _Form(x.shape, x.stride(), x.dtype), result)
+
+
+def _of_form(form: Any) -> Any:
+    return tree_map_only(_Form, lambda x: torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=META), form)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device torch spells attention out, with all its L x S weights; on a real one it is fused."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, _, v = args[:3]
+        mask = (kwargs or {}).get("attn_mask")
+        wide = mask.to(q.dtype) if mask is not None and mask.dtype == torch.bool else None  # noqa: F841 alive below
+        # Heads outside, as the kernels write it: what follows may look at it as [B, L, N * D] without a copy.
+        shape = (*q.shape[:-3], q.shape[-2], q.shape[-3], v.shape[-1])
+        return q.new_empty(shape).transpose(-3, -2)
+
+
+def without_weights(value: _T, *networks: nn.Module, keep: tuple[Any, ...] = ()) -> _T:
+    """A copy of `value` in which each weight of the networks is its shape on the meta device; `keep` are not copied."""
+    memo: dict[int, Any] = {id(each): each for each in keep}
+    for network in networks:
+        for p in network.parameters():
+            memo.setdefault(id(p), nn.Parameter(p.detach().to(META), requires_grad=False))
+        for b in network.buffers():
+            memo.setdefault(id(b), b.detach().to(META))
+    return copy.deepcopy(value, memo)
+
+
+def weight_bytes(*networks: nn.Module) -> int:
+    """Of all weights and buffers, those that networks share counted once."""
+    storages = {}
+    for network in networks:
+        for x in (*network.parameters(), *network.buffers()):
+            storage = x.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated; None where the machine does not say (a CPU without /proc)."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # torch keeps what tensors have left, and gives it to the next ones.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    lines = _read(Path("/proc/meminfo")).splitlines()
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    # A container has less than its machine. Its file cache counts as used there, and goes when memory is asked for.
+    group = Path("/sys/fs/cgroup")
+    limit, used, stat = (_read(group / name) for name in ("memory.max", "memory.current", "memory.stat"))
+    if available and limit.strip().isdigit() and used.strip().isdigit():
+        cache = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file "))
+        available.append(int(limit) - int(used) + cache)
+    return min(available) if available else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

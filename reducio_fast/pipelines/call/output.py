@@ -1,0 +1,98 @@
+"""What a call returns: frames in the form asked for, with everything needed to make or judge them again."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...media.video_files import check_output_path, write_video
+from ...system.errors import ReducioError
+from ...system.stage_clock import annotate
+
+
+@dataclass
+class ReducioOutput:
+    """What a call returns. For a single prompt nothing has a clip axis; for a list everything has it in front.
+
+    `frames`: "np" uint8 [T, H, W, 3]; "pil" a list of images; "pt" float32 [T, 3, H, W] in [0, 1], as in diffusers;
+    "latent" the motion latent [16, T/f, H/32, W/32]. `content`: the content frame, uint8 [H, W, 3], which is the clip's
+    centre frame, number (T - 1) // 2; given back as `image` with the same seed it makes the same clip (None for latents
+    that needed none, and where a peer drew from text alone). `timings`: seconds per stage, summed over the clips.
+    """
+
+    frames: Any
+    content: np.ndarray | None
+    seeds: list[int]
+    fps: float
+    timings: dict[str, float]
+    output_type: str = "np"
+    is_list: bool = False
+    interrupted: bool = False  # a callback ended the call: later prompts of the list have no clip
+
+    @property
+    def seed(self) -> int:
+        """Of the first clip."""
+        return self.seeds[0]
+
+    def as_float(self) -> np.ndarray:
+        """Frames as float32 in [0, 1], [T, H, W, 3] or [N, T, H, W, 3]: what diffusers calls "np".
+
+        `diffusers.utils.export_to_video` takes these, or PIL images; bytes it would multiply by 255.
+        """
+        if self.output_type == "latent":
+            raise ReducioError("as_float: output_type='latent' holds no frames; use pipe.decode(latents, image)")
+        clips = list(self.frames) if self.is_list else [self.frames]
+        frames = np.stack([as_array(clip) for clip in clips]).astype(np.float32) / 255
+        return frames if self.is_list else frames[0]
+
+    def save(self, path: str | os.PathLike[str]) -> Path | list[Path]:
+        """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; of a list, clip i as NAME-i.SUFFIX."""
+        if self.output_type == "latent":
+            raise ReducioError("save: output_type='latent' holds no frames; make them with pipe.decode(latents, image)")
+        start, name = time.perf_counter(), Path(path)
+        clips, paths = [self.frames], [name]
+        if self.is_list:
+            clips, paths = (
+                self.frames,
+                [name.with_name(f"{name.stem}-{i}{name.suffix}") for i in range(len(self.seeds))],
+            )
+        for each in paths:
+            check_output_path(each)  # all of them before the first is written
+        with annotate("video.write"):
+            for each, frames in zip(paths, clips, strict=True):
+                write_video(as_array(frames), each, self.fps)
+        self.timings["video.write"] = self.timings.get("video.write", 0.0) + time.perf_counter() - start
+        return paths if self.is_list else name
+
+
+def to_output(video: Tensor, output_type: str) -> Any:
+    """float32 [3, T, H, W] in [-1, 1] -> what `ReducioOutput.frames` holds for one clip; but for "pt" also from bytes
+    uint8 [T, H, W, 3]."""
+    if output_type == "pt":
+        return (video.transpose(0, 1) + 1) / 2
+    if video.dtype != torch.uint8:
+        video = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
+    frames = video.cpu().numpy()
+    return frames if output_type == "np" else [Image.fromarray(frame) for frame in frames]
+
+
+def as_array(frames: Any) -> np.ndarray:
+    """Back to uint8 [T, H, W, 3]."""
+    if isinstance(frames, Tensor):
+        return (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return frames if isinstance(frames, np.ndarray) else np.stack([np.asarray(frame) for frame in frames])
+
+
+def stack(frames: list[Any]) -> Any:
+    first = frames[0]
+    if isinstance(first, Tensor):
+        return torch.stack(frames)
+    return np.stack(frames) if isinstance(first, np.ndarray) else frames

@@ -1,0 +1,50 @@
+"""What is asked of a call, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Embeds:
+    """Conditions of one clip that were given and need no encoder; None for those to be computed."""
+
+    text: tuple[Tensor, Tensor] | None = None  # [1, L, C] and mask bool [1, L]
+    negative_text: tuple[Tensor, Tensor] | None = None
+    semantic: Tensor | None = None  # [1, n, C]
+    content: Tensor | None = None  # [1, 4, H/8, W/8]
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRequest:
+    """What is asked of one clip of a call, checked. `latents`: its initial noise, float32 [1, C, T/f, H/32, W/32]."""
+
+    prompt: str  # "" where only `embeds.text` was given
+    negative_prompt: str  # "" for none
+    image: np.ndarray | None  # uint8 [h, w, 3]; None: to be drawn from the prompt
+    embeds: Embeds
+    generator: torch.Generator
+    latents: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of a call, checked: its clips, and what they have in common."""
+
+    clips: list[ClipRequest]
+    is_list: bool  # whether results get a clip axis
+    height: int
+    width: int
+    latent_shape: tuple[int, int, int, int]
+    num_inference_steps: int
+    guidance_scale: float
+    output_type: str
+    callback_on_step_end: Callable[..., Any] | None
+    callback_tensor_inputs: tuple[str, ...]
+    content_kwargs: dict[str, Any]  # for the text-to-image pipeline

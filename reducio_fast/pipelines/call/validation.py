@@ -1,0 +1,239 @@
+"""What a user may pass: the checks made before any tensor work. Each message names the argument and both values."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...reference import DiTConfig, VAEConfig
+from ...system.devices import triton_missing
+from ...system.errors import ReducioError
+from .request import Embeds
+
+OUTPUT_TYPES = ("np", "pil", "pt", "latent")
+BACKENDS = ("reference", "fast", "auto")
+MAX_SEED = 2**63 - 1
+MAX_SIDE = 16384  # pixels: 16 frames of that square are 13 GB as bytes alone
+MAX_VIDEOS = 1000  # of one prompt: a call holds all of its clips in memory
+
+
+def check_prompts(prompt: Any, negative_prompt: Any, prompt_embeds: Any = None) -> tuple[list[str], list[str], bool]:
+    """Prompts and negative prompts ("" for none) as lists of one length, and whether a list was asked for.
+
+    Without a prompt, `prompt_embeds` [L, C] ask for one clip and [N, L, C] for a list of N.
+    """
+    if prompt is None and isinstance(prompt_embeds, Tensor):
+        is_list = prompt_embeds.ndim > 2
+        return (*_negatives(negative_prompt, [""] * (len(prompt_embeds) if is_list else 1)), is_list)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ReducioError(f"prompt: must be text or a list of texts, is {_brief(prompt)}")
+    for i, text in enumerate(prompts):
+        if not text.strip():
+            where = "" if isinstance(prompt, str) else f" number {i}"
+            raise ReducioError(f"prompt{where}: is empty ({text!r}); say what the clip shall show")
+    _check_encodable("prompt", prompts)
+    return (*_negatives(negative_prompt, prompts), not isinstance(prompt, str))
+
+
+def _negatives(negative_prompt: Any, prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    negatives = negative_prompt
+    if negatives is None or isinstance(negatives, str):
+        negatives = [negatives or ""] * len(prompts)
+    if not isinstance(negatives, list | tuple) or not all(isinstance(n, str) for n in negatives):
+        raise ReducioError(f"negative_prompt: must be text or a list of texts, is {_brief(negative_prompt)}")
+    if len(negatives) != len(prompts):
+        raise ReducioError(f"negative_prompt: {len(negatives)} texts for {len(prompts)} prompts")
+    _check_encodable("negative_prompt", negatives)
+    return list(prompts), list(negatives)
+
+
+def _check_encodable(name: str, texts: Sequence[str]) -> None:
+    """Python keeps bytes of a command line or a file that are no UTF-8 as lone surrogates; no tokenizer takes these."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            wrong = text[error.start]
+            raise ReducioError(f"{name}: holds {wrong!r}, which is no character; is {_brief(text)}") from None
+
+
+def check_size(config: VAEConfig, height: Any, width: Any, num_frames: Any) -> None:
+    check_multiple("height", height, config.spatial_factor)
+    check_multiple("width", width, config.spatial_factor)
+    for name, value in (("height", height), ("width", width)):
+        if value > MAX_SIDE:
+            raise ReducioError(f"{name}: {value} is above the largest side, {MAX_SIDE}")
+    if num_frames != config.num_frames:
+        raise ReducioError(
+            f"num_frames: {num_frames!r} asked for, this model makes clips of {config.num_frames} frames"
+        )
+
+
+def check_count(name: str, value: Any, most: int | None = None) -> int:
+    if not _is_integer(value) or value < 1 or (most is not None and value > most):
+        span = "of at least 1" if most is None else f"from 1 to {most}"
+        raise ReducioError(f"{name}: must be a whole number {span}, is {value!r}")
+    return int(value)
+
+
+def check_callback(callback: Any, names: Any, known: Sequence[str]) -> None:
+    if callback is not None and not callable(callback):
+        raise ReducioError(f"callback_on_step_end: must be callable, is {_brief(callback)}")
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+        raise ReducioError(f"callback_on_step_end_tensor_inputs: must be a list of names, is {_brief(names)}")
+    if unknown := [n for n in names if n not in known]:
+        raise ReducioError(
+            f"callback_on_step_end_tensor_inputs: unknown {', '.join(unknown)}; known are {', '.join(known)}"
+        )
+
+
+def check_multiple(name: str, value: Any, factor: int) -> None:
+    if not _is_integer(value) or value < 1:
+        raise ReducioError(f"{name}: must be a positive multiple of {factor}, is {value!r}")
+    if value % factor:
+        below = value // factor * factor
+        near = f"{below} and {below + factor}" if below else f"{factor} and {2 * factor}"
+        raise ReducioError(f"{name}: {value} is not a multiple of {factor}; the two nearest legal sizes are {near}")
+
+
+def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any) -> None:
+    if not _is_integer(steps) or not 1 <= steps <= max_steps:
+        raise ReducioError(f"num_inference_steps: must be a whole number from 1 to {max_steps}, is {steps!r}")
+    if not isinstance(guidance_scale, numbers.Real) or not (0 <= float(guidance_scale) < math.inf):
+        raise ReducioError(f"guidance_scale: must be a finite number of at least 0, is {guidance_scale!r}")
+    if output_type not in OUTPUT_TYPES:
+        raise ReducioError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, is {output_type!r}")
+
+
+def latent_shape(config: VAEConfig, height: int, width: int) -> tuple[int, int, int, int]:
+    """[C, T/f, H/32, W/32] of a clip's motion latent."""
+    factor = config.spatial_factor
+    return config.latent_channels, config.num_frames // config.temporal_factor, height // factor, width // factor
+
+
+def check_latents(latents: Any, shape: Sequence[int], count: int, is_list: bool, name: str = "latents") -> list[Tensor]:
+    """Latents as one float32 [1, C, T, H, W] a clip. A single clip's may come without the clip axis."""
+    return [item.float() for item in check_tensor(latents, shape, count, is_list, name)]
+
+
+def check_tensor(value: Any, shape: Sequence[int | None], count: int, is_list: bool, name: str) -> list[Tensor]:
+    """A finite floating-point tensor [count, *shape] as one [1, *shape] a clip; None in `shape` is any length.
+
+    A single clip's may come without the clip axis.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ReducioError(f"{name}: must be a floating-point tensor, is {_brief(value)}")
+    value = _with_clip_axis(value, shape, count, is_list, name)
+    if not torch.isfinite(value).all():
+        raise ReducioError(f"{name}: holds values that are not finite (NaN or infinite)")
+    return list(value.split(1))
+
+
+def check_text(
+    embeds: Any, mask: Any, shape: tuple[int, int], count: int, is_list: bool, negative: bool = False
+) -> list[tuple[Tensor, Tensor] | None]:
+    """`prompt_embeds` [count, L, C] and `prompt_attention_mask` [count, L] as one pair a clip; None for none given."""
+    prefix = "negative_" if negative else ""
+    name, mask_name = f"{prefix}prompt_embeds", f"{prefix}prompt_attention_mask"
+    if embeds is None:
+        if mask is not None:
+            raise ReducioError(f"{mask_name}: given without {name}")
+        return [None] * count
+    texts = check_tensor(embeds, shape, count, is_list, name)
+    if not isinstance(mask, Tensor):
+        # Not taken for all ones: a forgotten mask would let the model read the padding, and show in no shape.
+        raise ReducioError(f"{mask_name}: must be the tensor that belongs to {name}, is {_brief(mask)}")
+    masks = _with_clip_axis(mask, shape[:1], count, is_list, mask_name).bool().split(1)
+    return list(zip(texts, masks, strict=True))
+
+
+def check_embeds(
+    config: DiTConfig,
+    content_size: tuple[int, int],
+    count: int,
+    is_list: bool,
+    prompt_embeds: Any,
+    prompt_attention_mask: Any,
+    negative_prompt_embeds: Any,
+    negative_prompt_attention_mask: Any,
+    semantic_embeds: Any,
+    content_latents: Any,
+) -> list[Embeds]:
+    """The conditions that are given instead of computed, per clip, in the widths of the DiT that will read them."""
+    text = (config.caption_length, config.caption_channels)
+    none = [None] * count
+    texts = check_text(prompt_embeds, prompt_attention_mask, text, count, is_list)
+    negatives = check_text(negative_prompt_embeds, negative_prompt_attention_mask, text, count, is_list, negative=True)
+    tokens, size = (None, config.semantic_channels), (config.content_channels, *content_size)
+    semantics, contents = (
+        none if value is None else check_tensor(value, shape, count, is_list, name)
+        for name, value, shape in (
+            ("semantic_embeds", semantic_embeds, tokens),
+            ("content_latents", content_latents, size),
+        )
+    )
+    return [Embeds(*each) for each in zip(texts, negatives, semantics, contents, strict=True)]
+
+
+def _with_clip_axis(value: Tensor, shape: Sequence[int | None], count: int, is_list: bool, name: str) -> Tensor:
+    if not is_list and value.ndim == len(shape):
+        value = value[None]
+    expected = (count, *shape)
+    if value.ndim != len(expected) or any(e not in (None, n) for n, e in zip(value.shape, expected, strict=True)):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ReducioError(f"{name}: has shape {list(value.shape)}, this call needs [{wanted}]")
+    return value
+
+
+def check_generators(count: int, seed: Any, generator: Any) -> list[torch.Generator]:
+    """One generator a clip: the caller's, or CPU generators of seed, seed + 1, ...; seed None draws a first one."""
+    if generator is not None:
+        generators = [generator] if isinstance(generator, torch.Generator) else generator
+        if not isinstance(generators, list | tuple) or not all(isinstance(g, torch.Generator) for g in generators):
+            raise ReducioError(f"generator: must be a torch.Generator or a list of them, is {_brief(generator)}")
+        if len(generators) != count:
+            raise ReducioError(f"generator: {len(generators)} given for {count} clips; give one a clip")
+        return list(generators)
+    if seed is None:
+        # 32 bits: a seed that is reported shall be easy to type again.
+        seed = torch.Generator().seed() % 2**32
+    if not _is_integer(seed) or not 0 <= seed <= MAX_SEED - count:
+        raise ReducioError(f"seed: must be a whole number from 0 to {MAX_SEED - count}, is {seed!r}")
+    return [torch.Generator().manual_seed(int(seed) + i) for i in range(count)]
+
+
+def resolve_backend(backend: Any) -> tuple[str, str]:
+    """The backend that will run, "reference" or "fast", and why. Raises ReducioError for "fast" without Triton."""
+    if backend not in BACKENDS:
+        raise ReducioError(f"backend: must be one of {', '.join(BACKENDS)}, is {backend!r}")
+    if backend == "reference":
+        return "reference", "asked for"
+    missing = triton_missing()
+    if missing is None:
+        return "fast", "asked for" if backend == "fast" else "the best there is"
+    if backend == "fast":
+        raise ReducioError(f"backend: 'fast' cannot run here: {missing}; use 'reference' or 'auto'")
+    return "reference", missing
+
+
+def check_compile(compile: Any, backend: str, why: str) -> None:
+    """Raises ReducioError for what is not a choice, and for compiling what the fast path does not run."""
+    if compile is not None and not isinstance(compile, bool):
+        raise ReducioError(f"compile: must be True, False or None, is {compile!r}")
+    if compile and backend == "reference":
+        raise ReducioError(f"compile: True needs the fast path, but backend is reference: {why}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _brief(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

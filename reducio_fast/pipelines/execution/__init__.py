@@ -1,0 +1,1 @@
+"""What runs a call: components, the executor, sampling, decoding, adapters, warm-up."""

@@ -1,0 +1,1 @@
+"""Other image-to-video models, run through diffusers."""

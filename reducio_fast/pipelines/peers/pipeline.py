@@ -1,0 +1,306 @@
+"""Peers: other image-to-video models, run through diffusers behind the words, seeds and output of our own pipeline.
+
+They are here for the comparison a user would make on one machine: what a second of video, or a megapixel of it, costs.
+A peer is named like a model: `svd` (its hub repository), `svd:FOLDER`, a folder whose model_index.json names one of
+the pipelines below, or `svd:random` and `svd:random-tiny`: random weights at the published size, or small enough for
+any CPU. Speed does not depend on what the weights are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...checkpoints import diffusers_folders, hub, strict_files
+from ...media import image_files
+from ...system import devices
+from ...system.errors import ReducioError
+from ...system.stage_clock import clock
+from ..call import validation
+from ..call.output import ReducioOutput, stack, to_output
+from .models import PEERS, Peer, build_random, diffusers_class
+
+RANDOM, RANDOM_TINY = "random", "random-tiny"
+DECODE_CHUNK = 8  # frames SVD decodes at once: what diffusers' own example uses; all 25 need tens of gigabytes
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A peer and where its weights come from: `weights` is a folder, a hub id, "random" or "random-tiny"."""
+
+    peer: Peer
+    weights: str
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The call that is made where the caller says nothing."""
+        return self.peer.call | (self.peer.tiny_call if self.weights == RANDOM_TINY else {})
+
+
+def find(model: Any) -> Source | None:
+    """The peer that `model` names, by word or by a folder's index; None where it names none, so is one of ours."""
+    if not isinstance(model, str | os.PathLike):
+        return None
+    name, _, weights = str(model).partition(":")
+    if name in PEERS and not (weights == "" and Path(model).is_dir()):
+        return Source(PEERS[name], weights or PEERS[name].hub_id)
+    index = Path(model).expanduser() / strict_files.INDEX
+    if not index.is_file():
+        return None
+    class_name = strict_files.read_json(index).get("_class_name")
+    return next((Source(p, str(model)) for p in PEERS.values() if class_name in p.pipelines), None)
+
+
+class PeerPipeline:
+    """A loaded peer. Call it with the words of `ReducioPipeline`; what it gives back is the same kind of output."""
+
+    def __init__(self, source: Source, pipeline: Any) -> None:
+        self.source, self.pipeline = source, pipeline
+        accepted = inspect.signature(type(pipeline).__call__).parameters
+        self.reads_text, self.takes_image = "prompt" in accepted, "image" in accepted
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] | Source,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> PeerPipeline:
+        """Load a peer by the words that `find` knows. Raises ReducioError for anything else, and for broken files."""
+        source = model if isinstance(model, Source) else find(model)
+        if source is None:
+            raise ReducioError(f"model: {str(model)!r} is no peer; known are {', '.join(PEERS)}, or a folder of one")
+        device = devices.resolve_device(device)
+        dtype = devices.resolve_dtype(dtype, None, device)
+        peer = source.peer
+        if source.weights in (RANDOM, RANDOM_TINY):
+            return cls(source, build_random(peer, source.weights == RANDOM_TINY, dtype, device))
+        folder = hub.find_model(source.weights)
+        class_name = strict_files.read_json(folder / strict_files.INDEX).get("_class_name")
+        if class_name not in peer.pipelines:
+            raise ReducioError(
+                f"{folder / strict_files.INDEX}: is of a {class_name}, {peer.name} takes {', '.join(peer.pipelines)}"
+            )
+        pipeline = diffusers_folders.load_text_to_image(folder, {}, dtype, device)
+        if class_name == "LTXPipeline":
+            pipeline = diffusers_class("LTXImageToVideoPipeline")(**pipeline.components)
+        return cls(source, pipeline)
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Any = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = 0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "np",
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        progress: bool = True,
+    ) -> ReducioOutput:
+        """Make one clip, or one of each prompt (where the peer reads none: of each image) in a list.
+
+        Sizes, frames, steps and guidance default to the published call of the peer (`source.defaults`). The image is
+        scaled to cover the clip and cropped. For SVD, `guidance_scale` is that of the last frame; the first frame's
+        is 1. Clips are made one after the other, clip i from a CPU generator of seed + i. `timings` has our stages;
+        `dit.step` is the whole denoising loop, whichever network runs in it. `callback_on_step_end` is handed on to
+        diffusers; to set `pipe._interrupt` ends the loop of LTX-Video and Wan, diffusers' SVD cannot be stopped.
+
+        Raises ReducioError before any work for an argument that does not fit.
+        """
+        defaults = self.source.defaults
+        height = defaults["height"] if height is None else height
+        width = defaults["width"] if width is None else width
+        steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        frames = self._num_frames(num_frames)
+        max_steps = self.pipeline.scheduler.config.num_train_timesteps
+        validation.check_sampling(steps, max_steps, guidance, output_type)
+        validation.check_callback(callback_on_step_end, ["latents"], ["latents"])
+        for name, value in (("height", height), ("width", width)):
+            validation.check_multiple(name, value, self._size_factor())
+        prompts, negatives, images, is_list = self._check_inputs(prompt, negative_prompt, image)
+        generators = validation.check_generators(len(images), seed, generator)
+
+        words: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps}
+        if self.source.peer.name == "svd":
+            words |= {"max_guidance_scale": guidance, "fps": defaults["fps"], "decode_chunk_size": DECODE_CHUNK}
+        else:
+            words["guidance_scale"] = guidance
+        if self.source.peer.name == "ltx":
+            words["frame_rate"] = defaults["fps"]
+        self.pipeline.set_progress_bar_config(disable=not progress, desc="dit.step")
+        timings: dict[str, float] = {}
+        clips: list[Any] = []
+        fitted: list[np.ndarray] = []
+        for text, negative, picture, each in zip(prompts, negatives, images, generators, strict=True):
+            if picture is not None:
+                fitted.append(image_files.fit_image(picture, height, width))
+                words["image"] = Image.fromarray(fitted[-1])
+            if self.reads_text:
+                words |= {"prompt": text, "negative_prompt": negative}
+            clips.append(self._clip(words, each, output_type, callback_on_step_end, timings))
+            if getattr(self.pipeline, "interrupt", False):
+                break
+        return ReducioOutput(
+            frames=stack(clips) if is_list else clips[0],
+            content=np.stack(fitted) if is_list and fitted else fitted[0] if fitted else None,
+            seeds=[g.initial_seed() for g in generators[: len(clips)]],
+            fps=defaults["fps"],
+            timings=timings,
+            output_type=output_type,
+            is_list=is_list,
+            interrupted=bool(getattr(self.pipeline, "interrupt", False)),
+        )
+
+    def _clip(
+        self,
+        words: dict[str, Any],
+        generator: torch.Generator,
+        output_type: str,
+        callback: Callable[..., Any] | None,
+        timings: dict[str, float],
+    ) -> Any:
+        kind = "latent" if output_type == "latent" else "pt"
+        try:
+            with _stages(self.pipeline, self.source.peer.denoiser, timings) as step_end:
+                video = self.pipeline(
+                    **words,
+                    generator=generator,
+                    output_type=kind,
+                    callback_on_step_end=functools.partial(_step_end, callback, step_end),
+                ).frames[0]
+        except ReducioError:
+            raise
+        except ValueError as error:  # a word that diffusers' own checks refuse
+            raise ReducioError(f"{self.source.peer.name}: {error}") from error
+        if not torch.isfinite(video).all():
+            raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
+        if kind == "latent":
+            return video
+        return to_output(video.float().transpose(0, 1) * 2 - 1, output_type)
+
+    def _check_inputs(
+        self, prompt: Any, negative_prompt: Any, image: Any
+    ) -> tuple[list[str | None], list[str | None], list[np.ndarray | None], bool]:
+        """Prompts, negative prompts and images as lists of one length, and whether the caller gave a list."""
+        title = self.source.peer.title
+        if not self.reads_text:
+            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+                if value:
+                    raise ReducioError(f"{name}: {title} animates an image and reads no text, so leave out {value!r}")
+        if not self.takes_image and image is not None:
+            raise ReducioError(f"image: {title} makes clips from text alone, so leave the image out")
+        if self.takes_image and image is None:
+            raise ReducioError(f"image: None given; {title} animates an image")
+        if self.reads_text:
+            prompts, negatives, is_list = validation.check_prompts(prompt, negative_prompt)
+            return [*prompts], [*negatives], image_files.read_images(image, len(prompts)), is_list
+        is_list = isinstance(image, list | tuple) or (isinstance(image, np.ndarray) and image.ndim == 4)
+        count = len(image) if is_list else 1
+        if count == 0:
+            raise ReducioError("image: the list is empty")
+        return [None] * count, [None] * count, image_files.read_images(image, count), is_list
+
+    def _num_frames(self, asked: Any) -> int:
+        """A count the VAE can hold: any for SVD, which has no compression in time, else k x factor + 1."""
+        if asked is None:
+            published = self.source.defaults.get("num_frames")
+            return self.pipeline.unet.config.num_frames if published is None else published
+        names = ("vae_temporal_compression_ratio", "vae_scale_factor_temporal")  # LTX's, Wan's
+        factor: int = next((getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name)), 1)
+        asked = validation.check_count("num_frames", asked)
+        if factor > 1 and asked % factor != 1:
+            below = (asked - 1) // factor * factor + 1
+            raise ReducioError(
+                f"num_frames: {asked} is not a multiple of {factor} plus 1; "
+                f"the two nearest legal counts are {below} and {below + factor}"
+            )
+        return asked
+
+    def _size_factor(self) -> int:
+        """What height and width must be multiples of: the VAE's compression times that of the network behind it."""
+        pipe = self.pipeline
+        if self.source.peer.name == "svd":  # the U-Net halves again at each level but the last
+            return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+        if self.source.peer.name == "ltx":
+            return pipe.vae_spatial_compression_ratio * pipe.transformer_spatial_patch_size
+        return pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[-1]
+
+
+def check_words(source: Source, backend: str, words: Iterable[str]) -> None:
+    """Refuse, by name, words of our call that a peer does not have."""
+    if backend not in ("auto", "reference"):
+        raise ReducioError(f"backend: {backend!r} asked for, but a peer runs through diffusers; leave it out")
+    known = inspect.signature(PeerPipeline.__call__).parameters
+    if unknown := sorted(set(words) - set(known)):
+        raise ReducioError(f"{unknown[0]}: not a word of the peer {source.peer.name}")
+
+
+# ---- building and timing --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _stages(pipeline: Any, denoiser: str, timings: dict[str, float]) -> Iterator[Callable[[], None]]:
+    """Time a diffusers pipeline by our stages, from outside; yields what must be called at the end of each step.
+
+    Encoders and decoder are timed around their calls. The loop lasts from the first call of the denoiser to the end
+    of the last step, so it has the scheduler and guidance in it.
+    """
+    device = pipeline._execution_device
+    loop: list[float] = []
+
+    def step_end() -> None:
+        timings["dit.step"] = timings.get("dit.step", 0.0) + clock(device) - loop[-1]
+        loop.append(clock(device))
+
+    def around(call: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def timed(*args: Any, **words: Any) -> Any:
+            start = clock(device)
+            result = call(*args, **words)
+            timings[stage] = timings.get(stage, 0.0) + clock(device) - start
+            return result
+
+        return timed
+
+    def start_loop(*_: Any) -> None:
+        if not loop:
+            loop.append(clock(device))
+
+    with ExitStack() as undo:
+        network = getattr(pipeline, denoiser)
+        undo.callback(network.register_forward_pre_hook(start_loop).remove)
+        for component, method, stage in (
+            ("text_encoder", "forward", "text.encode"),
+            ("image_encoder", "forward", "image.encode"),
+            ("vae", "encode", "image.encode"),
+            ("vae", "decode", "vae.decode"),
+        ):
+            module = getattr(pipeline, component, None)
+            if module is not None:
+                setattr(module, method, around(getattr(module, method), stage))
+                undo.callback(delattr, module, method)  # what is left is the class's own
+        yield step_end
+
+
+def _step_end(
+    callback: Callable[..., Any] | None, timed: Callable[[], None], pipe: Any, step: int, timestep: Any, tensors: Any
+) -> dict[str, Tensor]:
+    timed()
+    return (callback(pipe, step, timestep, tensors) or {}) if callback is not None else {}

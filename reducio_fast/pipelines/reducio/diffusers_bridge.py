@@ -1,0 +1,93 @@
+"""How diffusers' own `DiffusionPipeline.from_pretrained` opens a model folder.
+
+It imports the folder's `pipeline.py`, which names the pipeline below, then reads each component by the [library, class]
+of the index: it looks the class up in the package `reducio_fast`, which passes these names on, and calls its
+`from_pretrained`. Installed packages do the work; a folder brings no code of its own but that one import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ... import reference
+from ...checkpoints import diffusers_folders, layouts, networks
+from . import encoders, pipeline
+
+ModelMixin = nn.Module  # by this name diffusers learns how the networks of a library are loaded
+
+
+class ReducioVAE(reference.ReducioVAE):
+    """Loads a `reference.ReducioVAE`."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> reference.ReducioVAE:
+        return networks.load_model(reference.ReducioVAE, reference.VAEConfig, folder, torch_dtype)
+
+
+class ReducioDiT(reference.ReducioDiT):
+    """Loads a `reference.ReducioDiT`."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> reference.ReducioDiT:
+        return networks.load_model(reference.ReducioDiT, reference.DiTConfig, folder, torch_dtype)
+
+
+class SemanticEncoder(encoders.SemanticEncoder):
+    """Loads an `encoders.SemanticEncoder`: diffusers' word for its dtype is another one."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> encoders.SemanticEncoder:  # type: ignore[override]
+        return encoders.SemanticEncoder.from_pretrained(folder, torch_dtype)
+
+
+class TextToImage(nn.Module):
+    """The folder of a first stage, until the components that it shares are there. Only a module is told the dtype."""
+
+    def __init__(self, folder: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.folder, self.dtype = Path(folder), dtype
+
+    @classmethod
+    def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> TextToImage:
+        return cls(folder, torch_dtype or torch.float32)
+
+    def load(self, parts: Mapping[str, Any]) -> Any:
+        shared = {inner: parts[outer] for inner, outer in layouts.SHARED.items()}
+        return diffusers_folders.load_text_to_image(self.folder, shared, self.dtype, "cpu")
+
+
+class DiffusersReducioPipeline(pipeline.ReducioPipeline, DiffusionPipeline):
+    """A `ReducioPipeline` that diffusers' loader can build. All behaviour is ours; of diffusers it has the config."""
+
+    _optional_components = list(layouts.OPTIONAL)
+
+    # Components have no defaults here: diffusers takes a parameter with a default for a plain setting.
+    def __init__(
+        self,
+        vae: reference.ReducioVAE,
+        transformer: reference.ReducioDiT,
+        scheduler: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        image_encoder: Any,
+        content_encoder: Any,
+        text_to_image: Any,
+        fps: int | float = 16,
+        sample_height: int = 256,
+        sample_width: int = 256,
+        clean_caption: bool = False,
+        content_scaling_factor: int | float = 1.0,
+        backend: str = "auto",
+        compile: bool | None = None,
+    ) -> None:
+        words = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.register_to_config()  # before any attribute is set: diffusers looks each one up in it
+        if isinstance(text_to_image, TextToImage):
+            words["text_to_image"] = text_to_image.load(words)
+        pipeline.ReducioPipeline.__init__(self, **words)

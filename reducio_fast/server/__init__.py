@@ -1,0 +1,1 @@
+"""Clips as a service: the demo page in the browser."""

@@ -1,0 +1,196 @@
+"""`reducio-fast demo`: a page in the browser that makes clips, the fast path beside the reference.
+
+`make_clips` is all that happens on a click, and knows nothing of the page; `page` is the page, and the only place that
+imports gradio.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import hub
+from ..media.similarity import psnr
+from ..pipelines.call import validation
+from ..pipelines.call.output import ReducioOutput
+from ..pipelines.generate import generate
+from ..system import devices
+from ..system.errors import ReducioError
+
+EXAMPLE = "a red circle moving right on a black background"
+STEPS, GUIDANCE = 20, 4.5
+
+Progress = Callable[[float, str], None]  # share done, what is being done
+
+
+class Cancelled(Exception):
+    """Raised between two steps of a clip whose maker has asked to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One finished clip. `label` names the path that made it."""
+
+    label: str
+    path: Path
+    out: ReducioOutput
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Seconds per stage as a table, the sum last."""
+        stages = [[name, f"{seconds:.2f}"] for name, seconds in self.out.timings.items()]
+        return [*stages, ["sum", f"{sum(self.out.timings.values()):.2f}"]]
+
+
+def make_clips(
+    prompt: str,
+    image: Any = None,
+    *,
+    both: bool = True,
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance_scale: float = GUIDANCE,
+    folder: Path,
+    progress: Progress = lambda share, what: None,
+    stop: threading.Event | None = None,
+    **words: Any,
+) -> Iterator[Clip]:
+    """The clip of the fast path and, with `both`, that of the reference for the same seed, as they become ready.
+
+    They are written to `folder` as .mp4. `words` are those of `generate` (model, dtype, device, height, ...). Setting
+    `stop` raises Cancelled at the end of the step that is running; the models stay loaded. Raises ReducioError.
+    """
+    fast, _ = validation.resolve_backend("auto")
+    paths = {fast: "auto"} | ({"reference": "reference"} if both else {})
+    for number, (label, backend) in enumerate(paths.items()):
+
+        def report(step: int, number: int = number, label: str = label) -> None:
+            what = f"{label}: step {step} of {steps}" if step else f"{label}: starting"
+            progress((number + step / steps) / len(paths), what)
+
+        def step_end(pipe: Any, step: int, *_: Any, report: Callable[[int], None] = report) -> None:
+            if stop is not None and stop.is_set():
+                raise Cancelled
+            report(step + 1)
+
+        report(0)
+        out = generate(
+            prompt, image, backend=backend, seed=seed, num_inference_steps=steps, guidance_scale=guidance_scale,
+            callback_on_step_end=step_end, progress=False, **words,
+        )  # fmt: skip
+        path = folder / f"{number}-{label}.mp4"
+        out.save(path)
+        yield Clip(label, path, out)
+
+
+def serve(
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+) -> tuple[str, Callable[[], None]]:
+    """Start the page; returns its address and a function that waits until it is stopped.
+
+    Raises ReducioError without gradio, for a model that is not there, and for a port that cannot be had.
+    """
+    if model is not None:
+        hub.find_model(model)
+    devices.resolve_device(device)
+    app = page({"model": model, "dtype": dtype, "device": device})
+    try:
+        _, url, _ = app.launch(
+            server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, share=False, ssr_mode=False
+        )
+    except OSError as error:  # gradio's own line names the port and the variables that set it
+        raise ReducioError(f"port: {error}") from error
+    return url, app.block_thread
+
+
+def page(words: dict[str, Any]) -> Any:
+    """The page, a `gradio.Blocks` that is not yet served. `words` go to `generate` with each click."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read at import; nothing leaves this machine
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ReducioError("demo: gradio is not installed; pip install 'reducio-fast[demo]'") from error
+
+    stops: dict[str | None, threading.Event] = {}  # by browser session: Cancel stops one's own clip only
+
+    def run(
+        prompt: str,
+        image: Any,
+        seed: float,
+        steps: float,
+        guidance: float,
+        both: bool,
+        request: Any,
+        bar: Any = gr.Progress(),  # noqa: B008 - how gradio hands a progress bar over
+    ) -> Iterator[tuple[Any, ...]]:
+        stop = stops[request.session_hash] = threading.Event()
+        folder = Path(tempfile.mkdtemp(prefix="reducio-demo-"))
+        clips: list[Clip] = []
+        try:
+            for clip in make_clips(
+                prompt, image, both=both, seed=int(seed), steps=int(steps), guidance_scale=guidance, folder=folder,
+                progress=lambda share, what: bar(share, desc=what), stop=stop, **words,
+            ):  # fmt: skip
+                clips.append(clip)
+                yield show(clips, "Waiting for the reference." if both and len(clips) == 1 else "")
+        except Cancelled:
+            return
+        except ReducioError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def show(clips: list[Clip], status: str) -> tuple[Any, ...]:
+        fast, reference = (clips + [None, None])[:2]
+        if len(clips) == 2:
+            a, b = (sum(clip.out.timings.values()) for clip in clips)
+            likeness = psnr(clips[0].out.frames, clips[1].out.frames)
+            frames = f"frames {likeness:.1f} dB alike" if math.isfinite(likeness) else "frames equal byte for byte"
+            status = f"Same seed: {clips[0].label} {a:.2f} s, reference {b:.2f} s; {frames}."
+        elif len(clips) == 1 and not status:
+            status = f"{clips[0].label}: {sum(clips[0].out.timings.values()):.2f} s."
+        cells = [part for clip in (fast, reference) for part in ((clip.path, clip.rows) if clip else (None, None))]
+        return (status, *cells)
+
+    def cancel(request: Any) -> str:
+        if (stop := stops.get(request.session_hash)) is not None:
+            stop.set()  # ends the work at the end of its step; `cancels` below ends the waiting for it
+        return "Cancelled."
+
+    # gradio finds the argument for the session by its type, which it cannot look up by name in here.
+    for function in (run, cancel):
+        function.__annotations__["request"] = gr.Request
+
+    with gr.Blocks(title="reducio-fast", analytics_enabled=False) as app:
+        gr.Markdown("# reducio-fast\nText, and an image if you have one, becomes a clip of 16 frames.")
+        with gr.Row():
+            with gr.Column(scale=2):
+                prompt = gr.Textbox(EXAMPLE, label="Prompt", lines=2, elem_id="prompt")
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+                    steps = gr.Slider(1, 50, STEPS, step=1, label="Steps", elem_id="steps")
+                    guidance = gr.Slider(1, 10, GUIDANCE, step=0.5, label="Guidance")
+                both = gr.Checkbox(True, label="Reference beside it (loads the model twice)", elem_id="both")
+                with gr.Row():
+                    start = gr.Button("Generate", variant="primary", elem_id="generate")
+                    end = gr.Button("Cancel", elem_id="cancel")
+            image = gr.Image(label="Content frame (optional)", type="numpy", height=240)
+        status = gr.Textbox(label="Status", interactive=False, elem_id="status")
+        outputs: list[Any] = [status]
+        with gr.Row():
+            for title, name in (("Fast path", "fast"), ("Reference", "reference")):
+                with gr.Column():
+                    outputs.append(gr.Video(label=title, autoplay=True, loop=True, elem_id=name))
+                    outputs.append(gr.Dataframe(headers=["stage", "seconds"], label="Seconds", interactive=False))
+        given = [prompt, image, seed, steps, guidance, both]
+        work = start.click(run, given, outputs, concurrency_limit=1, show_progress_on=status)
+        end.click(cancel, None, status, cancels=[work], queue=False)
+    return app

@@ -1,0 +1,1 @@
+"""This machine and this process: errors, devices, variables, clocks, the cache folder, files written whole."""

@@ -1,0 +1,48 @@
+"""Devices and dtypes a user may name, and whether Triton is here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import ReducioError
+
+MINIMUM_TRITON = (3, 6)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(dtype: Any, torch_dtype: Any, device: torch.device) -> torch.dtype:
+    """The dtype asked for by either word; by default float32 on a CPU, bfloat16 elsewhere."""
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ReducioError(f"dtype={dtype} and torch_dtype={torch_dtype} differ; they are two words for one thing")
+    asked = torch_dtype if dtype is None else dtype
+    if asked is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = DTYPES.get(asked.removeprefix("torch.")) if isinstance(asked, str) else asked
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
+        raise ReducioError(f"dtype: must be one of {', '.join(DTYPES)}, is {asked!r}")
+    return found
+
+
+def resolve_device(device: Any) -> torch.device:
+    """The device asked for; by default a GPU where there is one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ReducioError(f"device: {device!r} cannot be used here ({line})") from error
+    return found
+
+
+def triton_missing() -> str | None:
+    """Why the kernels cannot be imported, in one line; None where they can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if version >= MINIMUM_TRITON else f"Triton is {triton.__version__}, the kernels need 3.6"

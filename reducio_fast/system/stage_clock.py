@@ -1,0 +1,72 @@
+"""Stages of a clip: seconds per stage, and named ranges on a profiler's time line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+Timings = dict[str, float]
+
+
+class Stopwatch:
+    """Seconds per stage, each under the stage's name on a profiler's time line."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, Timings()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = clock(self.device)
+        with annotate(name):
+            yield
+            end = clock(self.device)  # within the range: it then covers the kernels, which outlive their launch
+        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once all that was launched on `device` has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+STAGES = ("content.generate", "text.encode", "image.encode", "dit.step", "vae.decode", "video.write")
+
+_asked: frozenset[str] = frozenset()
+
+
+@contextmanager
+def asked(*kinds: str) -> Iterator[None]:
+    """Within it stages are marked: "trace" for torch.profiler, "markers" for nsys and ncu (NVTX) or rocprofv3 (roctx).
+
+    Raises RuntimeError for markers where torch was built without a GPU's libraries.
+    """
+    global _asked
+    if "markers" in kinds and not torch.cuda.is_available():
+        raise RuntimeError("markers: this build of torch has no GPU, hence neither NVTX nor roctx")
+    before, _asked = _asked, frozenset(kinds)
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def annotate(name: str) -> AbstractContextManager[None]:
+    """A range of this name around the work inside."""
+    return _range(name) if _asked else nullcontext()
+
+
+@contextmanager
+def _range(name: str) -> Iterator[None]:
+    markers = "markers" in _asked
+    with torch.profiler.record_function(name) if "trace" in _asked else nullcontext():
+        if markers:
+            torch.cuda.nvtx.range_push(name)  # HIP builds of torch put roctx under this name
+        try:
+            yield
+        finally:
+            if markers:
+                torch.cuda.nvtx.range_pop()

@@ -1,0 +1,38 @@
+"""What every stage of the recipe gets handed: where to write, how to train, where to note the figures it reached."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..system.atomic_files import atomic_write
+from .loop import LoopConfig, LossFunction, Outcome, run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Where and how a stage runs: `out` holds the components and `out/runs/<stage>` checkpoint, log and figures."""
+
+    out: Path
+    resume: bool = True
+    progress: bool = True
+    device: str = "cpu"
+
+    def run_folder(self, stage: str) -> Path:
+        return self.out / "runs" / stage
+
+    def train(self, stage: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig) -> Outcome:
+        """`loop.run` in this stage's folder; the model then holds the averaged weights, in evaluation mode."""
+        folder = self.run_folder(stage)
+        outcome = run(stage, model, loss_fn, config, folder, None, self.device, self.resume, progress=self.progress)
+        model.load_state_dict(outcome.averaged)
+        return outcome
+
+    def record(self, stage: str, figures: dict[str, float]) -> dict[str, float]:
+        """Keeps the figures a stage reached beside its log."""
+        text = json.dumps({k: round(v, 5) for k, v in figures.items()}, indent=2) + "\n"
+        atomic_write(self.run_folder(stage) / "figures.json", lambda path: path.write_text(text))
+        return figures

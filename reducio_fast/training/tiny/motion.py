@@ -1,0 +1,212 @@
+"""The motion diffusion transformer of the tiny model, trained on latents and conditions that are encoded once.
+
+The conditions come from the very encoder objects the pipeline uses. Letters in shapes: B batch, C channels, T frames,
+H W rows and columns, L text positions, S semantic tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import ByT5Tokenizer, T5EncoderModel
+
+from ...checkpoints.networks import load_model, save_model
+from ...checkpoints.strict_files import load_tensors, save_tensors
+from ...data import toy_world
+from ...pipelines.reducio.encoders import ContentEncoder, SemanticEncoder, TextEncoder
+from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from ...system.atomic_files import atomic_write
+from ..loop import LoopConfig
+from ..recipe import Context
+from .video_autoencoder import as_video
+
+TINY_DIT = DiTConfig(
+    hidden_size=192,
+    depth=6,
+    num_heads=6,
+    caption_channels=128,
+    semantic_channels=128,
+    learn_sigma=False,
+    position_base_size=4,  # 128 pixels are 4 x 4 latent cells
+)
+# PixArt's linear betas. Velocity instead of noise: at the first steps a noise prediction's error is multiplied by 150.
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "v_prediction",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MotionSettings:
+    """How the transformer is trained."""
+
+    loop: LoopConfig
+    pool: int = 6144  # encoded clips
+    held_out_pool: int = 128  # of scenes never trained on, for the figures
+    shard: int = 128  # samples in one file of the pool
+    batch: int = 32
+    text_drop: float = 0.1  # prompts replaced by the null text, for classifier-free guidance
+    # Content frames passed once through the content autoencoder, because at inference stage one decodes them from it.
+    decoded_share: float = 0.5
+    portrait_share: float = 0.0  # of the clips: around a content frame as stage one draws it, else anywhere
+    size: int = 128
+    config: DiTConfig = field(default_factory=lambda: TINY_DIT)
+
+    def shards(self, held_out: bool) -> range:
+        """Numbers of the files that hold the pool."""
+        count = self.held_out_pool if held_out else self.pool
+        return range(-(-count // self.shard))
+
+
+class Encoders:
+    """The trained components that make a sample: the VAE and the three condition encoders."""
+
+    def __init__(self, out: Path) -> None:
+        self.vae = load_model(ReducioVAE, VAEConfig, out / "vae").eval()
+        self.content_vae = AutoencoderKL.from_pretrained(out / "content_encoder").eval()
+        self.content = ContentEncoder(self.content_vae)
+        self.semantic = SemanticEncoder.from_pretrained(out / "image_encoder").eval()
+        text_model = T5EncoderModel.from_pretrained(out / "text_encoder").eval()
+        self.text = TextEncoder(text_model, ByT5Tokenizer.from_pretrained(out / "tokenizer"), TINY_DIT.caption_length)
+
+    @torch.no_grad()
+    def encode(self, frames_BTHWC: np.ndarray, decoded: np.ndarray) -> dict[str, Tensor]:
+        """Clips uint8 and a flag [B] (use the decoded content frame) -> what the transformer needs of them."""
+        video = as_video(frames_BTHWC)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = self.vae.encode(video)
+        frame = self.content_frame(video, decoded)
+        return {
+            "mean": posterior.mean.float(),
+            "logvar": posterior.logvar.float(),
+            "semantic": self.semantic(frame).half(),
+            "content": self.content(frame).half(),
+        }
+
+    @torch.no_grad()
+    def content_frame(self, video_BCTHW: Tensor, decoded: np.ndarray) -> Tensor:
+        """The centre frames [B, 3, H, W]; where `decoded` [B], as stage one's decoder would have drawn them."""
+        frame = video_BCTHW[:, :, self.vae.config.content_frame].clone()
+        if decoded.any():
+            chosen = torch.from_numpy(decoded)
+            frame[chosen] = self.content_vae.decode(self.content(frame[chosen])).sample.clamp(-1, 1)
+        return frame
+
+
+def pool_clip(settings: MotionSettings, held_out: bool, index: int) -> tuple[str, np.ndarray, bool]:
+    """Sample `index` of a pool: its caption, its clip, and whether its content frame is a decoded one."""
+    rng = np.random.default_rng((settings.loop.seed, int(held_out), index))
+    scene = toy_world.sample_scene(rng, held_out)
+    portrait = settings.portrait_share > 0 and rng.random() < settings.portrait_share
+    clip = toy_world.render(scene, rng, settings.size, portrait=portrait)
+    return scene.caption(), clip, bool(rng.random() < settings.decoded_share)
+
+
+def shard_path(folder: Path, held_out: bool, shard: int) -> Path:
+    return folder / f"{'held_out' if held_out else 'training'}-{shard:04d}.safetensors"
+
+
+def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, shard: int, folder: Path) -> None:
+    """Draw and encode one file of the pool. Sample i depends on (seed, held_out, i) alone, so order does not matter."""
+    path = shard_path(folder, held_out, shard)
+    if path.is_file():
+        return
+    parts, captions = [], []
+    for start in range(shard * settings.shard, (shard + 1) * settings.shard, 8):
+        texts, clips, decoded = zip(*(pool_clip(settings, held_out, i) for i in range(start, start + 8)), strict=True)
+        captions += texts
+        parts.append(encoders.encode(np.stack(clips), np.array(decoded)))
+    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    tensors["caption"] = _as_bytes(captions)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temporary: save_tensors(tensors, temporary))
+
+
+def _as_bytes(texts: list[str], width: int = 128) -> Tensor:
+    """Strings as uint8 [B, width], padded with zeros: safetensors hold no text."""
+    return torch.stack([torch.tensor(list(text.encode().ljust(width, b"\0")), dtype=torch.uint8) for text in texts])
+
+
+class Pool:
+    """Encoded samples in memory. Captions are encoded once each; `batch` returns model inputs for chosen samples."""
+
+    def __init__(self, folder: Path, settings: MotionSettings, held_out: bool, encoders: Encoders) -> None:
+        files = [load_tensors(shard_path(folder, held_out, shard)) for shard in settings.shards(held_out)]
+        self.tensors = {key: torch.cat([file[key] for file in files]) for key in files[0]}
+        captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in self.tensors.pop("caption")]
+        unique = sorted(set(captions))
+        place = {caption: i for i, caption in enumerate(unique)}
+        self.caption = torch.tensor([place[caption] for caption in captions])
+        encoded = [encoders.text(unique[i : i + 64]) for i in range(0, len(unique), 64)]
+        self.text = torch.cat([text.half() for text, _ in encoded])
+        self.mask = torch.cat([mask for _, mask in encoded])
+
+    def __len__(self) -> int:
+        return len(self.caption)
+
+    def batch(self, index: Tensor, device: str) -> dict[str, Tensor]:
+        rows = {key: value[index].to(device).float() for key, value in self.tensors.items()}
+        mask = self.mask[self.caption[index]]
+        length = int(mask.sum(1).max())  # no caption of the batch is longer, and padding is masked anyway
+        rows["text"] = self.text[self.caption[index], :length].to(device).float()
+        rows["text_mask"] = mask[:, :length].to(device)
+        return rows
+
+
+def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]:
+    """Trains and saves `transformer/` and `scheduler/`. Figures: velocity error on held-out scenes, by noise level."""
+    torch.manual_seed(settings.loop.seed)
+    encoders, folder = Encoders(context.out), context.run_folder("motion") / "pool"
+    for held_out in (True, False):
+        for shard in settings.shards(held_out):
+            encode_shard(encoders, settings, held_out, shard, folder)
+    pool, held_out_pool = (Pool(folder, settings, held_out, encoders) for held_out in (False, True))
+    model, noiser = ReducioDiT(settings.config), DDPMScheduler(**NOISE_SCHEDULE)
+
+    def velocity_error(rows: dict[str, Tensor], timestep: Tensor, drop: Tensor) -> Tensor:
+        """Mean squared error of the velocity for each item [B]."""
+        latent = rows["mean"] + (0.5 * rows["logvar"]).exp() * torch.randn_like(rows["mean"])
+        latent = encoders.vae.normalize_latent(latent)
+        noise = torch.randn_like(latent)
+        null = model.null_text[: rows["text"].shape[1]]
+        text = torch.where(drop[:, None, None], null, rows["text"])
+        noisy = noiser.add_noise(latent, noise, timestep)
+        with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused kernel's backward pass makes a step a third longer
+            prediction = model(noisy, timestep, text, rows["text_mask"], rows["semantic"], rows["content"])
+        target = noiser.get_velocity(latent, noise, timestep)
+        return F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
+
+    def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = pool.batch(torch.from_numpy(rng.integers(len(pool), size=settings.batch)), context.device)
+        # One timestep in each of B equal slices: the same uniform draw with less variance from step to step.
+        place = (torch.arange(settings.batch) + torch.rand(settings.batch)) / settings.batch
+        timestep = (place * noiser.config.num_train_timesteps).long().to(context.device)
+        drop = (torch.rand(settings.batch) < settings.text_drop).to(context.device)
+        error = velocity_error(rows, timestep, drop)
+        half = settings.batch // 2
+        return error.mean(), {"low_noise": error[:half].mean().detach(), "high_noise": error[half:].mean().detach()}
+
+    outcome = context.train("motion", model, loss_fn, settings.loop)
+    figures = {"steps": outcome.step, "seconds": outcome.seconds} | outcome.last
+    rows = held_out_pool.batch(torch.arange(len(held_out_pool)), context.device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.loop.seed)
+        keep = torch.zeros(len(held_out_pool), dtype=torch.bool, device=context.device)
+        for level in (100, 300, 500, 700, 900):
+            timestep = torch.full((len(held_out_pool),), level, device=context.device)
+            figures[f"held_out_{level}"] = float(velocity_error(rows, timestep, keep).mean())
+    save_model(model, context.out / "transformer")
+    DPMSolverMultistepScheduler(**NOISE_SCHEDULE, algorithm_type="dpmsolver++", solver_order=2).save_pretrained(
+        context.out / "scheduler"
+    )
+    return context.record("motion", figures)

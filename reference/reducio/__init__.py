@@ -1,0 +1,1 @@
+"""Reducio as its paper states it (arXiv 2411.13552), in plain PyTorch."""

@@ -1,0 +1,343 @@
+"""The command: what it prints, and that every mistake is one line on stderr, status 2, with nothing half-written."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import reducio_fast
+from reducio_fast.cli import main
+from reducio_fast.evaluation import toy_report
+from reducio_fast.media.similarity import psnr
+from reducio_fast.media.video_files import read_video, write_video
+from reducio_fast.system import machine_report
+from reducio_fast.system.errors import ReducioError
+
+PROMPT = "a red circle moving right on a black background"
+
+
+def run(argv: list[str]) -> int:
+    try:
+        return main.main(argv)
+    except SystemExit as error:  # argparse leaves this way
+        return error.code
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with one broken and one good input of each kind."""
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    (inputs / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (inputs / "broken.mp4").write_bytes(b"broken" * 100)
+    rng = np.random.default_rng(0)
+    write_video(rng.integers(0, 256, (5, 32, 32, 3), np.uint8), inputs / "five.mp4", 16)
+    (inputs / "empty").mkdir()
+    (inputs / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that must fail; returns its one line after checking everything a refusal promises."""
+    before = {f: f.stat().st_mtime_ns for f in Path.cwd().rglob("*")}
+    assert run(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("reducio-fast")
+    assert {f: f.stat().st_mtime_ns for f in Path.cwd().rglob("*")} == before
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("dance", "invalid choice: 'dance'"),
+        ("generate", "required: --out"),
+        ("generate x", "required: --out"),
+        ("generate x --out c.mp4 --seed -1", "--seed: must not be negative, is -1"),
+        ("generate x --out c.mp4 --height tall", "--height: invalid whole number value: 'tall'"),
+        ("generate x --out c.mp4 --num-inference-steps 0", "--num-inference-steps: must be at least 1, is 0"),
+        ("generate x --out c.mp4 --backend turbo", "--backend: invalid choice: 'turbo'"),
+        ("generate x --out c.mp4 --dtype int8", "--dtype: invalid choice: 'int8'"),
+        ("generate x --out c.avi", "unknown output type '.avi'"),
+        ("generate x --out absent/c.mp4", "the output folder absent does not exist"),
+        ("generate x --out inputs", "the output folder inputs is not empty"),
+        ("generate x --out c.mp4 --image absent.png", "no such image file: absent.png"),
+        ("generate x --out c.mp4 --image inputs/broken.png", "inputs/broken.png cannot be read"),
+        ("generate x --out c.mp4 --model no-such-model", "no-such-model"),
+        ("generate x --out c.mp4 --model inputs/model", "model_index.json"),
+        ("reconstruct", "required: INPUT, --out"),
+        ("reconstruct absent.mp4 --out c.mp4", "no such file or folder: absent.mp4"),
+        ("reconstruct inputs/broken.mp4 --out c.mp4", "inputs/broken.mp4 cannot be read"),
+        ("reconstruct inputs/empty --out c.mp4", "inputs/empty holds no images"),
+        ("reconstruct inputs/five.mp4 --start 9 --out c.mp4", "no frame from number 9 on"),
+        ("reconstruct inputs/five.mp4 --out c.mkv", "unknown output type '.mkv'"),
+        ("reconstruct inputs/five.mp4 --out c.mp4 --model no-such-model", "no-such-model"),
+        ("reconstruct inputs/five.mp4 --out c.mp4 --model inputs/model", "inputs/model"),
+        ("train giant --out runs", "invalid choice: 'giant'"),
+        ("train tiny", "required: --out"),
+        ("train tiny --out runs --stages dream", "dream"),
+        ("train tiny --out runs --steps-scale 0", "0"),
+        ("evaluate --model no-such-model --no-progress", "no-such-model"),
+        ("evaluate --prompts 0", "--prompts: must be at least 1, is 0"),
+    ],
+)
+def test_mistakes(argv: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(argv.split(), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--height", "100"], "100"),
+        (["--width", "16"], "32"),
+        (["--num-frames", "24"], "24"),
+        (["--guidance-scale", "nan"], "guidance_scale"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_mistakes_the_model_finds(
+    bundle: Path, options: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(["generate", PROMPT, "--out", "c.mp4", *options], capsys)
+
+
+def test_empty_prompt(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "prompt" in refused(["generate", "  ", "--out", "c.mp4"], capsys)
+
+
+def test_reconstruct_names_both_frame_counts(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["reconstruct", "inputs/five.mp4", "--out", "c.mp4"], capsys)
+    assert "has 5 frames; the model takes 16" in line
+    line = refused(["reconstruct", "inputs/five.mp4", "--out", "c.mp4", "--height", "100"], capsys)
+    assert all(word in line for word in ("height", "100", "96", "128"))
+
+
+def test_the_installed_command_shows_no_traceback(tmp_path: Path) -> None:
+    """The true process, from another folder than the checkout."""
+    command = [sys.executable, "-m", "reducio_fast", "generate", "x", "--out", "absent/c.mp4", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "reducio-fast generate: error: the output folder absent does not exist\n"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("generate", "reconstruct", "env", "train", "evaluate"):
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "reducio-fast generate: interrupted\n"),
+        (ReducioError("two\n  lines"), 2, "reducio-fast generate: error: two lines\n"),
+        (torch.OutOfMemoryError("tried 9 GiB"), 2, "reducio-fast generate: error: out of memory: tried 9 GiB\n"),
+        (MemoryError(), 2, "reducio-fast generate: error: out of memory: choose a smaller size\n"),
+    ],
+)
+def test_ends_without_a_traceback(
+    error: BaseException,
+    status: int,
+    message: str,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(**words: object) -> None:
+        raise error
+
+    monkeypatch.setattr(reducio_fast, "generate", fail, raising=False)
+    assert run(["generate", PROMPT, "--out", "c.mp4"]) == status
+    assert capsys.readouterr().err == message
+    assert not (here / "c.mp4").exists()
+
+
+def test_a_defect_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**words: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(reducio_fast, "generate", fail, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        run(["generate", PROMPT, "--out", "c.mp4"])
+
+
+def test_generate_passes_its_words_on(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what was said or has a default here: the model decides the rest."""
+    seen = {}
+
+    def generate(**words: object) -> SimpleNamespace:
+        seen.update(words)
+        frames = np.zeros((16, 64, 96, 3), np.uint8)
+        save = lambda path: write_video(frames, path, 16)  # noqa: E731 - one line of a stand-in
+        return SimpleNamespace(frames=frames, seed=7, fps=16, timings={"dit.step": 0.5}, save=save)
+
+    monkeypatch.setattr(reducio_fast, "generate", generate, raising=False)
+    argv = "generate x --out c.gif --seed 7 --width 96 --negative-prompt y --dtype bfloat16 --no-progress --json"
+    assert run(argv.split()) == 0
+    assert seen == {
+        "prompt": "x",
+        "negative_prompt": "y",
+        "width": 96,
+        "num_frames": 16,
+        "num_inference_steps": 20,
+        "guidance_scale": 4.5,
+        "seed": 7,
+        "backend": "auto",
+        "dtype": "bfloat16",
+        "progress": False,
+    }
+    result = json.loads(capsys.readouterr().out)
+    assert (result["path"], result["seed"], result["fps"]) == ("c.gif", 7, 16)
+    assert (result["config"]["height"], result["config"]["width"]) == (64, 96)
+    assert result["timings"]["dit.step"] == 0.5
+
+
+def test_generate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", PROMPT, "--out", "c.mp4", "--num-inference-steps", "4", "--no-progress", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    config = result["config"]
+    assert config["prompt"] == PROMPT and config["num_inference_steps"] == 4 and config["seed"] == result["seed"] == 0
+    assert {"content.generate", "text.encode", "dit.step", "vae.decode", "video.write"} <= set(result["timings"])
+    clip, fps = read_video("c.mp4")
+    assert clip.shape == (config["num_frames"], config["height"], config["width"], 3)
+    assert fps == result["fps"]
+
+
+def test_generate_from_an_image_with_transparency(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGBA", (200, 150), (0, 0, 255, 128)).save("i.png")
+    assert run(["generate", PROMPT, "--image", "i.png", "--out", "frames", "--num-inference-steps", "2"]) == 0
+    assert len(list((here / "frames").glob("*.png"))) == 16
+    text = capsys.readouterr().out
+    assert "wrote frames: 16 frames" in text
+    for word in ("i.png", "seed", "vae.decode", "total"):
+        assert word in text
+
+
+def moving_square(path: str) -> None:
+    clip = np.full((18, 96, 160, 3), 40, np.uint8)
+    for t in range(18):
+        clip[t, 30:60, 20 + 4 * t : 50 + 4 * t] = (220, 40, 40)
+    write_video(clip, path, 10)
+
+
+def test_reconstruct(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moving_square("c.mp4")
+    size = ["--height", "64", "--width", "96"]
+    assert run(["reconstruct", "c.mp4", "--out", "both.mp4", "--start", "2", *size, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["frames"], result["height"], result["width"]) == (16, 64, 96)
+    both, fps = read_video("both.mp4")
+    assert both.shape == (16, 64, 192, 3)
+    assert fps == pytest.approx(10)
+    assert 15 < result["psnr"] < 60 and 0.3 < result["ssim"] <= 1
+    # The figures are of what was written, up to the loss of the .mp4 (whose chroma has half the resolution).
+    assert psnr(both[:, :, :96], both[:, :, 96:]) == pytest.approx(result["psnr"], abs=1.5)
+
+
+def test_reconstruct_a_folder_at_the_size_of_the_model(
+    bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moving_square("frames")
+    assert run(["reconstruct", "frames", "--out", "both.gif"]) == 0
+    text = capsys.readouterr().out
+    assert "PSNR" in text and "SSIM" in text
+    index = json.loads((bundle / "model_index.json").read_text())
+    both, fps = read_video("both.gif")
+    assert both.shape[1:] == (index["sample_height"], 2 * index["sample_width"], 3)
+    assert fps == pytest.approx(index["fps"], rel=0.03)
+
+
+def test_evaluate(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_report, "evaluate", functools.partial(toy_report.evaluate, num_clips=1))  # 32 take a minute
+    assert run(["evaluate", "--prompts", "1", "--no-progress"]) == 0
+    text = capsys.readouterr().out
+    for word in ("colour", "motion", "shape", "95% interval", "/1 ", "scenes", "photos"):
+        assert word in text
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["cpu"]["cpu_cores"] >= 1
+    assert len(found["devices"]) == torch.cuda.device_count()
+    assert run(["env"]) == 0
+    text = capsys.readouterr().out
+    words = ("python", "torch", "diffusers", "transformers", "open_clip", "cpu_features", "device", "REDUCIO_CACHE_DIR")
+    for word in words:
+        assert word in text
+
+
+def test_env_survives_a_broken_installation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torch whose library does not load, and no packages: what env is for."""
+
+    def no_torch(name: str) -> None:
+        raise OSError(f"lib{name}.so: cannot open shared object file")
+
+    monkeypatch.setattr(machine_report.importlib, "import_module", no_torch)
+    monkeypatch.setattr(machine_report, "PACKAGES", ("no-such-package",))
+    assert run(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["devices"] == "unavailable: OSError: libtorch.so: cannot open shared object file"
+    assert found["packages"] == {"no-such-package": None}
+    assert run(["env"]) == 0
+    assert "libtorch.so" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "only"),
+    [
+        ("sm_90", "conv3d", "bf16 128->128 k3 residual"),
+        ("gfx942", "conv3d", "bf16 128->128 k3 residual"),
+        ("sm_80", "gated_residual_ada_layer_norm", "bf16"),
+    ],
+)
+def test_compile_check_builds_for_a_gpu_that_is_not_here(target: str, kernel: str, only: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    words = f"compile-check --json --jobs 1 --targets {target} --kernels {kernel} --only".split()
+    words = [sys.executable, "-P", "-m", "reducio_fast", *words, only]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd="/")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["builds"] and result["wrong"] == 0
+    for build in result["builds"]:
+        assert build["arch"] == target and only in build["variant"]
+        assert build["registers"] > 0 and build["spilled"] == 0
+        if kernel == "conv3d":
+            assert build["bulk_copy"] and build["matrix"] in ("wgmma.mma_async", "v_mfma")
+
+
+def test_compile_check_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert run(["compile-check"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert run(["compile-check", "--targets", "sm_12"]) == 2
+    assert "target 'sm_12' is unknown; known: sm_80" in capsys.readouterr().err
+
+
+def test_parity_holds_on_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["parity", "--json", "--device", "cpu", "--dtype", "float32"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    stages = {row["what"].split(": ")[1] for row in result["rows"]}
+    assert stages == {"vae.encode", "vae.decode", "dit.step", "20 steps with guidance", "end to end"}
+    assert result["wrong"] == 0 and all(0 < row["error"] <= row["limit"] for row in result["rows"])

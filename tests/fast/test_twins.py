@@ -1,0 +1,426 @@
+"""The fast twins against the reference: every configuration of both networks, the sampler, and the pipeline on top.
+
+The oracle is the reference in float64, eager the reference in float32, the rule that of `accuracy_rule`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.machinery
+import subprocess
+import sys
+import textwrap
+import types
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+from reducio_fast import ReducioPipeline
+from reducio_fast.evaluation.toy_report import held_out_scenes
+from reducio_fast.fast.plan import Plan
+from reducio_fast.fast.reducio.dit import FastReducioDiT
+from reducio_fast.fast.reducio.vae import FastReducioVAE
+from reducio_fast.fast.sampler import sample as fast_sample
+from reducio_fast.measurement.accuracy_rule import judge, relative_error
+from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, sample
+from reducio_fast.reference.sampler import StopSampling
+from reducio_fast.system.errors import ReducioError
+
+DIT = dict(
+    hidden_size=48,
+    depth=3,
+    num_heads=4,
+    caption_channels=20,
+    caption_length=7,
+    semantic_channels=24,
+    position_base_size=4,
+)
+VAE = dict(
+    base_channels=8,
+    channel_multipliers=(1, 1, 2, 2, 2, 2),
+    content_base_channels=8,
+    content_channel_multipliers=(1, 1, 2, 2),
+    norm_groups=4,
+    num_heads=2,
+    fusion_head_dim=8,
+    num_res_blocks=1,
+)
+CPU = torch.device("cpu")
+
+
+def lively(network: torch.nn.Module) -> torch.nn.Module:
+    """Weights with no zero branch, so that every path shows in the output."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise / fan_in**0.5 + (1.0 if parameter.ndim == 1 else 0.0))
+    return network.requires_grad_(False).eval()
+
+
+def assert_right(fast: torch.Tensor, eager: torch.Tensor, oracle: torch.Tensor) -> None:
+    verdict = judge(fast, eager, oracle)
+    assert verdict.right, str(verdict)
+
+
+def plan(dtype: torch.dtype = torch.float32) -> Plan:
+    return Plan(CPU, dtype)
+
+
+# ---- the transformer -------------------------------------------------------------------------------------------------
+
+
+def dit_inputs(config: DiTConfig, batch: int = 2, grid: tuple[int, int, int] = (4, 4, 4)) -> dict:
+    g = torch.Generator().manual_seed(1)
+    mask = torch.ones(batch, config.caption_length, dtype=torch.int64)
+    mask[1:, -2:] = 0
+    return {
+        "latent": torch.randn(batch, config.latent_channels, *grid, generator=g),
+        "timestep": torch.tensor(400.0),
+        "text": torch.randn(batch, config.caption_length, config.caption_channels, generator=g),
+        "text_mask": mask,
+        "semantic": torch.randn(batch, 6, config.semantic_channels, generator=g),
+        "content": torch.randn(batch, config.content_channels, 4 * grid[1], 4 * grid[2], generator=g),
+    }
+
+
+def double(values: dict) -> dict:
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in values.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"learn_sigma": False},
+        {"attention": "2d+1d"},
+        {"content_groups": 4},
+        {"patch_size": (1, 2, 2)},
+        {"patch_size": (2, 1, 1), "depth": 1},
+        {"size_conditioning": True},
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default",
+)
+def test_transformer(changes: dict) -> None:
+    config = DiTConfig(**(DIT | changes))
+    model, given = lively(ReducioDiT(config)), dit_inputs(config)
+    oracle = copy.deepcopy(model).double()(**double(given))[:, : config.latent_channels]
+    eager = model(**given)[:, : config.latent_channels]
+    assert_right(FastReducioDiT(model, plan())(**given), eager, oracle)
+
+
+def test_transformer_hides_any_masked_token() -> None:
+    """The mask becomes a count: hidden tokens in the middle, whose values must not matter, are moved to the end."""
+    model = lively(ReducioDiT(DiTConfig(**DIT)))
+    given = dit_inputs(model.config)
+    given["text_mask"] = torch.tensor([[1, 0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 1, 0, 1]])
+    fast = FastReducioDiT(model, plan())
+    first = fast(**given)
+    assert_right(first, model(**given)[:, :16], copy.deepcopy(model).double()(**double(given))[:, :16])
+    given["text"][given["text_mask"] == 0] = 1e4
+    assert torch.equal(fast(**given), first)
+
+
+def test_transformer_without_mask_or_image() -> None:
+    model = lively(ReducioDiT(DiTConfig(**DIT)))
+    given = {k: v for k, v in dit_inputs(model.config).items() if k in ("latent", "timestep", "text")}
+    oracle = copy.deepcopy(model).double()(**double(given))
+    assert_right(FastReducioDiT(model, plan())(**given), model(**given)[:, :16], oracle[:, :16])
+
+
+def test_halves_of_guidance_share_their_start() -> None:
+    """One latent for both halves gives what a doubled latent gives, bit for bit in this precision."""
+    model = lively(ReducioDiT(DiTConfig(**DIT))).double()
+    fast, given = FastReducioDiT(model, plan(torch.float64)), double(dit_inputs(model.config))
+    prepared = fast.prepare(*(given[k] for k in ("text", "text_mask", "semantic", "content")))
+    modulation = fast.modulations(torch.tensor([400.0]).double(), (4, 4))
+    half = given["latent"][:1]
+    shared = fast.denoise(half, modulation, prepared)
+    apart = fast.denoise(half.repeat(2, 1, 1, 1, 1), modulation, prepared)
+    torch.testing.assert_close(shared, apart, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(shared[0], shared[1])
+
+
+def test_transformer_refuses_what_a_table_cannot_hold() -> None:
+    model = lively(ReducioDiT(DiTConfig(**DIT)))
+    given = dit_inputs(model.config)
+    with pytest.raises(ValueError, match="timestep differs between the items"):
+        FastReducioDiT(model, plan())(**(given | {"timestep": torch.tensor([1.0, 2.0])}))
+    with pytest.raises(ValueError, match="semantic has shape"):
+        FastReducioDiT(model, plan())(**(given | {"semantic": given["semantic"][..., :5]}))
+
+
+# ---- the autoencoder -------------------------------------------------------------------------------------------------
+
+VAE_CASES = {
+    "attn": {},
+    "add": {"fusion": "add"},
+    "linear": {"fusion": "linear"},
+    "add+attn": {"fusion": "add+attn"},
+    "causal": {"causal": True},
+    "causal linear": {"causal": True, "fusion": "linear"},
+    "ft2": {"temporal_factor": 2},
+    "no blocks at full resolution": {
+        "num_res_blocks": (0, 1, 1, 1, 1, 1),
+        "fusion": ("attn", "add", "add", "add+attn", "attn", "attn"),
+        "fusion_levels": (None, 1, 2, 3, None, None),
+    },
+    "windows": {"window_size": 8, "content_window_size": 4},
+    "windows, padding masked": {"window_size": 5, "content_window_size": 3, "mask_window_padding": True},
+}
+
+
+def run_vae(vae: ReducioVAE | FastReducioVAE, clip: torch.Tensor, tiled: bool = False) -> list[torch.Tensor]:
+    """Moments, and a decoded clip."""
+    posterior = vae.encode(clip, tiled=tiled)
+    content = vae.encode_content(clip[:, :, vae.config.content_frame], tiled=tiled)
+    latent = vae.normalize_latent(posterior.mode())
+    return [posterior.mean, posterior.logvar, vae.decode(latent, content, tiled=tiled)]
+
+
+@pytest.mark.parametrize("case", VAE_CASES)
+@torch.no_grad()
+def test_autoencoder(case: str) -> None:
+    model = lively(ReducioVAE(VAEConfig(**(VAE | VAE_CASES[case]))))
+    clip = torch.rand(2 if case == "attn" else 1, 3, 16, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    oracle = run_vae(copy.deepcopy(model).double(), clip.double())
+    fast, eager = run_vae(FastReducioVAE(model, plan()), clip), run_vae(model, clip)
+    for one, two, three in zip(fast, eager, oracle, strict=True):
+        assert_right(one, two, three)
+
+
+@pytest.mark.parametrize("size", [(96, 160), (128, 64)], ids=str)
+@torch.no_grad()
+def test_tiled_autoencoder(size: tuple[int, int]) -> None:
+    """Border tiles of other sizes, blending, and content features cut to the latent's grid."""
+    model = lively(ReducioVAE(VAEConfig(**VAE, tile_size=64, tile_overlap=0.5)))
+    clip = torch.rand(1, 3, 16, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    oracle = run_vae(copy.deepcopy(model).double(), clip.double(), tiled=True)
+    twin = FastReducioVAE(model, plan())
+    fast = run_vae(twin, clip, tiled=True)
+    for one, two, three in zip(fast, run_vae(model, clip, tiled=True), oracle, strict=True):
+        assert_right(one, two, three)
+    latent = model.normalize_latent(model.encode(clip, tiled=True).mode())
+    frames = twin.decode(latent, twin.encode_content(clip[:, :, 7], tiled=True), tiled=True, as_uint8=True)
+    expected = ((oracle[2] + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 4, 1)
+    assert frames.dtype == torch.uint8 and frames.shape == (1, 16, *size, 3)
+    assert (frames.double() - expected).abs().max() < 0.51
+
+
+def test_tiles_of_one_shape_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of tiles decodes to what one tile after the other does."""
+    model = lively(ReducioVAE(VAEConfig(**VAE, tile_size=64, tile_overlap=0.5)))
+    clip = torch.rand(1, 3, 16, 128, 192, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    fast = FastReducioVAE(model, plan())
+    latent, features = torch.randn(1, 16, 4, 4, 6), fast.encode_content(clip[:, :, 7], tiled=True)
+    alone, decode, batches = fast.decode(latent, features, tiled=True), fast._decode, []
+    fast.tile_batch = 2
+    monkeypatch.setattr(fast, "_decode", lambda z, f: batches.append(len(z)) or decode(z, f))
+    torch.testing.assert_close(fast.decode(latent, features, tiled=True), alone, rtol=1e-4, atol=1e-4)
+    assert sum(batches) == 6 and max(batches) == 2
+
+
+def test_autoencoder_refuses_what_the_reference_refuses() -> None:
+    fast = FastReducioVAE(lively(ReducioVAE(VAEConfig(**VAE))), plan())
+    with pytest.raises(ValueError, match="height 60 is not a multiple of 32"):
+        fast.encode(torch.zeros(1, 3, 16, 60, 64))
+    with pytest.raises(ValueError, match="needs the features of encode_content"):
+        fast.decode(torch.zeros(1, 16, 4, 2, 2), fast.encode_content(torch.zeros(1, 3, 64, 64)), tiled=True)
+
+
+def test_dead_weights_are_not_packed() -> None:
+    fast = FastReducioVAE(lively(ReducioVAE(VAEConfig(**VAE))), plan())
+    assert not any("encoder_2d.mid.block_2" in name or "encoder_2d.norm_out" in name for name in fast.state_dict())
+
+
+# ---- the sampler -----------------------------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "dpm++ 2m": DPMSolverMultistepScheduler,
+    "dpm++ 2m, flow": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    "flow euler": FlowMatchEulerDiscreteScheduler,
+}
+
+
+def sampling(steps: int = 4) -> tuple[ReducioDiT, torch.Tensor, Condition]:
+    model = lively(ReducioDiT(DiTConfig(**DIT)))
+    given = dit_inputs(model.config, batch=1)
+    return model, given["latent"], Condition(*(given[k] for k in ("text", "text_mask", "semantic", "content")))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_sampler(name: str, guidance: float) -> None:
+    model, noise, cond = sampling()
+    exact = copy.deepcopy(model).double()
+    wide = Condition(cond.text.double(), cond.text_mask, cond.semantic.double(), cond.content.double())
+    oracle = sample(exact, SCHEDULERS[name](), noise.double(), wide, None, guidance, 4)
+    eager = sample(model, SCHEDULERS[name](), noise, cond, None, guidance, 4)
+    fast = fast_sample(FastReducioDiT(model, plan()), SCHEDULERS[name](), noise, cond, None, guidance, 4)
+    assert_right(fast, eager, oracle)
+
+
+def test_sampler_callbacks() -> None:
+    model, noise, cond = sampling()
+    fast, scheduler = FastReducioDiT(model, plan()), DPMSolverMultistepScheduler()
+    seen = []
+    fast_sample(fast, scheduler, noise, cond, None, 4.5, 3, lambda i, t, x: seen.append((i, float(t))))
+    assert seen == [(i, float(t)) for i, t in enumerate(scheduler.timesteps)]
+
+    def stop(i: int, t: torch.Tensor, x: torch.Tensor) -> None:
+        if i == 1:
+            raise StopSampling
+
+    def halve(i: int, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+    exact = copy.deepcopy(model).double()
+    wide = Condition(cond.text.double(), cond.text_mask, cond.semantic.double(), cond.content.double())
+    for callback in (stop, halve):
+        words = None, 4.5, 3, callback
+        oracle = sample(exact, DPMSolverMultistepScheduler(), noise.double(), wide, *words)
+        eager = sample(model, DPMSolverMultistepScheduler(), noise, cond, *words)
+        assert_right(fast_sample(fast, DPMSolverMultistepScheduler(), noise, cond, *words), eager, oracle)
+
+
+def test_sampler_errors() -> None:
+    model, noise, cond = sampling()
+    fast = FastReducioDiT(model, plan())
+    with pytest.raises(ValueError, match="num_inference_steps=0"):
+        fast_sample(fast, DPMSolverMultistepScheduler(), noise, cond, num_inference_steps=0)
+    with pytest.raises(ValueError, match="not finite .* from step 1 of 3"):
+        fast_sample(fast, DPMSolverMultistepScheduler(), noise * torch.nan, cond, num_inference_steps=3)
+    with pytest.raises(ValueError, match="EulerDiscrete"):
+        fast_sample(fast, EulerDiscreteScheduler(), noise, cond, num_inference_steps=3)
+
+
+# ---- the plan and the pipeline ---------------------------------------------------------------------------------------
+
+
+def test_plan_lists_every_module() -> None:
+    chosen = plan()
+    FastReducioDiT(lively(ReducioDiT(DiTConfig(**DIT))), chosen)
+    FastReducioVAE(lively(ReducioVAE(VAEConfig(**VAE))), chosen)
+    assert {c.implementation for c in chosen.choices} == {"torch"}
+    lines = {(c.path, c.op) for c in chosen.choices}
+    assert ("transformer_blocks.2.attn1", "attention self 12") in lines
+    assert ("decoder.up.2.upsample", "upsample_conv3d 16->16") in lines
+    assert len(lines) == len(chosen.choices)
+
+
+def test_flash_attention_where_it_can_say_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen when the model is built, by a table that names it; counts of keys and masks by frames stay ours."""
+    from reducio_fast.fast import plan as planning
+
+    calls, library = [], types.ModuleType("flash_attn")
+    library.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    library.flash_attn_func = lambda q, k, v, softmax_scale: calls.append(q.shape) or v
+    monkeypatch.setitem(sys.modules, "flash_attn", library)
+    monkeypatch.setattr(planning, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(planning, "table", lambda arch: {"plan": {"attention": "flash-attn"}})
+    on_gpu = Plan(torch.device("cuda"), torch.bfloat16)
+    for shape in ("cross 72", "self 64 frames"):
+        assert on_gpu.pick("a", "attention", shape) is torch.ops.reducio_fast.attention
+    attend, x = on_gpu.pick("b", "attention", "self 72"), torch.ones(1, 2, 3, 4)
+    assert attend(x, x, x, None, None, 0) is x and calls == [x.shape]
+    with pytest.raises(ValueError, match=r"no frame \(2\)"):
+        attend(x, x, x, frame=2)
+    assert [c.implementation for c in on_gpu.choices] == ["kernel", "kernel", "flash-attn"]
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_default_clip_equals_the_reference(seed: int, pipes: tuple[ReducioPipeline, ReducioPipeline]) -> None:
+    """At least 50 dB on each of 16 prompts, in float32, from one content frame and one noise."""
+    reference, fast = pipes
+    prompt = held_out_scenes(16)[seed].caption()
+    expected = reference(prompt, seed=seed, progress=False)
+    actual = fast(prompt, image=expected.content, seed=seed, progress=False)
+    error = np.square(expected.frames.astype(np.float64) - actual.frames).mean()
+    assert error == 0 or 10 * np.log10(255**2 / error) >= 50
+    assert fast.backend == "fast" and np.array_equal(actual.content, expected.content)
+
+
+@pytest.fixture(scope="module")
+def pipes(bundle: Path) -> tuple[ReducioPipeline, ReducioPipeline]:
+    return tuple(
+        ReducioPipeline.from_pretrained(bundle, dtype="float32", device="cpu", backend=backend)
+        for backend in ("reference", "fast")
+    )
+
+
+def test_changed_weights_are_packed_again(bundle: Path) -> None:
+    pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="float32", backend="fast")
+    image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 1, "progress": False}
+    first = pipe("a red circle", image, **words).frames
+    assert np.array_equal(pipe("a red circle", image, **words).frames, first)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.add_(0.5)
+    second = pipe("a red circle", image, **words).frames
+    assert not np.array_equal(second, first)
+    pipe.backend, pipe._engine = "reference", None
+    assert np.abs(pipe("a red circle", image, **words).frames.astype(int) - second).max() <= 1
+
+
+def test_a_cpu_that_has_bfloat16_computes_in_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody asked for a dtype, in the twins alone; a named one holds everywhere."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
+    image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 2, "progress": False}
+    prompt, load = "a red circle moving right", partial(ReducioPipeline.from_pretrained, bundle, device="cpu")
+
+    def dtypes(pipe: ReducioPipeline) -> tuple[torch.dtype, ...]:
+        twins = pipe._engine.twins(pipe.transformer, pipe.vae)
+        return pipe.dtype, pipe.vae.quant_conv.weight.dtype, twins.transformer.dtype, twins.vae.dtype
+
+    pipe, wide, half = load(), [torch.float32] * 2, [torch.bfloat16] * 2
+    assert dtypes(pipe) == (*wide, *half) and pipe.report["vae"].endswith("in bfloat16: this CPU has avx512_bf16")
+    latent = pipe(prompt, image, output_type="latent", **words).frames
+    named, reference = load(dtype="float32"), load(backend="reference")
+    assert dtypes(named) == (*wide, *wide) and named.report["vae"].endswith("in float32: asked for")
+    assert reference._engine is None and reference.dtype == torch.float32
+    pipes = reference, named, load(dtype="bfloat16", backend="reference")
+    oracle, float32, rounded = (p(prompt, image, output_type="latent", **words).frames for p in pipes)
+    assert latent.dtype == torch.float32 and relative_error(float32, oracle) < 1e-4
+    assert_right(latent, rounded, oracle)
+    assert dtypes(pipe.to("cpu")) == (*wide, *half) and dtypes(pipe.to(dtype="float32")) == (*wide, *wide)
+    assert torch.equal(pipe(prompt, image, output_type="latent", **words).frames, float32)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert dtypes(load()) == (*wide, *wide)
+
+
+def test_bytes_and_values_are_one_clip(bundle: Path) -> None:
+    """The fast path's own bytes are those of its values, and refuse what no byte can say."""
+    pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="float32", backend="fast")
+    latents = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    frames, values = (pipe.decode(latents, image, output_type=kind) for kind in ("np", "pt"))
+    assert np.array_equal(frames, (values * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    vae = pipe._engine.twins(pipe.transformer, pipe.vae).vae
+    with pytest.raises(ValueError, match="not finite"):
+        vae.decode(latents[None] * torch.nan, vae.encode_content(torch.zeros(1, 3, 128, 128)), as_uint8=True)
+
+
+def test_fast_raises_where_it_would_fall_back(bundle: Path) -> None:
+    words = {"device": "cpu", "dtype": "float32", "scheduler": EulerDiscreteScheduler()}
+    with pytest.raises(ReducioError, match="'fast' cannot run this model: scheduler: .*EulerDiscrete"):
+        ReducioPipeline.from_pretrained(bundle, backend="fast", **words)
+    pipe = ReducioPipeline.from_pretrained(bundle, backend="auto", **words)
+    assert pipe.backend == "reference" and "EulerDiscrete" in pipe.report["transformer"]
+
+
+def test_a_bare_gpu_machine_can_import_the_fast_path() -> None:
+    """torch, Triton, numpy and safetensors are enough for the rooms that a GPU machine runs."""
+    code = textwrap.dedent("""
+        import sys
+
+        for name in ("diffusers", "transformers", "open_clip", "imageio", "PIL", "tqdm", "scipy"):
+            sys.modules[name] = None  # an import of it raises ImportError
+        import reducio_fast.reference, reducio_fast.compile.aot, reducio_fast.memory.dry_run
+        import reducio_fast.measurement.accuracy_rule, reducio_fast.measurement.parity
+        import reducio_fast.fast.engine, reducio_fast.fast.sampler
+    """)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd="/")

@@ -1,0 +1,121 @@
+"""benchmarks/gpu_visit.sh on a CPU: every part on narrow shapes, as on a bare machine without the package installed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reducio_fast.measurement import profile
+
+PARTS = ("tests", "parity", "first_measurements", "bench-1024", "tune", "profile", "bench-1024-compiled")
+
+# Run by Python at its start: nothing but torch, triton, numpy, safetensors and pytest, and no installed reducio_fast.
+BARE = """
+import sys
+
+for name in ("diffusers", "transformers", "open_clip", "imageio", "PIL", "tqdm", "scipy", "pynvml",
+             "matplotlib", "huggingface_hub"):
+    sys.modules[name] = None
+sys.meta_path[:] = [f for f in sys.meta_path if "reducio_fast" not in getattr(f, "__module__", "")]
+"""
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    (folder / "bare").mkdir()
+    (folder / "bare" / "sitecustomize.py").write_text(BARE)
+    drop = ("PYTHONPATH", "PYTEST_CURRENT_TEST")
+    kept = {name: value for name, value in os.environ.items() if name not in drop}
+    return kept | {"PYTHONPATH": str(folder / "bare"), "PYTHON": sys.executable}
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    return bare_environment(tmp_path)
+
+
+def visit(root: Path, env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    script = root / "benchmarks" / "gpu_visit.sh"
+    return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, env=env, cwd="/")
+
+
+@pytest.fixture(scope="module")
+def dry_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("visit") / "out"
+    done = visit(root, bare_environment(out.parent), str(out), "--dry-run")
+    logs = "".join(f"--- {f.name}\n{f.read_text()}" for f in sorted(out.glob("*.log")))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    return out
+
+
+def read(out: Path, part: str) -> dict:
+    return json.loads((out / f"{part}.json").read_text())
+
+
+def test_every_part_leaves_its_file(dry_run: Path) -> None:
+    rows = {part: read(dry_run, part) for part in PARTS}
+    assert rows["tests"]["tests"] > 0 and rows["tests"]["failed"] == []
+    assert "test_guidance_dpm_step.py" in rows["tests"]["pytest"]  # needs diffusers, which is not there
+    assert rows["parity"]["wrong"] == 0 and rows["parity"]["rows"]
+    assert rows["tune"] == {"skipped": "tune needs a GPU"}
+    ways = {(r["what"].split()[0], r["way"]) for r in rows["first_measurements"]["rows"]}
+    assert {("conv3d", "vendor, channels first"), ("conv3d", "vendor, channels last"), ("conv3d", "ours")} <= ways
+    assert {("GroupNorm", "aten, channels last"), ("up-sampling", "vendor, folded"), ("one", "fast")} <= ways
+    assert not [r for r in rows["first_measurements"]["rows"] if "skipped" in r]
+
+
+def test_a_bare_machine_benchmarks_given_conditions(dry_run: Path) -> None:
+    """`bench narrow --ladder` with torch, Triton, numpy and safetensors alone: what its row holds."""
+    row, printed = read(dry_run, "bench-1024"), (dry_run / "bench-1024.log").read_text()
+    assert list(row["contenders"]) == ["reference", "fast"]
+    # On a CPU no kernel can be switched: what is left is each network's algebra, and everything together.
+    assert list(row["ladder"]) == ["reference", "transformer", "decoder", "engine", "compile"]
+    assert all(r["right"] for r in row["parity"]) and len(row["parity"]) == 3
+    for found in (*row["contenders"].values(), *row["ladder"].values()):
+        assert set(found["stages_s"]) == set(found["tflops"]) == {"dit.step", "vae.decode"}
+        inner = sum(stage["median"] for stage in found["stages_s"].values())
+        assert 0.9 * inner < found["clip_s"]["median"] < 1.2 * inner + 0.05
+        assert found["peak_gb"] > 0.1 and found["joules"] is None
+    fast = row["contenders"]["fast"]
+    assert fast["psnr_db"] is None or fast["psnr_db"] > 50  # None: the very same bytes
+    assert fast["tflops"]["vae.decode"] == pytest.approx(
+        row["flops"]["folded"]["vae.decode"] / fast["stages_s"]["vae.decode"]["median"] / 1e12, abs=1e-4
+    )
+    assert row["machine"]["packages"]["torch"] and row["machine"]["device"]["cpu_cores"] >= 1
+    assert row["note"] == "dry run" and row["roof"]["matmul_tflops"] > 0 and row["roof"]["copy_gbs"] > 0
+    for name in ("narrow", "reference", "fast", "transformer", "of roof", "parity: 3 of 3 right", "dry run"):
+        assert name in printed
+
+
+def test_a_profile_is_a_trace_and_a_table(dry_run: Path) -> None:
+    row = read(dry_run, "profile")
+    with gzip.open(dry_run / "profile.trace.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"dit.step", "vae.decode"} <= names and list(row["stages"]) == ["dit.step", "vae.decode"]
+    decode = row["stages"]["vae.decode"]
+    assert any("conv" in op["name"] for op in decode["ops"])
+    assert 0.5 * decode["wall_ms"] < sum(op["ms"] for op in decode["ops"]) < 2 * decode["wall_ms"]
+    text = "\n".join(profile.lines(row))
+    assert "vae.decode:" in text and f"wrote {dry_run / 'profile.trace.json.gz'}" in text
+
+
+def test_what_is_done_is_not_done_again(root: Path, dry_run: Path, bare: dict[str, str]) -> None:
+    again = visit(root, bare, str(dry_run), "--dry-run")
+    assert again.returncode == 0 and again.stdout.count("done before") == len(PARTS) - 2, again.stdout
+
+
+def test_a_visit_that_is_over_says_so(root: Path, tmp_path: Path, bare: dict[str, str]) -> None:
+    late = visit(root, bare | {"TOTAL": "0"}, str(tmp_path / "late"), "--dry-run")
+    assert late.returncode == 1 and late.stdout.count("no time left; call again") == len(PARTS) - 2
+
+
+def test_usage(root: Path, tmp_path: Path, bare: dict[str, str]) -> None:
+    for words in ([], ["--dry-run"], [str(tmp_path / "x"), "--fast"]):
+        refused = visit(root, bare, *words)
+        assert refused.returncode == 2 and refused.stderr.startswith("usage:"), words
+    assert not (tmp_path / "x").exists()

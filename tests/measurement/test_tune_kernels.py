@@ -1,0 +1,224 @@
+"""`bench --tune`: the search on made-up clocks, the table it writes, and what the compiler says of real candidates."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from reducio_fast.measurement import hot_shapes, tune_kernels
+from reducio_fast.measurement.accuracy_rule import judge
+from reducio_fast.measurement.hot_shapes import Problem
+from reducio_fast.measurement.tune_kernels import Settings
+
+CPU = torch.device("cpu")
+START = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+AXES = [
+    [{"BLOCK": b, "num_warps": w} for b, w in ((32, 4), (64, 4), (128, 4), (128, 8), (256, 8))],
+    [{"num_stages": s} for s in (1, 2, 3, 4, 5)],
+]
+
+
+def everything(candidates: list[Settings]) -> list[bool]:
+    return [True] * len(candidates)
+
+
+def never() -> bool:
+    return False
+
+
+def valley(entry: Settings) -> float:
+    """Fastest at block 128 with 8 warps and 4 stages; more stages help large blocks only."""
+    stages = abs(entry["num_stages"] - (4 if entry["BLOCK"] >= 128 else 2))
+    return 1.0 + abs(math.log2(entry["BLOCK"] / 128)) + (entry["num_warps"] != 8) + 0.3 * stages
+
+
+def test_search_finds_the_valley() -> None:
+    calls: list[Settings] = []
+
+    def cost(entry: Settings) -> float:
+        calls.append(entry)
+        return valley(entry)
+
+    found = tune_kernels.search(START, AXES, cost, everything, never)
+    assert found.settings == {"BLOCK": 128, "num_warps": 8, "num_stages": 4}
+    assert (found.before, found.after) == (valley(START), 1.0)
+    assert found.tried == len(calls) < 5 * 5 and len({tuple(sorted(c.items())) for c in calls}) == len(calls)
+
+
+def test_search_launches_nothing_the_compiler_refuses() -> None:
+    def allowed(candidates: list[Settings]) -> list[bool]:
+        return [c["BLOCK"] * c["num_stages"] <= 256 for c in candidates]
+
+    def cost(entry: Settings) -> float:
+        assert entry["BLOCK"] * entry["num_stages"] <= 256, f"launched {entry}"
+        return valley(entry)
+
+    found = tune_kernels.search(START, AXES, cost, allowed, never)
+    assert found.settings == {"BLOCK": 128, "num_warps": 8, "num_stages": 2} and found.pruned > 0
+
+
+def test_search_keeps_what_noise_does_not_beat() -> None:
+    found = tune_kernels.search(
+        START, AXES, lambda entry: 1.0 if entry == START else 1.0 - tune_kernels.NOISE / 2, everything, never
+    )
+    assert found.settings == START
+    failing = tune_kernels.search(START, AXES, lambda entry: 1.0 if entry == START else math.inf, everything, never)
+    assert failing.settings == START and failing.after == 1.0
+
+
+def test_search_stops_in_time() -> None:
+    left = iter([False] * 3)
+    found = tune_kernels.search(START, AXES, valley, everything, lambda: next(left, True))
+    assert found.tried <= 4 and found.after <= found.before
+
+
+# ---- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def problem(op: str, key: str, plan: str, calls: float) -> Problem:
+    return Problem(op, key, plan, f"{op} bf16", f"{plan} for a test", calls, dict)
+
+
+def test_tune_writes_settings_and_a_plan(root: Path, tmp_path: Path) -> None:
+    """One clock for every launch, which reads the settings in force as a kernel would."""
+    problems = [
+        problem("conv3d", "K<=128", "128->128", 100),
+        problem("conv3d", "K<=128", "256->128", 10),
+        problem("conv3d", "*", "512->512", 1),
+        problem("attention", "72", "cross 72", 50),
+    ]
+    vendor = {"128->128": 2.0, "256->128": 0.5, "512->512": 0.98, "cross 72": 5.0}  # 0.98: within the threshold
+    asked: list[tuple[str, str, tuple[str, ...]]] = []
+
+    def clock(p: Problem, way: str) -> float:
+        if way == "vendor":
+            return vendor[p.plan]
+        entry = tune_kernels.in_force(p.op, p.key, "sm_90")
+        if p.op == "conv3d":
+            return 1.0 + abs(entry["num_stages"] - 3) + (entry["BLOCK_M"] != 64) * (p.key == "K<=128")
+        return 1.0 + (entry["num_warps"] != 4)
+
+    def allowed(op: str, key: str, variants: tuple[str, ...], candidates: list[Settings]) -> list[bool]:
+        asked.append((op, key, variants))
+        return everything(candidates)
+
+    before = tune_kernels.in_force("conv3d", "K<=128", "sm_90")
+    table, rows = tune_kernels.tune(problems, "sm_90", clock, allowed, limit_s=60)
+    assert table["conv3d"]["K<=128"]["num_stages"] == 3 and table["conv3d"]["K<=128"]["BLOCK_M"] == 64
+    assert table["attention"]["72"]["num_warps"] == 4
+    assert table["plan"] == {
+        "conv3d 128->128": "kernel",
+        "conv3d 256->128": "vendor",
+        "conv3d 512->512": "kernel",
+        "attention cross 72": "kernel",
+    }
+    # The group that costs most comes first, and the compiler is asked about its own builds.
+    assert asked[0] == ("conv3d", "K<=128", ("conv3d bf16",))
+    assert [r["key"] for r in rows if "settings" in r] == ["K<=128", "72", "*"]
+    assert tune_kernels.in_force("conv3d", "K<=128", "sm_90") == before  # what is in force is as it was
+
+    path = tmp_path / "tables" / "sm_90.json"
+    tune_kernels.write(table, "sm_90", path)
+    written = json.loads(path.read_text())
+    shipped = json.loads((root / "triton_kernels" / "tables" / "sm_90.json").read_text())
+    assert written["conv3d"]["K<=128"] == table["conv3d"]["K<=128"] and written["plan"] == table["plan"]
+    kept = [(op, key) for op, entries in shipped.items() for key in entries if key not in table.get(op, {})]
+    assert kept and all(written[op][key] == shipped[op][key] for op, key in kept)  # what was not measured stays
+    assert max(map(len, path.read_text().splitlines())) > 60  # an entry a line, as in the tables that ship
+
+
+def test_settings_come_back_after_a_failure() -> None:
+    before = tune_kernels.in_force("conv3d", "K<=128", "sm_90")
+    with pytest.raises(RuntimeError), tune_kernels.trial("sm_90", "conv3d", "K<=128", {"BLOCK_M": 1}):
+        assert tune_kernels.in_force("conv3d", "K<=128", "sm_90") == {"BLOCK_M": 1}
+        raise RuntimeError
+    assert tune_kernels.in_force("conv3d", "K<=128", "sm_90") == before
+    with tune_kernels.trial(
+        "sm_90", "ada_layer_norm", "1152", {"num_warps": 8}
+    ):  # a class that the table does not list
+        assert tune_kernels.in_force("ada_layer_norm", "1152", "sm_90") == {"num_warps": 8}
+    assert tune_kernels.in_force("ada_layer_norm", "1152", "sm_90") == {"num_warps": 4}
+
+
+def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
+    """The names of tune's problems against those that the kernels' own files give."""
+    from reducio_fast.triton_kernels.conv3d import blocks_for
+    from reducio_fast.triton_kernels.registry import OPS
+
+    for p in hot_shapes.hot_problems():
+        builds = [v.name for v in OPS[p.op].variants("sm_90") if v.name.startswith(p.variant)]
+        assert builds, p
+        assert (
+            p.calls > 0 and tune_kernels.axes_of(p.op, p.key, hip=False) and tune_kernels.axes_of(p.op, p.key, hip=True)
+        )
+        if p.op.endswith("conv3d"):
+            C, K = map(int, p.plan.split("->"))
+            with tune_kernels.trial(
+                "sm_90", p.op, p.key, tune_kernels.in_force(p.op, p.key, "sm_90") | {"num_stages": 77}
+            ):
+                assert blocks_for(p.op, torch.bfloat16, C, K, "sm_90")["num_stages"] == 77
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(hot_shapes._conv, 16, 32, 3, 5),
+        functools.partial(hot_shapes._upsample, 16, True, 2, 4),
+        functools.partial(hot_shapes._upsample, 16, False, 3, 4),
+        functools.partial(hot_shapes._attention, 24, 2, 9, 85, 2, True),
+        functools.partial(hot_shapes._attention, 16, 1, 9, 7, 2, False),
+        functools.partial(hot_shapes._norm, True, 32, 5),
+        functools.partial(hot_shapes._norm, False, 32, 5),
+        functools.partial(hot_shapes._token_norm, "ada_layer_norm"),
+        functools.partial(hot_shapes._token_norm, "gated_residual_ada_layer_norm"),
+    ],
+    ids=lambda make: " ".join(map(str, (make.func.__name__, *make.args))),
+)
+def test_both_ways_compute_the_same(make: functools.partial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our op against the vendor's way on small inputs in float32; of a convolution the statistics are compared."""
+    from reducio_fast.triton_kernels import conv3d, group_norm_silu
+
+    def random(device: torch.device, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape).mul_(scale)
+
+    monkeypatch.setattr(hot_shapes, "_random", random)
+    # The statistics kernel itself needs a GPU or the interpreter: its twin stands in.
+    monkeypatch.setattr(group_norm_silu, "statistics", lambda x, per_frame: conv3d.statistics(x))
+    ways = make(CPU)
+    kernel, vendor = ways["kernel"](), ways["vendor"]()
+    if make.func in (hot_shapes._conv, hot_shapes._upsample):
+        kernel = kernel[1]
+    for one, two in zip(*((x if isinstance(x, tuple) else (x,)) for x in (kernel, vendor)), strict=True):
+        verdict = judge(one, two, two)
+        assert verdict.right, str(verdict)
+
+
+def test_the_compiler_prunes() -> None:
+    """For a GPU that is not here: good settings pass, an over-full shared memory and spilled registers do not."""
+    code = textwrap.dedent("""
+        from reducio_fast.measurement.tune_kernels import compile_problems, in_force
+
+        names = ("conv3d bf16 256->128 k3",)
+        base = in_force("conv3d", "K<=128", "sm_90")
+        full = base | {"BLOCK_M": 256, "BLOCK_K": 128, "BLOCK_C": 128, "num_stages": 4, "num_warps": 8}
+        for entry in (base, full):
+            print("; ".join(compile_problems("sm_90", "conv3d", "K<=128", entry, names)) or "fine")
+    """)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=compiled(), cwd="/")
+    assert done.returncode == 0, done.stderr
+    good, full = done.stdout.splitlines()
+    assert good == "fine" and "bytes of shared memory, the limit is 232448" in full
+
+
+def compiled() -> dict[str, str]:
+    """The environment without Triton's interpreter, which the tests turn on where there is no GPU."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,0 +1,331 @@
+"""Memory: forecasts against what the allocator records, the choice of a way that fits, what out-of-memory leads to, and
+weights that are on the device for their stage only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from reducio_fast import ReducioPipeline
+from reducio_fast.cli import main
+from reducio_fast.media.video_files import read_video
+from reducio_fast.memory.offload import Offload
+from reducio_fast.pipelines.call.request import Embeds
+from reducio_fast.pipelines.reducio import content_frame, dry_runs
+from reducio_fast.pipelines.reducio.dry_runs import Decoding, Fit
+from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent
+from reducio_fast.system.errors import ReducioError
+
+PROMPT = "a red circle moving right"
+GREY = np.full((64, 64, 3), 128, np.uint8)
+CALL = {"image": GREY, "height": 64, "width": 64, "num_inference_steps": 1, "progress": False}
+# Tiles of 64 pixels on a factor of 8: small frames are decoded in several, and 32 is half a tile.
+VAE = dict(
+    channel_multipliers=(1, 1, 2, 2), content_channel_multipliers=(1, 1, 2), norm_groups=4, num_heads=2,
+    fusion_head_dim=8, num_res_blocks=1, temporal_factor=2, fusion_levels=(None, 1, 2, None), tile_size=64,
+)  # fmt: skip
+DIT = dict(num_heads=2, caption_channels=128, semantic_channels=128, spatial_factor=8)
+
+
+@pytest.fixture(scope="module")
+def embedded(bundle: Path) -> dict[str, Any]:
+    return ReducioPipeline.from_pretrained(bundle, device="cpu", backend="reference").components
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def bare(embedded: dict[str, Any]) -> dict[str, Any]:
+    """Without the stages that make conditions of an image."""
+    return embedded | dict.fromkeys(("text_to_image", "image_encoder", "content_encoder"))
+
+
+def pipeline(parts: dict[str, Any], backend: str, vae: dict | None = None, dit: dict | None = None) -> ReducioPipeline:
+    """The embedded model, with networks of other widths where configurations are given."""
+    torch.manual_seed(0)
+    changed = {}
+    if vae is not None and dit is not None:
+        changed["vae"] = ReducioVAE(VAEConfig(**VAE, **vae))
+        changed["transformer"] = ReducioDiT(DiTConfig(**DIT, **dit))
+        for network in changed.values():
+            network.requires_grad_(False).eval()
+            for p in network.parameters():
+                p.normal_(0, 0.05)
+    return ReducioPipeline(**parts | changed, backend=backend)
+
+
+def measured(tmp_path: Path, function: Any, *args: Any) -> tuple[Any, int]:
+    """Result, and the most bytes that torch's CPU allocator had given out at once, inside operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = function(*args)
+    record.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    live = peak = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return result, peak
+
+
+@pytest.mark.parametrize(
+    ("backend", "vae", "dit", "size"),
+    [
+        pytest.param("reference", None, None, (64, 64), id="reference-embedded-64x64"),
+        pytest.param("fast", None, None, (64, 96), id="fast-embedded-64x96"),
+        pytest.param(
+            "reference", {"base_channels": 8, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2}, (96, 128),
+            id="reference-narrow-tiled",
+        ),
+        pytest.param(
+            "fast", {"base_channels": 24, "content_base_channels": 16, "causal": True},
+            {"hidden_size": 96, "depth": 3, "attention": "2d+1d"}, (64, 144), id="fast-wide-causal-tiled",
+        ),
+        pytest.param(
+            "fast", {"base_channels": 8, "content_base_channels": 8, "fusion": "linear"},
+            {"hidden_size": 48, "depth": 4, "content_groups": 4}, (64, 64), id="fast-linear-grouped",
+        ),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_forecast_is_within_15_percent_of_what_is_allocated(
+    embedded: dict, tmp_path: Path, backend: str, vae: dict | None, dit: dict | None, size: tuple[int, int]
+) -> None:
+    pipe = pipeline(embedded, backend, vae, dit)
+    expected = {stage.stage: stage.activations for stage in pipe.forecast(*size).stages}
+    frame = np.zeros((*size, 3), np.uint8)
+    pipe._stage_networks("dit.step")  # packs the weights, which belong to no stage
+    found = {}
+    text, mask = pipe._encode_text(PROMPT * 5)  # as long as the model reads: what is not read costs nothing
+    assert mask.all()
+    (semantic, image), found["image.encode"] = measured(tmp_path, pipe._encode_image, frame, Embeds())
+    cond = Condition(text, mask, semantic, image)
+    uncond = cond.without_text(pipe.transformer.null_text)
+    generator = torch.Generator().manual_seed(0)
+    config = pipe.vae.config
+    shape = (config.latent_channels, config.num_frames // config.temporal_factor)
+    noise = initial_latent((1, *shape, *(n // config.spatial_factor for n in size)), [generator])
+    latent, found["dit.step"] = measured(tmp_path, pipe._sample, noise, cond, uncond, 4.5, 2, generator, None)
+    decoding = dry_runs.default_decoding(pipe, *size)
+    _, found["vae.decode"] = measured(tmp_path, pipe._decode_as, latent, frame, decoding)
+    shares = {stage: expected[stage] / bytes for stage, bytes in found.items()}
+    assert all(0.85 <= share <= 1.15 for share in shares.values()), shares
+
+
+def test_first_stage_and_text_are_forecast_too(embedded: dict, tmp_path: Path) -> None:
+    pipe = pipeline(embedded, "reference")
+    expected = {stage.stage: stage.activations for stage in pipe.forecast(64, 64).stages}
+    words = (pipe.text_to_image, PROMPT, "", 64, 64, torch.Generator().manual_seed(0), False)
+    with torch.no_grad():
+        _, drawing = measured(tmp_path, content_frame.draw_image, *words)
+        _, text = measured(tmp_path, pipe._encode_text, PROMPT)
+    assert 0.85 <= expected["content.generate"] / drawing <= 1.15
+    assert 0.85 <= expected["text.encode"] / text <= 1.15
+
+
+def test_forecast_of_kernels_on_a_gpu_needs_none(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels allocate what they return, weights are offloaded, tiles go together as far as memory reaches."""
+    widths = {"base_channels": 32, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2}
+    pipe, size = pipeline(bare, "fast", *widths), (256, 256)  # 16 tiles, 9 of them of one shape
+    on_cpu = pipe.forecast(*size)
+    pipe._offload = Offload(torch.device("cuda"))
+    one, two, four = (pipe.forecast(*size, Decoding(True, 64, n)).peak(True) for n in (1, 2, 4))
+    # What an earlier forecast has found out is the same when it is found out again.
+    assert dry_runs.forecast(pipe, *size, Decoding(True, 64, 4)).peak(True) == four
+    assert one < on_cpu.peak(True)
+    step = two - one
+    assert step > 0 and abs(four - one - 3 * step) < 0.05 * four
+    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: int((one + 2.5 * step) / dry_runs.HEADROOM))
+    assert dry_runs.fit(pipe, *size) == Fit(Decoding(True, 64, 3), True)
+    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: int(one * 0.99 / dry_runs.HEADROOM))
+    assert dry_runs.fit(pipe, *size).decoding.tile_size == 32
+
+
+def test_weights_are_counted_once_and_packed_copies_too(embedded: dict) -> None:
+    plain = pipeline(embedded, "reference").forecast(64, 64)
+    networks = pipeline(embedded, "reference")._networks()
+    sizes = {x.data_ptr(): x.nbytes for n in networks for x in (*n.parameters(), *n.buffers())}
+    assert plain.weights == sum(sizes.values())
+    assert pipeline(embedded, "fast").forecast(64, 64).weights > plain.weights
+    assert plain.peak(offload=True) < plain.peak()
+    assert json.loads(json.dumps(plain.as_dict()))["peak"] == plain.peak()
+
+
+def test_too_little_memory_is_told_before_any_work(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(bare, "reference")
+    needed, smaller = pipe.forecast(256, 256).peak(), pipe.forecast(192, 192).peak()
+    free = (needed + smaller) / 2 - pipe.resident_bytes()
+    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: int(free / dry_runs.HEADROOM))
+    monkeypatch.setattr(dry_runs, "smaller_tiles", lambda config: None)
+    monkeypatch.setattr(
+        "reducio_fast.pipelines.reducio.pipeline.initial_latent", lambda *_: pytest.fail("work was done")
+    )
+    with pytest.raises(ReducioError, match=r"256x256 needs .* on cpu .* MiB more than there is; 192x192 would fit"):
+        pipe(PROMPT, **CALL | {"height": 256, "width": 256})
+    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: 1)
+    with pytest.raises(ReducioError, match="no smaller size fits either, the weights alone need"):
+        pipe(PROMPT, **CALL)
+
+
+def test_smaller_tiles_are_chosen_where_they_fit(
+    bare: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = pipeline(bare, "fast", {"base_channels": 8, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2})
+    whole, tiles = pipe.forecast(64, 64).peak(), pipe.forecast(64, 64, Decoding(True, 32)).peak()
+    assert tiles < whole
+    free = (whole + tiles) / 2 - pipe.resident_bytes()
+    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: int(free / dry_runs.HEADROOM))
+    out = pipe(PROMPT, **CALL)
+    assert out.frames.shape == (16, 64, 64, 3)
+    assert pipe._fits[64, 64] == Fit(Decoding(True, 32))
+    assert caplog.messages == ["vae.decode: 64x64 is decoded in tiles of 32, 1 at once to fit into memory"]
+
+
+class Scarce:
+    """A decoder that finds no memory for the first `failures` calls, and notes what it was asked for."""
+
+    def __init__(self, decoder: torch.nn.Module, failures: int, error: Exception) -> None:
+        self.run, self.failures, self.error, self.shapes = decoder.forward, failures, error, []
+
+    def __call__(self, z: torch.Tensor, features: Any) -> torch.Tensor:
+        self.shapes.append(tuple(z.shape[:1] + z.shape[-2:]))
+        if len(self.shapes) <= self.failures:
+            raise self.error
+        return self.run(z, features)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), id="device"),
+        pytest.param(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), id="host"),
+    ],
+)
+def test_decode_out_of_memory_tries_what_needs_less(
+    embedded: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    pipe = pipeline(
+        embedded, "reference", {"base_channels": 8, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2}
+    )
+    monkeypatch.setattr(dry_runs, "fit", lambda *_: Fit(Decoding(True, 64, 3)))
+    scarce = Scarce(pipe.vae.decoder, 2, error)
+    monkeypatch.setattr(pipe.vae.decoder, "forward", scarce)
+    out = pipe(PROMPT, **CALL)
+    assert out.frames.shape == (16, 64, 64, 3)
+    assert scarce.shapes[:4] == [(1, 8, 8), (1, 8, 8), (1, 5, 5), (1, 5, 4)]
+    assert "vae.decode: out of memory, trying again in tiles of 64, 1 at once" in caplog.messages
+    assert "vae.decode: out of memory, trying again in tiles of 32, 1 at once" in caplog.messages
+
+
+def test_another_error_of_the_decoder_is_no_reason_to_try_again(
+    embedded: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pipeline(embedded, "reference")
+    scarce = Scarce(pipe.vae.decoder, 9, RuntimeError("shapes do not fit"))
+    monkeypatch.setattr(pipe.vae.decoder, "forward", scarce)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        pipe(PROMPT, **CALL)
+    assert len(scarce.shapes) == 1
+
+
+def test_latents_survive_a_decode_without_memory(
+    embedded: dict, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error names a file, and the command makes of it the very frames that the call would have returned."""
+    pipe = pipeline(embedded, "fast")
+    words = CALL | {"prompt": [PROMPT, PROMPT], "image": [GREY, GREY], "seed": 3}
+    expected = pipe(**words).frames
+    decoder, calls = pipe._twins().vae.decoder, []
+    forward = decoder.forward
+
+    def second_clip_fails(z: torch.Tensor, features: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(z, features)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "forward", second_clip_fails)
+        with pytest.raises(ReducioError, match="out of memory at 64x64; the latents are kept") as caught:
+            pipe(**words)
+    (file,) = (cache / "latents").iterdir()
+    assert f"reducio-fast decode {file} --out clip.mp4" in str(caught.value)
+    argv = ["decode", str(file), "--out", str(tmp_path / "clip"), "--backend", "fast", "--device", "cpu"]
+    argv += ["--dtype", "float32", "--json"]  # that of the call
+    assert main.main(argv) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["seeds"] == [3, 4] and told["fps"] == pipe.fps
+    for path, clip in zip(told["paths"], expected, strict=True):
+        assert (read_video(path)[0] == clip).all()
+
+
+def test_decode_command_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"broken")
+    for name, reason in (("other", "no latents"), ("broken", "is no file of latents"), ("missing", "no such file")):
+        assert main.main(["decode", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / "clip.mp4")]) == 2
+        line = capsys.readouterr().err
+        assert reason in line and line.count("\n") == 1
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_offloaded_weights_leave_home_for_their_stage_only(
+    embedded: dict, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    pipe = pipeline(embedded, backend)
+    expected = pipe(PROMPT, **CALL).frames
+    pipe.enable_model_cpu_offload(device="cpu")  # copies, on a machine without a second device
+    networks = {"text_encoder": pipe.text_encoder, "transformer": pipe.transformer, "vae": pipe.vae}
+    fast = backend == "fast"
+    if fast:
+        twins = pipe._twins()
+        networks |= {"fast transformer": twins.transformer, "fast vae": twins.vae}
+    home = {name: [p.data_ptr() for p in network.parameters()] for name, network in networks.items()}
+    away: dict[str, set[str]] = {}
+
+    def note(stage: str, method: str) -> None:
+        run = getattr(pipe, method)
+
+        def noted(*args: Any) -> Any:
+            away[stage] = {
+                name for name, n in networks.items() if all(p.data_ptr() not in home[name] for p in n.parameters())
+            }
+            return run(*args)
+
+        monkeypatch.setattr(pipe, method, noted)
+
+    note("text.encode", "_encode_text")
+    note("dit.step", "_sample")
+    note("vae.decode", "_decode_as")
+    assert (pipe(PROMPT, **CALL).frames == expected).all()
+    assert away["text.encode"] == {"text_encoder"}
+    assert away["dit.step"] == {"transformer"} | ({"fast transformer"} if fast else set())
+    assert away["vae.decode"] == {"vae"} | ({"fast vae"} if fast else set())
+    assert home == {name: [p.data_ptr() for p in network.parameters()] for name, network in networks.items()}
+    if fast:
+        assert pipe._twins() is twins  # nothing was packed again
+        assert twins.transformer.graphs is None
+
+    with pytest.raises(ReducioError, match="call disable_model_cpu_offload"):
+        pipe.to("cpu")
+    pipe.disable_model_cpu_offload()
+    assert (pipe.to("cpu")(PROMPT, **CALL).frames == expected).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
+def test_offload_needs_a_gpu(embedded: dict) -> None:
+    with pytest.raises(ReducioError, match="there is no GPU here"):
+        pipeline(embedded, "reference").enable_model_cpu_offload()

@@ -1,0 +1,117 @@
+"""What bad input gets: one line that names the argument and both values, before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from reducio_fast import ReducioPipeline
+from reducio_fast.system.errors import ReducioError
+
+PROMPT = "a red circle moving right"
+FAST = {"num_inference_steps": 2, "progress": False}
+SHAPE = (16, 4, 2, 2)  # motion latent of a 64x64 clip
+
+
+NAN = torch.full(SHAPE, torch.nan)
+BAD_CALLS = {
+    "empty prompt": ({"prompt": "  "}, "prompt: is empty"),
+    "empty list": ({"prompt": []}, "prompt: must be text or a list of texts, is list"),
+    "empty item": ({"prompt": ["a", ""]}, "prompt number 1: is empty"),
+    "number for a prompt": ({"prompt": 7}, "prompt: must be text .* is int 7"),
+    "half a character": (
+        {"prompt": "a \udcff star"},
+        r"prompt: holds '\\udcff', which is no character; is str 'a .* star'",
+    ),
+    "half a negative": ({"negative_prompt": "\ud800"}, r"negative_prompt: holds '\\ud800', which is no character"),
+    "negatives": ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 texts for 1 prompts"),
+    "negative number": ({"negative_prompt": 1}, "negative_prompt: must be text"),
+    "height": ({"height": 100}, "height: 100 is not a multiple of 32; the two nearest legal sizes are 96 and 128"),
+    "small width": ({"width": 20}, "width: 20 is not a multiple of 32; the two nearest legal sizes are 32 and 64"),
+    "negative width": ({"width": -64}, "width: must be a positive multiple of 32, is -64"),
+    "fraction": ({"height": 64.0}, "height: must be a positive multiple of 32, is 64.0"),
+    "frames": ({"num_frames": 24}, "num_frames: 24 asked for, this model makes clips of 16 frames"),
+    "steps": ({"num_inference_steps": 0}, "num_inference_steps: must be a whole number from 1 to 1000, is 0"),
+    "many steps": ({"num_inference_steps": 1001}, "from 1 to 1000, is 1001"),
+    "guidance": ({"guidance_scale": float("nan")}, "guidance_scale: must be a finite number of at least 0, is nan"),
+    "seed": ({"seed": -1}, "seed: must be a whole number from 0 to .*, is -1"),
+    "generators": ({"prompt": ["a", "b"], "generator": torch.Generator()}, "generator: 1 given for 2 clips"),
+    "generator": ({"generator": 5}, "generator: must be a torch.Generator or a list of them, is int 5"),
+    "latents": ({"latents": NAN}, r"latents: holds values that are not finite \(NaN or infinite\)"),
+    "latent shape": ({"latents": torch.zeros(1, 16, 4, 4, 4)}, r"has shape \[1, 16, 4, 4, 4\], .* \[1, 16, 4, 2, 2\]"),
+    "integer latents": ({"latents": torch.zeros(SHAPE).int()}, "latents: must be a floating-point tensor"),
+    "output type": ({"output_type": "mp4"}, "output_type: must be one of np, pil, pt, latent, is 'mp4'"),
+    "videos": ({"num_videos_per_prompt": 0}, "num_videos_per_prompt: must be a whole number from 1 to 1000, is 0"),
+    "a life of video": (
+        {"num_videos_per_prompt": 10**12},
+        "num_videos_per_prompt: .* from 1 to 1000, is 1000000000000",
+    ),
+    "a wall": ({"height": 32 * 10**12}, "height: 32000000000000 is above the largest side, 16384"),
+    "half a video": ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt: must be a whole number .* is 1.5"),
+    "generators of videos": (
+        {"num_videos_per_prompt": 3, "generator": [torch.Generator()]},
+        "generator: 1 given for 3 clips; give one a clip",
+    ),
+    "latents of videos": (
+        {"num_videos_per_prompt": 2, "latents": torch.zeros(SHAPE)},
+        r"latents: has shape \[16, 4, 2, 2\], this call needs \[2, 16, 4, 2, 2\]",
+    ),
+    "tensor inputs": (
+        {"callback_on_step_end_tensor_inputs": ["latents", "noise_pred"]},
+        "callback_on_step_end_tensor_inputs: unknown noise_pred; "
+        "known are latents, prompt_embeds, negative_prompt_embeds",
+    ),
+    "a name for a list": (
+        {"callback_on_step_end_tensor_inputs": "latents"},
+        "callback_on_step_end_tensor_inputs: must be a list of names, is str 'latents'",
+    ),
+    "callback": ({"callback_on_step_end": 3}, "callback_on_step_end: must be callable, is int 3"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_call(pipe: ReducioPipeline, words: dict, message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipe, "text_to_image", lambda *_, **__: pytest.fail("work began"))
+    with pytest.raises(ReducioError, match=message) as caught:
+        pipe(**({"prompt": PROMPT} | FAST | words))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"backend": "triton"}, "backend: must be one of reference, fast, auto, is 'triton'"),
+        ({"dtype": "int8"}, "dtype: must be one of float32, float16, bfloat16, is 'int8'"),
+        ({"dtype": "float32", "torch_dtype": "float16"}, "dtype=float32 and torch_dtype=float16 differ"),
+        ({"device": "gpu"}, "device: 'gpu' cannot be used here"),
+    ],
+)
+def test_bad_setting(folder: Path, words: dict, message: str):
+    with pytest.raises(ReducioError, match=message):
+        ReducioPipeline.from_pretrained(folder, **words)
+
+
+def test_values_that_stop_being_finite_are_named(folder: Path):
+    broken = ReducioPipeline.from_pretrained(folder)
+    broken.vae.decoder.conv_out.weight = nn.Parameter(broken.vae.decoder.conv_out.weight * torch.inf)
+    with pytest.raises(ReducioError, match="vae.decode: the clip has values that are not finite"):
+        broken(PROMPT, **FAST)
+    broken.transformer.proj_out.bias = nn.Parameter(broken.transformer.proj_out.bias * torch.nan)
+    with pytest.raises(ReducioError, match="sampling: the latent is not finite .* from step 1 of 2"):
+        broken(PROMPT, **FAST)
+
+
+def test_bad_decode(pipe: ReducioPipeline, clip):
+    for latents, image, message in (
+        (NAN, clip.content, "not finite"),
+        (torch.zeros(3), clip.content, r"latents: has shape \[3\]"),
+        (torch.zeros(2, *SHAPE), [clip.content], "image: 1 given for 2"),
+        (torch.zeros(SHAPE), None, "image: None given"),
+    ):
+        with pytest.raises(ReducioError, match=message):
+            pipe.decode(latents, image)
+    with pytest.raises(ReducioError, match="output_type: must be one of np, pil, pt"):
+        pipe.decode(torch.zeros(SHAPE), clip.content, output_type="latent")

@@ -1,0 +1,265 @@
+"""Warm-up: jobs under a deadline, a pipeline that is compiled or usable at once, and the command with its archives."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from reducio_fast import ReducioPipeline
+from reducio_fast.cli import main
+from reducio_fast.compile import artifacts, cache
+from reducio_fast.compile.graphs import Graphs, Pool
+from reducio_fast.fast.engine import Engine
+from reducio_fast.pipelines.execution import warmup
+from reducio_fast.system import deadline
+from reducio_fast.system.deadline import Check, DeadlinePassed, Job
+from reducio_fast.system.errors import ReducioError
+
+GREY = np.full((64, 64, 3), 128, np.uint8)
+CALL = {"prompt": "a red circle", "image": GREY, "height": 64, "width": 64, "num_inference_steps": 2, "progress": False}
+
+
+@pytest.fixture
+def pipe(bundle: Path) -> ReducioPipeline:
+    return ReducioPipeline.from_pretrained(bundle, device="cpu", backend="fast")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# ---- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_run_in_order_and_are_timed() -> None:
+    clock, order, done = Clock(), [], []
+
+    def job(name: str, seconds: float) -> Job:
+        def run(check: Check) -> None:
+            check()
+            order.append(name)
+            clock.now += seconds
+
+        return Job(name, run)
+
+    outcome = deadline.run([job("a", 2), job("b", 3)], on_done=done.append, clock=clock)
+    assert (order, done, outcome.seconds, outcome.left) == (["a", "b"], ["a", "b"], {"a": 2, "b": 3}, ())
+    assert outcome.complete and deadline.run([job("a", 2)], 60, clock=clock).complete
+
+
+def test_deadline_ends_a_job_at_its_next_check() -> None:
+    clock, ended = Clock(), threading.Event()
+
+    def slow(check: Check) -> None:
+        clock.now += 10
+        try:
+            check()
+        except DeadlinePassed:
+            ended.set()
+            raise
+
+    outcome = deadline.run([Job("quick", lambda check: None), Job("slow", slow), Job("later", print)], 5, clock=clock)
+    assert ended.wait(5)
+    assert list(outcome.seconds) == ["quick"] and outcome.left == ("slow", "later") and not outcome.complete
+
+
+def test_deadline_does_not_wait_for_a_compiler_that_hangs() -> None:
+    release = threading.Event()
+    started = time.monotonic()
+    outcome = deadline.run([Job("hangs", lambda check: release.wait(60))], 0.1)
+    assert time.monotonic() - started < 20 and outcome.left == ("hangs",)
+    release.set()
+
+
+@pytest.mark.parametrize("deadline", [None, 60])
+def test_error_of_a_job_reaches_the_caller(deadline: float | None) -> None:
+    def fail(check: Check) -> None:
+        raise ValueError("no compiler")
+
+    with pytest.raises(ValueError, match="no compiler"):
+        deadline.run([Job("fails", fail)], deadline)
+
+
+# ---- the pipeline ----------------------------------------------------------------------------------------------------
+
+
+def recorded(fn: Any, inputs: list[Tensor], pool: Pool) -> tuple[Any, Any]:
+    """A capture that computes the function again: what a graph is, without a GPU."""
+    outputs = fn(*inputs)
+
+    def leaves(value: Any) -> list[Tensor]:
+        if isinstance(value, list | tuple):
+            return [x for item in value for x in leaves(item)]
+        return [value] if isinstance(value, Tensor) else []
+
+    def replay() -> None:
+        for old, new in zip(leaves(outputs), leaves(fn(*inputs)), strict=True):
+            old.copy_(new)
+
+    return replay, outputs
+
+
+def test_after_a_warm_up_a_call_captures_nothing(pipe: ReducioPipeline) -> None:
+    graphs = Graphs(recorded)
+    pipe._engine = Engine(graphs=graphs)
+    outcome = pipe.warmup([64], progress=False)
+    assert list(outcome.seconds) == ["64x64"] and outcome.complete
+    before = graphs.describe()
+    assert before["graphs"] and graphs.sightings == 1
+    pipe(**CALL)
+    after = graphs.describe()
+    assert after["misses"] == before["misses"] and len(after["graphs"]) == len(before["graphs"])
+    assert after["hits"] > before["hits"]
+
+
+def test_default_is_the_models_own_size_and_other_threads_work_is_equal(
+    pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+    monkeypatch.setattr(warmup, "_clip", lambda p, h, w: lambda check: made.append((p is pipe, h, w)))
+    assert pipe.warmup().complete
+    assert pipe.warmup([(64, 96), 64, (64, 96)], deadline=60, progress=False).complete
+    assert made == [(True, pipe.sample_height, pipe.sample_width), (False, 64, 96), (False, 64, 64)]
+    assert "warm-up" in capsys.readouterr().err
+
+
+def test_deadline_that_passes_leaves_a_usable_uncompiled_pipeline(
+    pipe: ReducioPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = pipe(**CALL).frames
+    engine, entered, release = pipe._engine, threading.Event(), threading.Event()
+    run = engine.twins(pipe.transformer, pipe.vae, pipe.execution_device).transformer.denoise
+
+    def hanging(*args: Any) -> Tensor:
+        entered.set()
+        release.wait(60)
+        return run(*args)
+
+    engine._twins.transformer.denoise = hanging
+    clock = Clock()  # stands still until the compiler hangs
+    threading.Thread(target=lambda: entered.wait(60) and setattr(clock, "now", 100.0), daemon=True).start()
+    outcome = warmup.warm_up(pipe, [64, 96], 50, False, clock)
+    assert outcome.left == ("64x64", "96x96") and not outcome.seconds
+    assert caplog.messages == ["warm-up: not done after 50 s, 64x64, 96x96 left; the pipeline runs uncompiled"]
+    assert pipe._engine is not engine and pipe._engine.compile is False
+    assert (pipe(**CALL).frames == expected).all()  # while the other thread still hangs in a compiler
+    release.set()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        pytest.param({"sizes": [60]}, "60 is not a multiple of 32", id="size"),
+        pytest.param({"sizes": [(64,)]}, r"sizes: must be a list .*, has \(64,\)", id="pair"),
+        pytest.param({"sizes": []}, "sizes: must be a list", id="none"),
+        pytest.param({"sizes": "64"}, "sizes: must be a list", id="text"),
+        pytest.param({"deadline": 0}, "deadline: must be a number of seconds above 0, is 0", id="deadline"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused(pipe: ReducioPipeline, words: dict, reason: str) -> None:
+    with pytest.raises(ReducioError, match=reason):
+        pipe.warmup(**words)
+
+
+def test_deadline_and_offload_exclude_each_other(pipe: ReducioPipeline) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ReducioError, match="while weights are offloaded"):
+        pipe.warmup(deadline=5)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `reducio-fast warmup` with a cache folder of its own; returns status, result and stderr."""
+    for name in cache.VARIABLE.values():
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def run(folder: str, *words: str) -> tuple[int, Any, str]:
+        monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path / folder))
+        for name in cache.VARIABLE.values():
+            monkeypatch.delenv(name, raising=False)
+        status = main.main(["warmup", "--sizes", "64", "--device", "cpu", "--no-progress", "--json", *words])
+        out, err = capsys.readouterr()
+        return status, json.loads(out) if out else None, err
+
+    return run
+
+
+def test_command_takes_a_cache_to_another_folder(
+    command: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    archive = tmp_path / "cache.zip"
+    # Without a compiler a CPU has nothing to compile: the entry of a table stands for what a GPU leaves.
+    origin = cache.Origin.here("cpu")
+    table = tmp_path / "a" / origin.key / "tables" / "cpu.json"
+    table.parent.mkdir(parents=True)
+    table.write_text("{}")
+    status, result, _ = command("a", "--export", str(archive))
+    assert status == 0 and list(result["seconds"]) == ["64x64"] and result["left"] == [] and result["exported"] >= 1
+    status, result, _ = command("b", "--import", str(archive))
+    assert status == 0 and result["imported"] >= 1 and result["cache"] == str(tmp_path / "b" / origin.key)
+    assert (tmp_path / "b" / origin.key / "tables" / "cpu.json").read_text() == "{}"
+
+    with zipfile.ZipFile(archive) as old:
+        manifest = json.loads(old.read(cache.MANIFEST))
+    manifest["origin"]["torch"] = "1.0"
+    with zipfile.ZipFile(tmp_path / "foreign.zip", "w") as foreign:
+        foreign.writestr(cache.MANIFEST, json.dumps(manifest))
+    caplog.clear()
+    status, result, _ = command("c", "--import", str(tmp_path / "foreign.zip"))
+    assert status == 0 and result["imported"] is None and "it is of torch 1.0" in result["ignored"]
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith(f"it is of torch 1.0 (here {torch.__version__})")
+
+
+@pytest.mark.skipif(artifacts.obstacle() is not None, reason="needs a C++ compiler")
+def test_command_takes_compiled_blocks_along(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    archive = str(tmp_path / "cache.zip")
+    status, result, _ = command("a", "--compile", "--export", archive)
+    made = list((tmp_path / "a").glob("*/regions/*.bin"))
+    assert status == 0 and len(made) == 2 and result["exported"] > len(made)
+
+    def refuse(*words: Any) -> None:
+        raise AssertionError("compiled what the archive holds")
+
+    monkeypatch.setattr(artifacts, "compile_function", refuse)
+    status, result, _ = command("b", "--compile", "--import", archive)
+    assert status == 0 and result["imported"] > len(made)
+    assert {path.name for path in (tmp_path / "b").glob("*/regions/*.bin")} == {path.name for path in made}
+    assert not [r for r in caplog.records if r.name == "reducio_fast"]  # neither compiled anew nor failed
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        pytest.param(["--import", "none.zip"], "no such file", id="missing"),
+        pytest.param(["--import", "broken.zip"], "is no archive of a cache", id="broken"),
+        pytest.param(["--export", "none/cache.zip"], "is no folder", id="export"),
+        pytest.param(["--sizes", "6x4x4"], "must be a number or HEIGHTxWIDTH", id="size"),
+        pytest.param(["--deadline", "-1"], "deadline: must be a number of seconds above 0", id="deadline"),
+    ],
+)
+def test_command_answers_mistakes_in_one_line(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.zip").write_bytes(b"broken")
+    status, result, err = command("cache", *words)
+    assert status == 2 and result is None and reason in err and err.count("\n") == 1

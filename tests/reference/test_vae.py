@@ -1,0 +1,348 @@
+"""The reference VAE against the released architecture, diffusers' encoder and its own promises."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from reducio_fast.reference import VAE_PRESETS, DiagonalGaussian, ReducioVAE, VAEConfig
+from reducio_fast.reference.reducio import tiling
+from reducio_fast.reference.reducio.fusion import AttentionFusion, join_windows, sinusoid_table, split_windows
+from reducio_fast.reference.reducio.vae import Layers, SelfAttention
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = dict(
+    base_channels=8,
+    channel_multipliers=(1, 1, 2, 2, 2, 2),
+    content_base_channels=8,
+    content_channel_multipliers=(1, 1, 2, 2),
+    norm_groups=4,
+    num_heads=2,
+    fusion_head_dim=8,
+    num_res_blocks=1,
+)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def small_vae(**changes) -> ReducioVAE:
+    torch.manual_seed(0)
+    return ReducioVAE(VAEConfig(**(SMALL | changes))).eval()
+
+
+def clip(size: tuple[int, int] = (64, 64), batch: int = 1, frames: int = 16, seed: int = 1) -> torch.Tensor:
+    return torch.rand(batch, 3, frames, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def fill_by_recipe(model: ReducioVAE) -> None:
+    """The weights behind the golden files: noise seeded by each name (see golden/README.md)."""
+    for name, tensor in model.state_dict().items():
+        if name.endswith("pos_embed"):
+            continue
+        shape = tuple(tensor.shape)
+        noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+        if name.endswith(".bias"):
+            noise = 0.1 * noise
+        elif len(shape) == 1:
+            noise = 1 + 0.1 * noise
+        else:
+            noise = noise / np.sqrt(math.prod(shape[1:]))
+        tensor.copy_(torch.from_numpy(noise))
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda p: p.stem)
+@torch.no_grad()
+def test_golden_outputs_of_the_release(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata()
+    want = load_file(path)
+    model = ReducioVAE(
+        VAEConfig(
+            temporal_factor=2 ** int(meta["f_t"]),
+            fusion=json.loads(meta["fusion"]),
+            tile_overlap=float(meta["tile_overlap"]),
+            **{k: int(meta[k]) for k in ("base_channels", "content_base_channels", "latent_channels")},
+            **{k: int(meta[k]) for k in ("window_size", "tile_size")},
+            **{k: tuple(map(int, meta[k].split(","))) for k in ("channel_multipliers", "content_channel_multipliers")},
+        )
+    ).eval()
+    fill_by_recipe(model)
+    shape = (1, 3, int(meta["frames"]), int(meta["height"]), int(meta["width"]))
+    noise = np.random.RandomState(zlib.crc32(meta["input_tensor"].encode())).uniform(-1, 1, shape)
+    video, tiled = torch.from_numpy(noise.astype(np.float32)), meta["tiled"] == "true"
+    posterior = model.encode(video, tiled=tiled)
+    features = model.encode_content(video[:, :, int(meta["content_frame"])], tiled=tiled)
+    z = model.normalize_latent(posterior.mode())
+    got = {
+        "mean": posterior.mean,
+        "logvar": posterior.logvar,
+        "z": z,
+        "reconstruction": model.decode(z, features, tiled),
+    }
+    if not tiled:
+        got |= {f"content_features.{i}": feature for i, feature in enumerate(features)}
+    assert got.keys() == want.keys()
+    errors = {name: relative_error(got[name], want[name]) for name in want}
+    assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.parametrize("name", ["ft4", "ft2"])
+def test_state_dict_equals_the_published_manifest(name: str) -> None:
+    with torch.device("meta"):
+        model = ReducioVAE(VAE_PRESETS[f"reducio-{name}"])
+    manifest = json.loads((GOLDEN / f"reducio_vae_{name}_state_dict.json").read_text())
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == manifest
+
+
+@torch.no_grad()
+def test_content_encoder_equals_diffusers_encoder() -> None:
+    """With one head, as diffusers has, the two structures coincide up to the middle attention."""
+    model = small_vae(num_heads=1, num_res_blocks=2).encoder_2d
+    theirs = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).encoder.eval()
+
+    def copy(source: torch.nn.Module, target: torch.nn.Module) -> None:
+        target.load_state_dict({k: v.reshape(target.state_dict()[k].shape) for k, v in source.state_dict().items()})
+
+    def copy_block(source, target) -> None:
+        for name in ("norm1", "conv1", "norm2", "conv2"):
+            copy(getattr(source, name), getattr(target, name))
+        if hasattr(source, "nin_shortcut"):
+            copy(source.nin_shortcut, target.conv_shortcut)
+
+    copy(model.conv_in, theirs.conv_in)
+    for level, block in zip(model.down, theirs.down_blocks, strict=True):
+        for a, b in zip(level.block, block.resnets, strict=True):
+            copy_block(a, b)
+        if hasattr(level, "downsample"):
+            copy(level.downsample.conv, block.downsamplers[0].conv)
+    copy_block(model.mid.block_1, theirs.mid_block.resnets[0])
+    attention = theirs.mid_block.attentions[0]
+    for ours, their in (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v")):
+        copy(getattr(model.mid.attn_1, ours), getattr(attention, their))
+    copy(model.mid.attn_1.proj_out, attention.to_out[0])
+
+    seen: list[torch.Tensor] = []
+    for block in theirs.down_blocks:  # our features are taken before the down-sampling, theirs leave a block after it
+        block.resnets[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    attention.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    image = clip((64, 96))[:, :, 0]
+    theirs(image)
+    ours = model(image)
+    assert len(ours) == len(seen) == 5
+    for mine, peer in zip(ours, seen, strict=True):
+        assert relative_error(mine, peer) < 1e-5
+
+
+@pytest.mark.parametrize("fusion", ["attn", "add", "linear", "add+attn"])
+@torch.no_grad()
+def test_causal_output_never_sees_a_later_frame(fusion: str) -> None:
+    model = small_vae(causal=True, fusion=fusion, temporal_factor=4)
+    video, content = clip(), clip(seed=2)[:, :, 0]
+    features = model.encode_content(content)
+
+    def run(video: torch.Tensor) -> torch.Tensor:
+        return model.decode(model.normalize_latent(model.encode(video).mode()), features)
+
+    before = run(video)
+    for frame in (0, 3, 4, 9, 12, 13, 15):
+        changed = video.clone()
+        changed[:, :, frame] = clip(seed=3)[:, :, frame]
+        difference = (run(changed) - before).abs().amax((0, 1, 3, 4))
+        assert not difference[:frame].any(), (frame, difference)
+        # Latent step i sees frames up to 4i; the last three frames come after the last step and reach nothing.
+        assert bool(difference.any()) == (frame <= 12), (frame, difference)
+
+
+@torch.no_grad()
+def test_ordinary_model_does_see_later_frames() -> None:
+    """The perturbation test can fail: without `causal`, the last frame changes the first."""
+    model, video = small_vae(), clip()
+    features = model.encode_content(video[:, :, 7])
+    changed = video.clone()
+    changed[:, :, 15] = -changed[:, :, 15]
+    a, b = (model.decode(model.normalize_latent(model.encode(v).mode()), features) for v in (video, changed))
+    assert (a - b)[:, :, 0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fusion", ["add", "linear", "add+attn", ("attn", "attn", "add", "linear", "attn", "attn")])
+@pytest.mark.parametrize("temporal_factor", [4, 2])
+def test_every_parameter_of_a_fusion_learns(fusion, temporal_factor: int) -> None:
+    """In the release add and linear fusion start dead (all-zero convolutions behind an all-zero norm)."""
+    model = small_vae(fusion=fusion, temporal_factor=temporal_factor).train()
+    video = clip()
+    latent = model.normalize_latent(model.encode(video).sample())
+    assert latent.shape == (1, 16, 16 // temporal_factor, 2, 2)
+    output = model.decode(latent, model.encode_content(video[:, :, 7]))
+    F.mse_loss(output, video).backward()
+    fusions = {n: p for n, p in model.decoder.named_parameters() if ".fuse." in n}
+    assert fusions
+    dead = [name for name, p in fusions.items() if p.grad is None or p.grad.norm() == 0]
+    assert not dead
+
+
+def test_posterior() -> None:
+    moments = torch.randn(2, 32, 4, 2, 2, generator=torch.Generator().manual_seed(0)) * 3
+    moments[0, 20] = 100.0
+    posterior = DiagonalGaussian(moments)
+    assert posterior.logvar.max() == 20.0
+    peer = torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
+    prior = torch.distributions.Normal(torch.zeros_like(posterior.mean), torch.ones_like(posterior.mean))
+    torch.testing.assert_close(posterior.kl(), torch.distributions.kl_divergence(peer, prior).flatten(1).sum(1))
+    a, b = (posterior.sample(torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a, b) and not torch.equal(a, posterior.mode())
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(a, posterior.mean + posterior.logvar.mul(0.5).exp() * noise)
+
+
+def test_latent_normalisation_covers_the_whole_sample() -> None:
+    z = (
+        torch.randn(3, 16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([0.1, 1, 10]).view(3, 1, 1, 1, 1)
+        + 2
+    )
+    out = small_vae().normalize_latent(z).flatten(1)
+    torch.testing.assert_close(out.mean(1), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.std(1, unbiased=False), torch.ones(3), atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_tiled_equals_untiled_when_one_tile_suffices() -> None:
+    model, video = small_vae(tile_size=64), clip((64, 64))
+    image = video[:, :, 7]
+    assert torch.equal(model.encode(video, tiled=True).mean, model.encode(video).mean)
+    z = model.normalize_latent(model.encode(video).mode())
+    tiled = model.decode(z, model.encode_content(image, tiled=True), tiled=True)
+    assert torch.equal(tiled, model.decode(z, model.encode_content(image)))
+
+
+@torch.no_grad()
+def test_tiles_see_only_their_extent() -> None:
+    """Changing the last tile's private rows leaves everything beyond the blend untouched."""
+    model, video = small_vae(tile_size=64), clip((192, 64))
+    changed = video.clone()
+    changed[..., 150:, :] = 0
+    a, b = (model.encode(v, tiled=True).mean for v in (video, changed))
+    # Tiles start at 0, 64, 128 and read 80 rows: rows 150.. belong to the last tile alone, latent rows 4 and 5.
+    assert torch.equal(a[..., :4, :], b[..., :4, :]) and not torch.allclose(a[..., 4:, :], b[..., 4:, :])
+
+
+def test_blend_is_linear_from_zero_and_ends_at_the_tile() -> None:
+    a, b = torch.zeros(1, 6, 3), torch.ones(1, 5, 3)
+    out = tiling.blend(a, b, overlap=4, dim=-2)
+    torch.testing.assert_close(out[0, :, 0], torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    assert torch.equal(tiling.blend(a, b, overlap=0, dim=-2), b)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (70, 33)])
+def test_stitch_restores_a_field_cut_into_tiles(size: tuple[int, int]) -> None:
+    field = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    grid = tiling.tile_grid(field, 32, 40)
+    torch.testing.assert_close(tiling.stitch(grid, 8, 32), field)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 10)])
+def test_windows_join_to_what_was_split(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 5, 3, *size, generator=torch.Generator().manual_seed(0))
+    windows = split_windows(x, (4, 4))
+    assert windows.shape == (2 * math.ceil(size[0] / 4) * math.ceil(size[1] / 4), 5, 3, 4, 4)
+    assert torch.equal(join_windows(windows, size), x)
+
+
+@torch.no_grad()
+def test_masked_windows_equal_attention_on_the_unpadded_windows() -> None:
+    """With `mask_window_padding` a border window attends to its real cells only; the release's default dilutes it."""
+    torch.manual_seed(0)
+    x, content = torch.randn(1, 16, 2, 10, 6), torch.randn(1, 8, 10, 6)
+    results = {}
+    for mask in (True, False):
+        fusion = AttentionFusion(16, 8, 2, head_dim=8, window_size=4, mask_padding=mask).eval()
+        fusion.load_state_dict(results.setdefault("weights", fusion.state_dict()))
+        results[mask] = fusion(x, content)
+    whole = AttentionFusion(16, 8, 2, head_dim=8, window_size=64, mask_padding=False).eval()
+    whole.load_state_dict(results["weights"])
+    for i in range(0, 10, 4):
+        for j in range(0, 6, 4):
+            region = (..., slice(i, i + 4), slice(j, j + 4))
+            torch.testing.assert_close(results[True][region], whole(x[region], content[region]))
+    assert not torch.allclose(results[True], results[False])
+    inner = (..., slice(0, 8), slice(0, 4))  # windows without padding agree
+    torch.testing.assert_close(results[True][inner], results[False][inner])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@torch.no_grad()
+def test_self_attention_windows(dims: int) -> None:
+    """Windows of the middle attention work for video too (the release's branch raises an AttributeError)."""
+    torch.manual_seed(0)
+    settings = SMALL | dict(mask_window_padding=True, window_size=4, content_window_size=4)
+    windowed = SelfAttention(Layers(VAEConfig(**settings), dims), 16).eval()
+    whole = SelfAttention(
+        Layers(VAEConfig(**(settings | dict(window_size=64, content_window_size=64))), dims), 16
+    ).eval()
+    whole.load_state_dict(windowed.state_dict())
+    windowed.norm = whole.norm = torch.nn.Identity()  # its statistics would cover one window in the loop below
+    x = torch.randn(2, 16, *((3,) if dims == 3 else ()), 6, 9)
+    out = windowed(x)
+    for i in range(0, 6, 4):
+        for j in range(0, 9, 4):
+            region = (..., slice(i, i + 4), slice(j, j + 4))
+            torch.testing.assert_close(out[region], whole(x[region]))
+
+
+def test_sinusoid_table_by_its_formula() -> None:
+    table = sinusoid_table(4, 6)
+    for pos in range(4):
+        for j in range(6):
+            angle = pos / 10000 ** (2 * (j // 2) / 6)
+            assert table[pos, j].item() == pytest.approx(math.sin(angle) if j % 2 == 0 else math.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.encode(clip((80, 64))), ("height 80", "64 or 96")),
+        (lambda m: m.encode(clip((64, 20))), ("width 20", "32")),
+        (lambda m: m.encode(clip(frames=12)), ("12 frames", "num_frames=16")),
+        (lambda m: m.encode(clip()[:, :1]), ("[1, 1, 16, 64, 64]",)),
+        (lambda m: m.encode_content(clip((64, 48))[:, :, 0]), ("width 48", "32 or 64")),
+        (lambda m: m.decode(torch.zeros(1, 16, 3, 2, 2), []), ("[B, 16, 4, h, w]", "[1, 16, 3, 2, 2]")),
+        (lambda m: m.decode(torch.zeros(1, 16, 4, 2, 2), [torch.zeros(1)], tiled=True), ("tiled=True",)),
+        (lambda m: VAEConfig(temporal_factor=3), ("temporal_factor=3",)),
+        (lambda m: VAEConfig(num_frames=10), ("num_frames=10", "temporal_factor=4")),
+        (lambda m: VAEConfig(fusion="mean"), ("fusion='mean'", "add+attn")),
+        (lambda m: VAEConfig(fusion=("attn",) * 5), ("5 entries", "6")),
+        (lambda m: VAEConfig(fusion="add", fusion_levels=(None, 3, *[None] * 4)), ("fusion_levels[1]=3", "level 1")),
+        (lambda m: VAEConfig(base_channels=100), ("width 100", "norm_groups=32")),
+        (lambda m: VAEConfig(tile_size=100), ("tile_size=100", "32")),
+        (lambda m: VAEConfig.from_dict({"base_chanels": 3}), ("base_chanels", "base_channels")),
+    ],
+)
+def test_errors_name_both_values(call, words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as error:
+        call(small_vae())
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_config_round_trip() -> None:
+    config = VAEConfig(**SMALL, fusion=("attn", "attn", "add", "add+attn", "attn", "attn"))
+    assert VAEConfig.from_dict(json.loads(json.dumps({"_class_name": "ReducioVAE"} | config.to_dict()))) == config

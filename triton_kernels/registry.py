@@ -1,0 +1,28 @@
+"""Every kernel of this folder by the name of its op."""
+
+from __future__ import annotations
+
+from . import (
+    ada_layer_norm,
+    attention,
+    blend_tiles,
+    conv3d,
+    gated_residual_ada_layer_norm,
+    group_norm_silu,
+    guidance_dpm_step,
+    upsample_conv3d,
+)
+
+OPS = {
+    module.OP: module
+    for module in (
+        ada_layer_norm,
+        gated_residual_ada_layer_norm,
+        attention,
+        conv3d,
+        upsample_conv3d,
+        group_norm_silu,
+        guidance_dpm_step,
+        blend_tiles,
+    )
+}

@@ -1,0 +1,63 @@
+"""Launch settings per GPU: data (`tables/<arch>.json`), never tuned in a user's call."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+LOG = logging.getLogger("reducio_fast")
+INTERPRETER = "interpreter"  # the table of Triton's interpreter: small blocks, so that small tensors span several
+
+Settings = dict[str, int]  # block sizes by the kernel's own constexpr names, and num_warps, num_stages, ...
+
+# What a launch hands to the compiler rather than to the kernel's own parameters.
+OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """Name of a device's table: "sm_90", "gfx942", or the interpreter's for a CPU."""
+    if device.type != "cuda":
+        return INTERPRETER
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+_tuned_here: list[Path] = []
+
+
+def add_tables(folder: Path) -> None:
+    """Read `<arch>.json` of this folder, tuned on this machine, over the tables that are shipped."""
+    if folder not in _tuned_here:
+        _tuned_here.append(folder)
+        table.cache_clear()
+
+
+@functools.cache
+def table(arch: str) -> dict[str, dict[str, Settings]]:
+    """{op: {key: settings}} for `arch`: its own table over the default one, this machine's over both, by entry."""
+    folder = resources.files(__package__) / "tables"
+    merged = json.loads((folder / "default.json").read_text())
+    found = [file for file in (folder / f"{arch}.json", *(f / f"{arch}.json" for f in _tuned_here)) if file.is_file()]
+    for file in found:
+        try:
+            own = json.loads(file.read_text())
+            merged |= {op: merged.get(op, {}) | entries for op, entries in own.items()}
+        except (OSError, ValueError, AttributeError, TypeError) as error:  # a user's file may be cut short
+            LOG.warning("launch table %s is ignored: %s", file, error)
+    if not found and arch != "default":
+        LOG.warning("no launch table for %s: kernels run with default settings", arch)
+    return merged
+
+
+def settings(op: str, key: str, arch: str) -> Settings:
+    """Launch settings of `op` for the shape class `key`, or those under "*" where the tables do not list it."""
+    entries = table(arch)[op]
+    return dict(entries.get(key, entries["*"]))
