@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-
 from ..system.errors import ReducioError
 from .model_card import CARD
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from torch import nn
 
 from .networks import pipeline_networks
@@ -59,6 +58,8 @@ def write_card(folder: Path, components: Mapping[str, Any], settings: Mapping[st
     (folder / PIPELINE_FILE).write_text(_PIPELINE_CODE, encoding="utf-8")
     if (folder / CARD).exists():
         return
+    from huggingface_hub import ModelCardData
+
     given = {name: part for name, part in components.items() if part is not None}
     data = ModelCardData(
         library_name="reducio-fast",

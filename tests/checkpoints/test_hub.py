@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from reducio_fast import ReducioPipeline
-from reducio_fast.checkpoints import hub, model_card
+from reducio_fast.checkpoints import model_card
 from reducio_fast.pipelines.reducio.diffusers_bridge import DiffusersReducioPipeline
 from reducio_fast.system.errors import ReducioError
 
