@@ -1,19 +1,97 @@
-"""The components and settings of each model family: the one list."""
+"""The components and settings of each model family: the one list that loading, saving, offloading and help texts read."""
 
 from __future__ import annotations
 
-SETTINGS = ("fps", "sample_height", "sample_width", "clean_caption", "content_scaling_factor")
-# In the order they are loaded: text_to_image comes last because it may share the others.
-COMPONENTS = (
-    "vae",
-    "transformer",
-    "scheduler",
-    "text_encoder",
-    "tokenizer",
-    "image_encoder",
-    "content_encoder",
-    "text_to_image",
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One entry of a model folder.
+
+    `stage` is the stage that runs it: its weights are on the device then. `source` says what a user may name instead of
+    giving an object, "" where nothing can be named. `shared_as` is its name within the text-to-image pipeline, which
+    may use the same object.
+    """
+
+    name: str
+    stage: str = ""
+    optional: bool = False
+    source: str = ""
+    shared_as: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A model family on disk: `components` in the order in which they are loaded, and plain `settings`.
+
+    `denoiser` and `decoder` name the two networks that the fast path has twins for.
+    """
+
+    pipeline: str  # the `_class_name` of model_index.json
+    components: tuple[Component, ...]
+    settings: tuple[str, ...]
+    denoiser: str = "transformer"
+    decoder: str = "vae"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.components)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.components if c.optional)
+
+    @property
+    def unloadable(self) -> tuple[str, ...]:
+        """Components that a loaded pipeline can let go of."""
+        return tuple(c.name for c in self.components if c.optional and c.stage)
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """{name within the text-to-image pipeline: name here}."""
+        return {c.shared_as: c.name for c in self.components if c.shared_as}
+
+    def of_stage(self, stage: str) -> tuple[str, ...]:
+        return tuple(c.name for c in self.components if c.stage == stage)
+
+
+REDUCIO = Layout(
+    pipeline="ReducioPipeline",
+    components=(
+        Component(name="vae", stage="vae.decode"),
+        Component(name="transformer", stage="dit.step"),
+        Component(name="scheduler"),
+        Component(
+            name="text_encoder",
+            stage="text.encode",
+            optional=True,
+            source="a T5's folder or hub id",
+            shared_as="text_encoder",
+        ),
+        Component(name="tokenizer", optional=True, shared_as="tokenizer"),
+        Component(
+            name="image_encoder",
+            stage="image.encode",
+            optional=True,
+            source="an open_clip folder, hub id or MODEL/TAG",
+        ),
+        Component(
+            name="content_encoder",
+            stage="image.encode",
+            optional=True,
+            source="an AutoencoderKL's folder or hub id",
+            shared_as="vae",
+        ),
+        # Last: it may share the others.
+        Component(
+            name="text_to_image",
+            stage="content.generate",
+            optional=True,
+            source="a diffusers pipeline's folder or hub id",
+        ),
+    ),
+    settings=("fps", "sample_height", "sample_width", "clean_caption", "content_scaling_factor"),
 )
-OPTIONAL = ("text_encoder", "tokenizer", "image_encoder", "content_encoder", "text_to_image")
-# Name within the diffusers pipeline -> name of the component here that it may share.
-SHARED = {"text_encoder": "text_encoder", "tokenizer": "tokenizer", "vae": "content_encoder"}
+
+SETTINGS, COMPONENTS, OPTIONAL, SHARED = REDUCIO.settings, REDUCIO.names, REDUCIO.optional, REDUCIO.shared
