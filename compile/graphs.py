@@ -103,9 +103,9 @@ class Graphs:
         self._capture = capture
         self._lock = threading.RLock()
         self._capturing = False
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}  # by (name, place, form, kinds)
         self._pools: dict[Hashable, Pool] = {}
-        self._seen: dict[Hashable, int | str] = {}  # sightings, or why the capture failed
+        self._seen: dict[tuple[Any, ...], int | str] = {}  # sightings, or why the capture failed
         self._misses: Counter[str] = Counter()
         self._hits, self._resets = 0, 0
 
@@ -134,11 +134,12 @@ class Graphs:
                     return self._replay(graph, tensors, keep)
         return self._eagerly(reason, fn, args)
 
-    def reset(self) -> None:
-        """Forget every graph, what was seen and what failed: weights have changed, or memory is wanted."""
+    def reset(self, *names: str) -> None:
+        """Forget the graphs of these functions, by default of all, what was seen and what failed: weights have changed,
+        or memory is wanted."""
         with self._lock:
-            self._release()
-            self._seen.clear()
+            self._release(*names)
+            self._seen = {key: state for key, state in self._seen.items() if names and key[0] not in names}
 
     def describe(self) -> dict[str, Any]:
         """Everything it knows, as plain data; sizes in bytes."""
@@ -225,13 +226,17 @@ class Graphs:
         copies = (x.clone() if keep and isinstance(x, Tensor) else x for x in leaves)
         return rebuild(form, copies)
 
-    def _release(self) -> None:
-        for device, _ in self._pools:
+    def _release(self, *names: str) -> None:
+        ended = [key for key in self._graphs if not names or key[0] in names]
+        for device, _ in self._pools if ended else ():
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # a graph that still runs must not go
-        self._resets += bool(self._graphs)
-        self._graphs.clear()
-        self._pools.clear()
+        self._resets += bool(ended)
+        for key in ended:
+            del self._graphs[key]
+        # A pool lives as long as one of its graphs; the next capture then needs a new one.
+        places = {key[1] for key in self._graphs}
+        self._pools = {place: pool for place, pool in self._pools.items() if place in places}
 
     # ---- without --------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,10 @@
 """The oracle: Reducio as the paper states it, in plain PyTorch. Everything fast is measured and checked against it."""
 
-from .reducio.condition import Condition
+from .reducio.condition import Condition, denoiser
 from .reducio.config import DIT_PRESETS, VAE_PRESETS, DiTConfig, VAEConfig
 from .reducio.dit import ReducioDiT
 from .reducio.vae import DiagonalGaussian, ReducioVAE
-from .sampler import initial_latent, sample
+from .sampler import guided, initial_latent, sample
 
 __all__ = [
     "DIT_PRESETS",
@@ -15,6 +15,8 @@ __all__ = [
     "ReducioDiT",
     "ReducioVAE",
     "VAEConfig",
+    "denoiser",
+    "guided",
     "initial_latent",
     "sample",
 ]

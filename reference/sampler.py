@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reducio.condition import Condition, join
-
 
 class StopSampling(Exception):
     """Raised by a callback to end `sample` early with the latent as it is."""
 
 
 Callback = Callable[[int, Tensor, Tensor], "Tensor | bool | None"]
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (latent [B, ...], timestep) -> prediction [B, ...]
 
 
 def initial_latent(
@@ -44,33 +43,39 @@ def initial_latent(
     return torch.stack(items)
 
 
+def guided(model: Denoiser, scale: float | Tensor) -> Denoiser:
+    """Classifier-free guidance: `without + scale * (with - without)`, both predictions from one batch of 2B.
+
+    `model(x, timestep)` takes the latent twice, [2B, ...] with the unconditional half first. `scale` is a number, or a
+    tensor that broadcasts against a prediction, such as one value a frame.
+    """
+
+    def denoise(latent: Tensor, timestep: Tensor) -> Tensor:
+        without, with_condition = model(torch.cat([latent, latent]), timestep).chunk(2)
+        return without + scale * (with_condition - without)
+
+    return denoise
+
+
 @torch.no_grad()
 def sample(
-    model: Callable[..., Tensor],
+    denoise: Denoiser,
     scheduler: Any,
     latent: Tensor,
-    cond: Condition,
-    uncond: Condition | None = None,
-    guidance_scale: float = 4.5,
-    num_inference_steps: int = 20,
+    num_inference_steps: int,
     callback: Callback | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
     """Denoise `latent`, unit noise [B, C, T, H, W], and return the motion latent in its dtype and shape.
 
-    Guidance runs as one batch of 2B, unconditional half first, and is off at guidance_scale <= 1. `uncond` defaults to
-    `cond.without_text(model.null_text)`. A variance the model predicts is dropped. `callback(step, timestep, latent)`
-    runs after each step: a tensor replaces the latent; False, or raising `StopSampling`, ends the loop. `generator`
-    feeds the schedulers that draw noise as they go.
+    `denoise(latent, timestep)` predicts what the scheduler was set up for, in the dtype of the latent.
+    `callback(step, timestep, latent)` runs after each step: a tensor replaces the latent; False, or raising
+    `StopSampling`, ends the loop. `generator` feeds the schedulers that draw noise at each step.
 
-    Raises ValueError where the two conditions differ in shape or there is no step to take, and, naming the step, where
-    the latent stops being finite.
+    Raises ValueError where there is no step to take and, naming the step, where the latent stops being finite.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
-    guided = guidance_scale > 1
-    if guided:
-        cond = join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
     scheduler.set_timesteps(num_inference_steps, device=latent.device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # spares the scheduler a search, on the device, for the first timestep
@@ -80,12 +85,7 @@ def sample(
     finite: list[Tensor] = []
 
     for step, timestep in enumerate(scheduler.timesteps):
-        x = scale_input(torch.cat([latent, latent]) if guided else latent, timestep)
-        prediction = model(x, timestep.expand(len(x)), cond.text, cond.text_mask, cond.semantic, cond.content)
-        prediction = prediction[:, : latent.shape[1]].to(latent.dtype)
-        if guided:
-            without, with_text = prediction.chunk(2)
-            prediction = without + guidance_scale * (with_text - without)
+        prediction = denoise(scale_input(latent, timestep), timestep)
         latent = scheduler.step(prediction, timestep, latent, **noise_source, return_dict=False)[0]
         latent, go_on = end_step(callback, step, timestep, latent)
         finite.append(torch.isfinite(latent).all())

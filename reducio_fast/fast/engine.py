@@ -1,80 +1,105 @@
-"""The fast twins of a pipeline's two networks, built at first use and again whenever the weights behind them change."""
+"""The fast twins of a pipeline's networks: each is built at first use, and again when the weights behind it change."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..compile.compiled_blocks import Regions, adopt, connect
 from ..compile.graphs import Graphs
-from ..reference import ReducioDiT, ReducioVAE
-from .plan import Plan, default_dtype
-from .reducio.dit import FastReducioDiT
-from .reducio.vae import FastReducioVAE
+from ..reference.sampler import Callback
+from ..triton_kernels.registry import OPS
+from . import sampler
+from .plan import Plan, check_attention, default_dtype
+from .twins import TWINS
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
-@dataclass(frozen=True, slots=True)
-class Twins:
-    """`plan.choices` lists what runs each of their modules, and why."""
-
-    transformer: FastReducioDiT
-    vae: FastReducioVAE
-    plan: Plan
-
-
 class Engine:
-    """Packs weights once: a second call finds the twins ready, a changed, moved or replaced weight makes new ones.
+    """Packs the weights of each network once: a second call finds its twin ready; changed, moved or replaced weights
+    make a new twin of that network alone, and end the graphs that read the old ones.
 
-    `compile` None: on a GPU the twins run through graphs, which end with the weights that they read; nobody waits for a
-    compiler. True: their blocks also run compiled, on any device, and code outlives weights. False: neither. Graphs
-    that are given serve on any device. `store`: the folder that keeps code for the next process.
-    `own_dtype`: nobody asked for a dtype, so the twins take `plan.default_dtype`, not that of the weights.
+    `compile` None: on a GPU the twins run through graphs, and nothing waits for a compiler. True: their blocks also run
+    compiled, on any device, and code outlives weights. False: neither. Graphs that are passed in serve on any device.
+    `store`: the folder that keeps code for the next process. `free_dtype`: no dtype was asked for, so a twin takes
+    `plan.default_dtype`, not that of its weights.
     """
+
+    name = "fast"
 
     def __init__(self, compile: bool | None = None, graphs: Graphs | None = None, store: Path | None = None) -> None:
         self.compile = compile
         self.graphs, self._everywhere = graphs or Graphs(), graphs is not None
         self.regions = Regions(store=store) if compile else None
         self.attention = "auto"  # of `plan.ATTENTION`
-        self.own_dtype = False
-        self._twins: Twins | None = None
-        self._made_from: tuple = ()
+        self.free_dtype = False
+        self._twins: dict[type[nn.Module], tuple[tuple[Any, ...], Any]] = {}  # class -> (fingerprint, twin)
 
-    def twins(self, transformer: ReducioDiT, vae: ReducioVAE, device: torch.device | None = None) -> Twins:
-        """`device` is where they will run; None: where the weights are. Without the two being one, there are no graphs:
-        a graph holds addresses, and weights that come to the device for a stage have another one each time."""
-        weights = (self.own_dtype, device, self.attention, *_fingerprint(transformer), *_fingerprint(vae))
-        if self._twins is None or weights != self._made_from:
-            self.graphs.reset()
-            self._twins = None  # the old packing goes before the new one comes
-            weight = next(transformer.parameters())
-            runs_on = weight.device if device is None else device
-            dtype = default_dtype(runs_on, weight.dtype)[0] if self.own_dtype else weight.dtype
-            plan = Plan(runs_on, dtype, attention=self.attention)
-            fast_dit = FastReducioDiT(_in(dtype, transformer), plan).eval()
-            twins = Twins(fast_dit, FastReducioVAE(_in(dtype, vae), plan).eval(), plan)
-            if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
-                twins.transformer.graphs = twins.vae.graphs = self.graphs
-            connect(twins.transformer, self.regions)
-            # On a CPU a decoder's time is oneDNN's convolutions. What a compiler makes of the rest of the default
-            # model gains nothing (0.98 of uncompiled) and takes most of the compiling.
-            connect(twins.vae, self.regions if runs_on.type == "cuda" else None)
-            self._twins, self._made_from = twins, weights
-        return self._twins
+    @property
+    def compiles(self) -> bool:
+        return self.regions is not None
+
+    def twin(self, network: nn.Module, device: torch.device | None = None) -> Any:
+        """The fast twin of `network`, with its plan as `plan`. Raises KeyError where its class has none.
+
+        `device` is where it will run; None: where the weights are. Where the two differ there are no graphs: a graph
+        holds addresses, and weights that come to the device for a stage have another one each time.
+        """
+        kind = type(network)
+        fingerprint = (self.free_dtype, device, self.attention, *_fingerprint(network))
+        if kind in self._twins and self._twins[kind][0] == fingerprint:
+            return self._twins[kind][1]
+        self.graphs.reset(*TWINS[kind].graph_names)
+        self._twins.pop(kind, None)  # the old packing goes before the new one comes
+        weight = next(network.parameters())
+        runs_on = weight.device if device is None else device
+        dtype = default_dtype(runs_on, weight.dtype)[0] if self.free_dtype else weight.dtype
+        twin = self._build(network, Plan(runs_on, dtype, attention=self.attention), dtype)
+        if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
+            twin.graphs = self.graphs
+        connect(twin, self.regions if runs_on.type == "cuda" or twin.compiled_on_cpu else None)
+        self._twins[kind] = fingerprint, twin
+        return twin
+
+    @staticmethod
+    def _build(network: nn.Module, plan: Plan, dtype: torch.dtype) -> Any:
+        twin = TWINS[type(network)](_in_dtype(dtype, network), plan).eval()
+        twin.plan = plan
+        return twin
+
+    def sample(
+        self,
+        denoise: sampler.Denoiser,
+        scheduler: Any,
+        latent: Tensor,
+        num_inference_steps: int,
+        callback: Callback | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """See `fast.sampler.sample`; no scheduler that it follows draws noise, so `generator` is not read."""
+        return sampler.sample(denoise, scheduler, latent, num_inference_steps, callback)
+
+    def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
+        """The dtype in which twins of `stored` weights run on `device`, and why."""
+        return default_dtype(device, stored) if self.free_dtype else (stored, "asked for")
+
+    def set_attention(self, word: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises ValueError, one line, for a word that is unknown or cannot be followed."""
+        check_attention(word, device, dtype)
+        self.attention = word
 
     @contextmanager
     def warming(self) -> Iterator[None]:
-        """Inside, what is seen for the first time is captured at once: whoever calls knows that it will come again."""
+        """Inside, a new key is captured at its first call: the caller knows that it will come again."""
         sightings, self.graphs.sightings = self.graphs.sightings, 0
         try:
             yield
@@ -86,12 +111,21 @@ class Engine:
         if self.regions is not None:
             self.regions.open = False
         engine = Engine(compile=False)
-        engine.attention, engine.own_dtype = self.attention, self.own_dtype
+        engine.attention, engine.free_dtype = self.attention, self.free_dtype
         return engine
 
+    def without_weights(
+        self, opaque: Callable[[Callable[..., Any]], Callable[..., Any]], device: torch.device
+    ) -> Engine:
+        """An engine for copies of the networks on the meta device, planned as for `device`: see `memory.dry_run`.
+
+        `opaque(function)` is the function as one kernel.
+        """
+        return _DryEngine(opaque, device)
+
     def packed(self) -> list[nn.Module]:
-        """The twins, where they have been built."""
-        return [] if self._twins is None else [self._twins.transformer, self._twins.vae]
+        """The twins that have been built."""
+        return [twin for _, twin in self._twins.values()]
 
     def adopt(self, name: str, network: nn.Module) -> None:
         """The repeated blocks of a network that is not ours run compiled too, where the twins' do."""
@@ -99,13 +133,44 @@ class Engine:
             adopt(self.regions, name, network)
 
     def describe(self) -> dict[str, Any]:
-        """What runs the twins, as plain data: the plan's choices, what became of every graph, and what is compiled."""
-        choices = [] if self._twins is None else [asdict(choice) for choice in self._twins.plan.choices]
+        """What runs the twins, as plain data: the plans' choices, what became of every graph, and what is compiled."""
+        choices = [asdict(choice) for twin in self.packed() for choice in twin.plan.choices]  # type: ignore[union-attr]
         regions = None if self.regions is None else self.regions.describe()
         return {"plan": choices, "graphs": self.graphs.describe(), "regions": regions}
 
 
-def _in(dtype: torch.dtype, network: _Network) -> _Network:
+class _DryEngine(Engine):
+    """Twins of networks without weights. Each is kept for as long as its network."""
+
+    def __init__(self, opaque: Callable[[Callable[..., Any]], Callable[..., Any]], device: torch.device) -> None:
+        super().__init__(compile=False)
+        self._opaque, self._device = opaque, device
+
+    def twin(self, network: nn.Module, device: torch.device | None = None) -> Any:
+        kind = type(network)
+        if kind not in self._twins:
+            dtype = next(network.parameters()).dtype
+            plan = Plan(torch.device("cpu"), dtype)
+            if self._device.type != "cpu":
+                plan = _KernelPlan(torch.device("cpu"), dtype)
+                plan.opaque = self._opaque
+            self._twins[kind] = (), self._build(network, plan, dtype)
+        return self._twins[kind][1]
+
+
+class _KernelPlan(Plan):
+    """Every op is one kernel. What a vendor's library does instead allocates no more."""
+
+    opaque: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    def pick(self, path: str, op: str, shape: str = "") -> Callable[..., Any]:
+        return self.opaque(OPS[op].twin)
+
+    def library_pads(self, op: str, shape: str) -> bool:
+        return False
+
+
+def _in_dtype(dtype: torch.dtype, network: _Network) -> _Network:
     """The network itself where it has the dtype, else a copy: the twin shares what it does not pack."""
     return network if next(network.parameters()).dtype == dtype else copy.deepcopy(network).to(dtype)
 

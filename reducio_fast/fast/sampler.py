@@ -9,54 +9,64 @@ captured for each number of steps and hold their multiple of nodes, to save one 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..reference.reducio.condition import Condition, join
+from ..compile.graphs import Graphs
 from ..reference.sampler import Callback, check_finite, end_step
-from .reducio.dit import FastReducioDiT, Modulation, Prepared
 from .solver_tables import coefficients
+
+
+class Denoiser(Protocol):
+    """A fast twin under a condition, as `sample` runs it.
+
+    guidance_scale: a number, or values a frame. graphs: through which a step runs; None: eagerly.
+    """
+
+    guidance_scale: float
+    graphs: Graphs | None
+
+    def schedule(self, timesteps: Tensor, latent: Tensor) -> Sequence[Any]:
+        """What `predict` reads in each step, made once a schedule: tensors, or (named) tuples of them."""
+
+    def predict(self, latent: Tensor, inputs: Any) -> Tensor:
+        """[2B, ...], the unconditional half first, or [B, ...] without guidance."""
+
+    def update(self, prediction: Tensor, latent: Tensor, previous: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Guidance and one solver step: the next latent and the data prediction (op `guidance_dpm_step`)."""
 
 
 @torch.no_grad()
 def sample(
-    model: FastReducioDiT,
+    denoise: Denoiser,
     scheduler: Any,
     latent: Tensor,
-    cond: Condition,
-    uncond: Condition | None = None,
-    guidance_scale: float = 4.5,
-    num_inference_steps: int = 20,
+    num_inference_steps: int,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Denoise unit noise [B, C, T, H, W]; words, results and errors as in the reference's `sample`.
+    """Denoise unit noise [B, C, T, H, W]; arguments, results and errors as in the reference's `sample`.
 
-    Raises ValueError for a scheduler that is neither DPM-Solver++ of order 1 or 2 nor flow-matching Euler.
+    Raises ValueError for a scheduler that `solver_tables` does not follow.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
-    guided = guidance_scale > 1
-    if guided:
-        cond = join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
     table = coefficients(scheduler, num_inference_steps)
-    guidance = table.new_full((len(table), 1), guidance_scale)
+    guidance = table.new_full((len(table), 1), denoise.guidance_scale)
     table = torch.cat([guidance, table], dim=1).float().to(latent.device)
     timesteps = scheduler.timesteps.to(latent.device)
-    modulation = model.modulations(timesteps, latent.shape[-2:])
-    prepared = model.prepare(cond.text, cond.text_mask, cond.semantic, cond.content)
+    inputs = denoise.schedule(timesteps, latent)
     previous, finite = torch.zeros_like(latent), []
 
-    def advance(
-        latent: Tensor, previous: Tensor, modulation: Modulation, prepared: Prepared, row: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        prediction = model.denoise(latent, modulation, prepared)
-        return model.step_update(prediction.contiguous(), latent.contiguous(), previous, row)
+    def advance(latent: Tensor, previous: Tensor, inputs: Any, row: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = denoise.predict(latent, inputs)
+        return denoise.update(prediction.contiguous(), latent.contiguous(), previous, row)
 
-    run = advance if model.graphs is None else functools.partial(model.graphs, "dit.step", advance)
+    run = advance if denoise.graphs is None else functools.partial(denoise.graphs, "dit.step", advance)
     for step in range(len(table)):
-        latent, previous = run(latent, previous, modulation.step(step), prepared, table[step])
+        latent, previous = run(latent, previous, inputs[step], table[step])
         latent, go_on = end_step(callback, step, timesteps[step], latent)
         finite.append(torch.isfinite(latent).all())
         if not go_on:

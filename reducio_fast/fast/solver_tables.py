@@ -1,16 +1,18 @@
-"""What a diffusers scheduler would do, as rows of coefficients for the guidance and solver kernel."""
+"""What a scheduler would do in each step, as rows of coefficients for the guidance and solver kernel.
+
+`register` adds a scheduler: a function that says whether it knows an instance, and one that gives the rows.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..triton_kernels.guidance_dpm_step import OP
-
-# --- coefficients: what a diffusers scheduler would do, as numbers ----------------------------------------------------
 
 
 def dpm_coefficients(scheduler: Any) -> Tensor:
@@ -81,6 +83,11 @@ def euler_coefficients(scheduler: Any) -> Tensor:
     config, sigmas = _checked(scheduler, "FlowMatchEulerDiscreteScheduler")
     if config.get("stochastic_sampling", False):
         raise ValueError("euler_coefficients: stochastic_sampling=True draws noise, a step here is a linear update")
+    return euler_rows(sigmas)
+
+
+def euler_rows(sigmas: list[float]) -> Tensor:
+    """(p, q, a, b, c) of Euler steps along `sigmas`, one more than there are steps: float64 [steps, 5]."""
     rows = [(0.0, 1.0, 1.0, after - before, 0.0) for before, after in zip(sigmas[:-1], sigmas[1:], strict=True)]
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -101,11 +108,36 @@ def _checked(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]]:
     return dict(scheduler.config), scheduler.sigmas.double().tolist()
 
 
+_tables: list[tuple[Callable[[Any], bool], Callable[[Any], Tensor]]] = []
+
+
+def register(knows: Callable[[Any], bool], rows: Callable[[Any], Tensor]) -> None:
+    """Follow the schedulers for which `knows(scheduler)` is true: `rows(scheduler)` are (p, q, a, b, c) of its steps."""
+    _tables.append((knows, rows))
+
+
 def coefficients(scheduler: Any, steps: int) -> Tensor:
-    """[steps, 5] of a schedule, whose timesteps are set. Raises ValueError for one that the kernel cannot follow."""
-    name = type(scheduler).__name__
-    tables = {"DPMSolverMultistepScheduler": dpm_coefficients, "FlowMatchEulerDiscreteScheduler": euler_coefficients}
-    if name not in tables:
-        raise ValueError(f"{name} has no table of coefficients; the fast sampler follows {' and '.join(tables)}")
-    scheduler.set_timesteps(steps, device="cpu")
-    return tables[name](scheduler)
+    """[steps, 5] of a schedule, whose timesteps are then set. Raises ValueError for one that the kernel cannot follow."""
+    for knows, rows in _tables:
+        if knows(scheduler):
+            scheduler.set_timesteps(steps, device="cpu")
+            return rows(scheduler)
+    raise ValueError(
+        f"{type(scheduler).__name__} has no table of coefficients; the fast sampler follows "
+        "DPMSolverMultistepScheduler and FlowMatchEulerDiscreteScheduler"
+    )
+
+
+def _of_diffusers(class_name: str) -> Callable[[Any], bool]:
+    """Whether a scheduler is of this very class of diffusers, which this room does not import. A subclass may step
+    otherwise."""
+
+    def knows(scheduler: Any) -> bool:
+        cls = type(scheduler)
+        return cls.__name__ == class_name and cls.__module__.partition(".")[0] == "diffusers"
+
+    return knows
+
+
+register(_of_diffusers("DPMSolverMultistepScheduler"), dpm_coefficients)
+register(_of_diffusers("FlowMatchEulerDiscreteScheduler"), euler_coefficients)

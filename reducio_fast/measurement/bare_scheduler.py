@@ -1,4 +1,4 @@
-"""The schedule of a clip that nobody sees: for benchmarks and parity, which also run where there is no diffusers."""
+"""Minimal flow-matching scheduler for benchmarks and parity on machines without diffusers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fast import solver_tables
 
-class FlowMatchEulerDiscreteScheduler:
-    """Rectified flow by Euler steps, where diffusers is not installed: as long a schedule, the same work a step.
 
-    Named as its original in diffusers, by which name the fast sampler knows whose coefficients to read.
-    """
+class EulerScheduler:
+    """Rectified flow by Euler steps: as long a schedule as diffusers' FlowMatchEulerDiscreteScheduler, the same work a
+    step."""
 
     init_noise_sigma = 1.0
 
@@ -32,10 +32,16 @@ class FlowMatchEulerDiscreteScheduler:
         return (latent + (after - before) * velocity,)
 
 
+solver_tables.register(
+    lambda scheduler: isinstance(scheduler, EulerScheduler),
+    lambda scheduler: solver_tables.euler_rows(scheduler.sigmas.double().tolist()),
+)
+
+
 def scheduler() -> Any:
     """DPM-Solver++ as the model is sampled, by diffusers; without diffusers an Euler schedule."""
     try:
         from diffusers import DPMSolverMultistepScheduler
     except ImportError:
-        return FlowMatchEulerDiscreteScheduler()
+        return EulerScheduler()
     return DPMSolverMultistepScheduler()

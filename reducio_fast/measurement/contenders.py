@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..checkpoints.hub import find_model
 from ..checkpoints.strict_files import embedded_model
 from ..compile import cache
-from ..pipelines.call.validation import latent_shape
 from ..reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
 from ..system.devices import resolve_dtype
 from ..system.errors import ReducioError
@@ -161,7 +160,7 @@ class GivenConditions:
             normal(1, dit.content_channels, pixels // 8, pixels // 8),
         )
         image = F.avg_pool2d(normal(1, 3, pixels, pixels), 9, 1, 4).mul(4).clamp(-1, 1)  # pictures are smooth
-        noise = initial_latent((1, *latent_shape(vae, pixels, pixels)), [0], device)
+        noise = initial_latent((1, *vae.latent_shape(pixels, pixels)), [0], device)
         return cls(name, transformer, autoencoder, cond, image, noise, scheduler(), steps)
 
     @classmethod
@@ -172,7 +171,7 @@ class GivenConditions:
             text, mask, _, _ = pipe.encode_prompt(PROMPT)
             cond = Condition(text, mask, *pipe.encode_image(out.content))
             image = torch.from_numpy(out.content).to(pipe.device, pipe.dtype).permute(2, 0, 1)[None] / 127.5 - 1
-        shape = latent_shape(pipe.vae.config, *out.content.shape[:2])
+        shape = pipe.vae.config.latent_shape(*out.content.shape[:2])
         noise = initial_latent((1, *shape), [0], pipe.device)
         return cls(name, pipe.transformer, pipe.vae, cond, image, noise, pipe.scheduler)
 
@@ -181,8 +180,8 @@ class GivenConditions:
         """One clip by these networks, of either kind."""
         stage, reference = Stopwatch(self.device), isinstance(dit, ReducioDiT)
         with stage("dit.step"):
-            words = (dit, self.scheduler, self.noise, self.cond, None, GUIDANCE, self.steps)
-            latent = sample(*words) if reference else _fast_sample()(*words)
+            run = sample if reference else _fast_sample()
+            latent = run(dit.denoiser(self.cond, None, GUIDANCE), self.scheduler, self.noise, self.steps)
         with stage("vae.decode"):
             features = vae.encode_content(self.image, tiled=self.tiled)
             latent = latent.to(self.dtype)
@@ -203,8 +202,7 @@ class GivenConditions:
 
         compiled = name == "fast-compiled"
         engine = Engine(compiled or None, store=cache.folder("regions", _origin(self.device)))
-        twins = engine.twins(self.dit, self.vae)
-        run = functools.partial(self.clip, twins.transformer, twins.vae)
+        run = functools.partial(self.clip, engine.twin(self.dit), engine.twin(self.vae))
         what = "fast twins, as backend='fast' builds them" + ", compiled" * compiled
         return Contender(name, what, self.dtype, run, "folded")
 

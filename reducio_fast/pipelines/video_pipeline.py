@@ -1,32 +1,277 @@
-"""The small words of diffusers' pipelines: where the weights are, what a call is at, and how stages are computed."""
+"""A loaded model that makes clips: the loop over the clips of a call, and diffusers' methods, by delegation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ..checkpoints import layouts, networks
-from ..memory.offload import Offload
+from ..checkpoints.layouts import Layout
+from ..checkpoints.saved_latents import rescue
+from ..media import aspect_buckets
+from ..memory.dry_run import DryRun
+from ..memory.forecast import Forecast
+from ..reference import initial_latent
 from ..system import devices
-from ..system.errors import ReducioError
-from .call.request import Request
-from .execution.executor import Stages
+from ..system.deadline import Outcome
+from ..system.errors import ReducioError, is_out_of_memory
+from .call.output import ReducioOutput, stack, to_output
+from .call.request import ClipRequest, Request
+from .call.state import CallState
+from .call.step_callback import StepCallback
+from .execution.adapters import Adapters
+from .execution.components import Components
+from .execution.decoding import Decoding, TiledDecoder
+from .execution.executor import Executor
+from .execution.fitting import Fitter
+from .execution.sampling import Sampler
+from .execution.warmup import warm_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+LOG = logging.getLogger("reducio_fast")
 
-class Words(Stages):
-    """What `ReducioPipeline` has beside its call."""
 
-    _interrupt: bool
-    _request: Request | None
-    _current_timestep: Tensor | None
-    _progress_bar_config: dict[str, Any]
+class _Part:
+    """An attribute of a pipeline that `pipe.parts` holds: a component or a setting."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, pipe: Any, owner: type) -> Any:
+        return self if pipe is None else pipe.parts[self.name]
+
+    def __set__(self, pipe: Any, value: Any) -> None:
+        pipe.parts[self.name] = value
+
+
+class VideoPipeline:
+    """What the pipelines of all families have in common. A family says which `layout` its folders have, builds the
+    parts, and makes requests of its call's arguments.
+
+    parts: components and settings; they are attributes of the pipeline too. executor: what runs them. content,
+    conditioner, sampler, decoder: the stages. call: the call at work, or the last one.
+    """
+
+    layout: Layout
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Components and settings of the layout."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in (*cls.layout.names, *cls.layout.settings):
+            setattr(cls, name, _Part(name))
+
+    def __init__(
+        self,
+        parts: Components,
+        executor: Executor,
+        content: Any,
+        conditioner: Any,
+        sampler: Sampler,
+        decoder: TiledDecoder,
+    ) -> None:
+        self.parts, self.executor = parts, executor
+        self.content, self.conditioner, self.sampler, self.decoder = content, conditioner, sampler, decoder
+        self.adapters = Adapters(parts, executor.lock)
+        self.call: CallState | None = None
+        self._progress_bar_config: dict[str, Any] = {}
+        self.fitter = Fitter(parts, executor, decoder, self._dry_stages)
+        self.warned_sizes: set[tuple[int, int]] = set()  # sizes that are no bucket and have been compiled for
+
+    # ---- a call ----
+
+    @torch.no_grad()
+    def run(self, request: Request) -> ReducioOutput:
+        """Make the clips of a checked request, one after the other."""
+        with self.executor.exclusive():
+            size = request.height, request.width
+            self.call = CallState(request, self._progress_bar(0, False))
+            try:
+                decoding = self._fit(*size)
+                self._warn_once_about_compiling(*size)
+                return self._make_clips(self.call, decoding)
+            finally:
+                self.call.end()
+
+    def _make_clips(self, call: CallState, decoding: Decoding) -> ReducioOutput:
+        request = call.request
+        frames: list[Any] = []
+        contents: list[np.ndarray] = []  # empty where nothing needs a content frame
+        with self._progress_bar(len(request.clips) * request.num_inference_steps, request.progress) as call.progress:
+            for clip in request.clips:
+                content, clip_frames = self._make_clip(clip, call, decoding)
+                contents += [] if content is None else [content]
+                frames.append(clip_frames)
+                if call.interrupted:
+                    break
+        return ReducioOutput(
+            frames=stack(frames) if request.is_list else frames[0],
+            content=None if not contents else np.stack(contents) if request.is_list else contents[0],
+            seeds=[clip.generator.initial_seed() for clip in request.clips[: len(frames)]],
+            fps=self.fps,
+            timings=call.timings,
+            output_type=request.output_type,
+            is_list=request.is_list,
+            interrupted=call.interrupted,
+        )
+
+    def _make_clip(self, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[np.ndarray | None, Any]:
+        """One clip's content frame, and its frames or latent in the form asked for."""
+        request, timings, stage = call.request, call.timings, self.executor.stage
+        # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed is the
+        # same with and without latents, and the noise the same with and without an image.
+        noise = initial_latent((1, *request.latent_shape), [clip.generator])
+        with stage(timings, "content.generate"):
+            frame = self.content(clip, request, not call.progress.disable)
+        cond = self.conditioner(clip, frame, timings)
+        scale, steps = request.guidance_scale, request.num_inference_steps
+        uncond = self.conditioner.without_prompt(cond, clip, timings) if scale > 1 else None
+        embeds = {"prompt_embeds": cond.text, "negative_prompt_embeds": None if uncond is None else uncond.text}
+        callback = StepCallback(self, call, embeds)
+        with stage(timings, "dit.step"):
+            start = noise if clip.latents is None else clip.latents
+            latent = self.sampler(start, cond, uncond, scale, steps, clip.generator, callback)
+        latent = latent if callback.replaced is None else callback.replaced
+        if request.output_type == "latent":
+            return frame, latent[0]
+        call.undecoded.append((latent, frame))
+        try:
+            with stage(timings, "vae.decode"):
+                video = self.decoder(latent, frame, request.output_type, decoding)
+                return frame, to_output(video, request.output_type)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            seeds = [c.generator.initial_seed() for c in request.clips[: len(call.undecoded)]]
+            kept = rescue(call.undecoded, seeds, self.fps)
+            raise ReducioError(f"vae.decode: out of memory at {request.height}x{request.width}; {kept}") from error
+
+    def _progress_bar(self, total: int, progress: bool) -> tqdm:
+        silent = not progress or os.environ.get("RANK", "0") != "0"  # of the ranks that torchrun starts, one prints
+        kwargs: dict[str, Any] = {"desc": "dit.step", "disable": silent} | self._progress_bar_config
+        return tqdm(total=total, **(kwargs if total else {"disable": True}))
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Arguments for tqdm, kept for later calls: `set_progress_bar_config(disable=True)`."""
+        self._progress_bar_config = kwargs
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.call is not None and self.call.interrupted
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        if self.call is not None:
+            self.call.interrupted = value
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call was asked to end; a callback asks by `pipe._interrupt = True`, as in diffusers."""
+        return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Of the call at work, else of the last one; so are the next three. None before the first call."""
+        return None if self.call is None else self.call.request.guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool | None:
+        return None if self.call is None else self.call.request.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int | None:
+        return None if self.call is None else self.call.request.num_inference_steps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """Of the step a callback is called for; None outside of the second stage."""
+        return None if self.call is None else self.call.timestep
+
+    def forecast(self, height: int, width: int, decoding: Decoding | None = None) -> Forecast:
+        """Bytes that a clip of this size will need, stage by stage, without computing anything: see
+        `memory.forecast.Forecast`. `decoding`: another way than the pipeline's own."""
+        return self.fitter.forecast(height, width, decoding)
+
+    def _fit(self, height: int, width: int) -> Decoding:
+        """How a clip of this size is decoded in the memory that is free. ReducioError where it cannot be made."""
+        fit = self.fitter.fit(height, width)
+        if fit.offload and not self.offloading:
+            LOG.warning("memory: weights are offloaded to the CPU between stages, all at once do not fit")
+            self.enable_model_cpu_offload(device=self.device)
+        self.fitter.fits[height, width] = fit
+        return fit.decoding
+
+    def _warn_once_about_compiling(self, height: int, width: int) -> None:
+        """Warn once per size that is not an aspect bucket: it is compiled for this size alone."""
+        usual = (height, width) == (self.sample_height, self.sample_width) or aspect_buckets.is_bucket(height, width)
+        if self.executor.engine.compiles and not usual and (height, width) not in self.warned_sizes:
+            self.warned_sizes.add((height, width))
+            LOG.warning("compile: %dx%d is in no bucket, its blocks are compiled for this size alone", height, width)
+
+    def warmup(
+        self,
+        sizes: Sequence[int | tuple[int, int]] | None = None,
+        deadline: float | None = None,
+        progress: bool = True,
+    ) -> Outcome:
+        """Compile, capture and tune now what calls of these sizes would otherwise wait for; returns when it is done.
+
+        sizes: (height, width), or a number for a square; by default the model's own. deadline: seconds; when they have
+        passed, the pipeline is usable at once but runs uncompiled, with one line of log. Returns the seconds each size
+        took, and which are `left`. Raises ReducioError for sizes that a call would refuse.
+        """
+        return warm_up(self, sizes, deadline, progress)
+
+    # ---- where the weights are ----
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """By name: `ReducioPipeline(**pipe.components)` is a second pipeline on the same weights."""
+        return self.parts.as_dict()
+
+    @property
+    def backend(self) -> str:
+        return self.executor.backend
+
+    @property
+    def report(self) -> dict[str, str]:
+        """Per network, what runs it and why."""
+        return self.executor.report
+
+    def describe(self) -> dict[str, Any]:
+        """What runs this pipeline, as plain data: `backend` and, of the fast path, the implementation picked for each
+        module and why (`plan`), what became of every graph (`graphs`) and which blocks are compiled (`regions`)."""
+        return self.executor.describe()
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts.device
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where the stages run; `device` is where the weights are between them."""
+        return self.executor.device
+
+    @property
+    def offloading(self) -> bool:
+        return self.executor.offload is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts.dtype
 
     def to(
         self,
@@ -38,82 +283,86 @@ class Words(Stages):
             if dtype is not None:
                 raise ReducioError(f"to: two dtypes given, {device} and {dtype}")
             device, dtype = None, device
-        if self._offload is not None and device is not None:
+        if self.offloading and device is not None:
             raise ReducioError(
                 f"to: device={device!r} given while weights are offloaded; call disable_model_cpu_offload() before"
             )
         target = self.device if device is None else devices.resolve_device(device)
-        kind = self.dtype if dtype is None else devices.resolve_dtype(dtype, None, target)
-        with self._lock:
-            for network in self._networks():
-                networks.cast(network, target, kind)
-            self._let_fast_path_choose(dtype is None and self._engine is not None and self._engine.own_dtype)
+        resolved = self.dtype if dtype is None else devices.resolve_dtype(dtype, None, target)
+        self.executor.move(target, resolved, dtype is None)
         return self
 
-    @property
-    def components(self) -> dict[str, Any]:
-        """By name: `ReducioPipeline(**pipe.components)` is a second pipeline on the same weights."""
-        return {name: getattr(self, name) for name in layouts.COMPONENTS}
+    def unload(self, *names: str) -> None:
+        """Let go of optional components, such as text_encoder or text_to_image, and of the memory they hold.
+
+        Calls then need what these computed: embeds, or an image. Assigning the attribute brings it back. Raises
+        ReducioError for another name, and for a network that `text_to_image` shares and that stays for it.
+        """
+        with self.executor.lock:  # not during a clip that another thread is making
+            self.parts.unload(*names)
 
     @property
-    def interrupt(self) -> bool:
-        """Whether the call was asked to end; a callback asks by `pipe._interrupt = True`, as in diffusers."""
-        return self._interrupt
-
-    @property
-    def guidance_scale(self) -> float | None:
-        """Of the call at work, else of the last one; so are the next three. None before the first call."""
-        return None if self._request is None else self._request.guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool | None:
-        return None if self._request is None else self._request.guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int | None:
-        return None if self._request is None else self._request.num_inference_steps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        """Of the step a callback is called for; None outside of the second stage."""
-        return self._current_timestep
-
-    def set_progress_bar_config(self, **words: Any) -> None:
-        """Words for tqdm, kept for later calls: `set_progress_bar_config(disable=True)`."""
-        self._progress_bar_config = words
+    def unloaded(self) -> list[str]:
+        """Components that `unload` removed and that were not assigned again."""
+        return self.parts.unloaded
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep all weights on the CPU, and on the GPU only those of the stage at work: less memory, and slower.
 
-        diffusers' words. Packed weights of the fast twins travel likewise. Legal together: every backend, dtype, size
-        and tiling. Not legal: graphs, which hold addresses (stages then run without); and `to(device)`, which is
-        refused. Raises ReducioError where there is no GPU.
+        As in diffusers. Packed weights of the fast twins move likewise. It goes together with every backend, dtype,
+        size and tiling; not with graphs, which hold addresses (stages then run without), nor with `to(device)`, which
+        is refused. Raises ReducioError where there is no GPU.
         """
         if device is None and not torch.cuda.is_available():
             raise ReducioError("enable_model_cpu_offload: there is no GPU here, all weights are on the CPU already")
         chosen = devices.resolve_device((f"cuda:{gpu_id or 0}") if device is None else device)
         if chosen.type == "cuda" and chosen.index is None:
             chosen = torch.device("cuda", gpu_id if gpu_id is not None else torch.cuda.current_device())
-        with self._lock:
-            for network in self._networks():
-                network.to("cpu")
-            self._offload = Offload(chosen)
-            self._fits.clear()
+        with self.executor.lock:
+            self.executor.start_offload(chosen)
+            self.fitter.fits.clear()
 
     def disable_model_cpu_offload(self) -> None:
         """All weights to the device where the stages ran, for good."""
-        with self._lock:
-            if self._offload is not None:
-                device, self._offload = self._offload.device, None
-                self._fits.clear()
+        with self.executor.lock:
+            if self.executor.offload is not None:
+                device, self.executor.offload = self.executor.offload.device, None
+                self.fitter.fits.clear()
                 self.to(device)
+
+    def _dry_stages(self, dry: DryRun) -> Any:
+        """The family's stages without contents, for `Fitter`."""
+        raise NotImplementedError
+
+    def for_thread(self) -> Self:
+        """A second pipeline on the same weights and engine, for another thread: what a call writes to is its own."""
+        parts = self.parts.for_thread()
+        other = type(self).__new__(type(self))
+        other._assemble(parts, self.executor.for_thread(parts))
+        other.decoder.tiling = self.decoder.tiling
+        return other
+
+    def _assemble(self, parts: Components, executor: Executor) -> None:
+        """Build the family's stages on these parts."""
+        raise NotImplementedError
+
+    # ---- how stages compute ----
+
+    @property
+    def vae_tiling(self) -> bool | None:
+        """None: decode in tiles where the size of the clip asks for it."""
+        return self.decoder.tiling
+
+    @vae_tiling.setter
+    def vae_tiling(self, value: bool | None) -> None:
+        self.decoder.tiling = value
 
     def enable_vae_tiling(self) -> None:
         """Decode each clip in tiles: 256 pixels, read 64 beyond and blended, as the release does.
 
         This is what `vae_tiling = None`, the default, does above 320 pixels, which is all that one tile reads.
         """
-        self.vae_tiling = True
+        self.decoder.tiling = True
 
     def disable_vae_tiling(self) -> None:
         """Decode each clip whole.
@@ -122,39 +371,117 @@ class Words(Stages):
         frame, where the published weights saw 256 pixels, and above 512 pixels fusion attends in windows of 512. There
         are no seams, and memory grows with the frame.
         """
-        self.vae_tiling = False
+        self.decoder.tiling = False
 
     def set_attention_backend(self, backend: str) -> None:
-        """What computes attention in the fast twins, which are packed anew: a word of diffusers' or ours.
+        """What computes attention in the fast twins, which are packed anew: one of diffusers' names or ours.
 
         "auto", the default: what the plan finds best. "native": torch's scaled_dot_product_attention. "flash": the
-        flash-attn package; where keys are masked, which it cannot, our kernel. "reducio": our kernel everywhere.
-        Raises ReducioError for another word, and for one that this device, dtype or backend cannot follow.
+        flash-attn package; where keys are masked, which it cannot do, our kernel. "reducio": our kernel everywhere.
+        Raises ReducioError for another name, and for one that this device, dtype or backend cannot follow.
         """
-        if self._engine is None:
-            if backend not in ("auto", "native"):
-                raise ReducioError(
-                    f"attention backend: {backend!r} given; the reference knows auto and native, its own"
-                )
-            return
-        from ..fast.plan import check_attention
-
-        try:
-            check_attention(backend, self.execution_device, self.dtype)
-        except ValueError as error:
-            raise ReducioError(f"attention backend: {error}") from error
-        with self._lock:
-            self._engine.attention = backend
+        with self.executor.lock:
+            try:
+                self.executor.engine.set_attention(backend, self.execution_device, self.dtype)
+            except ValueError as error:
+                raise ReducioError(f"attention backend: {error}") from error
 
     def reset_attention_backend(self) -> None:
         self.set_attention_backend("auto")
 
     @contextmanager
     def attention_backend(self, backend: str) -> Iterator[None]:
-        """`set_attention_backend` for the calls inside of a `with`."""
-        before = "auto" if self._engine is None else self._engine.attention
+        """`set_attention_backend` for the calls inside a `with` block."""
+        before = self.executor.engine.attention
         self.set_attention_backend(backend)
         try:
             yield
         finally:
             self.set_attention_backend(before)
+
+    # ---- adapters: see `execution.adapters.Adapters` ----
+
+    def load_lora_weights(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        hotswap: bool = False,
+    ) -> None:
+        """Read a LoRA and make it the active adapter, with weight 1: see `Adapters.load`."""
+        self.adapters.load(source, adapter_name, weight_name, hotswap)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Make these adapters the active ones, each with its weight (one for all, or one each; None: 1)."""
+        self.adapters.activate(adapter_names, adapter_weights)
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] = ("transformer",),
+        lora_scale: float = 1.0,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Hold the active adapters (or those named), times `lora_scale`, in the weights until `unfuse_lora`. Fused
+        weights are what `save_pretrained` writes, and what `unload_lora_weights` leaves behind."""
+        self.adapters.fuse(components, lora_scale, adapter_names)
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
+        """Back to the adapters and weights before `fuse_lora`, to the bit; nothing where none is fused."""
+        self.adapters.unfuse(components)
+
+    def unload_lora_weights(self) -> None:
+        """Forget every adapter. The weights become the originals again, to the bit; fused ones stay as they are."""
+        self.adapters.unload()
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        self.adapters.delete(adapter_names)
+
+    def disable_lora(self) -> None:
+        """Compute without the active adapters until `enable_lora`."""
+        self.adapters.enable(False)
+
+    def enable_lora(self) -> None:
+        self.adapters.enable(True)
+
+    def get_active_adapters(self) -> list[str]:
+        return self.adapters.active_names
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Loaded adapters by component."""
+        return self.adapters.by_component
+
+    @property
+    def fused_loras(self) -> set[str]:
+        return self.adapters.fused_names
+
+    # ---- folders ----
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the folder that the family's `from_pretrained` reads."""
+        raise NotImplementedError
+
+    def _check_can_be_saved(self) -> None:
+        if (active := self.get_active_adapters()) and not self.fused_loras:
+            raise ReducioError(
+                f"save_pretrained: the adapters {', '.join(active)} are active; fuse_lora() to write them with the "
+                "weights, or unload_lora_weights() to leave them out"
+            )
+        if self.unloaded:
+            raise ReducioError(f"save_directory: {', '.join(self.unloaded)} unloaded; the folder would be without")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a Reducio model",
+    ) -> str:
+        """Upload the folder that `save_pretrained` writes to the hub; returns the address of the commit."""
+        from ..checkpoints import hub
+
+        def save(folder: Path) -> None:
+            self.save_pretrained(folder)
+
+        return hub.push(save, repo_id, private, token, commit_message)

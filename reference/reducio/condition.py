@@ -1,11 +1,14 @@
-"""What a Reducio-DiT is told beside the latent: text, semantic tokens and the content latent."""
+"""What a Reducio-DiT is told beside the latent: text, semantic tokens and the content latent; and guidance by text."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..sampler import Denoiser, guided
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,3 +51,20 @@ def join(first: Condition, second: Condition) -> Condition:
             )
         joined[field.name] = None if a is None else torch.cat([a, b.to(a)])
     return Condition(**joined)
+
+
+def denoiser(model: Any, cond: Condition, uncond: Condition | None = None, guidance_scale: float = 1.0) -> Denoiser:
+    """What `sample` calls once a step: `model` under a condition, guided away from `uncond` where the scale exceeds 1.
+
+    model: called as `ReducioDiT` is; a variance that it predicts is dropped. `uncond` defaults to
+    `cond.without_text(model.null_text)`. Raises ValueError where the two conditions differ in shape.
+    """
+    is_guided = guidance_scale > 1
+    if is_guided:
+        cond = join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
+
+    def predict(x: Tensor, timestep: Tensor) -> Tensor:
+        prediction = model(x, timestep.expand(len(x)), cond.text, cond.text_mask, cond.semantic, cond.content)
+        return prediction[:, : x.shape[1]].to(x.dtype)
+
+    return guided(predict, guidance_scale) if is_guided else predict

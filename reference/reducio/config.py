@@ -10,6 +10,9 @@ import dataclasses
 import math
 from typing import Any, TypeVar
 
+# The published sampling: DPM-Solver++ in 20 steps; PixArt-alpha's guidance; clips of 16 frames.
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE, NUM_FRAMES = 20, 4.5, 16
+
 FUSION_KINDS = ("attn", "add", "linear", "add+attn")
 
 _Config = TypeVar("_Config", bound="_DictMixin")
@@ -160,6 +163,11 @@ class VAEConfig(_DictMixin):
     def content_frame(self) -> int:
         """Index of the frame that serves as content image: the centre, 7 of 16."""
         return (self.num_frames - 1) // 2
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """[C, T/f, H/32, W/32] of the motion latent of a clip of this many pixels."""
+        factor = self.spatial_factor
+        return self.latent_channels, self.num_frames // self.temporal_factor, height // factor, width // factor
 
     def needs_tiling(self, height: int, width: int) -> bool:
         """Whether a frame is larger than one tile reads (320 pixels): there the release, and the paper, work in tiles.

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sampler import Denoiser
+from .condition import Condition, denoiser
 from .config import DiTConfig
 
 NORM_EPS = 1e-6
@@ -338,6 +340,10 @@ class ReducioDiT(nn.Module):
             x_BLD, modulation_B6D, self.embed_condition(text, text_mask, semantic, content), grid
         )
         return self.unpatchify(self.final_layer(x_BLD, embedding_BD), grid)
+
+    def denoiser(self, cond: Condition, uncond: Condition | None = None, guidance_scale: float = 1.0) -> Denoiser:
+        """See `condition.denoiser`."""
+        return denoiser(self, cond, uncond, guidance_scale)
 
     def embed_condition(
         self,

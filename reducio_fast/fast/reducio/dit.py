@@ -15,6 +15,8 @@ Legend as in the reference: B batch, L latent tokens, S condition tokens, D hidd
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from ...compile.compiled_blocks import Regional
 from ...compile.graphs import Graphs
 from ...reference import ReducioDiT
+from ...reference.reducio.condition import Condition, join
 from ...reference.reducio.dit import NORM_EPS, Attention, DiTBlock, Grid
 from ...triton_kernels import attention
 from ..packed_layers import frozen
@@ -53,6 +56,30 @@ class Modulation(NamedTuple):
 
     def step(self, index: int) -> Modulation:
         return Modulation(self.blocks[index : index + 1], self.final[index : index + 1])
+
+
+@dataclass(slots=True)
+class FastDenoiser:
+    """The twin under a condition, both halves of guidance in one batch: what `fast.sampler.sample` runs."""
+
+    model: FastReducioDiT
+    prepared: Prepared
+    guidance_scale: float
+
+    @property
+    def graphs(self) -> Graphs | None:
+        return self.model.graphs
+
+    @property
+    def update(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return self.model.step_update
+
+    def schedule(self, timesteps: Tensor, latent: Tensor) -> list[tuple[Modulation, Prepared]]:
+        modulation = self.model.modulations(timesteps, latent.shape[-2:])
+        return [(modulation.step(step), self.prepared) for step in range(len(timesteps))]
+
+    def predict(self, latent: Tensor, inputs: tuple[Modulation, Prepared]) -> Tensor:
+        return self.model.denoise(latent, *inputs)
 
 
 class FastSelfAttention(nn.Module):
@@ -145,9 +172,12 @@ class FastDiTBlock(nn.Module):
 class FastReducioDiT(Regional):
     """Built from a reference model, whose unpacked weights it shares. Evaluation only.
 
-    A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step; called like the
+    A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step (`denoiser` ties them together); called like the
     reference it does all three. Source of the network: see `reference/reducio/dit.py`.
     """
+
+    compiled_on_cpu = True
+    graph_names = ("dit.step",)
 
     def __init__(self, model: ReducioDiT, plan: Plan) -> None:
         super().__init__()
@@ -199,6 +229,14 @@ class FastReducioDiT(Regional):
                 raise ValueError(f"{name} differs between the items of the batch: {value.tolist()}")
         modulation = self.modulations(timestep.flatten()[:1], latent.shape[-2:], None if size is None else size[:1])
         return self.denoise(latent, modulation, self.prepare(text, text_mask, semantic, content))
+
+    @torch.no_grad()
+    def denoiser(self, cond: Condition, uncond: Condition | None = None, guidance_scale: float = 1.0) -> FastDenoiser:
+        """As the reference's, for `fast.sampler.sample`: keys and values of the condition are made here, once."""
+        if guidance_scale > 1:
+            cond = join(cond.without_text(self.null_text) if uncond is None else uncond, cond)
+        prepared = self.prepare(cond.text, cond.text_mask, cond.semantic, cond.content)
+        return FastDenoiser(self, prepared, guidance_scale)
 
     @torch.no_grad()
     def prepare(

@@ -300,6 +300,12 @@ class FastReducioVAE(nn.Module):
     channels-last: they travel between these methods only. Source of the network: see `reference/reducio/vae.py`.
     """
 
+    # On a CPU a decoder's time is oneDNN's convolutions. What a compiler makes of the rest of the default model gains
+    # nothing (0.98 of uncompiled) and takes most of the compiling.
+    compiled_on_cpu = False
+    graph_names = ("vae.encode_content", "vae.decode")
+    makes_bytes = True  # `decode` has `as_uint8`
+
     def __init__(self, model: ReducioVAE, plan: Plan) -> None:
         super().__init__()
         self.config = model.config
@@ -311,8 +317,8 @@ class FastReducioVAE(nn.Module):
         self.post_weight, self.post_bias = frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
         self.blend = plan.pick("tiles", "blend_tiles")
         self.graphs: Graphs | None = None  # one graph each shape of tile; None: eagerly
-        # Whoever knows how much memory is free may raise it (`reducio_fast/memory.py`). On a CPU one is best: a tile
-        # alone keeps every core busy, and its activations closer.
+        # Raised where the memory forecast finds room for more tiles. On a CPU one is best: a tile alone keeps every core
+        # busy, and its activations closer.
         self.tile_batch = 1
 
     @property

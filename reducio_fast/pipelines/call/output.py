@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...media.pixels import to_bytes
 from ...media.video_files import check_output_path, write_video
 from ...system.errors import ReducioError
 from ...system.stage_clock import annotate
@@ -79,7 +80,7 @@ def to_output(video: Tensor, output_type: str) -> Any:
     if output_type == "pt":
         return (video.transpose(0, 1) + 1) / 2
     if video.dtype != torch.uint8:
-        video = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
+        video = to_bytes(video.transpose(0, 1))
     frames = video.cpu().numpy()
     return frames if output_type == "np" else [Image.fromarray(frame) for frame in frames]
 

@@ -1,4 +1,4 @@
-"""What is asked of a call, checked."""
+"""A call: its arguments as they were given, and the request that they become once checked."""
 
 from __future__ import annotations
 
@@ -11,9 +11,39 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """Arguments of a Reducio call, unchecked: see `ReducioPipeline.__call__` for their meaning and their defaults."""
+
+    prompt: Any
+    image: Any
+    negative_prompt: Any
+    height: Any
+    width: Any
+    num_frames: Any
+    num_inference_steps: Any
+    guidance_scale: Any
+    seed: Any
+    generator: Any
+    latents: Any
+    output_type: Any
+    callback_on_step_end: Any
+    progress: Any
+    num_videos_per_prompt: Any
+    callback_on_step_end_tensor_inputs: Any
+    return_dict: Any
+    prompt_embeds: Any
+    prompt_attention_mask: Any
+    negative_prompt_embeds: Any
+    negative_prompt_attention_mask: Any
+    semantic_embeds: Any
+    content_latents: Any
+    content_kwargs: Any
+
+
 @dataclass(frozen=True, slots=True)
 class Embeds:
-    """Conditions of one clip that were given and need no encoder; None for those to be computed."""
+    """Conditions of one clip that the caller passed in and that need no encoder; None for those to be computed."""
 
     text: tuple[Tensor, Tensor] | None = None  # [1, L, C] and mask bool [1, L]
     negative_text: tuple[Tensor, Tensor] | None = None
@@ -33,7 +63,7 @@ class ClipRequest:
     latents: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What is asked of a call, checked: its clips, and what they have in common."""
 
@@ -48,3 +78,4 @@ class Request:
     callback_on_step_end: Callable[..., Any] | None
     callback_tensor_inputs: tuple[str, ...]
     content_kwargs: dict[str, Any]  # for the text-to-image pipeline
+    progress: bool = True

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...reference import DiTConfig, VAEConfig
 from ...system.devices import triton_missing
 from ...system.errors import ReducioError
-from .request import Embeds
+from .request import Arguments, Embeds
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 BACKENDS = ("reference", "fast", "auto")
@@ -36,7 +36,7 @@ def check_prompts(prompt: Any, negative_prompt: Any, prompt_embeds: Any = None) 
     for i, text in enumerate(prompts):
         if not text.strip():
             where = "" if isinstance(prompt, str) else f" number {i}"
-            raise ReducioError(f"prompt{where}: is empty ({text!r}); say what the clip shall show")
+            raise ReducioError(f"prompt{where}: is empty ({text!r}); describe the clip")
     _check_encodable("prompt", prompts)
     return (*_negatives(negative_prompt, prompts), not isinstance(prompt, str))
 
@@ -111,12 +111,6 @@ def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type:
         raise ReducioError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, is {output_type!r}")
 
 
-def latent_shape(config: VAEConfig, height: int, width: int) -> tuple[int, int, int, int]:
-    """[C, T/f, H/32, W/32] of a clip's motion latent."""
-    factor = config.spatial_factor
-    return config.latent_channels, config.num_frames // config.temporal_factor, height // factor, width // factor
-
-
 def check_latents(latents: Any, shape: Sequence[int], count: int, is_list: bool, name: str = "latents") -> list[Tensor]:
     """Latents as one float32 [1, C, T, H, W] a clip. A single clip's may come without the clip axis."""
     return [item.float() for item in check_tensor(latents, shape, count, is_list, name)]
@@ -154,28 +148,21 @@ def check_text(
 
 
 def check_embeds(
-    config: DiTConfig,
-    content_size: tuple[int, int],
-    count: int,
-    is_list: bool,
-    prompt_embeds: Any,
-    prompt_attention_mask: Any,
-    negative_prompt_embeds: Any,
-    negative_prompt_attention_mask: Any,
-    semantic_embeds: Any,
-    content_latents: Any,
+    config: DiTConfig, content_size: tuple[int, int], count: int, is_list: bool, arguments: Arguments
 ) -> list[Embeds]:
     """The conditions that are given instead of computed, per clip, in the widths of the DiT that will read them."""
     text = (config.caption_length, config.caption_channels)
     none = [None] * count
-    texts = check_text(prompt_embeds, prompt_attention_mask, text, count, is_list)
-    negatives = check_text(negative_prompt_embeds, negative_prompt_attention_mask, text, count, is_list, negative=True)
+    embeds, mask = arguments.prompt_embeds, arguments.prompt_attention_mask
+    texts = check_text(embeds, mask, text, count, is_list)
+    embeds, mask = arguments.negative_prompt_embeds, arguments.negative_prompt_attention_mask
+    negatives = check_text(embeds, mask, text, count, is_list, negative=True)
     tokens, size = (None, config.semantic_channels), (config.content_channels, *content_size)
     semantics, contents = (
         none if value is None else check_tensor(value, shape, count, is_list, name)
         for name, value, shape in (
-            ("semantic_embeds", semantic_embeds, tokens),
-            ("content_latents", content_latents, size),
+            ("semantic_embeds", arguments.semantic_embeds, tokens),
+            ("content_latents", arguments.content_latents, size),
         )
     )
     return [Embeds(*each) for each in zip(texts, negatives, semantics, contents, strict=True)]

@@ -1,9 +1,9 @@
-"""LoRA adapters of the transformer, in diffusers' words: read strictly, merged into the weights, taken out bit by bit.
+"""LoRA adapters of the denoiser: read strictly, merged into the weights, and taken out again to the bit.
 
 A LoRA (arXiv 2106.09685) says dW = scale * B A, with A [rank, in] and B [out, rank]. Adapters here are always merged:
-nothing is added to a step, the fast twins pack what they find, and a hot swap is one pass over the weights. Every
+nothing is added to a step, the fast twins pack the merged weights, and a hot swap is one pass over the weights. Every
 weight is made from its kept original, W = W0 + sum(weight_i * dW_i), added up in float32 and rounded once; so any
-sequence of words ends in the same bits, and without an adapter in W0's own.
+sequence of calls ends in the same bits, and without an adapter in those of W0.
 
 The merge is our own fifty lines and not peft's: peft adds and later subtracts, which does not give the original bits
 back, and its unmerged form puts two more products into every layer.
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoints.lora_files import COMPONENT, Adapter, LowRank, finite_number, read_adapter
-from ...reference import ReducioDiT
 from ...system.errors import ReducioError
+from .components import Components
 
 
-class Adapters:
+class Merge:
     """The adapters of one network, which of them are in its weights, and the originals of these weights."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -38,7 +38,7 @@ class Adapters:
         self._written: dict[str, tuple[Tensor, int]] = {}  # the parameter and its version as left by `apply`
 
     def apply(self) -> None:
-        """Bring the weights to what the settings say."""
+        """Make the weights what the settings say."""
         chosen = self.fused if self.fused is not None else self.active if self.enabled else {}
         terms: dict[str, list[tuple[float, LowRank]]] = {}
         for name, weight in chosen.items():
@@ -60,14 +60,14 @@ class Adapters:
             del self._originals[path], self._written[path]
 
     def forget(self) -> None:
-        """No adapter any more. What is fused stays in the weights for good."""
+        """Drop every adapter. What is fused stays in the weights for good."""
         if self.fused is not None:
             self._originals, self._written = {}, {}
         self.loaded, self.active, self.fused, self.enabled = {}, {}, None, True
         self.apply()
 
     def _check_untouched(self) -> None:
-        """An original of weights that others have replaced would undo their work without a word."""
+        """Raise where other code has changed merged weights: restoring the originals would undo that silently."""
         for path, (parameter, version) in self._written.items():
             now = self.network.get_submodule(path).weight
             if now is not parameter or now._version != version:
@@ -77,14 +77,17 @@ class Adapters:
                 )
 
 
-class LoraLoader:
-    """The words of diffusers' LoRA loaders, for a pipeline with a `transformer`."""
+class Adapters:
+    """The LoRA methods of a pipeline, for its denoiser as it is now: another network has no adapters.
 
-    transformer: ReducioDiT
-    _lock: threading.RLock
-    _adapters: Adapters | None = None
+    Methods raise ReducioError, with nothing changed, for adapters that do not exist and while a fused one forbids it.
+    """
 
-    def load_lora_weights(
+    def __init__(self, components: Components, lock: threading.RLock) -> None:
+        self.components, self.lock = components, lock
+        self._merge: Merge | None = None
+
+    def load(
         self,
         source: str | os.PathLike[str] | Mapping[str, Tensor],
         adapter_name: str | None = None,
@@ -101,122 +104,111 @@ class LoraLoader:
 
         Raises ReducioError, with nothing changed, for names or shapes that do not fit the transformer, and lists them.
         """
-        adapters = self._lora()
-        free = (f"default_{i}" for i in itertools.count() if f"default_{i}" not in adapters.loaded)
+        merge = self._current()
+        free = (f"default_{i}" for i in itertools.count() if f"default_{i}" not in merge.loaded)
         name = next(free) if adapter_name is None else adapter_name
-        known = ", ".join(adapters.loaded) or "none"
-        if adapters.fused is not None:
+        known = ", ".join(merge.loaded) or "none"
+        if merge.fused is not None:
             raise ReducioError(
-                f"load_lora_weights: {', '.join(adapters.fused)} is fused; unfuse_lora() first, "
+                f"load_lora_weights: {', '.join(merge.fused)} is fused; unfuse_lora() first, "
                 "or unload_lora_weights() to keep it in the weights"
             )
         if not isinstance(name, str) or not name:
             raise ReducioError(f"adapter_name: must be text, is {name!r}")
-        if hotswap and name not in adapters.loaded:
+        if hotswap and name not in merge.loaded:
             raise ReducioError(f"hotswap: there is no adapter {name!r} to replace; loaded are {known}")
-        if not hotswap and name in adapters.loaded:
+        if not hotswap and name in merge.loaded:
             raise ReducioError(f"adapter_name: {name!r} is loaded already (loaded are {known}); pass hotswap=True")
-        adapter = read_adapter(source, weight_name, self.transformer)
-        with self._lock:
-            adapters.loaded[name] = adapter
+        adapter = read_adapter(source, weight_name, merge.network)
+        with self.lock:
+            merge.loaded[name] = adapter
             if not hotswap:
-                adapters.active = {name: 1.0}
-            adapters.apply()
+                merge.active = {name: 1.0}
+            merge.apply()
 
-    def set_adapters(
+    def activate(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Make these adapters the active ones, each with its weight (one for all, or one each; None: 1)."""
-        adapters = self._lora("set_adapters")
-        names = _names(adapters, adapter_names)
-        given = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
-        if len(given) != len(names):
-            raise ReducioError(f"adapter_weights: {len(given)} given for {len(names)} adapters")
-        weights = [1.0 if w is None else finite_number("adapter_weights", w) for w in given]
-        with self._lock:
-            adapters.active = dict(zip(names, weights, strict=True))
-            adapters.apply()
+        merge = self._current("set_adapters")
+        names = _names(merge, adapter_names)
+        per_name = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
+        if len(per_name) != len(names):
+            raise ReducioError(f"adapter_weights: {len(per_name)} given for {len(names)} adapters")
+        weights = [1.0 if w is None else finite_number("adapter_weights", w) for w in per_name]
+        with self.lock:
+            merge.active = dict(zip(names, weights, strict=True))
+            merge.apply()
 
-    def fuse_lora(
-        self,
-        components: Sequence[str] = (COMPONENT,),
-        lora_scale: float = 1.0,
-        adapter_names: Sequence[str] | None = None,
-    ) -> None:
-        """Scale the active adapters (or those named) by `lora_scale` and hold them: only `unfuse_lora` lets go.
-
-        Fused weights are what `save_pretrained` writes, and what `unload_lora_weights` leaves behind.
-        """
-        adapters = self._lora("fuse_lora")
-        if list(components) != [COMPONENT]:
-            raise ReducioError(f"components: must be [{COMPONENT!r}], is {list(components)!r}")
-        chosen = list(adapters.active) if adapter_names is None else _names(adapters, adapter_names)
+    def fuse(self, components: Sequence[str], lora_scale: float, adapter_names: Sequence[str] | None) -> None:
+        merge = self._current("fuse_lora")
+        self._check_components(components)
+        chosen = list(merge.active) if adapter_names is None else _names(merge, adapter_names)
         if not chosen:
-            raise ReducioError(f"fuse_lora: no adapter is active; loaded are {', '.join(adapters.loaded) or 'none'}")
+            raise ReducioError(f"fuse_lora: no adapter is active; loaded are {', '.join(merge.loaded) or 'none'}")
         scale = finite_number("lora_scale", lora_scale)
-        with self._lock:
-            adapters.fused = {name: scale * adapters.active.get(name, 1.0) for name in chosen}
-            adapters.apply()
+        with self.lock:
+            merge.fused = {name: scale * merge.active.get(name, 1.0) for name in chosen}
+            merge.apply()
 
-    def unfuse_lora(self, components: Sequence[str] = (COMPONENT,)) -> None:
-        """Back to the adapters and weights before `fuse_lora`, to the bit; nothing where none is fused."""
-        if list(components) != [COMPONENT]:
-            raise ReducioError(f"components: must be [{COMPONENT!r}], is {list(components)!r}")
-        adapters = self._lora()
-        with self._lock:
-            adapters.fused = None
-            adapters.apply()
+    def unfuse(self, components: Sequence[str]) -> None:
+        self._check_components(components)
+        merge = self._current()
+        with self.lock:
+            merge.fused = None
+            merge.apply()
 
-    def unload_lora_weights(self) -> None:
-        """Forget every adapter. The weights become the originals again, to the bit; fused ones stay as they are."""
-        adapters = self._lora()
-        with self._lock:
-            adapters.forget()
+    def unload(self) -> None:
+        merge = self._current()
+        with self.lock:
+            merge.forget()
 
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        adapters = self._lora("delete_adapters")
-        names = _names(adapters, adapter_names)
-        with self._lock:
+    def delete(self, adapter_names: str | Sequence[str]) -> None:
+        merge = self._current("delete_adapters")
+        names = _names(merge, adapter_names)
+        with self.lock:
             for name in names:
-                del adapters.loaded[name]
-                adapters.active.pop(name, None)
-            adapters.apply()
+                del merge.loaded[name]
+                merge.active.pop(name, None)
+            merge.apply()
 
-    def disable_lora(self) -> None:
-        """Compute without the active adapters until `enable_lora`."""
-        self._enable_lora(False)
+    def enable(self, enabled: bool) -> None:
+        merge = self._current("enable_lora" if enabled else "disable_lora")
+        with self.lock:
+            merge.enabled = enabled
+            merge.apply()
 
-    def enable_lora(self) -> None:
-        self._enable_lora(True)
+    @property
+    def active_names(self) -> list[str]:
+        return list(self._current().active)
 
-    def get_active_adapters(self) -> list[str]:
-        return list(self._lora().active)
-
-    def get_list_adapters(self) -> dict[str, list[str]]:
-        """Loaded adapters by component."""
-        loaded = list(self._lora().loaded)
+    @property
+    def by_component(self) -> dict[str, list[str]]:
+        loaded = list(self._current().loaded)
         return {COMPONENT: loaded} if loaded else {}
 
     @property
-    def fused_loras(self) -> set[str]:
-        return set(self._lora().fused or ())
+    def fused_names(self) -> set[str]:
+        return {*(self._current().fused or ())}
 
-    def _enable_lora(self, enabled: bool) -> None:
-        adapters = self._lora("enable_lora" if enabled else "disable_lora")
-        with self._lock:
-            adapters.enabled = enabled
-            adapters.apply()
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """Kept weights W0 of the layers that adapters have changed, in host memory."""
+        return dict(self._current()._originals)
 
-    def _lora(self, changes: str | None = None) -> Adapters:
-        """The adapters of the transformer as it is now. `changes`: a word that may not be said while some are fused."""
-        if self._adapters is None or self._adapters.network is not self.transformer:
-            self._adapters = Adapters(self.transformer)
-        if changes is not None and self._adapters.fused is not None:
-            raise ReducioError(f"{changes}: {', '.join(self._adapters.fused)} is fused; unfuse_lora() first")
-        return self._adapters
+    def _check_components(self, components: Sequence[str]) -> None:
+        if list(components) != [COMPONENT]:
+            raise ReducioError(f"components: must be [{COMPONENT!r}], is {list(components)!r}")
+
+    def _current(self, method: str | None = None) -> Merge:
+        """The adapters of the denoiser as it is now. `method`: one that may not be called while some are fused."""
+        if self._merge is None or self._merge.network is not self.components.denoiser:
+            self._merge = Merge(self.components.denoiser)
+        if method is not None and self._merge.fused is not None:
+            raise ReducioError(f"{method}: {', '.join(self._merge.fused)} is fused; unfuse_lora() first")
+        return self._merge
 
 
-def _names(adapters: Adapters, given: Any) -> list[str]:
+def _names(adapters: Merge, given: Any) -> list[str]:
     names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
     if unknown := [n for n in names if not isinstance(n, str) or n not in adapters.loaded]:
         known = ", ".join(adapters.loaded) or "none"

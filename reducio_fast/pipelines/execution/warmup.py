@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +15,6 @@ from ...system import deadline
 from ...system.deadline import Job, Outcome, run
 from ...system.errors import ReducioError
 from ..call import validation
-
-if TYPE_CHECKING:
-    from ..reducio.pipeline import ReducioPipeline
-
 
 LOG = logging.getLogger("reducio_fast")
 PROMPT = "a red circle moving right on a black background"
@@ -33,13 +26,13 @@ Size = tuple[int, int]
 
 
 def warm_up(
-    pipe: ReducioPipeline,
+    pipe: Any,
     sizes: Sequence[int | Size] | None = None,
     deadline: float | None = None,
     progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """See `ReducioPipeline.warmup`."""
+    """See `VideoPipeline.warmup`. `pipe` is one."""
     wanted = _check_sizes(pipe, sizes)
     if deadline is not None and (isinstance(deadline, bool) or not isinstance(deadline, int | float) or deadline <= 0):
         raise ReducioError(f"deadline: must be a number of seconds above 0, is {deadline!r}")
@@ -47,28 +40,28 @@ def warm_up(
         raise ReducioError(
             f"deadline: {deadline} given while weights are offloaded, they cannot be in two calls at once; leave it out"
         )
-    pipe._told_of.update(wanted)  # who names a size here knows that it compiles
-    worker = pipe if deadline is None else _beside(pipe)
-    engine = pipe._engine
+    worker = pipe if deadline is None else pipe.for_thread()
+    for each in (pipe, worker):
+        each.warned_sizes.update(wanted)  # no warning for sizes that the user asked to warm up
+    engine = pipe.executor.engine
     jobs = [Job(f"{h}x{w}", _clip(worker, h, w)) for h, w in wanted]
     with tqdm(total=len(jobs), desc="warm-up", unit="size", disable=not progress) as bar:
-        with nullcontext() if engine is None else engine.warming():
+        with engine.warming():
             outcome = run(jobs, deadline, on_done=lambda name: bar.update(), clock=clock)
     if not outcome.complete:
-        if engine is not None:
-            # The thread may still be compiling for the old engine, and ends with it.
-            pipe._engine = engine.uncompiled()
+        # The thread may still be compiling for the old engine, and ends with it.
+        pipe.executor.engine = engine.uncompiled()
         LOG.warning(
             "warm-up: not done after %g s, %s left; the pipeline runs uncompiled", deadline, ", ".join(outcome.left)
         )
     return outcome
 
 
-def _check_sizes(pipe: ReducioPipeline, sizes: Sequence[int | Size] | None) -> list[Size]:
-    given: Any = [(pipe.sample_height, pipe.sample_width)] if sizes is None else sizes
-    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+def _check_sizes(pipe: Any, sizes: Sequence[int | Size] | None) -> list[Size]:
+    asked: Any = [(pipe.sample_height, pipe.sample_width)] if sizes is None else sizes
+    if isinstance(asked, str) or not isinstance(asked, Sequence) or not asked:
         raise ReducioError(f"sizes: must be a list of (height, width) or of whole numbers, is {sizes!r}")
-    pairs = [(size, size) if isinstance(size, int) else size for size in given]
+    pairs = [(size, size) if isinstance(size, int) else size for size in asked]
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ReducioError(f"sizes: must be a list of (height, width) or of whole numbers, has {pair!r}")
@@ -77,15 +70,15 @@ def _check_sizes(pipe: ReducioPipeline, sizes: Sequence[int | Size] | None) -> l
     return list(dict.fromkeys((int(height), int(width)) for height, width in pairs))
 
 
-def _clip(pipe: ReducioPipeline, height: int, width: int) -> Callable[[deadline.Check], None]:
+def _clip(pipe: Any, height: int, width: int) -> Callable[[deadline.Check], None]:
     """One clip in as few steps as touch everything, its content frame from the first stage where there is one."""
 
     def make(check: deadline.Check) -> None:
         frame = np.full((height, width, 3), GREY, np.uint8)
         if pipe.text_to_image is not None:
-            generator, words = torch.Generator().manual_seed(0), {"num_inference_steps": STEPS}
-            with torch.no_grad(), pipe._lock, pipe._on_device("content.generate"):
-                frame = pipe._draw(PROMPT, "", height, width, generator, False, words)
+            generator, kwargs = torch.Generator().manual_seed(0), {"num_inference_steps": STEPS}
+            with torch.no_grad(), pipe.executor.lock, pipe.executor.placed("content.generate"):
+                frame = pipe.content.draw(PROMPT, "", height, width, generator, False, kwargs)
             check()
         pipe(
             PROMPT,
@@ -99,15 +92,3 @@ def _clip(pipe: ReducioPipeline, height: int, width: int) -> Callable[[deadline.
         )
 
     return make
-
-
-def _beside(pipe: ReducioPipeline) -> ReducioPipeline:
-    """The same networks and engine for another thread, with what a call writes to of its own."""
-    other = copy.copy(pipe)
-    other._lock, other._fits, other._forecasts = threading.RLock(), dict(pipe._fits), dict(pipe._forecasts)
-    other.scheduler = copy.deepcopy(pipe.scheduler)
-    if pipe.text_to_image is not None:
-        other.text_to_image = copy.copy(pipe.text_to_image)
-        if hasattr(other.text_to_image, "scheduler"):
-            other.text_to_image.scheduler = copy.deepcopy(pipe.text_to_image.scheduler)
-    return other

@@ -14,7 +14,8 @@ examples. The tiny sizes keep every class and are small enough for one core.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -38,8 +39,11 @@ class Peer:
     pipelines: tuple[str, ...]  # diffusers classes whose folders are taken; the first is the one built
     call: dict[str, Any]  # height, width, num_frames, num_inference_steps, guidance_scale, fps
     tiny_call: dict[str, Any]
+    names: dict[str, str]  # our argument -> theirs, for guidance_scale and, where the pipeline takes it, fps
+    size_factor: Callable[[Any], int]  # what height and width must be multiples of, for a loaded pipeline
     full: dict[str, Component]
     tiny: dict[str, Component]
+    extra: dict[str, Any] = field(default_factory=dict)  # further arguments of their call
 
 
 def _temporal_vae(*channels: int) -> dict[str, Any]:
@@ -140,6 +144,11 @@ PEERS = {
             pipelines=("StableVideoDiffusionPipeline",),
             call={"height": 576, "width": 1024, "num_inference_steps": 25, "guidance_scale": 3.0, "fps": 7},
             tiny_call={"height": 32, "width": 32, "num_frames": 4},
+            names={"guidance_scale": "max_guidance_scale", "fps": "fps"},
+            # The U-Net halves again at each level but the last.
+            size_factor=lambda pipe: pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
+            # Frames decoded at once: what diffusers' own example uses; all 25 need tens of gigabytes.
+            extra={"decode_chunk_size": 8},
             full={
                 "unet": ("diffusers", "UNetSpatioTemporalConditionModel", {"sample_size": 96}),
                 "vae": ("diffusers", "AutoencoderKLTemporalDecoder", _temporal_vae(128, 256, 512, 512)),
@@ -164,6 +173,8 @@ PEERS = {
             call={"height": 512, "width": 704, "num_inference_steps": 50, "guidance_scale": 3.0, "fps": 25}
             | {"num_frames": 161},
             tiny_call={"height": 64, "width": 64, "num_frames": 9},
+            names={"guidance_scale": "guidance_scale", "fps": "frame_rate"},
+            size_factor=lambda pipe: pipe.vae_spatial_compression_ratio * pipe.transformer_spatial_patch_size,
             full={
                 "transformer": ("diffusers", "LTXVideoTransformer3DModel", {}),
                 "vae": ("diffusers", "AutoencoderKLLTXVideo", {}),
@@ -188,6 +199,8 @@ PEERS = {
             call={"height": 480, "width": 832, "num_inference_steps": 50, "guidance_scale": 5.0, "fps": 16}
             | {"num_frames": 81},
             tiny_call={"height": 64, "width": 64, "num_frames": 5},
+            names={"guidance_scale": "guidance_scale"},
+            size_factor=lambda pipe: pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[-1],
             full={
                 "transformer": ("diffusers", "WanTransformer3DModel", _WAN_1_3B),
                 "vae": ("diffusers", "AutoencoderKLWan", {}),

@@ -32,7 +32,6 @@ from ..call.output import ReducioOutput, stack, to_output
 from .models import PEERS, Peer, build_random, diffusers_class
 
 RANDOM, RANDOM_TINY = "random", "random-tiny"
-DECODE_CHUNK = 8  # frames SVD decodes at once: what diffusers' own example uses; all 25 need tens of gigabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,17 +132,16 @@ class PeerPipeline:
         validation.check_sampling(steps, max_steps, guidance, output_type)
         validation.check_callback(callback_on_step_end, ["latents"], ["latents"])
         for name, value in (("height", height), ("width", width)):
-            validation.check_multiple(name, value, self._size_factor())
+            validation.check_multiple(name, value, self.source.peer.size_factor(self.pipeline))
         prompts, negatives, images, is_list = self._check_inputs(prompt, negative_prompt, image)
         generators = validation.check_generators(len(images), seed, generator)
 
-        words: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps}
-        if self.source.peer.name == "svd":
-            words |= {"max_guidance_scale": guidance, "fps": defaults["fps"], "decode_chunk_size": DECODE_CHUNK}
-        else:
-            words["guidance_scale"] = guidance
-        if self.source.peer.name == "ltx":
-            words["frame_rate"] = defaults["fps"]
+        peer = self.source.peer
+        kwargs: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps}
+        kwargs |= {
+            theirs: {"guidance_scale": guidance, "fps": defaults["fps"]}[ours] for ours, theirs in peer.names.items()
+        }
+        kwargs |= peer.extra
         self.pipeline.set_progress_bar_config(disable=not progress, desc="dit.step")
         timings: dict[str, float] = {}
         clips: list[Any] = []
@@ -151,10 +149,10 @@ class PeerPipeline:
         for text, negative, picture, each in zip(prompts, negatives, images, generators, strict=True):
             if picture is not None:
                 fitted.append(image_files.fit_image(picture, height, width))
-                words["image"] = Image.fromarray(fitted[-1])
+                kwargs["image"] = Image.fromarray(fitted[-1])
             if self.reads_text:
-                words |= {"prompt": text, "negative_prompt": negative}
-            clips.append(self._clip(words, each, output_type, callback_on_step_end, timings))
+                kwargs |= {"prompt": text, "negative_prompt": negative}
+            clips.append(self._clip(kwargs, each, output_type, callback_on_step_end, timings))
             if getattr(self.pipeline, "interrupt", False):
                 break
         return ReducioOutput(
@@ -170,7 +168,7 @@ class PeerPipeline:
 
     def _clip(
         self,
-        words: dict[str, Any],
+        kwargs: dict[str, Any],
         generator: torch.Generator,
         output_type: str,
         callback: Callable[..., Any] | None,
@@ -180,7 +178,7 @@ class PeerPipeline:
         try:
             with _stages(self.pipeline, self.source.peer.denoiser, timings) as step_end:
                 video = self.pipeline(
-                    **words,
+                    **kwargs,
                     generator=generator,
                     output_type=kind,
                     callback_on_step_end=functools.partial(_step_end, callback, step_end),
@@ -233,22 +231,13 @@ class PeerPipeline:
             )
         return asked
 
-    def _size_factor(self) -> int:
-        """What height and width must be multiples of: the VAE's compression times that of the network behind it."""
-        pipe = self.pipeline
-        if self.source.peer.name == "svd":  # the U-Net halves again at each level but the last
-            return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-        if self.source.peer.name == "ltx":
-            return pipe.vae_spatial_compression_ratio * pipe.transformer_spatial_patch_size
-        return pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[-1]
 
-
-def check_words(source: Source, backend: str, words: Iterable[str]) -> None:
-    """Refuse, by name, words of our call that a peer does not have."""
+def check_call(source: Source, backend: str, names: Iterable[str]) -> None:
+    """Refuse, by name, arguments of our call that a peer does not have."""
     if backend not in ("auto", "reference"):
         raise ReducioError(f"backend: {backend!r} asked for, but a peer runs through diffusers; leave it out")
     known = inspect.signature(PeerPipeline.__call__).parameters
-    if unknown := sorted(set(words) - set(known)):
+    if unknown := sorted(set(names) - set(known)):
         raise ReducioError(f"{unknown[0]}: not a word of the peer {source.peer.name}")
 
 

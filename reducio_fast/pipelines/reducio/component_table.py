@@ -12,6 +12,7 @@ from ...checkpoints import diffusers_folders, networks, strict_files
 from ...checkpoints.layouts import OPTIONAL, SHARED
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...system.errors import ReducioError
+from ..execution.components import Components
 from . import encoders
 from .encoders import SemanticEncoder
 
@@ -91,3 +92,21 @@ def library_and_class(name: str, component: Any) -> list[str | None]:
         raise ReducioError(f"{name}: a {class_name} cannot be saved; it is of none of {', '.join(networks.LIBRARIES)}")
     # Which pipeline a first stage is stands in its own index; in this one, who loads it with what it shares.
     return ["reducio_fast", "TextToImage"] if name == "text_to_image" else [library, class_name]
+
+
+def check_components(parts: Components) -> None:
+    """Raise ReducioError for networks that cannot work together: at once, not by a shape error within a clip."""
+    config = parts["transformer"].config
+    text_channels = getattr(getattr(parts["text_encoder"], "config", None), "hidden_size", config.caption_channels)
+    tower = getattr(parts["image_encoder"], "visual", None)
+    semantic_channels = config.semantic_channels if tower is None else tower.ln_post.normalized_shape[0]
+    content_config = getattr(parts["content_encoder"], "config", None)
+    content_channels = getattr(content_config, "latent_channels", config.content_channels)
+    for name, needed, source, channels in (
+        ("latent_channels", config.latent_channels, "vae", parts["vae"].config.latent_channels),
+        ("caption_channels", config.caption_channels, "text_encoder", text_channels),
+        ("semantic_channels", config.semantic_channels, "image_encoder", semantic_channels),
+        ("content_channels", config.content_channels, "content_encoder", content_channels),
+    ):
+        if needed != channels:
+            raise ReducioError(f"transformer has {name}={needed}, {source} gives {channels}")

@@ -1,7 +1,7 @@
 """Stage one: the content frame, drawn by any diffusers text-to-image pipeline or taken from the user's own image.
 
 Reducio (arXiv 2411.13552) takes its content frames from an off-the-shelf model: PixArt-alpha where the paper measures
-speed, SDXL where it measures quality. Both roads end in a uint8 picture of the clip's size, so a drawn frame that is
+speed, SDXL where it measures quality. Both give a uint8 picture of the clip's size, so a drawn frame that is
 saved and given back makes the same clip. It is the clip's centre frame, number (T - 1) // 2, not its first.
 """
 
@@ -11,20 +11,25 @@ import functools
 import inspect
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
+from ...checkpoints.networks import pipeline_networks
 from ...media.image_files import fit_image
 from ...system.errors import ReducioError
+from ..call.request import ClipRequest, Request
+from ..execution.components import Components
+from ..execution.executor import Executor
 
 logger = logging.getLogger(__name__)
 
-# What a pipeline is told where it has the words: PixArt's defaults would draw at another size and resize by themselves,
-# and would rewrite the prompt.
-PIPELINE_WORDS: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
-# And where it has no values of its own: PixArt-alpha's.
+# Passed to a pipeline that has these arguments: PixArt's defaults would draw at another size and resize, and would
+# rewrite the prompt.
+PIPELINE_KWARGS: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
+# PixArt-alpha's, for a pipeline whose own default is None.
 STEPS = 20
 GUIDANCE = 4.5
 DEFAULTS: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
@@ -35,21 +40,61 @@ OWN_AREA = (0.8, 1.25)
 BINNED = (256, 512, 1024)  # native sizes for which diffusers has PixArt's table of sizes per aspect ratio
 
 
-def check_words(pipeline: Any, words: Any) -> dict[str, Any]:
-    """`content_kwargs` of a call, before any work: ReducioError for a word that the text-to-image pipeline has not."""
-    if words is None:
+class ContentFrame:
+    """content.generate: the frame of a clip, from the user's image or drawn by the model's first stage."""
+
+    def __init__(self, components: Components, executor: Executor) -> None:
+        self.components, self.executor = components, executor
+
+    def __call__(self, clip: ClipRequest, request: Request, progress: bool) -> np.ndarray | None:
+        """uint8 [H, W, 3] of the clip's size; None where nothing reads it."""
+        if clip.image is not None:
+            return fit_image(clip.image, request.height, request.width)
+        if not needs_frame(self.components, clip, request):
+            return None
+        kwargs = {"clean_caption": self.components["clean_caption"]} | request.content_kwargs
+        size = request.height, request.width
+        return self.draw(clip.prompt, clip.negative_prompt, *size, clip.generator, progress, kwargs)
+
+    def draw(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        height: int,
+        width: int,
+        generator: torch.Generator,
+        progress: bool,
+        kwargs: dict[str, Any],
+    ) -> np.ndarray:
+        """`draw_image` with the first stage of this model, whose blocks run compiled where the model's do."""
+        pipeline = self.components["text_to_image"]
+        for network in pipeline_networks(pipeline):  # each time: it may be another, or have a LoRA, since the last call
+            self.executor.engine.adopt("content.block", network)
+        return draw_image(pipeline, prompt, negative_prompt, height, width, generator, progress, kwargs)
+
+
+def needs_frame(components: Components, clip: ClipRequest, request: Request) -> bool:
+    """Whether anything reads the content frame: the decoder, or an encoder whose result is not given."""
+    semantic = clip.embeds.semantic is None and components["image_encoder"] is not None
+    latent = clip.embeds.content is None and components["content_encoder"] is not None
+    return semantic or latent or request.output_type != "latent"
+
+
+def check_content_kwargs(pipeline: Any, kwargs: Any) -> dict[str, Any]:
+    """`content_kwargs` of a call, before any work: ReducioError for one that the text-to-image pipeline does not take."""
+    if kwargs is None:
         return {}
-    if not isinstance(words, dict):
-        raise ReducioError(f"content_kwargs: must be a dict of words for the text-to-image pipeline, is {words!r}")
-    accepted, takes_any = _words(pipeline)
-    for word in words:
-        if word in OURS:
-            raise ReducioError(f"content_kwargs: {word!r} is set by the call itself; known are {_known(accepted)}")
-        if pipeline is not None and word not in accepted and not takes_any:
+    if not isinstance(kwargs, dict):
+        raise ReducioError(f"content_kwargs: must be a dict of words for the text-to-image pipeline, is {kwargs!r}")
+    accepted, takes_any = _call_defaults(pipeline)
+    for name in kwargs:
+        if name in OURS:
+            raise ReducioError(f"content_kwargs: {name!r} is set by the call itself; known are {_known(accepted)}")
+        if pipeline is not None and name not in accepted and not takes_any:
             raise ReducioError(
-                f"content_kwargs: {type(pipeline).__name__} has no word {word!r}; known are {_known(accepted)}"
+                f"content_kwargs: {type(pipeline).__name__} has no word {name!r}; known are {_known(accepted)}"
             )
-    return words
+    return kwargs
 
 
 def draw_image(
@@ -60,18 +105,18 @@ def draw_image(
     width: int,
     generator: torch.Generator,
     progress: bool,
-    words: dict[str, Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
 ) -> np.ndarray:
     """Draw the content frame of one prompt, uint8 [height, width, 3], with a diffusers text-to-image pipeline.
 
-    It is drawn at `drawing_size` and scaled to the clip's; `words` (a call's `content_kwargs`) may say another size.
+    It is drawn at `drawing_size` and scaled to the clip's; `kwargs` (a call's `content_kwargs`) may name another size.
     """
-    accepted, takes_any = _words(pipeline)
+    accepted, takes_any = _call_defaults(pipeline)
     drawn_height, drawn_width = drawing_size(pipeline, height, width)
-    given = {"height": drawn_height, "width": drawn_width} | (words or {})
-    fixed = {word: value for word, value in PIPELINE_WORDS.items() if word in accepted}
-    own = {word: value for word, value in DEFAULTS.items() if accepted.get(word, True) is None}
-    chosen = fixed | own | {w: v for w, v in given.items() if w in accepted or takes_any}
+    asked = {"height": drawn_height, "width": drawn_width} | (kwargs or {})
+    fixed = {name: value for name, value in PIPELINE_KWARGS.items() if name in accepted}
+    defaults = {name: value for name, value in DEFAULTS.items() if accepted.get(name, True) is None}
+    chosen = fixed | defaults | {name: v for name, v in asked.items() if name in accepted or takes_any}
     if negative_prompt.strip() and "negative_prompt" in accepted:
         chosen["negative_prompt"] = negative_prompt  # else what the pipeline itself takes for none
     rows, columns = chosen.get("height", height), chosen.get("width", width)
@@ -83,7 +128,7 @@ def draw_image(
     pipeline.set_progress_bar_config(disable=not progress, desc="content.generate", leave=False)
     try:
         images = pipeline(prompt=prompt, generator=generator, output_type="np", **chosen).images
-    except ValueError as error:  # a size or a word that this pipeline cannot take
+    except ValueError as error:  # a size or an argument that this pipeline cannot take
         raise ReducioError(f"content frame: {type(pipeline).__name__}: {error}") from error
     image = np.asarray(images[0])
     if not np.isfinite(image).all():
@@ -118,21 +163,21 @@ def native_size(pipeline: Any) -> int | None:
     return latent * factor if isinstance(latent, int) and isinstance(factor, int) else None
 
 
-def _words(pipeline: Any) -> tuple[dict[str, Any], bool]:
-    """The words of a pipeline's call with their defaults (None for none), and whether it takes any other.
+def _call_defaults(pipeline: Any) -> tuple[dict[str, Any], bool]:
+    """The arguments of a pipeline's call with their defaults (None for none), and whether it takes any other.
 
-    The `**kwargs` of a call that names its words do not count: diffusers has them for words it retired, and drops the
-    rest in silence.
+    The `**kwargs` of a call that names its arguments do not count: diffusers has them for retired arguments, and drops
+    all others silently.
     """
     parameters = inspect.signature(pipeline.__call__).parameters if pipeline is not None else {}
-    words = {
+    defaults = {
         name: None if p.default is p.empty else p.default for name, p in parameters.items() if p.kind != p.VAR_KEYWORD
     }
-    return words, len(words) < len(parameters) and "num_inference_steps" not in words
+    return defaults, len(defaults) < len(parameters) and "num_inference_steps" not in defaults
 
 
-def _known(words: dict[str, Any]) -> str:
-    return ", ".join(word for word in words if word not in OURS) or "none"
+def _known(names: Iterable[str]) -> str:
+    return ", ".join(name for name in names if name not in OURS) or "none"
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,83 @@
+"""How a clip is made in the memory that is free: forecasts and choices of one pipeline, kept by size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...memory import fit as memory_fit
+from ...memory.dry_run import DryRun, free_bytes
+from ...memory.fit import Fit
+from ...memory.forecast import Forecast, forecast, in_another_way
+from .components import Components
+from .decoding import Decoding, TiledDecoder
+from .executor import Executor
+
+LOG = logging.getLogger("reducio_fast")
+
+
+class Fitter:
+    """Chooses the way in which the decoder works, and whether weights are offloaded.
+
+    dry_stages: makes the family's stages without contents, within an entered `DryRun`: an object with `components`,
+    `stages(height, width, way)` and `decoding(height, width, way)`, the last stage alone. free_bytes: what the device
+    can still allocate.
+    """
+
+    def __init__(
+        self,
+        parts: Components,
+        executor: Executor,
+        decoder: TiledDecoder,
+        dry_stages: Callable[[DryRun], Any],
+        free_bytes: Callable[[torch.device], int | None] = free_bytes,
+    ) -> None:
+        self.parts, self.executor, self.decoder, self.dry_stages = parts, executor, decoder, dry_stages
+        self.free_bytes = free_bytes
+        self.fits: dict[tuple[int, int], Fit] = {}  # what the last call for a size was made with
+        self._forecasts: dict[tuple[Any, ...], Forecast] = {}
+
+    def forecast(self, height: int, width: int, way: Decoding | None = None) -> Forecast:
+        way = self.decoder.default(height, width) if way is None else way
+        is_reference = self.executor.backend == "reference"
+        same = (height, width, self.decoder.tiling, self.executor.device, self.parts.dtype, is_reference)
+        key = (*same, way)
+        if key not in self._forecasts:
+            earlier = next((f for known, f in self._forecasts.items() if known[:-1] == same), None)
+            dry = DryRun()
+            with torch.no_grad(), dry:
+                dry_stages = self.dry_stages(dry)
+                if earlier is None:
+                    stages = dry_stages.stages(height, width, way)
+                    self._forecasts[key] = forecast(stages, dry_stages.components.networks(), height, width, way)
+                else:
+                    self._forecasts[key] = in_another_way(earlier, dry_stages.decoding(height, width, way), way)
+        return self._forecasts[key]
+
+    def fit(self, height: int, width: int) -> Fit:
+        """For a clip of this size, on the device as it is now. ReducioError, in one line, where nothing fits."""
+        device, default = self.executor.device, self.decoder.default(height, width)
+        free, offloading = self.free_bytes(device), self.executor.offload is not None
+        if free is None or (device.type == "cpu" and self.decoder.generous(height, width) < free):
+            return Fit(default)
+        room = memory_fit.room(free, self.executor.resident_bytes())
+
+        def known(way: Decoding) -> Forecast:
+            return self.forecast(height, width, way)
+
+        earlier = self.fits.get((height, width))
+        if earlier is not None and (earlier.offload, earlier.decoding.tiled) == (offloading, default.tiled):
+            if known(earlier.decoding).peak(earlier.offload) <= room:
+                return earlier  # another number of tiles at once would be another graph
+        offloads = [True] if offloading else [False] if device.type == "cpu" else [False, True]
+        fit = memory_fit.fit(self.decoder.ways(default), known, room, offloads)
+        if fit is None:
+            factor = self.decoder.config.spatial_factor
+            raise memory_fit.refuse(known(default), self.forecast, factor, room, offloads[-1], str(device))
+        way = self.decoder.wider(fit.decoding, height, width, lambda wider: known(wider).peak(fit.offload), room)
+        if way != default and not way.tile_batch > 1:
+            LOG.warning("vae.decode: %dx%d is decoded %s to fit into memory", height, width, way)
+        return Fit(way, fit.offload)

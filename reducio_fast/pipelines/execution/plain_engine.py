@@ -1,0 +1,62 @@
+"""The engine of the reference: networks run as they are. Same methods as `fast.engine.Engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...reference import sample
+from ...reference.sampler import Callback, Denoiser
+
+
+class PlainEngine:
+    name = "reference"
+    compiles = False
+    attention = "auto"
+    free_dtype = False
+
+    def twin(self, network: nn.Module, device: torch.device | None = None) -> nn.Module:
+        return network
+
+    def sample(
+        self,
+        denoise: Denoiser,
+        scheduler: Any,
+        latent: Tensor,
+        num_inference_steps: int,
+        callback: Callback | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        return sample(denoise, scheduler, latent, num_inference_steps, callback, generator)
+
+    def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
+        return stored, "that of the weights"
+
+    def set_attention(self, word: str, device: torch.device, dtype: torch.dtype) -> None:
+        if word not in ("auto", "native"):
+            raise ValueError(f"{word!r} given; the reference knows auto and native, its own")
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        yield
+
+    def uncompiled(self) -> PlainEngine:
+        return self
+
+    def without_weights(
+        self, opaque: Callable[[Callable[..., Any]], Callable[..., Any]], device: torch.device
+    ) -> PlainEngine:
+        return self
+
+    def packed(self) -> list[nn.Module]:
+        return []
+
+    def adopt(self, name: str, network: nn.Module) -> None:
+        pass
+
+    def describe(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,44 @@
+"""dit.step: from noise to the motion latent, by the denoiser of the family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...reference.sampler import Callback
+from ...system.errors import ReducioError
+from .components import Components
+from .executor import Executor
+
+
+class Sampler:
+    """Samples with the denoiser network, under a condition of the class that this network takes."""
+
+    def __init__(self, components: Components, executor: Executor) -> None:
+        self.components, self.executor = components, executor
+
+    def __call__(
+        self,
+        noise: Tensor,
+        cond: Any,
+        uncond: Any,
+        guidance_scale: float,
+        num_inference_steps: int,
+        generator: torch.Generator,
+        callback: Callback | None,
+    ) -> Tensor:
+        """noise [1, C, T, H, W] on any device -> the motion latent, float32, of the last step taken."""
+        # The latent stays float32 whatever the networks run in: twenty updates in bfloat16 lose what they add.
+        noise = noise.to(self.executor.device)
+        network, scheduler = self.executor.network(self.components.layout.denoiser), self.components.scheduler
+        try:
+            denoise = network.denoiser(cond, uncond, guidance_scale)
+            return self.executor.engine.sample(denoise, scheduler, noise, num_inference_steps, callback, generator)
+        except ReducioError:
+            raise
+        except ValueError as error:
+            if error is getattr(callback, "error", None):
+                raise
+            raise ReducioError(f"sampling: {error}") from error

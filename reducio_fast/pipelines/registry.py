@@ -1,0 +1,69 @@
+"""Which family a model name, folder or hub id belongs to: the only place that lists families.
+
+A family is told by the word before a colon (`svd`, `svd:FOLDER`) or by the pipeline that a folder's model_index.json
+names; anything else is a Reducio model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..checkpoints import hub, strict_files
+from .peers import pipeline as peers
+from .reducio.pipeline import ReducioPipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that was found, not yet loaded.
+
+    load(dtype, device, backend, **load_arguments): the pipeline. load_arguments: names that belong to loading.
+    call_defaults: arguments of a call and their defaults. key: equal for the same weights.
+    """
+
+    key: tuple[Any, ...]
+    load: Callable[..., Any]
+    load_arguments: tuple[str, ...]
+    call_defaults: dict[str, Any]
+    check_call: Callable[[str, dict[str, Any]], None] = lambda backend, kwargs: None
+
+
+def find(model: str | os.PathLike[str] | None) -> Model:
+    """The model of this name; None is the embedded one. Raises ReducioError where there is none."""
+    if (source := peers.find(model)) is not None:
+        return Model(
+            key=(source.peer.name, source.weights),
+            load=lambda dtype, device, backend: peers.PeerPipeline.from_pretrained(source, dtype, device),
+            load_arguments=(),
+            call_defaults=source.defaults,
+            check_call=lambda backend, kwargs: peers.check_call(source, backend, kwargs),
+        )
+    folder = strict_files.embedded_model() if model is None else hub.find_model(model)
+    layout = ReducioPipeline.layout
+
+    def load(dtype: Any, device: torch.device, backend: str, **kwargs: Any) -> ReducioPipeline:
+        return ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend, **kwargs)
+
+    return Model(
+        key=(folder.resolve(),),
+        load=load,
+        load_arguments=(*layout.names, *layout.settings, "compile"),
+        call_defaults=_defaults(ReducioPipeline.__call__),
+    )
+
+
+def call_defaults(model: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Arguments of a call of this model that have a default, with their defaults. Loads nothing."""
+    source = peers.find(model)
+    return _defaults(ReducioPipeline.__call__) if source is None else source.defaults
+
+
+def _defaults(call: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(call).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
