@@ -6,6 +6,8 @@
     ROOT/KEY/tables     launch settings tuned here
     ROOT/KEY/origin.json
 
+ROOT is handed in by the callers: the user's cache folder.
+
 KEY is a digest of `Origin`: what must be equal for an entry to be of use. After an upgrade, or on another GPU, the key
 is another one, so that nothing stale is ever looked at.
 
@@ -38,8 +40,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-
-from ..system.cache_folder import root
 
 LOG = logging.getLogger("reducio_fast")
 FORMAT = 1
@@ -98,23 +98,23 @@ class Origin:
         return ", ".join(f"{name} {theirs[name]} (here {mine[name]})" for name in mine if mine[name] != theirs[name])
 
 
-def folder(part: str, origin: Origin) -> Path:
+def folder(part: str, origin: Origin, root: Path) -> Path:
     """Where the entries of one of PARTS are: the folder that the user has chosen for its library, else ours."""
     chosen = _chosen(VARIABLE[part]) if part in VARIABLE else None
-    return Path(chosen) if chosen else root() / origin.key / part
+    return Path(chosen) if chosen else root / origin.key / part
 
 
-def use(origin: Origin) -> None:
+def use(origin: Origin, root: Path) -> None:
     """Point Inductor and Triton at our folder, before they compile anything. Folders that are already set stay.
 
     Makes nothing on disk but `origin.json`; a folder that cannot be written leaves everything as it was, with one line.
     """
     if all(_chosen(name) for name in VARIABLE.values()):
         return
-    home = root() / origin.key
+    home = root / origin.key
     try:
         if not (home / ORIGIN).is_file():
-            if others := [_read_origin(path) for path in sorted(root().glob(f"*/{ORIGIN}"))]:
+            if others := [_read_origin(path) for path in sorted(root.glob(f"*/{ORIGIN}"))]:
                 LOG.warning("cache: ignored one of %s", origin.difference(others[-1]))
             home.mkdir(parents=True, exist_ok=True)
             _write(home / ORIGIN, json.dumps(asdict(origin), indent=2).encode())
@@ -126,12 +126,12 @@ def use(origin: Origin) -> None:
             os.environ[name] = str(home / part)
 
 
-def export_archive(target: Path, origin: Origin) -> int:
+def export_archive(target: Path, origin: Origin, root: Path) -> int:
     """Pack all parts into one file, written under another name and renamed; returns the number of entries.
 
     Raises CacheError where there is nothing to pack or the file cannot be written.
     """
-    entries = {name: content for name, content in _collect(origin)}
+    entries = {name: content for name, content in _collect(origin, root)}
     if not entries:
         raise CacheError("there is nothing to export: no kernel or graph has been compiled on this machine yet")
     listed = {n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in entries.items()}
@@ -154,7 +154,7 @@ def export_archive(target: Path, origin: Origin) -> int:
     return len(entries)
 
 
-def import_archive(source: Path, origin: Origin) -> int:
+def import_archive(source: Path, origin: Origin, root: Path) -> int:
     """Unpack an archive of this very origin into our folders; returns the number of entries it holds.
 
     Everything is checked and unpacked beside its place before anything moves there; entries that are there already
@@ -169,23 +169,23 @@ def import_archive(source: Path, origin: Origin) -> int:
     with archive:
         try:
             entries = _check_manifest(archive, source, origin)
-            root().mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root(), prefix=".import-") as work:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root, prefix=".import-") as work:
                 for name, entry in entries.items():
                     content = _read_entry(archive, name, entry, source)
                     part, *rest = PurePosixPath(name).parts
-                    final = folder(part, origin).joinpath(*rest)
+                    final = folder(part, origin, root).joinpath(*rest)
                     if final.name.startswith(GROUP):
                         content = _group_paths(content, lambda child, home=final.parent: str(home / child))
                     _write(Path(work, name), content)
                 for name in entries:
                     part, *rest = PurePosixPath(name).parts
-                    final = folder(part, origin).joinpath(*rest)
+                    final = folder(part, origin, root).joinpath(*rest)
                     if not final.exists():
                         final.parent.mkdir(parents=True, exist_ok=True)
                         shutil.move(Path(work, name), final)
         except OSError as error:
-            raise CacheError(f"{source}: cannot be unpacked to {root()} ({error.strerror})") from error
+            raise CacheError(f"{source}: cannot be unpacked to {root} ({error.strerror})") from error
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
             raise CacheError(f"{source}: is damaged ({error})") from error
     return len(entries)
@@ -232,10 +232,10 @@ def _read_entry(archive: zipfile.ZipFile, name: str, entry: dict[str, Any], sour
     return content
 
 
-def _collect(origin: Origin) -> Iterator[tuple[str, bytes]]:
+def _collect(origin: Origin, root: Path) -> Iterator[tuple[str, bytes]]:
     """(name in the archive, content) of every finished entry."""
     for part in PARTS:
-        home = folder(part, origin)
+        home = folder(part, origin, root)
         for path in sorted(home.rglob("*")):
             inside = path.relative_to(home)
             # What a process that is at work, or was killed, leaves: locks and files under a temporary name.

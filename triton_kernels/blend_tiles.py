@@ -1,7 +1,7 @@
 """blend_tiles: overlapping tiles of a clip, blended, cropped and joined to frames, and from [-1, 1] to uint8.
 
-Twin: `stitch` of `reference/reducio/tiling.py`, then the rounding of `media`. Legend: B batch, T frames, H W
-rows and columns of the clip, h w those of a tile, C = 3 colours.
+Twin: `stitch` of `reference/reducio/tiling.py`, written again here, then rounding. Legend: B batch, T frames, H W rows
+and columns of the clip, h w those of a tile, C = 3 colours.
 
 The reference blends each tile with its blended upper, then its blended left neighbour. Where no cell of a tile fades
 towards both of its sides, that chain ends after one step, so a cell is a mix of at most four raw values (weights y, x):
@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from ..reference.reducio.tiling import stitch
 from .launch import TYPES, Variant, launcher
 from .shape_checks import check_contiguous, check_tensors
 from .tables import arch_of
@@ -110,10 +109,26 @@ def twin(tiles: list[Tensor], columns: int, stride: int, overlap: int, as_uint8:
     dtype = tiles[0].dtype
     wide = [tile.to(torch.promote_types(dtype, torch.float32)).movedim(-1, -3) for tile in tiles]
     grid = [wide[k : k + columns] for k in range(0, len(wide), columns)]
-    clip = stitch(grid, overlap, stride).movedim(-3, -1)
+    for i, row in enumerate(grid):
+        for j in range(columns):
+            if i > 0:
+                row[j] = _faded(grid[i - 1][j], row[j], overlap, -2)
+            if j > 0:
+                row[j] = _faded(row[j - 1], row[j], overlap, -1)
+    rows = [torch.cat([tile[..., :stride, :stride] for tile in row], dim=-1) for row in grid]
+    clip = torch.cat(rows, dim=-2).movedim(-3, -1)
     if as_uint8:
         return ((clip + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8, memory_format=torch.contiguous_format)
     return clip.to(dtype).contiguous()
+
+
+def _faded(a: Tensor, b: Tensor, overlap: int, dim: int) -> Tensor:
+    """`b` with its first cells along `dim` mixed with the last ones of `a`, its upper or left neighbour."""
+    n = min(a.shape[dim], b.shape[dim], overlap)
+    shape = (n, 1) if dim == -2 else (n,)
+    weight = (torch.arange(n, device=b.device, dtype=b.dtype) / max(n, 1)).view(shape)
+    mixed = a.narrow(dim, a.shape[dim] - n, n) * (1 - weight) + b.narrow(dim, 0, n) * weight
+    return torch.cat([mixed, b.narrow(dim, n, b.shape[dim] - n)], dim)
 
 
 @triton_op("reducio_fast::blend_tiles", mutates_args={})

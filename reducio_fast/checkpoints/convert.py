@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
-from ..system.atomic_files import new_folder, replace_file
+from ..system.atomic_files import new_folder, written_whole
 from ..system.errors import ReducioError
 from . import published_names
 from .foreign_files import read_weights
-from .layouts import COMPONENTS, OPTIONAL
+from .layouts import REDUCIO
 from .networks import load_model
 from .strict_files import CONFIG, INDEX, NAMES_SHOWN, WEIGHTS, read_json, report, save_tensors, version, write_json
 
@@ -133,7 +133,7 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[
         else:
             torch.save({"state_dict": dict(state)}, path)
 
-    replace_file(target, write)
+    _replace(target, write)
     return {"source": str(folder), "component": "vae", "path": str(target), "tensors": len(state)}
 
 
@@ -145,8 +145,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             text.append(f"  {len(names)} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
     if lacks := result.get("model_lacks"):
-        needed = [n for n in lacks if n not in OPTIONAL]
-        text.append(f"  the model can do without {', '.join(n for n in lacks if n in OPTIONAL)}")
+        needed = [n for n in lacks if n not in REDUCIO.optional]
+        text.append(f"  the model can do without {', '.join(n for n in lacks if n in REDUCIO.optional)}")
         text += [f"  the model still needs {', '.join(needed)}"] if needed else []
     return [*text, f"wrote {result['path']}"]
 
@@ -292,7 +292,7 @@ def _write(made: Component, target: Path, model: Path | None) -> list[str]:
         index = read_json(model / INDEX)
         if index.get("_class_name") != "ReducioPipeline":
             raise ReducioError(f"{model}: is the folder of a {index.get('_class_name')}, not of a ReducioPipeline")
-    with new_folder(target, CONFIG) as folder:
+    with new_folder(target, CONFIG, "component") as folder:
         write_json(folder / CONFIG, made.config)
         save_tensors(made.tensors, folder / WEIGHTS)
     if model is None:
@@ -307,5 +307,13 @@ def _write(made: Component, target: Path, model: Path | None) -> list[str]:
         (model / "scheduler").mkdir(exist_ok=True)
         write_json(model / "scheduler" / "scheduler_config.json", _SCHEDULER)
         index["scheduler"] = ["diffusers", _SCHEDULER["_class_name"]]
-    replace_file(model / INDEX, lambda path: write_json(path, index))
-    return [n for n in COMPONENTS if index.get(n) in (None, [None, None])]
+    _replace(model / INDEX, lambda path: write_json(path, index))
+    return [n for n in REDUCIO.names if index.get(n) in (None, [None, None])]
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    try:
+        with written_whole(target) as fresh:
+            write(fresh)
+    except OSError as error:
+        raise ReducioError(f"{target}: cannot be written ({error.strerror})") from error

@@ -1,8 +1,10 @@
-"""The components and settings of each model family: the one list that loading, saving, offloading and help texts read."""
+"""The components and settings of each model family: what loading, saving, offloading and help texts read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,7 +13,7 @@ class Component:
 
     `stage` is the stage that runs it: its weights are on the device then. `source` says what a user may name instead of
     giving an object, "" where nothing can be named. `shared_as` is its name within the text-to-image pipeline, which
-    may use the same object.
+    may use the same object. `beside`: the component whose source holds this one too.
     """
 
     name: str
@@ -19,6 +21,7 @@ class Component:
     optional: bool = False
     source: str = ""
     shared_as: str = ""
+    beside: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +50,9 @@ class Layout:
         """Components that a loaded pipeline can let go of."""
         return tuple(c.name for c in self.components if c.optional and c.stage)
 
-    @property
-    def shared(self) -> dict[str, str]:
-        """{name within the text-to-image pipeline: name here}."""
-        return {c.shared_as: c.name for c in self.components if c.shared_as}
+    def shared(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The components that the text-to-image pipeline may share, by their names within it."""
+        return {c.shared_as: parts[c.name] for c in self.components if c.shared_as}
 
     def of_stage(self, stage: str) -> tuple[str, ...]:
         return tuple(c.name for c in self.components if c.stage == stage)
@@ -69,7 +71,7 @@ REDUCIO = Layout(
             source="a T5's folder or hub id",
             shared_as="text_encoder",
         ),
-        Component(name="tokenizer", optional=True, shared_as="tokenizer"),
+        Component(name="tokenizer", optional=True, shared_as="tokenizer", beside="text_encoder"),
         Component(
             name="image_encoder",
             stage="image.encode",
@@ -93,5 +95,3 @@ REDUCIO = Layout(
     ),
     settings=("fps", "sample_height", "sample_width", "clean_caption", "content_scaling_factor"),
 )
-
-SETTINGS, COMPONENTS, OPTIONAL, SHARED = REDUCIO.settings, REDUCIO.names, REDUCIO.optional, REDUCIO.shared

@@ -12,59 +12,111 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..pipelines.reducio.component_table import library_and_class, read_component, read_source, shared_components
 from ..reference import ReducioDiT, ReducioVAE
 from ..system import atomic_files
 from ..system.errors import ReducioError
 from . import diffusers_folders, model_card, networks, strict_files
-from .layouts import COMPONENTS, SETTINGS
+from .layouts import Layout
+
+OURS = "reducio_fast"  # the library that an index names for classes of this package
 
 
-def read_model(folder: Path, given: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What the loader of one component gets.
+
+    source: the folder or hub id that the caller named for it; None: it lies in `folder`, where the index says it is of
+    `library` and `class_name`. parts: what has been loaded before it. loaded: networks by the folder that they came
+    from, so that one which two components name is in memory once; a loader adds to it.
+    """
+
+    folder: Path
+    library: str
+    class_name: str
+    source: str | os.PathLike[str] | None
+    layout: Layout
+    parts: Mapping[str, Any]
+    loaded: dict[Path, Any]
+    dtype: torch.dtype
+    device: torch.device
+
+
+Loaders = Mapping[str, Callable[[Loading], Any]]
+
+
+def read_model(
+    folder: Path, given: dict[str, Any], layout: Layout, loaders: Loaders, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """All components and settings of a model folder, by name.
 
-    A component in `given` is taken from there, unread; a folder or hub id given for one is where it is read from.
+    An object in `given` takes the place of a component, which is then not read; a folder or hub id in `given` is where
+    it is read from.
     """
     path = folder / strict_files.INDEX
     index = strict_files.read_json(path)
-    if index.get("_class_name") != "ReducioPipeline":
-        raise ReducioError(f"{path}: is of a {index.get('_class_name')}, not of a ReducioPipeline")
-    known = (*COMPONENTS, *SETTINGS)
+    if index.get("_class_name") != layout.pipeline:
+        raise ReducioError(f"{path}: is of a {index.get('_class_name')}, not of a {layout.pipeline}")
+    known = (*layout.names, *layout.settings)
     for names, where in ((given, "from_pretrained"), (index, str(path))):
         if unknown := sorted(n for n in names if n not in known and not n.startswith("_")):
             raise ReducioError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    sources = {n: v for n, v in given.items() if n in COMPONENTS and isinstance(v, str | os.PathLike)}
-    if "text_encoder" in sources and "tokenizer" not in given:
-        sources["tokenizer"] = sources["text_encoder"]  # it lies beside the encoder, and no other would fit
-    parts = {name: index[name] for name in SETTINGS if name in index}
+    sources = {n: v for n, v in given.items() if n in layout.names and isinstance(v, str | os.PathLike)}
+    for component in layout.components:
+        if component.beside in sources and component.name not in given:
+            sources[component.name] = sources[component.beside]  # no other would fit
+    parts = {name: index[name] for name in layout.settings if name in index}
     parts |= {name: value for name, value in given.items() if name not in sources}
-    loaded: dict[Path, Any] = {}  # so that a network which both stages name is in memory once
-    for name in COMPONENTS:
-        if name in sources:
-            parts[name] = read_source(name, sources[name], parts, loaded, dtype, device)
-        elif name not in parts:
-            parts[name] = read_component(name, index.get(name), folder, parts, loaded, dtype, device)
+    loaded: dict[Path, Any] = {}
+    for name in layout.names:
+        if name in parts:
+            continue
+        library, class_name = "", ""
+        if name not in sources:
+            entry = _entry(index, name, folder, layout)
+            if entry is None:
+                parts[name] = None
+                continue
+            library, class_name = entry
+        parts[name] = loaders[name](
+            Loading(folder / name, library, class_name, sources.get(name), layout, parts, loaded, dtype, device)
+        )
     return parts
 
 
-def write_model(target: Path, parts: dict[str, Any]) -> None:
+def _entry(index: dict[str, Any], name: str, folder: Path, layout: Layout) -> tuple[str, str] | None:
+    """[library, class] of a component in a folder's index; None where an optional one is left out."""
+    path, entry = folder / strict_files.INDEX, index.get(name)
+    if entry is None or entry == [None, None]:
+        if name in layout.optional:
+            return None
+        raise ReducioError(f"{path}: {name} is missing")
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
+        raise ReducioError(f"{path}: {name} must be [library, class], is {entry!r}")
+    if name in layout.optional and not (folder / name).is_dir():
+        raise ReducioError(f"{folder / name}: no such folder; give {name}=FOLDER_OR_HUB_ID, or None to do without")
+    return entry[0], entry[1]
+
+
+def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
     """Write what `read_model` reads, each weight in the dtype it has; the folder appears whole or not at all."""
-    index: dict[str, Any] = {"_class_name": "ReducioPipeline", "_reducio_fast_version": strict_files.version()}
-    index |= {name: library_and_class(name, parts[name]) for name in COMPONENTS}
-    settings = {name: parts[name] for name in SETTINGS if name in parts}  # what is not said has its default when read
+    index: dict[str, Any] = {"_class_name": layout.pipeline, "_reducio_fast_version": strict_files.version()}
+    index |= {name: _library_and_class(name, parts[name]) for name in layout.names}
+    settings = {name: parts[name] for name in layout.settings if name in parts}  # others have their defaults when read
     index |= settings
-    with atomic_files.new_folder(target) as folder, networks.quiet_transformers():
-        for name in COMPONENTS:
+    with atomic_files.new_folder(target, strict_files.INDEX, "model") as folder, networks.quiet_transformers():
+        for name in layout.names:
             component = parts[name]
             if component is None:
                 continue
-            if name == "text_to_image":
-                diffusers_folders.save_text_to_image(component, folder / name, shared_components(parts))
+            if hasattr(component, "components"):  # a diffusers pipeline
+                diffusers_folders.save_text_to_image(component, folder / name, layout.shared(parts))
             elif isinstance(component, ReducioVAE | ReducioDiT):
                 networks.save_model(component, folder / name)
             else:
@@ -72,5 +124,15 @@ def write_model(target: Path, parts: dict[str, Any]) -> None:
         strict_files.write_json(folder / strict_files.INDEX, index)
         if (target / model_card.CARD).is_file():  # the card of the model that is replaced
             shutil.copyfile(target / model_card.CARD, folder / model_card.CARD)
-        components = {name: parts[name] for name in COMPONENTS}
+        components = {name: parts[name] for name in layout.names}
         model_card.write_card(folder, components, settings, target.name)
+
+
+def _library_and_class(name: str, component: Any) -> list[str | None]:
+    if component is None:
+        return [None, None]
+    library, class_name = type(component).__module__.split(".")[0], type(component).__name__
+    if library not in (OURS, *networks.LIBRARIES):
+        raise ReducioError(f"{name}: a {class_name} cannot be saved; it is of none of {', '.join(networks.LIBRARIES)}")
+    # The class of an inner pipeline stands in its own index; here stands what loads it with the parts that it shares.
+    return [OURS, "TextToImage"] if hasattr(component, "components") else [library, class_name]

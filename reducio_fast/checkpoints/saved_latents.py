@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..system.atomic_files import written_whole
 from ..system.cache_folder import root
 from ..system.errors import ReducioError
 
@@ -33,19 +34,14 @@ class Latents:
 
 
 def save(path: Path, clips: Latents) -> None:
-    """Written under another name and renamed. Raises OSError where that cannot be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the file, whole or not at all. Raises OSError where it cannot be written."""
     tensors = {
         "latents": clips.latents.detach().float().cpu().contiguous(),
         "content": torch.from_numpy(np.ascontiguousarray(clips.content)),
     }
     about = {"format": FORMAT, "fps": json.dumps(clips.fps), "seeds": json.dumps(clips.seeds)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as temporary:
         save_file(tensors, temporary, about)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Latents:

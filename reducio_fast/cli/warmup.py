@@ -33,7 +33,7 @@ def command(args: Any) -> tuple[dict[str, Any], list[str]]:
     try:
         if args.import_ is not None:
             try:
-                result["imported"] = cache.import_archive(Path(args.import_), origin)
+                result["imported"] = cache.import_archive(Path(args.import_), origin, cache_folder.root())
                 lines.append(f"imported {result['imported']} entries of {args.import_}")
             except cache.ForeignCache as error:  # no mistake: it costs the time that it would have saved
                 LOG.warning("%s", error)
@@ -45,7 +45,7 @@ def command(args: Any) -> tuple[dict[str, Any], list[str]]:
         lines += [f"{name:<12} {seconds:.2f} s" for name, seconds in outcome.seconds.items()]
         lines += [f"{name:<12} not done" for name in outcome.left]
         if target is not None:
-            result["exported"] = cache.export_archive(target, origin)
+            result["exported"] = cache.export_archive(target, origin, cache_folder.root())
             lines.append(f"wrote {target}: {result['exported']} entries, {target.stat().st_size / 1e6:.1f} MB")
     except cache.CacheError as error:
         raise ReducioError(str(error)) from error

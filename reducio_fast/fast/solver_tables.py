@@ -112,12 +112,12 @@ _tables: list[tuple[Callable[[Any], bool], Callable[[Any], Tensor]]] = []
 
 
 def register(knows: Callable[[Any], bool], rows: Callable[[Any], Tensor]) -> None:
-    """Follow the schedulers for which `knows(scheduler)` is true: `rows(scheduler)` are (p, q, a, b, c) of its steps."""
+    """Follow schedulers for which `knows(scheduler)` is true: `rows(scheduler)` are (p, q, a, b, c) of their steps."""
     _tables.append((knows, rows))
 
 
 def coefficients(scheduler: Any, steps: int) -> Tensor:
-    """[steps, 5] of a schedule, whose timesteps are then set. Raises ValueError for one that the kernel cannot follow."""
+    """[steps, 5] of a schedule, whose timesteps are then set. Raises ValueError where the kernel cannot follow it."""
     for knows, rows in _tables:
         if knows(scheduler):
             scheduler.set_timesteps(steps, device="cpu")

@@ -14,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device
 from ..system.errors import ReducioError
 from ..system.stage_clock import clock
@@ -212,11 +212,8 @@ def first_clips(
 
 def write(row: Row, path: str | os.PathLike[str]) -> None:
     """The row as JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(row, indent=2) + "\n")
-    part.replace(path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(row, indent=2) + "\n")
 
 
 def lines(row: Row) -> list[str]:

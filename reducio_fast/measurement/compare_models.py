@@ -52,7 +52,7 @@ def bench_row(
     if source is None:
         folder = model or strict_files.embedded_model()
         pipe = ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend)
-        name, weights, networks = "reducio", str(model or "the embedded default"), pipe._networks()
+        name, weights, networks = "reducio", str(model or "the embedded default"), pipe.parts.networks()
     else:
         pipe = PeerPipeline.from_pretrained(source, dtype, device)
         name, weights, networks = source.peer.name, source.weights, pipeline_networks(pipe.pipeline)

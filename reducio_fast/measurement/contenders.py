@@ -23,6 +23,8 @@ from ..checkpoints.hub import find_model
 from ..checkpoints.strict_files import embedded_model
 from ..compile import cache
 from ..reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
+from ..reference.reducio.config import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
+from ..system import cache_folder
 from ..system.devices import resolve_dtype
 from ..system.errors import ReducioError
 from ..system.stage_clock import Stopwatch, Timings
@@ -30,7 +32,7 @@ from .bare_scheduler import scheduler
 from .parity import compare_networks, liven
 
 PROMPT = "a red circle moving right on a black background"
-STEPS, GUIDANCE = 20, 4.5
+STEPS, GUIDANCE = NUM_INFERENCE_STEPS, GUIDANCE_SCALE
 NARROW_STEPS = 3
 FPS = 16.0  # a clip of 16 frames lasts a second
 FULL_SIZES = (256, 512, 1024)
@@ -201,7 +203,7 @@ class GivenConditions:
         from ..fast.engine import Engine
 
         compiled = name == "fast-compiled"
-        engine = Engine(compiled or None, store=cache.folder("regions", _origin(self.device)))
+        engine = Engine(compiled or None, store=cache.folder("regions", _origin(self.device), cache_folder.root()))
         run = functools.partial(self.clip, engine.twin(self.dit), engine.twin(self.vae))
         what = "fast twins, as backend='fast' builds them" + ", compiled" * compiled
         return Contender(name, what, self.dtype, run, "folded")
@@ -379,7 +381,7 @@ def _add_tuned_tables(device: torch.device) -> None:
     """What was tuned on this machine is in force, as it is in a pipeline."""
     from ..triton_kernels.tables import add_tables
 
-    add_tables(cache.folder("tables", _origin(device)))
+    add_tables(cache.folder("tables", _origin(device), cache_folder.root()))
 
 
 def _origin(device: torch.device) -> cache.Origin:

@@ -19,6 +19,7 @@ from ..checkpoints.hub import find_model
 from ..checkpoints.networks import load_model
 from ..checkpoints.strict_files import embedded_model
 from ..reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
+from ..reference.reducio.config import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from ..system.devices import resolve_device, resolve_dtype, triton_missing
 from ..system.errors import ReducioError
 from .accuracy_rule import judge
@@ -138,10 +139,11 @@ def compare_networks(
     yield row("dit.step", *(n(noise, *arguments)[:, : d.latent_channels] for n, _ in dits))
     if vae is None or not whole:
         return
-    run: list[Callable[..., Tensor]] = [fast_sample, sample, sample]
-    kinds = (noise.dtype, noise.dtype, wide)  # of the latent between steps
+    loops: list[Callable[..., Tensor]] = [fast_sample, sample, sample]
+    dtypes = (noise.dtype, noise.dtype, wide)  # of the latent between steps
     latents = [
-        function(n, scheduler(), noise.to(kind), cond) for function, (n, _), kind in zip(run, dits, kinds, strict=True)
+        loop(n.denoiser(cond, None, GUIDANCE_SCALE), scheduler(), noise.to(dtype), NUM_INFERENCE_STEPS)
+        for loop, (n, _), dtype in zip(loops, dits, dtypes, strict=True)
     ]
     yield row("20 steps with guidance", *latents)
     yield row("end to end", *decode(latents))

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ..system import stage_clock
+from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device
 from ..system.errors import ReducioError
 from .bench import CONTENDERS
@@ -70,12 +71,10 @@ def profile(
         frames, _ = run()
         if name == "default":
             _write_clip(frames)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = os.path.join(folder, "trace.json.gz")
-        profiler.export_chrome_trace(part)
+    with written_whole(path) as part:
+        profiler.export_chrome_trace(str(part))
         with gzip.open(part, "rt", encoding="utf-8") as file:
             trace = json.load(file)
-        os.replace(part, path)
     return {
         "benchmark": "profile",
         "what": what,

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from ..system import cache_folder
+from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device, triton_missing
 from ..system.errors import ReducioError
 from . import instruments
@@ -248,10 +250,8 @@ def write(table: dict[str, Any], arch: str, path: Path) -> None:
         + "\n  }"
         for op, entries in merged.items()
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("{\n" + ",\n".join(ops) + "\n}\n")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_text("{\n" + ",\n".join(ops) + "\n}\n")
 
 
 def run(
@@ -274,7 +274,7 @@ def run(
     from ..triton_kernels.tables import arch_of
 
     arch = arch_of(device)
-    path = Path(out) if out else cache.folder("tables", cache.Origin.here(arch)) / f"{arch}.json"
+    path = Path(out) if out else cache.folder("tables", cache.Origin.here(arch), cache_folder.root()) / f"{arch}.json"
     path = path / f"{arch}.json" if path.is_dir() else path
     ways: dict[Problem, dict[str, Callable[[], Any]]] = {}
 

@@ -10,11 +10,9 @@ import contextlib
 import math
 import os
 import re
-import secrets
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, features
 
+from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError
 from .image_files import IMAGE_SUFFIXES, decode_image, first_line, read_image, to_rgb
 
@@ -77,7 +76,7 @@ def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float) -> Path
         raise ReducioError(f"fps must be a positive number; it is {fps}")
     write = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp}.get(path.suffix.lower(), _write_folder)
     try:
-        with _complete_or_absent(path) as temporary:
+        with written_whole(path) as temporary:
             write(frames, temporary, fps)
     except OSError as error:
         raise ReducioError(f"cannot write {path}: {error.strerror or error}") from error
@@ -231,19 +230,6 @@ def _write_folder(frames: np.ndarray, path: Path, fps: float) -> None:
 def _delays(count: int, step: float) -> list[int]:
     """Whole delays whose sum stays within half a unit of count * step: 62, 63, 62 ... ms at 16 frames a second."""
     return [max(1, round((i + 1) * step) - round(i * step)) for i in range(count)]
-
-
-@contextlib.contextmanager
-def _complete_or_absent(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def _size(frame: np.ndarray) -> str:

@@ -49,6 +49,12 @@ def generate(
     return pipe(prompt, image, **kwargs)
 
 
+def kept() -> list[Any]:
+    """The pipelines that are kept, the one used last at the end."""
+    with _lock:
+        return list(_pipelines.values())
+
+
 def forget() -> None:
     """Let go of every kept pipeline."""
     with _lock:

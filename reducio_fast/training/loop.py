@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..system.atomic_files import atomic_write
+from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError
 
 LOG = "log.csv"
@@ -122,7 +122,8 @@ def run(
     def save() -> None:
         payload = {"config": _plain(config), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         payload |= {"average": average, "state": asdict(state)}
-        atomic_write(folder / CHECKPOINT, lambda path: torch.save(payload, path))
+        with written_whole(folder / CHECKPOINT) as path:
+            torch.save(payload, path)
 
     bad = 0
     with (
@@ -208,7 +209,8 @@ class _Log:
                 reader = csv.DictReader(file)
                 kept = [row for row in reader if row["step"].isdigit() and int(row["step"]) <= keep_until]
                 self.columns = list(reader.fieldnames or [])
-        atomic_write(path, lambda temporary: self._create(temporary, kept))
+        with written_whole(path) as temporary:
+            self._create(temporary, kept)
 
     def _create(self, path: Path, rows: list[dict[str, str]]) -> None:
         with path.open("w", newline="") as file:

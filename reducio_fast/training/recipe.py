@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..system.atomic_files import atomic_write
+from ..system.atomic_files import written_whole
 from .loop import LoopConfig, LossFunction, Outcome, run
 
 
@@ -34,5 +34,6 @@ class Context:
     def record(self, stage: str, figures: dict[str, float]) -> dict[str, float]:
         """Keeps the figures a stage reached beside its log."""
         text = json.dumps({k: round(v, 5) for k, v in figures.items()}, indent=2) + "\n"
-        atomic_write(self.run_folder(stage) / "figures.json", lambda path: path.write_text(text))
+        with written_whole(self.run_folder(stage) / "figures.json") as path:
+            path.write_text(text)
         return figures

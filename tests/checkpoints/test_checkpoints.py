@@ -16,7 +16,14 @@ from torch.nn import functional as F
 
 from reducio_fast.checkpoints.hub import find_model
 from reducio_fast.checkpoints.networks import _NoRandomInit, assign, build, load_foreign, load_model, save_model
-from reducio_fast.checkpoints.strict_files import CONFIG, WEIGHTS, check_component, check_safetensors, load_tensors
+from reducio_fast.checkpoints.strict_files import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    check_component,
+    check_safetensors,
+    load_tensors,
+)
 from reducio_fast.pipelines.reducio.encoders import SemanticEncoder, TextEncoder
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.atomic_files import new_folder
@@ -282,21 +289,21 @@ def test_bad_configuration(network, tmp_path: Path):
 
 def test_new_folder_appears_whole_or_not_at_all(tmp_path: Path):
     target = tmp_path / "deep" / "model"
-    with new_folder(target) as work:
+    with new_folder(target, INDEX, "model") as work:
         (work / "model_index.json").write_text("{}")
         assert not target.exists()
     assert [p.name for p in target.iterdir()] == ["model_index.json"]
-    with pytest.raises(RuntimeError), new_folder(target) as work:
+    with pytest.raises(RuntimeError), new_folder(target, INDEX, "model") as work:
         (work / "half").touch()
         raise RuntimeError
     assert [p.name for p in target.iterdir()] == ["model_index.json"], "the earlier model stays"
-    with new_folder(target) as work:
+    with new_folder(target, INDEX, "model") as work:
         (work / "second").touch()
     assert [p.name for p in target.iterdir()] == ["second"], "and is replaced as a whole"
-    with pytest.raises(ReducioError, match="exists and is no model folder"), new_folder(target):
+    with pytest.raises(ReducioError, match="exists and is no model folder"), new_folder(target, INDEX, "model"):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(ReducioError, match="cannot write"), new_folder(tmp_path / "file" / "model"):
+    with pytest.raises(ReducioError, match="cannot write"), new_folder(tmp_path / "file" / "model", INDEX, "model"):
         pass
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["deep", "file", "model", "second"]
 
@@ -305,7 +312,7 @@ def test_files_are_as_readable_as_the_user_wants_them(network, tmp_path: Path):
     """safetensors itself makes a file for its owner alone."""
     umask = os.umask(0o027)
     try:
-        with new_folder(tmp_path / "model") as work:
+        with new_folder(tmp_path / "model", INDEX, "model") as work:
             save_model(network, work / "part")
             save_model(network, work)
     finally:

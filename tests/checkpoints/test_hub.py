@@ -63,7 +63,7 @@ def test_diffusers_opens_the_folder(folder: Path, pipe: ReducioPipeline, caplog:
 def test_diffusers_words_are_obeyed(folder: Path, tmp_path: Path):
     half = open_with_diffusers(folder, torch_dtype=torch.bfloat16, text_to_image=None, image_encoder=None)
     assert half.text_to_image is None and half.image_encoder is None
-    assert {p.dtype for n in half._networks() for p in n.parameters()} == {torch.bfloat16}
+    assert {p.dtype for n in half.parts.networks() for p in n.parameters()} == {torch.bfloat16}
     half.save_pretrained(tmp_path / "half")
     index = json.loads((tmp_path / "half" / "model_index.json").read_text())
     assert index["text_to_image"] == [None, None] and index["transformer"] == ["reducio_fast", "ReducioDiT"]

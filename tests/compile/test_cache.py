@@ -38,7 +38,7 @@ def origin() -> Origin:
 
 def filled(origin: Origin) -> dict[str, bytes]:
     """One Triton kernel written by Triton itself, one Inductor file, one table, and what unfinished writers leave."""
-    cache.use(origin)
+    cache.use(origin, cache_folder.root())
     manager = FileCacheManager("KERNEL")
     paths = {name: manager.put(content, name) for name, content in (("k.json", b"{}"), ("k.cubin", b"\x7fELF"))}
     manager.put_group("k.json", paths)
@@ -71,18 +71,18 @@ def test_folder_is_the_users_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_folders_that_are_set_already_stay(origin: Origin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "mine"))
-    cache.use(origin)
+    cache.use(origin, cache_folder.root())
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "mine")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache_folder.root() / origin.key / "inductor")
-    assert cache.folder("triton", origin) == tmp_path / "mine"
+    assert cache.folder("triton", origin, cache_folder.root()) == tmp_path / "mine"
 
 
 def test_what_another_version_left_is_not_looked_at(origin: Origin, caplog: pytest.LogCaptureFixture) -> None:
-    cache.use(dataclasses.replace(origin, torch="1.0"))
+    cache.use(dataclasses.replace(origin, torch="1.0"), cache_folder.root())
     for name in FILES:
         del os.environ[name]
-    cache.use(origin)
-    cache.use(origin)
+    cache.use(origin, cache_folder.root())
+    cache.use(origin, cache_folder.root())
     assert caplog.messages == [f"cache: ignored one of torch 1.0 (here {origin.torch})"]
     assert origin.key in os.environ["TRITON_CACHE_DIR"]
 
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written_changes_nothing(
     origin: Origin, own_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own_folder.write_text("a file")
-    cache.use(origin)
+    cache.use(origin, cache_folder.root())
     assert not any(name in os.environ for name in FILES)
     assert len(caplog.messages) == 1 and "cannot be written" in caplog.messages[0]
 
@@ -105,11 +105,11 @@ def test_origin_tells_machines_apart() -> None:
 def test_archive_serves_on_another_machine(origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = filled(origin)
     archive = tmp_path / "cache.zip"
-    assert cache.export_archive(archive, origin) == 5
+    assert cache.export_archive(archive, origin, cache_folder.root()) == 5
     assert list(tmp_path.glob(".cache.zip*")) == []
     move_to(tmp_path / "other", monkeypatch)
-    assert cache.import_archive(archive, origin) == 5
-    cache.use(origin)
+    assert cache.import_archive(archive, origin, cache_folder.root()) == 5
+    cache.use(origin, cache_folder.root())
     home = tmp_path / "other" / origin.key
     files = {p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()}
     assert {"inductor/ab/code.py", "tables/sm_90.json", "triton/KERNEL/k.cubin"} < files
@@ -122,10 +122,10 @@ def test_archive_serves_on_another_machine(origin: Origin, tmp_path: Path, monke
 
 def test_entries_that_are_there_stay(origin: Origin, tmp_path: Path) -> None:
     filled(origin)
-    cache.export_archive(tmp_path / "cache.zip", origin)
-    table = cache.folder("tables", origin) / "sm_90.json"
+    cache.export_archive(tmp_path / "cache.zip", origin, cache_folder.root())
+    table = cache.folder("tables", origin, cache_folder.root()) / "sm_90.json"
     table.write_text("newer")
-    cache.import_archive(tmp_path / "cache.zip", origin)
+    cache.import_archive(tmp_path / "cache.zip", origin, cache_folder.root())
     assert table.read_text() == "newer"
 
 
@@ -134,7 +134,7 @@ def test_table_tuned_here_goes_over_the_shipped_one(
 ) -> None:
     monkeypatch.setattr(tables, "_tuned_here", [])
     shipped = tables.table("sm_90")
-    folder = cache.folder("tables", origin)
+    folder = cache.folder("tables", origin, cache_folder.root())
     folder.mkdir(parents=True)
     file = folder / "sm_90.json"
     try:
@@ -152,7 +152,7 @@ def test_table_tuned_here_goes_over_the_shipped_one(
 
 def test_nothing_to_export(origin: Origin, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="nothing to export"):
-        cache.export_archive(tmp_path / "cache.zip", origin)
+        cache.export_archive(tmp_path / "cache.zip", origin, cache_folder.root())
     assert not (tmp_path / "cache.zip").exists()
 
 
@@ -161,11 +161,11 @@ def test_foreign_archive_is_never_unpacked(
     origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     filled(origin)
-    cache.export_archive(tmp_path / "cache.zip", origin)
+    cache.export_archive(tmp_path / "cache.zip", origin, cache_folder.root())
     move_to(tmp_path / "other", monkeypatch)
     here = dataclasses.replace(origin, **{change: 2 if change == "format" else "other"})
     with pytest.raises(ForeignCache, match=rf"ignored, it is of {change} .* \(here (other|2)\)"):
-        cache.import_archive(tmp_path / "cache.zip", here)
+        cache.import_archive(tmp_path / "cache.zip", here, cache_folder.root())
     assert not (tmp_path / "other").exists()
 
 
@@ -228,11 +228,11 @@ def test_tampered_archive_is_refused_and_nothing_unpacked(
 ) -> None:
     filled(origin)
     archive = tmp_path / "cache.zip"
-    cache.export_archive(archive, origin)
+    cache.export_archive(archive, origin, cache_folder.root())
     rewritten(archive, change, link)
     move_to(tmp_path / "deep" / "other", monkeypatch)
     with pytest.raises(CacheError, match=reason) as caught:
-        cache.import_archive(archive, origin)
+        cache.import_archive(archive, origin, cache_folder.root())
     assert not isinstance(caught.value, ForeignCache) and "\n" not in str(caught.value)
     assert [p for p in (tmp_path / "deep").rglob("*") if p.is_file()] == []
 
@@ -240,14 +240,14 @@ def test_tampered_archive_is_refused_and_nothing_unpacked(
 def test_what_is_no_archive_is_refused(origin: Origin, tmp_path: Path) -> None:
     filled(origin)
     archive = tmp_path / "cache.zip"
-    cache.export_archive(archive, origin)
+    cache.export_archive(archive, origin, cache_folder.root())
     archive.write_bytes(archive.read_bytes()[:-200])
     with pytest.raises(CacheError, match="is no archive of a cache"):
-        cache.import_archive(archive, origin)
+        cache.import_archive(archive, origin, cache_folder.root())
     with pytest.raises(CacheError, match="no such file"):
-        cache.import_archive(tmp_path / "none.zip", origin)
+        cache.import_archive(tmp_path / "none.zip", origin, cache_folder.root())
     with pytest.raises(CacheError, match="cannot be written"):
-        cache.export_archive(tmp_path / "none" / "cache.zip", origin)
+        cache.export_archive(tmp_path / "none" / "cache.zip", origin, cache_folder.root())
 
 
 def test_torchs_own_default_is_nobodys_choice(origin: Origin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -255,6 +255,6 @@ def test_torchs_own_default_is_nobodys_choice(origin: Origin, monkeypatch: pytes
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     assert cache_dir() == os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    cache.use(origin)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache.folder("inductor", origin))
-    assert cache.folder("inductor", origin) == cache_folder.root() / origin.key / "inductor"
+    cache.use(origin, cache_folder.root())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache.folder("inductor", origin, cache_folder.root()))
+    assert cache.folder("inductor", origin, cache_folder.root()) == cache_folder.root() / origin.key / "inductor"

@@ -20,13 +20,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from reducio_fast import ReducioPipeline
+from reducio_fast import reference as ref
 from reducio_fast.evaluation.toy_report import held_out_scenes
+from reducio_fast.fast import sampler as fast_sampler
 from reducio_fast.fast.plan import Plan
 from reducio_fast.fast.reducio.dit import FastReducioDiT
 from reducio_fast.fast.reducio.vae import FastReducioVAE
-from reducio_fast.fast.sampler import sample as fast_sample
 from reducio_fast.measurement.accuracy_rule import judge, relative_error
-from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, sample
+from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.reference.sampler import StopSampling
 from reducio_fast.system.errors import ReducioError
 
@@ -247,6 +248,16 @@ SCHEDULERS = {
 }
 
 
+def sample(model, scheduler, noise, cond, uncond=None, guidance_scale=4.5, num_inference_steps=20, callback=None):
+    denoise = model.denoiser(cond, uncond, guidance_scale)
+    return ref.sample(denoise, scheduler, noise, num_inference_steps, callback)
+
+
+def fast_sample(model, scheduler, noise, cond, uncond=None, guidance_scale=4.5, num_inference_steps=20, callback=None):
+    denoise = model.denoiser(cond, uncond, guidance_scale)
+    return fast_sampler.sample(denoise, scheduler, noise, num_inference_steps, callback)
+
+
 def sampling(steps: int = 4) -> tuple[ReducioDiT, torch.Tensor, Condition]:
     model = lively(ReducioDiT(DiTConfig(**DIT)))
     given = dit_inputs(model.config, batch=1)
@@ -362,8 +373,8 @@ def test_changed_weights_are_packed_again(bundle: Path) -> None:
         pipe.vae.decoder.conv_out.bias.add_(0.5)
     second = pipe("a red circle", image, **words).frames
     assert not np.array_equal(second, first)
-    pipe.backend, pipe._engine = "reference", None
-    assert np.abs(pipe("a red circle", image, **words).frames.astype(int) - second).max() <= 1
+    reference = ReducioPipeline(**pipe.components, backend="reference")
+    assert np.abs(reference("a red circle", image, **words).frames.astype(int) - second).max() <= 1
 
 
 def test_a_cpu_that_has_bfloat16_computes_in_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,15 +384,15 @@ def test_a_cpu_that_has_bfloat16_computes_in_it(bundle: Path, monkeypatch: pytes
     prompt, load = "a red circle moving right", partial(ReducioPipeline.from_pretrained, bundle, device="cpu")
 
     def dtypes(pipe: ReducioPipeline) -> tuple[torch.dtype, ...]:
-        twins = pipe._engine.twins(pipe.transformer, pipe.vae)
-        return pipe.dtype, pipe.vae.quant_conv.weight.dtype, twins.transformer.dtype, twins.vae.dtype
+        twins = (pipe.executor.network(name) for name in ("transformer", "vae"))
+        return pipe.dtype, pipe.vae.quant_conv.weight.dtype, *(twin.dtype for twin in twins)
 
     pipe, wide, half = load(), [torch.float32] * 2, [torch.bfloat16] * 2
     assert dtypes(pipe) == (*wide, *half) and pipe.report["vae"].endswith("in bfloat16: this CPU has avx512_bf16")
     latent = pipe(prompt, image, output_type="latent", **words).frames
     named, reference = load(dtype="float32"), load(backend="reference")
     assert dtypes(named) == (*wide, *wide) and named.report["vae"].endswith("in float32: asked for")
-    assert reference._engine is None and reference.dtype == torch.float32
+    assert reference.executor.network("vae") is reference.vae and reference.dtype == torch.float32
     pipes = reference, named, load(dtype="bfloat16", backend="reference")
     oracle, float32, rounded = (p(prompt, image, output_type="latent", **words).frames for p in pipes)
     assert latent.dtype == torch.float32 and relative_error(float32, oracle) < 1e-4
@@ -399,7 +410,7 @@ def test_bytes_and_values_are_one_clip(bundle: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     frames, values = (pipe.decode(latents, image, output_type=kind) for kind in ("np", "pt"))
     assert np.array_equal(frames, (values * 255).round().byte().permute(0, 2, 3, 1).numpy())
-    vae = pipe._engine.twins(pipe.transformer, pipe.vae).vae
+    vae = pipe.executor.network("vae")
     with pytest.raises(ValueError, match="not finite"):
         vae.decode(latents[None] * torch.nan, vae.encode_content(torch.zeros(1, 3, 128, 128)), as_uint8=True)
 

@@ -16,10 +16,15 @@ from torch.profiler import ProfilerActivity, profile
 from reducio_fast import ReducioPipeline
 from reducio_fast.cli import main
 from reducio_fast.media.video_files import read_video
+from reducio_fast.memory.fit import HEADROOM, Fit
 from reducio_fast.memory.offload import Offload
 from reducio_fast.pipelines.call.request import Embeds
-from reducio_fast.pipelines.reducio import content_frame, dry_runs
-from reducio_fast.pipelines.reducio.dry_runs import Decoding, Fit
+from reducio_fast.pipelines.execution import decoding
+from reducio_fast.pipelines.execution.decoding import Decoding, TiledDecoder
+from reducio_fast.pipelines.execution.fitting import Fitter
+from reducio_fast.pipelines.execution.sampling import Sampler
+from reducio_fast.pipelines.reducio import content_frame
+from reducio_fast.pipelines.reducio.conditioner import Conditioner
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent
 from reducio_fast.system.errors import ReducioError
 
@@ -104,20 +109,20 @@ def test_forecast_is_within_15_percent_of_what_is_allocated(
     pipe = pipeline(embedded, backend, vae, dit)
     expected = {stage.stage: stage.activations for stage in pipe.forecast(*size).stages}
     frame = np.zeros((*size, 3), np.uint8)
-    pipe._stage_networks("dit.step")  # packs the weights, which belong to no stage
+    pipe.executor.networks_of("dit.step")  # packs the weights, which belong to no stage
     found = {}
-    text, mask = pipe._encode_text(PROMPT * 5)  # as long as the model reads: what is not read costs nothing
+    text, mask = pipe.conditioner.encode_text(PROMPT * 5)  # as long as the model reads: what is not read costs nothing
     assert mask.all()
-    (semantic, image), found["image.encode"] = measured(tmp_path, pipe._encode_image, frame, Embeds())
+    (semantic, image), found["image.encode"] = measured(tmp_path, pipe.conditioner.encode_image, frame, Embeds())
     cond = Condition(text, mask, semantic, image)
     uncond = cond.without_text(pipe.transformer.null_text)
     generator = torch.Generator().manual_seed(0)
     config = pipe.vae.config
     shape = (config.latent_channels, config.num_frames // config.temporal_factor)
     noise = initial_latent((1, *shape, *(n // config.spatial_factor for n in size)), [generator])
-    latent, found["dit.step"] = measured(tmp_path, pipe._sample, noise, cond, uncond, 4.5, 2, generator, None)
-    decoding = dry_runs.default_decoding(pipe, *size)
-    _, found["vae.decode"] = measured(tmp_path, pipe._decode_as, latent, frame, decoding)
+    latent, found["dit.step"] = measured(tmp_path, pipe.sampler, noise, cond, uncond, 4.5, 2, generator, None)
+    way = pipe.decoder.default(*size)
+    _, found["vae.decode"] = measured(tmp_path, pipe.decoder.decode, latent, frame, way)
     shares = {stage: expected[stage] / bytes for stage, bytes in found.items()}
     assert all(0.85 <= share <= 1.15 for share in shares.values()), shares
 
@@ -128,7 +133,7 @@ def test_first_stage_and_text_are_forecast_too(embedded: dict, tmp_path: Path) -
     words = (pipe.text_to_image, PROMPT, "", 64, 64, torch.Generator().manual_seed(0), False)
     with torch.no_grad():
         _, drawing = measured(tmp_path, content_frame.draw_image, *words)
-        _, text = measured(tmp_path, pipe._encode_text, PROMPT)
+        _, text = measured(tmp_path, pipe.conditioner.encode_text, PROMPT)
     assert 0.85 <= expected["content.generate"] / drawing <= 1.15
     assert 0.85 <= expected["text.encode"] / text <= 1.15
 
@@ -138,22 +143,22 @@ def test_forecast_of_kernels_on_a_gpu_needs_none(bare: dict, monkeypatch: pytest
     widths = {"base_channels": 32, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2}
     pipe, size = pipeline(bare, "fast", *widths), (256, 256)  # 16 tiles, 9 of them of one shape
     on_cpu = pipe.forecast(*size)
-    pipe._offload = Offload(torch.device("cuda"))
+    pipe.executor.offload = Offload(torch.device("cuda"))
     one, two, four = (pipe.forecast(*size, Decoding(True, 64, n)).peak(True) for n in (1, 2, 4))
-    # What an earlier forecast has found out is the same when it is found out again.
-    assert dry_runs.forecast(pipe, *size, Decoding(True, 64, 4)).peak(True) == four
+    fresh = Fitter(pipe.parts, pipe.executor, pipe.decoder, pipe._dry_stages)  # without an earlier forecast
+    assert fresh.forecast(*size, Decoding(True, 64, 4)).peak(True) == four
     assert one < on_cpu.peak(True)
     step = two - one
     assert step > 0 and abs(four - one - 3 * step) < 0.05 * four
-    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: int((one + 2.5 * step) / dry_runs.HEADROOM))
-    assert dry_runs.fit(pipe, *size) == Fit(Decoding(True, 64, 3), True)
-    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: int(one * 0.99 / dry_runs.HEADROOM))
-    assert dry_runs.fit(pipe, *size).decoding.tile_size == 32
+    pipe.fitter.free_bytes = lambda device: int((one + 2.5 * step) / HEADROOM)
+    assert pipe.fitter.fit(*size) == Fit(Decoding(True, 64, 3), True)
+    pipe.fitter.free_bytes = lambda device: int(one * 0.99 / HEADROOM)
+    assert pipe.fitter.fit(*size).decoding.tile_size == 32
 
 
 def test_weights_are_counted_once_and_packed_copies_too(embedded: dict) -> None:
     plain = pipeline(embedded, "reference").forecast(64, 64)
-    networks = pipeline(embedded, "reference")._networks()
+    networks = pipeline(embedded, "reference").parts.networks()
     sizes = {x.data_ptr(): x.nbytes for n in networks for x in (*n.parameters(), *n.buffers())}
     assert plain.weights == sum(sizes.values())
     assert pipeline(embedded, "fast").forecast(64, 64).weights > plain.weights
@@ -164,15 +169,13 @@ def test_weights_are_counted_once_and_packed_copies_too(embedded: dict) -> None:
 def test_too_little_memory_is_told_before_any_work(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline(bare, "reference")
     needed, smaller = pipe.forecast(256, 256).peak(), pipe.forecast(192, 192).peak()
-    free = (needed + smaller) / 2 - pipe.resident_bytes()
-    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: int(free / dry_runs.HEADROOM))
-    monkeypatch.setattr(dry_runs, "smaller_tiles", lambda config: None)
-    monkeypatch.setattr(
-        "reducio_fast.pipelines.reducio.pipeline.initial_latent", lambda *_: pytest.fail("work was done")
-    )
+    free = (needed + smaller) / 2 - pipe.executor.resident_bytes()
+    pipe.fitter.free_bytes = lambda device: int(free / HEADROOM)
+    monkeypatch.setattr(decoding, "half_tile", lambda config: None)
+    monkeypatch.setattr("reducio_fast.pipelines.video_pipeline.initial_latent", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ReducioError, match=r"256x256 needs .* on cpu .* MiB more than there is; 192x192 would fit"):
         pipe(PROMPT, **CALL | {"height": 256, "width": 256})
-    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: 1)
+    pipe.fitter.free_bytes = lambda device: 1
     with pytest.raises(ReducioError, match="no smaller size fits either, the weights alone need"):
         pipe(PROMPT, **CALL)
 
@@ -183,11 +186,11 @@ def test_smaller_tiles_are_chosen_where_they_fit(
     pipe = pipeline(bare, "fast", {"base_channels": 8, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2})
     whole, tiles = pipe.forecast(64, 64).peak(), pipe.forecast(64, 64, Decoding(True, 32)).peak()
     assert tiles < whole
-    free = (whole + tiles) / 2 - pipe.resident_bytes()
-    monkeypatch.setattr(dry_runs, "free_bytes", lambda device: int(free / dry_runs.HEADROOM))
+    free = (whole + tiles) / 2 - pipe.executor.resident_bytes()
+    pipe.fitter.free_bytes = lambda device: int(free / HEADROOM)
     out = pipe(PROMPT, **CALL)
     assert out.frames.shape == (16, 64, 64, 3)
-    assert pipe._fits[64, 64] == Fit(Decoding(True, 32))
+    assert pipe.fitter.fits[64, 64] == Fit(Decoding(True, 32))
     assert caplog.messages == ["vae.decode: 64x64 is decoded in tiles of 32, 1 at once to fit into memory"]
 
 
@@ -217,7 +220,7 @@ def test_decode_out_of_memory_tries_what_needs_less(
     pipe = pipeline(
         embedded, "reference", {"base_channels": 8, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2}
     )
-    monkeypatch.setattr(dry_runs, "fit", lambda *_: Fit(Decoding(True, 64, 3)))
+    monkeypatch.setattr(pipe.fitter, "fit", lambda *_: Fit(Decoding(True, 64, 3)))
     scarce = Scarce(pipe.vae.decoder, 2, error)
     monkeypatch.setattr(pipe.vae.decoder, "forward", scarce)
     out = pipe(PROMPT, **CALL)
@@ -245,7 +248,7 @@ def test_latents_survive_a_decode_without_memory(
     pipe = pipeline(embedded, "fast")
     words = CALL | {"prompt": [PROMPT, PROMPT], "image": [GREY, GREY], "seed": 3}
     expected = pipe(**words).frames
-    decoder, calls = pipe._twins().vae.decoder, []
+    decoder, calls = pipe.executor.network("vae").decoder, []
     forward = decoder.forward
 
     def second_clip_fails(z: torch.Tensor, features: Any) -> torch.Tensor:
@@ -291,13 +294,13 @@ def test_offloaded_weights_leave_home_for_their_stage_only(
     networks = {"text_encoder": pipe.text_encoder, "transformer": pipe.transformer, "vae": pipe.vae}
     fast = backend == "fast"
     if fast:
-        twins = pipe._twins()
-        networks |= {"fast transformer": twins.transformer, "fast vae": twins.vae}
+        twins = {f"fast {name}": pipe.executor.network(name) for name in ("transformer", "vae")}
+        networks |= twins
     home = {name: [p.data_ptr() for p in network.parameters()] for name, network in networks.items()}
     away: dict[str, set[str]] = {}
 
-    def note(stage: str, method: str) -> None:
-        run = getattr(pipe, method)
+    def note(stage: str, owner: type, method: str) -> None:
+        run = getattr(owner, method)
 
         def noted(*args: Any) -> Any:
             away[stage] = {
@@ -305,19 +308,20 @@ def test_offloaded_weights_leave_home_for_their_stage_only(
             }
             return run(*args)
 
-        monkeypatch.setattr(pipe, method, noted)
+        monkeypatch.setattr(owner, method, noted)
 
-    note("text.encode", "_encode_text")
-    note("dit.step", "_sample")
-    note("vae.decode", "_decode_as")
+    note("text.encode", Conditioner, "encode_text")
+    note("dit.step", Sampler, "__call__")
+    note("vae.decode", TiledDecoder, "decode")
     assert (pipe(PROMPT, **CALL).frames == expected).all()
     assert away["text.encode"] == {"text_encoder"}
     assert away["dit.step"] == {"transformer"} | ({"fast transformer"} if fast else set())
     assert away["vae.decode"] == {"vae"} | ({"fast vae"} if fast else set())
     assert home == {name: [p.data_ptr() for p in network.parameters()] for name, network in networks.items()}
     if fast:
-        assert pipe._twins() is twins  # nothing was packed again
-        assert twins.transformer.graphs is None
+        for name, twin in twins.items():
+            assert pipe.executor.network(name.removeprefix("fast ")) is twin  # nothing was packed again
+            assert twin.graphs is None
 
     with pytest.raises(ReducioError, match="call disable_model_cpu_offload"):
         pipe.to("cpu")

@@ -69,17 +69,21 @@ def test_the_pipeline_takes_the_words(folder):
     pipe = ReducioPipeline.from_pretrained(folder, device="cpu", text_to_image=None)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     before = pipe("a star", image, **WORDS).frames
-    twins = pipe._twins()
+    twin = pipe.executor.network("transformer")
+
+    def plan() -> Plan:
+        return pipe.executor.network("transformer").plan
+
     with pipe.attention_backend("native"):
         assert torch.equal(pipe("a star", image, **WORDS).frames, before)
-        assert pipe._twins() is not twins and pipe._twins().plan.attention == "native"
-    assert pipe._twins().plan.attention == "auto"
+        assert pipe.executor.network("transformer") is not twin and plan().attention == "native"
+    assert plan().attention == "auto"
     pipe.set_attention_backend("native")
     with pytest.raises(ReducioError, match="attention backend: 'sage' is not known; known are auto, native, flash"):
         pipe.set_attention_backend("sage")
-    assert pipe._twins().plan.attention == "native", "a refused word changes nothing"
+    assert plan().attention == "native", "a refused word changes nothing"
     pipe.reset_attention_backend()
-    assert pipe._twins().plan.attention == "auto"
+    assert plan().attention == "auto"
     reference = ReducioPipeline.from_pretrained(folder, device="cpu", text_to_image=None, backend="reference")
     reference.set_attention_backend("native")
     for word in ("reducio", "sage"):

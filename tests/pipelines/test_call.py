@@ -55,7 +55,8 @@ def test_the_reference_networks_make_the_clip(folder: Path):
     posterior = pipe.content_encoder.encode(pixels).latent_dist
     assert torch.equal(ContentEncoder(pipe.content_encoder)(pixels), posterior.mode())
     cond = Condition(text, mask, pipe.image_encoder(pixels), posterior.mode())
-    latent = sample(pipe.transformer, pipe.scheduler, initial_latent((1, *SHAPE), [5]), cond, num_inference_steps=2)
+    denoise = pipe.transformer.denoiser(cond, guidance_scale=4.5)
+    latent = sample(denoise, pipe.scheduler, initial_latent((1, *SHAPE), [5]), 2)
     video = pipe.vae.decode(latent, pipe.vae.encode_content(pixels))[0].clamp(-1, 1)
     frames = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     assert np.array_equal(pipe(PROMPT, image, seed=5, **FAST).frames, frames)

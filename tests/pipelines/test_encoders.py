@@ -437,18 +437,18 @@ def test_what_both_stages_name_is_loaded_once(motion: Path, pixart: Path, clip_f
     assert np.array_equal(again(PROMPT, seed=3, **FAST).frames, pipe(PROMPT, seed=3, **FAST).frames)
 
 
-def test_generate_takes_the_same_names(motion: Path, pixart: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_generate_takes_the_same_names(motion: Path, pixart: Path, clip_folder: Path):
     import reducio_fast
     from reducio_fast.pipelines import generate
 
-    monkeypatch.setattr(generate, "_pipelines", type(generate._pipelines)())
+    generate.forget()
     names = {"text_encoder": str(pixart), "content_encoder": str(pixart), "image_encoder": str(clip_folder)}
     words = {"model": motion, "device": "cpu", "text_to_image": str(pixart)} | names
     first = reducio_fast.generate(PROMPT, seed=3, **words, **FAST)
     again = reducio_fast.generate(PROMPT, seed=3, **words, **FAST)
-    assert np.array_equal(first.frames, again.frames) and len(generate._pipelines) == 1
+    assert np.array_equal(first.frames, again.frames) and len(generate.kept()) == 1
     reducio_fast.generate(PROMPT, first.content, **(words | {"text_to_image": None}), **FAST)
-    assert len(generate._pipelines) == 2
+    assert len(generate.kept()) == 2
 
 
 def test_an_encoder_of_another_width_is_refused_before_its_weights_are_read(motion: Path, tmp_path: Path):

@@ -65,7 +65,7 @@ def test_half_precision_storage_round_trips(pipe: ReducioPipeline, folder: Path,
     full = ReducioPipeline.from_pretrained(tmp_path / "half", torch_dtype="float32")
     for name, value in full.vae.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, pipe.vae.state_dict()[name].half().float())
-    assert all(p.dtype == torch.float32 for n in full._networks() for p in n.parameters())
+    assert all(p.dtype == torch.float32 for n in full.parts.networks() for p in n.parameters())
     assert full.to(dtype="bfloat16").dtype == torch.bfloat16
     assert full(PROMPT, **FAST).frames.shape == (16, 64, 64, 3)
 
@@ -114,18 +114,18 @@ def test_components_can_be_replaced_or_left_out(folder: Path, pipe: ReducioPipel
         ReducioPipeline.from_pretrained(folder, vae=ReducioVAE(narrow))
 
 
-def test_generate_keeps_the_loaded_model(folder: Path, clip, monkeypatch: pytest.MonkeyPatch):
+def test_generate_keeps_the_loaded_model(folder: Path, clip):
     from reducio_fast.pipelines import generate
 
-    monkeypatch.setattr(generate, "_pipelines", type(generate._pipelines)())
+    generate.forget()
     first = reducio_fast.generate(PROMPT, model=folder, seed=3, dtype="float32", device="cpu", **FAST)
-    loaded = list(generate._pipelines.values())
+    loaded = generate.kept()
     again = reducio_fast.generate(PROMPT, model=str(folder), seed=3, dtype=torch.float32, device="cpu", **FAST)
-    assert list(generate._pipelines.values()) == loaded and len(loaded) == 1
+    assert generate.kept() == loaded and len(loaded) == 1
     assert np.array_equal(first.frames, clip.frames) and np.array_equal(again.frames, clip.frames)
     for backend, dtype in (("reference", "float32"), ("auto", "bfloat16"), ("auto", "float32")):
         reducio_fast.generate(PROMPT, model=folder, backend=backend, dtype=dtype, device="cpu", **FAST)
-        assert len(generate._pipelines) <= generate.CACHED_PIPELINES
+        assert len(generate.kept()) <= generate.KEPT_PIPELINES
 
 
 # ---- broken folders --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.extra.numpy as arrays
@@ -20,7 +21,7 @@ from PIL import Image
 
 from reducio_fast import ReducioPipeline
 from reducio_fast.media import image_files
-from reducio_fast.pipelines.execution.adapters import LoraLoader
+from reducio_fast.pipelines.execution.adapters import Adapters
 from reducio_fast.system.errors import ReducioError
 
 
@@ -286,8 +287,8 @@ def test_a_damaged_file_is_a_picture_or_refused(cut: int, flip: int, suffix: str
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
-class Owner(LoraLoader):
-    """Two layers that take adapters: the words need no more than a transformer and a lock."""
+class Owner(Adapters):
+    """Two layers that take adapters: the methods need no more than a denoiser and a lock."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -295,7 +296,7 @@ class Owner(LoraLoader):
         with torch.no_grad():
             for parameter in self.transformer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        self._lock = threading.RLock()
+        super().__init__(SimpleNamespace(denoiser=self.transformer), threading.RLock())
 
     def bits(self) -> list[torch.Tensor]:
         return [p.clone() for p in self.transformer.parameters()]
@@ -315,16 +316,17 @@ NAMES = st.sampled_from(["x", "y", "z"])
 WEIGHTS = st.floats(-3, 3, width=32)
 LORA_WORDS = st.one_of(
     st.tuples(
-        st.just("load_lora_weights"),
+        st.just("load"),
         st.builds(adapter, st.integers(0, 9), st.sampled_from(["a", "b", "ab"])),
         NAMES,
         st.none(),
         st.booleans(),
     ),
-    st.tuples(st.just("set_adapters"), st.lists(NAMES, max_size=2), st.none() | WEIGHTS),
-    st.tuples(st.just("fuse_lora"), st.just(("transformer",)), WEIGHTS),
-    st.tuples(st.just("delete_adapters"), NAMES),
-    st.tuples(st.sampled_from(["unfuse_lora", "disable_lora", "enable_lora"])),
+    st.tuples(st.just("activate"), st.lists(NAMES, max_size=2), st.none() | WEIGHTS),
+    st.tuples(st.just("fuse"), st.just(("transformer",)), WEIGHTS, st.none()),
+    st.tuples(st.just("delete"), NAMES),
+    st.tuples(st.just("unfuse"), st.just(("transformer",))),
+    st.tuples(st.just("enable"), st.booleans()),
 )
 
 
@@ -332,7 +334,7 @@ LORA_WORDS = st.one_of(
 @given(words=st.lists(LORA_WORDS, max_size=12), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_adapters_leave_no_trace(words: list[tuple], dtype: torch.dtype):
     """After any sequence of words the weights are, to the bit, those of a fresh owner with the adapters that are in
-    effect; and after `unload_lora_weights` the originals."""
+    effect; and after `unload` the originals."""
     owner, files = Owner(dtype), {}
     original = owner.bits()
     for word, *given_words in words:
@@ -341,16 +343,15 @@ def test_adapters_leave_no_trace(words: list[tuple], dtype: torch.dtype):
         except ReducioError as error:
             assert "\n" not in str(error)
         else:
-            if word == "load_lora_weights":
+            if word == "load":
                 files[given_words[1]] = given_words[0]
-    adapters = owner._lora()
-    effect = adapters.fused or (adapters.active if adapters.enabled else {})
+    effect = owner.effect
     fresh = Owner(dtype)
-    for name in adapters.loaded:
-        fresh.load_lora_weights(files[name], name)
-    if adapters.loaded:
-        fresh.set_adapters(list(effect), list(effect.values()))
+    for name in owner.loaded:
+        fresh.load(files[name], name)
+    if owner.loaded:
+        fresh.activate(list(effect), list(effect.values()))
     assert all(map(torch.equal, owner.bits(), fresh.bits()))
-    owner.unfuse_lora()
-    owner.unload_lora_weights()
+    owner.unfuse(("transformer",))
+    owner.unload()
     assert all(map(torch.equal, owner.bits(), original))

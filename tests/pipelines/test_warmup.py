@@ -114,7 +114,7 @@ def recorded(fn: Any, inputs: list[Tensor], pool: Pool) -> tuple[Any, Any]:
 
 def test_after_a_warm_up_a_call_captures_nothing(pipe: ReducioPipeline) -> None:
     graphs = Graphs(recorded)
-    pipe._engine = Engine(graphs=graphs)
+    pipe.executor.engine = Engine(graphs=graphs)
     outcome = pipe.warmup([64], progress=False)
     assert list(outcome.seconds) == ["64x64"] and outcome.complete
     before = graphs.describe()
@@ -140,21 +140,22 @@ def test_deadline_that_passes_leaves_a_usable_uncompiled_pipeline(
     pipe: ReducioPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = pipe(**CALL).frames
-    engine, entered, release = pipe._engine, threading.Event(), threading.Event()
-    run = engine.twins(pipe.transformer, pipe.vae, pipe.execution_device).transformer.denoise
+    engine, entered, release = pipe.executor.engine, threading.Event(), threading.Event()
+    transformer = pipe.executor.network("transformer")
+    run = transformer.denoise
 
     def hanging(*args: Any) -> Tensor:
         entered.set()
         release.wait(60)
         return run(*args)
 
-    engine._twins.transformer.denoise = hanging
+    transformer.denoise = hanging
     clock = Clock()  # stands still until the compiler hangs
     threading.Thread(target=lambda: entered.wait(60) and setattr(clock, "now", 100.0), daemon=True).start()
     outcome = warmup.warm_up(pipe, [64, 96], 50, False, clock)
     assert outcome.left == ("64x64", "96x96") and not outcome.seconds
     assert caplog.messages == ["warm-up: not done after 50 s, 64x64, 96x96 left; the pipeline runs uncompiled"]
-    assert pipe._engine is not engine and pipe._engine.compile is False
+    assert pipe.executor.engine is not engine and pipe.executor.engine.compile is False
     assert (pipe(**CALL).frames == expected).all()  # while the other thread still hangs in a compiler
     release.set()
 

@@ -15,7 +15,8 @@ from diffusers import (
 )
 from scipy.integrate import solve_ivp
 
-from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, initial_latent, sample
+from reducio_fast import reference
+from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, denoiser, initial_latent
 from reducio_fast.reference.sampler import StopSampling
 
 CONFIG = DiTConfig(
@@ -28,6 +29,12 @@ CONFIG = DiTConfig(
     position_base_size=2,
 )
 SHAPE = (2, 16, 4, 2, 2)
+
+
+def sample(model, scheduler, latent, cond, uncond=None, guidance_scale=4.5, num_inference_steps=20, **kwargs):
+    """A model under a condition, guided, through the loop."""
+    denoise = denoiser(model, cond, uncond, guidance_scale)
+    return reference.sample(denoise, scheduler, latent, num_inference_steps, **kwargs)
 
 
 def dpm(**changes) -> DPMSolverMultistepScheduler:

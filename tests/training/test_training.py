@@ -21,7 +21,7 @@ from reducio_fast import ReducioPipeline
 from reducio_fast.checkpoints.networks import save_model
 from reducio_fast.data import toy_world
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
-from reducio_fast.system.atomic_files import atomic_write
+from reducio_fast.system.atomic_files import written_whole
 from reducio_fast.system.errors import ReducioError
 from reducio_fast.training.loop import LoopConfig, run
 from reducio_fast.training.recipe import Context
@@ -130,12 +130,9 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     path.write_text("old")
 
-    def fail(temporary: Path) -> None:
+    with pytest.raises(OSError, match="disk full"), written_whole(path) as temporary:
         temporary.write_text("ne")
         raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        atomic_write(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

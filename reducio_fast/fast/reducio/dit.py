@@ -172,8 +172,8 @@ class FastDiTBlock(nn.Module):
 class FastReducioDiT(Regional):
     """Built from a reference model, whose unpacked weights it shares. Evaluation only.
 
-    A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step (`denoiser` ties them together); called like the
-    reference it does all three. Source of the network: see `reference/reducio/dit.py`.
+    A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step, which `denoiser`
+    ties together; called like the reference it does all three. Source of the network: see `reference/reducio/dit.py`.
     """
 
     compiled_on_cpu = True

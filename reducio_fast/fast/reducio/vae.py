@@ -317,8 +317,8 @@ class FastReducioVAE(nn.Module):
         self.post_weight, self.post_bias = frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
         self.blend = plan.pick("tiles", "blend_tiles")
         self.graphs: Graphs | None = None  # one graph each shape of tile; None: eagerly
-        # Raised where the memory forecast finds room for more tiles. On a CPU one is best: a tile alone keeps every core
-        # busy, and its activations closer.
+        # Raised where the memory forecast finds room for more tiles. On a CPU one is best: a tile alone keeps every
+        # core busy, and its activations closer.
         self.tile_batch = 1
 
     @property

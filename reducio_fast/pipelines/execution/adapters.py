@@ -37,9 +37,14 @@ class Merge:
         self._originals: dict[str, Tensor] = {}  # in host memory: they are read at a swap only
         self._written: dict[str, tuple[Tensor, int]] = {}  # the parameter and its version as left by `apply`
 
+    @property
+    def effect(self) -> dict[str, float]:
+        """The adapters that are to be in the weights, each with its weight."""
+        return self.fused if self.fused is not None else self.active if self.enabled else {}
+
     def apply(self) -> None:
         """Make the weights what the settings say."""
-        chosen = self.fused if self.fused is not None else self.active if self.enabled else {}
+        chosen = self.effect
         terms: dict[str, list[tuple[float, LowRank]]] = {}
         for name, weight in chosen.items():
             for path, low_rank in self.loaded[name].items():
@@ -191,9 +196,13 @@ class Adapters:
         return {*(self._current().fused or ())}
 
     @property
-    def originals(self) -> dict[str, Tensor]:
-        """Kept weights W0 of the layers that adapters have changed, in host memory."""
-        return dict(self._current()._originals)
+    def loaded(self) -> list[str]:
+        return list(self._current().loaded)
+
+    @property
+    def effect(self) -> dict[str, float]:
+        """The adapters that are in the weights now, each with its weight."""
+        return self._current().effect
 
     def _check_components(self, components: Sequence[str]) -> None:
         if list(components) != [COMPONENT]:

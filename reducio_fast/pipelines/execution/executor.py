@@ -12,6 +12,7 @@ from torch import nn
 
 from ...memory.dry_run import DryRun, weight_bytes
 from ...memory.offload import Offload
+from ...system import cache_folder
 from ...system.errors import ReducioError
 from ...system.stage_clock import annotate, clock
 from ..call import validation
@@ -68,9 +69,10 @@ class Executor:
         except ValueError as error:
             return f"scheduler: {error}"
         origin = cache.Origin.here(arch_of(self.components.device))
-        cache.use(origin)
-        add_tables(cache.folder("tables", origin))
-        self.engine = Engine(compile, store=cache.folder("regions", origin))
+        root = cache_folder.root()
+        cache.use(origin, root)
+        add_tables(cache.folder("tables", origin, root))
+        self.engine = Engine(compile, store=cache.folder("regions", origin, root))
         return None
 
     # ---- where and in what ----

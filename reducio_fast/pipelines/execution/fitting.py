@@ -69,9 +69,9 @@ class Fitter:
             return self.forecast(height, width, way)
 
         earlier = self.fits.get((height, width))
-        if earlier is not None and (earlier.offload, earlier.decoding.tiled) == (offloading, default.tiled):
-            if known(earlier.decoding).peak(earlier.offload) <= room:
-                return earlier  # another number of tiles at once would be another graph
+        same = earlier is not None and (earlier.offload, earlier.decoding.tiled) == (offloading, default.tiled)
+        if earlier is not None and same and known(earlier.decoding).peak(earlier.offload) <= room:
+            return earlier  # another number of tiles at once would be another graph
         offloads = [True] if offloading else [False] if device.type == "cpu" else [False, True]
         fit = memory_fit.fit(self.decoder.ways(default), known, room, offloads)
         if fit is None:

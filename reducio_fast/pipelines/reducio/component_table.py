@@ -1,15 +1,13 @@
-"""How each component of a Reducio folder is read."""
+"""How each component of a Reducio folder is loaded, and whether they fit each other."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
-from ...checkpoints import diffusers_folders, networks, strict_files
-from ...checkpoints.layouts import OPTIONAL, SHARED
+from ...checkpoints import diffusers_folders, networks
+from ...checkpoints.model_folder import Loading
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...system.errors import ReducioError
 from ..execution.components import Components
@@ -17,81 +15,80 @@ from . import encoders
 from .encoders import SemanticEncoder
 
 
-def read_source(
-    name: str,
-    source: str | os.PathLike[str],
-    parts: dict[str, Any],
-    loaded: dict[Path, Any],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Any:
-    """A component from a folder or hub id of its own: alone there, or in a diffusers pipeline that holds one."""
-    if name in ("vae", "transformer", "scheduler"):
+def load_vae(loading: Loading) -> ReducioVAE:
+    _refuse_source("vae", loading)
+    return networks.load_model(ReducioVAE, VAEConfig, loading.folder, loading.dtype, loading.device)
+
+
+def load_transformer(loading: Loading) -> ReducioDiT:
+    _refuse_source("transformer", loading)
+    return networks.load_model(ReducioDiT, DiTConfig, loading.folder, loading.dtype, loading.device)
+
+
+def load_scheduler(loading: Loading) -> Any:
+    _refuse_source("scheduler", loading)
+    return _load_foreign(loading)
+
+
+def load_text_encoder(loading: Loading) -> nn.Module:
+    if loading.source is None:
+        return _load_foreign(loading)
+    place = encoders.find_text_encoder(loading.source).resolve()
+    width = loading.parts["transformer"].config.caption_channels
+    loading.loaded[place] = encoders.load_text_encoder(loading.source, loading.dtype, loading.device, width)
+    return loading.loaded[place]
+
+
+def load_tokenizer(loading: Loading) -> Any:
+    return _load_foreign(loading) if loading.source is None else encoders.load_tokenizer(loading.source)
+
+
+def load_image_encoder(loading: Loading) -> SemanticEncoder:
+    if loading.source is None:
+        return SemanticEncoder.from_pretrained(loading.folder, loading.dtype, loading.device)
+    width = loading.parts["transformer"].config.semantic_channels
+    return SemanticEncoder.from_pretrained(loading.source, loading.dtype, loading.device, width)
+
+
+def load_content_encoder(loading: Loading) -> nn.Module:
+    if loading.source is None:
+        return _load_foreign(loading)
+    place = encoders.find_content_encoder(loading.source).resolve()
+    channels = loading.parts["transformer"].config.content_channels
+    loading.loaded[place] = encoders.load_content_encoder(loading.source, loading.dtype, loading.device, channels)
+    return loading.loaded[place]
+
+
+def load_text_to_image(loading: Loading) -> Any:
+    folder = loading.folder
+    if loading.source is not None:
+        folder = diffusers_folders.find_text_to_image(loading.source)
+    shared = loading.layout.shared(loading.parts)
+    return diffusers_folders.load_text_to_image(folder, shared, loading.dtype, loading.device, loading.loaded)
+
+
+LOADERS = {
+    "vae": load_vae,
+    "transformer": load_transformer,
+    "scheduler": load_scheduler,
+    "text_encoder": load_text_encoder,
+    "tokenizer": load_tokenizer,
+    "image_encoder": load_image_encoder,
+    "content_encoder": load_content_encoder,
+    "text_to_image": load_text_to_image,
+}
+
+
+def _load_foreign(loading: Loading) -> Any:
+    """A component of diffusers or transformers, from the model folder itself."""
+    return networks.load_foreign(loading.library, loading.class_name, loading.folder, loading.dtype, loading.device)
+
+
+def _refuse_source(name: str, loading: Loading) -> None:
+    if loading.source is not None:
         raise ReducioError(
-            f"{name}: {str(source)!r} given; only encoders and text_to_image can be named, give an object"
+            f"{name}: {str(loading.source)!r} given; only encoders and text_to_image can be named, give an object"
         )
-    config = parts["transformer"].config
-    if name == "text_encoder":
-        place = encoders.find_text_encoder(source).resolve()
-        loaded[place] = encoders.load_text_encoder(source, dtype, device, config.caption_channels)
-        return loaded[place]
-    if name == "content_encoder":
-        place = encoders.find_content_encoder(source).resolve()
-        loaded[place] = encoders.load_content_encoder(source, dtype, device, config.content_channels)
-        return loaded[place]
-    if name == "image_encoder":
-        return SemanticEncoder.from_pretrained(source, dtype, device, config.semantic_channels)
-    if name == "tokenizer":
-        return encoders.load_tokenizer(source)
-    return diffusers_folders.load_text_to_image(
-        diffusers_folders.find_text_to_image(source), shared_components(parts), dtype, device, loaded
-    )
-
-
-def read_component(
-    name: str,
-    entry: Any,
-    folder: Path,
-    parts: dict[str, Any],
-    loaded: dict[Path, Any],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Any:
-    if entry is None or entry == [None, None]:
-        if name in OPTIONAL:
-            return None
-        raise ReducioError(f"{folder / strict_files.INDEX}: {name} is missing")
-    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
-        raise ReducioError(f"{folder / strict_files.INDEX}: {name} must be [library, class], is {entry!r}")
-    if name in OPTIONAL and not (folder / name).is_dir():
-        raise ReducioError(f"{folder / name}: no such folder; give {name}=FOLDER_OR_HUB_ID, or None to do without")
-    if name == "vae":
-        return networks.load_model(ReducioVAE, VAEConfig, folder / name, dtype, device)
-    if name == "transformer":
-        return networks.load_model(ReducioDiT, DiTConfig, folder / name, dtype, device)
-    if name == "image_encoder":
-        return SemanticEncoder.from_pretrained(folder / name, dtype, device)
-    if name == "text_to_image":
-        return diffusers_folders.load_text_to_image(folder / name, shared_components(parts), dtype, device, loaded)
-    return networks.load_foreign(entry[0], entry[1], folder / name, dtype, device)
-
-
-def shared_components(parts: dict[str, Any]) -> dict[str, Any]:
-    return {inner: parts[outer] for inner, outer in SHARED.items()}
-
-
-def library_and_class(name: str, component: Any) -> list[str | None]:
-    if component is None:
-        return [None, None]
-    if isinstance(component, ReducioVAE | ReducioDiT):
-        return ["reducio_fast", type(component).__name__]
-    if isinstance(component, SemanticEncoder):
-        return ["reducio_fast", "SemanticEncoder"]
-    library, class_name = type(component).__module__.split(".")[0], type(component).__name__
-    if library not in networks.LIBRARIES:
-        raise ReducioError(f"{name}: a {class_name} cannot be saved; it is of none of {', '.join(networks.LIBRARIES)}")
-    # Which pipeline a first stage is stands in its own index; in this one, who loads it with what it shares.
-    return ["reducio_fast", "TextToImage"] if name == "text_to_image" else [library, class_name]
 
 
 def check_components(parts: Components) -> None:

@@ -81,7 +81,7 @@ def needs_frame(components: Components, clip: ClipRequest, request: Request) -> 
 
 
 def check_content_kwargs(pipeline: Any, kwargs: Any) -> dict[str, Any]:
-    """`content_kwargs` of a call, before any work: ReducioError for one that the text-to-image pipeline does not take."""
+    """`content_kwargs` of a call, before any work: ReducioError where the text-to-image pipeline does not take one."""
     if kwargs is None:
         return {}
     if not isinstance(kwargs, dict):

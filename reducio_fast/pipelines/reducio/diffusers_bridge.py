@@ -7,6 +7,7 @@ of the index: it looks the class up in the package `reducio_fast`, which passes 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ... import reference
-from ...checkpoints import diffusers_folders, layouts, networks
+from ...checkpoints import diffusers_folders, networks
+from ...checkpoints.layouts import REDUCIO
 from . import encoders, pipeline
 
 ModelMixin = nn.Module  # by this name diffusers learns how the networks of a library are loaded
@@ -58,36 +60,30 @@ class TextToImage(nn.Module):
         return cls(folder, torch_dtype or torch.float32)
 
     def load(self, parts: Mapping[str, Any]) -> Any:
-        shared = {inner: parts[outer] for inner, outer in layouts.SHARED.items()}
-        return diffusers_folders.load_text_to_image(self.folder, shared, self.dtype, "cpu")
+        return diffusers_folders.load_text_to_image(self.folder, REDUCIO.shared(parts), self.dtype, "cpu")
 
 
 class DiffusersReducioPipeline(pipeline.ReducioPipeline, DiffusionPipeline):
     """A `ReducioPipeline` that diffusers' loader can build. All behaviour is ours; of diffusers it has the config."""
 
-    _optional_components = list(layouts.OPTIONAL)
+    _optional_components = list(REDUCIO.optional)
 
-    # Components have no defaults here: diffusers takes a parameter with a default for a plain setting.
-    def __init__(
-        self,
-        vae: reference.ReducioVAE,
-        transformer: reference.ReducioDiT,
-        scheduler: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        image_encoder: Any,
-        content_encoder: Any,
-        text_to_image: Any,
-        fps: int | float = 16,
-        sample_height: int = 256,
-        sample_width: int = 256,
-        clean_caption: bool = False,
-        content_scaling_factor: int | float = 1.0,
-        backend: str = "auto",
-        compile: bool | None = None,
-    ) -> None:
-        words = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.register_to_config()  # before any attribute is set: diffusers looks each one up in it
-        if isinstance(text_to_image, TextToImage):
-            words["text_to_image"] = text_to_image.load(words)
-        pipeline.ReducioPipeline.__init__(self, **words)
+    def __init__(self, **parts: Any) -> None:
+        self.register_to_config()  # before any attribute is set: diffusers looks each one up in the config
+        if isinstance(parts["text_to_image"], TextToImage):
+            parts["text_to_image"] = parts["text_to_image"].load(parts)
+        pipeline.ReducioPipeline.__init__(self, **parts)
+
+
+def _signature() -> inspect.Signature:
+    """Of `ReducioPipeline.__init__`, its components without defaults: diffusers takes a parameter with a default for a
+    plain setting."""
+    ours = inspect.signature(pipeline.ReducioPipeline.__init__)
+    parameters = [
+        p.replace(default=p.empty if p.name in REDUCIO.names else p.default, kind=p.POSITIONAL_OR_KEYWORD)
+        for p in ours.parameters.values()
+    ]
+    return ours.replace(parameters=parameters)
+
+
+DiffusersReducioPipeline.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

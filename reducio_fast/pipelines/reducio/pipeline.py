@@ -32,7 +32,7 @@ from ..execution.decoding import TiledDecoder
 from ..execution.executor import Executor
 from ..execution.sampling import Sampler
 from ..video_pipeline import VideoPipeline
-from .component_table import check_components
+from .component_table import LOADERS, check_components
 from .conditioner import Conditioner
 from .content_frame import ContentFrame, check_content_kwargs
 from .dry_runs import DryStages
@@ -109,21 +109,21 @@ class ReducioPipeline(VideoPipeline):
 
         `device` None is a GPU where there is one; `dtype` None is bfloat16 on a GPU, float32 on a CPU, where the fast
         path computes in bfloat16 if the processor multiplies that faster (`report` says so; a named dtype holds
-        everywhere). `torch_dtype` is the older name of `dtype`. Further arguments replace components by name: an object,
-        or the folder or hub id to load it from (`text_encoder="google/flan-t5-xxl"`,
+        everywhere). `torch_dtype` is the older name of `dtype`. Further arguments replace components by name: an
+        object, or the folder or hub id to load it from (`text_encoder="google/flan-t5-xxl"`,
         `image_encoder="ViT-H-14/laion2b_s32b_b79k"`, `text_to_image="PixArt-alpha/PixArt-XL-2-1024-MS"`); None leaves
         an optional one out. Raises ReducioError for a folder, file or setting that does not fit, and names it.
 
         `compile` True runs the repeated blocks of both stages through torch.compile: the first clip of each size then
-        waits for a compiler, later ones are faster. By default nothing is compiled, and on a GPU the fast path replays graphs
-        of its kernels; False switches off both.
+        waits for a compiler, later ones are faster. By default nothing is compiled, and on a GPU the fast path replays
+        graphs of its kernels; False switches off both.
         """
         validation.resolve_backend(backend)  # before gigabytes are read
         device = devices.resolve_device(device)
         free = dtype is None and torch_dtype is None
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
         with gc_pause.paused():
-            parts = model_folder.read_model(hub.find_model(model), components, dtype, device)
+            parts = model_folder.read_model(hub.find_model(model), components, REDUCIO, LOADERS, dtype, device)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free)
         return pipe
@@ -137,7 +137,7 @@ class ReducioPipeline(VideoPipeline):
         """
         self._check_can_be_saved()
         names = (*REDUCIO.names, *REDUCIO.settings)
-        model_folder.write_model(Path(save_directory).expanduser(), {name: self.parts[name] for name in names})
+        model_folder.write_model(Path(save_directory).expanduser(), {name: self.parts[name] for name in names}, REDUCIO)
 
     @torch.no_grad()
     def __call__(

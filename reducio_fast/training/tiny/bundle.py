@@ -10,7 +10,7 @@ import torch
 from transformers import ByT5Tokenizer
 
 from ...checkpoints.diffusers_folders import load_text_to_image
-from ...checkpoints.layouts import SHARED
+from ...checkpoints.layouts import REDUCIO
 from ...checkpoints.model_folder import write_model
 from ...checkpoints.networks import load_foreign, load_model
 from ...pipelines.reducio.encoders import SemanticEncoder
@@ -57,7 +57,7 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
     parts["tokenizer"] = ByT5Tokenizer(extra_ids=0)
     parts["text_encoder"].resize_token_embeddings(len(parts["tokenizer"]))
     parts["text_encoder"].to(dtype)  # `wo` too, which is kept in float32 to run, not to be stored
-    shared = {inner: parts[outer] for inner, outer in SHARED.items()}
+    shared = REDUCIO.shared(parts)
     parts["text_to_image"] = load_text_to_image(out / "text_to_image", shared, dtype, "cpu")
     for name in ("content_encoder", "text_to_image"):  # else its config tells where it lay on this machine
         network = parts[name].transformer if name == "text_to_image" else parts[name]
@@ -71,7 +71,7 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
     # Kept for the names of the released checkpoints and never run: one byte a weight is enough.
     parts["vae"].encoder_2d.mid.block_2.to(torch.float8_e4m3fn)
     folder = out / BUNDLE
-    write_model(folder, parts)
+    write_model(folder, parts, REDUCIO)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600: as package data of a system-wide install nobody else could read it
     size = folder_bytes(folder)

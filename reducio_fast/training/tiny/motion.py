@@ -22,7 +22,7 @@ from ...checkpoints.strict_files import load_tensors, save_tensors
 from ...data import toy_world
 from ...pipelines.reducio.encoders import ContentEncoder, SemanticEncoder, TextEncoder
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
-from ...system.atomic_files import atomic_write
+from ...system.atomic_files import written_whole
 from ..loop import LoopConfig
 from ..recipe import Context
 from .video_autoencoder import as_video
@@ -129,7 +129,8 @@ def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, s
     tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     tensors["caption"] = _as_bytes(captions)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: save_tensors(tensors, temporary))
+    with written_whole(path) as temporary:
+        save_tensors(tensors, temporary)
 
 
 def _as_bytes(texts: list[str], width: int = 128) -> Tensor:

@@ -23,7 +23,7 @@ from ...checkpoints.strict_files import WEIGHTS, load_tensors, save_tensors
 from ...data import toy_world
 from ...data.toy_detector import detect
 from ...pipelines.reducio.content_frame import GUIDANCE, PIPELINE_WORDS, STEPS
-from ...system.atomic_files import atomic_write
+from ...system.atomic_files import written_whole
 from ..loop import LoopConfig
 from ..recipe import Context
 from .content_autoencoder import encode, to_image
@@ -207,7 +207,8 @@ def _encode_pool(
             frames.clear()
     pool = (torch.cat(latents) * vae.config.scaling_factor).half().contiguous()
     metadata = {"key": key, "captions": json.dumps(captions)}
-    atomic_write(path, lambda temporary: save_file({"latents": pool}, temporary, metadata))
+    with written_whole(path) as temporary:
+        save_file({"latents": pool}, temporary, metadata)
     return pool, captions
 
 

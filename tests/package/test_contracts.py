@@ -1,0 +1,44 @@
+"""The import contracts of pyproject.toml hold, and would notice what they forbid."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def lint(root: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as c; c()"
+    command = [sys.executable, "-P", "-c", code, "--config", str(root / "pyproject.toml"), "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_contracts_are_kept_without_exception(root: Path, layout: Path) -> None:
+    done = lint(root, layout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Contracts: 6 kept, 0 broken." in done.stdout
+    assert "ignore_imports" not in (root / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "broken"),
+    [
+        ("memory/fit.py", "from ..pipelines import generate", "Rooms stand on floors"),
+        ("media/pixels.py", "from ..checkpoints import hub", "Rooms stand on floors"),
+        ("helpers/__init__.py", "x = 1", "Rooms stand on floors"),
+        ("pipelines/reducio/encoders.py", "from ..peers import models", "Inside pipelines"),
+        ("compile/aot.py", "from . import graphs, cache\nimport PIL", "A bare GPU machine"),
+        ("media/similarity.py", "from . import circle", "No circles"),
+    ],
+    ids=["upwards", "sideways", "without-a-floor", "another-family", "bare-machine", "circle"],
+)
+def test_contracts_bite(root: Path, copied_layout: Path, file: str, line: str, broken: str) -> None:
+    path = copied_layout / "reducio_fast" / file
+    path.parent.mkdir(exist_ok=True)
+    text = path.read_text() if path.exists() else ""
+    path.write_text(f"{text}\n{line}\n")
+    (copied_layout / "reducio_fast" / "media" / "circle.py").write_text("from . import similarity\n")
+    done = lint(root, copied_layout)
+    assert done.returncode == 1 and f"{broken}" in done.stdout.split("Broken contracts")[1], done.stdout
