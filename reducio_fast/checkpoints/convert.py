@@ -30,7 +30,7 @@ from . import published_names
 from .foreign_files import read_weights
 from .layouts import REDUCIO
 from .networks import load_model
-from .strict_files import CONFIG, INDEX, NAMES_SHOWN, WEIGHTS, read_json, report, save_tensors, version, write_json
+from .strict_files import CONFIG, INDEX, WEIGHTS, read_json, report, save_tensors, version, write_json
 
 # Of diffusers' AutoencoderKL; one architecture, two scales of the latent.
 _SD_VAE = {
@@ -135,20 +135,6 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[
 
     _replace(target, write)
     return {"source": str(folder), "component": "vae", "path": str(target), "tensors": len(state)}
-
-
-def lines(result: Mapping[str, Any]) -> list[str]:
-    """The result of `convert` or `export` for people."""
-    text = [f"{result['component']}: {result['tensors']} tensors"]
-    for name, what in (("left_out", "left out"), ("fresh", "not in the source, freshly initialised")):
-        if names := result.get(name):
-            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            text.append(f"  {len(names)} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
-    if lacks := result.get("model_lacks"):
-        needed = [n for n in lacks if n not in REDUCIO.optional]
-        text.append(f"  the model can do without {', '.join(n for n in lacks if n in REDUCIO.optional)}")
-        text += [f"  the model still needs {', '.join(needed)}"] if needed else []
-    return [*text, f"wrote {result['path']}"]
 
 
 def _recognise(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -1,46 +1,65 @@
-"""`reducio-fast warmup`."""
+"""Compile for this machine ahead of the first call; take what is compiled from or to another machine."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 from pathlib import Path
 from typing import Any
 
-from ..pipelines.execution.warmup import Size
-from ..system import devices
 from ..system.errors import ReducioError
+from . import options
+from .printing import Printed
 
 LOG = logging.getLogger("reducio_fast")
 
 
-def command(args: Any) -> tuple[dict[str, Any], list[str]]:
-    """`reducio-fast warmup`: its result for machines, and the lines for people."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sizes", nargs="+", default=[], metavar="SIZE", help="such as 256 or 512x768 (default: the model's own)"
+    )
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after so long, with status 0")
+    parser.add_argument("--export", metavar="FILE", help="afterwards, pack all that is compiled into one archive")
+    parser.add_argument(
+        "--import",
+        dest="import_",
+        metavar="FILE",
+        help="before, unpack the archive of an equal machine; it holds code: take those of people you trust",
+    )
+    options.add_model(parser)
+    options.add_compile(parser)
+    options.add_progress(parser)
+
+
+def run(arguments: argparse.Namespace) -> Printed:
     from ..checkpoints.strict_files import embedded_model
     from ..compile import cache
     from ..pipelines.reducio.pipeline import ReducioPipeline
-    from ..system import cache_folder
+    from ..system import cache_folder, devices
     from ..triton_kernels.tables import arch_of
 
-    sizes = [_parse_size(text) for text in args.sizes] or None
-    target = None if args.export is None else Path(args.export)
+    sizes = [_parse_size(text) for text in arguments.sizes] or None
+    target = None if arguments.export is None else Path(arguments.export)
     if target is not None and not target.parent.is_dir():
         raise ReducioError(f"--export: {target.parent} is no folder")
     if (missing := devices.triton_missing()) is not None:
         raise ReducioError(f"warmup: there is nothing to compile without the fast path: {missing}")
-    origin = cache.Origin.here(arch_of(devices.resolve_device(args.device)))
+    origin = cache.Origin.here(arch_of(devices.resolve_device(arguments.device)))
     result: dict[str, Any] = {"cache": str(cache_folder.root() / origin.key), "imported": None, "exported": None}
     lines = []
     try:
-        if args.import_ is not None:
+        if arguments.import_ is not None:
             try:
-                result["imported"] = cache.import_archive(Path(args.import_), origin, cache_folder.root())
-                lines.append(f"imported {result['imported']} entries of {args.import_}")
+                result["imported"] = cache.import_archive(Path(arguments.import_), origin, cache_folder.root())
+                lines.append(f"imported {result['imported']} entries of {arguments.import_}")
             except cache.ForeignCache as error:  # no mistake: it costs the time that it would have saved
                 LOG.warning("%s", error)
                 result["ignored"] = str(error)
-        model = embedded_model() if args.model is None else args.model
-        pipe = ReducioPipeline.from_pretrained(model, dtype=args.dtype, device=args.device, compile=args.compile)
-        outcome = pipe.warmup(sizes, args.deadline, args.progress)
+        model = embedded_model() if arguments.model is None else arguments.model
+        pipe = ReducioPipeline.from_pretrained(
+            model, dtype=arguments.dtype, device=arguments.device, compile=arguments.compile
+        )
+        outcome = pipe.warmup(sizes, arguments.deadline, arguments.progress)
         result |= {"seconds": outcome.seconds, "left": list(outcome.left)}
         lines += [f"{name:<12} {seconds:.2f} s" for name, seconds in outcome.seconds.items()]
         lines += [f"{name:<12} not done" for name in outcome.left]
@@ -52,7 +71,7 @@ def command(args: Any) -> tuple[dict[str, Any], list[str]]:
     return result, lines
 
 
-def _parse_size(text: str) -> int | Size:
+def _parse_size(text: str) -> int | tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise ReducioError(f"--sizes: must be a number or HEIGHTxWIDTH, is {text!r}")

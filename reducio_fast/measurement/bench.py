@@ -26,8 +26,8 @@ from ..system.stage_clock import clock
 from . import instruments
 from .contenders import Contender, DefaultClip, GivenConditions, workload
 from .instruments import spread
+from .names import CONTENDERS
 
-CONTENDERS = ("reference", "compiled", "fast", "fast-compiled")
 DEFAULT = CONTENDERS[:3]
 Row = dict[str, Any]
 
@@ -214,66 +214,6 @@ def write(row: Row, path: str | os.PathLike[str]) -> None:
     """The row as JSON, whole or not at all."""
     with written_whole(path) as part:
         part.write_text(json.dumps(row, indent=2) + "\n")
-
-
-def lines(row: Row) -> list[str]:
-    """The row for people."""
-    roof, machine = row["roof"], row["machine"]
-    versions = ", ".join(
-        f"{name} {machine['packages'][name]}" for name in ("torch", "triton") if name in machine["packages"]
-    )
-    out = [
-        row["what"],
-        f"{machine['device']['name']}; {versions}; commit {(machine['commit'] or 'unknown')[:10]}; {machine['date']}",
-        f"roof, measured now: matrix product {roof['matmul_tflops']:g} TFLOP/s in {roof['dtype']}, "
-        f"copy {roof['copy_gbs']:g} GB/s",
-        f"parity: {len(row['parity'])} of {len(row['parity'])} right",
-    ]
-    if row["note"]:
-        out.append(row["note"])
-    for title, figures in (("", row["contenders"]), ("ladder", row["ladder"])):
-        if figures:
-            out += ["", *_table(title, figures)]
-    if row["cold"]:
-        out += ["", f"{'fresh process':<20}{'load s':>8}{'first clip s':>14}{'caches warm: load s':>21}{'clip s':>8}"]
-        for name, states in row["cold"].items():
-            if "skipped" in states:
-                out.append(f"{name:<20}skipped: {states['skipped']}")
-                continue
-            values = [states[s][k] for s in ("empty_caches", "warm_caches") for k in ("load_s", "first_clip_s")]
-            out.append(f"{name:<20}{values[0]:>8.2f}{values[1]:>14.2f}{values[2]:>21.2f}{values[3]:>8.2f}")
-    return out
-
-
-def _table(title: str, figures: dict[str, Row]) -> list[str]:
-    head = (
-        f"{title:<20}{'dtype':>9}{'first s':>9}{'clip s':>9}{'min':>8}{'max':>8}{'speed-up':>10}{'min':>7}{'max':>7}"
-        f"{'peak GB':>9}{'over start':>11}{'J':>8}{'PSNR':>7}"
-    )
-    out = [head]
-    for name, f in figures.items():
-        if "skipped" in f:
-            out.append(f"{name:<20}skipped: {f['skipped']}")
-            continue
-        clip, ratio = f["clip_s"], f["speed_up"]
-        joules, psnr = (f"{x:.1f}" if x is not None else "-" for x in (f["joules"], f["psnr_db"]))
-        out.append(
-            f"{name:<20}{f['dtype']:>9}{f['first_s']:>9.2f}{clip['median']:>9.3f}{clip['min']:>8.3f}{clip['max']:>8.3f}"
-            f"{ratio['median']:>10.2f}{ratio['min']:>7.2f}{ratio['max']:>7.2f}"
-            f"{f['peak_gb']:>9.2f}{f['above_start_gb']:>11.2f}{joules:>8}{psnr:>7}"
-        )
-    timed = {name: f for name, f in figures.items() if "skipped" not in f}
-    stages = list(dict.fromkeys(s for f in timed.values() for s in f["stages_s"]))
-    out.append(f"{'stage':<20}{'contender':<20}{'s':>9}{'speed-up':>10}{'TFLOP/s':>10}{'of roof':>9}")
-    for stage in stages:
-        for name, f in timed.items():
-            if stage in f["stages_s"]:
-                ratio = f["stages_speed_up"].get(stage, {}).get("median")
-                rate = f["tflops"].get(stage)
-                roofs = f"{rate:>10.3f}{f['share_of_roof'][stage]:>9.1%}" if rate is not None else f"{'-':>10}{'-':>9}"
-                speed_up = f"{ratio:.2f}" if ratio is not None else "-"
-                out.append(f"{stage:<20}{name:<20}{f['stages_s'][stage]['median']:>9.4f}{speed_up:>10}{roofs}")
-    return out
 
 
 def _same(contender: Contender) -> Contender:

@@ -132,16 +132,3 @@ def rates(seconds: float, num_frames: int, height: int, width: int, fps: float) 
         "per_video_second": seconds / (num_frames / fps),
         "per_megapixel": seconds / (num_frames * height * width / 1e6),
     }
-
-
-def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows of `bench_row` as a table for people."""
-    head = ("model", "weights", "clip", "cold s", "warm s", "s per video s", "s per megapixel", "peak GB")
-    table = [head]
-    for row in rows:
-        memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e9:.1f}"
-        clip = f"{row['num_frames']}x{row['height']}x{row['width']}@{row['fps']:g}"
-        figures = (row["cold"], row["seconds"], row["per_video_second"], row["per_megapixel"])
-        table.append((row["model"], row["weights"], clip, *(f"{value:.3g}" for value in figures), memory))
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table]

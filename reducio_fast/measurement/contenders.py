@@ -29,14 +29,13 @@ from ..system.devices import resolve_dtype
 from ..system.errors import ReducioError
 from ..system.stage_clock import Stopwatch, Timings
 from .bare_scheduler import scheduler
+from .names import WORKLOADS
 from .parity import compare_networks, liven
 
 PROMPT = "a red circle moving right on a black background"
 STEPS, GUIDANCE = NUM_INFERENCE_STEPS, GUIDANCE_SCALE
 NARROW_STEPS = 3
 FPS = 16.0  # a clip of 16 frames lasts a second
-FULL_SIZES = (256, 512, 1024)
-NAMES = ("default", *map(str, FULL_SIZES), "narrow")
 SEMANTIC_TOKENS = 256  # of OpenCLIP ViT-H at 224 pixels
 
 # The same networks, narrow and small: a CPU takes them through every part of a benchmark in seconds.
@@ -298,9 +297,9 @@ class DefaultClip:
 def workload(
     name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device
 ) -> DefaultClip | GivenConditions:
-    """One of `NAMES`. Raises ReducioError for another one, and for a full-size one on a CPU."""
-    if name not in NAMES:
-        raise ReducioError(f"workload: {name!r} is unknown; known: {', '.join(NAMES)}")
+    """One of `WORKLOADS`. Raises ReducioError for another one, and for a full-size one on a CPU."""
+    if name not in WORKLOADS:
+        raise ReducioError(f"workload: {name!r} is unknown; known: {', '.join(WORKLOADS)}")
     if name == "default":
         return DefaultClip(model, dtype, device)
     if model is not None:

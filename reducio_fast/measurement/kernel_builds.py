@@ -50,15 +50,3 @@ def _build(arch: str, op: str, only: str) -> list:
     from ..triton_kernels.registry import OPS
 
     return aot.build_all((v for v in OPS[op].variants(arch) if only in v.name), TARGETS[arch])
-
-
-def lines(builds: list) -> list[str]:
-    """One aligned line a build."""
-    head = f"{'variant':<44} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  matrix, bulk copy"
-    out = [head]
-    for b in builds:
-        extras = ", ".join(x for x in (b.matrix, "bulk copy" if b.bulk_copy else "", *b.problems) if x)
-        mark = "  <-- WRONG" if b.problems else ""
-        out.append(f"{b.variant:<44} {b.arch:<7} {b.registers:>9} {b.spilled:>7} {b.shared:>7}  {extras}{mark}")
-    wrong = sum(bool(b.problems) for b in builds)
-    return [*out, f"{len(builds)} builds, {wrong} wrong"]

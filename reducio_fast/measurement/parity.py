@@ -62,12 +62,6 @@ def compare(
     return rows
 
 
-def lines(rows: list[Row]) -> list[str]:
-    head = f"{'':<43}{'error':>10}{'eager':>10}{'limit':>10}"
-    body = [f"{r['what']:<34}{r['dtype']:>9}{r['error']:>10.2e}{r['eager']:>10.2e}{r['limit']:>10.2e}" for r in rows]
-    return [head, *(line + ("" if r["right"] else "  WRONG") for line, r in zip(body, rows, strict=True))]
-
-
 @torch.no_grad()
 def compare_networks(
     name: str, dit: ReducioDiT | None, vae: ReducioVAE | None, dtype: torch.dtype, pixels: int, whole: bool

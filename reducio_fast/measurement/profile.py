@@ -202,19 +202,3 @@ def _summary(stage: Stage) -> dict[str, Any]:
         "synchronisations": stage.synchronisations,
         "ops": [{"name": name, "calls": int(calls), "ms": round(us / 1e3, 3)} for name, (calls, us) in ops],
     }
-
-
-def lines(row: dict[str, Any], top: int = 12) -> list[str]:
-    """The summary for people: per stage its `top` ops."""
-    out = [row["what"]]
-    for name, stage in row["stages"].items():
-        share = f", device busy {stage['busy_share']:.0%}" if stage["launches"] else ""
-        counts = f", {stage['launches']} launches, {stage['synchronisations']} waits" if stage["launches"] else ""
-        out.append(f"{name}: {stage['wall_ms']:.1f} ms{share}{counts}")
-        total = sum(op["ms"] for op in stage["ops"]) or 1.0
-        for op in stage["ops"][:top]:
-            out.append(f"  {op['ms']:>10.2f} ms {op['ms'] / total:>6.1%} {op['calls']:>6}x  {op['name'][:90]}")
-        if len(stage["ops"]) > top:
-            rest = sum(op["ms"] for op in stage["ops"][top:])
-            out.append(f"  {rest:>10.2f} ms {rest / total:>6.1%}         {len(stage['ops']) - top} others")
-    return [*out, f"wrote {row['trace']}"] if row["trace"] else out

@@ -50,27 +50,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def format_lines(found: dict[str, Any]) -> list[str]:
-    """`describe()` as aligned lines for people; absent packages are left out."""
-    lines = []
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                add(key, item)
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                lines.append(f"{f'{name} {index}':<18} " + ", ".join(f"{k} {v}" for k, v in item.items()))
-            if not value:
-                lines.append(f"{name:<18} none")
-        elif value is not None:
-            lines.append(f"{name:<18} {value}")
-
-    for name, value in found.items():
-        add({"devices": "device"}.get(name, name), value)
-    return lines
-
-
 def _try(probe: Callable[[], Any]) -> Any:
     try:
         return probe()

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-import reducio_fast
 from reducio_fast.cli import main
 from reducio_fast.evaluation import toy_report
 from reducio_fast.media.similarity import psnr
 from reducio_fast.media.video_files import read_video, write_video
+from reducio_fast.pipelines import generate
 from reducio_fast.system import machine_report
 from reducio_fast.system.errors import ReducioError
 
@@ -161,7 +161,7 @@ def test_ends_without_a_traceback(
     def fail(**words: object) -> None:
         raise error
 
-    monkeypatch.setattr(reducio_fast, "generate", fail, raising=False)
+    monkeypatch.setattr(generate, "generate", fail)
     assert run(["generate", PROMPT, "--out", "c.mp4"]) == status
     assert capsys.readouterr().err == message
     assert not (here / "c.mp4").exists()
@@ -171,7 +171,7 @@ def test_a_defect_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatc
     def fail(**words: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(reducio_fast, "generate", fail, raising=False)
+    monkeypatch.setattr(generate, "generate", fail)
     with pytest.raises(ZeroDivisionError):
         run(["generate", PROMPT, "--out", "c.mp4"])
 
@@ -179,25 +179,22 @@ def test_a_defect_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatc
 def test_generate_passes_its_words_on(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only what was said or has a default here: the model decides the rest."""
+    """Only what was given: the model's call has the defaults, and the printed configuration shows them."""
     seen = {}
 
-    def generate(**words: object) -> SimpleNamespace:
+    def stand_in(**words: object) -> SimpleNamespace:
         seen.update(words)
         frames = np.zeros((16, 64, 96, 3), np.uint8)
         save = lambda path: write_video(frames, path, 16)  # noqa: E731 - one line of a stand-in
         return SimpleNamespace(frames=frames, seed=7, fps=16, timings={"dit.step": 0.5}, save=save)
 
-    monkeypatch.setattr(reducio_fast, "generate", generate, raising=False)
+    monkeypatch.setattr(generate, "generate", stand_in)
     argv = "generate x --out c.gif --seed 7 --width 96 --negative-prompt y --dtype bfloat16 --no-progress --json"
     assert run(argv.split()) == 0
     assert seen == {
         "prompt": "x",
         "negative_prompt": "y",
         "width": 96,
-        "num_frames": 16,
-        "num_inference_steps": 20,
-        "guidance_scale": 4.5,
         "seed": 7,
         "backend": "auto",
         "dtype": "bfloat16",
@@ -206,6 +203,7 @@ def test_generate_passes_its_words_on(
     result = json.loads(capsys.readouterr().out)
     assert (result["path"], result["seed"], result["fps"]) == ("c.gif", 7, 16)
     assert (result["config"]["height"], result["config"]["width"]) == (64, 96)
+    assert (result["config"]["num_inference_steps"], result["config"]["guidance_scale"]) == (20, 4.5)
     assert result["timings"]["dit.step"] == 0.5
 
 

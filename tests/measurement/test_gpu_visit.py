@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from reducio_fast.cli import profile as profile_command
 from reducio_fast.measurement import profile
 
 PARTS = ("tests", "parity", "first_measurements", "bench-1024", "tune", "profile", "bench-1024-compiled")
@@ -100,7 +101,7 @@ def test_a_profile_is_a_trace_and_a_table(dry_run: Path) -> None:
     decode = row["stages"]["vae.decode"]
     assert any("conv" in op["name"] for op in decode["ops"])
     assert 0.5 * decode["wall_ms"] < sum(op["ms"] for op in decode["ops"]) < 2 * decode["wall_ms"]
-    text = "\n".join(profile.lines(row))
+    text = "\n".join(profile_command.lines(row))
     assert "vae.decode:" in text and f"wrote {dry_run / 'profile.trace.json.gz'}" in text
 
 

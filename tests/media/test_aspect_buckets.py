@@ -159,7 +159,7 @@ def test_size_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         asked.append((words["height"], words["width"]))
         raise ReducioError("far enough")
 
-    monkeypatch.setattr("reducio_fast.generate", generate)
+    monkeypatch.setattr("reducio_fast.pipelines.generate.generate", generate)
     photo = tmp_path / "photo.png"
     Image.new("RGB", (160, 90)).save(photo)
     start = ["generate", "a red circle", "--out", str(tmp_path / "clip.mp4")]

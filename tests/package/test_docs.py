@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reducio_fast.cli import main, options
+from reducio_fast.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(ROOT.glob("docs/*.md"))
@@ -68,7 +68,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_parse(code: str) -> None:
     assert subprocess.run(["bash", "-n"], input=code, text=True, capture_output=True, check=False).stderr == ""
     for argv in commands(code):
-        options.parser(main.COMMANDS).parse_args(argv)  # leaves with status 2 where a word is wrong
+        main.parser().parse_args(argv)  # leaves with status 2 where a word is wrong
 
 
 @pytest.mark.parametrize("code", snippets("bash", pages=PAGES, run=True))
@@ -96,7 +96,7 @@ def test_python_runs(code: str, here: Path, bundle: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_that_a_page_names_exist(page: Path) -> None:
     """In running text, that is; those in commands are parsed above."""
-    actions = next(a for a in options.parser(main.COMMANDS)._actions if isinstance(a, argparse._SubParsersAction))
+    actions = next(a for a in main.parser()._actions if isinstance(a, argparse._SubParsersAction))
     known = {option for command in actions.choices.values() for option in command._option_string_actions}
     foreign = {"--local-dir"}  # of `hf download`
     named = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", FENCE.sub("", page.read_text())))

@@ -17,6 +17,7 @@ from PIL import Image
 
 import reducio_fast
 from reducio_fast.cli import main
+from reducio_fast.cli.bench import comparison_lines
 from reducio_fast.measurement import compare_models
 from reducio_fast.media.video_files import read_video
 from reducio_fast.pipelines.peers import models, pipeline
@@ -211,7 +212,7 @@ def test_bench_row(picture: np.ndarray) -> None:
     assert row["per_megapixel"] == pytest.approx(row["seconds"] / (2 * 32 * 32 / 1e6))
     assert 0 < sum(row["stages"].values()) <= row["seconds"]
     assert json.loads(json.dumps(row)) == row
-    head, line = compare_models.lines([row])
+    head, line = comparison_lines([row])
     assert "s per video s" in head and line.startswith("svd") and "2x32x32@7" in line
 
 
@@ -222,7 +223,7 @@ def test_bench_command_with_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
     assert (ours["model"], theirs["model"]) == ("ours, fast", "svd")
     assert ours["per_video_second"] == pytest.approx(ours["seconds"] * 16 / ours["num_frames"])
     assert theirs["per_megapixel"] == pytest.approx(theirs["seconds"] / (4 * 32 * 32 / 1e6))
-    assert len(compare_models.lines([ours, theirs])) == 3
+    assert len(comparison_lines([ours, theirs])) == 3
 
 
 def test_bench_command_refuses_a_peer_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,48 @@
+"""Compile every kernel for every GPU target, with no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+
+from . import options
+from .printing import Failed, Printed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--targets", metavar="A,B", help="only these, such as sm_90,gfx942 (default: all)")
+    parser.add_argument("--kernels", metavar="A,B", help="only these, such as conv3d (default: all)")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only variants with this in their name, such as bf16"
+    )
+    parser.add_argument("--jobs", type=options.positive, help="compilers at work at once (default: one a core)")
+
+
+def run(arguments: argparse.Namespace) -> Printed:
+    from ..measurement.kernel_builds import check
+
+    archs, ops = (text.split(",") if text else None for text in (arguments.targets, arguments.kernels))
+    builds = []
+    for build in check(archs=archs, ops=ops, only=arguments.only, jobs=arguments.jobs):
+        builds.append(build)
+        if build.problems and not arguments.json:
+            print(f"{build.variant} on {build.arch}: {'; '.join(build.problems)}", file=sys.stderr)
+    wrong = [build for build in builds if build.problems]
+    printed = {"builds": [asdict(b) for b in builds], "wrong": len(wrong)}, lines(builds)
+    if wrong:
+        first = f"{wrong[0].variant} on {wrong[0].arch}"
+        raise Failed(f"{len(wrong)} of {len(builds)} builds are wrong, the first: {first}", printed)
+    return printed
+
+
+def lines(builds: list) -> list[str]:
+    """One aligned line a build."""
+    head = f"{'variant':<44} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  matrix, bulk copy"
+    out = [head]
+    for b in builds:
+        extras = ", ".join(x for x in (b.matrix, "bulk copy" if b.bulk_copy else "", *b.problems) if x)
+        mark = "  <-- WRONG" if b.problems else ""
+        out.append(f"{b.variant:<44} {b.arch:<7} {b.registers:>9} {b.spilled:>7} {b.shared:>7}  {extras}{mark}")
+    wrong = sum(bool(b.problems) for b in builds)
+    return [*out, f"{len(builds)} builds, {wrong} wrong"]

@@ -1,0 +1,108 @@
+"""Text (and an image) -> a clip on disk."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from ..checkpoints.layouts import REDUCIO
+from ..system.errors import ReducioError
+from . import options
+from .printing import Printed
+
+NAMED = {c.name: c.source for c in REDUCIO.components if c.source}  # components that a folder or hub id can name
+FIRST_STAGE = ("num_inference_steps", "guidance_scale")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the clip shows (none for --model svd)")
+    options.add_out(parser, "PATH", options.CLIP_HELP)
+    parser.add_argument("--image", metavar="FILE", help="your own content frame instead of the first stage's")
+    parser.add_argument("--negative-prompt", metavar="TEXT")
+    options.add_size(parser)
+    parser.add_argument(
+        "--size", type=options.positive, metavar="N", help="256, 512 or 1024: the aspect bucket of --image, else square"
+    )
+    parser.add_argument("--num-frames", type=options.positive, help="(default: the model's)")
+    parser.add_argument("--num-inference-steps", type=options.positive, help="(default: the model's)")
+    parser.add_argument("--guidance-scale", type=float, help="(default: the model's)")
+    parser.add_argument("--seed", type=options.not_negative, default=0)
+    options.add_model(parser, ", hub id, or another model: svd, svd:DIR, svd:random, ltx, wan")
+    options.add_backend(parser)
+    options.add_compile(parser)
+    for name, source in NAMED.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="DIR", help=f"{source} (default: the model's)")
+    for name, kind in zip(FIRST_STAGE, (options.positive, float), strict=True):
+        option = f"--content-{name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, help="of the first stage (default: its own)")
+    parser.add_argument(
+        "--clean-caption",
+        action=argparse.BooleanOptionalAction,
+        help="clean the prompt as PixArt's captions were (default: as the model says)",
+    )
+    options.add_progress(parser)
+
+
+def run(arguments: argparse.Namespace) -> Printed:
+    from ..media.image_files import read_image
+    from ..media.video_files import check_output_path
+
+    check_output_path(arguments.out)
+    # A broken file is refused now, not after the model has loaded.
+    picture = None if arguments.image is None else read_image(arguments.image).shape[:2]
+    if arguments.size is not None:
+        arguments.height, arguments.width = _size(arguments, picture)
+    from ..pipelines import registry
+    from ..pipelines.generate import generate
+
+    kwargs = {
+        "prompt": arguments.prompt,
+        "negative_prompt": arguments.negative_prompt,
+        "image": arguments.image,
+        "model": arguments.model,
+        "height": arguments.height,
+        "width": arguments.width,
+        "num_frames": arguments.num_frames,
+        "num_inference_steps": arguments.num_inference_steps,
+        "guidance_scale": arguments.guidance_scale,
+        "seed": arguments.seed,
+        "backend": arguments.backend,
+        "compile": arguments.compile,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        **{name: getattr(arguments, name) for name in (*NAMED, "clean_caption")},
+        "content_kwargs": _first_stage(arguments),
+    }
+    started = time.perf_counter()
+    out = generate(**{k: v for k, v in kwargs.items() if v is not None}, progress=arguments.progress)
+    out.save(arguments.out)
+    timings = {**out.timings, "total": time.perf_counter() - started}  # the total includes loading
+
+    frames, height, width = out.frames.shape[:3]
+    defaults = registry.call_defaults(arguments.model)
+    config = {name: defaults.get(name) if value is None else value for name, value in kwargs.items()}
+    config |= {"num_frames": frames, "height": height, "width": width, "seed": out.seed}
+    config["model"] = config["model"] or "the embedded default"
+    result = {"path": arguments.out, "fps": out.fps, "seed": out.seed, "config": config, "timings": timings}
+    lines = [f"  {name:<20} {value}" for name, value in config.items() if value is not None]
+    lines += ["seconds"] + [f"  {name:<20} {seconds:.2f}" for name, seconds in timings.items()]
+    lines += [f"wrote {arguments.out}: {frames} frames of {height}x{width} at {out.fps:g} frames a second"]
+    return result, lines
+
+
+def _first_stage(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Arguments for the text-to-image pipeline: the options that begin with --content-."""
+    kwargs = {name: getattr(arguments, f"content_{name}") for name in FIRST_STAGE}
+    return {name: value for name, value in kwargs.items() if value is not None} or None
+
+
+def _size(arguments: argparse.Namespace, picture: tuple[int, int] | None) -> tuple[int, int]:
+    """--size as height and width: the aspect bucket of the picture, the square without one."""
+    from ..media.aspect_buckets import buckets, choose_size
+
+    if arguments.height is not None or arguments.width is not None:
+        both = f"--height {arguments.height} --width {arguments.width}"
+        raise ReducioError(f"--size {arguments.size} and {both}: give one or the other")
+    buckets(arguments.size)  # refuses a number that has no table
+    return choose_size(None, None, (arguments.size, arguments.size), [picture] if picture else ())

@@ -1,0 +1,46 @@
+"""Trace one clip: a Chrome trace and a table of what each stage is spent on."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from . import options
+from .printing import Printed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..measurement.names import CONTENDERS
+
+    options.add_workload(parser)
+    options.add_model(parser)
+    parser.add_argument("--contender", choices=CONTENDERS, default="fast")
+    parser.add_argument("-o", "--out", metavar="FILE", default="trace.json.gz", help="(default: trace.json.gz)")
+    parser.add_argument("--shapes", action="store_true", help="record the shapes of inputs too")
+    parser.add_argument(
+        "--ranges", action="store_true", help="no trace: NVTX or roctx ranges, for nsys, ncu or rocprofv3"
+    )
+
+
+def run(arguments: argparse.Namespace) -> Printed:
+    from ..measurement.profile import marked, profile
+
+    what = (arguments.workload, arguments.model, arguments.contender, arguments.dtype, arguments.device)
+    row = marked(*what) if arguments.ranges else profile(arguments.out, *what, shapes=arguments.shapes)
+    return row, lines(row)
+
+
+def lines(row: dict[str, Any], top: int = 12) -> list[str]:
+    """The summary for people: per stage its `top` ops."""
+    out = [row["what"]]
+    for name, stage in row["stages"].items():
+        share = f", device busy {stage['busy_share']:.0%}" if stage["launches"] else ""
+        counts = f", {stage['launches']} launches, {stage['synchronisations']} waits" if stage["launches"] else ""
+        out.append(f"{name}: {stage['wall_ms']:.1f} ms{share}{counts}")
+        total = sum(op["ms"] for op in stage["ops"]) or 1.0
+        for op in stage["ops"][:top]:
+            out.append(f"  {op['ms']:>10.2f} ms {op['ms'] / total:>6.1%} {op['calls']:>6}x  {op['name'][:90]}")
+        if len(stage["ops"]) > top:
+            rest = sum(op["ms"] for op in stage["ops"][top:])
+            out.append(f"  {rest:>10.2f} ms {rest / total:>6.1%}         {len(stage['ops']) - top} others")
+    return [*out, f"wrote {row['trace']}"] if row["trace"] else out

@@ -1,0 +1,70 @@
+"""A clip -> VAE -> original and reconstruction side by side, with PSNR and SSIM."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from ..system.errors import ReducioError
+from . import options
+from .printing import Printed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="INPUT", help=".mp4, .gif, .webp or a folder of images")
+    options.add_out(parser, "PATH", options.CLIP_HELP)
+    parser.add_argument("--start", type=options.not_negative, default=0, help="first frame to use (default: 0)")
+    options.add_size(parser)
+    options.add_model(parser)
+
+
+def run(arguments: argparse.Namespace) -> Printed:
+    from ..media.image_files import cover_crop
+    from ..media.video_files import check_output_path, read_video, side_by_side, write_video
+
+    check_output_path(arguments.out)
+    read_video(arguments.input, arguments.start, 1)  # a missing or broken input is refused before torch is imported
+
+    from ..evaluation import reconstruction
+    from ..media.similarity import psnr, ssim
+    from ..pipelines.call.validation import check_size
+
+    vae, settings = _load_vae(arguments)
+    wanted = vae.config.num_frames
+    height, width = arguments.height or settings["sample_height"], arguments.width or settings["sample_width"]
+    check_size(vae.config, height, width, wanted)
+    clip, fps = read_video(arguments.input, arguments.start, wanted)
+    if len(clip) < wanted:
+        where = f" from number {arguments.start} on" if arguments.start else ""
+        raise ReducioError(f"{arguments.input} has {len(clip)} frames{where}; the model takes {wanted}")
+    clip = cover_crop(clip, height, width)
+    started = time.perf_counter()
+    restored = reconstruction.reconstruct(vae, clip)
+    seconds = time.perf_counter() - started
+    write_video(side_by_side(clip, restored), arguments.out, fps or settings["fps"])
+
+    result = {"path": arguments.out, "frames": wanted, "height": height, "width": width}
+    result |= {"psnr": psnr(clip, restored), "ssim": ssim(clip, restored), "seconds": seconds}
+    lines = [
+        f"PSNR {result['psnr']:.2f} dB",
+        f"SSIM {result['ssim']:.4f}",
+        f"wrote {arguments.out}: {wanted} frames of {height}x{width}, original left, reconstruction right "
+        f"({seconds:.2f} s)",
+    ]
+    return result, lines
+
+
+def _load_vae(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The VAE alone and the settings in the model's index: the text encoder of a full-size model is 9 GB."""
+    from ..checkpoints.hub import find_model
+    from ..checkpoints.networks import load_model
+    from ..checkpoints.strict_files import INDEX, embedded_model, read_json
+    from ..reference import ReducioVAE, VAEConfig
+    from ..system.devices import resolve_device, resolve_dtype
+
+    folder = embedded_model() if arguments.model is None else find_model(arguments.model)
+    settings = read_json(folder / INDEX)
+    device = resolve_device(arguments.device)
+    dtype = resolve_dtype(arguments.dtype, None, device)
+    return load_model(ReducioVAE, VAEConfig, folder / "vae", dtype, device), settings
