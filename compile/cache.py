@@ -12,8 +12,8 @@ KEY is a digest of `Origin`: what must be equal for an entry to be of use. After
 is another one, so that nothing stale is ever looked at.
 
 Both libraries read their variable when they look up an entry, and compile workers inherit it: so `use` must run before
-the first compilation, and a folder that somebody has chosen stays. torch writes its own default into the environment as
-soon as it is asked, which `import diffusers` is enough for: that is nobody's choice.
+the first compilation, and a folder that the user has chosen stays. torch writes its own default into the environment as
+soon as it is asked, and `import diffusers` asks: that default is not a choice.
 
 Why not `torch.compiler.save_cache_artifacts`: it holds what torch.compile made in this process, without the kernels
 that we launch ourselves, and what it loads cannot be checked before it is unpickled. An archive here is checked first:

@@ -131,7 +131,7 @@ class Regions:
         return region(tensors)
 
     def forget(self, module: nn.Module) -> None:
-        """Look at the module again before its next call: for whoever has changed it. Weights may change in place."""
+        """Describe the module again at its next call. Call this after a change to it, except of weights in place."""
         self._blocks.pop(module, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Regions:

@@ -5,14 +5,15 @@ function, `capture_graph` on a GPU, so every rule here is tested with no GPU at 
 
 - a graph serves one key: the name of a function, and of its arguments the shapes, strides, dtypes, device, stream and
   every value that is no tensor. A call with another key is a miss;
-- a miss runs eagerly and is counted by its reason. The first sight of a key is one: a shape that comes once shall cost
-  neither a capture nor memory. So is a key past `limit`, and one whose capture has failed, which is not tried again;
+- a miss runs eagerly and is counted by its reason. A new key runs eagerly once and is captured at its second call, so
+  one-off shapes cost nothing. A key past `limit` runs eagerly too, and one whose capture has failed: it is not tried
+  again;
 - inputs are copied into buffers that the graph reads, unless the buffer holds that very tensor, unchanged, already;
 - results are copies, safe to keep. `keep=False` hands out the graph's own buffers, for a caller that has consumed them
   before the next call;
 - all graphs of a stream live in one memory pool, where one's intermediates lie on another's: no more than the largest
   needs, plus every graph's inputs and outputs. Where memory runs out they go, and the call is made again without them;
-- a graph reads weights where they lay at capture: whoever moves or rewrites them calls `reset`.
+- a graph reads weights where they lay at capture: after moving or rewriting them, call `reset`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LOG = logging.getLogger("reducio_fast")
 # At 1024x1024 a clip has one key of a denoising step, four shapes of tile to encode and the four to decode, these at up
 # to two batch sizes: 13. Two sizes in turn fit.
 LIMIT = 32
-REMEMBERED = 1024  # keys seen but not captured: a service that meets ever new sizes shall not grow by them
+REMEMBERED = 1024  # cap on remembered keys, so a server's memory does not grow with the number of sizes
 
 _one_capture_at_a_time = threading.Lock()  # what CUDA allows in a process
 
@@ -94,8 +95,8 @@ class _Graph:
 class Graphs:
     """Calls functions through graphs where it has one. Safe to share between threads.
 
-    `limit`: how many graphs at most. `sightings`: how often a key runs eagerly before it is captured; whoever warms up
-    sets 0 meanwhile.
+    `limit`: how many graphs at most. `sightings`: how often a key runs eagerly before it is captured; a
+    warm-up sets 0 meanwhile.
     """
 
     def __init__(self, capture: Capture = capture_graph, limit: int = LIMIT, sightings: int = 1) -> None:

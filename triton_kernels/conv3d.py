@@ -39,7 +39,7 @@ def shifted_gemm(
 ):  # fmt: skip
     """acc[m, k] = sum over taps of x[first + m + shift(tap), :] . w[w_row + k, tap, :], rows counted within `item`.
 
-    Rows from which a tap would leave the buffer yield sums of whatever is near, which nobody wants. `live` = 0 skips
+    Rows from which a tap would leave the buffer yield sums of unrelated values, which are never read. `live` = 0 skips
     the work. The weights are a matrix [w_rows, taps * C].
     """
     TAPS: tl.constexpr = TIME * SPACE * SPACE

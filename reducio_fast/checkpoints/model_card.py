@@ -33,7 +33,7 @@ With reducio-fast (`pip install reducio-fast`):
 from reducio_fast import ReducioPipeline
 
 pipe = ReducioPipeline.from_pretrained("{title}")  # this folder, or its hub id
-pipe("what the clip shall show").save("clip.mp4")
+pipe("what the clip shows").save("clip.mp4")
 ```
 
 Through diffusers, where reducio-fast is installed:

@@ -41,7 +41,7 @@ BFLOAT16_CPU_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def default_dtype(device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
-    """What the twins of networks stored in float32 run in where nobody asked for a dtype, and why.
+    """What the twins of networks stored in float32 run in where no dtype was asked for, and why.
 
     On a GPU, and for weights in any other dtype, that of the weights. An older torch that does not name the features
     of its CPU gets float32.

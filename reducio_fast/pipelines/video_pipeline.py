@@ -6,21 +6,17 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..checkpoints.layouts import Layout
 from ..checkpoints.saved_latents import rescue
-from ..media import aspect_buckets
 from ..memory.dry_run import DryRun
 from ..memory.forecast import Forecast
 from ..reference import initial_latent
-from ..system import devices
 from ..system.deadline import Outcome
 from ..system.errors import ReducioError, is_out_of_memory
 from .call.output import ReducioOutput, stack, to_output
@@ -28,7 +24,7 @@ from .call.request import ClipRequest, Request
 from .call.state import CallState
 from .call.step_callback import StepCallback
 from .execution.adapters import Adapters
-from .execution.components import Components
+from .execution.components import Components, PartAttribute
 from .execution.decoding import Decoding, TiledDecoder
 from .execution.executor import Executor
 from .execution.fitting import Fitter
@@ -39,19 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LOG = logging.getLogger("reducio_fast")
-
-
-class _Part:
-    """An attribute of a pipeline that `pipe.parts` holds: a component or a setting."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, pipe: Any, owner: type) -> Any:
-        return self if pipe is None else pipe.parts[self.name]
-
-    def __set__(self, pipe: Any, value: Any) -> None:
-        pipe.parts[self.name] = value
 
 
 class VideoPipeline:
@@ -72,7 +55,7 @@ class VideoPipeline:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in (*cls.layout.names, *cls.layout.settings):
-            setattr(cls, name, _Part(name))
+            setattr(cls, name, PartAttribute(name))
 
     def __init__(
         self,
@@ -89,7 +72,6 @@ class VideoPipeline:
         self.call: CallState | None = None
         self._progress_bar_config: dict[str, Any] = {}
         self.fitter = Fitter(parts, executor, decoder, self._dry_stages)
-        self.warned_sizes: set[tuple[int, int]] = set()  # sizes that are no bucket and have been compiled for
 
     # ---- a call ----
 
@@ -98,10 +80,10 @@ class VideoPipeline:
         """Make the clips of a checked request, one after the other."""
         with self.executor.exclusive():
             size = request.height, request.width
-            self.call = CallState(request, self._progress_bar(0, False))
+            self.call = CallState(request)
             try:
-                decoding = self._fit(*size)
-                self._warn_once_about_compiling(*size)
+                decoding = self.fitter.settle(*size)
+                self.executor.warn_of_compiling(*size, usual=size == (self.sample_height, self.sample_width))
                 return self._make_clips(self.call, decoding)
             finally:
                 self.call.end()
@@ -110,7 +92,7 @@ class VideoPipeline:
         request = call.request
         frames: list[Any] = []
         contents: list[np.ndarray] = []  # empty where nothing needs a content frame
-        with self._progress_bar(len(request.clips) * request.num_inference_steps, request.progress) as call.progress:
+        with call.show_progress(self._progress_bar_config):
             for clip in request.clips:
                 content, clip_frames = self._make_clip(clip, call, decoding)
                 contents += [] if content is None else [content]
@@ -159,11 +141,6 @@ class VideoPipeline:
             kept = rescue(call.undecoded, seeds, self.fps)
             raise ReducioError(f"vae.decode: out of memory at {request.height}x{request.width}; {kept}") from error
 
-    def _progress_bar(self, total: int, progress: bool) -> tqdm:
-        silent = not progress or os.environ.get("RANK", "0") != "0"  # of the ranks that torchrun starts, one prints
-        kwargs: dict[str, Any] = {"desc": "dit.step", "disable": silent} | self._progress_bar_config
-        return tqdm(total=total, **(kwargs if total else {"disable": True}))
-
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Arguments for tqdm, kept for later calls: `set_progress_bar_config(disable=True)`."""
         self._progress_bar_config = kwargs
@@ -204,22 +181,6 @@ class VideoPipeline:
         """Bytes that a clip of this size will need, stage by stage, without computing anything: see
         `memory.forecast.Forecast`. `decoding`: another way than the pipeline's own."""
         return self.fitter.forecast(height, width, decoding)
-
-    def _fit(self, height: int, width: int) -> Decoding:
-        """How a clip of this size is decoded in the memory that is free. ReducioError where it cannot be made."""
-        fit = self.fitter.fit(height, width)
-        if fit.offload and not self.offloading:
-            LOG.warning("memory: weights are offloaded to the CPU between stages, all at once do not fit")
-            self.enable_model_cpu_offload(device=self.device)
-        self.fitter.fits[height, width] = fit
-        return fit.decoding
-
-    def _warn_once_about_compiling(self, height: int, width: int) -> None:
-        """Warn once per size that is not an aspect bucket: it is compiled for this size alone."""
-        usual = (height, width) == (self.sample_height, self.sample_width) or aspect_buckets.is_bucket(height, width)
-        if self.executor.engine.compiles and not usual and (height, width) not in self.warned_sizes:
-            self.warned_sizes.add((height, width))
-            LOG.warning("compile: %dx%d is in no bucket, its blocks are compiled for this size alone", height, width)
 
     def warmup(
         self,
@@ -279,17 +240,7 @@ class VideoPipeline:
         dtype: torch.dtype | str | None = None,
     ) -> Self:
         """Move and cast every network in place; returns self. A dtype may also come alone: `pipe.to(torch.float16)`."""
-        if isinstance(device, torch.dtype):
-            if dtype is not None:
-                raise ReducioError(f"to: two dtypes given, {device} and {dtype}")
-            device, dtype = None, device
-        if self.offloading and device is not None:
-            raise ReducioError(
-                f"to: device={device!r} given while weights are offloaded; call disable_model_cpu_offload() before"
-            )
-        target = self.device if device is None else devices.resolve_device(device)
-        resolved = self.dtype if dtype is None else devices.resolve_dtype(dtype, None, target)
-        self.executor.move(target, resolved, dtype is None)
+        self.executor.move(device, dtype)
         return self
 
     def unload(self, *names: str) -> None:
@@ -313,22 +264,15 @@ class VideoPipeline:
         size and tiling; not with graphs, which hold addresses (stages then run without), nor with `to(device)`, which
         is refused. Raises ReducioError where there is no GPU.
         """
-        if device is None and not torch.cuda.is_available():
-            raise ReducioError("enable_model_cpu_offload: there is no GPU here, all weights are on the CPU already")
-        chosen = devices.resolve_device((f"cuda:{gpu_id or 0}") if device is None else device)
-        if chosen.type == "cuda" and chosen.index is None:
-            chosen = torch.device("cuda", gpu_id if gpu_id is not None else torch.cuda.current_device())
         with self.executor.lock:
-            self.executor.start_offload(chosen)
+            self.executor.start_offload(gpu_id, device)
             self.fitter.fits.clear()
 
     def disable_model_cpu_offload(self) -> None:
         """All weights to the device where the stages ran, for good."""
         with self.executor.lock:
-            if self.executor.offload is not None:
-                device, self.executor.offload = self.executor.offload.device, None
-                self.fitter.fits.clear()
-                self.to(device)
+            self.executor.end_offload()
+            self.fitter.fits.clear()
 
     def _dry_stages(self, dry: DryRun) -> Any:
         """The family's stages without contents, for `Fitter`."""
@@ -358,10 +302,8 @@ class VideoPipeline:
         self.decoder.tiling = value
 
     def enable_vae_tiling(self) -> None:
-        """Decode each clip in tiles: 256 pixels, read 64 beyond and blended, as the release does.
-
-        This is what `vae_tiling = None`, the default, does above 320 pixels, which is all that one tile reads.
-        """
+        """Decode each clip in tiles: 256 pixels, read 64 beyond and blended, as the release does. The default,
+        `vae_tiling = None`, does so above 320 pixels, which is all that one tile reads."""
         self.decoder.tiling = True
 
     def disable_vae_tiling(self) -> None:
@@ -455,33 +397,3 @@ class VideoPipeline:
     @property
     def fused_loras(self) -> set[str]:
         return self.adapters.fused_names
-
-    # ---- folders ----
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the folder that the family's `from_pretrained` reads."""
-        raise NotImplementedError
-
-    def _check_can_be_saved(self) -> None:
-        if (active := self.get_active_adapters()) and not self.fused_loras:
-            raise ReducioError(
-                f"save_pretrained: the adapters {', '.join(active)} are active; fuse_lora() to write them with the "
-                "weights, or unload_lora_weights() to leave them out"
-            )
-        if self.unloaded:
-            raise ReducioError(f"save_directory: {', '.join(self.unloaded)} unloaded; the folder would be without")
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload a Reducio model",
-    ) -> str:
-        """Upload the folder that `save_pretrained` writes to the hub; returns the address of the commit."""
-        from ..checkpoints import hub
-
-        def save(folder: Path) -> None:
-            self.save_pretrained(folder)
-
-        return hub.push(save, repo_id, private, token, commit_message)

@@ -1,8 +1,8 @@
-"""Runs callables once so that all they compile exists before the first user comes, and no longer than a deadline.
+"""Runs jobs in order until a deadline.
 
 Nothing can interrupt a compiler from outside. So with a deadline the work is done in a thread of its own: when the time
-is up the caller gets an answer at once, and the thread ends at its next check. Until then it may still be compiling;
-whoever calls `run` must not share with it what it is working on.
+is up the caller gets an answer at once, and the thread ends at its next check. Until then it may still be compiling, so
+the caller of `run` must not share with it what it is working on.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(
                 check()
                 began = clock()
                 job.run(check)
-                check()  # a job that was finished too late counts as left: nobody waited for it
+                check()  # a job that was finished too late counts as left: the caller has gone on
                 outcome.seconds[job.name] = clock() - began
                 on_done(job.name)
         except DeadlinePassed:

@@ -285,7 +285,7 @@ class ReducioDiT(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """PixArt-alpha's initialisation: Xavier linears, and zeros where a branch or the output shall start silent."""
+        """PixArt-alpha's initialisation: Xavier linears, and zeros where a branch or the output starts silent."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten: a patch convolution is a linear layer

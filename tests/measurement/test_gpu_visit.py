@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from reducio_fast.cli import profile as profile_command
-from reducio_fast.measurement import profile
 
 PARTS = ("tests", "parity", "first_measurements", "bench-1024", "tune", "profile", "bench-1024-compiled")
 

@@ -294,13 +294,20 @@ def test_the_tower_of_the_release_by_its_names(name: str):
 # ---- content ---------------------------------------------------------------------------------------------------------
 
 
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_latents_are_diffusers_own(vae_folder: Path, tmp_path: Path):
     from diffusers import AutoencoderKL
 
     peer, vae = AutoencoderKL.from_pretrained(vae_folder), load_content_encoder(vae_folder, torch.float32, "cpu")
+    assert type(vae) is type(peer) and same_weights(vae, peer)
     image = torch.rand(2, 3, 64, 96) * 2 - 1
     with torch.no_grad():
-        posterior = peer.encode(image).latent_dist
+        # By the same object: on a CPU with AVX2 alone the last bits of a convolution depend on where its weights lie.
+        posterior = vae.encode(image).latent_dist
     encoder = ContentEncoder(vae)
     assert (
         torch.equal(encoder(image), posterior.mode()) and encoder(image).shape == (2, 4, 8, 12) and encoder.factor == 8
@@ -310,7 +317,7 @@ def test_latents_are_diffusers_own(vae_folder: Path, tmp_path: Path):
     assert torch.equal(ContentEncoder(vae, 0.18215)(image), posterior.mode() * 0.18215)
     shutil.copytree(vae_folder, tmp_path / "pipeline/vae")
     inside = load_content_encoder(tmp_path / "pipeline", torch.float32, "cpu")
-    assert torch.equal(ContentEncoder(inside)(image), posterior.mode())
+    assert same_weights(inside, peer)
 
 
 def test_an_autoencoder_with_the_names_of_its_time(vae_folder: Path, tmp_path: Path):

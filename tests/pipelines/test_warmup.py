@@ -20,8 +20,8 @@ from reducio_fast.compile import artifacts, cache
 from reducio_fast.compile.graphs import Graphs, Pool
 from reducio_fast.fast.engine import Engine
 from reducio_fast.pipelines.execution import warmup
-from reducio_fast.system import deadline
 from reducio_fast.system.deadline import Check, DeadlinePassed, Job
+from reducio_fast.system.deadline import run as run_jobs
 from reducio_fast.system.errors import ReducioError
 
 GREY = np.full((64, 64, 3), 128, np.uint8)
@@ -55,9 +55,9 @@ def test_jobs_run_in_order_and_are_timed() -> None:
 
         return Job(name, run)
 
-    outcome = deadline.run([job("a", 2), job("b", 3)], on_done=done.append, clock=clock)
+    outcome = run_jobs([job("a", 2), job("b", 3)], on_done=done.append, clock=clock)
     assert (order, done, outcome.seconds, outcome.left) == (["a", "b"], ["a", "b"], {"a": 2, "b": 3}, ())
-    assert outcome.complete and deadline.run([job("a", 2)], 60, clock=clock).complete
+    assert outcome.complete and run_jobs([job("a", 2)], 60, clock=clock).complete
 
 
 def test_deadline_ends_a_job_at_its_next_check() -> None:
@@ -71,7 +71,7 @@ def test_deadline_ends_a_job_at_its_next_check() -> None:
             ended.set()
             raise
 
-    outcome = deadline.run([Job("quick", lambda check: None), Job("slow", slow), Job("later", print)], 5, clock=clock)
+    outcome = run_jobs([Job("quick", lambda check: None), Job("slow", slow), Job("later", print)], 5, clock=clock)
     assert ended.wait(5)
     assert list(outcome.seconds) == ["quick"] and outcome.left == ("slow", "later") and not outcome.complete
 
@@ -79,7 +79,7 @@ def test_deadline_ends_a_job_at_its_next_check() -> None:
 def test_deadline_does_not_wait_for_a_compiler_that_hangs() -> None:
     release = threading.Event()
     started = time.monotonic()
-    outcome = deadline.run([Job("hangs", lambda check: release.wait(60))], 0.1)
+    outcome = run_jobs([Job("hangs", lambda check: release.wait(60))], 0.1)
     assert time.monotonic() - started < 20 and outcome.left == ("hangs",)
     release.set()
 
@@ -90,7 +90,7 @@ def test_error_of_a_job_reaches_the_caller(deadline: float | None) -> None:
         raise ValueError("no compiler")
 
     with pytest.raises(ValueError, match="no compiler"):
-        deadline.run([Job("fails", fail)], deadline)
+        run_jobs([Job("fails", fail)], deadline)
 
 
 # ---- the pipeline ----------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def check_generators(count: int, seed: Any, generator: Any) -> list[torch.Genera
             raise ReducioError(f"generator: {len(generators)} given for {count} clips; give one a clip")
         return list(generators)
     if seed is None:
-        # 32 bits: a seed that is reported shall be easy to type again.
+        # 32 bits: a reported seed stays easy to type.
         seed = torch.Generator().seed() % 2**32
     if not _is_integer(seed) or not 0 <= seed <= MAX_SEED - count:
         raise ReducioError(f"seed: must be a whole number from 0 to {MAX_SEED - count}, is {seed!r}")

@@ -112,6 +112,19 @@ class Components:
         return self._parts["scheduler"]
 
 
+class PartAttribute:
+    """An attribute of a pipeline that `pipe.parts` holds: a component or a setting."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, pipe: Any, owner: type) -> Any:
+        return self if pipe is None else pipe.parts[self.name]
+
+    def __set__(self, pipe: Any, value: Any) -> None:
+        pipe.parts[self.name] = value
+
+
 def _networks_of(part: Any) -> list[nn.Module]:
     """The torch modules of a component: itself, or those of a diffusers pipeline."""
     if isinstance(part, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...media import aspect_buckets
 from ...memory.dry_run import DryRun, weight_bytes
 from ...memory.offload import Offload
-from ...system import cache_folder
+from ...system import cache_folder, devices
 from ...system.errors import ReducioError
 from ...system.stage_clock import annotate, clock
 from ..call import validation
 from .components import Components
 from .plain_engine import PlainEngine
+
+LOG = logging.getLogger("reducio_fast")
 
 
 class Executor:
@@ -37,6 +41,7 @@ class Executor:
         # Networks, scheduler and twins are shared between calls: a second thread waits for the clips of the first.
         self.lock = threading.RLock()
         self._at_work = False
+        self.warned_sizes: set[tuple[int, int]] = set()
         self.offload: Offload | None = None
         self._placed: dict[int, Any] = {}  # id of a network -> its implementation, while offloading has moved weights
         self.engine: Any = engine
@@ -91,18 +96,40 @@ class Executor:
         line = f"fast: {self._reason}; in {str(dtype).removeprefix('torch.')}: {why}"
         self.report = dict.fromkeys(self.report, line)
 
-    def move(self, device: torch.device, dtype: torch.dtype, free: bool) -> None:
-        """Move and cast every network; `free`: no dtype was asked for."""
+    def move(self, device: Any, dtype: Any) -> None:
+        """Move and cast every network in place: see `VideoPipeline.to`."""
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise ReducioError(f"to: two dtypes given, {device} and {dtype}")
+            device, dtype = None, device
+        if self.offload is not None and device is not None:
+            raise ReducioError(
+                f"to: device={device!r} given while weights are offloaded; call disable_model_cpu_offload() before"
+            )
+        target = self.components.device if device is None else devices.resolve_device(device)
+        resolved = self.components.dtype if dtype is None else devices.resolve_dtype(dtype, None, target)
         with self.lock:
-            self.components.cast(device, dtype)
-            self.choose_dtype(free and self.engine.free_dtype)
+            self.components.cast(target, resolved)
+            self.choose_dtype(dtype is None and self.engine.free_dtype)
 
-    def start_offload(self, device: torch.device) -> None:
+    def start_offload(self, gpu_id: int | None, device: Any) -> None:
         """Weights go to the CPU, and to `device` while their stage runs."""
+        if device is None and not torch.cuda.is_available():
+            raise ReducioError("enable_model_cpu_offload: there is no GPU here, all weights are on the CPU already")
+        chosen = devices.resolve_device((f"cuda:{gpu_id or 0}") if device is None else device)
+        if chosen.type == "cuda" and chosen.index is None:
+            chosen = torch.device("cuda", gpu_id if gpu_id is not None else torch.cuda.current_device())
         with self.lock:
             for network in self.components.networks():
                 network.to("cpu")
-            self.offload = Offload(device)
+            self.offload = Offload(chosen)
+
+    def end_offload(self) -> None:
+        """All weights go to the device where the stages ran."""
+        with self.lock:
+            if self.offload is not None:
+                device, self.offload = self.offload.device, None
+                self.move(device, None)
 
     # ---- what runs ----
 
@@ -128,6 +155,13 @@ class Executor:
     def describe(self) -> dict[str, Any]:
         """See `VideoPipeline.describe`."""
         return {"backend": self.backend} | self.engine.describe()
+
+    def warn_of_compiling(self, height: int, width: int, usual: bool) -> None:
+        """Warn once per size that is not `usual` and not an aspect bucket: it is compiled for this size alone."""
+        usual = usual or aspect_buckets.is_bucket(height, width)
+        if self.engine.compiles and not usual and (height, width) not in self.warned_sizes:
+            self.warned_sizes.add((height, width))
+            LOG.warning("compile: %dx%d is in no bucket, its blocks are compiled for this size alone", height, width)
 
     # ---- while it runs ----
 

@@ -81,3 +81,14 @@ class Fitter:
         if way != default and not way.tile_batch > 1:
             LOG.warning("vae.decode: %dx%d is decoded %s to fit into memory", height, width, way)
         return Fit(way, fit.offload)
+
+    def settle(self, height: int, width: int) -> Decoding:
+        """Choose how clips of this size are made from now on, start offloading where that is part of it, and return
+        how they are decoded. ReducioError where they cannot be made."""
+        fit = self.fit(height, width)
+        if fit.offload and self.executor.offload is None:
+            LOG.warning("memory: weights are offloaded to the CPU between stages, all at once do not fit")
+            self.executor.start_offload(None, self.parts.device)
+            self.fits.clear()
+        self.fits[height, width] = fit
+        return fit.decoding

@@ -42,7 +42,7 @@ def warm_up(
         )
     worker = pipe if deadline is None else pipe.for_thread()
     for each in (pipe, worker):
-        each.warned_sizes.update(wanted)  # no warning for sizes that the user asked to warm up
+        each.executor.warned_sizes.update(wanted)  # no warning for sizes that the user asked to warm up
     engine = pipe.executor.engine
     jobs = [Job(f"{h}x{w}", _clip(worker, h, w)) for h, w in wanted]
     with tqdm(total=len(jobs), desc="warm-up", unit="size", disable=not progress) as bar:

@@ -135,9 +135,25 @@ class ReducioPipeline(VideoPipeline):
         replaced when all is written; a failure leaves what was there. Raises ReducioError where a component was
         unloaded: the folder would lack it.
         """
-        self._check_can_be_saved()
+        if (active := self.get_active_adapters()) and not self.fused_loras:
+            raise ReducioError(
+                f"save_pretrained: the adapters {', '.join(active)} are active; fuse_lora() to write them with the "
+                "weights, or unload_lora_weights() to leave them out"
+            )
+        if self.unloaded:
+            raise ReducioError(f"save_directory: {', '.join(self.unloaded)} unloaded; the folder would be without")
         names = (*REDUCIO.names, *REDUCIO.settings)
         model_folder.write_model(Path(save_directory).expanduser(), {name: self.parts[name] for name in names}, REDUCIO)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a Reducio model",
+    ) -> str:
+        """Upload the folder that `save_pretrained` writes to the hub; returns the address of the commit."""
+        return hub.push(self.save_pretrained, repo_id, private, token, commit_message)
 
     @torch.no_grad()
     def __call__(

@@ -73,7 +73,7 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
     folder = out / BUNDLE
     write_model(folder, parts, REDUCIO)
     for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes 0600: as package data of a system-wide install nobody else could read it
+        path.chmod(0o644)  # safetensors writes 0600, which other users of a system-wide install could not read
     size = folder_bytes(folder)
     if size > settings.max_bytes:
         shutil.rmtree(folder)

@@ -78,7 +78,7 @@ class Sketch(nn.Module):
     """A small head that draws the clip at a quarter of its resolution from the latent alone; not kept after training.
 
     With the content image at hand, copying it is so good a start that the decoder ignores the latent for hundreds of
-    steps, and an encoder nobody listens to learns nothing. The head listens from the first step.
+    steps, and an encoder whose output is not read learns nothing. The head reads it from the first step.
     """
 
     def __init__(self, config: VAEConfig, width: int = 128) -> None:
