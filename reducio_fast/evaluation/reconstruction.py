@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..media.pixels import to_bytes, to_unit
 from ..media.similarity import pooled_psnr, psnr, psnr_per_frame, ssim
 from ..reference import ReducioVAE
 from ..system.errors import ReducioError
@@ -17,13 +18,12 @@ from ..system.errors import ReducioError
 def reconstruct(vae: ReducioVAE, frames: np.ndarray) -> np.ndarray:
     """A clip through the autoencoder, uint8 [T, H, W, 3] in and out: posterior mode, own content frame."""
     weight = next(vae.parameters())
-    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight.device).float() / 127.5 - 1.0
-    video = video.to(weight.dtype)
+    video = to_unit(frames, weight.device, weight.dtype).transpose(0, 1)[None]
     tiled = vae.config.needs_tiling(*frames.shape[1:3])
     latent = vae.normalize_latent(vae.encode(video, tiled=tiled).mode())
     features = vae.encode_content(video[:, :, vae.config.content_frame], tiled=tiled)
     output = vae.decode(latent, features, tiled=tiled)[0].float()
-    return ((output + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    return to_bytes(output.transpose(0, 1)).cpu().numpy()
 
 
 def reconstruction_scores(vae: ReducioVAE, clips: Iterable[np.ndarray]) -> dict[str, Any]:

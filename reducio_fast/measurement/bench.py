@@ -13,12 +13,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..media.similarity import pooled_psnr
 from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device
 from ..system.errors import ReducioError
@@ -58,7 +60,7 @@ def bench(
     note: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Row:
-    """Measure a workload (`workloads.NAMES`) and return one JSON-ready row.
+    """Measure a workload (`names.WORKLOADS`) and return one JSON-ready row.
 
     `contenders` is some of CONTENDERS, by default DEFAULT; `ladder` adds the rungs of the ablation.
     `dtype` None is float32 on a CPU, bfloat16 on a GPU, for all contenders. Raises ReducioError where a library pair is
@@ -200,12 +202,14 @@ def first_clips(
         caches = {variable: os.path.join(folder, variable) for variable in CACHES}
         for state in ("empty_caches", "warm_caches"):
             # -P keeps the current folder off the path: from the repository root its folders would shadow packages.
+            start = time.perf_counter()
             done = subprocess.run(
                 [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=os.environ | caches, check=False
             )
             if done.returncode:
                 return {"skipped": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
             figures = json.loads(done.stdout.splitlines()[-1])
+            figures["process_s"] = time.perf_counter() - start  # from the start of the process to its end
             row[state] = {key: round(value, 3) for key, value in figures.items()}
     return row
 
@@ -226,5 +230,4 @@ def _ratios(slow: list[float], quick: list[float]) -> dict[str, float]:
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
     """Of frames against the first contender's, in dB; None for equal ones."""
-    error = float(np.square(a.astype(np.float64) - b).mean())
-    return round(10 * np.log10(255**2 / error), 2) if error else None
+    return None if np.array_equal(a, b) else round(pooled_psnr(a, b), 2)

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..checkpoints.hub import find_model
 from ..checkpoints.strict_files import embedded_model
 from ..compile import cache
+from ..media.pixels import to_bytes, to_unit
 from ..reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
 from ..reference.reducio.config import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from ..system import cache_folder
@@ -31,6 +32,7 @@ from ..system.stage_clock import Stopwatch, Timings
 from .bare_scheduler import scheduler
 from .names import WORKLOADS
 from .parity import compare_networks, liven
+from .tile import Contender, DecodedTile, Flops, compile_reference
 
 PROMPT = "a red circle moving right on a black background"
 STEPS, GUIDANCE = NUM_INFERENCE_STEPS, GUIDANCE_SCALE
@@ -50,18 +52,6 @@ NARROW = (
     ),
     32,
 )  # fmt: skip
-Flops = dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """`run` makes one clip: uint8 frames [T, H, W, 3] on the host, and seconds per stage."""
-
-    name: str
-    what: str
-    dtype: torch.dtype
-    run: Callable[[], tuple[np.ndarray, Timings]]
-    algebra: str = "direct"  # whose operations it executes: "direct" as the reference writes them, or "folded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +161,7 @@ class GivenConditions:
             out = pipe(PROMPT, num_inference_steps=1, progress=False)
             text, mask, _, _ = pipe.encode_prompt(PROMPT)
             cond = Condition(text, mask, *pipe.encode_image(out.content))
-            image = torch.from_numpy(out.content).to(pipe.device, pipe.dtype).permute(2, 0, 1)[None] / 127.5 - 1
+            image = to_unit(out.content, pipe.device, pipe.dtype)[None]
         shape = pipe.vae.config.latent_shape(*out.content.shape[:2])
         noise = initial_latent((1, *shape), [0], pipe.device)
         return cls(name, pipe.transformer, pipe.vae, cond, image, noise, pipe.scheduler)
@@ -187,8 +177,8 @@ class GivenConditions:
             features = vae.encode_content(self.image, tiled=self.tiled)
             latent = latent.to(self.dtype)
             if isinstance(vae, ReducioVAE):
-                video = vae.decode(latent, features, tiled=self.tiled)[0].float().clamp(-1, 1)
-                frames = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+                video = vae.decode(latent, features, tiled=self.tiled)[0].float()
+                frames = to_bytes(video.transpose(0, 1)).cpu().numpy()
             else:
                 frames = vae.decode(latent, features, tiled=self.tiled, as_uint8=True)[0].cpu().numpy()
         return frames, stage.seconds
@@ -202,6 +192,8 @@ class GivenConditions:
         from ..fast.engine import Engine
 
         compiled = name == "fast-compiled"
+        if name == "fast-default":
+            raise ReducioError(f"contender: fast-default needs the workload default or tile, is asked for {self.name}")
         engine = Engine(compiled or None, store=cache.folder("regions", _origin(self.device), cache_folder.root()))
         run = functools.partial(self.clip, engine.twin(self.dit), engine.twin(self.vae))
         what = "fast twins, as backend='fast' builds them" + ", compiled" * compiled
@@ -264,15 +256,18 @@ class DefaultClip:
             f"{self.name}: {frames}x{pipe.sample_height}x{pipe.sample_width} from a prompt, {STEPS} steps with guidance"
         )
 
-    def _pipe(self, backend: str, compile: bool | None = None) -> Any:
-        from .. import ReducioPipeline
+    def _pipe(self, backend: str, compile: bool | None = None, own_dtype: bool = False) -> Any:
+        from ..pipelines.reducio.pipeline import ReducioPipeline
 
-        words: dict[str, Any] = {"dtype": self.asked, "device": self.device, "backend": backend, "compile": compile}
-        return ReducioPipeline.from_pretrained(self.folder, **words)
+        dtype = None if own_dtype else self.asked
+        return ReducioPipeline.from_pretrained(
+            self.folder, dtype=dtype, device=self.device, backend=backend, compile=compile
+        )
 
     def contender(self, name: str) -> Contender:
         fast, compiled = name.startswith("fast"), name == "fast-compiled"
-        pipe = self._pipe("fast" if fast else "reference", compiled or None)
+        own = name == "fast-default"
+        pipe = self._pipe("fast" if fast else "reference", compiled or None, own)
         what = f"ReducioPipeline, backend='{pipe.backend}'" + ", compile=True" * compiled
         if name == "compiled":
             what = compile_reference(pipe.transformer, pipe.vae, self.device)
@@ -281,7 +276,8 @@ class DefaultClip:
             out = pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, progress=False)
             return out.frames, dict(out.timings)
 
-        return Contender(name, what, pipe.dtype, run, "folded" if fast else "direct")
+        dtype = pipe.executor.network("vae").dtype if own else pipe.dtype
+        return Contender(name, what, dtype, run, "folded" if fast else "direct")
 
     def rungs(self) -> list[Contender]:
         return self.given.rungs()
@@ -296,7 +292,7 @@ class DefaultClip:
 
 def workload(
     name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device
-) -> DefaultClip | GivenConditions:
+) -> DefaultClip | GivenConditions | DecodedTile:
     """One of `WORKLOADS`. Raises ReducioError for another one, and for a full-size one on a CPU."""
     if name not in WORKLOADS:
         raise ReducioError(f"workload: {name!r} is unknown; known: {', '.join(WORKLOADS)}")
@@ -304,33 +300,17 @@ def workload(
         return DefaultClip(model, dtype, device)
     if model is not None:
         raise ReducioError(f"model: {os.fspath(model)} given, but workload {name} has random weights; leave one out")
-    kind = resolve_dtype(dtype, None, device)
+    resolved = resolve_dtype(dtype, None, device)
+    if name == "tile":
+        return DecodedTile(resolved, device)
     if name == "narrow":
-        return GivenConditions.random("narrow", *NARROW, kind, device, NARROW_STEPS)
+        return GivenConditions.random("narrow", *NARROW, resolved, device, NARROW_STEPS)
     if device.type != "cuda":
         raise ReducioError(
             f"workload: {name} is full-size, 3.5 billion operations a pixel and 8 GB of memory, which takes a CPU an "
             "hour and more; name a GPU, or measure 'default' or 'narrow'"
         )
-    return GivenConditions.random(f"full size {name}", DiTConfig(), VAEConfig(), int(name), kind, device)
-
-
-def compile_reference(dit: ReducioDiT | None, vae: ReducioVAE, device: torch.device) -> str:
-    """torch.compile, in place, as its users are told to: block by block, weights channels-last. Says what it did.
-
-    max-autotune on a GPU, without its own graphs: those hand out a tile's memory again before the tile is blended.
-    """
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    for network in (vae,) if dit is None else (dit, vae):
-        for parameter in network.parameters():
-            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-            if parameter.ndim in formats:
-                parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
-    for block in () if dit is None else dit.transformer_blocks:
-        block.compile(mode=mode, dynamic=False)  # one compilation serves them all
-    for part in (vae.encoder_2d, vae.decoder):
-        part.compile(mode=mode, dynamic=False)
-    return f"torch.compile {mode}, channels_last_3d"
+    return GivenConditions.random(f"full size {name}", DiTConfig(), VAEConfig(), int(name), resolved, device)
 
 
 def count(given: GivenConditions) -> dict[str, Flops]:

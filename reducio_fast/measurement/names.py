@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 FULL_SIZES = (256, 512, 1024)
-WORKLOADS = ("default", *map(str, FULL_SIZES), "narrow")
-CONTENDERS = ("reference", "compiled", "fast", "fast-compiled")
+WORKLOADS = ("default", *map(str, FULL_SIZES), "narrow", "tile")
+# "fast-default" is the fast path at the dtype that it takes by default, beside "fast" at the dtype of the reference.
+CONTENDERS = ("reference", "compiled", "fast", "fast-compiled", "fast-default")

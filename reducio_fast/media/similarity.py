@@ -27,6 +27,11 @@ def _clips(a: np.ndarray, b: np.ndarray) -> tuple[Tensor, Tensor]:
     return clips[0], clips[1]
 
 
+def psnr_of_error(squared_error: Tensor, span: float = 1.0) -> Tensor:
+    """PSNR in dB of mean squared errors between values that span `span`: 1 for 0..1, 2 for -1..1."""
+    return -10.0 * torch.log10(squared_error / span**2)
+
+
 def psnr_per_frame(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio in dB of every frame, [T]; infinite where two frames are equal, NaN where one has NaN.
 
@@ -34,7 +39,7 @@ def psnr_per_frame(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     x, y = _clips(a, b)
     error = (x - y).square().mean(dim=(1, 2, 3))
-    return (-10.0 * torch.log10(error)).numpy()
+    return psnr_of_error(error).numpy()
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -45,7 +50,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def pooled_psnr(a: np.ndarray, b: np.ndarray) -> float:
     """PSNR in dB of the squared error over the whole clip, finite as long as one frame differs."""
     x, y = _clips(a, b)
-    return float(-10.0 * torch.log10((x - y).square().mean()))
+    return float(psnr_of_error((x - y).square().mean()))
 
 
 def ssim_per_frame(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,20 @@ def test_contracts_bite(root: Path, copied_layout: Path, file: str, line: str, b
     (copied_layout / "reducio_fast" / "media" / "circle.py").write_text("from . import similarity\n")
     done = lint(root, copied_layout)
     assert done.returncode == 1 and f"{broken}" in done.stdout.split("Broken contracts")[1], done.stdout
+
+
+def test_the_picture_shows_the_rooms_and_every_arrow_leads_down(root: Path, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("draw_rooms", root / "docs" / "draw_rooms.py")
+    assert spec is not None and spec.loader is not None
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    floors = drawing.floors()
+    folders = {p.parent.name for p in (root / "reducio_fast").glob("*/__init__.py")} | set(drawing.MAPPED)
+    assert {room for level in floors for room in level} == folders
+    height = {room: number for number, level in enumerate(floors) for room in level}
+    arrows = drawing.arrows()
+    assert len(arrows) > 40 and all(height[source] < height[target] for source, target in arrows)
+    page = (root / "docs" / "architecture.md").read_text()
+    assert all(f"`{room}/`" in page for room in folders)
+    drawing.draw(tmp_path / "rooms.png")
+    assert (tmp_path / "rooms.png").stat().st_size > 50_000

@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ...data import photos
+from ...media.pixels import to_unit
+from ...media.similarity import psnr_of_error
 from ..loop import LoopConfig
 from ..recipe import Context
 from .image_encoder import draw_still
@@ -23,13 +25,7 @@ FRAME_SIZE = 128
 
 def to_image(frames: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] to float32 B 3 H W in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over the batch of the peak signal-to-noise ratio in dB, for images in [-1, 1]."""
-    error = ((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2).square().flatten(1).mean(1)
-    return float((-10 * error.log10()).mean())
+    return to_unit(np.ascontiguousarray(frames))
 
 
 # --- content autoencoder
@@ -138,7 +134,9 @@ def train_content(context: Context, settings: ContentSettings) -> dict[str, floa
         normalize_latents(model, world_latents.mean((0, 2, 3)), world_latents.std((0, 2, 3)))
         for kind, frames in held_out.items():
             x = to_image(frames).to(context.device)
-            figures[f"psnr_{kind}"] = psnr(torch.cat([model.decode(z[None]).sample for z in encode(model, x)]), x)
+            restored = torch.cat([model.decode(z[None]).sample for z in encode(model, x)]).clamp(-1, 1)
+            errors = (restored - x.clamp(-1, 1)).square().flatten(1).mean(1)
+            figures[f"psnr_{kind}"] = float(psnr_of_error(errors, 2.0).mean())
         figures["latent_std"] = float(encode(model, to_image(held_out["world"]).to(context.device)).std())
     model.register_to_config(scaling_factor=1.0)
     model.save_pretrained(context.out / "content_encoder", safe_serialization=True)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ...checkpoints.networks import save_model
 from ...checkpoints.strict_files import WEIGHTS, load_tensors, save_tensors
 from ...data import photos, toy_world
+from ...media.pixels import to_unit
+from ...media.similarity import psnr_of_error
 from ...reference import ReducioVAE, VAEConfig
 from ...reference.reducio.vae import ResBlock, SelfAttention
 from ..loop import LoopConfig
@@ -150,7 +152,7 @@ def initialize(vae: ReducioVAE) -> None:
 
 def as_video(frames_BTHWC: np.ndarray) -> Tensor:
     """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(frames_BTHWC).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+    return to_unit(frames_BTHWC).transpose(1, 2)
 
 
 def draw_clip(rng: np.random.Generator, size: int, photo_share: float, portrait_share: float = 0.0) -> np.ndarray:
@@ -193,7 +195,7 @@ def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, 
         clips = [draw_clip(rng, settings.size, *shares) for _ in range(settings.batch)]
         video = as_video(np.stack(clips)).to(context.device)
         content = video[:, :, frame]
-        figures = {"still_psnr": _psnr(F.mse_loss(content[:, :, None].expand_as(video), video))}
+        figures = {"still_psnr": psnr_of_error(F.mse_loss(content[:, :, None].expand_as(video), video), 2.0)}
         loss = torch.zeros((), device=context.device)
         with torch.set_grad_enabled(encoder_learns):
             posterior = vae.encode(video)
@@ -204,7 +206,7 @@ def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, 
         if encoder_learns:
             sketch, kl = model.sketch.loss(z, video), posterior.kl().float().mean()
             loss = loss + settings.sketch_weight * sketch + settings.kl_weight * kl
-            figures |= {"sketch_psnr": _psnr(sketch.detach()), "kl": kl.detach()}
+            figures |= {"sketch_psnr": psnr_of_error(sketch.detach(), 2.0), "kl": kl.detach()}
         if draws:
             output, deep = _decode(vae, z, content, model.carriage.level, whole=settings.trains != "carriage")
             weight = 1 + settings.moving_weight * _moving(video)
@@ -227,7 +229,7 @@ def train_vae(context: Context, settings: VAESettings, stage: str) -> dict[str, 
 def _drawing_error(output: Tensor, video: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted absolute plus plain squared error, and the PSNR in dB."""
     squared = F.mse_loss(output, video)
-    return (weight * (output - video).abs()).mean() + squared, _psnr(squared.detach())
+    return (weight * (output - video).abs()).mean() + squared, psnr_of_error(squared.detach(), 2.0)
 
 
 class _Reached(Exception):
@@ -272,8 +274,3 @@ def _chroma_error(error_BCTHW: Tensor) -> Tensor:
     """Mean absolute error of red minus green and of blue minus yellow."""
     red, green, blue = error_BCTHW.unbind(1)
     return (red - green).abs().mean() + (blue - (red + green) / 2).abs().mean()
-
-
-def _psnr(squared_error: Tensor) -> Tensor:
-    """PSNR in dB of values in [-1, 1]."""
-    return 10 * torch.log10(4 / squared_error)
