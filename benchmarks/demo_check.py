@@ -71,7 +71,7 @@ def check(page: Page, picture: Path) -> None:
     wait_for_status(page, r"^fast: [\d.]+ s\.$")
 
     generate(page, " ", 2, False)  # a mistake: our own line, as a message on the page
-    expect(page.get_by_text("say what the clip shall show").first).to_be_visible(timeout=SECONDS)
+    expect(page.get_by_text("describe the clip").first).to_be_visible(timeout=SECONDS)
     print("mistake: shown")
 
 

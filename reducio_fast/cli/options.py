@@ -28,7 +28,7 @@ positive.__name__ = not_negative.__name__ = "whole number"  # what argparse call
 
 
 def add_out(parser: argparse.ArgumentParser, metavar: str, help: str, required: bool = True) -> None:
-    parser.add_argument("-o", "--out", required=required, metavar=metavar, help=help)
+    parser.add_argument("--out", "-o", required=required, metavar=metavar, help=help)
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_workload(parser)
     options.add_model(parser)
     parser.add_argument("--contender", choices=CONTENDERS, default="fast")
-    parser.add_argument("-o", "--out", metavar="FILE", default="trace.json.gz", help="(default: trace.json.gz)")
+    parser.add_argument("--out", "-o", metavar="FILE", default="trace.json.gz", help="(default: trace.json.gz)")
     parser.add_argument("--shapes", action="store_true", help="record the shapes of inputs too")
     parser.add_argument(
         "--ranges", action="store_true", help="no trace: NVTX or roctx ranges, for nsys, ncu or rocprofv3"

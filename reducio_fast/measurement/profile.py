@@ -67,7 +67,10 @@ def profile(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if where.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with stage_clock.asked("trace"), torch.profiler.profile(activities=activities, record_shapes=shapes) as profiler:
+    with (
+        stage_clock.profile_stages("trace"),
+        torch.profiler.profile(activities=activities, record_shapes=shapes) as profiler,
+    ):
         frames, _ = run()
         if name == "default":
             _write_clip(frames)
@@ -92,7 +95,7 @@ def marked(name: str, model: Any, contender: str, dtype: str | None, device: Any
     if not torch.cuda.is_available():
         raise ReducioError("ranges: NVTX and roctx mark the time line of a GPU, and there is none here")
     run, where, what = _ready(name, model, contender, dtype, device, warm)
-    with stage_clock.asked("markers"), torch.cuda.profiler.profile():
+    with stage_clock.profile_stages("markers"), torch.cuda.profiler.profile():
         run()
     return {"benchmark": "profile", "what": what, "trace": None, "machine": machine(where), "stages": {}}
 

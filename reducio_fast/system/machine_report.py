@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .environment_variables import VARIABLES, read
+
 PACKAGES = (
     "torch", "triton", "diffusers", "transformers", "open_clip_torch", "safetensors", "numpy", "pillow",
     "imageio-ffmpeg", "nvidia-ml-py",
@@ -128,8 +130,7 @@ def _hub_cache() -> str:
 
 def _variables() -> dict[str, str]:
     """Our environment variables, each with its value or, in words, its default."""
-    variables = importlib.import_module("reducio_fast.compile.variables")
-    return {v.name: variables.read(v.name) or f"not set: {v.default}" for v in variables.VARIABLES.values()}
+    return {v.name: read(v.name) or f"not set: {v.default}" for v in VARIABLES.values()}
 
 
 def _embedded_model() -> str:

@@ -67,9 +67,9 @@ def test_ops_of_a_cpu_are_listed_without_what_they_call() -> None:
     assert stage.busy == 60
 
 
-def test_stages_are_marked_only_when_asked(tmp_path: Path) -> None:
+def test_stages_are_marked_only_when_marks(tmp_path: Path) -> None:
     assert isinstance(stage_clock.annotate("dit.step"), nullcontext)
-    with stage_clock.asked("trace"):
+    with stage_clock.profile_stages("trace"):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             with stage_clock.annotate("dit.step"):
                 torch.ones(64, 64) @ torch.ones(64, 64)
@@ -84,11 +84,11 @@ def test_stages_are_marked_only_when_asked(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_markers_need_a_gpu() -> None:
-    with pytest.raises(RuntimeError, match="neither NVTX nor roctx"), stage_clock.asked("markers"):
+    with pytest.raises(RuntimeError, match="neither NVTX nor roctx"), stage_clock.profile_stages("markers"):
         pass
 
 
 @pytest.mark.gpu
 def test_markers_on_a_gpu() -> None:
-    with stage_clock.asked("markers"), stage_clock.annotate("dit.step"):
+    with stage_clock.profile_stages("markers"), stage_clock.annotate("dit.step"):
         torch.ones(8, device="cuda").sum().item()

@@ -22,7 +22,7 @@ from ...checkpoints.networks import quiet_transformers
 from ...checkpoints.strict_files import WEIGHTS, load_tensors, save_tensors
 from ...data import toy_world
 from ...data.toy_detector import detect
-from ...pipelines.reducio.content_frame import GUIDANCE, PIPELINE_WORDS, STEPS
+from ...pipelines.reducio.content_frame import GUIDANCE, PIPELINE_KWARGS, STEPS
 from ...system.atomic_files import written_whole
 from ..loop import LoopConfig
 from ..recipe import Context
@@ -172,7 +172,7 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.
     """Content frames, uint8 [B, H, W, 3], with the words the video pipeline uses (20 steps, guidance 4.5)."""
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    words = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **PIPELINE_WORDS}
+    words = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **PIPELINE_KWARGS}
     images = pipeline(prompts, generator=generators, output_type="np", **words).images
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
 
