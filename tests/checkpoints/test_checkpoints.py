@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from reducio_fast.checkpoints.hub import find_model
 from reducio_fast.checkpoints.networks import _NoRandomInit, assign, build, load_foreign, load_model, save_model
@@ -24,7 +23,6 @@ from reducio_fast.checkpoints.strict_files import (
     check_safetensors,
     load_tensors,
 )
-from reducio_fast.pipelines.reducio.encoders import SemanticEncoder, TextEncoder
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.atomic_files import new_folder
 from reducio_fast.system.errors import ReducioError
@@ -359,79 +357,6 @@ def test_autoencoder_loads_strictly(tmp_path: Path):
     save_file(tensors | {"encoder.conv_in.weight": torch.zeros(4, 3, 1, 1)}, file, metadata={"format": "pt"})
     with pytest.raises(ReducioError, match="AutoencoderKL.*encoder.conv_in.weight"):
         load_foreign("diffusers", "AutoencoderKL", tmp_path, torch.float32, "cpu")
-
-
-# ---- the encoders that are loaded from such folders ------------------------------------------------------------------
-
-
-def tower_config(**vision) -> dict:
-    vision_cfg = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16} | vision
-    statistics = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
-    return {"model_cfg": {"embed_dim": 24, "vision_cfg": vision_cfg}, "preprocess_cfg": statistics}
-
-
-def test_semantic_encoder_against_open_clip(tmp_path: Path):
-    """Our tokens are what open_clip's whole CLIP model computes inside: normalised by ln_post, class token dropped."""
-    from open_clip.model import CLIP
-
-    config = tower_config()
-    text = {"context_length": 4, "vocab_size": 9, "width": 16, "heads": 2, "layers": 1}
-    clip = CLIP(**config["model_cfg"], text_cfg=text).eval()
-    encoder = SemanticEncoder(config)
-    visual = {f"visual.{n}": t for n, t in clip.visual.state_dict().items()}
-    assign(encoder, visual, tmp_path)
-    encoder.save_pretrained(tmp_path)
-    encoder = SemanticEncoder.from_pretrained(tmp_path, torch.float32)
-    assert load_file(tmp_path / "open_clip_model.safetensors").keys() == visual.keys()
-
-    image = torch.rand(2, 3, 64, 96) * 2 - 1
-    resized = F.interpolate(image, (32, 32), mode="bicubic", align_corners=True, antialias=True)
-    mean, std = (torch.tensor(config["preprocess_cfg"][k]).view(3, 1, 1) for k in ("mean", "std"))
-    caught = []
-    clip.visual.ln_post.register_forward_hook(lambda module, inputs, output: caught.append(output))
-    with torch.no_grad():
-        clip.encode_image((resized / 2 + 0.5 - mean) / std)
-    tokens = encoder(image)
-    assert tokens.shape == (2, 16, 32)
-    torch.testing.assert_close(tokens, caught[0][:, 1:], rtol=1e-5, atol=1e-5)
-    half = SemanticEncoder.from_pretrained(tmp_path, torch.bfloat16)(image)
-    assert (
-        half.dtype == torch.bfloat16
-        and torch.nn.functional.cosine_similarity(half.float(), tokens, dim=-1).min() > 0.99
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"attentional_pool": True}, "needs a VisionTransformer that normalises all of its tokens"),
-        ({"final_ln_after_pool": True}, "needs a VisionTransformer that normalises all of its tokens"),
-        ({"layers": (1, 1, 1, 1), "width": 32, "head_width": 32}, "needs a VisionTransformer"),
-        ({"colour": 1}, "colour"),
-    ],
-)
-def test_other_towers_are_refused(change: dict, message: str):
-    with pytest.raises(ReducioError, match=f"open_clip configuration: .*{message}"):
-        SemanticEncoder(tower_config(**change))
-
-
-def test_incomplete_tower_configuration():
-    with pytest.raises(ReducioError, match="open_clip configuration: 'preprocess_cfg' is missing"):
-        SemanticEncoder({"model_cfg": tower_config()["model_cfg"]})
-
-
-def test_text_encoder_pads_cuts_and_warns(caplog: pytest.LogCaptureFixture):
-    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
-
-    model = T5EncoderModel(T5Config(vocab_size=384, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)).eval()
-    encode = TextEncoder(model, ByT5Tokenizer(), 12)
-    text, mask = encode(["red", "a red circle moving right"])
-    assert text.shape == (2, 12, 16) and mask.dtype == torch.bool
-    assert mask.sum(1).tolist() == [4, 12], "three bytes and the end mark; cut at twelve"
-    assert "prompt has 26 tokens, the model reads the first 12: 'a red circle moving right'" in caplog.text
-    with torch.no_grad():
-        ids = ByT5Tokenizer()("red", return_tensors="pt").input_ids
-        torch.testing.assert_close(text[:1, :4], model(ids).last_hidden_state, rtol=1e-4, atol=1e-5)
 
 
 def test_loading_ends_whatever_the_fresh_memory_held() -> None:

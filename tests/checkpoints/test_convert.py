@@ -3,83 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducio_fast import ReducioPipeline
+from published_weights import (
+    NARROW_DIT,
+    NARROW_SD,
+    NARROW_VAE,
+    equal,
+    json_file,
+    manifest,
+    pixart,
+    randomized,
+    shapes_of,
+    weightless,
+)
 from reducio_fast.checkpoints import convert as conversion
-from reducio_fast.checkpoints.convert import convert, export
+from reducio_fast.checkpoints.convert import convert
 from reducio_fast.checkpoints.networks import load_foreign, load_model
 from reducio_fast.cli.main import main
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.errors import ReducioError
 
 # All levels and names of the release, at a 32nd of its width.
-NARROW_VAE = {
-    "base_channels": 4,
-    "content_base_channels": 4,
-    "norm_groups": 2,
-    "num_heads": 2,
-    "fusion_head_dim": 4,
-}
-NARROW_DIT = {
-    "hidden_size": 48,
-    "depth": 2,
-    "num_heads": 4,
-    "caption_channels": 20,
-    "caption_length": 7,
-    "semantic_channels": 24,
-}
-NARROW_SD = {
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "block_out_channels": [4, 8, 8],
-    "norm_num_groups": 2,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-
-
-def manifest(root: Path, name: str) -> dict[str, list[int]]:
-    return json.loads((root / "tests" / "golden" / f"reducio_vae_{name}_state_dict.json").read_text())
-
-
-def weightless(shapes: dict) -> dict[str, Tensor]:
-    """Tensors of any shape over the memory of one number: a file of them has true names and shapes and no gigabytes."""
-    return {name: torch.zeros(()).expand(tuple(shape)) for name, shape in shapes.items()}
-
-
-def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
-
-
-def randomized(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, x in sorted(module.named_parameters()):
-            x.copy_(torch.randn(x.shape, generator=generator) / (x[0].numel() if x.ndim > 1 else 25) ** 0.5)
-    return module.eval()
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    same = a.keys() == b.keys() and all(a[n].dtype == b[n].dtype for n in a)
-    return same and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def json_file(path: Path, values: dict) -> str:
-    path.write_text(json.dumps(values))
-    return str(path)
 
 
 @pytest.fixture
@@ -167,17 +119,6 @@ def test_what_is_converted_again_keeps_its_configuration(tmp_path: Path):
 
 
 # ---- PixArt-alpha ------------------------------------------------------------------------------------------------
-
-
-def pixart(config: DiTConfig, **words) -> PixArtTransformer2DModel:
-    return PixArtTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        num_layers=config.depth,
-        cross_attention_dim=config.hidden_size,
-        caption_channels=config.caption_channels,
-        **words,
-    )
 
 
 def original_names(state: dict[str, Tensor], depth: int, tokens: int, caption: tuple[int, int]) -> dict[str, Tensor]:
@@ -412,139 +353,3 @@ def test_shards_and_variants(tmp_path: Path):
     (tmp_path / "both" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "both" / "other.safetensors")
     with pytest.raises(ReducioError, match="must hold one file of weights, holds .*fp16.* name the file itself"):
         convert(tmp_path / "both", tmp_path / "out")
-
-
-# ---- a whole model from published parts ----------------------------------------------------------------------------
-
-
-def test_a_model_folder_grows_until_it_loads(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    import shutil
-
-    text_width = json.loads((bundle / "text_encoder" / "config.json").read_text())["d_model"]
-    words = NARROW_DIT | {"caption_channels": text_width}
-    model = tmp_path / "model"
-    torch.save({"state_dict": randomized(ReducioVAE(VAEConfig(**NARROW_VAE))).state_dict()}, tmp_path / "vae.ckpt")
-    randomized(pixart(DiTConfig(**words), sample_size=32)).save_pretrained(tmp_path / "pixart" / "transformer")
-    json_file(tmp_path / "pixart" / "model_index.json", {"transformer": [None, None], "vae": [None, None]})
-    four_levels = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [4] * 4,
-    }
-    randomized(AutoencoderKL(**NARROW_SD | four_levels)).save_pretrained(tmp_path / "sd")
-    without = "text_encoder, tokenizer, image_encoder, content_encoder, text_to_image"
-    for source, config, says in (
-        ("vae.ckpt", NARROW_VAE, f"  the model can do without {without}\n  the model still needs transformer\n"),
-        ("pixart", words, f"  the model can do without {without}\nwrote"),
-        ("sd", {}, f"  the model can do without {without.replace('content_encoder, ', '')}\nwrote"),
-    ):
-        options = ["--into", str(model), "--config", json_file(tmp_path / "c.json", config)]
-        assert main(["convert", str(tmp_path / source), *options]) == 0
-        assert says in capsys.readouterr().out
-    index = json.loads((model / "model_index.json").read_text())
-    assert (index["sample_height"], index["sample_width"], index["fps"]) == (256, 256, 16)
-    assert index["clean_caption"] is True, "PixArt's captions are cleaned"
-    for name in ("text_encoder", "tokenizer"):
-        shutil.copytree(bundle / name, model / name)
-        index[name] = json.loads((bundle / "model_index.json").read_text())[name]
-    json_file(model / "model_index.json", index)
-    pipe = ReducioPipeline.from_pretrained(model, device="cpu", backend="reference")
-    image = torch.rand(64, 64, 3).numpy()
-    out = pipe("a circle", image, height=64, width=64, num_inference_steps=1, output_type="latent", progress=False)
-    assert out.frames.shape == (16, 4, 2, 2) and out.frames.isfinite().all()
-
-    before = {p: p.read_bytes() for p in model.rglob("*") if p.is_file()}
-    torch.save({"state_dict": {"encoder_3d.odd": torch.zeros(1)}}, tmp_path / "vae.ckpt")
-    with pytest.raises(ReducioError, match="1 unexpected: encoder_3d.odd"):
-        convert(tmp_path / "vae.ckpt", into=model)
-    assert {p: p.read_bytes() for p in model.rglob("*") if p.is_file()} == before, "a failure leaves the model alone"
-    with pytest.raises(ReducioError, match="holds a ReducioVAE, which is not replaced by another class .AutoencoderKL"):
-        convert(tmp_path / "sd", model / "vae")
-
-
-# ---- files that are refused --------------------------------------------------------------------------------------
-
-
-class Touch:
-    """Pickled, it would make a file when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
-def test_a_pickle_that_runs_code_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    trap, file = tmp_path / "trap", tmp_path / "model.ckpt"
-    payload = {"state_dict": {"encoder_3d.conv_in.bias": torch.zeros(1)}, "callbacks": Touch(trap)}
-    if kind == "pickle":
-        file.write_bytes(pickle.dumps(payload["callbacks"], protocol=4))
-    else:
-        torch.save(payload, file, _use_new_zipfile_serialization=kind == "zip")
-    assert main(["convert", str(file), "--out", str(tmp_path / "out")]) == 2
-    message = capsys.readouterr().err
-    reason = "cannot be read without running what it says" if kind == "pickle" else "asks for posix.mkdir"
-    assert f"{file}: refused, a pickle of more than tensors: it {reason}\n" in message
-    assert message.count("\n") == 1 and "weights_only" not in message
-    assert [p.name for p in tmp_path.iterdir()] == ["model.ckpt"]
-    pickle.loads(pickle.dumps(Touch(trap)))
-    assert trap.is_dir(), "the trap works"
-
-
-def test_other_files_are_refused_by_name(tmp_path: Path):
-    out = tmp_path / "out"
-    for content, message in (
-        ([1, 2], "holds a list, must hold tensors by name"),
-        ({"state_dict": {"a": 3}}, "entry 'a' is a int, must be a tensor"),
-        ({"a.b": torch.zeros(1)}, "neither a Reducio-VAE nor a PixArt transformer nor an image VAE; .* a.b"),
-    ):
-        torch.save(content, tmp_path / "a.ckpt")
-        with pytest.raises(ReducioError, match=message):
-            convert(tmp_path / "a.ckpt", out)
-    (tmp_path / "a.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-100])
-    with pytest.raises(ReducioError, match="a.ckpt: damaged"):
-        convert(tmp_path / "a.ckpt", out)
-    with pytest.raises(ReducioError, match="no such file or folder"):
-        convert(tmp_path / "none.ckpt", out)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ReducioError, match="must hold one file of weights, holds none"):
-        convert(tmp_path / "empty", out)
-    with pytest.raises(ReducioError, match="give out or into, not both"):
-        convert(tmp_path / "a.ckpt", out, out)
-    with pytest.raises(ReducioError, match="must end in .ckpt, .pt, .pth or .safetensors, is 'x.bin'"):
-        export(tmp_path, "x.bin")
-    assert not out.exists()
-
-
-@pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """One small file of each kind, by its ending, that names the tensors of a VAE of no known size."""
-    folder = tmp_path_factory.mktemp("honest")
-    state = {"encoder_3d.conv_in.weight": torch.arange(6.0).view(2, 3), "loss.logvar": torch.zeros(())}
-    torch.save({"state_dict": state}, folder / "a.ckpt")
-    torch.save(state, folder / "a.pth", _use_new_zipfile_serialization=False)
-    save_file(state, folder / "a.safetensors")
-    return {file.suffix: file.read_bytes() for file in folder.iterdir()}
-
-
-@given(data=st.data(), ending=st.sampled_from([".ckpt", ".pth", ".safetensors"]))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_files_end_in_our_own_error(data: st.DataObject, ending: str, honest: dict[str, bytes], tmp_path: Path):
-    """Whatever bytes are changed, cut off or put in: one line, or the very tensors if the damage lies elsewhere."""
-    content = bytearray(honest[ending])
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(content) - 1))
-        kind = data.draw(st.sampled_from(["change", "cut", "insert"]))
-        if kind == "change":
-            content[place] = data.draw(st.integers(0, 255))
-        elif kind == "cut" and place:
-            del content[place:]
-        else:
-            content[place:place] = data.draw(st.binary(max_size=9))
-    file = tmp_path / f"file{ending}"
-    file.write_bytes(content)
-    with pytest.raises(ReducioError) as caught:
-        convert(file, tmp_path / "out")
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

@@ -8,46 +8,14 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from reducio_fast.compile.graphs import REMEMBERED, Graphs, Pool
-from reducio_fast.fast import sampler
-from reducio_fast.fast.engine import Engine
-from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
-from reducio_fast.reference.sampler import StopSampling
-
-
-class Recorder:
-    """Stands in for a GPU: a replay computes the captured function again, from the static inputs into the outputs."""
-
-    def __init__(self) -> None:
-        self.captures, self.replays, self.pools = 0, 0, []
-        self.error: Exception | None = None
-
-    def __call__(self, fn: Callable[..., Any], inputs: list[Tensor], pool: Pool) -> tuple[Callable[[], None], Any]:
-        if self.error is not None:
-            raise self.error
-        self.captures += 1
-        self.pools.append(pool)
-        outputs = fn(*inputs)
-
-        def replay() -> None:
-            self.replays += 1
-            for old, new in zip(flat(outputs), flat(fn(*inputs)), strict=True):
-                old.copy_(new)
-
-        return replay, outputs
-
-
-def flat(value: Any) -> list[Tensor]:
-    if isinstance(value, list | tuple):
-        return [x for item in value for x in flat(item)]
-    return [value] if isinstance(value, Tensor) else []
+from recorded_graphs import Recorder
+from reducio_fast.compile.graphs import REMEMBERED, Graphs
 
 
 def affine(x: Tensor, pair: tuple[Tensor, Tensor | None], factor: float = 1.0) -> tuple[Tensor, list[Any]]:
@@ -55,16 +23,6 @@ def affine(x: Tensor, pair: tuple[Tensor, Tensor | None], factor: float = 1.0) -
     scale, shift = pair
     y = factor * x * scale
     return y if shift is None else y + shift, [y.sum(), "plain"]
-
-
-@pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
-
-
-@pytest.fixture
-def graphs(recorder: Recorder) -> Graphs:
-    return Graphs(recorder)
 
 
 def numbers(*shape: int) -> Tensor:
@@ -191,6 +149,29 @@ def test_reset_forgets(graphs: Graphs, recorder: Recorder) -> None:
     assert recorder.pools[0] is not recorder.pools[1]
 
 
+def test_reset_by_name_leaves_other_graphs(graphs: Graphs, recorder: Recorder) -> None:
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    for _ in range(3):
+        for name in ("dit.step", "vae.decode"):
+            graphs(name, double, numbers(2))
+    assert recorder.captures == 2
+    graphs.reset("dit.step", "vae.encode_content")
+    assert [graph["name"] for graph in graphs.describe()["graphs"]] == ["vae.decode"]
+    graphs("vae.decode", double, numbers(2))
+    assert recorder.captures == 2 and graphs.describe()["resets"] == 1
+    for _ in range(2):
+        graphs("dit.step", double, numbers(2))
+    assert recorder.captures == 3 and recorder.pools[2] is recorder.pools[1]  # the pool lives as long as one graph
+    graphs.reset("absent")
+    assert graphs.describe()["resets"] == 1 and len(graphs.describe()["graphs"]) == 2
+    graphs.reset("dit.step", "vae.decode")
+    for _ in range(2):
+        graphs("dit.step", double, numbers(2))
+    assert recorder.pools[3] is not recorder.pools[2]
+
+
 def test_a_failed_capture_runs_eagerly_and_is_not_tried_again(
     graphs: Graphs, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -293,193 +274,3 @@ def test_threads_share_it(graphs: Graphs, recorder: Recorder) -> None:
         thread.join()
     told = graphs.describe()
     assert not wrong and recorder.captures == 1 and told["hits"] + sum(told["misses"].values()) == 400
-
-
-# ---- around the fast twins -------------------------------------------------------------------------------------------
-
-
-def networks(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[ReducioDiT, ReducioVAE]:
-    """Narrow, with every branch alive, and of the head sizes that kernels know."""
-    dit = ReducioDiT(
-        DiTConfig(
-            hidden_size=128,
-            depth=3,
-            num_heads=2,
-            caption_channels=20,
-            caption_length=7,
-            semantic_channels=24,
-            position_base_size=4,
-        )
-    )
-    vae = ReducioVAE(
-        VAEConfig(
-            base_channels=16, channel_multipliers=(1, 1, 1, 1, 2, 2), content_base_channels=16,
-            content_channel_multipliers=(1, 1, 1, 2), norm_groups=4, num_heads=1, fusion_head_dim=16, num_res_blocks=1,
-            tile_size=64, tile_overlap=0.5,
-        )
-    )  # fmt: skip
-    for network in (dit, vae):
-        for parameter in network.parameters():
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
-            parameter.data.normal_().div_(fan_in**0.5).add_(1.0 if parameter.ndim == 1 else 0.0)
-        network.requires_grad_(False).eval().to(device, dtype)
-    return dit, vae
-
-
-def condition(device: str = "cpu", dtype: torch.dtype = torch.float32, cells: int = 4) -> tuple[Tensor, Condition]:
-    """Noise of one clip, and what the network is told."""
-    g = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
-    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]], device=device)
-    text, semantic, content = draw(1, 7, 20), draw(1, 6, 24), draw(1, 4, 4 * cells, 4 * cells)
-    return draw(1, 16, 4, cells, cells), Condition(text.to(dtype), mask, semantic.to(dtype), content.to(dtype))
-
-
-class Twins(NamedTuple):
-    transformer: Any
-    vae: Any
-
-
-def twins_of(engine: Engine, dit: ReducioDiT, vae: ReducioVAE) -> Twins:
-    return Twins(engine.twin(dit), engine.twin(vae))
-
-
-def sample(model, scheduler, noise, cond, uncond=None, guidance_scale=4.5, num_inference_steps=20, callback=None):
-    denoise = model.denoiser(cond, uncond, guidance_scale)
-    return sampler.sample(denoise, scheduler, noise, num_inference_steps, callback)
-
-
-def pairs(device: str, dtype: torch.dtype, graphs: Graphs | None) -> tuple[Twins, Twins]:
-    """The same twins twice: eager, and through graphs."""
-    parts = networks(device, dtype)
-    eager, graphed = twins_of(Engine(), *parts), twins_of(Engine(graphs=graphs), *parts)
-    eager.transformer.graphs = eager.vae.graphs = None
-    return eager, graphed
-
-
-def walk(eager: Twins, graphed: Twins, device: str, dtype: torch.dtype) -> None:
-    """Whatever may change from clip to clip and from step to step, with and without graphs, bit for bit."""
-
-    def stop(step: int, timestep: Tensor, latent: Tensor) -> None:
-        if step == 2:
-            raise StopSampling
-
-    def replace(step: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
-        return latent.flip(-1) if step == 1 else None
-
-    seen: list[Tensor] = []
-    for callback, guidance, cells in (
-        (None, 4.5, 4),
-        (None, 4.5, 2),
-        (stop, 7.0, 4),
-        (None, 1.0, 2),
-        (replace, 1.5, 4),
-        (lambda step, timestep, latent: seen.append(latent), 4.5, 4),
-    ):
-        noise, told = condition(device, dtype, cells)
-        expected, actual = (
-            sample(twins.transformer, DPMSolverMultistepScheduler(), noise, told, None, guidance, 4, callback)
-            for twins in (eager, graphed)
-        )
-        assert torch.equal(actual, expected)
-    # Every latent that a callback was shown is still what it was.
-    assert all(torch.equal(one, other) for one, other in zip(seen[:4], seen[4:], strict=True))
-    for seed in range(3):
-        g = torch.Generator().manual_seed(seed)
-        image = torch.rand(1, 3, 64, 96, generator=g).to(device, dtype)
-        latent = torch.randn(1, 16, 4, 2, 3, generator=g).to(device, dtype)
-        expected, actual = (
-            twins.vae.decode(latent, twins.vae.encode_content(image, tiled=True), tiled=True)
-            for twins in (eager, graphed)
-        )
-        assert torch.equal(actual, expected)
-
-
-def test_sampler_and_decoder_through_graphs(graphs: Graphs, recorder: Recorder) -> None:
-    eager, graphed = pairs("cpu", torch.float32, graphs)
-    walk(eager, graphed, "cpu", torch.float32)
-    told = graphs.describe()
-    names = [graph["name"] for graph in told["graphs"]]
-    assert names.count("dit.step") == 3  # guided in two sizes and not guided in one; the scale is no part of the key
-    assert names.count("vae.decode") == 2 and names.count("vae.encode_content") == 2  # tiles of 64x96 and 64x32
-    assert told["misses"] == {"first sight": 7}
-    # Of the steps 4 + 4 + 3 + 4 + 4 + 4, less three first sights; of the tiles two of three clips.
-    assert {name: sum(g["hits"] for g in told["graphs"] if g["name"] == name) for name in names} == {
-        "dit.step": 20,
-        "vae.encode_content": 4,
-        "vae.decode": 4,
-    }
-
-
-def test_bytes_may_read_the_graphs_own_buffer(graphs: Graphs) -> None:
-    eager, graphed = pairs("cpu", torch.float32, graphs)
-    for seed in range(3):
-        g = torch.Generator().manual_seed(seed)
-        image, latent = torch.rand(1, 3, 64, 64, generator=g), torch.randn(1, 16, 4, 2, 2, generator=g)
-        expected, actual = (
-            twins.vae.decode(latent, twins.vae.encode_content(image), as_uint8=True) for twins in (eager, graphed)
-        )
-        assert torch.equal(actual, expected)
-    assert graphs.describe()["hits"] == 4
-
-
-def test_changed_weights_end_their_graphs(graphs: Graphs) -> None:
-    dit, vae = networks()
-    engine = Engine(graphs=graphs)
-    noise, told = condition()
-    words = (DPMSolverMultistepScheduler(), noise, told, None, 4.5, 3)
-    first = sample(twins_of(engine, dit, vae).transformer, *words)
-    assert len(graphs.describe()["graphs"]) == 1
-    with torch.no_grad():
-        dit.transformer_blocks[0].ff.net[2].weight.mul_(2)
-    second = sample(twins_of(engine, dit, vae).transformer, *words)
-    assert not torch.equal(first, second)
-    assert torch.equal(second, sample(twins_of(Engine(), dit, vae).transformer, *words))
-    assert engine.describe()["graphs"]["resets"] == 1
-    json.dumps(engine.describe())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_real_graphs_equal_eager(dtype: torch.dtype) -> None:
-    """A denoising step and tiles, captured and replayed on a GPU: the same kernels, hence the same bytes."""
-    graphs = Graphs()
-    eager, graphed = pairs("cuda", dtype, graphs)
-    walk(eager, graphed, "cuda", dtype)
-    told = graphs.describe()
-    assert told["failures"] == [] and set(told["misses"]) == {"first sight"}
-    names = [graph["name"] for graph in told["graphs"]]
-    assert names.count("dit.step") == 3 and "vae.decode" in names and "vae.encode_content" in names
-    assert told["pool_bytes"] > 0
-    held = torch.cuda.memory_allocated()
-    graphs.reset()
-    assert torch.cuda.memory_allocated() < held and graphs.describe()["pool_bytes"] == 0
-
-
-@pytest.mark.gpu
-def test_a_capture_that_the_device_forbids_leaves_it_usable() -> None:
-    graphs, x = Graphs(), torch.ones(4, device="cuda")
-
-    def reads_back(x: Tensor) -> Tensor:
-        return x * float(x.sum())
-
-    stream = torch.cuda.current_stream()
-    for _ in range(3):
-        assert graphs("reads back", reads_back, x).tolist() == [4.0] * 4
-    assert torch.cuda.current_stream() == stream
-    assert graphs.describe()["misses"] == {"first sight": 1, "capture failed": 2}
-    for _ in range(3):
-        assert graphs("double", lambda x: 2 * x, x).tolist() == [2.0] * 4
-    assert graphs.describe()["hits"] == 2
-
-
-@pytest.mark.gpu
-def test_streams_do_not_share_buffers() -> None:
-    graphs = Graphs()
-    other = torch.cuda.Stream()
-    for stream in (torch.cuda.current_stream(), other):
-        with torch.cuda.stream(stream):
-            for i in range(3):
-                x = torch.full((1 << 20,), float(i), device="cuda")
-                assert torch.equal(graphs("double", lambda x: 2 * x, x), 2 * x)
-    assert len(graphs.describe()["graphs"]) == 2

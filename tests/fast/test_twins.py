@@ -6,72 +6,18 @@ The oracle is the reference in float64, eager the reference in float32, the rule
 from __future__ import annotations
 
 import copy
-import importlib.machinery
-import subprocess
-import sys
-import textwrap
-import types
-from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from reducio_fast import ReducioPipeline
 from reducio_fast import reference as ref
-from reducio_fast.evaluation.toy_report import held_out_scenes
 from reducio_fast.fast import sampler as fast_sampler
-from reducio_fast.fast.plan import Plan
 from reducio_fast.fast.reducio.dit import FastReducioDiT
 from reducio_fast.fast.reducio.vae import FastReducioVAE
-from reducio_fast.measurement.accuracy_rule import judge, relative_error
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.reference.sampler import StopSampling
-from reducio_fast.system.errors import ReducioError
-
-DIT = dict(
-    hidden_size=48,
-    depth=3,
-    num_heads=4,
-    caption_channels=20,
-    caption_length=7,
-    semantic_channels=24,
-    position_base_size=4,
-)
-VAE = dict(
-    base_channels=8,
-    channel_multipliers=(1, 1, 2, 2, 2, 2),
-    content_base_channels=8,
-    content_channel_multipliers=(1, 1, 2, 2),
-    norm_groups=4,
-    num_heads=2,
-    fusion_head_dim=8,
-    num_res_blocks=1,
-)
-CPU = torch.device("cpu")
-
-
-def lively(network: torch.nn.Module) -> torch.nn.Module:
-    """Weights with no zero branch, so that every path shows in the output."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise / fan_in**0.5 + (1.0 if parameter.ndim == 1 else 0.0))
-    return network.requires_grad_(False).eval()
-
-
-def assert_right(fast: torch.Tensor, eager: torch.Tensor, oracle: torch.Tensor) -> None:
-    verdict = judge(fast, eager, oracle)
-    assert verdict.right, str(verdict)
-
-
-def plan(dtype: torch.dtype = torch.float32) -> Plan:
-    return Plan(CPU, dtype)
-
+from tiny_networks import DIT, VAE, assert_right, lively, plan
 
 # ---- the transformer -------------------------------------------------------------------------------------------------
 
@@ -308,131 +254,3 @@ def test_sampler_errors() -> None:
         fast_sample(fast, DPMSolverMultistepScheduler(), noise * torch.nan, cond, num_inference_steps=3)
     with pytest.raises(ValueError, match="EulerDiscrete"):
         fast_sample(fast, EulerDiscreteScheduler(), noise, cond, num_inference_steps=3)
-
-
-# ---- the plan and the pipeline ---------------------------------------------------------------------------------------
-
-
-def test_plan_lists_every_module() -> None:
-    chosen = plan()
-    FastReducioDiT(lively(ReducioDiT(DiTConfig(**DIT))), chosen)
-    FastReducioVAE(lively(ReducioVAE(VAEConfig(**VAE))), chosen)
-    assert {c.implementation for c in chosen.choices} == {"torch"}
-    lines = {(c.path, c.op) for c in chosen.choices}
-    assert ("transformer_blocks.2.attn1", "attention self 12") in lines
-    assert ("decoder.up.2.upsample", "upsample_conv3d 16->16") in lines
-    assert len(lines) == len(chosen.choices)
-
-
-def test_flash_attention_where_it_can_say_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chosen when the model is built, by a table that names it; counts of keys and masks by frames stay ours."""
-    from reducio_fast.fast import plan as planning
-
-    calls, library = [], types.ModuleType("flash_attn")
-    library.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
-    library.flash_attn_func = lambda q, k, v, softmax_scale: calls.append(q.shape) or v
-    monkeypatch.setitem(sys.modules, "flash_attn", library)
-    monkeypatch.setattr(planning, "arch_of", lambda device: "sm_90")
-    monkeypatch.setattr(planning, "table", lambda arch: {"plan": {"attention": "flash-attn"}})
-    on_gpu = Plan(torch.device("cuda"), torch.bfloat16)
-    for shape in ("cross 72", "self 64 frames"):
-        assert on_gpu.pick("a", "attention", shape) is torch.ops.reducio_fast.attention
-    attend, x = on_gpu.pick("b", "attention", "self 72"), torch.ones(1, 2, 3, 4)
-    assert attend(x, x, x, None, None, 0) is x and calls == [x.shape]
-    with pytest.raises(ValueError, match=r"no frame \(2\)"):
-        attend(x, x, x, frame=2)
-    assert [c.implementation for c in on_gpu.choices] == ["kernel", "kernel", "flash-attn"]
-
-
-@pytest.mark.parametrize("seed", range(16))
-def test_default_clip_equals_the_reference(seed: int, pipes: tuple[ReducioPipeline, ReducioPipeline]) -> None:
-    """At least 50 dB on each of 16 prompts, in float32, from one content frame and one noise."""
-    reference, fast = pipes
-    prompt = held_out_scenes(16)[seed].caption()
-    expected = reference(prompt, seed=seed, progress=False)
-    actual = fast(prompt, image=expected.content, seed=seed, progress=False)
-    error = np.square(expected.frames.astype(np.float64) - actual.frames).mean()
-    assert error == 0 or 10 * np.log10(255**2 / error) >= 50
-    assert fast.backend == "fast" and np.array_equal(actual.content, expected.content)
-
-
-@pytest.fixture(scope="module")
-def pipes(bundle: Path) -> tuple[ReducioPipeline, ReducioPipeline]:
-    return tuple(
-        ReducioPipeline.from_pretrained(bundle, dtype="float32", device="cpu", backend=backend)
-        for backend in ("reference", "fast")
-    )
-
-
-def test_changed_weights_are_packed_again(bundle: Path) -> None:
-    pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="float32", backend="fast")
-    image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 1, "progress": False}
-    first = pipe("a red circle", image, **words).frames
-    assert np.array_equal(pipe("a red circle", image, **words).frames, first)
-    with torch.no_grad():
-        pipe.vae.decoder.conv_out.bias.add_(0.5)
-    second = pipe("a red circle", image, **words).frames
-    assert not np.array_equal(second, first)
-    same = {name: getattr(pipe, name) for name in ("sample_height", "sample_width")}
-    reference = ReducioPipeline(**pipe.components, **same, backend="reference")
-    assert np.abs(reference("a red circle", image, **words).frames.astype(int) - second).max() <= 1
-
-
-def test_a_cpu_that_has_bfloat16_computes_in_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody asked for a dtype, in the twins alone; a named one holds everywhere."""
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
-    image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 2, "progress": False}
-    prompt, load = "a red circle moving right", partial(ReducioPipeline.from_pretrained, bundle, device="cpu")
-
-    def dtypes(pipe: ReducioPipeline) -> tuple[torch.dtype, ...]:
-        twins = (pipe.executor.network(name) for name in ("transformer", "vae"))
-        return pipe.dtype, pipe.vae.quant_conv.weight.dtype, *(twin.dtype for twin in twins)
-
-    pipe, wide, half = load(), [torch.float32] * 2, [torch.bfloat16] * 2
-    assert dtypes(pipe) == (*wide, *half) and pipe.report["vae"].endswith("in bfloat16: this CPU has avx512_bf16")
-    latent = pipe(prompt, image, output_type="latent", **words).frames
-    named, reference = load(dtype="float32"), load(backend="reference")
-    assert dtypes(named) == (*wide, *wide) and named.report["vae"].endswith("in float32: asked for")
-    assert reference.executor.network("vae") is reference.vae and reference.dtype == torch.float32
-    pipes = reference, named, load(dtype="bfloat16", backend="reference")
-    oracle, float32, rounded = (p(prompt, image, output_type="latent", **words).frames for p in pipes)
-    assert latent.dtype == torch.float32 and relative_error(float32, oracle) < 1e-4
-    assert_right(latent, rounded, oracle)
-    assert dtypes(pipe.to("cpu")) == (*wide, *half) and dtypes(pipe.to(dtype="float32")) == (*wide, *wide)
-    assert torch.equal(pipe(prompt, image, output_type="latent", **words).frames, float32)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
-    assert dtypes(load()) == (*wide, *wide)
-
-
-def test_bytes_and_values_are_one_clip(bundle: Path) -> None:
-    """The fast path's own bytes are those of its values, and refuse what no byte can say."""
-    pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="float32", backend="fast")
-    latents = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
-    frames, values = (pipe.decode(latents, image, output_type=kind) for kind in ("np", "pt"))
-    assert np.array_equal(frames, (values * 255).round().byte().permute(0, 2, 3, 1).numpy())
-    vae = pipe.executor.network("vae")
-    with pytest.raises(ValueError, match="not finite"):
-        vae.decode(latents[None] * torch.nan, vae.encode_content(torch.zeros(1, 3, 128, 128)), as_uint8=True)
-
-
-def test_fast_raises_where_it_would_fall_back(bundle: Path) -> None:
-    words = {"device": "cpu", "dtype": "float32", "scheduler": EulerDiscreteScheduler()}
-    with pytest.raises(ReducioError, match="'fast' cannot run this model: scheduler: .*EulerDiscrete"):
-        ReducioPipeline.from_pretrained(bundle, backend="fast", **words)
-    pipe = ReducioPipeline.from_pretrained(bundle, backend="auto", **words)
-    assert pipe.backend == "reference" and "EulerDiscrete" in pipe.report["transformer"]
-
-
-def test_a_bare_gpu_machine_can_import_the_fast_path() -> None:
-    """torch, Triton, numpy and safetensors are enough for the rooms that a GPU machine runs."""
-    code = textwrap.dedent("""
-        import sys
-
-        for name in ("diffusers", "transformers", "open_clip", "imageio", "PIL", "tqdm", "scipy"):
-            sys.modules[name] = None  # an import of it raises ImportError
-        import reducio_fast.reference, reducio_fast.compile.aot, reducio_fast.memory.dry_run
-        import reducio_fast.measurement.accuracy_rule, reducio_fast.measurement.parity
-        import reducio_fast.fast.engine, reducio_fast.fast.sampler
-    """)
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd="/")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import encoder_folders
 from reducio_fast import ReducioPipeline
 from reducio_fast.pipelines.reducio.encoders import SemanticEncoder
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
@@ -92,3 +93,18 @@ def clip(pipe: ReducioPipeline):
 def copy(folder: Path, tmp_path: Path) -> Path:
     """A folder of the test's own, to break."""
     return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder_folders.write_t5(tmp_path_factory.mktemp("t5"))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder_folders.write_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder_folders.write_vae(tmp_path_factory.mktemp("vae"))

@@ -334,3 +334,21 @@ def test_words_that_do_not_fit_the_adapters(own: ReducioPipeline):
         own.transformer.pos_embed.proj.weight.mul_(2)
     with pytest.raises(ReducioError, match="LoRA: pos_embed.proj.weight was changed by others while red was loaded"):
         own.unfuse_lora()
+
+
+def test_a_swap_packs_the_transformer_alone(own: ReducioPipeline, image: np.ndarray) -> None:
+    """Decoder and its graphs stay: each network has a fingerprint of its own."""
+    own(PROMPT, image, **FAST | {"output_type": "np"})
+    transformer, vae = (own.executor.network(name) for name in ("transformer", "vae"))
+    for step in (
+        lambda: own.load_lora_weights(lora(own.transformer, 1), "red"),
+        lambda: own.load_lora_weights(lora(own.transformer, 2), "red", hotswap=True),
+        own.unload_lora_weights,
+    ):
+        step()
+        packed = own.executor.network("transformer")
+        assert packed is not transformer and own.executor.network("vae") is vae
+        transformer = packed
+    with torch.no_grad():
+        own.vae.decoder.conv_out.bias.add_(0.5)
+    assert own.executor.network("vae") is not vae and own.executor.network("transformer") is transformer

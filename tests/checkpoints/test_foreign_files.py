@@ -1,0 +1,103 @@
+"""Published files that are refused: pickles with code, damaged and other files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from reducio_fast.checkpoints.convert import convert, export
+from reducio_fast.cli.main import main
+from reducio_fast.system.errors import ReducioError
+
+
+class Touch:
+    """Pickled, it would make a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+def test_a_pickle_that_runs_code_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trap, file = tmp_path / "trap", tmp_path / "model.ckpt"
+    payload = {"state_dict": {"encoder_3d.conv_in.bias": torch.zeros(1)}, "callbacks": Touch(trap)}
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps(payload["callbacks"], protocol=4))
+    else:
+        torch.save(payload, file, _use_new_zipfile_serialization=kind == "zip")
+    assert main(["convert", str(file), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    reason = "cannot be read without running what it says" if kind == "pickle" else "asks for posix.mkdir"
+    assert f"{file}: refused, a pickle of more than tensors: it {reason}\n" in message
+    assert message.count("\n") == 1 and "weights_only" not in message
+    assert [p.name for p in tmp_path.iterdir()] == ["model.ckpt"]
+    pickle.loads(pickle.dumps(Touch(trap)))
+    assert trap.is_dir(), "the trap works"
+
+
+def test_other_files_are_refused_by_name(tmp_path: Path):
+    out = tmp_path / "out"
+    for content, message in (
+        ([1, 2], "holds a list, must hold tensors by name"),
+        ({"state_dict": {"a": 3}}, "entry 'a' is a int, must be a tensor"),
+        ({"a.b": torch.zeros(1)}, "neither a Reducio-VAE nor a PixArt transformer nor an image VAE; .* a.b"),
+    ):
+        torch.save(content, tmp_path / "a.ckpt")
+        with pytest.raises(ReducioError, match=message):
+            convert(tmp_path / "a.ckpt", out)
+    (tmp_path / "a.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-100])
+    with pytest.raises(ReducioError, match="a.ckpt: damaged"):
+        convert(tmp_path / "a.ckpt", out)
+    with pytest.raises(ReducioError, match="no such file or folder"):
+        convert(tmp_path / "none.ckpt", out)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReducioError, match="must hold one file of weights, holds none"):
+        convert(tmp_path / "empty", out)
+    with pytest.raises(ReducioError, match="give out or into, not both"):
+        convert(tmp_path / "a.ckpt", out, out)
+    with pytest.raises(ReducioError, match="must end in .ckpt, .pt, .pth or .safetensors, is 'x.bin'"):
+        export(tmp_path, "x.bin")
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """One small file of each kind, by its ending, that names the tensors of a VAE of no known size."""
+    folder = tmp_path_factory.mktemp("honest")
+    state = {"encoder_3d.conv_in.weight": torch.arange(6.0).view(2, 3), "loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": state}, folder / "a.ckpt")
+    torch.save(state, folder / "a.pth", _use_new_zipfile_serialization=False)
+    save_file(state, folder / "a.safetensors")
+    return {file.suffix: file.read_bytes() for file in folder.iterdir()}
+
+
+@given(data=st.data(), ending=st.sampled_from([".ckpt", ".pth", ".safetensors"]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_files_end_in_our_own_error(data: st.DataObject, ending: str, honest: dict[str, bytes], tmp_path: Path):
+    """Whatever bytes are changed, cut off or put in: one line, or the very tensors if the damage lies elsewhere."""
+    content = bytearray(honest[ending])
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        kind = data.draw(st.sampled_from(["change", "cut", "insert"]))
+        if kind == "change":
+            content[place] = data.draw(st.integers(0, 255))
+        elif kind == "cut" and place:
+            del content[place:]
+        else:
+            content[place:place] = data.draw(st.binary(max_size=9))
+    file = tmp_path / f"file{ending}"
+    file.write_bytes(content)
+    with pytest.raises(ReducioError) as caught:
+        convert(file, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
