@@ -97,35 +97,35 @@ class Regions:
         self._structures: dict[Hashable, int] = {}
         self._blocks: weakref.WeakKeyDictionary[nn.Module, _Block] = weakref.WeakKeyDictionary()
 
-    def __call__(self, name: str, module: nn.Module, *args: Any, **words: Any) -> Any:
-        """`module.forward(*args, **words)`; arguments and results are tensors and plain values, or lists and (named)
+    def __call__(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """`module.forward(*args, **kwargs)`; arguments and results are tensors and plain values, or lists and (named)
         tuples of them. Raises what the module raises."""
-        return self.run(name, module, args, words)
+        return self.run(name, module, args, kwargs)
 
     def run(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], words: dict[str, Any], free: Sequence[Tensor] = ()
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: Sequence[Tensor] = ()
     ) -> Any:
         """The same; `free`: those of the arguments whose dimension 1 may have any length, one for them all."""
         if self._obstacle is not None:
-            return self._plainly("no compiler", module, args, words)
+            return self._run_uncompiled("no compiler", module, args, kwargs)
         if torch.is_grad_enabled():
-            return self._plainly("gradients", module, args, words)
-        block = self._blocks.get(module) or self._look_at(module)
+            return self._run_uncompiled("gradients", module, args, kwargs)
+        block = self._blocks.get(module) or self._describe_block(module)
         free = [x for x in free if x.shape[1] > 1]  # a tracer takes a length of 1 for one that is broadcast
         tensors, signature = block.weights(), []
-        _sign((args, words), {id(x) for x in free}, signature, tensors)
+        _sign((args, kwargs), {id(x) for x in free}, signature, tensors)
         key = (name, block.number, *_modes(), *signature)
         region = self._regions.get(key)
         if region is None:
             if not self.open:  # before the lock, which a compilation that came too late may still hold
-                return self._plainly("not compiled in time", module, args, words)
+                return self._run_uncompiled("not compiled in time", module, args, kwargs)
             with self._lock:
                 if key not in self._regions:
-                    reason = self._closed(key)
+                    reason = self._reason_not_to_compile(key)
                     if reason is None:
                         with gc_pause.paused():
-                            return self._first(name, key, module, block, args, words, free, tensors)
-                    return self._plainly(reason, module, args, words)
+                            return self._first(name, key, module, block, args, kwargs, free, tensors)
+                    return self._run_uncompiled(reason, module, args, kwargs)
                 region = self._regions[key]
         region.calls += 1
         return region(tensors)
@@ -154,7 +154,7 @@ class Regions:
                 "failures": sorted(set(self._failures.values())),
             }
 
-    def _closed(self, key: Hashable) -> str | None:
+    def _reason_not_to_compile(self, key: Hashable) -> str | None:
         """Why a key that is not compiled is not to be compiled now."""
         if key in self._failures:
             return "compilation failed"
@@ -162,11 +162,11 @@ class Regions:
 
     def _first(
         self, name: str, key: tuple[Hashable, ...], module: nn.Module, block: _Block, args: tuple[Any, ...],
-        words: dict[str, Any], free: Sequence[Tensor], tensors: list[Tensor],
+        kwargs: dict[str, Any], free: Sequence[Tensor], tensors: list[Tensor],
     ) -> Any:  # fmt: skip
         """The block's own result for its first arguments, after its code was made or loaded, and has proved right."""
         start = time.perf_counter()
-        expected = type(module).forward(module, *args, **words)
+        expected = type(module).forward(module, *args, **kwargs)
         plain: list[Any] = []
         shape = flatten(expected, plain)
         right = [leaf for leaf in plain if isinstance(leaf, Tensor)]
@@ -177,10 +177,10 @@ class Regions:
             if run is None:
                 LOG.info("compiling %s for a new shape", name)
                 given: list[Any] = []
-                flatten((args, tuple(words.values())), given)
+                flatten((args, tuple(kwargs.values())), given)
                 given = [leaf for leaf in given if isinstance(leaf, Tensor)]
                 loose = [len(block.places) + i for i, x in enumerate(given) if any(x is one for one in free)]
-                run = self._compile(_flat(module, block, args, words), tensors, loose)
+                run = self._compile(_flat(module, block, args, kwargs), tensors, loose)
                 if (wrong := _difference(run(*tensors), right)) is not None:
                     raise ValueError(f"compiled, it returns {wrong}")
         except Exception as error:  # whatever a tracer or a compiler raises: the block has just shown that it is sound
@@ -207,11 +207,11 @@ class Regions:
         LOG.warning("cache: ignored %s, compiled anew: %s", file, wrong)
         return None
 
-    def _plainly(self, reason: str, module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> Any:
+    def _run_uncompiled(self, reason: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._misses[reason] += 1
-        return type(module).forward(module, *args, **words)
+        return type(module).forward(module, *args, **kwargs)
 
-    def _look_at(self, module: nn.Module) -> _Block:
+    def _describe_block(self, module: nn.Module) -> _Block:
         parts, places = [], []
         for prefix, part in module.named_modules(prefix="block"):
             for home in (part._parameters, part._buffers):
@@ -260,22 +260,22 @@ class _Bare(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, *args: Any, **words: Any) -> Any:
-        return type(self.block).forward(self.block, *args, **words)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.block).forward(self.block, *args, **kwargs)
 
 
-def _flat(module: nn.Module, block: _Block, args: tuple[Any, ...], words: dict[str, Any]) -> artifacts.Function:
+def _flat(module: nn.Module, block: _Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> artifacts.Function:
     """The module's `forward` as a function of its weights and of the tensors among its arguments."""
     names, bare = [name for name, _, _ in block.places], _Bare(module)
     leaves: list[Any] = []
-    form = flatten((args, tuple(words.values())), leaves)
+    form = flatten((args, tuple(kwargs.values())), leaves)
     template = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def run(*tensors: Tensor) -> list[Tensor]:
         given = iter(tensors[len(names) :])
         positional, named = rebuild(form, (next(given) if leaf is Tensor else leaf for leaf in template))
         state = dict(zip(names, tensors, strict=False))
-        named = dict(zip(words, named, strict=True))
+        named = dict(zip(kwargs, named, strict=True))
         # Every place is in `state`: tying those that share a weight would leave the tracer's weights in one of them.
         result = torch.func.functional_call(bare, state, positional, named, tie_weights=False)
         outputs: list[Any] = []

@@ -129,7 +129,7 @@ class Graphs:
                     return fn(*args)
                 graph = self._graphs.get(key)
                 if graph is None:
-                    reason = self._worth(key) or self._record(key, fn, leaves)
+                    reason = self._reason_not_to_capture(key) or self._record(key, fn, leaves)
                     graph = self._graphs.get(key)
                 if graph is not None:
                     return self._replay(graph, tensors, keep)
@@ -165,7 +165,7 @@ class Graphs:
 
     # ---- with the lock held -----------------------------------------------------------------------------------------
 
-    def _worth(self, key: Hashable) -> str | None:
+    def _reason_not_to_capture(self, key: Hashable) -> str | None:
         """Why a key without a graph is not to be captured now; None: it is."""
         if len(self._graphs) >= self.limit:
             return "limit"

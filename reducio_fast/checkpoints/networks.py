@@ -145,12 +145,12 @@ def load_foreign(
         return _from_pretrained(cls, folder, **safe)
     check_component(folder)
     # diffusers renamed `torch_dtype` to `dtype` and warns about the old word, so its models are cast after loading.
-    words: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
-    words["variant"] = _variant(folder)
+    kwargs: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
+    kwargs["variant"] = _variant(folder)
     if library.startswith("diffusers") and importlib.util.find_spec("accelerate") is None:
-        words["low_cpu_mem_usage"] = False  # what it does then anyway, but not without five lines on stderr
+        kwargs["low_cpu_mem_usage"] = False  # what it does then anyway, but not without five lines on stderr
     with quiet_transformers():
-        model, info = _from_pretrained(cls, folder, output_loading_info=True, use_safetensors=True, **words)
+        model, info = _from_pretrained(cls, folder, output_loading_info=True, use_safetensors=True, **kwargs)
     misshapen = [str(m[0]) for m in info.get("mismatched_keys", ())]
     unexpected = [name for name in sorted(info["unexpected_keys"]) if not name.startswith(skip)]
     report(folder, sorted(info["missing_keys"]), unexpected, misshapen)
@@ -196,9 +196,9 @@ def _installed(library: str) -> str:
     return importlib.metadata.version(library)
 
 
-def _from_pretrained(cls: Any, folder: Path, **words: Any) -> Any:
+def _from_pretrained(cls: Any, folder: Path, **kwargs: Any) -> Any:
     try:
-        return cls.from_pretrained(str(folder), local_files_only=True, **words)
+        return cls.from_pretrained(str(folder), local_files_only=True, **kwargs)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ReducioError(f"{folder}: {cls.__name__} could not be loaded: {' '.join(lines[:3])}") from error

@@ -145,8 +145,8 @@ def tuning_lines(row: dict[str, Any]) -> list[str]:
     """The row for people."""
     out = [f"{'kernel and class':<40}{'before ms':>11}{'after ms':>10}  settings (ms a clip)"]
     for r in (r for r in row["rows"] if "settings" in r):
-        words = " ".join(f"{name}={value}" for name, value in r["settings"].items())
-        out.append(f"{r['op'] + ' ' + r['key']:<40}{r['before_s'] * 1e3:>11.2f}{r['after_s'] * 1e3:>10.2f}  {words}")
+        settings = " ".join(f"{name}={value}" for name, value in r["settings"].items())
+        out.append(f"{r['op'] + ' ' + r['key']:<40}{r['before_s'] * 1e3:>11.2f}{r['after_s'] * 1e3:>10.2f}  {settings}")
     out.append(f"{'shape':<60}microseconds a call")
     for r in (r for r in row["rows"] if "plan" in r):
         times = ", ".join(f"{way} {seconds * 1e6:.1f}" for way, seconds in r["seconds"].items())

@@ -18,7 +18,7 @@ from ..triton_kernels.launch import FLOATING
 from ..triton_kernels.registry import OPS
 from ..triton_kernels.tables import arch_of, table
 
-# The words for attention, diffusers' where it has one, and the implementation each means; "auto" leaves it open.
+# Names of attention backends, diffusers' where it has one, and the implementation of each; "auto" leaves it open.
 ATTENTION = {"auto": None, "native": "vendor", "flash": "flash-attn", "reducio": "kernel"}
 
 
@@ -129,7 +129,7 @@ class Plan:
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, key_count: Tensor | None = None, scale: float | None = None, frame: int = 0
 ) -> Tensor:
-    """flash-attn with our op's words; key counts and masks by frames it cannot say, and no plan asks it to."""
+    """flash-attn with our op's arguments. It takes no key counts and no masks by frames; plans know that."""
     if key_count is not None or frame:
         raise ValueError(f"flash-attn takes no key_count ({key_count}) and no frame ({frame})")
     from flash_attn import flash_attn_func

@@ -195,8 +195,8 @@ def first_clips(
     name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device, contender: str
 ) -> Row:
     """Loading and the first clip in two fresh processes: the first with empty caches, the second with what it left."""
-    words = {"name": name, "model": None if model is None else os.fspath(model), "dtype": dtype}
-    code = COLD.format(**words, device=str(device), contender=contender)
+    arguments = {"name": name, "model": None if model is None else os.fspath(model), "dtype": dtype}
+    code = COLD.format(**arguments, device=str(device), contender=contender)
     row: Row = {}
     with tempfile.TemporaryDirectory() as folder:
         caches = {variable: os.path.join(folder, variable) for variable in CACHES}

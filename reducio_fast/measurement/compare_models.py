@@ -32,7 +32,7 @@ def bench_row(
     device: torch.device | str | None = None,
     backend: str = "auto",
     progress: bool = False,
-    **words: Any,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """Time one model, a peer or one of ours, at its own published call: a row of the comparison.
 
@@ -66,7 +66,7 @@ def bench_row(
     runs: list[tuple[float, ReducioOutput]] = []
     for _ in range(1 + repeats):
         start = clock(device)
-        out = pipe(prompt, image, progress=progress, **words)
+        out = pipe(prompt, image, progress=progress, **kwargs)
         runs.append((clock(device) - start, out))
     seconds, out = sorted(runs[1:] or runs, key=lambda run: run[0])[len(runs[1:]) // 2]
     frames, height, width = out.frames.shape[:3]

@@ -137,10 +137,10 @@ def _norm(given: bool, C: int, side: int, device: torch.device) -> dict[str, Cal
     x = _random(device, 1, 16, side, side, C)
     w, b = _random(device, C), _random(device, C)
     partials = group_norm_silu.statistics(x, False) if given else None
-    words = (32, 1e-6, True, False)
+    arguments = (32, 1e-6, True, False)
     return {
-        "kernel": lambda: torch.ops.reducio_fast.group_norm_silu(x, w, b, *words, partials, 1, 1, True),
-        "vendor": lambda: group_norm_silu.twin(x, w, b, *words, None, 1, 1, True),
+        "kernel": lambda: torch.ops.reducio_fast.group_norm_silu(x, w, b, *arguments, partials, 1, 1, True),
+        "vendor": lambda: group_norm_silu.twin(x, w, b, *arguments, None, 1, 1, True),
     }
 
 
@@ -149,5 +149,8 @@ def _token_norm(op: str, device: torch.device) -> dict[str, Callable[[], Any]]:
 
     x, branch = _random(device, 2, 4096, 1152), _random(device, 2, 4096, 1152)
     rows = [_random(device, 1152).expand(2, -1) for _ in range(3)]
-    words = (x, *rows[:2]) if op == "ada_layer_norm" else (x, branch, *rows)
-    return {"kernel": lambda: getattr(torch.ops.reducio_fast, op)(*words), "vendor": lambda: OPS[op].twin(*words)}
+    inputs = (x, *rows[:2]) if op == "ada_layer_norm" else (x, branch, *rows)
+    return {
+        "kernel": lambda: getattr(torch.ops.reducio_fast, op)(*inputs),
+        "vendor": lambda: OPS[op].twin(*arguments),
+    }

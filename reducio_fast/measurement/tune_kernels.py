@@ -232,8 +232,8 @@ def compiles(
 
     if arch not in TARGETS:
         return [True] * len(candidates)
-    words = [pool.submit(compile_problems, arch, op, key, entry, variants) for entry in candidates]
-    return [not word.result() for word in words]
+    verdicts = [pool.submit(compile_problems, arch, op, key, entry, variants) for entry in candidates]
+    return [not verdict.result() for verdict in verdicts]
 
 
 def write(table: dict[str, Any], arch: str, path: Path) -> None:

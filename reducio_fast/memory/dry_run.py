@@ -82,16 +82,16 @@ class DryRun(TorchDispatchMode):
     def opaque(self, function: Callable[..., _T]) -> Callable[..., _T]:
         """`function` as one kernel: it allocates what it returns, whatever its twin in plain torch makes on the way."""
 
-        def call(*args: Any, **words: Any) -> _T:
+        def call(*args: Any, **kwargs: Any) -> _T:
             # By shapes: a decoder asks for one norm of one size a dozen times, and its twin is what takes the time.
-            leaves = tree_leaves((args, tuple(sorted(words.items()))))
+            leaves = tree_leaves((args, tuple(sorted(kwargs.items()))))
             key = (function, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves))
             paused, self._paused = self._paused, True
             try:
                 if key in self._known:
                     result = _of_form(self._known[key][1])
                 else:
-                    result = function(*args, **words)
+                    result = function(*args, **kwargs)
                     self._known[key] = 0, _form(result)
             finally:
                 self._paused = paused

@@ -59,11 +59,11 @@ def make_clips(
     folder: Path,
     progress: Progress = lambda share, what: None,
     stop: threading.Event | None = None,
-    **words: Any,
+    **kwargs: Any,
 ) -> Iterator[Clip]:
     """The clip of the fast path and, with `both`, that of the reference for the same seed, as they become ready.
 
-    They are written to `folder` as .mp4. `words` are those of `generate` (model, dtype, device, height, ...). Setting
+    They are written to `folder` as .mp4. `kwargs` are those of `generate` (model, dtype, device, height, ...). Setting
     `stop` raises Cancelled at the end of the step that is running; the models stay loaded. Raises ReducioError.
     """
     fast, _ = validation.resolve_backend("auto")
@@ -82,7 +82,7 @@ def make_clips(
         report(0)
         out = generate(
             prompt, image, backend=backend, seed=seed, num_inference_steps=steps, guidance_scale=guidance_scale,
-            callback_on_step_end=step_end, progress=False, **words,
+            callback_on_step_end=step_end, progress=False, **kwargs,
         )  # fmt: skip
         path = folder / f"{number}-{label}.mp4"
         out.save(path)
@@ -113,8 +113,8 @@ def serve(
     return url, app.block_thread
 
 
-def page(words: dict[str, Any]) -> Any:
-    """The page, a `gradio.Blocks` that is not yet served. `words` go to `generate` with each click."""
+def page(kwargs: dict[str, Any]) -> Any:
+    """The page, a `gradio.Blocks` that is not yet served. `kwargs` go to `generate` with each click."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read at import; nothing leaves this machine
     try:
         import gradio as gr
@@ -139,7 +139,7 @@ def page(words: dict[str, Any]) -> Any:
         try:
             for clip in make_clips(
                 prompt, image, both=both, seed=int(seed), steps=int(steps), guidance_scale=guidance, folder=folder,
-                progress=lambda share, what: bar(share, desc=what), stop=stop, **words,
+                progress=lambda share, what: bar(share, desc=what), stop=stop, **kwargs,
             ):  # fmt: skip
                 clips.append(clip)
                 yield show(clips, "Waiting for the reference." if both and len(clips) == 1 else "")

@@ -233,16 +233,16 @@ def build_random(peer: Peer, tiny: bool, dtype: torch.dtype, device: torch.devic
     return diffusers_class(peer.pipelines[0])(**built)
 
 
-def _component(library: str, class_name: str, words: dict[str, Any], device: torch.device) -> Any:
+def _component(library: str, class_name: str, kwargs: dict[str, Any], device: torch.device) -> Any:
     """A component by its class; where `library` is a configuration class of transformers, a model of that."""
     if library in networks.LIBRARIES:
         cls = getattr(importlib.import_module(library), class_name)
         if not issubclass(cls, torch.nn.Module):
-            return cls(**words)  # on the CPU: schedulers make NumPy arrays of their tables
+            return cls(**kwargs)  # on the CPU: schedulers make NumPy arrays of their tables
         with device:
-            return cls(**words)
+            return cls(**kwargs)
     transformers = importlib.import_module("transformers")
-    config = getattr(transformers, library)(**words)
+    config = getattr(transformers, library)(**kwargs)
     with device:
         return getattr(transformers, class_name)(config)
 

@@ -1,4 +1,4 @@
-"""Peers: other image-to-video models, run through diffusers behind the words, seeds and output of our own pipeline.
+"""Peers: other image-to-video models, run through diffusers behind the arguments, seeds and output of our own pipeline.
 
 They are here for the comparison a user would make on one machine: what a second of video, or a megapixel of it, costs.
 A peer is named like a model: `svd` (its hub repository), `svd:FOLDER`, a folder whose model_index.json names one of
@@ -62,7 +62,7 @@ def find(model: Any) -> Source | None:
 
 
 class PeerPipeline:
-    """A loaded peer. Call it with the words of `ReducioPipeline`; what it gives back is the same kind of output."""
+    """A loaded peer. Call it with the arguments of `ReducioPipeline`; what it gives back is the same kind of output."""
 
     def __init__(self, source: Source, pipeline: Any) -> None:
         self.source, self.pipeline = source, pipeline
@@ -76,7 +76,7 @@ class PeerPipeline:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> PeerPipeline:
-        """Load a peer by the words that `find` knows. Raises ReducioError for anything else, and for broken files."""
+        """Load a peer by a name that `find` knows. Raises ReducioError for anything else, and for broken files."""
         source = model if isinstance(model, Source) else find(model)
         if source is None:
             raise ReducioError(f"model: {str(model)!r} is no peer; known are {', '.join(PEERS)}, or a folder of one")
@@ -260,9 +260,9 @@ def _stages(pipeline: Any, denoiser: str, timings: dict[str, float]) -> Iterator
 
     def around(call: Callable[..., Any], stage: str) -> Callable[..., Any]:
         @functools.wraps(call)
-        def timed(*args: Any, **words: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             start = clock(device)
-            result = call(*args, **words)
+            result = call(*args, **kwargs)
             timings[stage] = timings.get(stage, 0.0) + clock(device) - start
             return result
 

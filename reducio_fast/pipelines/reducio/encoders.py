@@ -97,8 +97,8 @@ class TextEncoder:
         for prompt in prompts:
             if (n := len(self.tokenizer(prompt).input_ids)) > self.length:
                 logger.warning("prompt has %d tokens, the model reads the first %d: %r", n, self.length, prompt)
-        words = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
-        tokens = self.tokenizer(prompts, **words)
+        kwargs = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        tokens = self.tokenizer(prompts, **kwargs)
         device = next(self.model.parameters()).device
         mask = tokens.attention_mask.to(device)
         return self.model(tokens.input_ids.to(device), attention_mask=mask)[0], mask.bool()

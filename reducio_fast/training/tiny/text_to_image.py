@@ -169,11 +169,11 @@ def judge(pipeline: PixArtAlphaPipeline, settings: TextToImageSettings, batch: i
 
 
 def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.ndarray:
-    """Content frames, uint8 [B, H, W, 3], with the words the video pipeline uses (20 steps, guidance 4.5)."""
+    """Content frames, uint8 [B, H, W, 3], with the arguments that the video pipeline uses (20 steps, guidance 4.5)."""
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    words = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **PIPELINE_KWARGS}
-    images = pipeline(prompts, generator=generators, output_type="np", **words).images
+    kwargs = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **PIPELINE_KWARGS}
+    images = pipeline(prompts, generator=generators, output_type="np", **kwargs).images
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
 
 
