@@ -1,6 +1,6 @@
 """Two installations of this package in turns, such as a base commit's and this one's: one JSON row.
 
-    python -P benchmarks/compare_commits.py BASE_PYTHON HEAD_PYTHON [--turns 5] [--clips 5] [--backend fast] [--out row.json]
+    python -P benchmarks/compare_commits.py BASE_PYTHON HEAD_PYTHON [--turns 5] [--clips 5] [--out row.json]
 
 Each turn starts a fresh process of either Python, which imports, loads the default model, makes a first clip and then
 warm ones. Ratios are base over head within a turn, so above 1 the head is faster. Use a quiet machine.

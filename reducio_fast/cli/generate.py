@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_compile(parser)
     for name, source in NAMED.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="DIR", help=f"{source} (default: the model's)")
-    for name, kind in zip(FIRST_STAGE, (options.positive, float), strict=True):
-        option = f"--content-{name.replace('_', '-')}"
-        parser.add_argument(option, type=kind, help="of the first stage (default: its own)")
+    first_stage = "of the first stage (default: its own)"
+    parser.add_argument("--content-num-inference-steps", type=options.positive, help=first_stage)
+    parser.add_argument("--content-guidance-scale", type=float, help=first_stage)
     parser.add_argument(
         "--clean-caption",
         action=argparse.BooleanOptionalAction,

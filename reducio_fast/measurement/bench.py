@@ -29,6 +29,7 @@ from . import instruments
 from .contenders import Contender, DefaultClip, GivenConditions, workload
 from .instruments import spread
 from .names import CONTENDERS
+from .tile import DecodedTile
 
 DEFAULT = CONTENDERS[:3]
 Row = dict[str, Any]
@@ -111,7 +112,7 @@ def bench(
 def compare(
     makers: Sequence[Callable[[], Contender]],
     names: Sequence[str],
-    made: DefaultClip | GivenConditions,
+    made: DefaultClip | GivenConditions | DecodedTile,
     pairs: int,
     roof: Row,
     log: Callable[[str], None],

@@ -152,5 +152,5 @@ def _token_norm(op: str, device: torch.device) -> dict[str, Callable[[], Any]]:
     inputs = (x, *rows[:2]) if op == "ada_layer_norm" else (x, branch, *rows)
     return {
         "kernel": lambda: getattr(torch.ops.reducio_fast, op)(*inputs),
-        "vendor": lambda: OPS[op].twin(*arguments),
+        "vendor": lambda: OPS[op].twin(*inputs),
     }
