@@ -1,4 +1,4 @@
-"""Published weights -> our safetensors folders, and back. Other projects' names and shapes are known here alone.
+"""Published weights -> our safetensors folders, and back. Only this room knows names and shapes of other projects.
 
 published                                           becomes
 Reducio-VAE release, reducio-ft4-fs32-attn23.ckpt   vae: the same names, less the losses of its training

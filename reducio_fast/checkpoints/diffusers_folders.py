@@ -29,7 +29,7 @@ def find_text_to_image(name: str | os.PathLike[str]) -> Path:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # with no network it would say in three lines what the error says in one
+    diffusers_logging.set_verbosity_error()  # without a network it would log three lines beside our error of one
     try:
         return Path(DiffusionPipeline.download(str(name), use_safetensors=True, local_files_only=HF_HUB_OFFLINE))
     except (OSError, ValueError) as error:

@@ -15,8 +15,6 @@ from torch import Tensor
 from ..system.errors import ReducioError
 from .strict_files import CONFIG, INDEX, PICKLES, WEIGHTS, check_component, load_tensors, read_json
 
-# ---- reading -----------------------------------------------------------------------------------------------------
-
 
 def read_weights(path: Path, component: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a weights file or a component folder by name, and the folder's configuration ({} for a file).
@@ -67,15 +65,15 @@ def _unpickle(path: Path) -> Any:
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"  # torch's format since 1.6; older files cannot be mapped
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about old pickles, which are read or refused all the same
+            warnings.simplefilter("ignore", UserWarning)  # warnings about old pickles: they are read or refused below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as error:
         raise ReducioError(f"{path}: not readable ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
-        # torch's own message tells at length how to switch the restriction off.
+        # torch's own message explains at length how to switch the restriction off.
         found = re.search(r"(?:GLOBAL|[Cc]lass) ([\w.]+)", str(error))
         what = f"asks for {found[1]}" if found else "cannot be read without running what it says"
         raise ReducioError(f"{path}: refused, a pickle of more than tensors: it {what}") from error
-    except Exception as error:  # half a dozen types for a damaged file
+    except Exception as error:  # a damaged file raises one of six types
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ReducioError(f"{path}: damaged ({line})") from error

@@ -28,7 +28,10 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=kept
             )
-        except (OSError, ValueError) as error:  # every failure of the hub client is one of these, a lost network too
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # all that the hub client raises
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ReducioError(f"repo_id: {repo_id!r} could not be written on the hub ({line})") from error
     return str(commit.commit_url)
@@ -55,13 +58,16 @@ def find_model(model: str | os.PathLike[str], argument: str = "model", files: Se
     try:
         # Weights as safetensors and the small files around them; pickles in the same repository stay where they are.
         return Path(snapshot_download(name, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:  # every failure of the hub client is one of these, a lost network too
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # all that the hub client raises
         certain = not any("*" in file or "/" in file for file in files)  # else they may not all be there
         raise not_fetched(argument, name, error, files if certain else ()) from error
 
 
 def not_fetched(argument: str, name: str, error: Exception, files: Sequence[str] = ()) -> ReducioError:
-    """The one line for a hub repository that is not here and cannot be had: it says what to download."""
+    """The error, in one line, for a hub repository that is neither here nor reachable; it says what to download."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     wanted = " ".join([name, *files])
     return ReducioError(

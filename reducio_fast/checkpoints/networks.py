@@ -60,14 +60,14 @@ class _NoRandomInit(TorchFunctionMode):
     Unlike construction on the meta device this keeps the buffers that no file holds (masks, tables) real.
     """
 
-    # The functions of nn.init are what a mode sees where they look out for one, else the method they call.
+    # A mode sees the functions of nn.init that dispatch to it, and the tensor methods that the others call.
     FILLS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, torch.Tensor.uniform_, torch.Tensor.normal_)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in self.FILLS:
-            # Zero, not whatever the memory held: `trunc_normal_` draws again until every value lies in its range.
+            # Zero, not what the memory held: `trunc_normal_` draws again until every value lies in its range.
             return nn.init.zeros_(args[0] if args else (kwargs or {})["tensor"])
         return func(*args, **(kwargs or {}))
 
@@ -144,11 +144,11 @@ def load_foreign(
         safe = {"trust_remote_code": False} if class_name.startswith("Auto") else {}
         return _from_pretrained(cls, folder, **safe)
     check_component(folder)
-    # diffusers renamed `torch_dtype` to `dtype` and warns about the old word, so its models are cast after loading.
+    # diffusers renamed `torch_dtype` to `dtype` and warns about the old name, so its models are cast after loading.
     kwargs: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
     kwargs["variant"] = _variant(folder)
     if library.startswith("diffusers") and importlib.util.find_spec("accelerate") is None:
-        kwargs["low_cpu_mem_usage"] = False  # what it does then anyway, but not without five lines on stderr
+        kwargs["low_cpu_mem_usage"] = False  # the same without accelerate, where diffusers prints five lines on stderr
     with quiet_transformers():
         model, info = _from_pretrained(cls, folder, output_loading_info=True, use_safetensors=True, **kwargs)
     misshapen = [str(m[0]) for m in info.get("mismatched_keys", ())]
@@ -180,7 +180,7 @@ def cast(network: _Model, device: str | torch.device, dtype: torch.dtype) -> _Mo
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bar for each file that transformers reads or writes."""
+    """Inside, transformers shows no progress bar for each file."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""How published weights name and lay out what our networks have too: PixArt-alpha's transformer, the image VAE of LDM.
+"""Names and layouts of published weights for layers of our networks: PixArt-alpha's transformer, LDM's image VAE.
 
 All functions map state dicts to state dicts and copy no tensor. A name they do not know passes through, so that the
 strict report names it.
@@ -107,8 +107,8 @@ def ldm_vae_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     names, values = list(tensors), list(tensors.values())
-    # diffusers' converter drops what it does not know. It is given numbers instead of the tensors, and shows by them
-    # which name becomes which.
+    # diffusers' converter drops names that it does not know. It gets numbers in place of the tensors, which show how it
+    # renames each.
     tags = {n: torch.full((1, 1, 1, 1), float(i)) for i, n in enumerate(names)}
     renamed = {n: int(tag) for n, tag in convert_ldm_vae_checkpoint(tags, network.config).items()}
     unknown = {names[i]: values[i] for i in set(range(len(names))) - set(renamed.values())}

@@ -1,4 +1,4 @@
-"""Motion latents on disk, with all that decoding needs: what remains of a call whose last stage found no memory.
+"""Saves latents when decoding runs out of memory, so that `reducio-fast decode` can finish the clip.
 
 One safetensors file: `latents` float32 [N, 16, T/f, H/32, W/32], `content` uint8 [N, H, W, 3] (the content frames),
 and as metadata the frame rate and the seeds.
@@ -45,7 +45,7 @@ def save(path: Path, clips: Latents) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Latents:
-    """Raises ReducioError for a file that is none of ours."""
+    """Read what `save` has written. Raises ReducioError for any other file."""
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -62,7 +62,7 @@ def load(path: str | os.PathLike[str]) -> Latents:
 
 
 def rescue(clips: list[tuple[Tensor, np.ndarray]], seeds: list[int], fps: float) -> str:
-    """Keep latents and content frames for which there was no memory, and say in half a line where."""
+    """Save latents and content frames in the cache folder; returns the end of an error line that names the file."""
     path = root() / "latents" / f"clip-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{seeds[0]}.safetensors"
     latents, frames = torch.cat([z for z, _ in clips]), np.stack([frame for _, frame in clips])
     try:

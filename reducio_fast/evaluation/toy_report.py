@@ -100,7 +100,7 @@ def wilson_interval(right: int, trials: int, z: float = 1.959964) -> tuple[float
 
 
 def _photos_missing() -> str | None:
-    """Why the held-out pictures cannot be had, if they cannot."""
+    """Why the held-out photographs cannot be loaded; None where they can."""
     try:
         for name in photos.HELD_OUT_PHOTOS:
             photos.load_photo(name)

@@ -44,7 +44,7 @@ def hot_problems() -> list[Problem]:
     ):
         problems.append(Problem(
             "conv3d", "K<=128" if K <= 128 else "*", f"{C}->{K}", f"conv3d bf16 {C}->{K} k3", f"16x{side}x{side}",
-            times * tiles, functools.partial(_conv, C, K, 16, side),
+            times * tiles, functools.partial(conv_ways, C, K, 16, side),
         ))  # fmt: skip
     for C, time_, frames, side in (
         (256, False, 16, 160),
@@ -55,7 +55,7 @@ def hot_problems() -> list[Problem]:
         kind = "space+time" if time_ else "space"
         problems.append(Problem(
             "upsample_conv3d", "*", f"{C}->{C}", f"upsample_conv3d bf16 {C}->{C} {kind} stats",
-            f"{kind}, from {frames}x{side}x{side}", tiles, functools.partial(_upsample, C, time_, frames, side),
+            f"{kind}, from {frames}x{side}x{side}", tiles, functools.partial(upsample_ways, C, time_, frames, side),
         ))  # fmt: skip
     for plan, D, B, L, S, N, counted, calls in (
         ("self 72", 72, 2, 4096, 4096, 16, False, 28 * steps),
@@ -65,7 +65,7 @@ def hot_problems() -> list[Problem]:
     ):
         problems.append(Problem(
             "attention", str(D), plan, f"attention bf16 {D}", f"{B}x{L} queries, {S} keys", calls,
-            functools.partial(_attention, D, B, L, S, N, counted),
+            functools.partial(attention_ways, D, B, L, S, N, counted),
         ))  # fmt: skip
     for key, C, side, calls in (
         ("apply", 128, 320, 14),
@@ -75,12 +75,18 @@ def hot_problems() -> list[Problem]:
     ):
         problems.append(Problem(
             "group_norm_silu", key, "", f"group_norm_silu {key} bf16 {C}", f"{key}, {C} channels of 16x{side}x{side}",
-            calls * tiles, functools.partial(_norm, key != "statistics", C, side),
+            calls * tiles, functools.partial(norm_ways, key != "statistics", C, side),
         ))  # fmt: skip
     for op, calls in (("ada_layer_norm", 1), ("gated_residual_ada_layer_norm", 56)):
         problems.append(
             Problem(
-                op, "1152", "", f"{op} bf16 1152", "2x4096 tokens", calls * steps, functools.partial(_token_norm, op)
+                op,
+                "1152",
+                "",
+                f"{op} bf16 1152",
+                "2x4096 tokens",
+                calls * steps,
+                functools.partial(token_norm_ways, op),
             )
         )
     return problems
@@ -90,7 +96,7 @@ def _random(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(scale)
 
 
-def _conv(C: int, K: int, T: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+def conv_ways(C: int, K: int, T: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
     """With bias, residual and statistics; the vendor's convolution leaves the statistics to a kernel of their own."""
     from ..triton_kernels import conv3d, group_norm_silu
 
@@ -103,7 +109,7 @@ def _conv(C: int, K: int, T: int, side: int, device: torch.device) -> dict[str, 
     }
 
 
-def _upsample(C: int, time_: bool, T: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+def upsample_ways(C: int, time_: bool, T: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
     from ..triton_kernels import group_norm_silu, upsample_conv3d
 
     x = _random(device, 1, T + 2, side + 2, side + 2, C)
@@ -115,7 +121,7 @@ def _upsample(C: int, time_: bool, T: int, side: int, device: torch.device) -> d
     }
 
 
-def _attention(
+def attention_ways(
     D: int, B: int, L: int, S: int, N: int, counted: bool, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
     from ..fast.plan import flash_attention
@@ -130,7 +136,7 @@ def _attention(
     return ways if counted else ways | {"flash-attn": lambda: flash_attention(q, k, v)}
 
 
-def _norm(given: bool, C: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+def norm_ways(given: bool, C: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
     """`given`: a convolution has left the statistics behind."""
     from ..triton_kernels import group_norm_silu
 
@@ -144,7 +150,7 @@ def _norm(given: bool, C: int, side: int, device: torch.device) -> dict[str, Cal
     }
 
 
-def _token_norm(op: str, device: torch.device) -> dict[str, Callable[[], Any]]:
+def token_norm_ways(op: str, device: torch.device) -> dict[str, Callable[[], Any]]:
     from ..triton_kernels.registry import OPS
 
     x, branch = _random(device, 2, 4096, 1152), _random(device, 2, 4096, 1152)

@@ -88,7 +88,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         if not np.isfinite(values).all():
             raise ReducioError("the image holds values that are not finite")
     elif image.mode == "LAB":
-        from PIL import ImageCms  # the only road out of Lab that Pillow has
+        from PIL import ImageCms  # Pillow converts Lab in no other way
 
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image  # None: only of in-place work

@@ -26,7 +26,7 @@ from .image_files import IMAGE_SUFFIXES, decode_image, first_line, read_image, t
 
 FILE_SUFFIXES = (".mp4", ".gif", ".webp")
 Frames = Generator[tuple[np.ndarray, float | None], None, None]  # frames of a clip, each with the clip's rate
-MAX_GIF_FPS = 50  # players take a delay below 20 ms for a mistake and slow the clip to 10 frames a second
+MAX_GIF_FPS = 50  # players replace a delay below 20 ms by 100 ms, so the clip would run at 10 frames a second
 
 
 def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None) -> tuple[np.ndarray, float | None]:
@@ -84,7 +84,7 @@ def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float) -> Path
 
 
 def check_output_path(path: str | os.PathLike) -> Path:
-    """Say before the work starts whether `path` can be written at its end; returns it as a Path.
+    """Check before any work whether `path` can be written; returns it as a Path.
 
     Raises ReducioError for an unknown suffix, a folder that does not exist or cannot be written (found out by writing
     to it), a folder of frames that already holds something, or a missing encoder.

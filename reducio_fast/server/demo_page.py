@@ -17,6 +17,7 @@ from typing import Any
 
 from ..checkpoints import hub
 from ..media.similarity import psnr
+from ..pipelines import registry
 from ..pipelines.call import validation
 from ..pipelines.call.output import ReducioOutput
 from ..pipelines.generate import generate
@@ -24,13 +25,12 @@ from ..system import devices
 from ..system.errors import ReducioError
 
 EXAMPLE = "a red circle moving right on a black background"
-STEPS, GUIDANCE = 20, 4.5
 
 Progress = Callable[[float, str], None]  # share done, what is being done
 
 
 class Cancelled(Exception):
-    """Raised between two steps of a clip whose maker has asked to stop."""
+    """Raised between two steps of a clip after its user has asked to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ def make_clips(
     *,
     both: bool = True,
     seed: int = 0,
-    steps: int = STEPS,
-    guidance_scale: float = GUIDANCE,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     folder: Path,
     progress: Progress = lambda share, what: None,
     stop: threading.Event | None = None,
@@ -64,8 +64,12 @@ def make_clips(
     """The clip of the fast path and, with `both`, that of the reference for the same seed, as they become ready.
 
     They are written to `folder` as .mp4. `kwargs` are those of `generate` (model, dtype, device, height, ...). Setting
-    `stop` raises Cancelled at the end of the step that is running; the models stay loaded. Raises ReducioError.
+    `stop` raises Cancelled at the end of the step that is running; the models stay loaded. `steps` and `guidance_scale`
+    default to those of the model. Raises ReducioError.
     """
+    defaults = registry.call_defaults(kwargs.get("model"))
+    steps = defaults["num_inference_steps"] if steps is None else steps
+    guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     fast, _ = validation.resolve_backend("auto")
     paths = {fast: "auto"} | ({"reference": "reference"} if both else {})
     for number, (label, backend) in enumerate(paths.items()):
@@ -115,6 +119,7 @@ def serve(
 
 def page(kwargs: dict[str, Any]) -> Any:
     """The page, a `gradio.Blocks` that is not yet served. `kwargs` go to `generate` with each click."""
+    defaults = registry.call_defaults(kwargs.get("model"))
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read at import; nothing leaves this machine
     try:
         import gradio as gr
@@ -176,8 +181,8 @@ def page(kwargs: dict[str, Any]) -> Any:
                 prompt = gr.Textbox(EXAMPLE, label="Prompt", lines=2, elem_id="prompt")
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
-                    steps = gr.Slider(1, 50, STEPS, step=1, label="Steps", elem_id="steps")
-                    guidance = gr.Slider(1, 10, GUIDANCE, step=0.5, label="Guidance")
+                    steps = gr.Slider(1, 50, defaults["num_inference_steps"], step=1, label="Steps", elem_id="steps")
+                    guidance = gr.Slider(1, 10, defaults["guidance_scale"], step=0.5, label="Guidance")
                 both = gr.Checkbox(True, label="Reference beside it (loads the model twice)", elem_id="both")
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate")

@@ -13,7 +13,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def resolve_dtype(dtype: Any, torch_dtype: Any, device: torch.device) -> torch.dtype:
-    """The dtype asked for by either word; by default float32 on a CPU, bfloat16 elsewhere."""
+    """The dtype asked for by either name; by default float32 on a CPU, bfloat16 elsewhere."""
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
         raise ReducioError(f"dtype={dtype} and torch_dtype={torch_dtype} differ; they are two words for one thing")
     asked = torch_dtype if dtype is None else dtype

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can make and mend."""
+"""The exception for mistakes that a user can mend."""
 
 from __future__ import annotations
 

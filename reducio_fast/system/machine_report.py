@@ -21,7 +21,7 @@ PACKAGES = (
     "imageio-ffmpeg", "nvidia-ml-py",
 )  # fmt: skip
 OPTIONAL_PACKAGES = ("flash-attn", "amd-aiter", "xformers", "torchao", "accelerate", "scikit-image", "scikit-learn")
-# What full-size models are put together from, and the file by which the hub's cache shows that it has a repository.
+# Repositories that full-size models are built from, each with a file that shows whether the hub's cache has it.
 PUBLISHED = {
     "google/flan-t5-xxl": "model.safetensors.index.json",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "open_clip_model.safetensors",
@@ -55,7 +55,7 @@ def describe() -> dict[str, Any]:
 def _try(probe: Callable[[], Any]) -> Any:
     try:
         return probe()
-    except Exception as error:  # whatever is broken here is what the reader wants to see
+    except Exception as error:  # a bug report needs the failure itself
         return f"unavailable: {type(error).__name__}: {error}"
 
 
@@ -122,7 +122,7 @@ def _nvidia_driver() -> str:
 
 
 def _hub_cache() -> str:
-    """Which of the published encoders and first stages are here already; asks no network."""
+    """Which of the published encoders and first stages are here already; uses no network."""
     hub = importlib.import_module("huggingface_hub")
     found = [name for name, file in PUBLISHED.items() if isinstance(hub.try_to_load_from_cache(name, file), str)]
     return ", ".join(found) or "no published encoder or first stage"

@@ -171,15 +171,15 @@ def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        functools.partial(hot_shapes._conv, 16, 32, 3, 5),
-        functools.partial(hot_shapes._upsample, 16, True, 2, 4),
-        functools.partial(hot_shapes._upsample, 16, False, 3, 4),
-        functools.partial(hot_shapes._attention, 24, 2, 9, 85, 2, True),
-        functools.partial(hot_shapes._attention, 16, 1, 9, 7, 2, False),
-        functools.partial(hot_shapes._norm, True, 32, 5),
-        functools.partial(hot_shapes._norm, False, 32, 5),
-        functools.partial(hot_shapes._token_norm, "ada_layer_norm"),
-        functools.partial(hot_shapes._token_norm, "gated_residual_ada_layer_norm"),
+        functools.partial(hot_shapes.conv_ways, 16, 32, 3, 5),
+        functools.partial(hot_shapes.upsample_ways, 16, True, 2, 4),
+        functools.partial(hot_shapes.upsample_ways, 16, False, 3, 4),
+        functools.partial(hot_shapes.attention_ways, 24, 2, 9, 85, 2, True),
+        functools.partial(hot_shapes.attention_ways, 16, 1, 9, 7, 2, False),
+        functools.partial(hot_shapes.norm_ways, True, 32, 5),
+        functools.partial(hot_shapes.norm_ways, False, 32, 5),
+        functools.partial(hot_shapes.token_norm_ways, "ada_layer_norm"),
+        functools.partial(hot_shapes.token_norm_ways, "gated_residual_ada_layer_norm"),
     ],
     ids=lambda make: " ".join(map(str, (make.func.__name__, *make.args))),
 )
@@ -195,7 +195,7 @@ def test_both_ways_compute_the_same(make: functools.partial, monkeypatch: pytest
     monkeypatch.setattr(group_norm_silu, "statistics", lambda x, per_frame: conv3d.statistics(x))
     ways = make(CPU)
     kernel, vendor = ways["kernel"](), ways["vendor"]()
-    if make.func in (hot_shapes._conv, hot_shapes._upsample):
+    if make.func in (hot_shapes.conv_ways, hot_shapes.upsample_ways):
         kernel = kernel[1]
     for one, two in zip(*((x if isinstance(x, tuple) else (x,)) for x in (kernel, vendor)), strict=True):
         verdict = judge(one, two, two)

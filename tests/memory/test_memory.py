@@ -146,7 +146,7 @@ def test_forecast_of_kernels_on_a_gpu_needs_none(bare: dict, monkeypatch: pytest
     on_cpu = pipe.forecast(*size)
     pipe.executor.offload = Offload(torch.device("cuda"))
     one, two, four = (pipe.forecast(*size, Decoding(True, 64, n)).peak(True) for n in (1, 2, 4))
-    fresh = Fitter(pipe.parts, pipe.executor, pipe.decoder, pipe._dry_stages)  # without an earlier forecast
+    fresh = Fitter(pipe.parts, pipe.executor, pipe.decoder, pipe.fitter.dry_stages)  # without an earlier forecast
     assert fresh.forecast(*size, Decoding(True, 64, 4)).peak(True) == four
     assert one < on_cpu.peak(True)
     step = two - one
