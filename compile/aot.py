@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU that is not here, and reads from the result what would make them slow there.
+"""Compiles kernels for an absent GPU, and finds in the result what would make them slow there.
 
 Nothing here knows which kernels exist: callers hand in variants, objects with the fields of
 `triton_kernels.launch.Variant`.
@@ -22,7 +22,7 @@ from .targets import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """What became of one variant on one target. `problems` is empty where all is well."""
+    """The result of one variant on one target. `problems` is empty where nothing is wrong."""
 
     variant: str
     arch: str
@@ -35,7 +35,7 @@ class Build:
 
 
 def build(variant: Any, target: Target) -> Build:
-    """Compiles one variant; whatever the compiler raises becomes the one problem of the build."""
+    """Compiles one variant; an exception of the compiler becomes the one problem of the build."""
     options = dict(variant.options)
     if target.backend == "cuda":
         for amd_only in ("waves_per_eu", "matrix_instr_nonkdim", "kpack"):

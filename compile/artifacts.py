@@ -99,7 +99,7 @@ def digest(key: Hashable) -> str:
 
 
 class _Traced(nn.Module):
-    """torch.export wants a module; `fn` is kept out of its sight as one, to hold no weights."""
+    """torch.export wants a module; it does not see `fn` as a module, so the graph holds no weights."""
 
     def __init__(self, fn: Function) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def _split_bias(module: torch.fx.GraphModule) -> None:
 
 
 def _text(value: Any, modules: set[str]) -> str:
-    """The same words for the same value in every process; collects the modules of classes and functions."""
+    """Text of a value, equal in every process for equal values; collects the modules of classes and functions."""
     if isinstance(value, tuple):
         return f"({', '.join(_text(item, modules) for item in value)})"
     if isinstance(value, type) or callable(value) and hasattr(value, "__qualname__"):
@@ -165,7 +165,7 @@ def _source(module: str) -> str:
     place = getattr(sys.modules.get(module), "__file__", None)
     for file in [] if place is None else sorted(Path(place).parent.glob("*.py")):
         found.update(file.read_bytes())
-    # Python itself has none, nor has a package that is installed under another name.
+    # Python's own modules have no distribution, nor has a package that is installed under another name.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found.update(importlib.metadata.version(module.partition(".")[0]).encode())
     return found.hexdigest()[:16]

@@ -93,7 +93,7 @@ class Origin:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def difference(self, other: Origin) -> str:
-        """In words, where `other` is not this; "" where they are equal."""
+        """Text that names the fields in which `other` differs; "" where they are equal."""
         mine, theirs = asdict(self), asdict(other)
         return ", ".join(f"{name} {theirs[name]} (here {mine[name]})" for name in mine if mine[name] != theirs[name])
 
@@ -226,7 +226,7 @@ def _check_manifest(archive: zipfile.ZipFile, source: Path, origin: Origin) -> d
 
 def _read_entry(archive: zipfile.ZipFile, name: str, entry: dict[str, Any], source: Path) -> bytes:
     with archive.open(name) as file:
-        content = file.read(entry["size"] + 1)  # no more, whatever the archive claims to unpack to
+        content = file.read(entry["size"] + 1)  # at most, so a lying archive cannot fill memory
     if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise CacheError(f"{source}: {name} is damaged: its sha256 is not the manifest's")
     return content
@@ -238,7 +238,7 @@ def _collect(origin: Origin, root: Path) -> Iterator[tuple[str, bytes]]:
         home = folder(part, origin, root)
         for path in sorted(home.rglob("*")):
             inside = path.relative_to(home)
-            # What a process that is at work, or was killed, leaves: locks and files under a temporary name.
+            # Locks and files under a temporary name: left by a process that is at work or was killed.
             unfinished = any(p.startswith("tmp.") or p in ("lock", "locks") for p in inside.parts)
             if path.is_symlink() or not path.is_file() or unfinished or path.suffix in (".lock", ".tmp"):
                 continue

@@ -37,7 +37,7 @@ LOG = logging.getLogger("reducio_fast")
 # of the content encoder. All 91 buckets fit.
 LIMIT = 2048
 # Relative distance between compiled and plain outputs above which the code cannot be that of the block. Rounding of
-# bfloat16 is a tenth of it; code of another block is worlds away.
+# bfloat16 stays near a tenth of it; the code of another block misses by far more.
 TOLERANCE = 0.05
 SAMPLES = 1 << 20  # values of each output that are compared, at least
 
@@ -139,7 +139,7 @@ class Regions:
         return Regions(self._compile, limit=0)
 
     def describe(self) -> dict[str, Any]:
-        """Everything it knows, as plain data."""
+        """Regions, failures and misses, as plain data."""
         with self._lock:
             totals: dict[str, dict[str, Any]] = {}
             for region in self._regions.values():
@@ -155,7 +155,7 @@ class Regions:
             }
 
     def _reason_not_to_compile(self, key: Hashable) -> str | None:
-        """Why a key that is not compiled is not to be compiled now."""
+        """Why a key is not compiled now; None where it is."""
         if key in self._failures:
             return "compilation failed"
         return "limit" if len(self._regions) >= self.limit else None
@@ -183,7 +183,7 @@ class Regions:
                 run = self._compile(_flat(module, block, args, kwargs), tensors, loose)
                 if (wrong := _difference(run(*tensors), right)) is not None:
                     raise ValueError(f"compiled, it returns {wrong}")
-        except Exception as error:  # whatever a tracer or a compiler raises: the block has just shown that it is sound
+        except Exception as error:  # tracers and compilers raise many types; the block itself has just run without one
             self._failures[key] = f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             LOG.warning("not compiled, runs as it is: %s", self._failures[key])
             self._misses["compilation failed"] += 1
@@ -200,7 +200,7 @@ class Regions:
         try:
             run = artifacts.load(file, tensors)
             wrong = _difference(run(*tensors), right)
-        except Exception as error:  # of a file that something has damaged, anything
+        except Exception as error:  # a damaged file may raise any type
             wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if wrong is None:
             return run
@@ -254,7 +254,7 @@ def adopt(regions: Regions, name: str, network: nn.Module) -> None:
 
 
 class _Bare(nn.Module):
-    """A block whose class's own `forward` runs, whatever stands in that place on the block itself."""
+    """Runs the `forward` of the block's class, even where the instance has another `forward`."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -332,13 +332,13 @@ def _sign(value: Any, free: Collection[int], signature: list[Hashable], tensors:
 
 
 def _modes() -> tuple[Hashable, ...]:
-    """What steers torch from outside of a call."""
-    # By device: without one, torch 2.10 speaks of CUDA alone.
+    """Global settings of torch that change what a block computes."""
+    # By device: without one, torch 2.10 answers for CUDA alone.
     casts = (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
     return torch.is_inference_mode_enabled(), *casts, torch.get_float32_matmul_precision()
 
 
-# What torch keeps in each module, weights and submodules among it: the rest is the module's own.
+# Attributes that torch keeps in each module, weights and submodules included: all others are the module's own.
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH = 4  # of attributes within attributes

@@ -36,12 +36,12 @@ LOG = logging.getLogger("reducio_fast")
 LIMIT = 32
 REMEMBERED = 1024  # cap on remembered keys, so a server's memory does not grow with the number of sizes
 
-_one_capture_at_a_time = threading.Lock()  # what CUDA allows in a process
+_one_capture_at_a_time = threading.Lock()  # CUDA allows one capture at a time in a process
 
 
 @dataclass(slots=True)
 class Pool:
-    """Memory of the graphs captured from one stream. What is in it is the capture function's own business."""
+    """Memory of the graphs captured from one stream. Only the capture function reads it."""
 
     handle: Any = None
     stream: Any = None
@@ -143,7 +143,7 @@ class Graphs:
             self._seen = {key: state for key, state in self._seen.items() if names and key[0] not in names}
 
     def describe(self) -> dict[str, Any]:
-        """Everything it knows, as plain data; sizes in bytes."""
+        """Graphs, hits, misses by reason and pool sizes, as plain data; sizes in bytes."""
         with self._lock:
             return {
                 "limit": self.limit,
@@ -166,7 +166,7 @@ class Graphs:
     # ---- with the lock held -----------------------------------------------------------------------------------------
 
     def _reason_not_to_capture(self, key: Hashable) -> str | None:
-        """Why a key without a graph is not to be captured now; None: it is."""
+        """Why a key without a graph is not captured now; None where it is."""
         if len(self._graphs) >= self.limit:
             return "limit"
         state = self._seen.get(key, 0)
@@ -199,7 +199,7 @@ class Graphs:
         try:
             inputs = [leaves[i].detach().clone() for i in where]
             replay, outputs = self._capture(flat, inputs, self._pools.setdefault(place, Pool()))
-        except Exception as error:  # whatever it is, the same call without a graph may still succeed
+        except Exception as error:  # of any type: the same call without a graph may still succeed
             failure = f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             LOG.warning("no graph of %s; it runs without", failure)
             self._note(key, failure)
@@ -231,7 +231,7 @@ class Graphs:
         ended = [key for key in self._graphs if not names or key[0] in names]
         for device, _ in self._pools if ended else ():
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # a graph that still runs must not go
+                torch.cuda.synchronize(device)  # a graph that still runs must not be freed
         self._resets += bool(ended)
         for key in ended:
             del self._graphs[key]
@@ -274,7 +274,7 @@ def _place(x: Tensor) -> Hashable:
 
 
 def _version(x: Tensor) -> tuple[weakref.ref[Tensor], int] | None:
-    """What tells whether this very tensor was written to since; None: nothing does."""
+    """What shows later writes to this very tensor; None where nothing does."""
     return None if x.is_inference() else (weakref.ref(x), x._version)
 
 

@@ -1,4 +1,4 @@
-"""How much memory a function will need, found out by running it on tensors that have shapes and no contents.
+"""Measures how much memory a function needs by running it on tensors that have shapes and no contents.
 
 `DryRun` runs the very code that it forecasts, on torch's meta device, and counts storages as they come and go: so the
 answer follows every change of that code, and nothing has to be loaded or multiplied. What no tensor shows is added by
@@ -66,7 +66,7 @@ class DryRun(TorchDispatchMode):
         return result, peak - before
 
     def given(self, *networks: nn.Module) -> None:
-        """What is there already: weights, whose storages are not the function's doing."""
+        """Do not count the weights of these networks: the function does not allocate them."""
         for network in networks:
             for x in (*network.parameters(), *network.buffers()):
                 x.untyped_storage()._counted = True  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ class DryRun(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What is kept of a tensor."""
+    """Shape, strides and dtype of a tensor."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -210,7 +210,7 @@ def free_bytes(device: torch.device) -> int | None:
     """What can still be allocated; None where the machine does not say (a CPU without /proc)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # torch keeps what tensors have left, and gives it to the next ones.
+        # torch keeps freed memory for its next tensors.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     lines = _read(Path("/proc/meminfo")).splitlines()
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]

@@ -39,7 +39,7 @@ def fit(ways: Iterable[Any], forecast: Callable[[Any], Forecast], room: int, off
 def refuse(
     needed: Forecast, forecast: Callable[[int, int], Forecast], factor: int, room: int, offload: bool, device: str
 ) -> ReducioError:
-    """The one line that says what is missing and which smaller size would fit. `factor`: sizes are multiples of it."""
+    """The error that says how much is missing and which smaller size would fit. `factor`: sizes are multiples of it."""
     worst = max(needed.stages, key=lambda s: (s.weights if offload else needed.weights) + (s.activations or 0))
     weights = worst.weights if offload else needed.weights
     peak = needed.peak(offload)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Offload:
-    """`device` is where stages run. A CPU works too, with copies of its own: of use in tests only."""
+    """`device` is where stages run. Tests use a CPU, with copies of the weights."""
 
     device: torch.device
 
     @contextmanager
     def placed(self, *networks: nn.Module) -> Iterator[None]:
-        """Inside, weights and buffers of the networks are on the device, those that they share once."""
+        """Inside, weights and buffers of the networks are on the device; shared ones are copied once."""
         owners: dict[int, Tensor] = {}
         for network in networks:
             for x in (*network.parameters(), *network.buffers()):

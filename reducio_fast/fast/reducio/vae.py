@@ -309,7 +309,7 @@ class FastReducioVAE(nn.Module):
     def __init__(self, model: ReducioVAE, plan: Plan) -> None:
         super().__init__()
         self.config = model.config
-        self.reference = (model,)  # in a tuple: its checks and sizes serve here, its weights are not this module's
+        self.reference = (model,)  # in a tuple: else its weights would count as this module's
         self.encoder_3d = FastEncoder3D(model.encoder_3d, plan, "encoder_3d")
         self.encoder_2d = FastContentEncoder(model.encoder_2d, plan, "encoder_2d")
         self.decoder = FastDecoder(model.decoder, plan, "decoder")
