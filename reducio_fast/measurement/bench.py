@@ -135,7 +135,7 @@ def compare(
         except Exception as error:
             if name == "reference" or isinstance(error, ReducioError | torch.OutOfMemoryError):
                 raise
-            # A compiler that is not there, say: the others can be measured all the same.
+            # A missing compiler, for example: the others can still be measured.
             lines = str(error).splitlines() or [""]
             found[name] = {"skipped": f"{type(error).__name__}: {lines[0][:300]}"}
             log(f"{name}: skipped, {found[name]['skipped']}")

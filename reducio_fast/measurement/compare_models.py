@@ -19,8 +19,6 @@ from ..system import devices
 from ..system.errors import ReducioError
 from ..system.stage_clock import clock
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
-
 
 def bench_row(
     model: str | os.PathLike[str] | None,

@@ -100,7 +100,7 @@ def ladder() -> list[Rung]:
 
 
 class GivenConditions:
-    """Sampling and decoding with two networks, from a condition that is there already."""
+    """Sampling and decoding with two networks, under a given condition."""
 
     def __init__(
         self, name: str, dit: ReducioDiT, vae: ReducioVAE, cond: Condition, image: Tensor, noise: Tensor,
@@ -209,7 +209,7 @@ class GivenConditions:
         before: Any = None
         for rung in ladder():
             if rung.name == "compile" and self.device.type == "cuda":
-                continue  # minutes, for all levels of four shapes of tile; `contenders` has it for who wants to wait
+                continue  # minutes, for all levels of four shapes of tile; `--contenders fast-compiled` has it
             if rung.contender:
                 found.append(replace(self.contender(rung.contender), name=rung.name, what=rung.what))
                 continue

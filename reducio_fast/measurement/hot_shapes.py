@@ -28,9 +28,6 @@ class Problem:
     make: Callable[[torch.device], dict[str, Callable[[], Any]]] = field(repr=False, compare=False)
 
 
-# ---- the hot shapes --------------------------------------------------------------------------------------------------
-
-
 def hot_problems() -> list[Problem]:
     """81% of the decoder's work, its norms, and the transformer's attention and norms, all in bfloat16."""
     tiles, steps = 14.4, 20  # of a 1024x1024 clip: 16 tiles are as many pixels as 14.4 full ones

@@ -235,7 +235,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": found["python"],
         "packages": {name: version for name, version in found["packages"].items() if version},
         "torch_build": found["torch_build"],
-        "load_average": load,  # above 1 before the run: others are at work here
+        "load_average": load,  # above 1 before the run: other processes were at work
     }
 
 

@@ -1,4 +1,4 @@
-"""`reducio-fast compile-check`: every kernel and every table entry, compiled for every GPU that is not here.
+"""`reducio-fast compile-check`: every kernel and every table entry, compiled for every GPU target, with no GPU.
 
 What a compiler can tell without the card: registers, spills, shared memory against the target's limit, and whether the
 matrix instruction and the bulk copy that a kernel was written for are in the machine code.

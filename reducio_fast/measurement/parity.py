@@ -1,4 +1,4 @@
-"""`reducio-fast parity`: the fast path against the reference on this machine, by the rule of `numerics`.
+"""`reducio-fast parity`: the fast path against the reference on this machine, by the rule of `accuracy_rule`.
 
 Every stage gets the same inputs three times: the reference in float32 (the oracle; float64 where the fast path runs in
 float32), the reference at the fast path's precision (eager), and the fast path. Importable with torch, Triton, numpy

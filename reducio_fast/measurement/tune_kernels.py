@@ -283,7 +283,7 @@ def run(
             ways[problem] = problem.make(device)
         try:
             return instruments.kernel_seconds(ways[problem][way], device)
-        except Exception:  # shared memory exceeded, a shape the vendor does not take: this way is out of the race
+        except Exception:  # shared memory exceeded, a shape the vendor does not take: this way cannot win
             return math.inf
 
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

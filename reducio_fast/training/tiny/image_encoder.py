@@ -18,9 +18,6 @@ from ...pipelines.reducio.encoders import SemanticEncoder
 from ..loop import LoopConfig
 from ..recipe import Context
 
-# --- semantics
-# ------------------------------------------------------------------------------------------------------------
-
 
 def draw_still(
     rng: np.random.Generator, held_out: bool = False, size: int = 128
@@ -78,7 +75,7 @@ class FrameReader(nn.Module):
         return {name: head(mean_BD) for name, head in self.heads.items()}, self.cover(x_BPD)[..., 0], self.place(x_BPD)
 
 
-VISIBLE = ("colour", "shape", "background")
+VISIBLE = ("colour", "shape", "background")  # the attributes that a single frame shows
 
 
 def preprocess(frames: Tensor, encoder: SemanticEncoder) -> Tensor:

@@ -18,9 +18,6 @@ from ..recipe import Context
 
 CAPTION_LENGTH = 120
 
-# --- text
-# ---------------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSettings:
@@ -140,6 +137,3 @@ def train_text(context: Context, settings: TextSettings) -> dict[str, float]:
         reader.encoder.save_pretrained(context.out / "text_encoder")
         tokenizer.save_pretrained(context.out / "tokenizer")
     return context.record("text", figures)
-
-
-"""The attributes a single frame shows."""
