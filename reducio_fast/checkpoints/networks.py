@@ -28,11 +28,6 @@ from .strict_files import (
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def pipeline_networks(pipeline: Any) -> list[nn.Module]:
-    """The torch modules of a diffusers pipeline."""
-    return [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
-
-
 LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name besides our own and open_clip's tower
 DISTRIBUTIONS = {  # of the modules that not every machine has
     "bs4": "beautifulsoup4",
@@ -40,6 +35,11 @@ DISTRIBUTIONS = {  # of the modules that not every machine has
     "google.protobuf": "protobuf",
     "sentencepiece": "sentencepiece",
 }
+
+
+def pipeline_networks(pipeline: Any) -> list[nn.Module]:
+    """The torch modules of a diffusers pipeline."""
+    return [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
