@@ -257,7 +257,7 @@ def test_the_schedule_of_a_bare_machine_is_diffusers_own() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from reducio_fast.fast.solver_tables import coefficients
-    from reducio_fast.measurement.bare_scheduler import FlowMatchEulerDiscreteScheduler as StandIn
+    from reducio_fast.measurement.bare_scheduler import EulerScheduler as StandIn
 
     original, ours = FlowMatchEulerDiscreteScheduler(), StandIn()
     original.set_timesteps(sigmas=torch.linspace(1, 0, 6)[:-1].tolist())
