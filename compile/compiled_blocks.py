@@ -9,6 +9,9 @@ nothing, and no guard is tried in a call. With a folder (`store`) code outlives 
 Since nothing is guarded, the key must hold all that code relies on, and is put to the proof: the first call of each
 region in a process runs both ways and compares. A key beyond `limit`, or one whose compilation fails, runs as plain
 Python, and so does everything where the machine has no compiler: counted by reason, with one log line.
+
+Delete this file, `artifacts` and their part of `cache` when torch ships guard-free artifacts of regions, or when a
+measured row of a GPU shows less than 5% for them. On two CPU cores they bring 1.32x (`compile_vs_eager-cpu.json`).
 """
 
 from __future__ import annotations

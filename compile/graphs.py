@@ -22,7 +22,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,12 +135,12 @@ class Graphs:
                     return self._replay(graph, tensors, keep)
         return self._eagerly(reason, fn, args)
 
-    def reset(self, *names: str) -> None:
-        """Forget the graphs of these functions, by default of all, what was seen and what failed: weights have changed,
-        or memory is wanted."""
+    def reset(self, names: Collection[str] | None = None) -> None:
+        """Forget the graphs of these functions (None: of all), what was seen and what failed: weights have changed, or
+        memory is wanted."""
         with self._lock:
-            self._release(*names)
-            self._seen = {key: state for key, state in self._seen.items() if names and key[0] not in names}
+            self._release(names)
+            self._seen = {} if names is None else {k: state for k, state in self._seen.items() if k[0] not in names}
 
     def describe(self) -> dict[str, Any]:
         """Graphs, hits, misses by reason and pool sizes, as plain data; sizes in bytes."""
@@ -227,8 +227,8 @@ class Graphs:
         copies = (x.clone() if keep and isinstance(x, Tensor) else x for x in leaves)
         return rebuild(form, copies)
 
-    def _release(self, *names: str) -> None:
-        ended = [key for key in self._graphs if not names or key[0] in names]
+    def _release(self, names: Collection[str] | None = None) -> None:
+        ended = [key for key in self._graphs if names is None or key[0] in names]
         for device, _ in self._pools if ended else ():
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # a graph that still runs must not be freed

@@ -58,7 +58,7 @@ class Engine:
         fingerprint = (self.free_dtype, device, self.attention, *_fingerprint(network))
         if kind in self._twins and self._twins[kind][0] == fingerprint:
             return self._twins[kind][1]
-        self.graphs.reset(*TWINS[kind].graph_names)
+        self.graphs.reset(TWINS[kind].graph_names)
         self._twins.pop(kind, None)  # the old packing goes before the new one comes
         weight = next(network.parameters())
         runs_on = weight.device if device is None else device

@@ -157,16 +157,17 @@ def test_reset_by_name_leaves_other_graphs(graphs: Graphs, recorder: Recorder) -
         for name in ("dit.step", "vae.decode"):
             graphs(name, double, numbers(2))
     assert recorder.captures == 2
-    graphs.reset("dit.step", "vae.encode_content")
+    graphs.reset(("dit.step", "vae.encode_content"))
     assert [graph["name"] for graph in graphs.describe()["graphs"]] == ["vae.decode"]
     graphs("vae.decode", double, numbers(2))
     assert recorder.captures == 2 and graphs.describe()["resets"] == 1
     for _ in range(2):
         graphs("dit.step", double, numbers(2))
     assert recorder.captures == 3 and recorder.pools[2] is recorder.pools[1]  # the pool lives as long as one graph
-    graphs.reset("absent")
+    graphs.reset(["absent"])
+    graphs.reset(())  # no names: nothing is dropped
     assert graphs.describe()["resets"] == 1 and len(graphs.describe()["graphs"]) == 2
-    graphs.reset("dit.step", "vae.decode")
+    graphs.reset({"dit.step", "vae.decode"})
     for _ in range(2):
         graphs("dit.step", double, numbers(2))
     assert recorder.pools[3] is not recorder.pools[2]

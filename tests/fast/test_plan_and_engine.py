@@ -92,7 +92,7 @@ def test_changed_weights_are_packed_again(bundle: Path) -> None:
 
 
 def test_a_cpu_that_has_bfloat16_computes_in_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody asked for a dtype, in the twins alone; a named one holds everywhere."""
+    """Where no dtype was asked for, in the twins alone; a named one holds everywhere."""
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
     image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 2, "progress": False}
     prompt, load = "a red circle moving right", partial(ReducioPipeline.from_pretrained, bundle, device="cpu")

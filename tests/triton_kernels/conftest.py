@@ -31,7 +31,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory holds NaN (255 in bytes), so that an element nobody wrote cannot pass for a zero."""
+    """Fresh memory holds NaN (255 in bytes), so that an element that was not written cannot pass for a zero."""
 
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*args: object, **kwargs: object) -> Tensor:

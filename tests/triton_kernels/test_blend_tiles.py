@@ -52,10 +52,14 @@ def test_halves_round_to_even_and_the_range_is_clamped(device):
         assert torch.equal(run([tile], 1, 8, 0).cpu(), ((tile + 1) * 127.5).round().clamp(0, 255).byte().cpu())
 
 
-def test_twin_is_the_reference():
-    tiles, columns = tiles_of(13, 19, 8, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("shape", [(13, 19, 8, 4), (1, 1, 8, 2), (9, 17, 8, 3), (16, 8, 8, 0), (7, 23, 5, 1)], ids=str)
+def test_twin_is_the_reference_to_the_bit(shape, dtype):
+    *_, stride, overlap = shape
+    tiles, columns = tiles_of(*shape)
+    tiles = [tile.to(dtype) for tile in tiles]
     grid = [[tile.movedim(-1, 2) for tile in tiles[i : i + columns]] for i in range(0, len(tiles), columns)]
-    torch.testing.assert_close(op.twin(tiles, columns, 8, 4, False), stitch(grid, 4, 8).movedim(2, -1))
+    assert torch.equal(op.twin(tiles, columns, stride, overlap, False), stitch(grid, overlap, stride).movedim(2, -1))
 
 
 @triton.jit
