@@ -265,7 +265,10 @@ def _chosen(name: str) -> str | None:
         return value or None
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    return None if value == default_cache_dir() else value
+    try:
+        return None if value == default_cache_dir() else value
+    except (KeyError, OSError):  # a user id that no user database knows has no default
+        return value
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..system.errors import ReducioError
+from ..system.paths import expanded, is_folder
 from .hub import find_model, not_fetched
 from .networks import LIBRARIES, load_foreign
 from .strict_files import INDEX, read_json, write_json
@@ -21,8 +22,8 @@ def find_text_to_image(name: str | os.PathLike[str]) -> Path:
     From the hub only the files that the pipeline names are fetched, as safetensors. Raises ReducioError where there is
     neither, with what to download.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() or str(name).count("/") != 1:
+    path = expanded(name, "text_to_image")
+    if is_folder(path, "text_to_image") or str(name).count("/") != 1:
         return find_model(name, "text_to_image")
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..system.errors import ReducioError
-from .strict_files import CONFIG, INDEX, PICKLES, WEIGHTS, check_component, load_tensors, read_json
+from ..system.paths import entries, is_folder, status
+from .strict_files import CONFIG, INDEX, PICKLES, load_tensors, read_json, weight_files
 
 
 def read_weights(path: Path, component: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -21,23 +22,18 @@ def read_weights(path: Path, component: str | None = None) -> tuple[dict[str, Te
 
     In the folder of a whole pipeline it is the transformer, else the vae; `component` decides where it has both.
     """
-    if not path.exists():
+    if status(path) is None:
         raise ReducioError(f"{path}: no such file or folder")
-    if not path.is_dir():
+    if not is_folder(path):
         return _read_file(path), {}
     if (path / INDEX).is_file():
         has = read_json(path / INDEX)
         wanted = "vae" if component == "content_encoder" or "transformer" not in has else "transformer"
         return read_weights(path / wanted)
     stated = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    shards = sorted(path.glob("*.safetensors.index.json"))
-    if shards:
-        check_component(path)
-        files = sorted({path / file for file in read_json(shards[0])["weight_map"].values()})
+    if files := weight_files(path):
         return {name: tensor for file in files for name, tensor in _read_file(file).items()}, stated
-    # The plain name first: beside it may lie a half-precision variant of the same weights.
-    files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
-    files = files or sorted(p for p in path.iterdir() if p.suffix in PICKLES)
+    files = sorted(path.glob("*.safetensors")) or [p for p in entries(path) if p.suffix in PICKLES]
     if len(files) != 1:
         names = ", ".join(f.name for f in files) or "none"
         raise ReducioError(f"{path}: must hold one file of weights, holds {names}; name the file itself")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..system.errors import ReducioError
+from ..system.paths import expanded, is_file, is_folder, printable
 from .model_card import CARD
 
 
@@ -46,13 +48,14 @@ def find_model(model: str | os.PathLike[str], argument: str = "model", files: Se
     `argument` names what was given, `files` are patterns of those to fetch. Raises ReducioError where there is neither;
     with no network, the line says what to download.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
     name = str(model)
+    path = expanded(name, argument)
     parts = name.split("/")
-    if path.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or path.parent.is_dir():
-        raise ReducioError(f"{argument}: {name!r} is neither a folder nor a hub id (owner/name)")
+    may_be_hub_id = len(parts) == 2 and all(re.fullmatch(r"[\w][\w.-]*", part) for part in parts)
+    if is_folder(path, argument):
+        return path
+    if not may_be_hub_id or is_file(path, argument):  # a folder `owner` in the current one hides no repository
+        raise ReducioError(f"{argument}: {printable(name)!r} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:

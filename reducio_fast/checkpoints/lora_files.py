@@ -15,7 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..system.devices import widened
 from ..system.errors import ReducioError
+from ..system.paths import expanded, is_file
 from . import hub, strict_files
 
 COMPONENT = "transformer"  # the one component that takes adapters
@@ -48,6 +50,7 @@ def read_adapter(
 ) -> Adapter:
     """A LoRA checked against the network it is for. Raises ReducioError that lists every name that does not fit."""
     tensors, config, where = _read(source, weight_name)
+    tensors = {name: widened(tensor) for name, tensor in tensors.items()}
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ReducioError(f"{where}: is an adapter of type {kind}; LORA is what can be loaded")
@@ -95,8 +98,8 @@ def _read(
         if wrong := [n for n, t in source.items() if not isinstance(t, Tensor) or not t.is_floating_point()]:
             raise ReducioError(f"{where}: {wrong[0]!r} is no floating-point tensor")
         return {str(n): t.detach() for n, t in source.items()}, {}, where
-    path = Path(source).expanduser()
-    file = path if path.is_file() else _find_file(hub.find_model(source), weight_name)
+    path = expanded(source, "LoRA")
+    file = path if is_file(path, "LoRA") else _find_file(hub.find_model(source), weight_name)
     tensors = strict_files.load_tensors(file)
     beside = file.with_name(PEFT_CONFIG)
     if beside.is_file():

@@ -22,6 +22,7 @@ from .strict_files import (
     report,
     save_tensors,
     version,
+    weight_files,
     write_json,
 )
 
@@ -104,8 +105,12 @@ def load_model(
     except (TypeError, ValueError) as error:
         raise ReducioError(f"{folder / CONFIG}: {error}") from error
     check_component(folder)
-    path = folder / WEIGHTS
-    return build(lambda: model_class(config), load_tensors(path, dtype, device), path, device)
+    files = weight_files(folder)
+    if not files:
+        raise ReducioError(f"{folder}: holds several safetensors files and no index of shards; call one {WEIGHTS}")
+    tensors = {name: tensor for file in files for name, tensor in load_tensors(file, dtype, device).items()}
+    where = files[0] if len(files) == 1 else folder
+    return build(lambda: model_class(config), tensors, where, device)
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:

@@ -61,9 +61,11 @@ def load(path: str | os.PathLike[str]) -> Latents:
         raise ReducioError(f"{path}: is no file of latents ({error})") from error
 
 
-def rescue(clips: list[tuple[Tensor, np.ndarray]], seeds: list[int], fps: float) -> str:
-    """Save latents and content frames in the cache folder; returns the end of an error line that names the file."""
-    path = root() / "latents" / f"clip-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{seeds[0]}.safetensors"
+def rescue(clips: list[tuple[Tensor, np.ndarray]], seeds: list[int], fps: float, folder: Path | None = None) -> str:
+    """Save latents and content frames in `folder`, by default within the cache folder; returns the end of an error line
+    that names the file."""
+    name = f"clip-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{seeds[0]}.safetensors"
+    path = (folder or root() / "latents") / name
     latents, frames = torch.cat([z for z, _ in clips]), np.stack([frame for _, frame in clips])
     try:
         save(path, Latents(latents, frames, fps, seeds))

@@ -145,11 +145,26 @@ def check_component(folder: Path) -> None:
             raise ReducioError(f"{folder}: holds the pickle {pickles[0]} and no safetensors; pickles are never loaded")
         raise ReducioError(f"{folder}: holds no safetensors file")
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(read_json(index).get("weight_map", {}).values())
-        if missing := sorted(shards - {f.name for f in files}):
+        weight_map = read_json(index).get("weight_map")
+        named = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else {""}
+        if any(not name or Path(name).name != name for name in named):
+            raise ReducioError(f"{index}: has no weight_map of tensors to files beside it")
+        if missing := sorted(named - {f.name for f in files}):
             raise ReducioError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there")
     for file in files:
         check_safetensors(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component folder: one, or the shards that its index names; [] where it holds several
+    and does not say which. The plain name first: beside it may lie a half-precision variant of the same weights."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        check_component(folder)
+        return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    files = sorted(folder.glob("*.safetensors"))
+    return files if len(files) == 1 else []
 
 
 def load_tensors(
@@ -183,4 +198,16 @@ def report(where: Path, missing: list[str], unexpected: list[str], misshapen: li
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    """Write tensors by name; those that share memory, as tied weights do, each for itself."""
+    own, storages = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if place in storages or not _is_whole(tensor) else tensor
+        storages.add(place)
+    save_file(own, path, metadata={"format": "pt"})
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether nothing but this tensor is in its storage."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes

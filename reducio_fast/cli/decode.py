@@ -20,8 +20,8 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..checkpoints.saved_latents import load
     from ..media.video_files import check_output_path
 
-    check_output_path(arguments.out)
     kept = load(arguments.file)
+    check_output_path(arguments.out, kept.fps, *kept.content.shape[1:3])
     from ..checkpoints.strict_files import embedded_model
     from ..pipelines.call.output import ReducioOutput
     from ..pipelines.reducio.pipeline import ReducioPipeline

@@ -46,15 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Printed:
     from ..media.image_files import read_image
-    from ..media.video_files import check_output_path
+    from ..media.video_files import TRIAL_RATE, check_output_path
 
-    check_output_path(arguments.out)
+    check_output_path(arguments.out, trial=False)
     # A broken file is refused now, not after the model has loaded.
     picture = None if arguments.image is None else read_image(arguments.image).shape[:2]
     if arguments.size is not None:
         arguments.height, arguments.width = _size(arguments, picture)
     from ..pipelines import registry
     from ..pipelines.generate import generate
+
+    fps = registry.find(arguments.model).fps
+    check_output_path(arguments.out, fps or TRIAL_RATE, arguments.height, arguments.width)
 
     kwargs = {
         "prompt": arguments.prompt,

@@ -8,11 +8,18 @@ mistyped option answer at once.
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from ..system import cache_folder
 from ..system.errors import ReducioError, is_out_of_memory
 from . import (
     bench,
@@ -72,25 +79,68 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` by default); returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt shows question marks
     arguments = parser().parse_args(argv)
+    try:
+        with _terminated_as_an_exception(), cache_folder.for_compilers():
+            return _run(arguments)
+    except BrokenPipeError:
+        # Who reads our output has gone, as in `reducio-fast env | head -1`. Python flushes once more when it ends.
+        _to_nowhere(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print(f"reducio-fast {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         show(arguments.command_module.run(arguments), arguments.json)
         if arguments.afterwards is not None:  # a command that goes on after it has printed, such as the demo
-            sys.stdout.flush()  # a program that started this one may wait for the line
             arguments.afterwards()
     except Failed as error:
         show(error.printed, arguments.json)
         return _fail(arguments.command, str(error))
     except ReducioError as error:
         return _fail(arguments.command, str(error))
-    except KeyboardInterrupt:
-        print(f"reducio-fast {arguments.command}: interrupted", file=sys.stderr)
-        return 130
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        if error.errno in (errno.ENOSPC, errno.EIO) and error.filename is None:
+            _to_nowhere(sys.stdout)  # what cannot be printed now cannot be printed at the end
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(arguments.command, f"{where}{error.strerror}")
     except Exception as error:
         if not is_out_of_memory(error):
             raise  # a defect of this package: the traceback is wanted
         return _fail(arguments.command, f"out of memory: {str(error) or 'choose a smaller size'}")
     return 0
+
+
+@contextmanager
+def _terminated_as_an_exception() -> Iterator[None]:
+    """SIGTERM ends Python at once, and leaves half-written files and a running ffmpeg; as an exception it unwinds."""
+
+    def terminate(number: int, frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _to_nowhere(stream: Any) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(command: str, message: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
 from ..system.errors import ReducioError
@@ -22,6 +23,7 @@ class Failed(ReducioError):
 def show(printed: Printed, as_json: bool) -> None:
     result, lines = printed
     print(json.dumps(finite(result), indent=2, allow_nan=False) if as_json else "\n".join(lines))
+    sys.stdout.flush()  # here a full disk or a closed pipe is seen, and a program that reads the line has it at once
 
 
 def finite(value: Any) -> Any:

@@ -21,12 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Printed:
     from ..media.image_files import cover_crop
-    from ..media.video_files import check_output_path, read_video, side_by_side, write_video
+    from ..media.video_files import TRIAL_RATE, check_output_path, read_video, side_by_side, write_video
 
-    check_output_path(arguments.out)
-    read_video(arguments.input, arguments.start, 1)  # a missing or broken input is refused before torch is imported
+    # Both before torch is imported: an output that cannot be written, and a missing or broken input.
+    _, fps = read_video(arguments.input, arguments.start, 1)
+    check_output_path(arguments.out, fps or TRIAL_RATE)
 
     from ..evaluation import reconstruction
+    from ..media.kept_frames import keep_frames
     from ..media.similarity import psnr, ssim
     from ..pipelines.call.validation import check_size
 
@@ -42,7 +44,11 @@ def run(arguments: argparse.Namespace) -> Printed:
     started = time.perf_counter()
     restored = reconstruction.reconstruct(vae, clip)
     seconds = time.perf_counter() - started
-    write_video(side_by_side(clip, restored), arguments.out, fps or settings["fps"])
+    both, rate = side_by_side(clip, restored), fps or settings["fps"]
+    try:
+        write_video(both, arguments.out, rate)
+    except ReducioError as error:
+        raise ReducioError(f"{error}; {keep_frames([both], rate, 'reconstruction')}") from error
 
     result = {"path": arguments.out, "frames": wanted, "height": height, "width": width}
     result |= {"psnr": psnr(clip, restored), "ssim": ssim(clip, restored), "seconds": seconds}

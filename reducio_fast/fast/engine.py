@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..compile.compiled_blocks import Regions, adopt, connect
 from ..compile.graphs import Graphs
 from ..reference.sampler import Callback
+from ..system.checksum import checksums
 from ..triton_kernels.registry import OPS
 from . import sampler
 from .plan import Plan, check_attention, default_dtype
@@ -24,9 +25,19 @@ from .twins import TWINS
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A twin, and the weights it was made from: where they were, and the checksum of each."""
+
+    places: tuple[Any, ...]
+    contents: tuple[int, ...]
+    twin: Any
+
+
 class Engine:
     """Packs the weights of each network once: a second call finds its twin ready; changed, moved or replaced weights
-    make a new twin of that network alone, and end the graphs that read the old ones.
+    make a new twin of that network alone, and end the graphs that read the old ones. Whether they changed is read from
+    the weights themselves (`system.checksum`), at every request for a twin, or once within `one_look`.
 
     `compile` None: on a GPU the twins run through graphs, and nothing waits for a compiler. True: their blocks also run
     compiled, on any device, and code outlives weights. False: neither. Graphs that are passed in serve on any device.
@@ -42,7 +53,8 @@ class Engine:
         self.regions = Regions(store=store) if compile else None
         self.attention = "auto"  # of `plan.ATTENTION`
         self.free_dtype = False
-        self._twins: dict[type[nn.Module], tuple[tuple[Any, ...], Any]] = {}  # class -> (fingerprint, twin)
+        self._twins: dict[type[nn.Module], _Packed] = {}  # by class of network
+        self._looks = threading.local()  # `.seen`: classes whose contents were compared in this thread's `one_look`
 
     @property
     def compiles(self) -> bool:
@@ -54,12 +66,19 @@ class Engine:
         `device` is where it will run; None: where the weights are. Where the two differ there are no graphs: a graph
         holds addresses, and weights that come to the device for a stage have another one each time.
         """
-        kind = type(network)
-        fingerprint = (self.free_dtype, device, self.attention, *_fingerprint(network))
-        if kind in self._twins and self._twins[kind][0] == fingerprint:
-            return self._twins[kind][1]
-        self.graphs.reset(TWINS[kind].graph_names)
-        self._twins.pop(kind, None)  # the old packing goes before the new one comes
+        network_class, seen = type(network), getattr(self._looks, "seen", None)
+        places = (self.free_dtype, device, self.attention, *_places(network))
+        packed = self._twins.get(network_class)
+        if packed is not None and packed.places == places:
+            if seen is not None and network_class in seen:
+                return packed.twin
+            if packed.contents == checksums(_weights(network)):
+                if seen is not None:
+                    seen.add(network_class)
+                return packed.twin
+        self.graphs.reset(TWINS[network_class].graph_names)
+        self._twins.pop(network_class, None)  # the old packing goes before the new one comes
+        contents = checksums(_weights(network))
         weight = next(network.parameters())
         runs_on = weight.device if device is None else device
         dtype = default_dtype(runs_on, weight.dtype)[0] if self.free_dtype else weight.dtype
@@ -67,8 +86,20 @@ class Engine:
         if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
             twin.graphs = self.graphs
         connect(twin, self.regions if runs_on.type == "cuda" or twin.compiled_on_cpu else None)
-        self._twins[kind] = fingerprint, twin
+        self._twins[network_class] = _Packed(places, contents, twin)
+        if seen is not None:
+            seen.add(network_class)
         return twin
+
+    @contextmanager
+    def one_look(self) -> Iterator[None]:
+        """Inside, in this thread, the contents of each network are compared at the first request for its twin alone:
+        one read of the weights a clip, and not one for each of its stages."""
+        before, self._looks.seen = getattr(self._looks, "seen", None), set()
+        try:
+            yield
+        finally:
+            self._looks.seen = before
 
     @staticmethod
     def _build(network: nn.Module, plan: Plan, dtype: torch.dtype) -> Any:
@@ -125,7 +156,7 @@ class Engine:
 
     def packed(self) -> list[nn.Module]:
         """The twins that have been built."""
-        return [twin for _, twin in self._twins.values()]
+        return [packed.twin for packed in self._twins.values()]
 
     def adopt(self, name: str, network: nn.Module) -> None:
         """The repeated blocks of a network that is not ours run compiled too, where the twins' do."""
@@ -147,15 +178,15 @@ class _DryEngine(Engine):
         self._opaque, self._device = opaque, device
 
     def twin(self, network: nn.Module, device: torch.device | None = None) -> Any:
-        kind = type(network)
-        if kind not in self._twins:
+        network_class = type(network)
+        if network_class not in self._twins:
             dtype = next(network.parameters()).dtype
             plan = Plan(torch.device("cpu"), dtype)
             if self._device.type != "cpu":
                 plan = _KernelPlan(torch.device("cpu"), dtype)
                 plan.opaque = self._opaque
-            self._twins[kind] = (), self._build(network, plan, dtype)
-        return self._twins[kind][1]
+            self._twins[network_class] = _Packed((), (), self._build(network, plan, dtype))
+        return self._twins[network_class].twin
 
 
 class _KernelPlan(Plan):
@@ -175,7 +206,12 @@ def _in_dtype(dtype: torch.dtype, network: _Network) -> _Network:
     return network if next(network.parameters()).dtype == dtype else copy.deepcopy(network).to(dtype)
 
 
-def _fingerprint(network: nn.Module) -> tuple:
-    """Changes with every write to a weight (its version), and with every new one (its place in memory)."""
-    weights = itertools.chain(network.parameters(), network.buffers())
-    return tuple((x.data_ptr(), x._version, x.dtype, x.device) for x in weights)
+def _weights(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _places(network: nn.Module) -> tuple[Any, ...]:
+    """Where each weight is, and how often torch saw it written: comparing these is enough to see most changes, and no
+    change of contents alone."""
+    # Tensors that were made in inference mode count no writes.
+    return tuple((x.data_ptr(), x.is_inference() or x._version, x.dtype, x.device) for x in _weights(network))

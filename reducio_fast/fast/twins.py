@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ..reference import ReducioDiT, ReducioVAE
 from .reducio.dit import FastReducioDiT
@@ -14,9 +18,75 @@ from .reducio.vae import FastReducioVAE
 # `compiled_on_cpu`, whether compiling its blocks gains anything there.
 TWINS: dict[type[nn.Module], Any] = {ReducioDiT: FastReducioDiT, ReducioVAE: FastReducioVAE}
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that twins pack
+# What `nn.Module.__call__` runs beside `forward`.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
 
 def missing_twin(network: Any) -> str | None:
-    """Why `network` has no twin, None where it has one. A subclass has none: it may compute something else."""
-    if type(network) in TWINS:
-        return None
-    return f"is a {type(network).__name__}, fast twins are built from {' and '.join(t.__name__ for t in TWINS)}"
+    """Why `network` cannot run as a twin, None where it can.
+
+    A twin computes what the network's class and config say, from its weights. So the network must be just that: of the
+    exact class (a subclass may compute something else), with the modules that its config builds and no others, plain
+    tensors as weights, and no hook or method that somebody has put onto a module.
+    """
+    if type(network) not in TWINS:
+        return f"is a {type(network).__name__}, fast twins are built from {' and '.join(t.__name__ for t in TWINS)}"
+    try:
+        return next(_differences(network), None)
+    except Exception as error:  # attributes that were replaced may be anything
+        return f"cannot be compared with what its config builds ({type(error).__name__}: {error})"
+
+
+def _differences(network: nn.Module) -> Iterator[str]:
+    """What somebody has changed about `network`, beyond the values of its weights."""
+    for hooks in GLOBAL_HOOKS:
+        if getattr(torch_module, hooks):
+            yield "runs under global module hooks"
+    classes, shapes = _as_built(type(network), network.config)  # type: ignore[arg-type]
+    for path, module in network.named_modules():
+        where = path or "the network"
+        if path not in classes:
+            yield f"has a module that its config does not build: {where}, a {type(module).__name__}"
+        elif type(module) is not classes[path]:
+            yield f"{where} is a {type(module).__name__} instead of a {classes[path].__name__}"
+        elif any(getattr(module, hooks) for hooks in HOOKS):
+            yield f"{where} has forward hooks"
+        elif (method := _replaced_method(module)) is not None:
+            yield f"{where} has a {method} of its own"
+    weights = dict(network.named_parameters(remove_duplicate=False)) | dict(
+        network.named_buffers(remove_duplicate=False)
+    )
+    if weights.keys() != shapes.keys():
+        yield f"has other weights than its config builds: {', '.join(sorted(weights.keys() ^ shapes.keys())[:3])}"
+    for name, weight in weights.items():
+        if type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
+            yield f"{name} is a {type(weight).__name__}, no plain tensor"
+        elif weight.shape != shapes[name]:
+            yield f"{name} is of shape {list(weight.shape)} instead of {list(shapes[name])}"
+        elif weight.layout != torch.strided:
+            yield f"{name} is stored as {str(weight.layout).removeprefix('torch.')}"
+    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values() if w.is_floating_point()})
+    if len(dtypes) != 1 or any(w.dtype not in DTYPES for w in network.parameters()):
+        yield f"has weights of {' and '.join(dtypes)}"
+
+
+@functools.lru_cache(maxsize=8)
+def _as_built(network_class: Any, config: Any) -> tuple[dict[str, type], dict[str, torch.Size]]:
+    """The class of each module and the shape of each weight that the config builds, by name."""
+    with torch.device("meta"):
+        network = network_class(config)
+    weights = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
+    return {p: type(m) for p, m in network.named_modules()}, {n: w.shape for n, w in weights}
+
+
+def _replaced_method(module: nn.Module) -> str | None:
+    """The name of a method that was set on this module or, for `forward`, on its class."""
+    for name, value in vars(module).items():
+        if callable(value) and callable(getattr(type(module), name, None)):
+            return name
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    forward = vars(owner)["forward"]
+    is_own = getattr(forward, "__module__", None) == owner.__module__ and not hasattr(forward, "__wrapped__")
+    return None if is_own else "forward"

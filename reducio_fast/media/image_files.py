@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, first_line
+from ..system.paths import is_file, printable
 
 T = TypeVar("T")
 
@@ -32,6 +33,8 @@ def fit_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return cover_crop(image[None], height, width)[0]
 
 
+# 33.5 million: a square of 5792. A 420 kB PNG of 12000x12000 takes 1.9 GB, and a clip has at most 16384 a side.
+MAX_PIXELS = 2**25
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -48,7 +51,8 @@ def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
     """An image file, PIL image or array as RGB uint8 [H, W, 3].
 
     Any PIL mode is converted: transparency is laid on white, 16-bit values are scaled to 8 bits, and the camera's
-    rotation tag is applied. Arrays are uint8, or floats in [0, 1], of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+    rotation tag is applied. Arrays are uint8, uint16, bool, or floats in [0, 1], of shape [H, W], [H, W, 1], [H, W, 3]
+    or [H, W, 4]. An image whose scale its mode and values do not tell is refused, and so is one of 0 and 1 of 255.
     Raises ReducioError for anything else, and for a missing or broken file.
     """
     if isinstance(image, np.ndarray):
@@ -57,14 +61,14 @@ def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
         return decode_image(lambda: to_rgb(image), "the image")
     if not isinstance(image, (str, os.PathLike)):
         raise ReducioError(f"image must be a path, a PIL image or a NumPy array; it is a {type(image).__name__}")
-    if not os.path.isfile(image):
-        raise ReducioError(f"no such image file: {os.fspath(image)}")
+    if not is_file(image, "image"):
+        raise ReducioError(f"no such image file: {printable(image)}")
 
     def load() -> np.ndarray:
         with Image.open(image) as opened:
             return to_rgb(opened)
 
-    return decode_image(load, f"the image {os.fspath(image)}")
+    return decode_image(load, f"the image {printable(image)}")
 
 
 def decode_image(load: Callable[[], T], what: str) -> T:
@@ -77,16 +81,24 @@ def decode_image(load: Callable[[], T], what: str) -> T:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
+    """RGB uint8 [H, W, 3] of any mode. Raises ReducioError for an image that is empty, has more than MAX_PIXELS or has
+    values whose scale cannot be told."""
     if 0 in image.size:
         raise ReducioError(f"the image is empty, of {image.width}x{image.height} pixels")
+    if image.format == "JPEG" and image.width * image.height > MAX_PIXELS:
+        # Its decoder can leave out every second, or all but every fourth or eighth pixel, before they take memory.
+        shares = (n for n in (2, 4, 8) if image.width * image.height <= n * n * MAX_PIXELS)
+        share = next(shares, 8)
+        image.draft(None, (image.width // share, image.height // share))
+    if image.width * image.height > MAX_PIXELS:
+        raise ReducioError(
+            f"the image has {image.width}x{image.height} pixels, {MAX_PIXELS / 1e6:.1f} million are the most; scale it"
+        )
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255 instead of scaling them
-        grey = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
-            raise ReducioError("the image holds values that are not finite")
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_bytes(np.asarray(image), sixteen_bits=image.mode.startswith("I;16")))
+    elif image.mode == "L" and image.format != "JPEG":  # a JPEG is a photograph, the others may be a mask of 0 and 1
+        _check_scale(np.asarray(image))
     elif image.mode == "LAB":
         from PIL import ImageCms  # Pillow converts Lab in no other way
 
@@ -98,6 +110,37 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def _to_bytes(values: np.ndarray, sixteen_bits: bool) -> np.ndarray:
+    """Grey values of a mode that Pillow would clip at 255, as bytes on the scale that mode and values tell.
+
+    Floats are of [0, 1] or [0, 255]. Integers are of 16 bits where the largest is above 12 bits, and of 8 bits where it
+    is at most 255 and the mode does not say 16. What lies between would come out nearly black on one of the scales.
+    """
+    floats = np.issubdtype(values.dtype, np.floating)
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ReducioError("the image holds values that are not finite")
+    least, most = float(values.min()), float(values.max())
+    if least >= 0 and most == 0:
+        factor = 1.0
+    elif least >= 0 and floats and most <= 1:
+        factor = 255.0
+    elif least >= 0 and 1 < most <= 255 and not sixteen_bits:
+        factor = 1.0
+    elif least >= 0 and not floats and 2**12 <= most < 2**16:
+        factor = 1 / 257
+    else:
+        raise ReducioError(
+            f"the image's values span {least:g} to {most:g}, whose scale cannot be told: save it with 8 bits"
+        )
+    return (values * factor).round().astype(np.uint8)
+
+
+def _check_scale(values: np.ndarray) -> None:
+    if values.max() == 1:
+        raise ReducioError("the image's values are 0 and 1, of 255: scale them, or the clip is black")
+
+
 def _image_from_array(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or array.size == 0 or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ReducioError(f"an image array must be [H, W] or [H, W, 1 or 3 or 4]; it is {list(array.shape)}")
@@ -105,10 +148,12 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ReducioError(f"a float image must lie in [0, 1]; it spans {array.min():g} to {array.max():g}")
         array = (array * 255).round().astype(np.uint8)
+    elif array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = _to_bytes(array, sixteen_bits=True)
+    elif array.dtype == np.uint8:
+        _check_scale(array[..., :3] if array.ndim == 3 else array)
     if array.dtype != np.uint8:
-        raise ReducioError(f"an image array must be uint8 or floating point; it is {array.dtype}")
+        raise ReducioError(f"an image array must be uint8, uint16 or floating point; it is {array.dtype}")
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-
-
-def first_line(error: object) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

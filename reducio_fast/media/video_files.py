@@ -10,9 +10,8 @@ import contextlib
 import math
 import os
 import re
-import subprocess
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,33 +20,40 @@ import numpy as np
 from PIL import Image, features
 
 from ..system.atomic_files import written_whole
-from ..system.errors import ReducioError
-from .image_files import IMAGE_SUFFIXES, decode_image, first_line, read_image, to_rgb
+from ..system.errors import ReducioError, first_line
+from ..system.paths import entries, is_file, is_folder, printable, status
+from . import ffmpeg
+from .image_files import IMAGE_SUFFIXES, decode_image, read_image, to_rgb
 
 FILE_SUFFIXES = (".mp4", ".gif", ".webp")
-Frames = Generator[tuple[np.ndarray, float | None], None, None]  # frames of a clip, each with the clip's rate
-MAX_GIF_FPS = 50  # players replace a delay below 20 ms by 100 ms, so the clip would run at 10 frames a second
+Frames = Generator[tuple[np.ndarray, float | None], None, None]  # frames of a clip, each with its rate
+# Browsers show a frame of a .gif or .webp whose delay is 10 ms or less for 100 ms; so does the reader here.
+SHORTEST_DELAY, REPLACED_BY = 10, 100
+MAX_GIF_FPS = 50  # its delays are whole hundredths of a second
+MAX_WEBP_FPS = 90  # its delays are whole milliseconds
+TRIAL_RATE, TRIAL_SIDE = 16.0, 32  # of the clip that `check_output_path` writes: frames a second, pixels
 
 
 def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None) -> tuple[np.ndarray, float | None]:
     """Frames `start` to `start + count` of a clip, uint8 [T, H, W, 3], and its frames per second (None for a folder).
 
-    Fewer frames come back where the clip ends earlier; `count=None` reads to the end. A .gif or .webp with uneven
-    delays is read at a constant rate, that of its shortest delay: frames held longer are repeated. Raises ReducioError
-    where there is nothing to read, or what is there is broken.
+    Frames come as they are to be shown: turned, and with square pixels. Fewer come back where the clip ends earlier;
+    `count=None` reads to the end. A clip whose frames are held for uneven times is read at a constant rate: frames held
+    longer are repeated. Raises ReducioError where there is nothing to read, or what is there is broken; what was cut
+    off is read as far as it goes, with a warning.
     """
     path = Path(path)
     if start < 0 or (count is not None and count < 1):
         raise ReducioError(f"start must be at least 0 and count at least 1; they are {start} and {count}")
-    if not path.exists():
-        raise ReducioError(f"no such file or folder: {path}")
+    if status(path) is None:
+        raise ReducioError(f"no such file or folder: {printable(path)}")
     frames_fps: Frames
-    if path.is_dir():
+    if is_folder(path):
         frames_fps = _folder_frames(path)
     elif path.suffix.lower() in (".gif", ".webp"):
         frames_fps = _animation_frames(path)
     else:
-        frames_fps = _ffmpeg_frames(path)
+        frames_fps = ffmpeg.frames(path)
     stop = None if count is None else start + count
     fps, frames = None, list[np.ndarray]()
     with contextlib.closing(frames_fps):  # ends ffmpeg at once where the clip goes on
@@ -68,51 +74,90 @@ def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float) -> Path
     PNGs are exact; the others are lossy. Raises ReducioError for frames of another shape or type, a path that
     `check_output_path` refuses, an odd size in an .mp4, or a failed write; nothing half-written stays behind.
     """
-    path = check_output_path(path)
+    path = check_output_path(path, trial=False)
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or frames.size == 0:
         raise ReducioError(f"frames must be uint8 [T, H, W, 3]; they are {frames.dtype} {list(frames.shape)}")
-    if not (math.isfinite(fps) and fps > 0):
-        raise ReducioError(f"fps must be a positive number; it is {fps}")
-    write = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp}.get(path.suffix.lower(), _write_folder)
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
+        raise ReducioError(f"fps must be a positive number; it is {fps!r}")
     try:
         with written_whole(path) as temporary:
-            write(frames, temporary, fps)
-    except OSError as error:
-        raise ReducioError(f"cannot write {path}: {error.strerror or error}") from error
+            _writer(path)(frames, temporary, fps)
+    except Exception as error:
+        raise _cannot_write(path, error) from error
     return path
 
 
-def check_output_path(path: str | os.PathLike) -> Path:
-    """Check before any work whether `path` can be written; returns it as a Path.
+def check_output_path(
+    path: str | os.PathLike[str],
+    fps: float = TRIAL_RATE,
+    height: int | None = None,
+    width: int | None = None,
+    trial: bool = True,
+) -> Path:
+    """Check before any work whether a clip can be written to `path`; returns it as a Path.
 
-    Raises ReducioError for an unknown suffix, a folder that does not exist or cannot be written (found out by writing
-    to it), a folder of frames that already holds something, or a missing encoder.
+    The check is the write itself, of two black frames of `height` x `width` (32x32 where they are not known yet) at
+    `fps`, under another name beside `path`: folder, encoder, size and rate are then known to do. It takes 0.1 s for
+    .mp4; `trial` False leaves it out, where the clip is written at once. Raises ReducioError for an unknown suffix, a
+    folder of frames that already holds something, and whatever the write would meet.
     """
+    path = _check_name(path)
+    if trial:
+        black = np.zeros((2, height or TRIAL_SIDE, width or TRIAL_SIDE, 3), np.uint8)
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                _writer(path)(black, Path(scratch) / f"trial{path.suffix}", fps)
+            except Exception as error:
+                raise _cannot_write(path, error) from error
+    folder = path if path.is_dir() else _parent(path)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ReducioError(f"the output folder {printable(folder)} cannot be written: {error.strerror}") from error
+    return path
+
+
+def _check_name(path: str | os.PathLike[str]) -> Path:
     trailing_slash = os.fspath(path).endswith(os.sep)
     path = Path(path)
     suffix = path.suffix.lower()
-    is_folder = trailing_slash or path.is_dir() or not suffix
-    if not is_folder and suffix not in FILE_SUFFIXES:
-        raise ReducioError(f"unknown output type {path.suffix!r} of {path}: use .mp4, .gif, .webp or a folder of PNGs")
-    if is_folder and suffix in FILE_SUFFIXES:
-        raise ReducioError(f"{path} is a folder, but its suffix says {suffix}")
-    if is_folder and path.exists() and not path.is_dir():
-        raise ReducioError(f"{path} is a file: give a suffix (.mp4, .gif, .webp) or the name of a new folder")
-    if is_folder and path.is_dir() and any(path.iterdir()):
-        raise ReducioError(f"the output folder {path} is not empty")
-    parent = path.parent
-    if not parent.is_dir():
-        raise ReducioError(f"the output folder {parent} does not exist")
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise ReducioError(f"the output folder {parent} cannot be written: {error.strerror or error}") from error
-    if suffix == ".mp4":
-        _ffmpeg()
-    if suffix == ".webp" and not features.check("webp"):
-        raise ReducioError("this build of Pillow has no WebP encoder: choose .mp4, .gif or a folder of PNGs")
+    exists, is_directory = status(path) is not None, is_folder(path)
+    is_clip_folder = trailing_slash or is_directory or not suffix
+    if path.name.lower() in FILE_SUFFIXES and not is_directory:
+        raise ReducioError(f"the output {printable(path)} is a suffix without a name: write clip{path.name}")
+    if not is_clip_folder and suffix not in FILE_SUFFIXES:
+        raise ReducioError(
+            f"unknown output type {path.suffix!r} of {printable(path)}: use .mp4, .gif, .webp or a folder of PNGs"
+        )
+    if is_clip_folder and suffix in FILE_SUFFIXES:
+        raise ReducioError(f"{printable(path)} is a folder, but its suffix says {suffix}")
+    if is_clip_folder and exists and not is_directory:
+        raise ReducioError(
+            f"{printable(path)} is a file: give a suffix (.mp4, .gif, .webp) or the name of a new folder"
+        )
+    if is_directory and entries(path):
+        raise ReducioError(f"the output folder {printable(path)} is not empty")
+    if not is_folder(_parent(path)):
+        raise ReducioError(f"the output folder {printable(_parent(path))} does not exist")
     return path
+
+
+def _parent(path: Path) -> Path:
+    """Of a link, the folder of what it points to, which is what will be written."""
+    return Path(os.path.realpath(path)).parent if path.is_symlink() or not path.name else path.parent
+
+
+def _writer(path: Path) -> Callable[[np.ndarray, Path, float], None]:
+    return {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp}.get(path.suffix.lower(), _write_folder)
+
+
+def _cannot_write(path: Path, error: Exception) -> ReducioError:
+    """Whatever an encoder raised: Pillow's raise OSError, ValueError, struct.error and more."""
+    if isinstance(error, ReducioError):
+        return error
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return ReducioError(f"cannot write {printable(path)}: {reason}")
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -126,9 +171,11 @@ def _folder_frames(path: Path) -> Frames:
     def number_aware(file: Path) -> list[tuple[int, int | str]]:
         return [(0, int(s)) if s.isdigit() else (1, s) for s in re.split(r"(\d+)", file.name.lower()) if s]
 
-    files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=number_aware)
+    # A hidden file is no frame: macOS puts `._00001.png` beside each, which holds no picture.
+    images = (f for f in entries(path) if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+    files = sorted((f for f in images if is_file(f)), key=number_aware)
     if not files:
-        raise ReducioError(f"the folder {path} holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        raise ReducioError(f"the folder {printable(path)} holds no images ({' '.join(IMAGE_SUFFIXES)})")
     for file in files:
         yield read_image(file), None
 
@@ -146,6 +193,8 @@ def _animation_frames(path: Path) -> Frames:
             return held
 
     held = decode_image(durations, f"the clip {path}")
+    if len(held) > 1:
+        held = [d if d > SHORTEST_DELAY else REPLACED_BY for d in held]
     shortest = min((d for d in held if d > 0), default=0)
     repeats = [max(1, round(d / shortest)) if shortest else 1 for d in held]
     fps = 1000 * sum(repeats) / sum(held) if shortest else None
@@ -161,44 +210,11 @@ def _animation_frames(path: Path) -> Frames:
                 yield frame, fps
 
 
-def _ffmpeg_frames(path: Path) -> Frames:
-    import imageio_ffmpeg
-
-    _ffmpeg()
-    reader = imageio_ffmpeg.read_frames(str(path))
-    try:
-        meta = next(reader)
-        width, height = meta["size"]
-        for raw in reader:
-            yield np.frombuffer(raw, np.uint8).reshape(height, width, 3), float(meta["fps"])
-    except (OSError, RuntimeError, KeyError, StopIteration) as error:
-        raise ReducioError(f"the clip {path} cannot be read: {first_line(error)}") from error
-    finally:
-        reader.close()
-
-
-def _ffmpeg() -> str:
-    import imageio_ffmpeg
-
-    try:
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise ReducioError("no ffmpeg found for .mp4: pip install 'imageio[ffmpeg]', or use .gif or .webp") from error
-
-
 def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ReducioError(f"an .mp4 needs an even height and width; they are {height} and {width}")
-    # ffmpeg is run directly because imageio's writer does not look at its exit status: a full disk would go unnoticed.
-    # BT.709 is stated and used: untagged files are decoded as BT.601 or BT.709 depending on player and size.
-    colours = "-vf scale=out_color_matrix=bt709:out_range=tv -colorspace bt709 -color_primaries bt709 -color_trc bt709"
-    command = [_ffmpeg(), *"-nostdin -loglevel error -y -f rawvideo -pix_fmt rgb24".split()]
-    command += ["-s", f"{width}x{height}", "-r", f"{fps:.6g}", "-i", "pipe:0", *colours.split()]
-    command += [*"-c:v libx264 -crf 12 -pix_fmt yuv420p -movflags +faststart".split(), str(path)]
-    done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
-    if done.returncode:
-        raise OSError(first_line(done.stderr.decode(errors="replace")) or f"ffmpeg ended with {done.returncode}")
+    ffmpeg.encode(frames, path, fps)
 
 
 def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
@@ -216,6 +232,10 @@ def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
 
 
 def _write_webp(frames: np.ndarray, path: Path, fps: float) -> None:
+    if not features.check("webp"):
+        raise ReducioError("this build of Pillow has no WebP encoder: choose .mp4, .gif or a folder of PNGs")
+    if fps > MAX_WEBP_FPS:
+        raise ReducioError(f"a .webp holds at most {MAX_WEBP_FPS} frames a second; fps is {fps:g}")
     images = [Image.fromarray(f) for f in frames]
     delays = _delays(len(frames), 1000 / fps)
     images[0].save(path, save_all=True, append_images=images[1:], duration=delays, loop=0, quality=90)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ def generate(
 
     `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move, or
     another image-to-video model by name ("svd", "ltx", "wan"; "svd" takes no prompt). The loaded model is kept, so a
-    second call starts at once. Components and settings by name (`text_to_image=`, `compile=` ...) are those of
-    `ReducioPipeline.from_pretrained`, all other arguments those of a call.
+    second call starts at once, until the files of its folder change. Components and settings by name
+    (`text_to_image=`, `compile=` ...) are those of `ReducioPipeline.from_pretrained`, all other arguments those of a
+    call.
     """
     device = devices.resolve_device(device)
     resolved = devices.resolve_dtype(dtype, None, device)
@@ -44,32 +46,68 @@ def generate(
     # For our models None is more than the default dtype: the fast path then chooses its own.
     asked = resolved if dtype is not None or not found.load_arguments else None
     load_kwargs = {name: kwargs.pop(name) for name in found.load_arguments if name in kwargs}
-    key = (*found.key, asked, device, backend, *load_kwargs.items())
-    pipe = _kept(key, lambda: found.load(asked, device, backend, **load_kwargs))
+    # Lists and dicts have no hash; the pipeline that they were given to keeps them alive, and their id their own.
+    settings = [(n, v if getattr(v, "__hash__", None) else (type(v), id(v))) for n, v in load_kwargs.items()]
+    key = (*found.key, asked, device, backend, *settings)
+    folders = [registry.folder_state(v) for v in load_kwargs.values() if isinstance(v, str | os.PathLike)]
+    pipe = _kept(key, (found.files, *folders), lambda: found.load(asked, device, backend, **load_kwargs))
     return pipe(prompt, image, **kwargs)
 
 
 def kept() -> list[Any]:
     """The pipelines that are kept, the one used last at the end."""
     with _lock:
-        return list(_pipelines.values())
+        return [entry.pipe for entry in _entries.values() if entry.pipe is not None]
 
 
 def forget() -> None:
     """Let go of every kept pipeline."""
     with _lock:
-        _pipelines.clear()
+        _entries.clear()
 
 
-_pipelines: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-_lock = threading.Lock()  # two threads that ask for one model load it once
+@dataclass(slots=True)
+class _Entry:
+    """A kept pipeline, None until it is loaded, and the state of the files that it was loaded from."""
+
+    files: Hashable
+    pipe: Any = None
+    lock: threading.Lock = field(default_factory=threading.Lock)  # two threads that ask for one model load it once
 
 
-def _kept(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
+_entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+_lock = threading.Lock()  # never held while a model loads: calls of another model go on
+
+
+def _renew_locks() -> None:
+    """A forked child may have been given locks that a thread of its parent holds."""
+    global _lock
+    _lock = threading.Lock()
+    for entry in _entries.values():
+        entry.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
+def _kept(key: tuple[Any, ...], files: Hashable, load: Callable[[], Any]) -> Any:
+    """The pipeline that is kept under `key`; `load()` where there is none, or where it was loaded from other files."""
     with _lock:
-        if key not in _pipelines:
-            while len(_pipelines) >= KEPT_PIPELINES:
-                _pipelines.popitem(last=False)
-            _pipelines[key] = load()
-        _pipelines.move_to_end(key)
-        return _pipelines[key]
+        entry = _entries.get(key)
+        if entry is None or entry.files != files:
+            _entries.pop(key, None)
+            while len(_entries) >= KEPT_PIPELINES:
+                _entries.popitem(last=False)
+            entry = _entries[key] = _Entry(files)
+        _entries.move_to_end(key)
+    with entry.lock:
+        if entry.pipe is None:
+            try:
+                entry.pipe = load()
+            except BaseException:
+                with _lock:
+                    if _entries.get(key) is entry:
+                        del _entries[key]
+                raise
+        return entry.pipe

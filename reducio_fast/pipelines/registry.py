@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoints import hub, strict_files
+from ..system.errors import ReducioError
+from ..system.paths import status
 from .peers import pipeline as peers
 from .reducio.pipeline import ReducioPipeline
 
@@ -24,7 +27,8 @@ class Model:
     """A model that was found, not yet loaded.
 
     load(dtype, device, backend, **load_arguments): the pipeline. load_arguments: names that belong to loading.
-    call_defaults: arguments of a call and their defaults. key: equal for the same weights.
+    call_defaults: arguments of a call and their defaults. key: equal for the same source of weights. files: the state
+    of what lies there, another one once a file of it was replaced or written.
     """
 
     key: tuple[Any, ...]
@@ -32,6 +36,8 @@ class Model:
     load_arguments: tuple[str, ...]
     call_defaults: dict[str, Any]
     check_call: Callable[[str, dict[str, Any]], None] = lambda backend, kwargs: None
+    files: Hashable = None
+    fps: float | None = None
 
 
 def find(model: str | os.PathLike[str] | None) -> Model:
@@ -43,6 +49,7 @@ def find(model: str | os.PathLike[str] | None) -> Model:
             load_arguments=(),
             call_defaults=source.defaults,
             check_call=lambda backend, kwargs: peers.check_call(source, backend, kwargs),
+            files=folder_state(source.weights),
         )
     folder = strict_files.embedded_model() if model is None else hub.find_model(model)
     layout = ReducioPipeline.layout
@@ -55,7 +62,26 @@ def find(model: str | os.PathLike[str] | None) -> Model:
         load=load,
         load_arguments=(*layout.names, *layout.settings, "compile"),
         call_defaults=_defaults(ReducioPipeline.__call__),
+        files=folder_state(folder),
+        fps=_fps(folder),
     )
+
+
+def _fps(folder: Path) -> float | None:
+    """Of a model folder's clips, as its index says it; None where that cannot be read, which loading will refuse."""
+    try:
+        fps = strict_files.read_json(folder / strict_files.INDEX).get("fps", _defaults(ReducioPipeline.__init__)["fps"])
+    except ReducioError:
+        return None
+    return fps if isinstance(fps, int | float) and not isinstance(fps, bool) and fps > 0 else None
+
+
+def folder_state(folder: str | os.PathLike[str]) -> Hashable:
+    """Which files a folder holds, and of each what changes when it is replaced or written: for a model of twenty files
+    a fifth of a millisecond. Empty where there is no folder."""
+    files = sorted(os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
+    stats = [(file, status(file)) for file in files]
+    return tuple((file, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats if s is not None)
 
 
 def call_defaults(model: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +19,10 @@ from ..checkpoints.saved_latents import rescue
 from ..memory.dry_run import DryRun
 from ..memory.forecast import Forecast
 from ..reference import initial_latent
+from ..system import torch_state
 from ..system.deadline import Outcome
 from ..system.errors import ReducioError, is_out_of_memory
-from .call.output import ReducioOutput, stack, to_output
+from .call.output import ReducioOutput, to_output
 from .call.request import ClipRequest, Request
 from .call.state import CallState
 from .call.step_callback import StepCallback
@@ -68,14 +71,15 @@ class VideoPipeline:
     ) -> None:
         self.parts, self.executor = parts, executor
         self.content, self.conditioner, self.sampler, self.decoder = content, conditioner, sampler, decoder
-        self.adapters = Adapters(parts, executor.lock)
+        self.adapters = Adapters(parts, executor)
         self.call: CallState | None = None
+        self.rescue_folder: Path | None = None  # where latents go when decoding fails; None: the cache folder
         self._progress_bar_config: dict[str, Any] = {}
         self.fitter = Fitter(parts, executor, decoder, self._dry_stages)
 
     # ---- a call ----
 
-    @torch.no_grad()
+    @torch_state.inference()
     def run(self, request: Request) -> ReducioOutput:
         """Make the clips of a checked request, one after the other."""
         with self.executor.exclusive():
@@ -84,40 +88,19 @@ class VideoPipeline:
             try:
                 decoding = self.fitter.settle(*size)
                 self.executor.warn_of_compiling(*size, usual=size == (self.sample_height, self.sample_width))
-                return self._make_clips(self.call, decoding)
+                make = functools.partial(self._make_clip, call=self.call, decoding=decoding)
+                return self.call.make_clips(make, self.fps, self._progress_bar_config)
             finally:
                 self.call.end()
 
-    def _make_clips(self, call: CallState, decoding: Decoding) -> ReducioOutput:
-        request = call.request
-        frames: list[Any] = []
-        contents: list[np.ndarray] = []  # empty where nothing needs a content frame
-        with call.show_progress(self._progress_bar_config):
-            for clip in request.clips:
-                content, clip_frames = self._make_clip(clip, call, decoding)
-                contents += [] if content is None else [content]
-                frames.append(clip_frames)
-                if call.interrupted:
-                    break
-        return ReducioOutput(
-            frames=stack(frames) if request.is_list else frames[0],
-            content=None if not contents else np.stack(contents) if request.is_list else contents[0],
-            seeds=[clip.generator.initial_seed() for clip in request.clips[: len(frames)]],
-            fps=self.fps,
-            timings=call.timings,
-            output_type=request.output_type,
-            is_list=request.is_list,
-            interrupted=call.interrupted,
-        )
-
     def _make_clip(self, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[np.ndarray | None, Any]:
         """One clip's content frame, and its frames or latent in the form asked for."""
-        request, timings, stage = call.request, call.timings, self.executor.stage
+        request, timings, stage = call.request, call.timings, functools.partial(call.at, self.executor.stage)
         # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed is the
         # same with and without latents, and the noise the same with and without an image.
         noise = initial_latent((1, *request.latent_shape), [clip.generator])
         with stage(timings, "content.generate"):
-            frame = self.content(clip, request, not call.progress.disable)
+            frame = self.content(clip, request, not call.progress.disable, call.content_step)
         cond = self.conditioner(clip, frame, timings)
         scale, steps = request.guidance_scale, request.num_inference_steps
         uncond = self.conditioner.without_prompt(cond, clip, timings) if scale > 1 else None
@@ -138,7 +121,7 @@ class VideoPipeline:
             if not is_out_of_memory(error):
                 raise
             seeds = [c.generator.initial_seed() for c in request.clips[: len(call.undecoded)]]
-            kept = rescue(call.undecoded, seeds, self.fps)
+            kept = rescue(call.undecoded, seeds, self.fps, self.rescue_folder)
             raise ReducioError(f"vae.decode: out of memory at {request.height}x{request.width}; {kept}") from error
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
@@ -240,7 +223,8 @@ class VideoPipeline:
         dtype: torch.dtype | str | None = None,
     ) -> Self:
         """Move and cast every network in place; returns self. A dtype may also come alone: `pipe.to(torch.float16)`."""
-        self.executor.move(device, dtype)
+        with torch_state.inference(), self.adapters.casting():
+            self.executor.move(device, dtype)
         return self
 
     def unload(self, *names: str) -> None:
@@ -289,6 +273,20 @@ class VideoPipeline:
     def _assemble(self, parts: Components, executor: Executor) -> None:
         """Build the family's stages on these parts."""
         raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What makes an equal pipeline in `copy.deepcopy` and `pickle`: components, settings, adapters and the choices
+        that methods have made. Locks, twins, graphs and forecasts are made again by the copy."""
+        rebuilt = ("content", "conditioner", "sampler", "decoder", "adapters", "fitter", "call")
+        others = {name: value for name, value in vars(self).items() if name not in rebuilt}
+        return others | {"vae_tiling": self.vae_tiling, "merge": self.adapters.merge}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tiling, merge = state.pop("vae_tiling"), state.pop("merge")
+        vars(self).update(state)
+        self._assemble(self.parts, self.executor)
+        vars(self).update(state)
+        self.vae_tiling, self.adapters.merge = tiling, merge
 
     # ---- how stages compute ----
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -120,30 +121,35 @@ def serve(
 def page(kwargs: dict[str, Any]) -> Any:
     """The page, a `gradio.Blocks` that is not yet served. `kwargs` go to `generate` with each click."""
     defaults = registry.call_defaults(kwargs.get("model"))
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read at import; nothing leaves this machine
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it at its import; nothing leaves here
     try:
         import gradio as gr
     except ImportError as error:
         raise ReducioError("demo: gradio is not installed; pip install 'reducio-fast[demo]'") from error
 
     stops: dict[str | None, threading.Event] = {}  # by browser session: Cancel stops one's own clip only
+    scratch = tempfile.TemporaryDirectory(prefix="reducio-demo-")  # goes with the page, and with the process
+    folders: dict[str | None, Path] = {}  # by browser session: of its last clips, which its next click replaces
 
     def run(
         prompt: str,
         image: Any,
-        seed: float,
-        steps: float,
-        guidance: float,
+        seed: float | None,
+        steps: float | None,
+        guidance: float | None,
         both: bool,
         request: Any,
         bar: Any = gr.Progress(),  # noqa: B008 - how gradio hands a progress bar over
     ) -> Iterator[tuple[Any, ...]]:
-        stop = stops[request.session_hash] = threading.Event()
-        folder = Path(tempfile.mkdtemp(prefix="reducio-demo-"))
+        session = request.session_hash
+        stop = stops[session] = threading.Event()
+        shutil.rmtree(folders.pop(session, Path(scratch.name) / "none"), ignore_errors=True)
+        folder = folders[session] = Path(tempfile.mkdtemp(dir=scratch.name))
         clips: list[Clip] = []
         try:
             for clip in make_clips(
-                prompt, image, both=both, seed=int(seed), steps=int(steps), guidance_scale=guidance, folder=folder,
+                prompt, image, both=both, seed=int(seed or 0), steps=None if steps is None else int(steps),
+                guidance_scale=guidance, folder=folder,
                 progress=lambda share, what: bar(share, desc=what), stop=stop, **kwargs,
             ):  # fmt: skip
                 clips.append(clip)
@@ -174,7 +180,14 @@ def page(kwargs: dict[str, Any]) -> Any:
     for function in (run, cancel):
         function.__annotations__["request"] = gr.Request
 
-    with gr.Blocks(title="reducio-fast", analytics_enabled=False) as app:
+    def leave(request: Any) -> None:
+        stops.pop(request.session_hash, None)
+        shutil.rmtree(folders.pop(request.session_hash, Path(scratch.name) / "none"), ignore_errors=True)
+
+    leave.__annotations__["request"] = gr.Request
+    # gradio copies what it shows into a cache of its own; seconds between two looks, and age after which a file goes.
+    with gr.Blocks(title="reducio-fast", analytics_enabled=False, delete_cache=(600, 3600)) as app:
+        app.unload(leave)
         gr.Markdown("# reducio-fast\nText, and an image if you have one, becomes a clip of 16 frames.")
         with gr.Row():
             with gr.Column(scale=2):

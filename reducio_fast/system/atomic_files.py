@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ReducioError
+from .errors import ReducioError, write_failure
+
+NAME_KEPT = 20  # characters of a name that its temporary one has too: with all of them it might be too long
 
 
 @contextmanager
@@ -19,24 +20,30 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     It takes the name `path` when the block ends well and vanishes when it fails, so a crash, a full disk or Ctrl-C
     leaves the whole of it or none. The name keeps the suffix, by which encoders choose a format; missing parent folders
-    are made. A file gets the permissions of the user's umask (safetensors 0.8 writes 0600). Raises OSError where it
-    cannot be written.
+    are made. Where `path` is a link, what it points to is written. Where it is an empty folder, which may be a mount
+    point or the current one, a folder's contents move into it. A file gets the permissions of the user's umask
+    (safetensors 0.8 writes 0600). Raises OSError where it cannot be written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    into = path.is_dir()
+    temporary = _temporary(path, inside=into)
     temporary.touch()
     mode = temporary.stat().st_mode
     temporary.unlink()
     try:
         yield temporary
         share(temporary, mode)
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
+        if into:
+            _move_children(temporary, path)
         else:
-            temporary.unlink(missing_ok=True)
+            os.replace(temporary, path)
+    except Exception as error:
+        if isinstance(error, OSError) or (failure := write_failure(error)) is None:
+            raise
+        raise failure from error
+    finally:
+        _remove(temporary)
 
 
 @contextmanager
@@ -44,30 +51,76 @@ def new_folder(target: Path, mark: str, kind: str) -> Iterator[Path]:
     """Yield an empty folder that takes the name `target` when the block ends well and vanishes when it fails.
 
     An earlier folder of that name is replaced if it holds the file `mark`, as folders of this `kind` do; anything else
-    that is not empty is left alone (ReducioError).
+    that is not empty is left alone (ReducioError). A folder that cannot be renamed itself (a mount point, the current
+    folder, one whose parent may not be written) keeps its place, and its contents are exchanged.
     """
-    if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
-        raise ReducioError(f"save_directory: {target} exists and is no {kind} folder (it has no {mark})")
+    target = Path(os.path.realpath(target))
     try:
+        if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
+            raise ReducioError(f"save_directory: {target} exists and is no {kind} folder (it has no {mark})")
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        in_place = target.is_dir() and _is_fixed(target)
+        work = _temporary(target, inside=in_place)
+        fresh, old = work / "new", work / "old"
+        work.mkdir(mode=0o700)
+        fresh.mkdir()  # within a private one: this one has the permissions of the user's umask
     except OSError as error:
         raise ReducioError(f"save_directory: cannot write {target} ({error.strerror})") from error
     try:
-        fresh, old = work / "new", work / "old"
-        fresh.mkdir()  # within the private one that mkdtemp makes: this one has the permissions of the user's umask
         yield fresh
         share(fresh, fresh.stat().st_mode)
-        if target.exists():
+        if in_place:
+            old.mkdir()
+            _move_children(target, old, but=work)
+        elif target.exists():
             target.rename(old)
         try:
-            fresh.rename(target)
+            if in_place:
+                _move_children(fresh, target)
+            else:
+                fresh.rename(target)
         except OSError:
             if old.exists():
-                old.rename(target)
+                _move_children(old, target) if in_place else old.rename(target)
             raise
+    except Exception as error:
+        if (failure := write_failure(error)) is None:
+            raise
+        raise ReducioError(f"save_directory: cannot write {target} ({failure.strerror or failure})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _temporary(path: Path, inside: bool) -> Path:
+    name = f".{path.stem[:NAME_KEPT]}.{secrets.token_hex(4)}{path.suffix}"
+    return path / name if inside else path.with_name(name)
+
+
+def _is_fixed(folder: Path) -> bool:
+    """Whether another folder cannot take this one's name."""
+    is_current = folder == Path(os.path.realpath(os.curdir))
+    return is_current or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
+
+
+def _move_children(source: Path, target: Path, but: Path | None = None) -> None:
+    """Move all that `source` holds into `target`, or leave all where it was (OSError)."""
+    moved: list[Path] = []
+    try:
+        for child in sorted(source.iterdir()):
+            if child != but:
+                os.replace(child, target / child.name)
+                moved.append(child)
+    except OSError:
+        for child in moved:
+            os.replace(target / child.name, child)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def share(path: Path, mode: int) -> None:

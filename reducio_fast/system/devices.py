@@ -25,6 +25,12 @@ def resolve_dtype(dtype: Any, torch_dtype: Any, device: torch.device) -> torch.d
     return found
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 of a floating-point tensor of less than 16 bits, any other as it is: torch stores the narrow dtypes, and
+    computes little with them (no `isfinite`, no sum)."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 2 else tensor
+
+
 def resolve_device(device: Any) -> torch.device:
     """The device asked for; by default a GPU where there is one."""
     if device is None:

@@ -24,7 +24,8 @@ VARIABLES: dict[str, Variable] = {
             "REDUCIO_CACHE_DIR",
             "$XDG_CACHE_HOME/reducio-fast, else ~/.cache/reducio-fast",
             "a folder",
-            "compiled kernels, compiled graphs, launch tables of this machine and latents saved from a failed decode",
+            "compiled blocks, launch tables of this machine, latents and frames saved from a failure; where it is set, "
+            "and on the command line, files of Inductor and Triton too",
         ),
     )
 }

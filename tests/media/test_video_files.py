@@ -159,7 +159,7 @@ def test_ffmpeg_failure_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fake = tmp_path / "ffmpeg"
     fake.write_text("#!/bin/sh\ncat > /dev/null\necho 'Unknown encoder libx264' >&2\nexit 1\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(video_files, "_ffmpeg", lambda: str(fake))
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
     with pytest.raises(ReducioError, match="c.mp4: Unknown encoder libx264"):
         video_files.write_video(panning(frames=2), tmp_path / "c.mp4", 16)
     assert left_behind(tmp_path) == ["ffmpeg"]

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...media.kept_frames import keep_frames
 from ...media.pixels import to_bytes
 from ...media.video_files import check_output_path, write_video
 from ...system.errors import ReducioError
@@ -55,7 +56,11 @@ class ReducioOutput:
         return frames if self.is_list else frames[0]
 
     def save(self, path: str | os.PathLike[str]) -> Path | list[Path]:
-        """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; of a list, clip i as NAME-i.SUFFIX."""
+        """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; of a list, clip i as NAME-i.SUFFIX.
+
+        Raises ReducioError where that fails; frames that were not written are then kept in the cache folder, as PNGs,
+        and the error says where: in `generate(...).save(path)` nobody else has them.
+        """
         if self.output_type == "latent":
             raise ReducioError("save: output_type='latent' holds no frames; make them with pipe.decode(latents, image)")
         start, name = time.perf_counter(), Path(path)
@@ -65,11 +70,17 @@ class ReducioOutput:
                 self.frames,
                 [name.with_name(f"{name.stem}-{i}{name.suffix}") for i in range(len(self.seeds))],
             )
-        for each in paths:
-            check_output_path(each)  # all of them before the first is written
-        with annotate("video.write"):
-            for each, frames in zip(paths, clips, strict=True):
-                write_video(as_array(frames), each, self.fps)
+        written = 0
+        try:
+            for each in paths:
+                check_output_path(each, trial=False)  # all of them before the first is written
+            with annotate("video.write"):
+                for each, frames in zip(paths, clips, strict=True):
+                    write_video(as_array(frames), each, self.fps)
+                    written += 1
+        except ReducioError as error:
+            left = [as_array(clip) for clip in list(clips)[written:]]
+            raise ReducioError(f"{error}; {keep_frames(left, self.fps, f'seed{self.seeds[written]}')}") from error
         self.timings["video.write"] = self.timings.get("video.write", 0.0) + time.perf_counter() - start
         return paths if self.is_list else name
 
@@ -82,7 +93,7 @@ def to_output(video: Tensor, output_type: str) -> Any:
     if video.dtype != torch.uint8:
         video = to_bytes(video.transpose(0, 1))
     frames = video.cpu().numpy()
-    return frames if output_type == "np" else [Image.fromarray(frame) for frame in frames]
+    return frames.view(ByteFrames) if output_type == "np" else [_frame_image(frame) for frame in frames]
 
 
 def as_array(frames: Any) -> np.ndarray:
@@ -96,4 +107,33 @@ def stack(frames: list[Any]) -> Any:
     first = frames[0]
     if isinstance(first, Tensor):
         return torch.stack(frames)
-    return np.stack(frames) if isinstance(first, np.ndarray) else frames
+    return np.stack(frames).view(ByteFrames) if isinstance(first, np.ndarray) else frames
+
+
+# diffusers returns a list of clips, as floats, and its users write `export_to_video(out.frames[0])`. Here that is one
+# frame, or bytes, which `export_to_video` multiplies by 255 and takes modulo 256: a file of noise without a word.
+INSTEAD = "write export_to_video(out.as_float(), path), or out.save(path)"
+
+
+class ByteFrames(np.ndarray):
+    """Frames as bytes, which refuse to be scaled as if they were floats in [0, 1]."""
+
+    def __mul__(self, other: Any) -> Any:
+        if self.dtype == np.uint8 and isinstance(other, int) and other == 255 and self.size and self.max() > 1:
+            raise ReducioError(f"frames: are bytes from 0 to 255 already, of one clip; {INSTEAD}")
+        return super().__mul__(other)
+
+    __rmul__ = __mul__
+
+
+class FrameImage(Image.Image):
+    """One frame, which refuses to be taken for a list of frames."""
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ReducioError(f"frames: this is one image of the clip, not the clip; {INSTEAD}")
+
+
+def _frame_image(frame: np.ndarray) -> Image.Image:
+    image = Image.fromarray(frame)
+    image.__class__ = FrameImage
+    return image

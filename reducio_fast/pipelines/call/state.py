@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,10 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .request import Request
+from ...reference.sampler import StopSampling
+from ...system.errors import ReducioError
+from .output import ReducioOutput, stack
+from .request import ClipRequest, Request
 
 
 @dataclass(slots=True)
@@ -22,6 +25,8 @@ class CallState:
     request: Request
     progress: tqdm = field(default_factory=lambda: tqdm(disable=True))
     interrupted: bool = False  # the clip at work is the last one, and ends with the step that it has reached
+    stage: str = ""  # the one at work: "content.generate", "dit.step" ...
+    step: int = 0  # steps that it has done, of those stages that have any
     timestep: Tensor | None = None  # of the step that a callback is called for
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     # Latents and content frames of the clips so far, small enough to keep: decoding may run out of memory.
@@ -34,6 +39,51 @@ class CallState:
         total = len(self.request.clips) * self.request.num_inference_steps
         with tqdm(total=total, **({"desc": "dit.step", "disable": silent} | config)) as self.progress:
             yield
+
+    def make_clips(
+        self, make_clip: Callable[[ClipRequest], tuple[np.ndarray | None, Any]], fps: float, progress: dict[str, Any]
+    ) -> ReducioOutput:
+        """The output of the call: `make_clip` gives the content frame and the frames of each clip. It ends early where
+        it was asked to; ReducioError where there is no clip yet."""
+        request, frames = self.request, list[Any]()
+        contents: list[np.ndarray] = []  # empty where nothing needs a content frame
+        with self.show_progress(progress):
+            for clip in request.clips:
+                try:
+                    content, clip_frames = make_clip(clip)
+                except StopSampling:  # in the first stage; the second ends with a latent
+                    break
+                contents += [] if content is None else [content]
+                frames.append(clip_frames)
+                if self.interrupted:
+                    break
+        if not frames:
+            raise ReducioError("interrupted while the content frame was drawn: there is no clip")
+        return ReducioOutput(
+            frames=stack(frames) if request.is_list else frames[0],
+            content=None if not contents else np.stack(contents) if request.is_list else contents[0],
+            seeds=[clip.generator.initial_seed() for clip in request.clips[: len(frames)]],
+            fps=fps,
+            timings=self.timings,
+            output_type=request.output_type,
+            is_list=request.is_list,
+            interrupted=self.interrupted,
+        )
+
+    @contextmanager
+    def at(
+        self, run: Callable[..., AbstractContextManager[None]], timings: dict[str, float], stage: str
+    ) -> Iterator[None]:
+        """`run(timings, stage)` around the block, during which this stage is the one at work."""
+        self.stage, self.step = stage, 0
+        with run(timings, stage):
+            yield
+
+    def content_step(self, step: int) -> None:
+        """After a step of the first stage: raise StopSampling where the call was asked to end."""
+        self.step = step + 1
+        if self.interrupted:
+            raise StopSampling
 
     def end(self) -> None:
         """Let go of what only a running call needs."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...reference import DiTConfig, VAEConfig
-from ...system.devices import triton_missing
+from ...system.devices import triton_missing, widened
 from ...system.errors import ReducioError
 from .request import Arguments, Embeds
 
@@ -123,7 +123,7 @@ def check_tensor(value: Any, shape: Sequence[int | None], count: int, is_list: b
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise ReducioError(f"{name}: must be a floating-point tensor, is {_brief(value)}")
-    value = _with_clip_axis(value, shape, count, is_list, name)
+    value = widened(_with_clip_axis(value, shape, count, is_list, name))
     if not torch.isfinite(value).all():
         raise ReducioError(f"{name}: holds values that are not finite (NaN or infinite)")
     return list(value.split(1))

@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoints.lora_files import COMPONENT, Adapter, LowRank, finite_number, read_adapter
+from ...system import torch_state
+from ...system.checksum import checksums
 from ...system.errors import ReducioError
 from .components import Components
+from .executor import Executor
 
 
 class Merge:
@@ -35,7 +39,7 @@ class Merge:
         self.fused: dict[str, float] | None = None  # the same once fused, lora_scale multiplied in
         self.enabled = True
         self._originals: dict[str, Tensor] = {}  # in host memory: they are read at a swap only
-        self._written: dict[str, tuple[Tensor, int]] = {}  # the parameter and its version as left by `apply`
+        self._written: dict[str, _Written] = {}
 
     @property
     def effect(self) -> dict[str, float]:
@@ -50,7 +54,7 @@ class Merge:
             for path, low_rank in self.loaded[name].items():
                 terms.setdefault(path, []).append((weight, low_rank))
         self._check_untouched()
-        with torch.no_grad():
+        with torch_state.inference():
             for path in {**self._originals, **terms}:
                 parameter = self.network.get_parameter(f"{path}.weight")
                 if path not in self._originals:
@@ -60,7 +64,7 @@ class Merge:
                     value = value.to(torch.promote_types(parameter.dtype, torch.float32))
                     value = value + sum(weight * low_rank.delta(value) for weight, low_rank in terms[path])
                 parameter.copy_(value)
-                self._written[path] = (parameter, parameter._version)
+                self._written[path] = _Written.now(parameter)
         for path in self._originals.keys() - terms.keys():
             del self._originals[path], self._written[path]
 
@@ -71,15 +75,39 @@ class Merge:
         self.loaded, self.active, self.fused, self.enabled = {}, {}, None, True
         self.apply()
 
+    @contextmanager
+    def casting(self) -> Iterator[None]:
+        """Inside, the weights are cast or moved: they change, and are still those that `apply` wrote."""
+        self._check_untouched()
+        yield
+        self._written = {path: _Written.now(written.parameter) for path, written in self._written.items()}
+
     def _check_untouched(self) -> None:
         """Raise where other code has changed merged weights: restoring the originals would undo that silently."""
-        for path, (parameter, version) in self._written.items():
-            now = self.network.get_submodule(path).weight
-            if now is not parameter or now._version != version:
+        for path, written in self._written.items():
+            if not written.is_still(self.network.get_parameter(f"{path}.weight")):
                 raise ReducioError(
                     f"LoRA: {path}.weight was changed by others while {', '.join(self.loaded)} was loaded; "
                     "load the model again, or unload_lora_weights() before changing weights"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A parameter as `Merge.apply` left it."""
+
+    parameter: Tensor
+    dtype: torch.dtype
+    checksum: int
+
+    @classmethod
+    def now(cls, parameter: Tensor) -> _Written:
+        return cls(parameter, parameter.dtype, *checksums([parameter]))
+
+    def is_still(self, parameter: Tensor) -> bool:
+        """A cast by `network.to(dtype)` is no change that restoring would undo."""
+        same_dtype = parameter.dtype == self.dtype
+        return parameter is self.parameter and (not same_dtype or checksums([parameter]) == (self.checksum,))
 
 
 class Adapters:
@@ -88,9 +116,9 @@ class Adapters:
     Methods raise ReducioError, with nothing changed, for adapters that do not exist and while a fused one forbids it.
     """
 
-    def __init__(self, components: Components, lock: threading.RLock) -> None:
-        self.components, self.lock = components, lock
-        self._merge: Merge | None = None
+    def __init__(self, components: Components, executor: Executor) -> None:
+        self.components, self.executor = components, executor
+        self.merge: Merge | None = None
 
     def load(
         self,
@@ -125,7 +153,7 @@ class Adapters:
         if not hotswap and name in merge.loaded:
             raise ReducioError(f"adapter_name: {name!r} is loaded already (loaded are {known}); pass hotswap=True")
         adapter = read_adapter(source, weight_name, merge.network)
-        with self.lock:
+        with self.executor.lock:
             merge.loaded[name] = adapter
             if not hotswap:
                 merge.active = {name: 1.0}
@@ -140,7 +168,7 @@ class Adapters:
         if len(per_name) != len(names):
             raise ReducioError(f"adapter_weights: {len(per_name)} given for {len(names)} adapters")
         weights = [1.0 if w is None else finite_number("adapter_weights", w) for w in per_name]
-        with self.lock:
+        with self.executor.lock:
             merge.active = dict(zip(names, weights, strict=True))
             merge.apply()
 
@@ -151,26 +179,26 @@ class Adapters:
         if not chosen:
             raise ReducioError(f"fuse_lora: no adapter is active; loaded are {', '.join(merge.loaded) or 'none'}")
         scale = finite_number("lora_scale", lora_scale)
-        with self.lock:
+        with self.executor.lock:
             merge.fused = {name: scale * merge.active.get(name, 1.0) for name in chosen}
             merge.apply()
 
     def unfuse(self, components: Sequence[str]) -> None:
         self._check_components(components)
         merge = self._current()
-        with self.lock:
+        with self.executor.lock:
             merge.fused = None
             merge.apply()
 
     def unload(self) -> None:
         merge = self._current()
-        with self.lock:
+        with self.executor.lock:
             merge.forget()
 
     def delete(self, adapter_names: str | Sequence[str]) -> None:
         merge = self._current("delete_adapters")
         names = _names(merge, adapter_names)
-        with self.lock:
+        with self.executor.lock:
             for name in names:
                 del merge.loaded[name]
                 merge.active.pop(name, None)
@@ -178,7 +206,7 @@ class Adapters:
 
     def enable(self, enabled: bool) -> None:
         merge = self._current("enable_lora" if enabled else "disable_lora")
-        with self.lock:
+        with self.executor.lock:
             merge.enabled = enabled
             merge.apply()
 
@@ -204,17 +232,21 @@ class Adapters:
         """The adapters that are in the weights now, each with its weight."""
         return self._current().effect
 
+    def casting(self) -> AbstractContextManager[None]:
+        """Inside, the caller casts or moves the denoiser, adapters and all."""
+        return self._current().casting()
+
     def _check_components(self, components: Sequence[str]) -> None:
         if list(components) != [COMPONENT]:
             raise ReducioError(f"components: must be [{COMPONENT!r}], is {list(components)!r}")
 
     def _current(self, method: str | None = None) -> Merge:
         """The adapters of the denoiser as it is now. `method`: one that may not be called while some are fused."""
-        if self._merge is None or self._merge.network is not self.components.denoiser:
-            self._merge = Merge(self.components.denoiser)
-        if method is not None and self._merge.fused is not None:
-            raise ReducioError(f"{method}: {', '.join(self._merge.fused)} is fused; unfuse_lora() first")
-        return self._merge
+        if self.merge is None or self.merge.network is not self.components.denoiser:
+            self.merge = Merge(self.components.denoiser)
+        if method is not None and self.merge.fused is not None:
+            raise ReducioError(f"{method}: {', '.join(self.merge.fused)} is fused; unfuse_lora() first")
+        return self.merge
 
 
 def _names(adapters: Merge, given: Any) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +17,7 @@ from ...media import aspect_buckets
 from ...memory.dry_run import DryRun, weight_bytes
 from ...memory.offload import Offload
 from ...system import cache_folder, devices
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, first_line, is_out_of_memory
 from ...system.stage_clock import annotate, clock
 from ..call import validation
 from .components import Components
@@ -24,61 +26,141 @@ from .plain_engine import PlainEngine
 LOG = logging.getLogger("reducio_fast")
 
 
+_executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for executor in _executors:
+        executor.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
 class Executor:
     """Runs the networks of `components`.
 
-    `engine` gives the implementation of each: `fast.engine.Engine`, or `PlainEngine` for the reference. `report` says,
-    for the denoiser and the decoder, what runs it and why. Raises ReducioError where backend "fast" cannot run the
-    model, and for values of `backend` and `compile` that do not exist or do not go together.
+    `engine` gives the implementation of each: `fast.engine.Engine`, or `PlainEngine` for the reference. What keeps a
+    network from running as its twin is asked anew at every call, since users change schedulers, hooks, adapters and
+    modules at any time: with backend "auto" the network then runs as it is, and `report` says why. Raises ReducioError
+    where backend "fast" cannot run the model, and for values of `backend` and `compile` that do not exist or do not go
+    together.
     """
 
     def __init__(
         self, components: Components, backend: str = "auto", compile: bool | None = None, engine: Any = None
     ) -> None:
-        self.components = components
-        self.backend, self._reason = validation.resolve_backend(backend)
-        validation.check_compile(compile, self.backend, self._reason)
+        self.components, self.asked = components, backend
+        chosen, self._reason = validation.resolve_backend(backend)
+        validation.check_compile(compile, chosen, self._reason)
         # Networks, scheduler and twins are shared between calls: a second thread waits for the clips of the first.
         self.lock = threading.RLock()
         self._at_work = False
+        _executors.add(self)
         self.warned_sizes: set[tuple[int, int]] = set()
         self.offload: Offload | None = None
         self._placed: dict[int, Any] = {}  # id of a network -> its implementation, while offloading has moved weights
-        self.engine: Any = engine
-        obstacle = None
-        if engine is None:
-            self.engine = PlainEngine()
-            if self.backend == "fast":
-                obstacle = self._start_fast_engine(compile)
-        if obstacle is not None:
-            if backend == "fast":
-                raise ReducioError(f"backend: 'fast' cannot run this model: {obstacle}")
-            self.backend, self._reason = "reference", obstacle
-        layout = components.layout
-        self.report = dict.fromkeys((layout.denoiser, layout.decoder), f"{self.backend}: {self._reason}")
+        self._plain = PlainEngine()
+        self.engine: Any = self._plain if engine is None else engine
+        self._obstacles: dict[str, str] = {}  # component -> why it runs as it is, as of the call at work
+        if engine is None and chosen == "fast":
+            self.engine = self._fast_engine(compile)
+            self.look()
 
-    def _start_fast_engine(self, compile: bool | None) -> str | None:
-        """Install the engine of the fast path, or say why it cannot run this model."""
+    def renew_lock(self) -> None:
+        """In a child process that was forked while a thread of its parent made a clip: that thread is not here."""
+        self.lock, self._at_work = threading.RLock(), False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what was chosen. Locks, twins and graphs belong to this process and these weights."""
+        engine = self.engine
+        return {
+            "components": self.components,
+            "backend": self.asked,
+            "compile": getattr(engine, "compile", None),
+            "attention": engine.attention,
+            "free_dtype": engine.free_dtype,
+            "offload": self.offload,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Executor.__init__(self, state["components"], state["backend"], state["compile"])
+        self.engine.attention, self.offload = state["attention"], state["offload"]
+        self.choose_dtype(state["free_dtype"])
+
+    def _fast_engine(self, compile: bool | None) -> Any:
         from ...compile import cache
         from ...fast.engine import Engine
-        from ...fast.solver_tables import coefficients
-        from ...fast.twins import missing_twin
         from ...triton_kernels.tables import add_tables, arch_of
 
-        layout = self.components.layout
-        for name in (layout.denoiser, layout.decoder):
-            if (reason := missing_twin(self.components[name])) is not None:
-                return f"{name} {reason}"
-        try:
-            coefficients(self.components["scheduler"], 2)
-        except ValueError as error:
-            return f"scheduler: {error}"
         origin = cache.Origin.here(arch_of(self.components.device))
         root = cache_folder.root()
-        cache.use(origin, root)
+        if cache_folder.is_for_compilers():
+            cache.use(origin, root)
         add_tables(cache.folder("tables", origin, root))
-        self.engine = Engine(compile, store=cache.folder("regions", origin, root))
-        return None
+        return Engine(compile, store=cache.folder("regions", origin, root))
+
+    def look(self) -> None:
+        """Find out which networks can run as their twins, as they are now. ReducioError where "fast" was asked for and
+        one cannot."""
+        if self.engine.name != "fast":
+            return
+        from ...fast.solver_tables import coefficients
+        from ...fast.twins import missing_twin
+
+        layout = self.components.layout
+        obstacles: dict[str, str] = {}
+        for name in self._twinned:
+            if (reason := missing_twin(self.components[name])) is not None:
+                obstacles[name] = f"{name} {reason}"
+        try:
+            coefficients(self.components.scheduler, 2)
+        except ValueError as error:
+            obstacles.setdefault(layout.denoiser, f"scheduler: {error}")
+        for name, reason in obstacles.items():
+            self._run_as_it_is(name, reason)
+        self._obstacles = obstacles
+
+    def _run_as_it_is(self, name: str, reason: str) -> None:
+        """Raise where "fast" was asked for; else say once that this network runs on the reference."""
+        if self.asked == "fast":
+            raise ReducioError(f"backend: 'fast' cannot run this model: {reason}")
+        if self._obstacles.get(name) != reason:
+            LOG.info("%s runs on the reference: %s", name, reason)
+
+    @property
+    def _twinned(self) -> tuple[str, str]:
+        return self.components.layout.denoiser, self.components.layout.decoder
+
+    def backend_of(self, name: str) -> str:
+        """What runs the component `name`: "fast" or "reference"."""
+        return "reference" if name in self._obstacles else self.engine.name
+
+    @property
+    def backend(self) -> str:
+        """ "fast" where every network that has a twin runs as it, else "reference"."""
+        self.refresh()
+        return "reference" if self._obstacles else self.engine.name
+
+    @property
+    def report(self) -> dict[str, str]:
+        """For the denoiser and the decoder, what runs it and why."""
+        self.refresh()
+        return {name: self._line(name) for name in self._twinned}
+
+    def refresh(self) -> None:
+        """`look`, but for a call at work, which goes on as it began."""
+        if not self._at_work:
+            self.look()
+
+    def _line(self, name: str) -> str:
+        if self.engine.name != "fast":
+            return f"reference: {self._reason}"
+        if name in self._obstacles:
+            return f"reference: {self._obstacles[name]}"
+        dtype, why = self.engine.chosen_dtype(self.device, self.components.dtype)
+        return f"fast: {self._reason}; in {str(dtype).removeprefix('torch.')}: {why}"
 
     # ---- where and in what ----
 
@@ -89,12 +171,8 @@ class Executor:
 
     def choose_dtype(self, free: bool) -> None:
         """Whether twins may take the dtype that suits this machine; networks without a twin keep their own."""
-        if self.engine.name != "fast":
-            return
-        self.engine.free_dtype = free
-        dtype, why = self.engine.chosen_dtype(self.device, self.components.dtype)
-        line = f"fast: {self._reason}; in {str(dtype).removeprefix('torch.')}: {why}"
-        self.report = dict.fromkeys(self.report, line)
+        if self.engine.name == "fast":
+            self.engine.free_dtype = free
 
     def move(self, device: Any, dtype: Any) -> None:
         """Move and cast every network in place: see `VideoPipeline.to`."""
@@ -136,7 +214,24 @@ class Executor:
     def network(self, name: str) -> Any:
         """The implementation of the component `name`: its fast twin, or the reference itself."""
         network = self.components[name]
-        return self._placed.get(id(network)) or self.engine.twin(network, self.device)
+        if (placed := self._placed.get(id(network))) is not None:
+            return placed
+        if name in self._obstacles:
+            return network
+        try:
+            return self.engine.twin(network, self.device)
+        except Exception as error:  # packing met what `missing_twin` did not foresee
+            if is_out_of_memory(error) or self.asked == "fast" or self.engine.name != "fast":
+                raise
+            reason = f"{name} could not be packed ({type(error).__name__}: {first_line(error)})"
+            LOG.warning("%s; it runs on the reference", reason)
+            self._obstacles[name] = reason
+            return network
+
+    @property
+    def sampling_engine(self) -> Any:
+        """The engine whose sampler runs the denoiser."""
+        return self._plain if self.components.layout.denoiser in self._obstacles else self.engine
 
     def networks_of(self, stage: str) -> list[nn.Module]:
         """What has to be on the device while a stage runs, packed weights of twins included."""
@@ -171,9 +266,11 @@ class Executor:
         with self.lock:
             if self._at_work:
                 raise ReducioError("callback_on_step_end: called the pipeline that called it, which is not done yet")
+            self.look()
             self._at_work = True
             try:
-                yield
+                with self.engine.one_look():
+                    yield
             finally:
                 self._at_work = False
 
@@ -213,11 +310,11 @@ class Executor:
     def for_thread(self, components: Components) -> Executor:
         """An executor of the same engine for another thread, with a lock of its own."""
         other = Executor(components, engine=self.engine)
-        other.backend, other._reason, other.report = self.backend, self._reason, self.report
+        other.asked, other._reason = self.asked, self._reason
         return other
 
     def without_weights(self, components: Components, dry: DryRun) -> Executor:
         """An executor for `components` on the meta device, planned for the device of this one."""
         other = Executor(components, engine=self.engine.without_weights(dry.opaque, self.device))
-        other.backend = self.backend
+        other._obstacles = dict(self._obstacles)
         return other

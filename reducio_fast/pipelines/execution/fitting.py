@@ -42,8 +42,12 @@ class Fitter:
 
     def forecast(self, height: int, width: int, way: Decoding | None = None) -> Forecast:
         way = self.decoder.default(height, width) if way is None else way
-        is_reference = self.executor.backend == "reference"
-        same = (height, width, self.decoder.tiling, self.executor.device, self.parts.dtype, is_reference)
+        self.executor.refresh()
+        layout = self.parts.layout
+        networks = tuple(
+            (self.executor.backend_of(name), self.parts[name].config) for name in (layout.denoiser, layout.decoder)
+        )
+        same = (height, width, self.decoder.tiling, self.executor.device, self.parts.dtype, networks)
         key = (*same, way)
         if key not in self._forecasts:
             earlier = next((f for known, f in self._forecasts.items() if known[:-1] == same), None)

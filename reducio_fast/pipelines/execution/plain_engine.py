@@ -44,6 +44,10 @@ class PlainEngine:
     def warming(self) -> Iterator[None]:
         yield
 
+    @contextmanager
+    def one_look(self) -> Iterator[None]:
+        yield
+
     def uncompiled(self) -> PlainEngine:
         return self
 

@@ -35,7 +35,8 @@ class Sampler:
         network, scheduler = self.executor.network(self.components.layout.denoiser), self.components.scheduler
         try:
             denoise = network.denoiser(cond, uncond, guidance_scale)
-            return self.executor.engine.sample(denoise, scheduler, noise, num_inference_steps, callback, generator)
+            engine = self.executor.sampling_engine
+            return engine.sample(denoise, scheduler, noise, num_inference_steps, callback, generator)
         except ReducioError:
             raise
         except ValueError as error:

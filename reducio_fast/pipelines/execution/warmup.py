@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ...system import deadline
+from ...system import deadline, torch_state
 from ...system.deadline import Job, Outcome, run
 from ...system.errors import ReducioError
 from ..call import validation
@@ -77,7 +77,7 @@ def _clip(pipe: Any, height: int, width: int) -> Callable[[deadline.Check], None
         frame = np.full((height, width, 3), GREY, np.uint8)
         if pipe.text_to_image is not None:
             generator, kwargs = torch.Generator().manual_seed(0), {"num_inference_steps": STEPS}
-            with torch.no_grad(), pipe.executor.lock, pipe.executor.placed("content.generate"):
+            with torch_state.inference(), pipe.executor.lock, pipe.executor.placed("content.generate"):
                 frame = pipe.content.draw(PROMPT, "", height, width, generator, False, kwargs)
             check()
         pipe(

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from ...checkpoints import diffusers_folders, hub, strict_files
 from ...media import image_files
 from ...system import devices
 from ...system.errors import ReducioError
+from ...system.paths import expanded, is_file, is_folder
 from ...system.stage_clock import clock
 from ..call import validation
 from ..call.output import ReducioOutput, stack, to_output
@@ -52,10 +52,10 @@ def find(model: Any) -> Source | None:
     if not isinstance(model, str | os.PathLike):
         return None
     name, _, weights = str(model).partition(":")
-    if name in PEERS and not (weights == "" and Path(model).is_dir()):
+    if name in PEERS and not (weights == "" and is_folder(model, "model")):
         return Source(PEERS[name], weights or PEERS[name].hub_id)
-    index = Path(model).expanduser() / strict_files.INDEX
-    if not index.is_file():
+    index = expanded(model, "model") / strict_files.INDEX
+    if not is_file(index, "model"):
         return None
     class_name = strict_files.read_json(index).get("_class_name")
     return next((Source(p, str(model)) for p in PEERS.values() if class_name in p.pipelines), None)

@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from ...checkpoints import diffusers_folders, networks
+from ...checkpoints.lora_files import finite_number
 from ...checkpoints.model_folder import Loading
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...system.errors import ReducioError
+from ..call import validation
 from ..execution.components import Components
 from . import encoders
 from .encoders import SemanticEncoder
@@ -89,6 +91,18 @@ def _refuse_source(name: str, loading: Loading) -> None:
         raise ReducioError(
             f"{name}: {str(loading.source)!r} given; only encoders and text_to_image can be named, give an object"
         )
+
+
+def check_settings(parts: Components) -> None:
+    """Raise ReducioError for a setting, of the caller or of a folder's index, that no clip could be made or saved with.
+    Its name is in the line."""
+    for name in ("fps", "content_scaling_factor"):
+        if not (finite_number(name, parts[name]) > 0):
+            raise ReducioError(f"{name}: must be above 0, is {parts[name]!r}")
+    for name in ("sample_height", "sample_width"):
+        validation.check_multiple(name, parts[name], parts["vae"].config.spatial_factor)
+    if not isinstance(parts["clean_caption"], bool):
+        raise ReducioError(f"clean_caption: must be True or False, is {parts['clean_caption']!r}")
 
 
 def check_components(parts: Components) -> None:

@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 
 from ...checkpoints.networks import pipeline_networks
 from ...media.image_files import fit_image
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, first_line
 from ..call.request import ClipRequest, Request
 from ..execution.components import Components
 from ..execution.executor import Executor
@@ -33,6 +33,8 @@ PIPELINE_KWARGS: dict[str, Any] = {"use_resolution_binning": False, "clean_capti
 STEPS = 20
 GUIDANCE = 4.5
 DEFAULTS: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+# What a pipeline raises for an argument that it takes and cannot follow.
+WRONG_ARGUMENT = (ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError)
 OURS = ("prompt", "negative_prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 # A frame of up to a quarter more or less than the drawer's own number of pixels is drawn as it is. All of PixArt's
 # buckets of one base lie within: their areas are 0.90 to 1.00 of the square's.
@@ -46,15 +48,18 @@ class ContentFrame:
     def __init__(self, components: Components, executor: Executor) -> None:
         self.components, self.executor = components, executor
 
-    def __call__(self, clip: ClipRequest, request: Request, progress: bool) -> np.ndarray | None:
-        """uint8 [H, W, 3] of the clip's size; None where nothing reads it."""
+    def __call__(
+        self, clip: ClipRequest, request: Request, progress: bool, on_step: Callable[[int], None] = lambda step: None
+    ) -> np.ndarray | None:
+        """uint8 [H, W, 3] of the clip's size; None where nothing reads it. `on_step` is called after each step of a
+        first stage that offers that; what it raises ends the drawing."""
         if clip.image is not None:
             return fit_image(clip.image, request.height, request.width)
         if not needs_frame(self.components, clip, request):
             return None
         kwargs = {"clean_caption": self.components["clean_caption"]} | request.content_kwargs
         size = request.height, request.width
-        return self.draw(clip.prompt, clip.negative_prompt, *size, clip.generator, progress, kwargs)
+        return self.draw(clip.prompt, clip.negative_prompt, *size, clip.generator, progress, kwargs, on_step)
 
     def draw(
         self,
@@ -65,12 +70,13 @@ class ContentFrame:
         generator: torch.Generator,
         progress: bool,
         kwargs: dict[str, Any],
+        on_step: Callable[[int], None] = lambda step: None,
     ) -> np.ndarray:
         """`draw_image` with the first stage of this model, whose blocks run compiled where the model's do."""
         pipeline = self.components["text_to_image"]
         for network in pipeline_networks(pipeline):  # each time: it may be another, or have a LoRA, since the last call
             self.executor.engine.adopt("content.block", network)
-        return draw_image(pipeline, prompt, negative_prompt, height, width, generator, progress, kwargs)
+        return draw_image(pipeline, prompt, negative_prompt, height, width, generator, progress, kwargs, on_step)
 
 
 def needs_frame(components: Components, clip: ClipRequest, request: Request) -> bool:
@@ -87,6 +93,8 @@ def check_content_kwargs(pipeline: Any, kwargs: Any) -> dict[str, Any]:
     if not isinstance(kwargs, dict):
         raise ReducioError(f"content_kwargs: must be a dict of words for the text-to-image pipeline, is {kwargs!r}")
     accepted, takes_any = _call_defaults(pipeline)
+    if "PixArt" in type(pipeline).__name__ and kwargs.get("num_inference_steps") == 1:
+        raise ReducioError("content_kwargs: num_inference_steps is 1; diffusers' PixArt pipelines need at least 2")
     for name in kwargs:
         if name in OURS:
             raise ReducioError(f"content_kwargs: {name!r} is set by the call itself; known are {_known(accepted)}")
@@ -106,6 +114,7 @@ def draw_image(
     generator: torch.Generator,
     progress: bool,
     kwargs: dict[str, Any] | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> np.ndarray:
     """Draw the content frame of one prompt, uint8 [height, width, 3], with a diffusers text-to-image pipeline.
 
@@ -116,7 +125,8 @@ def draw_image(
     asked = {"height": drawn_height, "width": drawn_width} | (kwargs or {})
     fixed = {name: value for name, value in PIPELINE_KWARGS.items() if name in accepted}
     defaults = {name: value for name, value in DEFAULTS.items() if accepted.get(name, True) is None}
-    chosen = fixed | defaults | {name: v for name, v in asked.items() if name in accepted or takes_any}
+    chosen = fixed | defaults | _callback(accepted, on_step)
+    chosen |= {name: value for name, value in asked.items() if name in accepted or takes_any}
     if negative_prompt.strip() and "negative_prompt" in accepted:
         chosen["negative_prompt"] = negative_prompt  # else what the pipeline itself takes for none
     rows, columns = chosen.get("height", height), chosen.get("width", width)
@@ -128,12 +138,26 @@ def draw_image(
     pipeline.set_progress_bar_config(disable=not progress, desc="content.generate", leave=False)
     try:
         images = pipeline(prompt=prompt, generator=generator, output_type="np", **chosen).images
-    except ValueError as error:  # a size or an argument that this pipeline cannot take
-        raise ReducioError(f"content frame: {type(pipeline).__name__}: {error}") from error
+    except WRONG_ARGUMENT as error:  # a size or an argument that this pipeline cannot take
+        raise ReducioError(f"content frame: {type(pipeline).__name__}: {first_line(error)}") from error
     image = np.asarray(images[0])
     if not np.isfinite(image).all():
         raise ReducioError(f"content frame of {prompt!r}: the text-to-image stage returned values that are not finite")
     return fit_image((image.clip(0, 1) * 255).round().astype(np.uint8), height, width)
+
+
+def _callback(accepted: Mapping[str, Any], on_step: Callable[[int], None]) -> dict[str, Any]:
+    """The argument, new or old, by which a diffusers pipeline calls back after each step."""
+
+    def step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step)
+        return tensors
+
+    if "callback_on_step_end" in accepted:
+        return {"callback_on_step_end": step_end}
+    if "callback" in accepted:  # PixArt's
+        return {"callback": lambda step, timestep, latents: on_step(step), "callback_steps": 1}
+    return {}
 
 
 def drawing_size(pipeline: Any, height: int, width: int) -> tuple[int, int]:

@@ -33,7 +33,8 @@ class DryStages:
 
     def __init__(self, components: Components, executor: Executor, tiling: bool | None, dry: DryRun) -> None:
         self.dry = dry
-        self.on_cpu, self.is_reference = executor.device.type == "cpu", executor.backend == "reference"
+        self.on_cpu = executor.device.type == "cpu"
+        self.decodes_plainly = executor.backend_of(components.layout.decoder) == "reference"
         self.components = components.without_weights(without_weights)
         self.executor = executor.without_weights(self.components, dry)
         self.dtype = components.dtype
@@ -107,6 +108,6 @@ class DryStages:
 
     def _decode(self, height: int, width: int, decoding: Decoding) -> int:
         # The twins call oneDNN at every size.
-        self.dry.unfolding = self.on_cpu and self.is_reference
+        self.dry.unfolding = self.on_cpu and self.decodes_plainly
         latent = torch.empty((1, *self.decoder.config.latent_shape(height, width)), device=META)
         return self.dry.peak_of(self.decoder.decode, latent, np.zeros((height, width, 3), np.uint8), decoding)[1]

@@ -96,7 +96,7 @@ class TextEncoder:
             prompts = [clean_caption(prompt) for prompt in prompts]
         for prompt in prompts:
             if (n := len(self.tokenizer(prompt).input_ids)) > self.length:
-                logger.warning("prompt has %d tokens, the model reads the first %d: %r", n, self.length, prompt)
+                logger.warning("prompt has %d tokens, the model reads the first %d: %.60r", n, self.length, prompt)
         kwargs = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         tokens = self.tokenizer(prompts, **kwargs)
         device = next(self.model.parameters()).device

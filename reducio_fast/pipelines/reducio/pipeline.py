@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from ...media import aspect_buckets, image_files
 from ...memory.dry_run import DryRun
 from ...reference import ReducioDiT, ReducioVAE
 from ...reference.reducio.config import GUIDANCE_SCALE, NUM_FRAMES, NUM_INFERENCE_STEPS
-from ...system import devices
+from ...system import devices, torch_state
 from ...system.errors import ReducioError
+from ...system.paths import expanded
 from ..call import validation
 from ..call.output import ReducioOutput, stack, to_output
 from ..call.request import Arguments, ClipRequest, Embeds, Request
@@ -32,7 +32,7 @@ from ..execution.decoding import TiledDecoder
 from ..execution.executor import Executor
 from ..execution.sampling import Sampler
 from ..video_pipeline import VideoPipeline
-from .component_table import LOADERS, check_components
+from .component_table import LOADERS, check_components, check_settings
 from .conditioner import Conditioner
 from .content_frame import ContentFrame, check_content_kwargs
 from .dry_runs import DryStages
@@ -79,6 +79,7 @@ class ReducioPipeline(VideoPipeline):
         arguments = locals()
         parts = Components(REDUCIO, arguments)
         check_components(parts)
+        check_settings(parts)
         self._assemble(parts, Executor(parts, backend, compile))
 
     def _assemble(self, parts: Components, executor: Executor) -> None:
@@ -95,6 +96,7 @@ class ReducioPipeline(VideoPipeline):
         return DryStages(self.parts, self.executor, self.decoder.tiling, dry)
 
     @classmethod
+    @torch_state.inference()
     def from_pretrained(
         cls,
         model: str | os.PathLike[str],
@@ -122,7 +124,8 @@ class ReducioPipeline(VideoPipeline):
         device = devices.resolve_device(device)
         free = dtype is None and torch_dtype is None
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
-        with gc_pause.paused():
+        # The fork: networks draw fresh weights before the file's replace them, from the caller's random numbers.
+        with gc_pause.paused(), torch.random.fork_rng(devices=[]):
             parts = model_folder.read_model(hub.find_model(model), components, REDUCIO, LOADERS, dtype, device)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free)
@@ -143,7 +146,8 @@ class ReducioPipeline(VideoPipeline):
         if self.unloaded:
             raise ReducioError(f"save_directory: {', '.join(self.unloaded)} unloaded; the folder would be without")
         names = (*REDUCIO.names, *REDUCIO.settings)
-        model_folder.write_model(Path(save_directory).expanduser(), {name: self.parts[name] for name in names}, REDUCIO)
+        target = expanded(save_directory, "save_directory")
+        model_folder.write_model(target, {name: self.parts[name] for name in names}, REDUCIO)
 
     def push_to_hub(
         self,
@@ -155,7 +159,7 @@ class ReducioPipeline(VideoPipeline):
         """Upload the folder that `save_pretrained` writes to the hub; returns the address of the commit."""
         return hub.push(self.save_pretrained, repo_id, private, token, commit_message)
 
-    @torch.no_grad()
+    @torch_state.inference()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -263,7 +267,7 @@ class ReducioPipeline(VideoPipeline):
         self.conditioner.check(request)
         return request
 
-    @torch.no_grad()
+    @torch_state.inference()
     def encode_prompt(
         self, prompt: str | list[str], negative_prompt: str | list[str] | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -277,7 +281,7 @@ class ReducioPipeline(VideoPipeline):
         with self.executor.lock, self.executor.placed("text.encode"):
             return self.conditioner.encode_prompts(prompts, negatives)
 
-    @torch.no_grad()
+    @torch_state.inference()
     def decode(self, latents: Tensor, image: Any, output_type: str = "np") -> Any:
         """Frames of motion latents, as `output_type="latent"` returns them, and their content frames (`out.content`).
 
@@ -296,6 +300,7 @@ class ReducioPipeline(VideoPipeline):
             raise ReducioError("image: None given; decoding needs the content frame of the clip (out.content)")
         fitted = [image_files.fit_image(i, height, width) for i in images if i is not None]
         with self.executor.lock, self.executor.placed("vae.decode"):
+            self.executor.refresh()
             way = self.fitter.fits.get((height, width))
             decoded = [
                 self.decoder(z, i, output_type, None if way is None else way.decoding)
@@ -304,7 +309,7 @@ class ReducioPipeline(VideoPipeline):
             frames = [to_output(clip, output_type) for clip in decoded]
         return stack(frames) if is_list else frames[0]
 
-    @torch.no_grad()
+    @torch_state.inference()
     def encode_image(
         self, image: Any, height: int | None = None, width: int | None = None
     ) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,140 @@
+"""Clips through the ffmpeg program: decoded as they are to be shown, encoded as H.264."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import tempfile
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..system.errors import ReducioError, first_line
+from ..system.paths import printable
+
+LOG = logging.getLogger("reducio_fast")
+
+# Of the rates that ffmpeg prints with two decimals, those that are no decimal number.
+NTSC = {rate: nominal * 1000 / 1001 for rate, nominal in ((23.98, 24), (29.97, 30), (59.94, 60), (119.88, 120))}
+# Frames a second up to which a clip of uneven frames is read at its finest time step. Beyond it the step is a clock's
+# (1000 a second in many screen recordings) and no rate at which pictures come.
+FINEST_RATE = 120
+# Pixels that are not square are widened; after the turn that the container asks for, which ffmpeg applies before.
+SQUARE_PIXELS = "scale=w='max(1,trunc(iw*sar+0.5))':h=ih,setsar=1"
+
+# As ffmpeg lists the streams of a file.
+VIDEO, COVER = re.compile(r"\s*Stream #0:\d+.*: Video: "), re.compile(r"\((attached pic|timed thumbnails)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The first video of a file that is no cover picture. `rate`: frames a second as they are read; `resampled`: not
+    the rate that ffmpeg would choose itself. Both rates are constant, so that a clip lasts as long as what it shows."""
+
+    rate: float
+    resampled: bool
+
+
+def program() -> str:
+    """The path of ffmpeg. Raises ReducioError where there is none."""
+    import imageio_ffmpeg
+
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ReducioError("no ffmpeg found for .mp4: pip install 'imageio[ffmpeg]', or use .gif or .webp") from error
+
+
+def url(path: Path) -> str:
+    """The name of a file for ffmpeg, to which `10:30.mp4` would be a protocol and `-y.mp4` an option."""
+    return f"file:{path}"
+
+
+def probe(path: Path) -> Stream:
+    """Raises ReducioError for a file that holds no video."""
+    command = [program(), "-hide_banner", "-nostdin", "-i", url(path)]
+    process = _start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    text = process.communicate()[1].decode(errors="replace")
+    for line in text.splitlines():
+        if VIDEO.match(line) and not COVER.search(line):
+            break
+    else:
+        reasons = [line for line in text.splitlines() if url(path) in line and "Input #0" not in line]
+        reason = first_line(reasons[-1].rpartition(": ")[2]) if reasons else "it holds no video"
+        raise ReducioError(f"the clip {printable(path)} cannot be read: {reason}")
+    if re.search(r"smpte2084|arib-std-b67", line):
+        LOG.warning("%s: is in high dynamic range, which is read without tone mapping", printable(path))
+    mean, finest = _rate(line, "fps"), _rate(line, "tbr")
+    if finest is None or (mean is not None and finest > max(FINEST_RATE, 1.1 * mean)):
+        return Stream(mean or 25.0, resampled=True)  # 25: what ffmpeg takes for a stream without times
+    return Stream(finest, resampled=False)
+
+
+def _rate(line: str, unit: str) -> float | None:
+    """`23.98 fps`, `1k tbr`."""
+    match = re.search(rf"([\d.]+)(k?) {unit}\b", line)
+    if match is None:
+        return None
+    value = float(match[1]) * (1000 if match[2] else 1)
+    return NTSC.get(value, value) or None
+
+
+def frames(path: Path) -> Generator[tuple[np.ndarray, float], None, None]:
+    """Each frame uint8 [H, W, 3] with the rate of the clip. Closing the generator ends ffmpeg.
+
+    Raises ReducioError where nothing can be read; what is cut off or damaged is read as far as it goes, with a warning.
+    """
+    stream = probe(path)
+    command = [program(), *"-hide_banner -nostdin -loglevel error -i".split(), url(path), "-map", "0:V:0"]
+    command += ["-vf", SQUARE_PIXELS, *(["-r", f"{stream.rate:.6f}"] if stream.resampled else [])]
+    # Netpbm, since each frame says how large it is.
+    command += "-f image2pipe -c:v ppm -pix_fmt rgb24 pipe:1".split()
+    count = 0
+    with tempfile.TemporaryFile() as complaints:
+        process = _start(command, stdout=subprocess.PIPE, stderr=complaints, bufsize=1 << 20)
+        try:
+            assert process.stdout is not None
+            while process.stdout.readline() == b"P6\n":
+                width, height = (int(n) for n in process.stdout.readline().split())
+                process.stdout.readline()  # 255
+                data = process.stdout.read(3 * width * height)
+                if len(data) < 3 * width * height:
+                    break
+                count += 1
+                yield np.frombuffer(data, np.uint8).reshape(height, width, 3), stream.rate
+            process.wait()
+            complaints.seek(0)
+            said = complaints.read().decode(errors="replace").strip()
+        finally:
+            process.kill()
+            process.communicate()
+    if count == 0:
+        raise ReducioError(f"the clip {printable(path)} cannot be read: {first_line(said or 'it holds no frame')}")
+    if said or process.returncode:
+        LOG.warning("%s: is cut off or damaged, %d frames could be read (%s)", printable(path), count, first_line(said))
+
+
+def encode(clip: np.ndarray, path: Path, fps: float) -> None:
+    """Write uint8 [T, H, W, 3], height and width even, as H.264. Raises OSError with ffmpeg's own reason.
+
+    ffmpeg is run directly because imageio's writer does not look at its exit status: a full disk would go unnoticed.
+    """
+    height, width = clip.shape[1:3]
+    # BT.709 is stated and used: untagged files are decoded as BT.601 or BT.709 depending on player and size.
+    colours = "-vf scale=out_color_matrix=bt709:out_range=tv -colorspace bt709 -color_primaries bt709 -color_trc bt709"
+    command = [program(), *"-nostdin -loglevel error -y -f rawvideo -pix_fmt rgb24".split()]
+    command += ["-s", f"{width}x{height}", "-r", f"{fps:.6f}", "-i", "pipe:0", *colours.split()]
+    command += [*"-c:v libx264 -crf 12 -pix_fmt yuv420p -movflags +faststart".split(), url(path)]
+    done = subprocess.run(command, input=clip.tobytes(), capture_output=True)
+    if done.returncode:
+        raise OSError(first_line(done.stderr.decode(errors="replace") or f"ffmpeg ended with {done.returncode}"))
+
+
+def _start(command: list[str], **kwargs: object) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, **kwargs)  # type: ignore[call-overload]
+    except OSError as error:
+        raise ReducioError(f"ffmpeg: {command[0]} cannot be run ({error.strerror})") from error

@@ -1,0 +1,26 @@
+"""Finished frames that could not be written where they should go are kept in the cache folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..system.cache_folder import root
+from ..system.errors import ReducioError
+from .video_files import write_video
+
+
+def keep_frames(clips: Sequence[np.ndarray], fps: float, name: str) -> str:
+    """Write clips, uint8 [T, H, W, 3] each, as PNGs; returns the end of an error line that says where they are."""
+    folder = root() / "frames" / f"clip-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{name}"
+    folders = [folder if len(clips) == 1 else folder / str(i) for i in range(len(clips))]
+    try:
+        for each, frames in zip(folders, clips, strict=True):
+            each.parent.mkdir(parents=True, exist_ok=True)
+            write_video(frames, each, fps)
+    except (OSError, ReducioError) as error:
+        return f"the frames could not be kept in {folder} either ({error})"
+    return f"the frames are kept in {folder} ({fps:g} a second)"
