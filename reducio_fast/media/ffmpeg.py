@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Generator
-from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +18,18 @@ from ..system.paths import printable
 LOG = logging.getLogger("reducio_fast")
 
 # Of the rates that ffmpeg prints with two decimals, those that are no decimal number.
-NTSC = {rate: nominal * 1000 / 1001 for rate, nominal in ((23.98, 24), (29.97, 30), (59.94, 60), (119.88, 120))}
+NTSC = {
+    rate: Fraction(nominal * 1000, 1001) for rate, nominal in ((23.98, 24), (29.97, 30), (59.94, 60), (119.88, 120))
+}
 # Frames a second up to which a clip of uneven frames is read at its finest time step. Beyond it the step is a clock's
 # (1000 a second in many screen recordings) and no rate at which pictures come.
 FINEST_RATE = 120
-# Pixels that are not square are widened; after the turn that the container asks for, which ffmpeg applies before.
-SQUARE_PIXELS = "scale=w='max(1,trunc(iw*sar+0.5))':h=ih,setsar=1"
+# Pixels that are not square are stretched to their longer side. ffmpeg applies the turn that the container asks for
+# before its filters, and a quarter turn makes wide pixels tall.
+SQUARE_PIXELS = "scale=w='if(gte(sar,1),trunc(iw*sar+0.5),iw)':h='if(gte(sar,1),ih,trunc(ih/sar+0.5))',setsar=1"
 
 # As ffmpeg lists the streams of a file.
 VIDEO, COVER = re.compile(r"\s*Stream #0:\d+.*: Video: "), re.compile(r"\((attached pic|timed thumbnails)\)")
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """The first video of a file that is no cover picture. `rate`: frames a second as they are read; `resampled`: not
-    the rate that ffmpeg would choose itself. Both rates are constant, so that a clip lasts as long as what it shows."""
-
-    rate: float
-    resampled: bool
 
 
 def program() -> str:
@@ -53,8 +47,9 @@ def url(path: Path) -> str:
     return f"file:{path}"
 
 
-def probe(path: Path) -> Stream:
-    """Raises ReducioError for a file that holds no video."""
+def probe(path: Path) -> Fraction:
+    """Frames a second at which a file's first video that is no cover picture is read: a constant rate, at which the
+    clip lasts as long as what it shows. Raises ReducioError for a file that holds no video."""
     command = [program(), "-hide_banner", "-nostdin", "-i", url(path)]
     process = _start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     text = process.communicate()[1].decode(errors="replace")
@@ -68,18 +63,17 @@ def probe(path: Path) -> Stream:
     if re.search(r"smpte2084|arib-std-b67", line):
         LOG.warning("%s: is in high dynamic range, which is read without tone mapping", printable(path))
     mean, finest = _rate(line, "fps"), _rate(line, "tbr")
-    if finest is None or (mean is not None and finest > max(FINEST_RATE, 1.1 * mean)):
-        return Stream(mean or 25.0, resampled=True)  # 25: what ffmpeg takes for a stream without times
-    return Stream(finest, resampled=False)
+    if finest is None or (mean is not None and finest > max(FINEST_RATE, 1.1 * float(mean))):
+        return mean or Fraction(25)  # what ffmpeg takes for a stream without times
+    return finest
 
 
-def _rate(line: str, unit: str) -> float | None:
+def _rate(line: str, unit: str) -> Fraction | None:
     """`23.98 fps`, `1k tbr`."""
     match = re.search(rf"([\d.]+)(k?) {unit}\b", line)
     if match is None:
         return None
-    value = float(match[1]) * (1000 if match[2] else 1)
-    return NTSC.get(value, value) or None
+    return NTSC.get(float(match[1]), Fraction(match[1]) * (1000 if match[2] else 1)) or None
 
 
 def frames(path: Path) -> Generator[tuple[np.ndarray, float], None, None]:
@@ -87,9 +81,10 @@ def frames(path: Path) -> Generator[tuple[np.ndarray, float], None, None]:
 
     Raises ReducioError where nothing can be read; what is cut off or damaged is read as far as it goes, with a warning.
     """
-    stream = probe(path)
+    rate = probe(path)
     command = [program(), *"-hide_banner -nostdin -loglevel error -i".split(), url(path), "-map", "0:V:0"]
-    command += ["-vf", SQUARE_PIXELS, *(["-r", f"{stream.rate:.6f}"] if stream.resampled else [])]
+    # The filter, not the option -r, which loses the last frame where frames are held for uneven times (ffmpeg 7.0).
+    command += ["-vf", f"fps={rate},{SQUARE_PIXELS}"]
     # Netpbm, since each frame says how large it is.
     command += "-f image2pipe -c:v ppm -pix_fmt rgb24 pipe:1".split()
     count = 0
@@ -104,7 +99,7 @@ def frames(path: Path) -> Generator[tuple[np.ndarray, float], None, None]:
                 if len(data) < 3 * width * height:
                     break
                 count += 1
-                yield np.frombuffer(data, np.uint8).reshape(height, width, 3), stream.rate
+                yield np.frombuffer(data, np.uint8).reshape(height, width, 3), float(rate)
             process.wait()
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import time
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from .video_files import write_video
 
 def keep_frames(clips: Sequence[np.ndarray], fps: float, name: str) -> str:
     """Write clips, uint8 [T, H, W, 3] each, as PNGs; returns the end of an error line that says where they are."""
-    folder = root() / "frames" / f"clip-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{name}"
+    folder = root() / "frames" / f"clip-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}-{name}"
     folders = [folder if len(clips) == 1 else folder / str(i) for i in range(len(clips))]
     try:
         for each, frames in zip(folders, clips, strict=True):
