@@ -98,20 +98,20 @@ def convert(
         raise ReducioError(f"component: must be one of {', '.join(PRESETS)}, is {name!r}")
     if preset is not None and preset not in PRESETS[name]:
         raise ReducioError(f"preset: must be one of {', '.join(PRESETS[name])} for {name}, is {preset!r}")
-    made = _MAKERS[name](path, tensors, stated, preset, dict(config or {}))
+    converted = _MAKERS[name](path, tensors, stated, preset, dict(config or {}))
     if dtype is not None:
-        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in made.tensors.items()}
-        made = dataclasses.replace(made, tensors=cast)
+        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in converted.tensors.items()}
+        converted = dataclasses.replace(converted, tensors=cast)
     target = Path(out).expanduser() if out is not None else Path(str(into)).expanduser() / name
-    lacks = _write(made, target, None if into is None else target.parent)
+    lacks = _write(converted, target, None if into is None else target.parent)
     return {
         "source": str(path),
         "component": name,
         "path": str(target),
-        "tensors": len(made.tensors),
-        "parameters": sum(t.numel() for t in made.tensors.values()),
-        "left_out": made.left_out,
-        "fresh": made.fresh,
+        "tensors": len(converted.tensors),
+        "parameters": sum(t.numel() for t in converted.tensors.values()),
+        "left_out": converted.left_out,
+        "fresh": converted.fresh,
         "model_lacks": lacks,
     }
 
@@ -150,24 +150,24 @@ def _recognise(path: Path, tensors: Mapping[str, Tensor]) -> str:
 # ---- the three components ----------------------------------------------------------------------------------------
 
 
-def _fit(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> None:
+def _fit(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> None:
     """Raise one ReducioError that lists all names that are missing, unexpected or of another shape."""
     misshapen = [
-        f"{n} {list(t.shape)} instead of {list(own[n].shape)}"
+        f"{n} {list(t.shape)} instead of {list(expected[n].shape)}"
         for n, t in tensors.items()
-        if n in own and t.shape != own[n].shape
+        if n in expected and t.shape != expected[n].shape
     ]
-    missing = [n for n in own if n not in tensors and n not in fresh]
-    report(path, missing, [n for n in tensors if n not in own], misshapen)
+    missing = [n for n in expected if n not in tensors and n not in fresh]
+    report(path, missing, [n for n in tensors if n not in expected], misshapen)
 
 
-def _skeleton(make: Callable[[], nn.Module], what: str) -> nn.Module:
+def _skeleton(make: Callable[[], nn.Module], argument: str) -> nn.Module:
     """A network without memory for its weights."""
     try:
         with torch.device("meta"):
             return make()
     except (TypeError, ValueError) as error:
-        raise ReducioError(f"{what}: {error}") from error
+        raise ReducioError(f"{argument}: {error}") from error
 
 
 def _configured(config_class: Any, base: Any, config: dict[str, Any]) -> Any:
@@ -190,9 +190,9 @@ def _make_vae(
         kernels = [t for n, t in tensors.items() if re.fullmatch(r"encoder_3d\.down\.\d+\.downsample\.conv\.weight", n)]
         base = dataclasses.replace(base, temporal_factor=2 ** sum(k.ndim == 5 and k.shape[2] == 3 for k in kernels))
     final = _configured(VAEConfig, base, {n: v for n, v in stated.items() if not n.startswith("_")} | config)
-    own = _skeleton(lambda: ReducioVAE(final), "config").state_dict()
-    _fit(path, own, tensors)
-    return Component("vae", _head("vae") | final.to_dict(), {n: tensors[n] for n in own}, left_out, [])
+    expected = _skeleton(lambda: ReducioVAE(final), "config").state_dict()
+    _fit(path, expected, tensors)
+    return Component("vae", _head("vae") | final.to_dict(), {n: tensors[n] for n in expected}, left_out, [])
 
 
 def _make_transformer(
@@ -209,13 +209,13 @@ def _make_transformer(
         if preset not in DIT_PRESETS:
             raise ReducioError(f"{path}: does not say its size; give a preset, one of {', '.join(DIT_PRESETS)}")
     final = _configured(DiTConfig, DIT_PRESETS[preset], config)
-    own = _skeleton(lambda: ReducioDiT(final), "config").state_dict()
+    expected = _skeleton(lambda: ReducioDiT(final), "config").state_dict()
     state = published_names.pixart_patches(final, state)
-    fresh = [n for n in own if n not in state and any(part in n for part in published_names.PIXART_LACKS)]
-    _fit(path, own, state, fresh)
+    fresh = [n for n in expected if n not in state and any(part in n for part in published_names.PIXART_LACKS)]
+    _fit(path, expected, state, fresh)
     start = _fresh_transformer(final, fresh)
-    made = {n: start[n].to(state["proj_out.weight"].dtype) if n in fresh else state[n] for n in own}
-    return Component("transformer", _head("transformer") | final.to_dict(), made, left_out, fresh)
+    weights = {n: start[n].to(state["proj_out.weight"].dtype) if n in fresh else state[n] for n in expected}
+    return Component("transformer", _head("transformer") | final.to_dict(), weights, left_out, fresh)
 
 
 def _fresh_transformer(config: DiTConfig, names: Sequence[str]) -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ def _make_content_encoder(
     if preset is not None or not base:
         base = base | CONTENT_PRESETS[preset or "sd"]
     network: Any = _skeleton(lambda: AutoencoderKL(**base | config), "config")
-    own = network.state_dict()
+    expected = network.state_dict()
     left_out: list[str] = []
     if any(n.startswith(LDM_PREFIX) for n in tensors):  # a whole latent diffusion model in one file
         left_out = [n for n in tensors if not n.startswith(LDM_PREFIX)]
@@ -249,11 +249,11 @@ def _make_content_encoder(
     tensors = {published_names.attention_name(n): t for n, t in tensors.items()}
     for n, t in tensors.items():
         # The attention was once written as 1x1 convolutions.
-        if n in own and own[n].ndim == 2 and t.ndim == 4 and t.shape[2:] == (1, 1):
+        if n in expected and expected[n].ndim == 2 and t.ndim == 4 and t.shape[2:] == (1, 1):
             tensors[n] = t.flatten(1)
-    _fit(path, own, tensors)
+    _fit(path, expected, tensors)
     settings = {n: v for n, v in json.loads(network.to_json_string()).items() if n != "_name_or_path"}
-    return Component("content_encoder", settings, {n: tensors[n] for n in own}, left_out, [])
+    return Component("content_encoder", settings, {n: tensors[n] for n in expected}, left_out, [])
 
 
 _MAKERS = {"vae": _make_vae, "transformer": _make_transformer, "content_encoder": _make_content_encoder}
@@ -266,12 +266,12 @@ def _head(name: str) -> dict[str, Any]:
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def _write(made: Component, target: Path, model: Path | None) -> list[str]:
+def _write(component: Component, target: Path, model: Path | None) -> list[str]:
     """Write the component folder, and the index of the `model` it belongs to; returns the components it lacks."""
     earlier = read_json(target / CONFIG).get("_class_name") if (target / CONFIG).is_file() else None
-    if earlier not in (None, CLASSES[made.name][1]):
+    if earlier not in (None, CLASSES[component.name][1]):
         raise ReducioError(
-            f"{target}: holds a {earlier}, which is not replaced by another class ({CLASSES[made.name][1]})"
+            f"{target}: holds a {earlier}, which is not replaced by another class ({CLASSES[component.name][1]})"
         )
     index: dict[str, Any] = {"_class_name": "ReducioPipeline", "_reducio_fast_version": version()}
     if model is not None and (model / INDEX).is_file():
@@ -279,13 +279,13 @@ def _write(made: Component, target: Path, model: Path | None) -> list[str]:
         if index.get("_class_name") != "ReducioPipeline":
             raise ReducioError(f"{model}: is the folder of a {index.get('_class_name')}, not of a ReducioPipeline")
     with new_folder(target, CONFIG, "component") as folder:
-        write_json(folder / CONFIG, made.config)
-        save_tensors(made.tensors, folder / WEIGHTS)
+        write_json(folder / CONFIG, component.config)
+        save_tensors(component.tensors, folder / WEIGHTS)
     if model is None:
         return []
-    index[made.name] = list(CLASSES[made.name])
-    if made.name == "transformer":
-        side = made.config["position_base_size"] * made.config["spatial_factor"]
+    index[component.name] = list(CLASSES[component.name])
+    if component.name == "transformer":
+        side = component.config["position_base_size"] * component.config["spatial_factor"]
         index |= {"sample_height": side, "sample_width": side}
         index.setdefault("clean_caption", True)  # PixArt's captions were cleaned before it saw them
     index.setdefault("fps", 16)

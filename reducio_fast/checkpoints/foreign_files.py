@@ -67,9 +67,9 @@ def _unpickle(path: Path) -> Any:
         raise ReducioError(f"{path}: not readable ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
         # torch's own message explains at length how to switch the restriction off.
-        found = re.search(r"(?:GLOBAL|[Cc]lass) ([\w.]+)", str(error))
-        what = f"asks for {found[1]}" if found else "cannot be read without running what it says"
-        raise ReducioError(f"{path}: refused, a pickle of more than tensors: it {what}") from error
+        class_match = re.search(r"(?:GLOBAL|[Cc]lass) ([\w.]+)", str(error))
+        reason = f"asks for {class_match[1]}" if class_match else "cannot be read without running what it says"
+        raise ReducioError(f"{path}: refused, a pickle of more than tensors: it {reason}") from error
     except Exception as error:  # a damaged file raises one of six types
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ReducioError(f"{path}: damaged ({line})") from error

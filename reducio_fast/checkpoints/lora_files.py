@@ -51,9 +51,9 @@ def read_adapter(
     """A LoRA checked against the network it is for. Raises ReducioError that lists every name that does not fit."""
     tensors, config, where = _read(source, weight_name)
     tensors = {name: widened(tensor) for name, tensor in tensors.items()}
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise ReducioError(f"{where}: is an adapter of type {kind}; LORA is what can be loaded")
+    peft_type = config.get("peft_type", "LORA")
+    if peft_type != "LORA":
+        raise ReducioError(f"{where}: is an adapter of type {peft_type}; LORA is what can be loaded")
     layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
     missing, unexpected, misshapen = [], [], []
@@ -64,12 +64,12 @@ def read_adapter(
         else:
             parts.setdefault(match["module"], {})[match["part"]] = (key, tensor)
     adapter: Adapter = {}
-    for path, found in parts.items():
-        absent = [f"{path}.{part}" for part in ("lora_A.weight", "lora_B.weight") if part not in found]
+    for path, layer_parts in parts.items():
+        absent = [f"{path}.{part}" for part in ("lora_A.weight", "lora_B.weight") if part not in layer_parts]
         if absent:
             missing += absent
             continue
-        (down_key, down), (up_key, up) = found["lora_A.weight"], found["lora_B.weight"]
+        (down_key, down), (up_key, up) = layer_parts["lora_A.weight"], layer_parts["lora_B.weight"]
         weight, rank = layers[path].weight, len(down) if down.ndim else 0
         kernel = (1,) * (weight.ndim - 2)
         for key, tensor, needed in (
@@ -78,7 +78,7 @@ def read_adapter(
         ):
             if tuple(tensor.shape) != needed:
                 misshapen.append(f"{key} {list(tensor.shape)} instead of {list(needed)}")
-        alpha = found["alpha"][1] if "alpha" in found else None
+        alpha = layer_parts["alpha"][1] if "alpha" in layer_parts else None
         adapter[path] = LowRank(down, up, _scale(path, rank or 1, alpha, config, where))
     strict_files.report(where, missing, unexpected, misshapen)
     if not adapter:
@@ -117,8 +117,8 @@ def _find_file(folder: Path, weight_name: str | None) -> Path:
     names = sorted(p.name for p in folder.glob("*.safetensors"))
     choice = [weight_name] if weight_name else [n for n in FILES if n in names] or names
     if len(choice) != 1:
-        found = ", ".join(names) or "no .safetensors file (pickles are never loaded)"
-        raise ReducioError(f"weight_name: name the LoRA's file in {folder}; there is {found}")
+        present = ", ".join(names) or "no .safetensors file (pickles are never loaded)"
+        raise ReducioError(f"weight_name: name the LoRA's file in {folder}; there is {present}")
     return folder / choice[0]
 
 

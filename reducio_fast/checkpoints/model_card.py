@@ -60,10 +60,10 @@ def write_card(folder: Path, components: Mapping[str, Any], settings: Mapping[st
         return
     from huggingface_hub import ModelCardData
 
-    given = {name: part for name, part in components.items() if part is not None}
+    present = {name: part for name, part in components.items() if part is not None}
     data = ModelCardData(
         library_name="reducio-fast",
-        pipeline_tag="text-to-video" if "text_to_image" in given else "image-to-video",
+        pipeline_tag="text-to-video" if "text_to_image" in present else "image-to-video",
         tags=["reducio", "diffusers", "safetensors"],
     )
     text = _CARD_TEXT.format(
@@ -72,7 +72,7 @@ def write_card(folder: Path, components: Mapping[str, Any], settings: Mapping[st
         height=settings["sample_height"],
         width=settings["sample_width"],
         fps=settings["fps"],
-        rows="\n".join(f"| {n} | {type(part).__name__} | {_parameters(part)} |" for n, part in given.items()),
+        rows="\n".join(f"| {n} | {type(part).__name__} | {_parameters(part)} |" for n, part in present.items()),
     )
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
 

@@ -52,11 +52,11 @@ Loaders = Mapping[str, Callable[[Loading], Any]]
 
 
 def read_model(
-    folder: Path, given: dict[str, Any], layout: Layout, loaders: Loaders, dtype: torch.dtype, device: torch.device
+    folder: Path, overrides: dict[str, Any], layout: Layout, loaders: Loaders, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """All components and settings of a model folder, by name.
 
-    An object in `given` takes the place of a component, which is then not read; a folder or hub id in `given` is where
+    An object in `overrides` takes the place of a component, which is then not read; a folder or hub id there is where
     it is read from.
     """
     path = folder / strict_files.INDEX
@@ -64,15 +64,15 @@ def read_model(
     if index.get("_class_name") != layout.pipeline:
         raise ReducioError(f"{path}: is of a {index.get('_class_name')}, not of a {layout.pipeline}")
     known = (*layout.names, *layout.settings)
-    for names, where in ((given, "from_pretrained"), (index, str(path))):
+    for names, where in ((overrides, "from_pretrained"), (index, str(path))):
         if unknown := sorted(n for n in names if n not in known and not n.startswith("_")):
             raise ReducioError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    sources = {n: v for n, v in given.items() if n in layout.names and isinstance(v, str | os.PathLike)}
+    sources = {n: v for n, v in overrides.items() if n in layout.names and isinstance(v, str | os.PathLike)}
     for component in layout.components:
-        if component.beside in sources and component.name not in given:
+        if component.beside in sources and component.name not in overrides:
             sources[component.name] = sources[component.beside]  # no other would fit
     parts = {name: index[name] for name in layout.settings if name in index}
-    parts |= {name: value for name, value in given.items() if name not in sources}
+    parts |= {name: value for name, value in overrides.items() if name not in sources}
     loaded: dict[Path, Any] = {}
     for name in layout.names:
         if name in parts:

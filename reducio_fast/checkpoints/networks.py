@@ -45,13 +45,13 @@ def pipeline_networks(pipeline: Any) -> list[nn.Module]:
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Make `tensors` the weights of `module`, all or nothing. `where` names their file in the report."""
-    own = module.state_dict()
+    expected = module.state_dict()
     misshapen = [
-        f"{n} {list(t.shape)} instead of {list(own[n].shape)}"
+        f"{n} {list(t.shape)} instead of {list(expected[n].shape)}"
         for n, t in tensors.items()
-        if n in own and t.shape != own[n].shape
+        if n in expected and t.shape != expected[n].shape
     ]
-    report(where, [n for n in own if n not in tensors], [n for n in tensors if n not in own], misshapen)
+    report(where, [n for n in expected if n not in tensors], [n for n in tensors if n not in expected], misshapen)
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
@@ -178,8 +178,8 @@ def cast(network: _Model, device: str | torch.device, dtype: torch.dtype) -> _Mo
     nn.Module.to(network, device=device)
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
     for path, module in network.named_modules():
-        kind = torch.float32 if kept & set(path.split(".")) else dtype
-        module._apply(lambda t, kind=kind: t.to(kind) if t.is_floating_point() else t, recurse=False)
+        module_dtype = torch.float32 if kept & set(path.split(".")) else dtype
+        module._apply(lambda t, dtype=module_dtype: t.to(dtype) if t.is_floating_point() else t, recurse=False)
     return network
 
 

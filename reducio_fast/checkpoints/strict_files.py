@@ -189,10 +189,10 @@ def report(where: Path, missing: list[str], unexpected: list[str], misshapen: li
     """Raise one ReducioError that lists every disagreement between a file and its model; return if there is none."""
     parts = []
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-    for kind, names in kinds:
+    for problem, names in kinds:
         if names:
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            parts.append(f"{len(names)} {kind}: {', '.join(names[:NAMES_SHOWN])}{more}")
+            parts.append(f"{len(names)} {problem}: {', '.join(names[:NAMES_SHOWN])}{more}")
     if parts:
         raise ReducioError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")
 

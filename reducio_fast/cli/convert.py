@@ -57,10 +57,10 @@ NAMES_SHOWN = 8  # of each kind, so that the text stays readable when hundreds o
 def lines(result: Mapping[str, Any]) -> list[str]:
     """The result of `convert` or `export` for people."""
     text = [f"{result['component']}: {result['tensors']} tensors"]
-    for name, what in (("left_out", "left out"), ("fresh", "not in the source, freshly initialised")):
+    for name, label in (("left_out", "left out"), ("fresh", "not in the source, freshly initialised")):
         if names := result.get(name):
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            text.append(f"  {len(names)} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
+            text.append(f"  {len(names)} {label}: {', '.join(names[:NAMES_SHOWN])}{more}")
     if lacks := result.get("model_lacks"):
         needed = [n for n in lacks if n not in REDUCIO.optional]
         text.append(f"  the model can do without {', '.join(n for n in lacks if n in REDUCIO.optional)}")

@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     return result, format_lines(result)
 
 
-def format_lines(found: dict[str, Any]) -> list[str]:
+def format_lines(report: dict[str, Any]) -> list[str]:
     """`describe()` as aligned lines for people; absent packages are left out."""
     lines = []
 
@@ -35,6 +35,6 @@ def format_lines(found: dict[str, Any]) -> list[str]:
         elif value is not None:
             lines.append(f"{name:<18} {value}")
 
-    for name, value in found.items():
+    for name, value in report.items():
         add({"devices": "device"}.get(name, name), value)
     return lines

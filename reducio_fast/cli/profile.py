@@ -25,8 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Printed:
     from ..measurement.profile import marked, profile
 
-    what = (arguments.workload, arguments.model, arguments.contender, arguments.dtype, arguments.device)
-    row = marked(*what) if arguments.ranges else profile(arguments.out, *what, shapes=arguments.shapes)
+    workload_arguments = (arguments.workload, arguments.model, arguments.contender, arguments.dtype, arguments.device)
+    row = (
+        marked(*workload_arguments)
+        if arguments.ranges
+        else profile(arguments.out, *workload_arguments, shapes=arguments.shapes)
+    )
     return row, lines(row)
 
 

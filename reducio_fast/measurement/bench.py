@@ -40,8 +40,8 @@ import json, time
 start = time.perf_counter()
 from reducio_fast.system.devices import resolve_device
 from reducio_fast.measurement.contenders import workload
-made = workload({name!r}, {model!r}, {dtype!r}, resolve_device({device!r}))
-contender = made.contender({contender!r})
+measured = workload({name!r}, {model!r}, {dtype!r}, resolve_device({device!r}))
+contender = measured.contender({contender!r})
 loaded = time.perf_counter()
 contender.run()
 print(json.dumps({{"load_s": loaded - start, "first_clip_s": time.perf_counter() - loaded}}))
@@ -76,11 +76,11 @@ def bench(
     if pairs < 1:
         raise ReducioError(f"bench: pairs must be at least 1, is {pairs}")
     device = resolve_device(device)
-    made = workload(name, model, dtype, device)
-    log(made.what)
+    measured = workload(name, model, dtype, device)
+    log(measured.what)
     machine = instruments.machine(device)
 
-    rows = made.parity()
+    rows = measured.parity()
     wrong = [row["what"] for row in rows if not row["right"]]
     if wrong:
         raise ReducioError(
@@ -88,18 +88,18 @@ def bench(
         )
     log(f"parity: {len(rows)} of {len(rows)} right")
     row: Row = {
-        "benchmark": "bench", "workload": name, "what": made.what, "note": note, "pairs": pairs, "machine": machine,
-        "parity": rows, "roof": instruments.roof(device, made.dtype), "flops": made.flops,
-        "shape": made.shape,
+        "benchmark": "bench", "workload": name, "what": measured.what, "note": note, "pairs": pairs, "machine": machine,
+        "parity": rows, "roof": instruments.roof(device, measured.dtype), "flops": measured.flops,
+        "shape": measured.shape,
         "contenders": {}, "ladder": {}, "cold": {},
     }  # fmt: skip
-    makers = [functools.partial(made.contender, each) for each in chosen]
-    row["contenders"] = compare(makers, chosen, made, pairs, row["roof"], log)
+    makers = [functools.partial(measured.contender, each) for each in chosen]
+    row["contenders"] = compare(makers, chosen, measured, pairs, row["roof"], log)
     if ladder:
-        rungs = made.rungs()
+        rungs = measured.rungs()
         names = [rung.name for rung in rungs]
         ready = [functools.partial(_same, rung) for rung in rungs]
-        row["ladder"] = compare(ready, names, made, pairs, row["roof"], log)
+        row["ladder"] = compare(ready, names, measured, pairs, row["roof"], log)
     if cold:
         for each in chosen:
             if each == "compiled":
@@ -112,7 +112,7 @@ def bench(
 def compare(
     makers: Sequence[Callable[[], Contender]],
     names: Sequence[str],
-    made: DefaultClip | GivenConditions | DecodedTile,
+    measured: DefaultClip | GivenConditions | DecodedTile,
     pairs: int,
     roof: Row,
     log: Callable[[str], None],
@@ -121,10 +121,10 @@ def compare(
 
     A first clip, which compiles what is to be compiled, and one for the memory come before those that count.
     """
-    found: dict[str, Row] = {}
+    rows: dict[str, Row] = {}
     ready: list[Contender] = []
     frames: dict[str, np.ndarray] = {}
-    device = made.device
+    device = measured.device
     for name, make in zip(names, makers, strict=True):
         try:
             start = clock(device)
@@ -137,12 +137,12 @@ def compare(
                 raise
             # A missing compiler, for example: the others can still be measured.
             lines = str(error).splitlines() or [""]
-            found[name] = {"skipped": f"{type(error).__name__}: {lines[0][:300]}"}
-            log(f"{name}: skipped, {found[name]['skipped']}")
+            rows[name] = {"skipped": f"{type(error).__name__}: {lines[0][:300]}"}
+            log(f"{name}: skipped, {rows[name]['skipped']}")
             continue
         with instruments.Peak(device) as peak:
             frames[name], _ = contender.run()
-        found[name] = {
+        rows[name] = {
             "what": contender.what,
             "dtype": str(contender.dtype).removeprefix("torch."),
             "build_s": round(built - start, 3),
@@ -169,13 +169,13 @@ def compare(
                         _, seconds = contender.run()
                         totals[contender.name].append(clock(device) - start)
                     joules[contender.name] += [] if energy.joules is None else [energy.joules]
-                    found[contender.name]["energy_source"] = energy.source
+                    rows[contender.name]["energy_source"] = energy.source
                 stages[contender.name].append(seconds)
             log(f"turn {turn + 1} of {pairs}: " + ", ".join(f"{c.name} {totals[c.name][-1]:.3f} s" for c in ready))
 
     first_name = ready[0].name
     for contender in ready:
-        mine, name = found[contender.name], contender.name
+        mine, name = rows[contender.name], contender.name
         mine["clip_s"] = spread(totals[name])
         mine["stages_s"] = {s: spread([turn[s] for turn in stages[name]]) for s in stages[name][0]}
         mine["speed_up"] = _ratios(totals[first_name], totals[name])
@@ -184,12 +184,12 @@ def compare(
             for s in stages[name][0]
             if s in stages[first_name][0]
         }
-        work = made.flops[contender.algebra]
+        work = measured.flops[contender.algebra]
         mine["tflops"] = {s: round(work[s] / mine["stages_s"][s]["median"] / 1e12, 4) for s in work}
         mine["share_of_roof"] = {s: round(rate / roof["matmul_tflops"], 4) for s, rate in mine["tflops"].items()}
         mine["psnr_db"] = None if name == first_name else _psnr(frames[first_name], frames[name])
         mine["joules"] = round(statistics.mean(joules[name]), 2) if joules[name] else None
-    return found
+    return rows
 
 
 def first_clips(

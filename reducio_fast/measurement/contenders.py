@@ -76,7 +76,7 @@ def ladder() -> list[Rung]:
              "content keys and values", transformer=True, vae=True),
     ]  # fmt: skip
     kernels: frozenset[str] = frozenset()
-    for name, ops, what in (
+    for name, ops, description in (
         ("group_norm_silu", ("group_norm_silu",), "parallel GroupNorm + SiLU kernel that writes the padded buffer"),
         ("conv3d", ("conv3d",), "implicit-GEMM convolution, bias, residual and statistics in its epilogue"),
         ("upsample_conv3d", ("upsample_conv3d",), "phase-folded up-sampling kernel"),
@@ -90,7 +90,7 @@ def ladder() -> list[Rung]:
         ("blend_tiles", ("blend_tiles",), "tiles blended, cropped and turned into bytes in one kernel"),
     ):
         kernels |= set(ops)
-        rungs.append(Rung(name, what, transformer=True, vae=True, kernels=kernels))
+        rungs.append(Rung(name, description, transformer=True, vae=True, kernels=kernels))
     last = rungs[-1]
     return [
         *rungs,
@@ -196,8 +196,8 @@ class GivenConditions:
             raise ReducioError(f"contender: fast-default needs the workload default or tile, is asked for {self.name}")
         engine = Engine(compiled or None, store=cache.folder("regions", _origin(self.device), cache_folder.root()))
         run = functools.partial(self.clip, engine.twin(self.dit), engine.twin(self.vae))
-        what = "fast twins, as backend='fast' builds them" + ", compiled" * compiled
-        return Contender(name, what, self.dtype, run, "folded")
+        description = "fast twins, as backend='fast' builds them" + ", compiled" * compiled
+        return Contender(name, description, self.dtype, run, "folded")
 
     def rungs(self) -> list[Contender]:
         """The ladder, without the rungs that change nothing on this device."""
@@ -205,24 +205,24 @@ class GivenConditions:
         from ..fast.reducio.dit import FastReducioDiT
         from ..fast.reducio.vae import FastReducioVAE
 
-        found: list[Contender] = []
+        contenders: list[Contender] = []
         before: Any = None
         for rung in ladder():
             if rung.name == "compile" and self.device.type == "cuda":
                 continue  # minutes, for all levels of four shapes of tile; `--contenders fast-compiled` has it
             if rung.contender:
-                found.append(replace(self.contender(rung.contender), name=rung.name, what=rung.what))
+                contenders.append(replace(self.contender(rung.contender), name=rung.name, what=rung.what))
                 continue
             plan = Plan(self.device, self.dtype, rung.kernels)
             dit = FastReducioDiT(self.dit, plan).eval() if rung.transformer else self.dit
             vae = FastReducioVAE(self.vae, plan).eval() if rung.vae else self.vae
-            made = (rung.transformer, rung.vae, [(c.path, c.implementation) for c in plan.choices])
-            if made != before:
+            build = (rung.transformer, rung.vae, [(c.path, c.implementation) for c in plan.choices])
+            if build != before:
                 run = functools.partial(self.clip, dit, vae)
                 algebra = "folded" if rung.vae else "folded transformer" if rung.transformer else "direct"
-                found.append(Contender(rung.name, rung.what, self.dtype, run, algebra))
-            before = made
-        return found
+                contenders.append(Contender(rung.name, rung.what, self.dtype, run, algebra))
+            before = build
+        return contenders
 
     def parity(self) -> list[dict[str, Any]]:
         """The fast path against the oracle, on these networks at the size that `parity` uses for a full-width one."""
@@ -249,8 +249,8 @@ class DefaultClip:
         self.asked, self.device = resolve_dtype(dtype, None, device), device
         pipe = self._pipe("reference")
         self.dtype = pipe.dtype
-        self.given = GivenConditions.of_pipeline(self.name, pipe)
-        self.shape = self.given.shape | {"fps": pipe.fps}
+        self.networks = GivenConditions.of_pipeline(self.name, pipe)
+        self.shape = self.networks.shape | {"fps": pipe.fps}
         frames = pipe.vae.config.num_frames
         self.what = (
             f"{self.name}: {frames}x{pipe.sample_height}x{pipe.sample_width} from a prompt, {STEPS} steps with guidance"
@@ -266,28 +266,28 @@ class DefaultClip:
 
     def contender(self, name: str) -> Contender:
         fast, compiled = name.startswith("fast"), name == "fast-compiled"
-        own = name == "fast-default"
-        pipe = self._pipe("fast" if fast else "reference", compiled or None, own)
-        what = f"ReducioPipeline, backend='{pipe.backend}'" + ", compile=True" * compiled
+        own_dtype = name == "fast-default"
+        pipe = self._pipe("fast" if fast else "reference", compiled or None, own_dtype)
+        description = f"ReducioPipeline, backend='{pipe.backend}'" + ", compile=True" * compiled
         if name == "compiled":
-            what = compile_reference(pipe.transformer, pipe.vae, self.device)
+            description = compile_reference(pipe.transformer, pipe.vae, self.device)
 
         def run() -> tuple[np.ndarray, Timings]:
             out = pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, progress=False)
             return out.frames, dict(out.timings)
 
-        dtype = pipe.executor.network("vae").dtype if own else pipe.dtype
-        return Contender(name, what, dtype, run, "folded" if fast else "direct")
+        dtype = pipe.executor.network("vae").dtype if own_dtype else pipe.dtype
+        return Contender(name, description, dtype, run, "folded" if fast else "direct")
 
     def rungs(self) -> list[Contender]:
-        return self.given.rungs()
+        return self.networks.rungs()
 
     def parity(self) -> list[dict[str, Any]]:
-        return self.given.parity()
+        return self.networks.parity()
 
     @property
     def flops(self) -> dict[str, Flops]:
-        return self.given.flops
+        return self.networks.flops
 
 
 def workload(
@@ -313,7 +313,7 @@ def workload(
     return GivenConditions.random(f"full size {name}", DiTConfig(), VAEConfig(), int(name), resolved, device)
 
 
-def count(given: GivenConditions) -> dict[str, Flops]:
+def count(conditions: GivenConditions) -> dict[str, Flops]:
     """See `GivenConditions.flops`."""
     from ..fast.plan import Plan
     from ..fast.reducio.dit import FastReducioDiT
@@ -321,8 +321,8 @@ def count(given: GivenConditions) -> dict[str, Flops]:
 
     meta = torch.device("meta")
     with meta:
-        dit = ReducioDiT(given.dit.config).requires_grad_(False)
-        vae = ReducioVAE(given.vae.config).requires_grad_(False)
+        dit = ReducioDiT(conditions.dit.config).requires_grad_(False)
+        vae = ReducioVAE(conditions.vae.config).requires_grad_(False)
 
     def twice(x: Tensor | None) -> Any:
         """Both halves of guidance, without data."""
@@ -330,8 +330,11 @@ def count(given: GivenConditions) -> dict[str, Flops]:
             return None
         return x.expand(2, *x.shape[1:]).to(meta, torch.float32 if x.is_floating_point() else x.dtype)
 
-    cond = [twice(x) for x in (given.cond.text, given.cond.text_mask, given.cond.semantic, given.cond.content)]
-    noise, image = given.noise.to(meta).float(), given.image.to(meta).float()
+    cond = [
+        twice(x)
+        for x in (conditions.cond.text, conditions.cond.text_mask, conditions.cond.semantic, conditions.cond.content)
+    ]
+    noise, image = conditions.noise.to(meta).float(), conditions.image.to(meta).float()
     steps = torch.empty(2, device=meta)
     plan = Plan(meta, torch.float32)
     fast_dit, fast_vae = FastReducioDiT(dit, plan), FastReducioVAE(vae, plan)
@@ -344,11 +347,15 @@ def count(given: GivenConditions) -> dict[str, Flops]:
         return float(counter.get_total_flops())
 
     def decode(network: Any) -> float:
-        return of(lambda: network.decode(noise, network.encode_content(image, tiled=given.tiled), tiled=given.tiled))
+        return of(
+            lambda: network.decode(noise, network.encode_content(image, tiled=conditions.tiled), tiled=conditions.tiled)
+        )
 
     both = noise.expand(2, *noise.shape[1:])
-    step = of(lambda: fast_dit.prepare(*cond)) + given.steps * of(lambda: fast_dit.denoise(noise, modulation, prepared))
-    direct = {"dit.step": given.steps * of(lambda: dit(both, steps, *cond)), "vae.decode": decode(vae)}
+    step = of(lambda: fast_dit.prepare(*cond)) + conditions.steps * of(
+        lambda: fast_dit.denoise(noise, modulation, prepared)
+    )
+    direct = {"dit.step": conditions.steps * of(lambda: dit(both, steps, *cond)), "vae.decode": decode(vae)}
     return {
         "direct": direct,
         "folded transformer": direct | {"dit.step": step},

@@ -49,10 +49,10 @@ def hot_problems() -> list[Problem]:
         (512, False, 16, 40),
         (512, True, 8, 20),
     ):
-        kind = "space+time" if time_ else "space"
+        axes = "space+time" if time_ else "space"
         problems.append(Problem(
-            "upsample_conv3d", "*", f"{C}->{C}", f"upsample_conv3d bf16 {C}->{C} {kind} stats",
-            f"{kind}, from {frames}x{side}x{side}", tiles, functools.partial(upsample_ways, C, time_, frames, side),
+            "upsample_conv3d", "*", f"{C}->{C}", f"upsample_conv3d bf16 {C}->{C} {axes} stats",
+            f"{axes}, from {frames}x{side}x{side}", tiles, functools.partial(upsample_ways, C, time_, frames, side),
         ))  # fmt: skip
     for plan, D, B, L, S, N, counted, calls in (
         ("self 72", 72, 2, 4096, 4096, 16, False, 28 * steps),
@@ -133,13 +133,13 @@ def attention_ways(
     return ways if counted else ways | {"flash-attn": lambda: flash_attention(q, k, v)}
 
 
-def norm_ways(given: bool, C: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """`given`: a convolution has left the statistics behind."""
+def norm_ways(has_statistics: bool, C: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """`has_statistics`: a convolution before it has computed the statistics."""
     from ..triton_kernels import group_norm_silu
 
     x = _random(device, 1, 16, side, side, C)
     w, b = _random(device, C), _random(device, C)
-    partials = group_norm_silu.statistics(x, False) if given else None
+    partials = group_norm_silu.statistics(x, False) if has_statistics else None
     arguments = (32, 1e-6, True, False)
     return {
         "kernel": lambda: torch.ops.reducio_fast.group_norm_silu(x, w, b, *arguments, partials, 1, 1, True),

@@ -28,8 +28,8 @@ L2_BYTES = 256 << 20  # more than any GPU's last-level cache: 50 MB on H100, 256
 
 def spread(values: list[float], digits: int = 5) -> dict[str, float]:
     """Median and extremes: with a handful of runs on a busy machine a deviation would say less."""
-    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, digits) for name, value in found.items()}
+    values_by_name = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in values_by_name.items()}
 
 
 # ---- memory and energy -----------------------------------------------------------------------------------------------
@@ -186,12 +186,12 @@ def timed(run: Callable[[], Any], device: torch.device, repeats: int = 9, warm: 
 
 
 def _clocks(device: torch.device) -> dict[str, int] | None:
-    with nvml(device) as found:
-        if found is None:
+    with nvml(device) as gpu:
+        if gpu is None:
             return None
-        module, handle = found
+        module, handle = gpu
         kinds = {"sm": module.NVML_CLOCK_SM, "memory": module.NVML_CLOCK_MEM}
-        now = {name: module.nvmlDeviceGetClockInfo(handle, kind) for name, kind in kinds.items()}
+        now = {name: module.nvmlDeviceGetClockInfo(handle, clock_domain) for name, clock_domain in kinds.items()}
         return now | {"sm_max": module.nvmlDeviceGetMaxClockInfo(handle, module.NVML_CLOCK_SM)}
 
 
@@ -221,20 +221,20 @@ def kernel_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what a row was measured: device, driver, versions, load, commit, date."""
-    found = machine_report.describe()
+    report = machine_report.describe()
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        where = found["devices"][index]
+        where = report["devices"][index]
     else:
-        where = {"name": found["cpu"]["cpu_model"], "arch": "cpu"} | found["cpu"]
+        where = {"name": report["cpu"]["cpu_model"], "arch": "cpu"} | report["cpu"]
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
         "device": where,
-        "python": found["python"],
-        "packages": {name: version for name, version in found["packages"].items() if version},
-        "torch_build": found["torch_build"],
+        "python": report["python"],
+        "packages": {name: version for name, version in report["packages"].items() if version},
+        "torch_build": report["torch_build"],
         "load_average": load,  # above 1 before the run: other processes were at work
     }
 

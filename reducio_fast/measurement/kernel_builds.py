@@ -33,10 +33,10 @@ def check(
     if triton.knobs.runtime.interpret:
         raise ReducioError("compile-check: TRITON_INTERPRET is set, so nothing is compiled; unset it")
     archs, ops = list(TARGETS if archs is None else archs), list(OPS if ops is None else ops)
-    for what, names, known in (("target", archs, TARGETS), ("kernel", ops, OPS)):
+    for noun, names, known in (("target", archs, TARGETS), ("kernel", ops, OPS)):
         for name in names:
             if name not in known:
-                raise ReducioError(f"compile-check: {what} {name!r} is unknown; known: {', '.join(known)}")
+                raise ReducioError(f"compile-check: {noun} {name!r} is unknown; known: {', '.join(known)}")
     tasks = [(arch, op, only) for arch in archs for op in ops]
     # Processes, started afresh: Triton's compiler holds the interpreter's lock, and a forked torch may hang.
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:

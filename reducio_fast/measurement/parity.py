@@ -53,12 +53,12 @@ def compare(
     vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32, device)
     dit = load_model(ReducioDiT, DiTConfig, folder / "transformer", torch.float32, device)
     pixels = GPU_PIXELS if device.type == "cuda" else CPU_PIXELS
-    name, own = ("default", 128) if model is None else (folder.name, pixels)
-    rows = list(compare_networks(name, dit, vae, dtype, own, whole=True))
+    name, default_pixels = ("default", 128) if model is None else (folder.name, pixels)
+    rows = list(compare_networks(name, dit, vae, dtype, default_pixels, whole=True))
     if full_size if full_size is not None else device.type == "cuda":
         del vae, dit
-        for kind in (ReducioVAE, ReducioDiT):
-            rows += compare_networks("full size", *_full_size(kind, device), dtype, pixels, whole=False)
+        for network_class in (ReducioVAE, ReducioDiT):
+            rows += compare_networks("full size", *_full_size(network_class, device), dtype, pixels, whole=False)
     return rows
 
 
@@ -73,8 +73,8 @@ def compare_networks(
     from ..fast.reducio.vae import FastReducioVAE
     from ..fast.sampler import sample as fast_sample
 
-    given: list[Any] = [network for network in (vae, dit) if network is not None]
-    device = next(given[0].parameters()).device
+    networks: list[Any] = [network for network in (vae, dit) if network is not None]
+    device = next(networks[0].parameters()).device
     wide = torch.float64 if dtype == torch.float32 else torch.float32  # else eager would be its own oracle
     generator = torch.Generator().manual_seed(0)
 
@@ -83,10 +83,10 @@ def compare_networks(
         low = copy.deepcopy(network).to(dtype).eval()
         return [(twin(low, Plan(device, dtype)).eval(), dtype), (low, dtype), (network.to(wide).eval(), wide)]
 
-    def row(what: str, fast: Tensor, eager: Tensor, oracle: Tensor) -> Row:
+    def row(comparison: str, fast: Tensor, eager: Tensor, oracle: Tensor) -> Row:
         verdict = judge(fast.to(eager.dtype), eager, oracle)
         return {
-            "what": f"{name}: {what}",
+            "what": f"{name}: {comparison}",
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
             "error": verdict.fast,
@@ -100,7 +100,8 @@ def compare_networks(
 
     def decode(latents: list[Tensor]) -> list[Tensor]:
         return [
-            n.decode(z.to(kind), n.encode_content(image.to(kind))) for (n, kind), z in zip(vaes, latents, strict=True)
+            n.decode(z.to(network_dtype), n.encode_content(image.to(network_dtype)))
+            for (n, network_dtype), z in zip(vaes, latents, strict=True)
         ]
 
     if vae is not None:
@@ -108,7 +109,7 @@ def compare_networks(
         video = random(1, 3, vae.config.num_frames, pixels, pixels).mul(0.5).clamp(-1, 1)
         video = torch.nn.functional.avg_pool3d(video, 3, 1, 1)  # pictures are smooth, noise is not
         image = video[:, :, vae.config.content_frame]
-        moments = [n.encode(video.to(kind)).mean for n, kind in vaes]
+        moments = [n.encode(video.to(network_dtype)).mean for n, network_dtype in vaes]
         yield row("vae.encode", *moments)
         yield row("vae.decode", *decode([vae.normalize_latent(moments[-1]).float()] * 3))
     if dit is None:
@@ -143,11 +144,11 @@ def compare_networks(
     yield row("end to end", *decode(latents))
 
 
-def _full_size(kind: type, device: torch.device) -> tuple[ReducioDiT | None, ReducioVAE | None]:
+def _full_size(network_class: type, device: torch.device) -> tuple[ReducioDiT | None, ReducioVAE | None]:
     """The full-width network of that class, in its place in the pair of both."""
     torch.manual_seed(0)
     with torch.device(device):
-        pair = (None, ReducioVAE(VAEConfig())) if kind is ReducioVAE else (ReducioDiT(DiTConfig()), None)
+        pair = (None, ReducioVAE(VAEConfig())) if network_class is ReducioVAE else (ReducioDiT(DiTConfig()), None)
     for network in pair:
         if network is not None:
             liven(network)

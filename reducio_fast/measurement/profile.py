@@ -63,7 +63,7 @@ def profile(
         raise ReducioError(f"out: {path} must end in .json.gz")
     if not path.parent.is_dir():
         raise ReducioError(f"out: the folder {path.parent} does not exist")
-    run, where, what = _ready(name, model, contender, dtype, device, warm)
+    run, where, title = _ready(name, model, contender, dtype, device, warm)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if where.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -80,10 +80,10 @@ def profile(
             trace = json.load(file)
     return {
         "benchmark": "profile",
-        "what": what,
+        "what": title,
         "trace": str(path),
         "machine": machine(where),
-        "stages": {stage: _summary(found) for stage, found in by_stage(trace["traceEvents"]).items()},
+        "stages": {stage: _summary(figures) for stage, figures in by_stage(trace["traceEvents"]).items()},
     }
 
 
@@ -94,10 +94,10 @@ def marked(name: str, model: Any, contender: str, dtype: str | None, device: Any
     """
     if not torch.cuda.is_available():
         raise ReducioError("ranges: NVTX and roctx mark the time line of a GPU, and there is none here")
-    run, where, what = _ready(name, model, contender, dtype, device, warm)
+    run, where, title = _ready(name, model, contender, dtype, device, warm)
     with stage_clock.profile_stages("markers"), torch.cuda.profiler.profile():
         run()
-    return {"benchmark": "profile", "what": what, "trace": None, "machine": machine(where), "stages": {}}
+    return {"benchmark": "profile", "what": title, "trace": None, "machine": machine(where), "stages": {}}
 
 
 def _write_clip(frames: np.ndarray) -> None:
@@ -114,11 +114,11 @@ def _ready(
     if contender not in CONTENDERS:
         raise ReducioError(f"contender: {contender!r} is unknown; known: {', '.join(CONTENDERS)}")
     device = resolve_device(device)
-    made = workload(name, model, dtype, device)
-    chosen = made.contender(contender)
+    measured = workload(name, model, dtype, device)
+    chosen = measured.contender(contender)
     for _ in range(warm):
         chosen.run()
-    return chosen.run, device, f"{made.what}, {contender}"
+    return chosen.run, device, f"{measured.what}, {contender}"
 
 
 def by_stage(events: Iterable[dict[str, Any]]) -> dict[str, Stage]:
@@ -156,15 +156,15 @@ def by_stage(events: Iterable[dict[str, Any]]) -> dict[str, Stage]:
     else:
         timed = [(*op, stage_at(op[1])) for op in _own_time(e for e in spans if e.get("cat") == "cpu_op")]
     intervals: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for name, ts, duration, own, stage in timed:
+    for name, ts, duration, own_time, stage in timed:
         if stage is None:
             continue
         entry = stages[stage].ops[name]
         entry[0] += 1
-        entry[1] += own
+        entry[1] += own_time
         intervals[stage].append((ts, ts + duration))
-    for stage, found in intervals.items():
-        stages[stage].busy = _covered(found)
+    for stage, stage_intervals in intervals.items():
+        stages[stage].busy = _covered(stage_intervals)
     return stages
 
 
@@ -178,13 +178,13 @@ def _own_time(ops: Iterable[dict[str, Any]]) -> Iterable[tuple[str, float, float
         open_ops: list[list[Any]] = []  # [op, its own time so far]
         for op in members:
             while open_ops and open_ops[-1][0]["ts"] + open_ops[-1][0]["dur"] <= op["ts"]:
-                done, own = open_ops.pop()
-                yield done["name"], done["ts"], done["dur"], own
+                done, own_time = open_ops.pop()
+                yield done["name"], done["ts"], done["dur"], own_time
             if open_ops:
                 open_ops[-1][1] -= op["dur"]
             open_ops.append([op, op["dur"]])
-        for done, own in reversed(open_ops):
-            yield done["name"], done["ts"], done["dur"], own
+        for done, own_time in reversed(open_ops):
+            yield done["name"], done["ts"], done["dur"], own_time
 
 
 def _covered(intervals: list[tuple[float, float]]) -> float:

@@ -61,7 +61,7 @@ def search(
     """Coordinate descent: along each axis (partial settings that replace each other) in turn, until a round gains
     nothing or time is up. `start` is measured whatever `allowed` says of it, so the result is never slower."""
     best, least = start, cost(start)
-    found = Found(start, least, least, 1, 0)
+    result = Found(start, least, least, 1, 0)
     seen = {_key(start)}
     gained = True
     while gained and not expired():
@@ -71,16 +71,16 @@ def search(
             seen |= {_key(c) for c in candidates}
             for candidate, good in zip(candidates, allowed(candidates) if candidates else (), strict=True):
                 if not good:
-                    found.pruned += 1
+                    result.pruned += 1
                     continue
                 if expired():
                     break
                 seconds = cost(candidate)
-                found.tried += 1
+                result.tried += 1
                 if seconds < least * (1 - NOISE):
                     best, least, gained = candidate, seconds, True
-    found.settings, found.after = best, least
-    return found
+    result.settings, result.after = best, least
+    return result
 
 
 def axes_of(op: str, key: str, hip: bool) -> list[list[Settings]]:
@@ -140,21 +140,21 @@ def tune(
                 return _total(members, clock)
 
         variants = tuple(dict.fromkeys(m.variant for m in members))
-        found = search(
+        result = search(
             in_force(op, key, arch),
             axes_of(op, key, hip),
             cost,
             functools.partial(allowed, op, key, variants),
             functools.partial(_passed, now, stop),
         )
-        table.setdefault(op, {})[key] = found.settings
+        table.setdefault(op, {})[key] = result.settings
         rows.append({
-            "op": op, "key": key, "settings": found.settings, "tried": found.tried, "pruned": found.pruned,
-            "before_s": found.before, "after_s": found.after,
+            "op": op, "key": key, "settings": result.settings, "tried": result.tried, "pruned": result.pruned,
+            "before_s": result.before, "after_s": result.after,
         })  # fmt: skip
         log(
-            f"{op} {key}: {found.before * 1e3:.2f} -> {found.after * 1e3:.2f} ms a clip, {found.tried} tried, "
-            f"{found.pruned} not launched"
+            f"{op} {key}: {result.before * 1e3:.2f} -> {result.after * 1e3:.2f} ms a clip, {result.tried} tried, "
+            f"{result.pruned} not launched"
         )
     plan, more = choose(problems, arch, table, clock)
     for row in more:
@@ -240,8 +240,8 @@ def write(table: dict[str, Any], arch: str, path: Path) -> None:
     """The table in the shipped ones' layout, over what the present one says of classes that were not measured."""
     from importlib import resources
 
-    own = resources.files("reducio_fast.triton_kernels") / "tables" / f"{arch}.json"
-    merged = json.loads(own.read_text()) if own.is_file() else {}
+    shipped = resources.files("reducio_fast.triton_kernels") / "tables" / f"{arch}.json"
+    merged = json.loads(shipped.read_text()) if shipped.is_file() else {}
     for op, entries in table.items():
         merged[op] = merged.get(op, {}) | entries
     ops = [

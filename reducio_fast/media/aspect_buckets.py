@@ -58,17 +58,23 @@ def nearest(height: int, width: int, table: Sequence[Size]) -> Size:
 
 
 def choose_size(
-    height: int | None, width: int | None, own: Size, pictures: Sequence[Size] = (), factor: int = 32
+    height: int | None, width: int | None, model_size: Size, pictures: Sequence[Size] = (), factor: int = 32
 ) -> Size:
-    """(height, width) of a call's clips: what is asked for, else the bucket of the pictures, else the model's `own`.
+    """(height, width) of a call's clips: what is asked for, else the bucket of the pictures, else `model_size`.
 
     `pictures` are the sizes of the content frames that a user gives. Buckets are those around the model's own size; a
     model that is not made for one of the tables (a square of 256, 512 or 1024) keeps its own. Raises ReducioError where
     the pictures of one call belong to different buckets.
     """
-    if height is not None or width is not None or not pictures or own[0] != own[1] or own[0] not in BASES:
-        return own[0] if height is None else height, own[1] if width is None else width
-    table = buckets(own[0], factor)
+    if (
+        height is not None
+        or width is not None
+        or not pictures
+        or model_size[0] != model_size[1]
+        or model_size[0] not in BASES
+    ):
+        return model_size[0] if height is None else height, model_size[1] if width is None else width
+    table = buckets(model_size[0], factor)
     chosen = [towards_square(*picture, table) for picture in pictures]
     for number, size in enumerate(chosen):
         if size != chosen[0]:

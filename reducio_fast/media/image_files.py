@@ -71,13 +71,13 @@ def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
     return decode_image(load, f"the image {printable(image)}")
 
 
-def decode_image(load: Callable[[], T], what: str) -> T:
+def decode_image(load: Callable[[], T], source: str) -> T:
     try:
         return load()
     except ReducioError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on broken bytes
-        raise ReducioError(f"{what} cannot be read: {first_line(error)}") from error
+        raise ReducioError(f"{source} cannot be read: {first_line(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

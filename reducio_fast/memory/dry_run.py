@@ -125,9 +125,9 @@ class DryRun(TorchDispatchMode):
     def _free(self, size: int) -> None:
         self.live -= size
 
-    def _remembered(self, kind: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _remembered(self, module_class: type, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            key = (kind, *(tuple(x.shape) for x in tree_leaves(args) if isinstance(x, Tensor)))
+            key = (module_class, *(tuple(x.shape) for x in tree_leaves(args) if isinstance(x, Tensor)))
             if key not in self._known:
                 result, peak = self.peak_of(forward, *args)
                 self._known[key] = peak, _form(result)

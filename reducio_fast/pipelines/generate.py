@@ -39,18 +39,18 @@ def generate(
     """
     device = devices.resolve_device(device)
     resolved = devices.resolve_dtype(dtype, None, device)
-    found = registry.find(model)
-    found.check_call(backend, kwargs)
-    if "prompt" in found.call_defaults and prompt is None and kwargs.get("prompt_embeds") is None:
+    model_entry = registry.find(model)
+    model_entry.check_call(backend, kwargs)
+    if "prompt" in model_entry.call_defaults and prompt is None and kwargs.get("prompt_embeds") is None:
         raise ReducioError("prompt: None given; describe the clip")
     # For our models None is more than the default dtype: the fast path then chooses its own.
-    asked = resolved if dtype is not None or not found.load_arguments else None
-    load_kwargs = {name: kwargs.pop(name) for name in found.load_arguments if name in kwargs}
+    asked = resolved if dtype is not None or not model_entry.load_arguments else None
+    load_kwargs = {name: kwargs.pop(name) for name in model_entry.load_arguments if name in kwargs}
     # Lists and dicts have no hash; the pipeline that they were given to keeps them alive, and their id their own.
     settings = [(n, v if getattr(v, "__hash__", None) else (type(v), id(v))) for n, v in load_kwargs.items()]
-    key = (*found.key, asked, device, backend, *settings)
+    key = (*model_entry.key, asked, device, backend, *settings)
     folders = [registry.folder_state(v) for v in load_kwargs.values() if isinstance(v, str | os.PathLike)]
-    pipe = _kept(key, (found.files, *folders), lambda: found.load(asked, device, backend, **load_kwargs))
+    pipe = _kept(key, (model_entry.files, *folders), lambda: model_entry.load(asked, device, backend, **load_kwargs))
     return pipe(prompt, image, **kwargs)
 
 

@@ -249,8 +249,14 @@ class Adapters:
         return self.merge
 
 
-def _names(adapters: Merge, given: Any) -> list[str]:
-    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+def _names(adapters: Merge, adapter_names: Any) -> list[str]:
+    names = (
+        [adapter_names]
+        if isinstance(adapter_names, str)
+        else list(adapter_names)
+        if isinstance(adapter_names, Iterable)
+        else [adapter_names]
+    )
     if unknown := [n for n in names if not isinstance(n, str) or n not in adapters.loaded]:
         known = ", ".join(adapters.loaded) or "none"
         raise ReducioError(f"adapter_names: {', '.join(map(repr, unknown))} not loaded; loaded are {known}")

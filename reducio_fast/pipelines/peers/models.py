@@ -248,7 +248,7 @@ def _component(library: str, class_name: str, kwargs: dict[str, Any], device: to
 
 
 def diffusers_class(class_name: str) -> Any:
-    found = getattr(importlib.import_module("diffusers"), class_name, None)
-    if found is None:
+    model_class = getattr(importlib.import_module("diffusers"), class_name, None)
+    if model_class is None:
         raise ReducioError(f"diffusers {metadata.version('diffusers')} has no {class_name}")
-    return found
+    return model_class

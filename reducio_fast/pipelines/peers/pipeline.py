@@ -174,13 +174,13 @@ class PeerPipeline:
         callback: Callable[..., Any] | None,
         timings: dict[str, float],
     ) -> Any:
-        kind = "latent" if output_type == "latent" else "pt"
+        peer_output_type = "latent" if output_type == "latent" else "pt"
         try:
             with _stages(self.pipeline, self.source.peer.denoiser, timings) as step_end:
                 video = self.pipeline(
                     **kwargs,
                     generator=generator,
-                    output_type=kind,
+                    output_type=peer_output_type,
                     callback_on_step_end=functools.partial(_step_end, callback, step_end),
                 ).frames[0]
         except ReducioError:
@@ -189,7 +189,7 @@ class PeerPipeline:
             raise ReducioError(f"{self.source.peer.name}: {error}") from error
         if not torch.isfinite(video).all():
             raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
-        if kind == "latent":
+        if peer_output_type == "latent":
             return video
         return to_output(video.float().transpose(0, 1) * 2 - 1, output_type)
 

@@ -229,12 +229,12 @@ def load_text_encoder(
     from transformers import AutoConfig, AutoModelForTextEncoding
 
     folder = find_text_encoder(name)
-    kind = read_json(folder / CONFIG).get("model_type")
+    model_type = read_json(folder / CONFIG).get("model_type")
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         model_class = AutoModelForTextEncoding._model_mapping[type(config)]
     except (ValueError, KeyError, OSError) as error:
-        raise ReducioError(f"text_encoder: {folder} is of the type {kind!r}, which is no text encoder") from error
+        raise ReducioError(f"text_encoder: {folder} is of the type {model_type!r}, which is no text encoder") from error
     _check_width("text_encoder", config.hidden_size, width, folder)
     return load_foreign("transformers", model_class.__name__, folder, dtype, device, skip=T5_DECODER)
 
@@ -273,6 +273,6 @@ def _inner(folder: Path, name: str, file: str) -> Path:
     return folder / name if not (folder / file).is_file() and (folder / name).is_dir() else folder
 
 
-def _check_width(name: str, given: int | None, needed: int | None, folder: Path) -> None:
-    if needed is not None and given is not None and given != needed:
-        raise ReducioError(f"{name}: {folder} gives {given} channels, the transformer reads {needed}")
+def _check_width(name: str, width: int | None, needed: int | None, folder: Path) -> None:
+    if needed is not None and width is not None and width != needed:
+        raise ReducioError(f"{name}: {folder} gives {width} channels, the transformer reads {needed}")

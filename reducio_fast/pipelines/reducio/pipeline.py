@@ -226,29 +226,33 @@ class ReducioPipeline(VideoPipeline):
         the call. Raises ReducioError."""
         call = inspect.signature(self.__call__).bind(**arguments)
         call.apply_defaults()
-        given = Arguments(**call.arguments)
+        inputs = Arguments(**call.arguments)
         config = self.vae.config
         prompts, negatives, many_prompts = validation.check_prompts(
-            given.prompt, given.negative_prompt, given.prompt_embeds
+            inputs.prompt, inputs.negative_prompt, inputs.prompt_embeds
         )
-        images = image_files.read_images(given.image, len(prompts))
+        images = image_files.read_images(inputs.image, len(prompts))
         sizes = [i.shape[:2] for i in images if i is not None]
-        own = (self.sample_height, self.sample_width)
-        height, width = aspect_buckets.choose_size(given.height, given.width, own, sizes, config.spatial_factor)
-        per_prompt = validation.check_count("num_videos_per_prompt", given.num_videos_per_prompt, validation.MAX_VIDEOS)
-        validation.check_size(config, height, width, given.num_frames)
+        model_size = (self.sample_height, self.sample_width)
+        height, width = aspect_buckets.choose_size(
+            inputs.height, inputs.width, model_size, sizes, config.spatial_factor
+        )
+        per_prompt = validation.check_count(
+            "num_videos_per_prompt", inputs.num_videos_per_prompt, validation.MAX_VIDEOS
+        )
+        validation.check_size(config, height, width, inputs.num_frames)
         max_steps = self.scheduler.config.num_train_timesteps
-        validation.check_sampling(given.num_inference_steps, max_steps, given.guidance_scale, given.output_type)
-        names = given.callback_on_step_end_tensor_inputs
-        validation.check_callback(given.callback_on_step_end, names, self._callback_tensor_inputs)
+        validation.check_sampling(inputs.num_inference_steps, max_steps, inputs.guidance_scale, inputs.output_type)
+        names = inputs.callback_on_step_end_tensor_inputs
+        validation.check_callback(inputs.callback_on_step_end, names, self._callback_tensor_inputs)
         shape, count = config.latent_shape(height, width), len(prompts) * per_prompt
         is_list = many_prompts or per_prompt > 1
-        generators = validation.check_generators(count, given.seed, given.generator)
+        generators = validation.check_generators(count, inputs.seed, inputs.generator)
         latents: Sequence[Tensor | None] = [None] * count
-        if given.latents is not None:
-            latents = validation.check_latents(given.latents, shape, count, is_list)
+        if inputs.latents is not None:
+            latents = validation.check_latents(inputs.latents, shape, count, is_list)
         content_size = self.conditioner.content_size(height, width)
-        embeds = validation.check_embeds(self.transformer.config, content_size, len(prompts), many_prompts, given)
+        embeds = validation.check_embeds(self.transformer.config, content_size, len(prompts), many_prompts, inputs)
         per_clip = ([x for x in each for _ in range(per_prompt)] for each in (prompts, negatives, images, embeds))
         request = Request(
             clips=[ClipRequest(*clip) for clip in zip(*per_clip, generators, latents, strict=True)],
@@ -256,13 +260,13 @@ class ReducioPipeline(VideoPipeline):
             height=height,
             width=width,
             latent_shape=shape,
-            num_inference_steps=given.num_inference_steps,
-            guidance_scale=given.guidance_scale,
-            output_type=given.output_type,
-            callback_on_step_end=given.callback_on_step_end,
+            num_inference_steps=inputs.num_inference_steps,
+            guidance_scale=inputs.guidance_scale,
+            output_type=inputs.output_type,
+            callback_on_step_end=inputs.callback_on_step_end,
             callback_tensor_inputs=tuple(names),
-            content_kwargs=check_content_kwargs(self.text_to_image, given.content_kwargs),
-            progress=given.progress,
+            content_kwargs=check_content_kwargs(self.text_to_image, inputs.content_kwargs),
+            progress=inputs.progress,
         )
         self.conditioner.check(request)
         return request
@@ -317,9 +321,9 @@ class ReducioPipeline(VideoPipeline):
         [N, 4, H/8, W/8] of a clip of that size (by default as in a call); None for an encoder the model does not have.
         """
         images = [image_files.read_image(each) for each in (image if isinstance(image, list | tuple) else [image])]
-        config, own = self.vae.config, (self.sample_height, self.sample_width)
+        config, model_size = self.vae.config, (self.sample_height, self.sample_width)
         sizes = [each.shape[:2] for each in images]
-        height, width = aspect_buckets.choose_size(height, width, own, sizes, config.spatial_factor)
+        height, width = aspect_buckets.choose_size(height, width, model_size, sizes, config.spatial_factor)
         validation.check_size(config, height, width, config.num_frames)
         frames = [image_files.fit_image(each, height, width) for each in images]
         with self.executor.lock, self.executor.placed("image.encode"):
