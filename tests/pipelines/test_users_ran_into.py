@@ -1,0 +1,217 @@
+"""Files, settings and sizes as people have them: narrow dtypes, shards, tied weights, full disks, large frames."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from reducio_fast import ReducioError, ReducioPipeline, generate
+from reducio_fast.media.image_files import MAX_PIXELS, read_image
+from reducio_fast.pipelines import generate as generate_module
+from reducio_fast.pipelines import registry
+
+PROMPT = "a red circle moving right on a black background"
+KWARGS: dict[str, Any] = {"num_inference_steps": 1, "progress": False, "seed": 0}
+IMAGE = np.full((64, 64, 3), 90, np.uint8)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle: Path) -> ReducioPipeline:
+    return ReducioPipeline.from_pretrained(bundle)
+
+
+@pytest.fixture
+def folder(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_a_lora_in_eight_bits_is_loaded(bundle: Path, dtype: torch.dtype) -> None:
+    pipe = ReducioPipeline.from_pretrained(bundle)
+    path = "transformer_blocks.0.attn1.to_q"
+    before = pipe.transformer.get_submodule(path).weight.clone()
+    out, width = before.shape
+    lora = {f"{path}.lora_A.weight": torch.ones(1, width), f"{path}.lora_B.weight": torch.full((out, 1), 0.5)}
+    pipe.load_lora_weights({name: tensor.to(dtype) for name, tensor in lora.items()})
+    torch.testing.assert_close(pipe.transformer.get_submodule(path).weight, before + 0.5)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_latents_in_eight_bits_are_noise_like_any_other(pipe: ReducioPipeline, dtype: torch.dtype) -> None:
+    shape = pipe.vae.config.latent_shape(64, 64)
+    noise = torch.randn(shape).to(dtype)
+    clips = [
+        pipe(PROMPT, IMAGE, height=64, width=64, latents=x, output_type="latent", **KWARGS).frames
+        for x in (noise, noise.float())
+    ]
+    assert torch.equal(*clips)
+    with pytest.raises(ReducioError, match="latents: holds values that are not finite"):
+        pipe(PROMPT, IMAGE, height=64, width=64, latents=torch.full(shape, torch.nan).to(dtype), **KWARGS)
+
+
+@pytest.mark.parametrize("component", ["vae", "transformer"])
+def test_shards_in_a_model_folder_are_loaded(folder: Path, pipe: ReducioPipeline, component: str) -> None:
+    where = folder / component
+    tensors = load_file(where / WEIGHTS)
+    names = sorted(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, where / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (where / WEIGHTS).unlink()
+    index = where / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    loaded = ReducioPipeline.from_pretrained(folder)
+    for name, tensor in getattr(loaded, component).state_dict().items():
+        assert torch.equal(tensor, getattr(pipe, component).state_dict()[name]), name
+    for wrong in ({}, {"weight_map": ["a"]}, {"weight_map": {names[0]: "../x"}}, {"weight_map": {names[0]: "gone"}}):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(ReducioError, match="index.json"):
+            ReducioPipeline.from_pretrained(folder)
+
+
+def test_tied_weights_are_saved_and_come_back(bundle: Path, tmp_path: Path) -> None:
+    pipe = ReducioPipeline.from_pretrained(bundle)
+    first, second = (pipe.transformer.transformer_blocks[i].attn1 for i in (0, 1))
+    second.to_q.weight = first.to_q.weight
+    whole = torch.cat([first.to_k.weight.data, first.to_v.weight.data])  # two views of one storage
+    first.to_k.weight.data, first.to_v.weight.data = whole.chunk(2)
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = ReducioPipeline.from_pretrained(tmp_path / "saved")
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert torch.equal(loaded.transformer.state_dict()[name], tensor), name
+
+
+def test_a_disk_that_fills_leaves_the_earlier_model(pipe: ReducioPipeline, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    pipe.save_pretrained(target)
+    before = {f: f.read_bytes() for f in target.rglob("*") if f.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(ReducioError, match="save_directory: cannot write .*model "):
+            pipe.save_pretrained(target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {f: f.read_bytes() for f in target.rglob("*") if f.is_file()} == before
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fps", None), ("fps", "16"), ("fps", 0), ("fps", True), ("fps", [16]), ("sample_height", 100),
+     ("sample_width", "256"), ("sample_height", -32), ("clean_caption", "no"), ("content_scaling_factor", None)],
+)  # fmt: skip
+def test_settings_of_a_folder_are_checked_by_name(folder: Path, name: str, value: Any) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {name: value}))
+    with pytest.raises(ReducioError, match=f"{name}: .*must be|{name}: .*not a multiple"):
+        ReducioPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (128, 128), (320, 320), (352, 32), (32, 2048), (1024, 1024), (4096, 4096)])
+def test_the_quick_check_is_a_bound_of_the_forecast(pipe: ReducioPipeline, size: tuple[int, int]) -> None:
+    assert pipe.decoder.generous(*size) > pipe.forecast(*size).peak()
+
+
+def test_a_large_frame_is_refused_before_the_kernel_refuses_it(bundle: Path) -> None:
+    pipe = ReducioPipeline.from_pretrained(bundle, text_to_image=None)
+    pipe.fitter.free_bytes = lambda device: 8 * 2**30
+    with pytest.raises(ReducioError, match="memory: a clip of 4096x4096 needs .* would fit"):
+        pipe(PROMPT, np.zeros((64, 64, 3), np.uint8), height=4096, width=4096, **KWARGS)
+
+
+def test_a_picture_of_many_pixels_is_refused_by_its_header(tmp_path: Path) -> None:
+    side = int(MAX_PIXELS**0.5) + 200
+    Image.new("1", (side, side)).save(tmp_path / "large.png")
+    with pytest.raises(ReducioError, match="33.6 million are the most"):
+        read_image(tmp_path / "large.png")
+    Image.new("L", (side, side), 90).save(tmp_path / "large.jpg")
+    assert read_image(tmp_path / "large.jpg").shape == (side // 2, side // 2, 3)
+
+
+def test_pixart_needs_two_steps(pipe: ReducioPipeline) -> None:
+    with pytest.raises(ReducioError, match="content_kwargs: num_inference_steps is 1"):
+        pipe(PROMPT, content_kwargs={"num_inference_steps": 1}, **KWARGS)
+    with pytest.raises(ReducioError, match="content frame: PixArtAlphaPipeline: "):
+        pipe(PROMPT, content_kwargs={"num_inference_steps": "many"}, **KWARGS)
+
+
+def test_the_first_stage_can_be_followed_and_stopped(pipe: ReducioPipeline) -> None:
+    seen: list[tuple[str, int]] = []
+    original = pipe.text_to_image.transformer.forward
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        assert pipe.call is not None
+        seen.append((pipe.call.stage, pipe.call.step))
+        pipe._interrupt = pipe.call.step == 3
+        return original(*args, **kwargs)
+
+    pipe.text_to_image.transformer.forward = watch
+    try:
+        with pytest.raises(ReducioError, match="interrupted while the content frame was drawn"):
+            pipe(PROMPT, **KWARGS)
+    finally:
+        del pipe.text_to_image.transformer.forward
+    assert seen == [("content.generate", i) for i in range(4)]
+    assert not pipe(PROMPT, **KWARGS).interrupted
+
+
+def test_a_long_prompt_is_not_logged_whole(pipe: ReducioPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        pipe.encode_prompt("a red circle " * 5000)
+    assert caplog.messages and max(map(len, caplog.messages)) < 200
+
+
+def test_a_model_that_loads_holds_up_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate_module.forget()
+    call = {"height": 64, "width": 64, **KWARGS}
+    generate(PROMPT, IMAGE, **call)
+    loading, go_on = threading.Event(), threading.Event()
+    find = registry.find
+
+    def slow(model: Any) -> registry.Model:
+        entry = find(model)
+        if model is None:
+            return entry
+
+        def load(*args: Any, **kwargs: Any) -> Any:
+            loading.set()
+            go_on.wait(60)
+            return entry.load(*args, **kwargs)
+
+        return registry.Model(entry.key, load, entry.load_arguments, entry.call_defaults, files=entry.files)
+
+    monkeypatch.setattr(registry, "find", slow)
+    thread = threading.Thread(target=lambda: generate(PROMPT, IMAGE, folder, **call))
+    thread.start()
+    assert loading.wait(60)
+    start = time.monotonic()
+    generate(PROMPT, IMAGE, **call)
+    assert time.monotonic() - start < 30 and not go_on.is_set()
+    go_on.set()
+    thread.join()
+    assert len(generate_module.kept()) == 2
+    generate_module.forget()
+
+
+def test_a_folder_of_the_owners_name_hides_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(ReducioError, match="hf download owner/name"):
+        generate(PROMPT, IMAGE, "owner/name", **KWARGS)
