@@ -1,8 +1,8 @@
 """Reducio, fast: text and an image in, a short clip out.
 
 `generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline` gives access to every part of
-a loaded model. `ReducioError` is raised for bad input, with a message of one line. All three are loaded at first use,
-so that importing this package loads no torch.
+a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder alone. `ReducioError` is raised for bad input,
+with a message of one line. All are loaded at first use, so that importing this package loads no torch.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pipelines.generate import generate
+    from .pipelines.reducio.diffusers_bridge import ReducioVAE
     from .pipelines.reducio.pipeline import ReducioPipeline
     from .system.errors import ReducioError
 
-__all__ = ["ReducioError", "ReducioPipeline", "__version__", "generate"]
+__all__ = ["ReducioError", "ReducioPipeline", "ReducioVAE", "__version__", "generate"]
 
 # Not for users: the [library, class] entries of a model's index, which diffusers looks up in this package, and the
 # class that a model folder's `pipeline.py` names.

@@ -40,10 +40,18 @@ def row_offset(row, stride, ALIGN: tl.constexpr):
 
 @triton.jit
 def load_block(
-    source, start, end, stride,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    ALIGN: tl.constexpr, MASK: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
+    source,  # the head's first element, or its descriptor
+    start,  # first row
+    end,  # rows that exist
+    stride,  # elements between rows
+    FIRST: tl.constexpr,  # first column
+    WIDTH: tl.constexpr,  # columns of the block, a power of two
+    D: tl.constexpr,  # columns that exist
+    ROWS: tl.constexpr,  # rows of the block
+    ALIGN: tl.constexpr,  # elements that every stride is a multiple of, at most 16
+    MASK: tl.constexpr,  # whether rows may lie beyond `end`
+    DESCRIPTORS: tl.constexpr,  # whether blocks come by bulk copy (sm_90 on)
+):
     """Rows [start, start + ROWS), columns [FIRST, FIRST + WIDTH) of a head; zero outside of `end` rows, D columns."""
     if DESCRIPTORS:
         x = source.load([start, FIRST])
@@ -64,10 +72,31 @@ def load_block(
 
 @triton.jit
 def attend(
-    q_0, q_1, k_0, k_1, v_0, v_1, start, end, limit, scale, best, total, acc_0, acc_1,
-    k_stride_s, v_stride_s, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_S: tl.constexpr,
-    ALIGN: tl.constexpr, MASK: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q_0,  # [BLOCK_L, D0] queries
+    q_1,  # [BLOCK_L, D1], their last columns
+    k_0,  # keys of the head, columns below D0
+    k_1,  # keys, the other columns
+    v_0,  # values, columns below D0
+    v_1,  # values, the other columns
+    start,  # first key of the block
+    end,  # keys that exist
+    limit,  # int32 [BLOCK_L]: keys that each query sees
+    scale,  # of the scores, times log2(e)
+    best,  # float32 [BLOCK_L]: largest scaled score so far
+    total,  # float32 [BLOCK_L]: sum of weights so far
+    acc_0,  # float32 [BLOCK_L, D0]: weighted sum of values so far
+    acc_1,  # float32 [BLOCK_L, D1]
+    k_stride_s,  # elements from key to key
+    v_stride_s,  # elements from value to value
+    D: tl.constexpr,  # head dim
+    D0: tl.constexpr,  # its largest power of two
+    D1: tl.constexpr,  # columns of a second block for the rest, 0 for none
+    BLOCK_S: tl.constexpr,  # keys of the block
+    ALIGN: tl.constexpr,  # elements that every stride is a multiple of, at most 16
+    MASK: tl.constexpr,  # whether some queries do not see some of these keys
+    DESCRIPTORS: tl.constexpr,  # whether blocks come by bulk copy (sm_90 on)
+    PRECISION: tl.constexpr,  # of products of float32: "ieee", no TF32
+):
     """Takes one block of keys into the running softmax: best score, sum of weights, weighted sum of values."""
     k = load_block(k_0, start, end, k_stride_s, 0, D0, D, BLOCK_S, ALIGN, MASK, DESCRIPTORS)
     score = tl.dot(q_0, k.T, input_precision=PRECISION)
@@ -93,12 +122,38 @@ def attend(
 
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, key_count_ptr, out_ptr, lse_ptr, L, S, N, frame, scale,
-    q_stride_b, q_stride_l, q_stride_n, k_stride_b, k_stride_s, k_stride_n, v_stride_b, v_stride_s, v_stride_n,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, COUNTED: tl.constexpr,
-    FRAME: tl.constexpr, WITH_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    q_ptr,  # [B, L, N, D]
+    k_ptr,  # [B, S, N, D]
+    v_ptr,  # [B, S, N, D]
+    key_count_ptr,  # int32 [B], read if COUNTED
+    out_ptr,  # [B, L, N, D], contiguous
+    lse_ptr,  # float32 [B, N, L], written if WITH_LSE
+    L,  # queries
+    S,  # keys
+    N,  # heads
+    frame,  # tokens a frame, read if FRAME
+    scale,  # of the scores, times log2(e)
+    q_stride_b,  # elements from item to item
+    q_stride_l,  # elements from query to query
+    q_stride_n,  # elements from head to head
+    k_stride_b,
+    k_stride_s,
+    k_stride_n,
+    v_stride_b,
+    v_stride_s,
+    v_stride_n,
+    D: tl.constexpr,  # head dim
+    D0: tl.constexpr,  # its largest power of two
+    D1: tl.constexpr,  # columns of a second block for the rest, 0 for none
+    ALIGN: tl.constexpr,  # elements that every stride is a multiple of, at most 16
+    COUNTED: tl.constexpr,  # whether items have counts of keys
+    FRAME: tl.constexpr,  # whether a query sees no later frame
+    WITH_LSE: tl.constexpr,  # whether the logarithm of the sums is kept
+    DESCRIPTORS: tl.constexpr,  # whether blocks come by bulk copy (sm_90 on)
+    PRECISION: tl.constexpr,  # of products of float32: "ieee", no TF32
+    BLOCK_L: tl.constexpr,  # queries a program
+    BLOCK_S: tl.constexpr,  # keys a step of the loop
+):
     """One program a block of queries of a head. Neighbours share a head, so its keys and values stay in the cache.
 
     `scale` comes times log2(e): exponentials are powers of two. DESCRIPTORS: keys and values come by bulk copy.
@@ -146,14 +201,58 @@ def attention_kernel(
     total = tl.zeros((BLOCK_L,), tl.float32)
     for start in tl.range(0, whole, BLOCK_S):
         best, total, acc_0, acc_1 = attend(
-            q_0, q_1, k_0, k_1, v_0, v_1, start, end, limit, scale, best, total, acc_0, acc_1,
-            k_stride_s, v_stride_s, D, D0, D1, BLOCK_S, ALIGN, False, DESCRIPTORS, PRECISION,
-        )  # fmt: skip
+            q_0,
+            q_1,
+            k_0,
+            k_1,
+            v_0,
+            v_1,
+            start,
+            end,
+            limit,
+            scale,
+            best,
+            total,
+            acc_0,
+            acc_1,
+            k_stride_s,
+            v_stride_s,
+            D,
+            D0,
+            D1,
+            BLOCK_S,
+            ALIGN,
+            False,
+            DESCRIPTORS,
+            PRECISION,
+        )
     for start in tl.range(whole, end, BLOCK_S):
         best, total, acc_0, acc_1 = attend(
-            q_0, q_1, k_0, k_1, v_0, v_1, start, end, limit, scale, best, total, acc_0, acc_1,
-            k_stride_s, v_stride_s, D, D0, D1, BLOCK_S, ALIGN, True, DESCRIPTORS, PRECISION,
-        )  # fmt: skip
+            q_0,
+            q_1,
+            k_0,
+            k_1,
+            v_0,
+            v_1,
+            start,
+            end,
+            limit,
+            scale,
+            best,
+            total,
+            acc_0,
+            acc_1,
+            k_stride_s,
+            v_stride_s,
+            D,
+            D0,
+            D1,
+            BLOCK_S,
+            ALIGN,
+            True,
+            DESCRIPTORS,
+            PRECISION,
+        )
 
     share = (1.0 / tl.where(total > 0, total, 1.0))[:, None]  # no key at all leaves zeros
     out_ptr += (item.to(tl.int64) * L + first) * N * D + head * D
@@ -319,13 +418,20 @@ def variants(arch: str) -> Iterator[Variant]:
                 "scale": "fp32",
             },
             constants={
-                "D": D, "D0": D0, "D1": D1, "ALIGN": math.gcd(D, 16), "COUNTED": kind == " counted",
-                "FRAME": kind == " frames", "WITH_LSE": False, "PRECISION": "ieee",
+                "D": D,
+                "D0": D0,
+                "D1": D1,
+                "ALIGN": math.gcd(D, 16),
+                "COUNTED": kind == " counted",
+                "FRAME": kind == " frames",
+                "WITH_LSE": False,
+                "PRECISION": "ieee",
                 "DESCRIPTORS": half and arch in ("sm_90", "sm_100"),
-                "BLOCK_L": chosen["BLOCK_L"], "BLOCK_S": chosen["BLOCK_S"],
+                "BLOCK_L": chosen["BLOCK_L"],
+                "BLOCK_S": chosen["BLOCK_S"],
             },
             options={name: chosen[name] for name in OPTIONS if name in chosen},
             unaligned=("L", "S", "N", "frame", *(heads if D % 16 else ())),
             matrix=half,
             bulk_copy=half,
-        )  # fmt: skip
+        )

@@ -45,9 +45,26 @@ def fade(k, n):
 
 @triton.jit(do_not_specialize=_SIZES)
 def blend_tiles_kernel(
-    own_ptr, above_ptr, left_ptr, corner_ptr, out_ptr, h, w, above_h, left_w, fade_y, fade_x, crop_h, crop_w, H, W, y0,
-    x0, AS_UINT8: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    own_ptr,  # [frames, h, w, 3], the tile to write
+    above_ptr,  # [frames, above_h, w, 3], its neighbour above
+    left_ptr,  # [frames, h, left_w, 3]
+    corner_ptr,  # [frames, above_h, left_w, 3], above and left
+    out_ptr,  # [frames, H, W, 3], the whole clip
+    h,  # rows of the tile
+    w,  # its columns
+    above_h,  # rows of the neighbour above
+    left_w,  # columns of the left one
+    fade_y,  # rows shared with the neighbour above, 0 for none
+    fade_x,  # columns shared with the left one
+    crop_h,  # rows to write
+    crop_w,  # columns to write
+    H,  # rows of the clip
+    W,  # its columns
+    y0,  # row of the clip where the tile begins
+    x0,  # its column
+    AS_UINT8: tl.constexpr,  # whether [-1, 1] becomes bytes
+    BLOCK_W: tl.constexpr,  # values, columns times colours, a program
+):
     """One program BLOCK_W values, columns times colours, of a line of a tile. Neighbours are read in overlaps only."""
     blocks = (crop_w * 3 + BLOCK_W - 1) // BLOCK_W
     line, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -98,9 +115,26 @@ def launch(tiles: list[Tensor], columns: int, stride: int, overlap: int, as_uint
         above, left = tiles[k - columns] if i else tile, tiles[k - 1] if j else tile
         corner = tiles[k - columns - 1] if i and j else tile
         launcher(blend_tiles_kernel)[(B * T * crops_y[i] * triton.cdiv(crops_x[j] * 3, entry["BLOCK_W"]),)](
-            tile, above, left, corner, out, heights[i], widths[j], above.shape[2], left.shape[3], rows_y[i], rows_x[j],
-            crops_y[i], crops_x[j], starts_y[-1], starts_x[-1], starts_y[i], starts_x[j], AS_UINT8=as_uint8, **entry,
-        )  # fmt: skip
+            tile,
+            above,
+            left,
+            corner,
+            out,
+            heights[i],
+            widths[j],
+            above.shape[2],
+            left.shape[3],
+            rows_y[i],
+            rows_x[j],
+            crops_y[i],
+            crops_x[j],
+            starts_y[-1],
+            starts_x[-1],
+            starts_y[i],
+            starts_x[j],
+            AS_UINT8=as_uint8,
+            **entry,
+        )
     return out
 
 

@@ -33,10 +33,25 @@ def row_number(item, t, y, x, FRAMES, HEIGHT, WIDTH):
 
 @triton.jit
 def shifted_gemm(
-    x_ptr, w_ptr, item, first, N, FRAMES, HEIGHT, WIDTH, w_rows, w_row, live,
-    C: tl.constexpr, TIME: tl.constexpr, SPACE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [N, FRAMES, HEIGHT, WIDTH, C], padded
+    w_ptr,  # [w_rows, taps * C]
+    item,  # which of N, int64
+    first,  # row of x, within the item, of the first position at the first tap
+    N,  # items
+    FRAMES,  # of the padded input
+    HEIGHT,  # rows, padded
+    WIDTH,  # columns, padded
+    w_rows,  # rows of the weights
+    w_row,  # first of them
+    live,  # 1, or 0 where the tile holds nothing but padding
+    C: tl.constexpr,  # channels in
+    TIME: tl.constexpr,  # taps along time: 1 or 3
+    SPACE: tl.constexpr,  # taps along each axis of the frame
+    DESCRIPTORS: tl.constexpr,  # whether blocks come by bulk copy (sm_90 on)
+    BLOCK_M: tl.constexpr,  # positions a program
+    BLOCK_K: tl.constexpr,  # rows of weights a program
+    BLOCK_C: tl.constexpr,  # channels in a step of the loop
+):
     """acc[m, k] = sum over taps of x[first + m + shift(tap), :] . w[w_row + k, tap, :], rows counted within `item`.
 
     Rows from which a tap would leave the buffer yield sums of unrelated values, which are never read. `live` = 0 skips
@@ -106,9 +121,20 @@ def halves(x):
 
 @triton.jit
 def finish(
-    acc, k0, bias_ptr, residual_ptr, out_ptr, stats_ptr, tile, in_rows, inside, out_rows, stored,
-    K: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
+    acc,  # float32 [BLOCK_M, BLOCK_K] sums
+    k0,  # first channel out
+    bias_ptr,  # [K], or None
+    residual_ptr,  # [N, T, H, W, K] to add, or None
+    out_ptr,  # [rows, K]
+    stats_ptr,  # float32 [tiles, 3, K]: count, mean, squared deviations; or None
+    tile,  # row of the statistics
+    in_rows,  # int64 [BLOCK_M]: rows of the residual
+    inside,  # bool [BLOCK_M]: positions that are no padding
+    out_rows,  # int64 [BLOCK_M]: rows of the output
+    stored,  # bool [BLOCK_M]: positions that the output has
+    K: tl.constexpr,  # channels out
+    PIECES: tl.constexpr,  # parts of the columns that are finished one after the other
+):
     """Adds bias and residual, takes the statistics, stores zeros outside and the result inside.
 
     In PIECES of the columns, since the whole tile in float32 twice over does not fit into a thread's registers."""
@@ -116,13 +142,35 @@ def finish(
     if PIECES > 1:
         left, right = halves(acc)
         finish(
-            left, k0, bias_ptr, residual_ptr, out_ptr, stats_ptr, tile, in_rows, inside, out_rows, stored,
-            K, PIECES // 2,
-        )  # fmt: skip
+            left,
+            k0,
+            bias_ptr,
+            residual_ptr,
+            out_ptr,
+            stats_ptr,
+            tile,
+            in_rows,
+            inside,
+            out_rows,
+            stored,
+            K,
+            PIECES // 2,
+        )
         finish(
-            right, k0 + BLOCK_K // 2, bias_ptr, residual_ptr, out_ptr, stats_ptr, tile, in_rows, inside, out_rows,
-            stored, K, PIECES // 2,
-        )  # fmt: skip
+            right,
+            k0 + BLOCK_K // 2,
+            bias_ptr,
+            residual_ptr,
+            out_ptr,
+            stats_ptr,
+            tile,
+            in_rows,
+            inside,
+            out_rows,
+            stored,
+            K,
+            PIECES // 2,
+        )
     else:
         k = k0 + tl.arange(0, BLOCK_K)
         if bias_ptr is not None:
@@ -138,10 +186,29 @@ def finish(
 
 @triton.jit(do_not_specialize=["N", "T", "H", "W", "FRONT", "FRAMES", "TILES"])
 def conv3d_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, stats_ptr, N, T, H, W, FRONT, FRAMES, TILES,
-    C: tl.constexpr, K: tl.constexpr, TIME: tl.constexpr, HALO: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [N, frames, H + 2, W + 2, C]
+    w_ptr,  # [K, taps * C]
+    bias_ptr,  # [K], or None
+    residual_ptr,  # [N, T, H, W, K] to add, or None
+    out_ptr,  # [N, FRAMES, H, W, K], or with a halo [N, FRAMES, H + 2, W + 2, K]
+    stats_ptr,  # float32 [tiles, 3, K]: count, mean, squared deviations; or None
+    N,  # items
+    T,  # frames of the input without padding
+    H,  # rows without padding
+    W,  # columns without padding
+    FRONT,  # frames of zeros before the result
+    FRAMES,  # of the output, zeros included
+    TILES,  # blocks of positions an item
+    C: tl.constexpr,  # channels in
+    K: tl.constexpr,  # channels out
+    TIME: tl.constexpr,  # taps along time: 1 or 3
+    HALO: tl.constexpr,  # 1: the output has a border of zeros
+    DESCRIPTORS: tl.constexpr,  # whether blocks come by bulk copy (sm_90 on)
+    BLOCK_M: tl.constexpr,  # positions a program
+    BLOCK_K: tl.constexpr,  # channels out a program
+    BLOCK_C: tl.constexpr,  # channels in a step of the loop
+    PIECES: tl.constexpr,  # parts of the columns that are finished one after the other
+):
     """One program a tile of BLOCK_M positions x BLOCK_K channels; programs on the same positions are neighbours.
 
     Positions are counted over FRAMES frames of (H + 2) x (W + 2). With a halo that is the output itself; without one
@@ -159,9 +226,25 @@ def conv3d_kernel(
     first = q0 - FRONT * frame - HALO * (width + 1)
     live = ((q0 + BLOCK_M > FRONT * frame) & (q0 < (FRONT + T) * frame)).to(tl.int32)
     acc = shifted_gemm(
-        x_ptr, w_ptr, item, first, N, T + TIME - 1, H + 2, width, K, k0, live, C, TIME, 3,
-        DESCRIPTORS, BLOCK_M, BLOCK_K, BLOCK_C,
-    )  # fmt: skip
+        x_ptr,
+        w_ptr,
+        item,
+        first,
+        N,
+        T + TIME - 1,
+        H + 2,
+        width,
+        K,
+        k0,
+        live,
+        C,
+        TIME,
+        3,
+        DESCRIPTORS,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_C,
+    )
 
     q = q0 + tl.arange(0, BLOCK_M)
     f = q // frame
@@ -210,16 +293,40 @@ def launch(
     out = x_padded.new_empty(N, frames, H + 2 * halo, W + 2 * halo, K)
     partials = x_padded.new_empty((N, tiles, 3, K) if stats else (0,), dtype=torch.float32)
     launcher(conv3d_kernel)[(N * tiles * triton.cdiv(K, chosen["BLOCK_K"]),)](
-        x_padded, weight, bias, residual, out, partials if stats else None, N, T, H, W, front, frames, tiles,
-        C=C, K=K, TIME=time, HALO=int(halo), DESCRIPTORS=descriptors_fit(x_padded, weight), **chosen,
-    )  # fmt: skip
+        x_padded,
+        weight,
+        bias,
+        residual,
+        out,
+        partials if stats else None,
+        N,
+        T,
+        H,
+        W,
+        front,
+        frames,
+        tiles,
+        C=C,
+        K=K,
+        TIME=time,
+        HALO=int(halo),
+        DESCRIPTORS=descriptors_fit(x_padded, weight),
+        **chosen,
+    )
     return out, partials
 
 
 def twin(
-    x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
-    stats: bool = False, front: int = 0, back: int = 0, halo: bool = False, pad: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_padded: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stats: bool = False,
+    front: int = 0,
+    back: int = 0,
+    halo: bool = False,
+    pad: bool = False,
+) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile an item.
 
     `pad`: the input has no border; the library adds its zeros on all sides, which costs a CPU less than writing them.
@@ -380,9 +487,19 @@ def variants(arch: str) -> Iterator[Variant]:
 
 
 def variant(
-    op: str, kernel: object, arch: str, dtype: torch.dtype, C: int, K: int, *, pointers: tuple[str, ...],
-    absent: list[str], name: str, constants: dict[str, int], integers: tuple[str, ...],
-) -> Variant:  # fmt: skip
+    op: str,
+    kernel: object,
+    arch: str,
+    dtype: torch.dtype,
+    C: int,
+    K: int,
+    *,
+    pointers: tuple[str, ...],
+    absent: list[str],
+    name: str,
+    constants: dict[str, int],
+    integers: tuple[str, ...],
+) -> Variant:
     """One variant of a convolution: what follows from precision and widths is the same for each kernel."""
     chosen = blocks_for(op, dtype, C, K, arch)
     options = {name: chosen.pop(name) for name in OPTIONS if name in chosen}

@@ -71,9 +71,19 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["tiles", "eps"])
 def finalise_kernel(
-    partials_ptr, weight_ptr, bias_ptr, centre_ptr, scale_ptr, shift_ptr, tiles, eps,
-    C: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    partials_ptr,  # float32 [items, tiles, 3, C]: count, mean, squared deviations
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    centre_ptr,  # float32 [items, C], to subtract
+    scale_ptr,  # float32 [items, C]
+    shift_ptr,  # float32 [items, C]
+    tiles,  # an item
+    eps,  # added to the variance
+    C: tl.constexpr,  # channels
+    GROUPS: tl.constexpr,  # of channels, normalised together
+    BLOCK_R: tl.constexpr,  # tiles a step of the loop
+    BLOCK_C: tl.constexpr,  # channels of a group, up to a power of two
+):
     """One program an item and group: merges tiles lane by lane, then lanes, then writes the group's scale and shift."""
     PER_GROUP: tl.constexpr = C // GROUPS
     item = (tl.program_id(0) // GROUPS).to(tl.int64)
@@ -109,10 +119,23 @@ def finalise_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "W", "front", "back"])
 def apply_kernel(
-    x_ptr, centre_ptr, scale_ptr, shift_ptr, out_ptr, T, H, W, front, back,
-    HALO: tl.constexpr, SILU: tl.constexpr, PER_FRAME: tl.constexpr,
-    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [N, T, H, W, C]
+    centre_ptr,  # float32 [items, C], to subtract
+    scale_ptr,  # float32 [items, C]
+    shift_ptr,  # float32 [items, C]
+    out_ptr,  # [N, front + T + back, H (+ 2), W (+ 2), C]
+    T,  # frames
+    H,  # rows
+    W,  # columns
+    front,  # frames of zeros before
+    back,  # frames of zeros after
+    HALO: tl.constexpr,  # 1: the output has a border of zeros
+    SILU: tl.constexpr,  # whether y * sigmoid(y) follows
+    PER_FRAME: tl.constexpr,  # whether an item is a frame, not a clip
+    C: tl.constexpr,  # channels
+    BLOCK_R: tl.constexpr,  # columns of a line a program
+    BLOCK_C: tl.constexpr,  # channels, up to a power of two
+):
     """One program BLOCK_R rows of one line of the padded output: what is padding is decided a line, not an element."""
     out_T, out_H, out_W = T + front + back, H + 2 * HALO, W + 2 * HALO
     blocks = (out_W + BLOCK_R - 1) // BLOCK_R
@@ -161,9 +184,18 @@ def statistics(x: Tensor, per_frame: bool) -> Tensor:
 
 
 def launch(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, silu: bool = True,
-    per_frame: bool = False, partials: Tensor | None = None, front: int = 0, back: int = 0, halo: bool = False,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-6,
+    silu: bool = True,
+    per_frame: bool = False,
+    partials: Tensor | None = None,
+    front: int = 0,
+    back: int = 0,
+    halo: bool = False,
+) -> Tensor:
     """Runs the kernels: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `group_norm_silu`."""
     N, T, H, W, C = x.shape
     arch = arch_of(x.device)
@@ -178,16 +210,36 @@ def launch(
     out = torch.empty((N, out_T, out_H, out_W, C), dtype=x.dtype, device=x.device)
     entry = blocks("apply", C, arch)
     launcher(apply_kernel)[(N * out_T * out_H * triton.cdiv(out_W, entry["BLOCK_R"]),)](
-        x, *affine, out, T, H, W, front, back,
-        HALO=int(halo), SILU=silu, PER_FRAME=per_frame, C=C, **entry,
-    )  # fmt: skip
+        x,
+        *affine,
+        out,
+        T,
+        H,
+        W,
+        front,
+        back,
+        HALO=int(halo),
+        SILU=silu,
+        PER_FRAME=per_frame,
+        C=C,
+        **entry,
+    )
     return out
 
 
 def twin(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, silu: bool = True,
-    per_frame: bool = False, partials: Tensor | None = None, front: int = 0, back: int = 0, halo: bool = False,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-6,
+    silu: bool = True,
+    per_frame: bool = False,
+    partials: Tensor | None = None,
+    front: int = 0,
+    back: int = 0,
+    halo: bool = False,
+) -> Tensor:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. It has no use for `partials`."""
     N, T, H, W, C = x.shape
     if x.dtype in (torch.float16, torch.bfloat16):

@@ -38,11 +38,30 @@ OP = "upsample_conv3d"
 
 @triton.jit(do_not_specialize=["N", "T", "H", "W", "FRONT", "LEAD", "FRAMES", "TILES"])
 def upsample_conv3d_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, stats_ptr, N, T, H, W, FRONT, LEAD, FRAMES, TILES,
-    C: tl.constexpr, K: tl.constexpr, DOUBLE: tl.constexpr, CAUSAL: tl.constexpr, HALO: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-    PIECES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [N, frames, H + 2, W + 2, C]
+    w_ptr,  # [phases, K, taps * C]
+    bias_ptr,  # [K], or None
+    out_ptr,  # [N, FRAMES, 2H, 2W, K], or with a halo two more rows and columns
+    stats_ptr,  # float32 [tiles, 3, K], or None
+    N,  # items
+    T,  # frames of the input without padding
+    H,  # rows without padding
+    W,  # columns without padding
+    FRONT,  # frames of zeros before the result
+    LEAD,  # frames of the input that stand for FRONT
+    FRAMES,  # of the output, zeros included
+    TILES,  # blocks of positions an item
+    C: tl.constexpr,  # channels in
+    K: tl.constexpr,  # channels out
+    DOUBLE: tl.constexpr,  # 2 where time is doubled, else 1
+    CAUSAL: tl.constexpr,  # whether time looks back alone
+    HALO: tl.constexpr,  # 1: the output has a border of zeros
+    DESCRIPTORS: tl.constexpr,  # whether blocks come by bulk copy (sm_90 on)
+    BLOCK_M: tl.constexpr,  # positions a program
+    BLOCK_K: tl.constexpr,  # channels out a program
+    BLOCK_C: tl.constexpr,  # channels in a step of the loop
+    PIECES: tl.constexpr,  # parts of the columns that are finished one after the other
+):
     """One program a tile of BLOCK_M positions of x, one phase, and BLOCK_K channels.
 
     Positions are counted over frames of (H + 2) x (W + 2), as in conv3d. With a halo those around the frame, and the
@@ -68,9 +87,25 @@ def upsample_conv3d_kernel(
     first = q0 - LEAD * frame - HALO * (width + 1) + ahead * frame + line * width + column
     live = ((q0 + BLOCK_M > LEAD * frame) & (q0 < (LEAD + T) * frame)).to(tl.int32)
     acc = shifted_gemm(
-        x_ptr, w_ptr, item, first, N, T + 2, H + 2, width, 4 * DOUBLE * K, phase * K + k0, live, C, TIME, 2,
-        DESCRIPTORS, BLOCK_M, BLOCK_K, BLOCK_C,
-    )  # fmt: skip
+        x_ptr,
+        w_ptr,
+        item,
+        first,
+        N,
+        T + 2,
+        H + 2,
+        width,
+        4 * DOUBLE * K,
+        phase * K + k0,
+        live,
+        C,
+        TIME,
+        2,
+        DESCRIPTORS,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_C,
+    )
 
     q = q0 + tl.arange(0, BLOCK_M)
     t = q // frame - LEAD
@@ -107,10 +142,27 @@ def launch(
     out = x_padded.new_empty(N, frames, 2 * (H + halo), 2 * (W + halo), K)
     partials = x_padded.new_empty((N, P * tiles, 3, K) if stats else (0,), dtype=torch.float32)
     launcher(upsample_conv3d_kernel)[(N * tiles * P * triton.cdiv(K, chosen["BLOCK_K"]),)](
-        x_padded, weight, bias, out, partials if stats else None, N, T, H, W, front, lead, frames, tiles,
-        C=C, K=K, DOUBLE=double, CAUSAL=causal, HALO=int(halo), DESCRIPTORS=descriptors_fit(x_padded, weight),
+        x_padded,
+        weight,
+        bias,
+        out,
+        partials if stats else None,
+        N,
+        T,
+        H,
+        W,
+        front,
+        lead,
+        frames,
+        tiles,
+        C=C,
+        K=K,
+        DOUBLE=double,
+        CAUSAL=causal,
+        HALO=int(halo),
+        DESCRIPTORS=descriptors_fit(x_padded, weight),
         **chosen,
-    )  # fmt: skip
+    )
     return out, partials
 
 

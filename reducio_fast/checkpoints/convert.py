@@ -182,6 +182,8 @@ def _make_vae(
     path: Path, tensors: dict[str, Tensor], stated: dict[str, Any], preset: str | None, config: dict[str, Any]
 ) -> Component:
     """The names of the release are ours; what else its files hold are the discriminator and LPIPS of the training."""
+    if stated.get("_class_name") != CLASSES["vae"][1]:  # the release's repository has a config.json of another program
+        stated = {}
     left_out = [n for n in tensors if n.startswith("loss.")]
     tensors = {n: t for n, t in tensors.items() if not n.startswith("loss.")}
     base = VAE_PRESETS[preset] if preset is not None else VAEConfig()
@@ -193,6 +195,11 @@ def _make_vae(
     expected = _skeleton(lambda: ReducioVAE(final), "config").state_dict()
     _fit(path, expected, tensors)
     return Component("vae", _head("vae") | final.to_dict(), {n: tensors[n] for n in expected}, left_out, [])
+
+
+def as_vae(path: Path, tensors: dict[str, Tensor]) -> Component:
+    """The tensors of a file of the release as a component, its configuration read from their shapes."""
+    return _make_vae(path, tensors, {}, None, {})
 
 
 def _make_transformer(
@@ -289,6 +296,9 @@ def _write(component: Component, target: Path, model: Path | None) -> list[str]:
         index |= {"sample_height": side, "sample_width": side}
         index.setdefault("clean_caption", True)  # PixArt's captions were cleaned before it saw them
     index.setdefault("fps", 16)
+    if component.name == "vae":  # what the release was trained on, until a transformer says more
+        index.setdefault("sample_height", 256)
+        index.setdefault("sample_width", 256)
     if "scheduler" not in index:
         (model / "scheduler").mkdir(exist_ok=True)
         write_json(model / "scheduler" / "scheduler_config.json", _SCHEDULER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,9 +109,20 @@ def load_model(
     files = weight_files(folder)
     if not files:
         raise ReducioError(f"{folder}: holds several safetensors files and no index of shards; call one {WEIGHTS}")
-    tensors = {name: tensor for file in files for name, tensor in load_tensors(file, dtype, device).items()}
+    stored = (pair for file in files for pair in load_tensors(file, dtype, device).items())
+    tensors = {_current_name(name): tensor for name, tensor in stored}
     where = files[0] if len(files) == 1 else folder
     return build(lambda: model_class(config), tensors, where, device)
+
+
+# Add and linear fusion had names of our own before they had the release's; folders from then are read, never written.
+EARLIER_NAMES = (("content_conv", "conv_context"), ("frame_embed", "temp_embed"), ("mix", "conv"))
+
+
+def _current_name(name: str) -> str:
+    for earlier, current in EARLIER_NAMES:
+        name = re.sub(rf"(\.fuse\.\d+\.){earlier}(?=\.|$)", rf"\1{current}", name)
+    return name
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:

@@ -63,14 +63,10 @@ def run(arguments: argparse.Namespace) -> Printed:
 
 def _load_vae(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The VAE alone and the settings in the model's index: the text encoder of a full-size model is 9 GB."""
-    from ..checkpoints.hub import find_model
-    from ..checkpoints.networks import load_model
-    from ..checkpoints.strict_files import INDEX, embedded_model, read_json
-    from ..reference import ReducioVAE, VAEConfig
+    from ..checkpoints.strict_files import embedded_model
+    from ..checkpoints.vae_alone import load_vae
     from ..system.devices import resolve_device, resolve_dtype
 
-    folder = embedded_model() if arguments.model is None else find_model(arguments.model)
-    settings = read_json(folder / INDEX)
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, None, device)
-    return load_model(ReducioVAE, VAEConfig, folder / "vae", dtype, device), settings
+    return load_vae(embedded_model() if arguments.model is None else arguments.model, dtype, device)

@@ -77,8 +77,9 @@ class VAEConfig(_DictMixin):
     num_heads: int = 8  # middle self-attention
     fusion_head_dim: int = 64  # a fusion point has channels / fusion_head_dim heads
     content_window_size: int = 256  # middle self-attention of the content encoder, cells of the H/8 grid
-    # The release pads windows with zeros and lets queries attend to the padding, which dilutes the softmax. Published
-    # weights were trained that way, so the default reproduces it; True masks the padded keys.
+    # The release pads windows and lets queries attend to the padding, which dilutes the softmax. It was trained on 256
+    # pixels, where there is no window, and runs so above 512 pixels untiled; the default does the same. True masks the
+    # padded keys.
     mask_window_padding: bool = False
 
     def __post_init__(self) -> None:

@@ -116,32 +116,32 @@ class AddFusion(nn.Module):
     """Content is projected, given a learned embedding per frame, added to the video and mixed by one convolution.
 
     out = x + SiLU(GroupNorm(Conv3d(x + e_t + Conv2d(content)))). The release starts both convolutions and the norm's
-    affine at zero, so no gradient ever reaches the convolutions; here all of them start live.
+    affine at zero, so no gradient ever reaches the convolutions; here all of them start live. Names are the release's.
     """
 
     def __init__(self, dim: int, context_dim: int, num_frames: int, conv: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        self.content_conv = nn.Conv2d(context_dim, dim, 3, padding=1)
-        self.frame_embed = nn.Parameter(torch.empty(1, dim, num_frames, 1, 1))
-        nn.init.trunc_normal_(self.frame_embed, std=0.02)
+        self.conv_context = nn.Conv2d(context_dim, dim, 3, padding=1)
+        self.temp_embed = nn.Parameter(torch.empty(1, dim, num_frames, 1, 1))
+        nn.init.trunc_normal_(self.temp_embed, std=0.02)
         self.conv, self.norm = conv, norm
 
     def forward(self, x_BCTHW: Tensor, content_BCHW: Tensor) -> Tensor:
-        content = _same_grid(self.content_conv(content_BCHW), x_BCTHW)
-        return x_BCTHW + F.silu(self.norm(self.conv(x_BCTHW + self.frame_embed + content[:, :, None])))
+        content = _same_grid(self.conv_context(content_BCHW), x_BCTHW)
+        return x_BCTHW + F.silu(self.norm(self.conv(x_BCTHW + self.temp_embed + content[:, :, None])))
 
 
 class LinearFusion(nn.Module):
     """Content becomes one more frame, and a linear map over the frame axis brings T + 1 frames back to T.
 
-    out = x + SiLU(GroupNorm(mix([x, Conv2d(content)]))). Starts live, for the reason given at `AddFusion`. If `causal`,
+    out = x + SiLU(GroupNorm(conv([x, Conv2d(content)]))). Starts live, for the reason given at `AddFusion`. If `causal`,
     the map from a later frame to an earlier one is masked out; the content frame stays visible to all.
     """
 
     def __init__(self, dim: int, context_dim: int, num_frames: int, norm: nn.Module, causal: bool) -> None:
         super().__init__()
-        self.content_conv = nn.Conv2d(context_dim, dim, 3, padding=1)
-        self.mix = nn.Conv3d(num_frames + 1, num_frames, 1)  # frames are its channels
+        self.conv_context = nn.Conv2d(context_dim, dim, 3, padding=1)
+        self.conv = nn.Conv3d(num_frames + 1, num_frames, 1)  # frames are its channels
         self.norm = norm
         visible = torch.ones(num_frames, num_frames + 1)
         if causal:
@@ -149,9 +149,9 @@ class LinearFusion(nn.Module):
         self.register_buffer("visible", visible[:, :, None, None, None], persistent=False)
 
     def forward(self, x_BCTHW: Tensor, content_BCHW: Tensor) -> Tensor:
-        content = _same_grid(self.content_conv(content_BCHW), x_BCTHW)
+        content = _same_grid(self.conv_context(content_BCHW), x_BCTHW)
         frames_BTCHW = torch.cat([x_BCTHW, content[:, :, None]], dim=2).transpose(1, 2)
-        mixed = F.conv3d(frames_BTCHW, self.mix.weight * self.visible, self.mix.bias)
+        mixed = F.conv3d(frames_BTCHW, self.conv.weight * self.visible, self.conv.bias)
         return x_BCTHW + F.silu(self.norm(mixed.transpose(1, 2)))
 
 

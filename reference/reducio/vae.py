@@ -93,10 +93,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
+        (H, W), size = h.shape[-2:], self.window_size
+        window, windowed = (size, size), size**2 < H * W
+        if windowed:  # before the projections, as in the release: a padded key is then the bias of `k`, not zero
+            h = F.pad(h, (0, -W % size, 0, -H % size))
         q, k, v = (t if t.ndim == 5 else t[:, :, None] for t in (self.q(h), self.k(h), self.v(h)))
-        B, _, T, H, W = q.shape
-        window = (self.window_size, self.window_size)
-        windowed = self.window_size**2 < H * W
+        B, _, T = q.shape[:3]
         mask = None
         if windowed:
             if self.mask_padding:

@@ -308,6 +308,27 @@ def test_self_attention_windows(dims: int) -> None:
             torch.testing.assert_close(out[region], whole(x[region]))
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@torch.no_grad()
+def test_windows_are_padded_before_the_projections(dims: int) -> None:
+    """As in the release: the keys and values of the padding are the biases of their layers."""
+    settings = SMALL | dict(window_size=4, content_window_size=4)
+    windowed = SelfAttention(Layers(VAEConfig(**settings), dims), 16).eval()
+    whole = SelfAttention(
+        Layers(VAEConfig(**(settings | dict(window_size=64, content_window_size=64))), dims), 16
+    ).eval()
+    whole.load_state_dict(windowed.state_dict())
+    windowed.norm = whole.norm = torch.nn.Identity()
+    x = torch.randn(2, 16, *((3,) if dims == 3 else ()), 6, 9)
+    padded = torch.nn.functional.pad(x, (0, 3, 0, 2))
+    out = windowed(x)
+    for i in range(0, 6, 4):
+        for j in range(0, 9, 4):
+            expected = whole(padded[..., i : i + 4, j : j + 4])
+            region = (..., slice(i, min(i + 4, 6)), slice(j, min(j + 4, 9)))
+            torch.testing.assert_close(out[region], expected[..., : 6 - i, : 9 - j])
+
+
 def test_sinusoid_table_by_its_formula() -> None:
     table = sinusoid_table(4, 6)
     for pos in range(4):

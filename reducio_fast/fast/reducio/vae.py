@@ -267,13 +267,13 @@ class FastAttentionFusion(nn.Module):
 class FastAddFusion(nn.Module):
     def __init__(self, fusion: AddFusion, plan: Plan, path: str) -> None:
         super().__init__()
-        self.content_conv = FastConv(fusion.content_conv, plan, f"{path}.content_conv")
-        self.frame_embed = frozen(fusion.frame_embed[0, :, :, 0, 0].T)
+        self.conv_context = FastConv(fusion.conv_context, plan, f"{path}.conv_context")
+        self.temp_embed = frozen(fusion.temp_embed[0, :, :, 0, 0].T)
         self.conv, self.norm = FastConv(fusion.conv, plan, f"{path}.conv"), FastNorm(fusion.norm, plan, f"{path}.norm")
 
     def forward(self, act: Activation, content: Tensor) -> Activation:
-        image = _same_grid(self.content_conv(pad(content, self.content_conv.padding)).x, act.x)
-        mixed = self.conv(pad(act.x + (image + self.frame_embed[None, :, None, None]), self.conv.padding))
+        image = _same_grid(self.conv_context(pad(content, self.conv_context.padding)).x, act.x)
+        mixed = self.conv(pad(act.x + (image + self.temp_embed[None, :, None, None]), self.conv.padding))
         return Activation(act.x + self.norm(mixed))
 
 
@@ -282,13 +282,13 @@ class FastLinearFusion(nn.Module):
 
     def __init__(self, fusion: LinearFusion, plan: Plan, path: str) -> None:
         super().__init__()
-        self.content_conv = FastConv(fusion.content_conv, plan, f"{path}.content_conv")
-        self.weight = frozen((fusion.mix.weight * fusion.visible).flatten(1))
-        self.bias = fusion.mix.bias
+        self.conv_context = FastConv(fusion.conv_context, plan, f"{path}.conv_context")
+        self.weight = frozen((fusion.conv.weight * fusion.visible).flatten(1))
+        self.bias = fusion.conv.bias
         self.norm = FastNorm(fusion.norm, plan, f"{path}.norm")
 
     def forward(self, act: Activation, content: Tensor) -> Activation:
-        image = _same_grid(self.content_conv(pad(content, self.content_conv.padding)).x, act.x)
+        image = _same_grid(self.conv_context(pad(content, self.conv_context.padding)).x, act.x)
         mixed = torch.matmul(self.weight, torch.cat([act.x, image], dim=1).flatten(2)) + self.bias[:, None]
         return Activation(act.x + self.norm(Activation(mixed.view(act.x.shape))))
 

@@ -8,6 +8,7 @@ of the index: it looks the class up in the package `reducio_fast`, which passes 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from ... import reference
 from ...checkpoints import diffusers_folders, networks
 from ...checkpoints.layouts import REDUCIO
+from ...checkpoints.vae_alone import load_vae
 from . import encoders, pipeline
 
 ModelMixin = nn.Module  # by this name diffusers learns how the networks of a library are loaded
@@ -28,8 +30,15 @@ class ReducioVAE(reference.ReducioVAE):
     """Loads a `reference.ReducioVAE`."""
 
     @classmethod
-    def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> reference.ReducioVAE:
-        return networks.load_model(reference.ReducioVAE, reference.VAEConfig, folder, torch_dtype)
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> reference.ReducioVAE:
+        """The video autoencoder alone, from whatever `checkpoints.vae_alone.load_vae` reads: a model folder, a folder
+        of the VAE, the release's .ckpt or a hub id. Raises ReducioError."""
+        return load_vae(source, torch_dtype, device)[0]
 
 
 class ReducioDiT(reference.ReducioDiT):

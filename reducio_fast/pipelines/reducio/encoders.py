@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.hub import find_model
@@ -28,6 +27,7 @@ from ...checkpoints.strict_files import (
     save_tensors,
     write_json,
 )
+from ...media.antialias import blur_and_resize
 from ...system.errors import ReducioError
 
 logger = logging.getLogger(__name__)
@@ -169,11 +169,11 @@ class SemanticEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> [B, patches, width].
 
-        The whole frame is resized to the tower's square, its aspect ratio not kept (Reducio-VAE release).
+        The whole frame is resized to the tower's square, its aspect ratio not kept, by the release's own resize.
         """
         weight = self.visual.conv1.weight
         size = self.visual.image_size
-        x = F.interpolate(image.to(weight.device).float(), size, mode="bicubic", align_corners=True, antialias=True)
+        x = blur_and_resize(image.to(weight.device).float(), size)
         x = ((x + 1) / 2 - self.mean.float()) / self.std.float()
         _, tokens = self.visual(x.to(weight.dtype))
         rows, columns = self.visual.grid_size

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...data import toy_world
+from ...media.antialias import blur_and_resize
 from ...pipelines.reducio.encoders import SemanticEncoder
 from ..loop import LoopConfig
 from ..recipe import Context
@@ -80,7 +81,7 @@ VISIBLE = ("colour", "shape", "background")  # the attributes that a single fram
 
 def preprocess(frames: Tensor, encoder: SemanticEncoder) -> Tensor:
     """B 3 H W in 0..1 to the tower's input, as the pipeline does it."""
-    x = F.interpolate(frames, encoder.visual.image_size, mode="bicubic", align_corners=True, antialias=True)
+    x = blur_and_resize(frames, encoder.visual.image_size)
     return (x - encoder.mean) / encoder.std
 
 

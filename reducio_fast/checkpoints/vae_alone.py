@@ -1,0 +1,71 @@
+"""The video autoencoder without the rest of a model: the only part of Reducio whose weights are public."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..reference import ReducioVAE, VAEConfig
+from ..system.errors import ReducioError
+from ..system.paths import entries, expanded, is_file
+from . import convert, hub, networks
+from .foreign_files import read_weights
+from .strict_files import CONFIG, INDEX, PICKLES, read_json
+
+RELEASE = "microsoft/Reducio-VAE"
+RELEASE_FILES = ("reducio-ft4-fs32-attn23.ckpt", "reducio-ft2-fs32-attn23.ckpt")
+# What an index says of a whole model; the release was trained on clips of 256 pixels at 16 frames a second.
+DEFAULTS: dict[str, Any] = {"sample_height": 256, "sample_width": 256, "fps": 16}
+
+
+def load_vae(
+    source: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[ReducioVAE, dict[str, Any]]:
+    """A `ReducioVAE`, frozen, and the settings DEFAULTS as the model says them.
+
+    source: a model folder, the component folder of a VAE, a weights file of the release (`.ckpt`, read without running
+    what it says) or a folder that holds one, or a hub id. `dtype` None keeps what is stored. Raises ReducioError, in
+    one line, for anything else.
+    """
+    path = expanded(source, "model")
+    if is_file(path, "model"):
+        return _from_file(path, dtype, device), DEFAULTS
+    if str(source) == RELEASE and not path.exists():
+        return _from_file(_downloaded(), dtype, device), DEFAULTS
+    folder = hub.find_model(source)
+    if is_file(folder / INDEX):
+        index = read_json(folder / INDEX)
+        settings = {name: index.get(name, value) for name, value in DEFAULTS.items()}
+        return networks.load_model(ReducioVAE, VAEConfig, folder / "vae", dtype, device), settings
+    if is_file(folder / CONFIG) and read_json(folder / CONFIG).get("_class_name") == ReducioVAE.__name__:
+        return networks.load_model(ReducioVAE, VAEConfig, folder, dtype, device), DEFAULTS
+    files = [file for file in entries(folder) if file.suffix in (*PICKLES, ".safetensors")]
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or f"no {INDEX} and no weights"
+        raise ReducioError(f"model: {folder} holds {names}; name a model folder or one file of weights")
+    return _from_file(files[0], dtype, device), DEFAULTS
+
+
+def _from_file(path: Path, dtype: torch.dtype | None, device: str | torch.device) -> ReducioVAE:
+    tensors, _ = read_weights(path)
+    component = convert.as_vae(path, tensors)
+    config = VAEConfig.from_dict(component.config)
+    cast = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in component.tensors.items()}
+    return networks.build(lambda: ReducioVAE(config), cast, path, device)
+
+
+def _downloaded() -> Path:
+    """The release's first file in the hub's cache, fetched where there is a network."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(RELEASE, RELEASE_FILES[0]))
+    except (OSError, ValueError) as error:  # all that the hub client raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ReducioError(
+            f"model: {RELEASE!r} could not be fetched from the hub ({reason}); where there is a network, run "
+            f"`hf download {RELEASE} {RELEASE_FILES[0]} --local-dir DIR`, then pass DIR/{RELEASE_FILES[0]}"
+        ) from error

@@ -1,0 +1,32 @@
+"""The resize for CLIP towers equals diffusers', which took it from Stability's code (kornia)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from torch.nn import functional as F
+
+from reducio_fast.media.antialias import blur_and_resize
+
+
+@pytest.mark.parametrize(
+    "source", [(256, 256), (576, 1024), (1024, 1024), (225, 100), (224, 224), (100, 60), (2000, 30)]
+)
+@pytest.mark.parametrize("size", [(224, 224), (64, 48)])
+def test_equals_diffusers(source: tuple[int, int], size: tuple[int, int]) -> None:
+    image = torch.rand(2, 3, *source, dtype=torch.float64)
+    torch.testing.assert_close(blur_and_resize(image, size), _resize_with_antialiasing(image, size), rtol=0, atol=1e-9)
+
+
+def test_where_nothing_shrinks_it_is_bicubic() -> None:
+    image = torch.rand(1, 3, 40, 50)
+    plain = F.interpolate(image, (80, 50), mode="bicubic", align_corners=True)
+    torch.testing.assert_close(blur_and_resize(image, (80, 50)), plain)
+
+
+def test_a_ramp_is_not_shifted() -> None:
+    """By less than a fifth of a pixel of 1024; torch's antialias shifts it by 1.8."""
+    ramp = torch.linspace(0, 1, 1024).expand(1, 1, 1024, 1024)
+    small = blur_and_resize(ramp, (224, 224))[0, 0, 112]
+    torch.testing.assert_close(small[4:-4], torch.linspace(0, 1, 224)[4:-4], rtol=0, atol=2e-4)
