@@ -102,10 +102,10 @@ def _nvidia(compiled: Any) -> tuple[int, int]:
         usage = subprocess.run(
             [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _amd(compiled: Any) -> tuple[int, int]:
@@ -113,7 +113,7 @@ def _amd(compiled: Any) -> tuple[int, int]:
     text = compiled.asm["amdgcn"]
 
     def note(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        return int(found[1]) if found else 0
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(match[1]) if match else 0
 
     return note("vgpr_count"), note("vgpr_spill_count") + note("sgpr_spill_count")

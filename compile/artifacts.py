@@ -13,15 +13,15 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .whole_files import written_whole
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -70,12 +70,10 @@ def compile_function(fn: Function, tensors: Sequence[Tensor], free: Collection[i
 
 
 def save(artifact: Any, path: Path) -> None:
-    """Write under another name, then rename. Raises OSError, and RuntimeError where Inductor's caches are off."""
+    """Write the file, whole or not at all. Raises OSError, and RuntimeError where Inductor's caches are off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="tmp.") as folder:
-        fresh = Path(folder, path.name)
-        artifact.save(path=str(fresh), format="binary")
-        os.replace(fresh, path)
+    with written_whole(path) as temporary:
+        artifact.save(path=str(temporary), format="binary")
 
 
 def load(path: Path, tensors: Sequence[Tensor]) -> Any:
@@ -161,11 +159,11 @@ def _text(value: Any, modules: set[str]) -> str:
 @functools.cache
 def _source(module: str) -> str:
     """A digest of a module's file and its neighbours in the folder, and of the version of its distribution."""
-    found = hashlib.sha256()
+    digest_so_far = hashlib.sha256()
     place = getattr(sys.modules.get(module), "__file__", None)
     for file in [] if place is None else sorted(Path(place).parent.glob("*.py")):
-        found.update(file.read_bytes())
+        digest_so_far.update(file.read_bytes())
     # Python's own modules have no distribution, nor has a package that is installed under another name.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found.update(importlib.metadata.version(module.partition(".")[0]).encode())
-    return found.hexdigest()[:16]
+        digest_so_far.update(importlib.metadata.version(module.partition(".")[0]).encode())
+    return digest_so_far.hexdigest()[:16]

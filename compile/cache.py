@@ -41,6 +41,8 @@ from typing import Any
 
 import torch
 
+from .whole_files import written_whole
+
 LOG = logging.getLogger("reducio_fast")
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -137,18 +139,10 @@ def export_archive(target: Path, origin: Origin, root: Path) -> int:
     listed = {n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in entries.items()}
     manifest = {"origin": asdict(origin), "entries": listed}
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                    archive.writestr(MANIFEST, json.dumps(manifest, indent=1))
-                    for name, content in entries.items():
-                        archive.writestr(name, content)
-                file.close()
-                temporary.chmod(0o666 & ~_umask())  # temporary files are private
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with written_whole(target) as temporary, zipfile.ZipFile(temporary, "x", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(MANIFEST, json.dumps(manifest, indent=1))
+            for name, content in entries.items():
+                archive.writestr(name, content)
     except OSError as error:
         raise CacheError(f"{target} cannot be written ({error.strerror})") from error
     return len(entries)
@@ -198,14 +192,14 @@ def _check_manifest(archive: zipfile.ZipFile, source: Path, origin: Origin) -> d
         if infos[MANIFEST].file_size > 100 * MAX_ENTRIES * 2:
             raise CacheError(f"{source}: its manifest has {infos[MANIFEST].file_size} bytes")
         manifest = json.loads(archive.read(MANIFEST))
-        found, entries = Origin(**manifest["origin"]), dict(manifest["entries"])
+        origin_there, entries = Origin(**manifest["origin"]), dict(manifest["entries"])
         total = sum(int(entry["size"]) for entry in entries.values())
         negative = any(int(entry["size"]) < 0 or not isinstance(entry["sha256"], str) for entry in entries.values())
     except CacheError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheError(f"{source}: has no readable manifest ({type(error).__name__}: {error})") from error
-    if difference := origin.difference(found):
+    if difference := origin.difference(origin_there):
         raise ForeignCache(f"{source}: ignored, it is of {difference}")
     if negative or len(entries) > MAX_ENTRIES or total > MAX_BYTES:
         raise CacheError(
@@ -214,8 +208,8 @@ def _check_manifest(archive: zipfile.ZipFile, source: Path, origin: Origin) -> d
     if len(infos) != len(archive.infolist()) or set(infos) != {MANIFEST, *entries}:
         raise CacheError(f"{source}: its manifest lists {len(entries)} entries, it holds {len(archive.infolist()) - 1}")
     for name in entries:
-        path, kind = PurePosixPath(name), infos[name].external_attr >> 16
-        plain = not stat.S_IFMT(kind) or stat.S_ISREG(kind)
+        path, mode = PurePosixPath(name), infos[name].external_attr >> 16
+        plain = not stat.S_IFMT(mode) or stat.S_ISREG(mode)
         parts = name.split("/")
         if not plain or "\\" in name or "\0" in name or any(p in ("", ".", "..") for p in parts) or path.is_absolute():
             raise CacheError(f"{source}: {name!r} is no plain file below the cache folder")
@@ -273,7 +267,8 @@ def _chosen(name: str) -> str | None:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _read_origin(path: Path) -> Origin:
@@ -281,12 +276,6 @@ def _read_origin(path: Path) -> Origin:
         return Origin(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return Origin(0, "", "", "", "", "", "unknown")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _version(distribution: str) -> str:

@@ -179,10 +179,10 @@ class Regions:
         try:
             if run is None:
                 LOG.info("compiling %s for a new shape", name)
-                given: list[Any] = []
-                flatten((args, tuple(kwargs.values())), given)
-                given = [leaf for leaf in given if isinstance(leaf, Tensor)]
-                loose = [len(block.places) + i for i, x in enumerate(given) if any(x is one for one in free)]
+                passed: list[Any] = []
+                flatten((args, tuple(kwargs.values())), passed)
+                passed = [leaf for leaf in passed if isinstance(leaf, Tensor)]
+                loose = [len(block.places) + i for i, x in enumerate(passed) if any(x is one for one in free)]
                 run = self._compile(_flat(module, block, args, kwargs), tensors, loose)
                 if (wrong := _difference(run(*tensors), right)) is not None:
                     raise ValueError(f"compiled, it returns {wrong}")
@@ -275,8 +275,8 @@ def _flat(module: nn.Module, block: _Block, args: tuple[Any, ...], kwargs: dict[
     template = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        given = iter(tensors[len(names) :])
-        positional, named = rebuild(form, (next(given) if leaf is Tensor else leaf for leaf in template))
+        following = iter(tensors[len(names) :])
+        positional, named = rebuild(form, (next(following) if leaf is Tensor else leaf for leaf in template))
         state = dict(zip(names, tensors, strict=False))
         named = dict(zip(kwargs, named, strict=True))
         # Every place is in `state`: tying those that share a weight would leave the tracer's weights in one of them.
@@ -337,7 +337,7 @@ def _sign(value: Any, free: Collection[int], signature: list[Hashable], tensors:
 def _modes() -> tuple[Hashable, ...]:
     """Global settings of torch that change what a block computes."""
     # By device: without one, torch 2.10 answers for CUDA alone.
-    casts = (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
+    casts = (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda"))
     return torch.is_inference_mode_enabled(), *casts, torch.get_float32_matmul_precision()
 
 
@@ -349,9 +349,9 @@ _DEPTH = 4  # of attributes within attributes
 
 def _attributes(module: nn.Module) -> list[Hashable]:
     """Everything of a module that is no weight and no submodule, and any hooks it has."""
-    own = {name: value for name, value in vars(module).items() if name not in _TORCHS and not _is_region(value)}
+    attributes = {name: value for name, value in vars(module).items() if name not in _TORCHS and not _is_region(value)}
     hooks = {name: list(getattr(module, name).values()) for name in _HOOKS if getattr(module, name)}
-    return [(name, _plain(value, _DEPTH)) for name, value in sorted((own | hooks).items())]
+    return [(name, _plain(value, _DEPTH)) for name, value in sorted((attributes | hooks).items())]
 
 
 def _is_region(value: Any) -> bool:

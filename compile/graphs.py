@@ -294,9 +294,9 @@ def kinds(leaves: Iterable[Any]) -> Hashable:
 def rebuild(form: Any, leaves: Iterator[Any]) -> Any:
     if form is None:
         return next(leaves)
-    kind, *items = form
+    form_class, *items = form
     filled = [rebuild(item, leaves) for item in items]
-    return kind(*filled) if hasattr(kind, "_fields") else kind(filled)
+    return form_class(*filled) if hasattr(form_class, "_fields") else form_class(filled)
 
 
 def _tensors(graph: _Graph) -> list[Tensor]:

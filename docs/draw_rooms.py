@@ -35,7 +35,7 @@ def folder_of(room: str) -> Path:
 
 def arrows() -> Counter[tuple[str, str]]:
     """{(room, room that it imports): import statements}."""
-    found: Counter[tuple[str, str]] = Counter()
+    arrows: Counter[tuple[str, str]] = Counter()
     rooms = [room for floor in floors() for room in floor]
     for room in rooms:
         for file in folder_of(room).rglob("*.py"):
@@ -44,8 +44,8 @@ def arrows() -> Counter[tuple[str, str]]:
                 if not isinstance(node, ast.ImportFrom) or node.level != depth + 1:
                     continue
                 names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-                found.update((room, name) for name in names if name in rooms and name != room)
-    return found
+                arrows.update((room, name) for name in names if name in rooms and name != room)
+    return arrows
 
 
 def draw(out: Path) -> None:

@@ -399,16 +399,16 @@ def attention(
 def variants(arch: str) -> Iterator[Variant]:
     """What is shipped for `arch`: D=72 of the transformer, D=64 of the VAE; other widths share the settings of 128."""
     shapes = [(72, ""), (72, " counted"), (64, ""), (64, " counted"), (64, " frames"), (128, "")]
-    kinds = [(dtype, *shape) for dtype in (torch.bfloat16, torch.float16) for shape in shapes]
-    kinds += [(torch.float32, 72, " counted"), (torch.float32, 64, " frames")]
+    cases = [(dtype, *shape) for dtype in (torch.bfloat16, torch.float16) for shape in shapes]
+    cases += [(torch.float32, 72, " counted"), (torch.float32, 64, " frames")]
     heads = ("q_stride_n", "k_stride_n", "v_stride_n")
     strides = [f"{x}_stride_{n}" for x, names in (("q", "bl"), ("k", "bs"), ("v", "bs")) for n in names]
-    for dtype, D, kind in kinds:
+    for dtype, D, features in cases:
         D0, D1 = split(D)
         chosen = settings(OP, shape_class(D, dtype), arch)
         half = dtype != torch.float32
         yield Variant(
-            name=f"{OP} {TYPES[dtype]} {D}{kind}",
+            name=f"{OP} {TYPES[dtype]} {D}{features}",
             kernel=attention_kernel,
             signature={
                 **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{TYPES[dtype]}"),
@@ -422,8 +422,8 @@ def variants(arch: str) -> Iterator[Variant]:
                 "D0": D0,
                 "D1": D1,
                 "ALIGN": math.gcd(D, 16),
-                "COUNTED": kind == " counted",
-                "FRAME": kind == " frames",
+                "COUNTED": features == " counted",
+                "FRAME": features == " frames",
                 "WITH_LSE": False,
                 "PRECISION": "ieee",
                 "DESCRIPTORS": half and arch in ("sm_90", "sm_100"),

@@ -75,7 +75,7 @@ def blend_tiles_kernel(
     # Line y in a bound and not as a mask: the interpreter cannot spread a scalar condition over a block.
     in_y, in_x = i < tl.where(y < fade_y, crop_w * 3, 0), inside & (x < fade_x)
     above_y = above_h - fade_y + y
-    own = tl.load(own_ptr + element(frame, y, 0, h, w, 3) + i, mask=inside, other=0.0).to(tl.float32)
+    value_here = tl.load(own_ptr + element(frame, y, 0, h, w, 3) + i, mask=inside, other=0.0).to(tl.float32)
     above = tl.load(above_ptr + element(frame, above_y, 0, above_h, w, 3) + i, mask=in_y, other=0.0).to(tl.float32)
     left = tl.load(left_ptr + element(frame, y, left_w - fade_x, h, left_w, 3) + i, mask=in_x, other=0.0).to(tl.float32)
     corner_ptr += element(frame, above_y, left_w - fade_x, above_h, left_w, 3)
@@ -83,8 +83,8 @@ def blend_tiles_kernel(
     weight_y, weight_x = fade(y, fade_y), fade(x, fade_x)
     above = (1.0 - weight_x) * corner + weight_x * above
     left = (1.0 - weight_y) * corner + weight_y * left
-    own = (1.0 - weight_y) * above + weight_y * own
-    value = (1.0 - weight_x) * left + weight_x * own
+    value_here = (1.0 - weight_y) * above + weight_y * value_here
+    value = (1.0 - weight_x) * left + weight_x * value_here
     if AS_UINT8:
         value = tl.minimum(tl.maximum((value + 1.0) * 127.5, 0.0), 255.0)
         # 1.5 * 2^23: adding it leaves no bit for a fraction, so the hardware rounds, half to even as torch.round does.

@@ -21,10 +21,10 @@ def check_same(op: str, what: str, **values: Any) -> None:
 
 def check_tensors(op: str, **tensors: Tensor | None) -> None:
     """All on one device, all of one floating dtype; absent ones are skipped."""
-    given = {name: x for name, x in tensors.items() if x is not None}
-    check_same(op, "device", **{name: x.device for name, x in given.items()})
-    check_same(op, "dtype", **{name: x.dtype for name, x in given.items()})
-    name, x = next(iter(given.items()))
+    present = {name: x for name, x in tensors.items() if x is not None}
+    check_same(op, "device", **{name: x.device for name, x in present.items()})
+    check_same(op, "dtype", **{name: x.dtype for name, x in present.items()})
+    name, x = next(iter(present.items()))
     if x.dtype not in FLOATING:
         raise ValueError(f"{op}: {name} has dtype={x.dtype}, kernels take {', '.join(map(str, FLOATING))}")
 

@@ -45,14 +45,14 @@ def table(arch: str) -> dict[str, dict[str, Settings]]:
     """{op: {key: settings}} for `arch`: its own table over the default one, this machine's over both, by entry."""
     folder = resources.files(__package__) / "tables"
     merged = json.loads((folder / "default.json").read_text())
-    found = [file for file in (folder / f"{arch}.json", *(f / f"{arch}.json" for f in _tuned_here)) if file.is_file()]
-    for file in found:
+    files = [file for file in (folder / f"{arch}.json", *(f / f"{arch}.json" for f in _tuned_here)) if file.is_file()]
+    for file in files:
         try:
-            own = json.loads(file.read_text())
-            merged |= {op: merged.get(op, {}) | entries for op, entries in own.items()}
+            own_table = json.loads(file.read_text())
+            merged |= {op: merged.get(op, {}) | entries for op, entries in own_table.items()}
         except (OSError, ValueError, AttributeError, TypeError) as error:  # a user's file may be cut short
             LOG.warning("launch table %s is ignored: %s", file, error)
-    if not found and arch != "default":
+    if not files and arch != "default":
         LOG.warning("no launch table for %s: kernels run with default settings", arch)
     return merged
 

@@ -232,14 +232,14 @@ def _upsample(coarse: np.ndarray, size: int) -> np.ndarray:
     return weights @ coarse @ weights.T
 
 
-def _texture(kind: str, rng: np.random.Generator, size: int) -> np.ndarray:
+def _texture(texture: str, rng: np.random.Generator, size: int) -> np.ndarray:
     """A pattern [size, size] in about -1..1, of the same look at every size."""
-    if kind == "noisy":
+    if texture == "noisy":
         octaves = ((5, 0.6), (9, 0.5), (17, 0.4), (33, 0.3))
         layers = [weight * _upsample(rng.uniform(-1.0, 1.0, (n, n)), size) for n, weight in octaves]
         return sum(layers[1:], layers[0])
     grid = (np.arange(size) + 0.5) / size
-    if kind == "striped":
+    if texture == "striped":
         period, phase = rng.uniform(0.12, 0.24), rng.uniform(0.0, 1.0)
         angle = rng.choice([0.0, 0.25, 0.5, 0.75]) * np.pi
         place = (np.cos(angle) * grid[None, :] + np.sin(angle) * grid[:, None]) / period + phase

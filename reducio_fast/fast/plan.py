@@ -47,8 +47,8 @@ def default_dtype(device: torch.device, stored: torch.dtype) -> tuple[torch.dtyp
     of its CPU gets float32.
     """
     if device.type == "cpu" and stored == torch.float32:
-        found = getattr(torch.cpu, "get_capabilities", dict)()
-        if feature := next((name for name in BFLOAT16_CPU_FEATURES if found.get(name)), None):
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        if feature := next((name for name in BFLOAT16_CPU_FEATURES if features.get(name)), None):
             return torch.bfloat16, f"this CPU has {feature}"
     return stored, "that of the weights"
 

@@ -98,13 +98,13 @@ def _checked(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]]:
     By the name of the class or of a base: kernels import without diffusers. Relatives with the same config (single-step
     and EDM solvers) scale the noise or the model's input, or step otherwise.
     """
-    kind = type(scheduler).__name__
+    name = type(scheduler).__name__
     if wanted not in (base.__name__ for base in type(scheduler).__mro__):
-        raise ValueError(f"{OP}: the scheduler is a {kind}, coefficients are known for {wanted}")
+        raise ValueError(f"{OP}: the scheduler is a {name}, coefficients are known for {wanted}")
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
-        raise ValueError(f"{OP}: {kind} has init_noise_sigma={scheduler.init_noise_sigma}, it must be 1")
+        raise ValueError(f"{OP}: {name} has init_noise_sigma={scheduler.init_noise_sigma}, it must be 1")
     if getattr(scheduler, "num_inference_steps", None) is None:
-        raise ValueError(f"{OP}: {kind} has no steps yet, call set_timesteps first")
+        raise ValueError(f"{OP}: {name} has no steps yet, call set_timesteps first")
     return dict(scheduler.config), scheduler.sigmas.double().tolist()
 
 

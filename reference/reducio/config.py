@@ -94,16 +94,16 @@ class VAEConfig(_DictMixin):
             raise ValueError(f"fusion_levels has {len(self.fusion_levels)} entries, channel_multipliers has {levels}")
         if not isinstance(self.fusion, str) and len(self.fusion) != levels:
             raise ValueError(f"fusion has {len(self.fusion)} entries, channel_multipliers has {levels}")
-        for level, (kind, source) in enumerate(zip(self.fusion_kinds, self.fusion_levels, strict=True)):
-            if kind not in FUSION_KINDS:
-                raise ValueError(f"fusion={kind!r}: must be one of {', '.join(FUSION_KINDS)}")
+        for level, (fusion, source) in enumerate(zip(self.fusion_kinds, self.fusion_levels, strict=True)):
+            if fusion not in FUSION_KINDS:
+                raise ValueError(f"fusion={fusion!r}: must be one of {', '.join(FUSION_KINDS)}")
             if source is None:
                 continue
             if not 0 <= source <= self.content_levels:
                 raise ValueError(f"fusion_levels[{level}]={source}: the content encoder has 0..{self.content_levels}")
-            if kind != "attn" and min(source, self.content_levels - 1) != level:
+            if fusion != "attn" and min(source, self.content_levels - 1) != level:
                 raise ValueError(
-                    f"fusion_levels[{level}]={source} with fusion={kind!r}: adding needs the content feature of the "
+                    f"fusion_levels[{level}]={source} with fusion={fusion!r}: adding needs the content feature of the "
                     f"same resolution, level {level}"
                 )
         if not isinstance(self.num_res_blocks, int) and len(self.num_res_blocks) != levels:

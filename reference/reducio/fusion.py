@@ -134,8 +134,8 @@ class AddFusion(nn.Module):
 class LinearFusion(nn.Module):
     """Content becomes one more frame, and a linear map over the frame axis brings T + 1 frames back to T.
 
-    out = x + SiLU(GroupNorm(conv([x, Conv2d(content)]))). Starts live, for the reason given at `AddFusion`. If `causal`,
-    the map from a later frame to an earlier one is masked out; the content frame stays visible to all.
+    out = x + SiLU(GroupNorm(conv([x, Conv2d(content)]))). Starts live, for the reason given at `AddFusion`. If
+    `causal`, the map from a later frame to an earlier one is masked out; the content frame stays visible to all.
     """
 
     def __init__(self, dim: int, context_dim: int, num_frames: int, norm: nn.Module, causal: bool) -> None:

@@ -66,7 +66,7 @@ class Executor:
         self._obstacles: dict[str, str] = {}  # component -> why it runs as it is, as of the call at work
         if engine is None and chosen == "fast":
             self.engine = self._fast_engine(compile)
-            self.look()
+            self.check()
 
     def renew_lock(self) -> None:
         """In a child process that was forked while a thread of its parent made a clip: that thread is not here."""
@@ -102,8 +102,7 @@ class Executor:
         return Engine(compile, store=cache.folder("regions", origin, root))
 
     def look(self) -> None:
-        """Find out which networks can run as their twins, as they are now. ReducioError where "fast" was asked for and
-        one cannot."""
+        """Find out which networks can run as their twins, as they are now."""
         if self.engine.name != "fast":
             return
         from ...fast.solver_tables import coefficients
@@ -119,15 +118,15 @@ class Executor:
         except ValueError as error:
             obstacles.setdefault(layout.denoiser, f"scheduler: {error}")
         for name, reason in obstacles.items():
-            self._run_as_it_is(name, reason)
+            if self._obstacles.get(name) != reason:
+                LOG.info("%s runs on the reference: %s", name, reason)
         self._obstacles = obstacles
 
-    def _run_as_it_is(self, name: str, reason: str) -> None:
-        """Raise where "fast" was asked for; else say once that this network runs on the reference."""
-        if self.asked == "fast":
-            raise ReducioError(f"backend: 'fast' cannot run this model: {reason}")
-        if self._obstacles.get(name) != reason:
-            LOG.info("%s runs on the reference: %s", name, reason)
+    def check(self) -> None:
+        """Raise ReducioError where backend "fast" was asked for and a network cannot run as its twin."""
+        self.refresh()
+        if self.asked == "fast" and self._obstacles:
+            raise ReducioError(f"backend: 'fast' cannot run this model: {next(iter(self._obstacles.values()))}")
 
     @property
     def _twinned(self) -> tuple[str, str]:
@@ -266,7 +265,7 @@ class Executor:
         with self.lock:
             if self._at_work:
                 raise ReducioError("callback_on_step_end: called the pipeline that called it, which is not done yet")
-            self.look()
+            self.check()
             self._at_work = True
             try:
                 with self.engine.one_look():

@@ -304,7 +304,7 @@ class ReducioPipeline(VideoPipeline):
             raise ReducioError("image: None given; decoding needs the content frame of the clip (out.content)")
         fitted = [image_files.fit_image(i, height, width) for i in images if i is not None]
         with self.executor.lock, self.executor.placed("vae.decode"):
-            self.executor.refresh()
+            self.executor.check()
             way = self.fitter.fits.get((height, width))
             decoded = [
                 self.decoder(z, i, output_type, None if way is None else way.decoding)
