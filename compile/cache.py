@@ -273,7 +273,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _read_origin(path: Path) -> Origin:
     try:
-        return Origin(**json.loads(path.read_text()))
+        return Origin(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return Origin(0, "", "", "", "", "", "unknown")
 
@@ -297,7 +297,7 @@ def _triton_version() -> str:
 def _cpu() -> str:
     """Inductor compiles for the very CPU it runs on (-march=native): another one may lack an instruction."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else [platform.processor()]
     features = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), lines[0])
     digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()[:8]
     return f"{torch.backends.cpu.get_cpu_capability()} {digest}"

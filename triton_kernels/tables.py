@@ -44,11 +44,11 @@ def add_tables(folder: Path) -> None:
 def table(arch: str) -> dict[str, dict[str, Settings]]:
     """{op: {key: settings}} for `arch`: its own table over the default one, this machine's over both, by entry."""
     folder = resources.files(__package__) / "tables"
-    merged = json.loads((folder / "default.json").read_text())
+    merged = json.loads((folder / "default.json").read_text(encoding="utf-8"))
     files = [file for file in (folder / f"{arch}.json", *(f / f"{arch}.json" for f in _tuned_here)) if file.is_file()]
     for file in files:
         try:
-            own_table = json.loads(file.read_text())
+            own_table = json.loads(file.read_text(encoding="utf-8"))
             merged |= {op: merged.get(op, {}) | entries for op, entries in own_table.items()}
         except (OSError, ValueError, AttributeError, TypeError) as error:  # a user's file may be cut short
             LOG.warning("launch table %s is ignored: %s", file, error)

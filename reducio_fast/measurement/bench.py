@@ -218,7 +218,7 @@ def first_clips(
 def write(row: Row, path: str | os.PathLike[str]) -> None:
     """The row as JSON, whole or not at all."""
     with written_whole(path) as part:
-        part.write_text(json.dumps(row, indent=2) + "\n")
+        part.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
 
 
 def _same(contender: Contender) -> Contender:

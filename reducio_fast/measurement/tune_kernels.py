@@ -241,7 +241,7 @@ def write(table: dict[str, Any], arch: str, path: Path) -> None:
     from importlib import resources
 
     shipped = resources.files("reducio_fast.triton_kernels") / "tables" / f"{arch}.json"
-    merged = json.loads(shipped.read_text()) if shipped.is_file() else {}
+    merged = json.loads(shipped.read_text(encoding="utf-8")) if shipped.is_file() else {}
     for op, entries in table.items():
         merged[op] = merged.get(op, {}) | entries
     ops = [
@@ -251,7 +251,7 @@ def write(table: dict[str, Any], arch: str, path: Path) -> None:
         for op, entries in merged.items()
     ]
     with written_whole(path) as part:
-        part.write_text("{\n" + ",\n".join(ops) + "\n}\n")
+        part.write_text("{\n" + ",\n".join(ops) + "\n}\n", encoding="utf-8")
 
 
 def run(

@@ -225,6 +225,6 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""

@@ -35,5 +35,5 @@ class Context:
         """Keeps the figures a stage reached beside its log."""
         text = json.dumps({k: round(v, 5) for k, v in figures.items()}, indent=2) + "\n"
         with written_whole(self.run_folder(stage) / "figures.json") as path:
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         return figures

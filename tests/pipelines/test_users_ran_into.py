@@ -215,3 +215,12 @@ def test_a_folder_of_the_owners_name_hides_no_repository(tmp_path: Path, monkeyp
     (tmp_path / "owner").mkdir()
     with pytest.raises(ReducioError, match="hf download owner/name"):
         generate(PROMPT, IMAGE, "owner/name", **KWARGS)
+
+
+def test_steps_that_share_a_time_are_refused_before_the_work(pipe: ReducioPipeline) -> None:
+    """Up to the scheduler's 1000 training steps may be asked for; two of its 1000 times are the same, and the solver
+    divides by the time between."""
+    call = {"prompt": PROMPT, "image": IMAGE, "height": 32, "width": 32}
+    with pytest.raises(ReducioError, match="num_inference_steps: 1000 is too many"):
+        pipe(**call, **{**KWARGS, "num_inference_steps": 1000})
+    assert pipe.check_inputs(**call, num_inference_steps=999).num_inference_steps == 999

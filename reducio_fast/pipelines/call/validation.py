@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from collections.abc import Sequence
@@ -109,6 +110,19 @@ def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type:
         raise ReducioError(f"guidance_scale: must be a finite number of at least 0, is {guidance_scale!r}")
     if output_type not in OUTPUT_TYPES:
         raise ReducioError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, is {output_type!r}")
+
+
+def check_times(scheduler: Any, steps: int) -> None:
+    """Refuse as many steps as make two of them share a time: a multistep scheduler divides by the time between."""
+    if 2 * steps <= scheduler.config.num_train_timesteps:
+        return
+    trial = copy.deepcopy(scheduler)
+    trial.set_timesteps(steps)
+    if len(torch.unique(trial.timesteps)) < len(trial.timesteps):
+        raise ReducioError(
+            f"num_inference_steps: {steps} is too many for this {type(scheduler).__name__}: two of the steps share a "
+            "time; ask for fewer"
+        )
 
 
 def check_latents(latents: Any, shape: Sequence[int], count: int, is_list: bool, name: str = "latents") -> list[Tensor]:

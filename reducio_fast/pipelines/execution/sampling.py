@@ -39,7 +39,7 @@ class Sampler:
             return engine.sample(denoise, scheduler, noise, num_inference_steps, callback, generator)
         except ReducioError:
             raise
-        except ValueError as error:
+        except (ValueError, ZeroDivisionError) as error:
             if error is getattr(callback, "error", None):
                 raise
             raise ReducioError(f"sampling: {error}") from error

@@ -243,6 +243,7 @@ class ReducioPipeline(VideoPipeline):
         validation.check_size(config, height, width, inputs.num_frames)
         max_steps = self.scheduler.config.num_train_timesteps
         validation.check_sampling(inputs.num_inference_steps, max_steps, inputs.guidance_scale, inputs.output_type)
+        validation.check_times(self.scheduler, inputs.num_inference_steps)
         names = inputs.callback_on_step_end_tensor_inputs
         validation.check_callback(inputs.callback_on_step_end, names, self._callback_tensor_inputs)
         shape, count = config.latent_shape(height, width), len(prompts) * per_prompt
