@@ -42,7 +42,7 @@ def build(variant: Any, target: Target) -> Build:
             options.pop(amd_only, None)
     names = variant.kernel.arg_names
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    # By position, as the compiler wants it: every pointer and size a multiple of 16, as real launches have it.
+    # By position, as the compiler takes it: every pointer and size a multiple of 16, as real launches have it.
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)

@@ -297,7 +297,7 @@ def launch(
     D0, D1 = split(D)
     strides = [x.stride()[:3] for x in (q_BLND, k_BSND, v_BSND)]
     align = math.gcd(*(n for three in strides for n in three), 16)
-    # The copy engine wants 16-byte addresses. Offset, not data_ptr: torch.compile traces this with no memory behind it.
+    # The copy engine needs 16-byte addresses. Offset, not data_ptr: torch.compile traces this without memory.
     aligned = q_BLND.element_size() == 2 and all(x.storage_offset() % 8 == 0 for x in (k_BSND, v_BSND))
     chosen = settings(OP, shape_class(D, q_BLND.dtype), arch_of(q_BLND.device))
     launcher(attention_kernel)[(triton.cdiv(L, chosen["BLOCK_L"]) * B * N,)](

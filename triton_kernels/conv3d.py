@@ -268,7 +268,7 @@ def blocks_for(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Settin
 
 
 def descriptors_fit(x: Tensor, weight: Tensor) -> bool:
-    """Bulk copies want rows of whole 16 bytes, from a start at one: a view into a workspace may begin elsewhere."""
+    """Bulk copies need rows of whole 16 bytes that start at a multiple of 16: a view of a workspace may not."""
     sizes = (x.shape[-1], x.storage_offset(), weight.storage_offset())
     return all(size * x.element_size() % 16 == 0 for size in sizes) and use_descriptors(x.device)
 

@@ -127,7 +127,7 @@ def _check_header(path: Path, header: bytes) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without repeated names: readers differ in which of two they believe."""
+    """A JSON object without repeated names: readers differ in which of two they take."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("repeated name")

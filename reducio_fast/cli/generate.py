@@ -13,6 +13,15 @@ from .printing import Printed
 
 NAMED = {c.name: c.source for c in REDUCIO.components if c.source}  # components that a folder or hub id can name
 FIRST_STAGE = ("num_inference_steps", "guidance_scale")
+# Arguments of Stable Video Diffusion's own call; `fps` is a setting of our models too.
+PEERS_OWN = {
+    "fps": options.positive,
+    "motion_bucket_id": options.positive,
+    "noise_aug_strength": float,
+    "decode_chunk_size": options.positive,
+    "min_guidance_scale": float,
+    "max_guidance_scale": float,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="clean the prompt as PixArt's captions were (default: as the model says)",
     )
+    for name, value_type in PEERS_OWN.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help="of --model svd (default: diffusers')")
     options.add_progress(parser)
 
 
@@ -56,7 +67,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..pipelines import registry
     from ..pipelines.generate import generate
 
-    fps = registry.find(arguments.model).fps
+    fps = arguments.fps or registry.find(arguments.model).fps
     check_output_path(arguments.out, fps or TRIAL_RATE, arguments.height, arguments.width)
 
     kwargs = {
@@ -74,7 +85,7 @@ def run(arguments: argparse.Namespace) -> Printed:
         "compile": arguments.compile,
         "dtype": arguments.dtype,
         "device": arguments.device,
-        **{name: getattr(arguments, name) for name in (*NAMED, "clean_caption")},
+        **{name: getattr(arguments, name) for name in (*NAMED, "clean_caption", *PEERS_OWN)},
         "content_kwargs": _first_stage(arguments),
     }
     started = time.perf_counter()

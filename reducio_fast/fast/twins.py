@@ -29,7 +29,7 @@ def missing_twin(network: Any) -> str | None:
 
     A twin computes what the network's class and config say, from its weights. So the network must be just that: of the
     exact class (a subclass may compute something else), with the modules that its config builds and no others, plain
-    tensors as weights, and no hook or method that somebody has put onto a module.
+    tensors as weights, and no hook or method that was put onto a module.
     """
     if type(network) not in TWINS:
         return f"is a {type(network).__name__}, fast twins are built from {' and '.join(t.__name__ for t in TWINS)}"
@@ -40,7 +40,7 @@ def missing_twin(network: Any) -> str | None:
 
 
 def _differences(network: nn.Module) -> Iterator[str]:
-    """What somebody has changed about `network`, beyond the values of its weights."""
+    """What was changed about `network`, beyond the values of its weights."""
     for hooks in GLOBAL_HOOKS:
         if getattr(torch_module, hooks):
             yield "runs under global module hooks"

@@ -38,12 +38,14 @@ MAX_PIXELS = 2**25
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def cover_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale uint8 [T, H, W, 3] until it covers height x width, aspect kept, and cut the centre out."""
+def cover_crop(
+    frames: np.ndarray, height: int, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> np.ndarray:
+    """Scale uint8 [T, H, W, 3], anti-aliased, until it covers height x width, aspect kept, and cut the centre out."""
     h, w = frames.shape[1:3]
     if (h, w) == (height, width):
         return frames
-    fit = [ImageOps.fit(Image.fromarray(f), (width, height), Image.Resampling.LANCZOS) for f in frames]
+    fit = [ImageOps.fit(Image.fromarray(f), (width, height), resample) for f in frames]
     return np.stack([np.asarray(image) for image in fit])
 
 

@@ -62,6 +62,7 @@ def find(model: str | os.PathLike[str] | None) -> Model:
         load=load,
         load_arguments=(*layout.names, *layout.settings, "compile"),
         call_defaults=_defaults(ReducioPipeline.__call__),
+        check_call=_check_call,
         files=folder_state(folder),
         fps=_fps(folder),
     )
@@ -82,6 +83,14 @@ def folder_state(folder: str | os.PathLike[str]) -> Hashable:
     files = sorted(os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
     stats = [(file, status(file)) for file in files]
     return tuple((file, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats if s is not None)
+
+
+def _check_call(backend: str, kwargs: dict[str, Any]) -> None:
+    """Refuse, by name, what is neither an argument of a Reducio call nor of loading."""
+    layout = ReducioPipeline.layout
+    call = list(inspect.signature(ReducioPipeline.__call__).parameters)[1:]
+    if unknown := sorted(set(kwargs) - {*call, *layout.names, *layout.settings, "compile"}):
+        raise ReducioError(f"{unknown[0]}: no argument of a Reducio model; known are {', '.join(call)}")
 
 
 def call_defaults(model: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class ReducioError(ValueError):
 
 
 def first_line(error: object) -> str:
-    """The first line with text of a message of somebody else's, which may have a page of them; else its class."""
+    """The first line with text of a library's message, which may have a page of them; its class where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -11,7 +11,7 @@ import torch
 @contextmanager
 def inference() -> Iterator[None]:
     """Inside, torch is as it is after its import, but without gradients: new tensors are float32 on the CPU, there is
-    no autocast, and tensors are no inference tensors, which nobody could write to later. Also a decorator.
+    no autocast, and tensors are no inference tensors, which cannot be written to later. Also a decorator.
 
     The default dtype is the one of these that torch keeps for the whole process and not for a thread: it is touched
     only where the caller has changed it. What stays as the caller has it: the number of threads, the precision of

@@ -249,6 +249,21 @@ def test_reconstruct(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str
     assert psnr(both[:, :, :96], both[:, :, 96:]) == pytest.approx(result["psnr"], abs=1.5)
 
 
+def test_reconstruct_reads_at_the_rate_of_the_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the release: of a clip of 30 frames a second every second one, for a model of 16."""
+    clip = np.stack([np.full((64, 64, 3), 6 * t, np.uint8) for t in range(33)])
+    write_video(clip, "fast.mp4", 30)
+    size = ["--height", "64", "--width", "64", "--json"]
+    for more, step in ([], 2), (["--consecutive"], 1):
+        assert run(["reconstruct", "fast.mp4", "--out", "both.mp4", *more, *size]) == 0
+        result = json.loads(capsys.readouterr().out)
+        both, fps = read_video("both.mp4")
+        assert (result["step"], result["dtype"]) == (step, "float32") and fps == pytest.approx(30 / step)
+        assert np.abs(both[:, 32, 32, 0].astype(int) - clip[::step][:16, 0, 0, 0]).max() <= 4
+    line = refused(["reconstruct", "fast.mp4", "--out", "c.mp4", "--start", "10", *size[:4]], capsys)
+    assert "every 2th" not in line and "12 frames from number 10 on" in line and "--consecutive" in line
+
+
 def test_reconstruct_a_folder_at_the_size_of_the_model(
     bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

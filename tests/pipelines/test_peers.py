@@ -68,6 +68,31 @@ def test_frames_are_those_of_diffusers(pipes: dict[str, pipeline.PeerPipeline], 
     assert np.array_equal(out.frames, (theirs * 255).round().astype(np.uint8))
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"fps": 12}, {"motion_bucket_id": 20}, {"noise_aug_strength": 0.5}, {"decode_chunk_size": 1},
+     {"min_guidance_scale": 2.0, "max_guidance_scale": 5.0}, {"sigmas": [700.0, 5.0, 0.1]}],
+    ids=lambda own: next(iter(own)),
+)  # fmt: skip
+def test_the_peers_own_arguments_reach_it(
+    pipes: dict[str, pipeline.PeerPipeline], picture: np.ndarray, own: dict[str, Any]
+) -> None:
+    pipe, steps = pipes["svd"], 3
+    out = pipe(image=picture, num_inference_steps=steps, seed=3, progress=False, **own)
+    call = {"height": 32, "width": 32, "num_frames": 4, "num_inference_steps": steps, "fps": 7, "decode_chunk_size": 8}
+    theirs = pipe.pipeline(
+        Image.fromarray(out.content), generator=torch.Generator().manual_seed(3), output_type="np", **(call | own)
+    ).frames[0]
+    assert np.array_equal(out.frames, (theirs * 255).round().astype(np.uint8)) and out.fps == own.get("fps", 7)
+
+
+def test_an_unknown_argument_is_refused_with_the_known_ones(picture: np.ndarray) -> None:
+    with pytest.raises(ReducioError, match="motion: not a word of the peer svd; known are .*motion_bucket_id"):
+        reducio_fast.generate(model="svd:random-tiny", image=picture, motion=3)
+    with pytest.raises(ReducioError, match="motion_bucket_id: no argument of a Reducio model; known are prompt, image"):
+        reducio_fast.generate("a red circle", motion_bucket_id=3)
+
+
 def test_a_clip_does_not_depend_on_its_list(pipes: dict[str, pipeline.PeerPipeline], picture: np.ndarray) -> None:
     pipe, words = pipes["svd"], {"num_inference_steps": 2, "progress": False}
     pictures = [picture, 255 - picture]

@@ -258,7 +258,7 @@ class FastReducioDiT(Regional):
                 count = None  # a forecast has no prompt: of the longest, every key is seen
             elif count.device.type == "cpu" and self.graphs is None:
                 # No keys but those that some item sees, and no mask where all see as many: 20% of a small model's step.
-                # On a GPU the kernel stops at the count; asking for it would wait. Graphs want one shape for prompts of
+                # On a GPU the kernel stops at the count; asking for it would wait. Graphs need one shape for prompts of
                 # any length; compiled blocks take any number of keys.
                 seen = max(int(count.max()), 1)
                 tokens = [t[:, :seen] for t in tokens]

@@ -59,7 +59,7 @@ class ReducioOutput:
         """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; of a list, clip i as NAME-i.SUFFIX.
 
         Raises ReducioError where that fails; frames that were not written are then kept in the cache folder, as PNGs,
-        and the error says where: in `generate(...).save(path)` nobody else has them.
+        and the error says where: after `generate(...).save(path)` no variable holds them.
         """
         if self.output_type == "latent":
             raise ReducioError("save: output_type='latent' holds no frames; make them with pipe.decode(latents, image)")

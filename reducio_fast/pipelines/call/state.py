@@ -34,7 +34,7 @@ class CallState:
 
     @contextmanager
     def show_progress(self, config: dict[str, Any]) -> Iterator[None]:
-        """A progress bar over the steps of all clips, where the request wants one; `config` are arguments for tqdm."""
+        """A progress bar over the steps of all clips, where the request says so; `config` are arguments for tqdm."""
         silent = not self.request.progress or os.environ.get("RANK", "0") != "0"  # of torchrun's ranks, one prints
         total = len(self.request.clips) * self.request.num_inference_steps
         with tqdm(total=total, **({"desc": "dit.step", "disable": silent} | config)) as self.progress:

@@ -111,6 +111,7 @@ class PeerPipeline:
         output_type: str = "np",
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
         progress: bool = True,
+        **peers_own: Any,
     ) -> ReducioOutput:
         """Make one clip, or one of each prompt (where the peer reads none: of each image) in a list.
 
@@ -119,6 +120,9 @@ class PeerPipeline:
         is 1. Clips are made one after the other, clip i from a CPU generator of seed + i. `timings` has our stages;
         `dit.step` is the whole denoising loop, whichever network runs in it. `callback_on_step_end` is handed on to
         diffusers; to set `pipe._interrupt` ends the loop of LTX-Video and Wan, diffusers' SVD cannot be stopped.
+        `peers_own`: further arguments of the diffusers pipeline's call, such as SVD's `fps`, `motion_bucket_id`,
+        `noise_aug_strength`, `decode_chunk_size`, `min_guidance_scale`, `max_guidance_scale`, `sigmas` and `latents`,
+        handed on as they are (see `own_arguments`).
 
         Raises ReducioError before any work for an argument that does not fit.
         """
@@ -141,7 +145,9 @@ class PeerPipeline:
         kwargs |= {
             theirs: {"guidance_scale": guidance, "fps": defaults["fps"]}[ours] for ours, theirs in peer.names.items()
         }
-        kwargs |= peer.extra
+        check_own(peer, peers_own)
+        kwargs |= peer.extra | peers_own
+        fps = kwargs.get(peer.names.get("fps", "fps"), defaults["fps"])
         self.pipeline.set_progress_bar_config(disable=not progress, desc="dit.step")
         timings: dict[str, float] = {}
         clips: list[Any] = []
@@ -159,7 +165,7 @@ class PeerPipeline:
             frames=stack(clips) if is_list else clips[0],
             content=np.stack(fitted) if is_list and fitted else fitted[0] if fitted else None,
             seeds=[g.initial_seed() for g in generators[: len(clips)]],
-            fps=defaults["fps"],
+            fps=fps,
             timings=timings,
             output_type=output_type,
             is_list=is_list,
@@ -236,9 +242,26 @@ def check_call(source: Source, backend: str, names: Iterable[str]) -> None:
     """Refuse, by name, arguments of our call that a peer does not have."""
     if backend not in ("auto", "reference"):
         raise ReducioError(f"backend: {backend!r} asked for, but a peer runs through diffusers; leave it out")
-    known = inspect.signature(PeerPipeline.__call__).parameters
-    if unknown := sorted(set(names) - set(known)):
-        raise ReducioError(f"{unknown[0]}: not a word of the peer {source.peer.name}")
+    ours = inspect.signature(PeerPipeline.__call__).parameters
+    check_own(source.peer, set(names) - set(ours))
+
+
+# Arguments of a diffusers call that ours sets itself, or that change the shape of what comes back.
+SET_HERE = ("output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
+SET_HERE += ("num_videos_per_prompt",)
+
+
+def own_arguments(peer: Peer) -> list[str]:
+    """Arguments of the diffusers pipeline's call that ours does not name."""
+    ours = inspect.signature(PeerPipeline.__call__).parameters
+    theirs = inspect.signature(diffusers_class(peer.pipelines[0]).__call__).parameters
+    return [name for name in theirs if name not in ours and name not in SET_HERE]
+
+
+def check_own(peer: Peer, names: Iterable[str]) -> None:
+    """Raise ReducioError for a name that is none of `own_arguments`."""
+    if names and (unknown := sorted(set(names) - set(known := own_arguments(peer)))):
+        raise ReducioError(f"{unknown[0]}: not a word of the peer {peer.name}; known are {', '.join(known)}")
 
 
 # ---- building and timing --------------------------------------------------------------------------------------------
