@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ..checkpoints.layouts import REDUCIO
@@ -14,7 +15,7 @@ from .printing import Printed
 NAMED = {c.name: c.source for c in REDUCIO.components if c.source}  # components that a folder or hub id can name
 FIRST_STAGE = ("num_inference_steps", "guidance_scale")
 # Arguments of Stable Video Diffusion's own call; `fps` is a setting of our models too.
-PEERS_OWN = {
+PEERS_OWN: dict[str, Callable[[str], Any]] = {
     "fps": options.positive,
     "motion_bucket_id": options.positive,
     "noise_aug_strength": float,

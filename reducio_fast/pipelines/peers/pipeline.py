@@ -247,8 +247,13 @@ def check_call(source: Source, backend: str, names: Iterable[str]) -> None:
 
 
 # Arguments of a diffusers call that ours sets itself, or that change the shape of what comes back.
-SET_HERE = ("output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
-SET_HERE += ("num_videos_per_prompt",)
+SET_HERE = (
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "num_videos_per_prompt",
+)
 
 
 def own_arguments(peer: Peer) -> list[str]:
