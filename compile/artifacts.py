@@ -134,7 +134,8 @@ def _on_cpu(tensors: Sequence[Tensor]) -> bool:
 
 def _split_bias(module: torch.fx.GraphModule) -> None:
     """linear(x, w, b) -> linear(x, w) + b. On a GPU Inductor does so where it is faster; on a CPU it leaves `addmm`,
-    which first spreads the bias over the output: 128 x 192 by 192 x 192 takes 31 us with it and 24 without, in bfloat16."""
+    which first spreads the bias over the output: in bfloat16 128 x 192 by 192 x 192 takes 31 us with it and 24 without.
+    """
     aten = torch.ops.aten
     for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
         if len(node.args) == 3 and isinstance(bias := node.args[2], torch.fx.Node):
