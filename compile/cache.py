@@ -261,7 +261,7 @@ def _chosen(name: str) -> str | None:
 
     try:
         return None if value == default_cache_dir() else value
-    except (KeyError, OSError):  # a user id that no user database knows has no default
+    except (KeyError, OSError):  # there is no default for a user id that is in no user database
         return value
 
 

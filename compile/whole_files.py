@@ -1,4 +1,7 @@
-"""The one way in which this package writes a file: whole or not at all."""
+"""The one way in which this package writes a file: whole or not at all.
+
+`system.atomic_files` does more of the same, and is on this floor too: neither may import the other.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, first_line
 from ..system.paths import entries, is_folder, status
 from .strict_files import CONFIG, INDEX, PICKLES, load_tensors, read_json, weight_files
 
@@ -71,5 +71,4 @@ def _unpickle(path: Path) -> Any:
         reason = f"asks for {class_match[1]}" if class_match else "cannot be read without running what it says"
         raise ReducioError(f"{path}: refused, a pickle of more than tensors: it {reason}") from error
     except Exception as error:  # a damaged file raises one of six types
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ReducioError(f"{path}: damaged ({line})") from error
+        raise ReducioError(f"{path}: damaged ({first_line(error)})") from error

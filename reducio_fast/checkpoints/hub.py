@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, first_line
 from ..system.paths import expanded, is_file, is_folder, printable
 from .model_card import CARD
 
@@ -34,8 +34,8 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token
             OSError,
             ValueError,
         ) as error:  # all that the hub client raises
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ReducioError(f"repo_id: {repo_id!r} could not be written on the hub ({line})") from error
+            reason = first_line(error)
+            raise ReducioError(f"repo_id: {repo_id!r} could not be written on the hub ({reason})") from error
     return str(commit.commit_url)
 
 
@@ -71,7 +71,7 @@ def find_model(model: str | os.PathLike[str], argument: str = "model", files: Se
 
 def not_fetched(argument: str, name: str, error: Exception, files: Sequence[str] = ()) -> ReducioError:
     """The error, in one line, for a hub repository that is neither here nor reachable; it says what to download."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     wanted = " ".join([name, *files])
     return ReducioError(
         f"{argument}: {name!r} is no local folder and could not be fetched from the hub ({reason}); "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..system.errors import ReducioError
+from . import published_names
 from .strict_files import (
     CONFIG,
     WEIGHTS,
@@ -110,19 +110,9 @@ def load_model(
     if not files:
         raise ReducioError(f"{folder}: holds several safetensors files and no index of shards; call one {WEIGHTS}")
     stored = (pair for file in files for pair in load_tensors(file, dtype, device).items())
-    tensors = {_current_name(name): tensor for name, tensor in stored}
+    tensors = {published_names.current_name(name): tensor for name, tensor in stored}
     where = files[0] if len(files) == 1 else folder
     return build(lambda: model_class(config), tensors, where, device)
-
-
-# Add and linear fusion had names of our own before they had the release's; folders from then are read, never written.
-EARLIER_NAMES = (("content_conv", "conv_context"), ("frame_embed", "temp_embed"), ("mix", "conv"))
-
-
-def _current_name(name: str) -> str:
-    for earlier, current in EARLIER_NAMES:
-        name = re.sub(rf"(\.fuse\.\d+\.){earlier}(?=\.|$)", rf"\1{current}", name)
-    return name
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:

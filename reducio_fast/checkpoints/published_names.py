@@ -120,3 +120,14 @@ def attention_name(name: str) -> str:
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
         name = re.sub(rf"(\.attentions\.\d+\.){old}\.", rf"\g<1>{new}.", name)
     return name
+
+
+# Add and linear fusion had names of our own before they had the release's; folders from then are read, never written.
+EARLIER_NAMES = (("content_conv", "conv_context"), ("frame_embed", "temp_embed"), ("mix", "conv"))
+
+
+def current_name(name: str) -> str:
+    """The name of a tensor of a `ReducioVAE` as it is now."""
+    for earlier, current in EARLIER_NAMES:
+        name = re.sub(rf"(\.fuse\.\d+\.){earlier}(?=\.|$)", rf"\1{current}", name)
+    return name

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ..reference import ReducioVAE, VAEConfig
-from ..system.errors import ReducioError
-from ..system.paths import entries, expanded, is_file
+from ..system.errors import ReducioError, first_line
+from ..system.paths import entries, expanded, is_file, status
 from . import convert, hub, networks
 from .foreign_files import read_weights
 from .strict_files import CONFIG, INDEX, PICKLES, read_json
 
 RELEASE = "microsoft/Reducio-VAE"
-RELEASE_FILES = ("reducio-ft4-fs32-attn23.ckpt", "reducio-ft2-fs32-attn23.ckpt")
+RELEASE_FILE = "reducio-ft4-fs32-attn23.ckpt"
 # What an index says of a whole model; the release was trained on clips of 256 pixels at 16 frames a second.
 DEFAULTS: dict[str, Any] = {"sample_height": 256, "sample_width": 256, "fps": 16}
 
@@ -33,7 +33,7 @@ def load_vae(
     path = expanded(source, "model")
     if is_file(path, "model"):
         return _from_file(path, dtype, device), DEFAULTS
-    if str(source) == RELEASE and not path.exists():
+    if str(source) == RELEASE and status(path) is None:
         return _from_file(_downloaded(), dtype, device), DEFAULTS
     folder = hub.find_model(source)
     if is_file(folder / INDEX):
@@ -62,10 +62,9 @@ def _downloaded() -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(RELEASE, RELEASE_FILES[0]))
+        return Path(hf_hub_download(RELEASE, RELEASE_FILE))
     except (OSError, ValueError) as error:  # all that the hub client raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ReducioError(
-            f"model: {RELEASE!r} could not be fetched from the hub ({reason}); where there is a network, run "
-            f"`hf download {RELEASE} {RELEASE_FILES[0]} --local-dir DIR`, then pass DIR/{RELEASE_FILES[0]}"
+            f"model: {RELEASE!r} could not be fetched from the hub ({first_line(error)}); where there is a network, "
+            f"run `hf download {RELEASE} {RELEASE_FILE} --local-dir DIR`, then pass DIR/{RELEASE_FILE}"
         ) from error

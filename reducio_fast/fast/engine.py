@@ -67,18 +67,20 @@ class Engine:
         holds addresses, and weights that come to the device for a stage have another one each time.
         """
         network_class, seen = type(network), getattr(self._looks, "seen", None)
+        seen = set() if seen is None else seen  # outside of `one_look` each request compares
         places = (self.free_dtype, device, self.attention, *_places(network))
         packed = self._twins.get(network_class)
-        if packed is not None and packed.places == places:
-            if seen is not None and network_class in seen:
-                return packed.twin
-            if packed.contents == checksums(_weights(network)):
-                if seen is not None:
-                    seen.add(network_class)
-                return packed.twin
-        self.graphs.reset(TWINS[network_class].graph_names)
-        self._twins.pop(network_class, None)  # the old packing goes before the new one comes
+        if packed is not None and packed.places != places:
+            packed = None
+        if packed is not None and network_class in seen:
+            return packed.twin
         contents = checksums(_weights(network))
+        seen.add(network_class)
+        if packed is not None and packed.contents == contents:
+            return packed.twin
+        self.graphs.reset(TWINS[network_class].graph_names)
+        del packed  # with its entry: the old packing goes before the new one comes
+        self._twins.pop(network_class, None)
         weight = next(network.parameters())
         runs_on = weight.device if device is None else device
         dtype = default_dtype(runs_on, weight.dtype)[0] if self.free_dtype else weight.dtype
@@ -87,8 +89,6 @@ class Engine:
             twin.graphs = self.graphs
         connect(twin, self.regions if runs_on.type == "cuda" or twin.compiled_on_cpu else None)
         self._twins[network_class] = _Packed(places, contents, twin)
-        if seen is not None:
-            seen.add(network_class)
         return twin
 
     @contextmanager

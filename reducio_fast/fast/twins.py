@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..reference import ReducioDiT, ReducioVAE
+from ..system.devices import DTYPES
 from .reducio.dit import FastReducioDiT
 from .reducio.vae import FastReducioVAE
 
@@ -18,7 +19,6 @@ from .reducio.vae import FastReducioVAE
 # `compiled_on_cpu`, whether compiling its blocks gains anything there.
 TWINS: dict[type[nn.Module], Any] = {ReducioDiT: FastReducioDiT, ReducioVAE: FastReducioVAE}
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that twins pack
 # What `nn.Module.__call__` runs beside `forward`.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -44,7 +44,8 @@ def _differences(network: nn.Module) -> Iterator[str]:
     for hooks in GLOBAL_HOOKS:
         if getattr(torch_module, hooks):
             yield "runs under global module hooks"
-    classes, shapes = _as_built(type(network), network.config)  # type: ignore[arg-type]
+    config: Any = network.config
+    classes, shapes = _as_built(type(network), config)
     for path, module in network.named_modules():
         where = path or "the network"
         if path not in classes:
@@ -68,7 +69,7 @@ def _differences(network: nn.Module) -> Iterator[str]:
         elif weight.layout != torch.strided:
             yield f"{name} is stored as {str(weight.layout).removeprefix('torch.')}"
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values() if w.is_floating_point()})
-    if len(dtypes) != 1 or any(w.dtype not in DTYPES for w in network.parameters()):
+    if len(dtypes) != 1 or any(w.dtype not in DTYPES.values() for w in network.parameters()):
         yield f"has weights of {' and '.join(dtypes)}"
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Generator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -128,8 +129,8 @@ def encode(clip: np.ndarray, path: Path, fps: float) -> None:
         raise OSError(first_line(done.stderr.decode(errors="replace") or f"ffmpeg ended with {done.returncode}"))
 
 
-def _start(command: list[str], **kwargs: object) -> subprocess.Popen[bytes]:
+def _start(command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, **kwargs)  # type: ignore[call-overload]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, **kwargs)
     except OSError as error:
         raise ReducioError(f"ffmpeg: {command[0]} cannot be run ({error.strerror})") from error

@@ -97,10 +97,10 @@ def check_output_path(
 ) -> Path:
     """Check before any work whether a clip can be written to `path`; returns it as a Path.
 
-    The check is the write itself, of two black frames of `height` x `width` (32x32 where they are not known yet) at
-    `fps`, under another name beside `path`: folder, encoder, size and rate are then known to do. It takes 0.1 s for
-    .mp4; `trial` False leaves it out, where the clip is written at once. Raises ReducioError for an unknown suffix, a
-    folder of frames that already holds something, and whatever the write would meet.
+    Two black frames of `height` x `width` (32x32 where they are not known yet) are written at `fps` into the folder for
+    temporary files: encoder, size and rate are then known to do; 0.1 s for .mp4. `trial` False leaves that out, where
+    the clip is written at once. An empty file in the output folder shows that it can be written. Raises ReducioError
+    for an unknown suffix, a folder of frames that already holds something, and whatever the write would meet.
     """
     path = _check_name(path)
     if trial:

@@ -283,8 +283,7 @@ class VideoPipeline:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tiling, merge = state.pop("vae_tiling"), state.pop("merge")
-        vars(self).update(state)
-        self._assemble(self.parts, self.executor)
+        self._assemble(state.pop("parts"), state.pop("executor"))
         vars(self).update(state)
         self.vae_tiling, self.adapters.merge = tiling, merge
 

@@ -25,7 +25,7 @@ def root() -> Path:
         if (chosen := environment_variables.read(VARIABLE)) is not None:
             return Path(chosen).expanduser().absolute()
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "reducio-fast"
-    except RuntimeError as error:  # a user id that no user database knows, or ~NAME of nobody
+    except RuntimeError as error:  # the user id, or the NAME of ~NAME, is in no user database
         return _elsewhere(str(error))
 
 

@@ -19,7 +19,7 @@ from reducio_fast.media.video_files import read_video, write_video
 COMMAND = [sys.executable, "-P", "-m", "reducio_fast"]
 CLIP = ["generate", "a red circle", "--num-inference-steps", "1", "--no-progress"]
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to run as another user")
-NOBODY = 12345  # a user id that no user database knows
+UNKNOWN_USER = 12345  # in no user database
 
 
 def run(*arguments: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -69,7 +69,9 @@ def test_sigterm_leaves_no_file_and_no_ffmpeg(tmp_path: Path) -> None:
         os.kill(int(log.read_text()), 0)
 
 
-def run_as_nobody(folder: Path, commands: list[list[str]], environment: dict[str, str]) -> tuple[list[int], list[str]]:
+def run_as_unknown_user(
+    folder: Path, commands: list[list[str]], environment: dict[str, str]
+) -> tuple[list[int], list[str]]:
     """Statuses and lines on stderr of commands, run in `folder` as a user without name or home.
 
     The interpreter may be in root's own home, so all modules are imported as root before: by a clip, and by commands
@@ -92,7 +94,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
 for name in ("HOME", "REDUCIO_CACHE_DIR", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
     os.environ.pop(name, None)
 os.environ |= {environment!r}
-os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+os.setgroups([]); os.setgid({UNKNOWN_USER}); os.setuid({UNKNOWN_USER})
 statuses = []
 for arguments in {commands!r}:
     with contextlib.redirect_stdout(io.StringIO()):
@@ -105,10 +107,10 @@ print(*statuses)
 
 
 @ROOT_ONLY
-@pytest.mark.parametrize("cache", [None, "~nobody-at-all/x"])
+@pytest.mark.parametrize("cache", [None, "~no-such-user/x"])
 def test_a_user_without_a_home(tmp_path: Path, cache: str | None) -> None:
     environment = {"TMPDIR": str(tmp_path)} | ({} if cache is None else {"REDUCIO_CACHE_DIR": cache})
-    statuses, lines = run_as_nobody(tmp_path, [[*CLIP, "--out", "c.gif"]], environment)
+    statuses, lines = run_as_unknown_user(tmp_path, [[*CLIP, "--out", "c.gif"]], environment)
     assert statuses == [0] and (tmp_path / "c.gif").is_file()
     assert len([line for line in lines if "cache: " in line and "reducio-fast-12345" in line]) == 1
 
@@ -125,7 +127,7 @@ def test_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
         ["convert", "private/x.ckpt", "--into", "model"],
         ["convert", "private/x.ckpt", "--out", "private/y/z"],
     ]
-    statuses, lines = run_as_nobody(tmp_path, commands, {})
+    statuses, lines = run_as_unknown_user(tmp_path, commands, {})
     assert statuses == [2] * len(commands)
     said = [line for line in lines if "error: " in line]
     assert [line.split()[1].removesuffix(":") for line in said] == [command[0] for command in commands]

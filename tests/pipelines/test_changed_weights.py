@@ -105,7 +105,7 @@ def test_unchanged_weights_are_packed_once(pipe: ReducioPipeline, monkeypatch: p
         built.append(type(network).__name__)
         return original(network, *args)
 
-    monkeypatch.setattr(Engine, "_build", build)
+    monkeypatch.setattr(Engine, "_build", staticmethod(build))
     first = latent(pipe)
     assert torch.equal(latent(pipe), first)
     assert built.count("ReducioDiT") == 1

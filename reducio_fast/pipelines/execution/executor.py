@@ -138,7 +138,7 @@ class Executor:
 
     @property
     def backend(self) -> str:
-        """ "fast" where every network that has a twin runs as it, else "reference"."""
+        """What runs the model: "fast" where every network that has a twin runs as it, else "reference"."""
         self.refresh()
         return "reference" if self._obstacles else self.engine.name
 
