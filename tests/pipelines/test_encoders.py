@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 
 from encoder_folders import LENGTH, PROMPT
 from reducio_fast.checkpoints import networks
@@ -154,7 +154,7 @@ def test_patch_tokens_are_open_clips_own(clip_folder: Path):
 
     image = torch.rand(2, 3, 96, 160) * 2 - 1
     tokens = encoder(image)
-    square = F.interpolate(image, (224, 224), mode="bicubic", align_corners=True, antialias=True)
+    square = _resize_with_antialiasing(image, (224, 224))
     with torch.no_grad():
         words = {"image_indices": 1, "normalize_intermediates": True, "image_output_fmt": "NLC"}
         prepared = normalise((square + 1) / 2)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
 from reducio_fast.checkpoints.networks import assign
 from reducio_fast.pipelines.reducio.encoders import SemanticEncoder, TextEncoder
@@ -35,7 +35,7 @@ def test_semantic_encoder_against_open_clip(tmp_path: Path):
     assert load_file(tmp_path / "open_clip_model.safetensors").keys() == visual.keys()
 
     image = torch.rand(2, 3, 64, 96) * 2 - 1
-    resized = F.interpolate(image, (32, 32), mode="bicubic", align_corners=True, antialias=True)
+    resized = _resize_with_antialiasing(image, (32, 32))
     mean, std = (torch.tensor(config["preprocess_cfg"][k]).view(3, 1, 1) for k in ("mean", "std"))
     caught = []
     clip.visual.ln_post.register_forward_hook(lambda module, inputs, output: caught.append(output))

@@ -296,7 +296,7 @@ class Owner(Adapters):
         with torch.no_grad():
             for parameter in self.transformer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        super().__init__(SimpleNamespace(denoiser=self.transformer), threading.RLock())
+        super().__init__(SimpleNamespace(denoiser=self.transformer), SimpleNamespace(lock=threading.RLock()))
 
     def bits(self) -> list[torch.Tensor]:
         return [p.clone() for p in self.transformer.parameters()]
@@ -345,11 +345,12 @@ def test_adapters_leave_no_trace(words: list[tuple], dtype: torch.dtype):
         else:
             if word == "load":
                 files[given_words[1]] = given_words[0]
-    effect = owner.effect
+    merge = owner._current()
+    effect = merge.effect
     fresh = Owner(dtype)
-    for name in owner.loaded:
+    for name in merge.loaded:
         fresh.load(files[name], name)
-    if owner.loaded:
+    if merge.loaded:
         fresh.activate(list(effect), list(effect.values()))
     assert all(map(torch.equal, owner.bits(), fresh.bits()))
     owner.unfuse(("transformer",))
