@@ -28,7 +28,7 @@ class Component:
 class Layout:
     """A model family on disk: `components` in the order in which they are loaded, and plain `settings`.
 
-    `denoiser` and `decoder` name the two networks that the fast path has twins for.
+    `denoiser` and `decoder` name the networks that the fast path has twins for, two or one.
     """
 
     pipeline: str  # the `_class_name` of model_index.json
@@ -57,6 +57,13 @@ class Layout:
     def of_stage(self, stage: str) -> tuple[str, ...]:
         return tuple(c.name for c in self.components if c.stage == stage)
 
+
+VIDEO_AUTOENCODER = Layout(
+    pipeline="",  # no folder of its own: see `vae_alone`
+    components=(Component(name="vae", stage="vae.decode"),),
+    settings=("fps", "sample_height", "sample_width"),
+    denoiser="vae",
+)
 
 REDUCIO = Layout(
     pipeline="ReducioPipeline",

@@ -1,4 +1,5 @@
-"""Saves latents when decoding runs out of memory, so that `reducio-fast decode` can finish the clip.
+"""Files of latents: what `reducio-fast encode` writes, and what is kept of a clip when decoding runs out of memory, so
+that `reducio-fast decode` can finish it.
 
 One safetensors file: `latents` float32 [N, 16, T/f, H/32, W/32], `content` uint8 [N, H, W, 3] (the content frames),
 and as metadata the frame rate and the seeds.
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..system.atomic_files import written_whole
 from ..system.cache_folder import root
 from ..system.errors import ReducioError
+from ..system.paths import check_output_folder, expanded, is_folder, printable
 
 FORMAT = "reducio-fast latents 1"
 
@@ -31,6 +33,15 @@ class Latents:
     content: np.ndarray
     fps: float
     seeds: list[int]
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Check before any work whether `save` can write there. Raises ReducioError."""
+    path = expanded(path)
+    if path.suffix != ".safetensors" or is_folder(path):
+        raise ReducioError(f"latents are kept in a .safetensors file, not in {printable(path)}")
+    check_output_folder(path)
+    return path
 
 
 def save(path: Path, clips: Latents) -> None:

@@ -27,6 +27,7 @@ from . import (
     convert,
     decode,
     demo,
+    encode,
     env,
     evaluate,
     generate,
@@ -42,6 +43,7 @@ from .printing import Failed, show
 COMMANDS = {
     "generate": generate,
     "reconstruct": reconstruct,
+    "encode": encode,
     "decode": decode,
     "warmup": warmup,
     "env": env,

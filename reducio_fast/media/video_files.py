@@ -21,7 +21,7 @@ from PIL import Image, features
 
 from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError, first_line
-from ..system.paths import entries, is_file, is_folder, printable, status
+from ..system.paths import check_output_folder, entries, is_file, is_folder, printable, status
 from . import ffmpeg
 from .image_files import IMAGE_SUFFIXES, decode_image, read_image, to_rgb
 
@@ -110,11 +110,7 @@ def check_output_path(
                 _writer(path)(black, Path(scratch) / f"trial{path.suffix}", fps)
             except Exception as error:
                 raise _cannot_write(path, error) from error
-    folder = path if path.is_dir() else _parent(path)
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ReducioError(f"the output folder {printable(folder)} cannot be written: {error.strerror}") from error
+    check_output_folder(path)
     return path
 
 
@@ -138,14 +134,7 @@ def _check_name(path: str | os.PathLike[str]) -> Path:
         )
     if is_directory and entries(path):
         raise ReducioError(f"the output folder {printable(path)} is not empty")
-    if not is_folder(_parent(path)):
-        raise ReducioError(f"the output folder {printable(_parent(path))} does not exist")
     return path
-
-
-def _parent(path: Path) -> Path:
-    """Of a link, the folder of what it points to, which is what will be written."""
-    return Path(os.path.realpath(path)).parent if path.is_symlink() or not path.name else path.parent
 
 
 def _writer(path: Path) -> Callable[[np.ndarray, Path, float], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from .errors import ReducioError
@@ -49,6 +50,22 @@ def entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as error:
         raise ReducioError(f"{printable(folder)} cannot be listed ({error.strerror})") from error
+
+
+def check_output_folder(path: Path) -> None:
+    """Raise ReducioError where the folder that `path` will be written to does not exist or takes no file.
+
+    Of a link it is the folder of what it points to; of a folder, itself.
+    """
+    folder = path
+    if not is_folder(path):
+        folder = Path(os.path.realpath(path)).parent if path.is_symlink() or not path.name else path.parent
+    if not is_folder(folder):
+        raise ReducioError(f"the output folder {printable(folder)} does not exist")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ReducioError(f"the output folder {printable(folder)} cannot be written: {error.strerror}") from error
 
 
 def printable(path: str | os.PathLike[str]) -> str:

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import reducio_fast
-from reducio_fast.checkpoints import convert
+from reducio_fast.checkpoints import convert, saved_latents
 from reducio_fast.checkpoints.strict_files import load_tensors
 from reducio_fast.cli.main import main
+from reducio_fast.evaluation.reconstruction import reconstruct
+from reducio_fast.media.image_files import cover_crop
 from reducio_fast.media.video_files import read_video, write_video
 from reducio_fast.reference import ReducioVAE, VAEConfig
 from reducio_fast.system.errors import ReducioError
@@ -110,3 +113,77 @@ def test_add_and_linear_fusion_have_the_names_of_the_release(bundle: Path) -> No
     assert earlier and all(
         torch.equal(stored[name], vae.state_dict()[name.replace("content_conv", "conv_context")]) for name in earlier
     )
+
+
+def clip_file(folder: Path, frames: int = 40) -> Path:
+    """A clip of 20 frames a second, so that its rate is the model's own."""
+    rows = np.linspace(0, 255, 80)[None, :, None, None]
+    clip = np.broadcast_to((rows + np.arange(frames)[:, None, None, None] * 5) % 256, (frames, 80, 96, 3))
+    return write_video(clip.astype(np.uint8), folder / "clip.mp4", 20)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_encode_then_decode_needs_no_model_but_the_vae(
+    release: Path, tmp_path: Path, backend: str, network: ReducioVAE
+):
+    """The latents are the reference's own, and the clip is what `reconstruct` makes: from the release's file alone."""
+    clip, weights = clip_file(tmp_path), str(next(release.glob("*.ckpt")))
+    size = ["--height", "64", "--width", "96"]
+    latents, out = tmp_path / "latents.safetensors", tmp_path / "frames"
+    where = ["--model", weights, "--backend", backend]
+    assert main(["encode", str(clip), *where, *size, "--clips", "2", "-o", str(latents)]) == 0
+    kept = saved_latents.load(latents)
+    assert kept.latents.shape == (2, 16, 4, 2, 3) and kept.content.shape == (2, 64, 96, 3) and kept.seeds == []
+    frames = read_video(clip)[0][:32]
+    cropped = cover_crop(frames, 64, 96, Image.Resampling.BILINEAR)
+    video = torch.from_numpy(cropped[:16]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        own = network.normalize_latent(network.encode(video).mode())
+    torch.testing.assert_close(kept.latents[:1], own, rtol=0, atol=2e-5 * own.abs().max().item())
+    assert np.array_equal(kept.content[1], cropped[16 + network.config.content_frame])
+
+    assert main(["decode", str(latents), *where, "-o", str(out)]) == 0
+    restored = reconstruct(network, cropped[:16])
+    assert np.abs(read_video(f"{out}-0")[0].astype(int) - restored.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["clip.mp4", "-o", "latents.pt"], "kept in a .safetensors file"),
+        (["clip.mp4", "-o", "no/such/latents.safetensors"], "no/such does not exist"),
+        (["clip.mp4", "-o", "here.safetensors"], "kept in a .safetensors file"),
+        (["clip.mp4", "-o", "l.safetensors", "--clips", "4"], "has 40 frames; 4 clips take 64"),
+        (["clip.mp4", "-o", "l.safetensors", "--start", "30"], "has 10 frames from number 30 on"),
+        (["none.mp4", "-o", "l.safetensors"], "none.mp4"),
+    ],
+)
+def test_what_encode_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+):
+    monkeypatch.chdir(tmp_path)
+    clip_file(tmp_path)
+    (tmp_path / "here.safetensors").mkdir()
+    assert main(["encode", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not list(tmp_path.glob("l*.safetensors"))
+
+
+def test_latents_of_another_model_are_refused(tmp_path: Path, release: Path, capsys: pytest.CaptureFixture):
+    kept = saved_latents.Latents(torch.zeros(1, 3, 4, 2, 3), np.zeros((1, 64, 96, 3), np.uint8), 16.0, [])
+    saved_latents.save(tmp_path / "foreign.safetensors", kept)
+    where = ["--model", str(next(release.glob("*.ckpt"))), "-o", str(tmp_path / "x.mp4")]
+    assert main(["decode", str(tmp_path / "foreign.safetensors"), *where]) == 2
+    assert "latents" in capsys.readouterr().err
+
+
+def test_the_twin_alone_in_python(release: Path, network: ReducioVAE):
+    weights = next(release.glob("*.ckpt"))
+    fast = reducio_fast.ReducioVAE.from_pretrained(weights, backend="fast")
+    latent, image = torch.randn(1, 16, 4, 2, 2), torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        theirs = network.decode(latent, network.encode_content(image))
+        ours = fast.decode(latent, fast.encode_content(image))
+    assert type(fast).__name__ == "FastReducioVAE"
+    assert (ours - theirs).norm() / theirs.norm() < 2e-5

@@ -345,12 +345,12 @@ def test_adapters_leave_no_trace(words: list[tuple], dtype: torch.dtype):
         else:
             if word == "load":
                 files[given_words[1]] = given_words[0]
-    merge = owner._current()
-    effect = merge.effect
+    effect = {} if owner.merge is None else owner.merge.effect
+    loaded = [] if owner.merge is None else list(owner.merge.loaded)
     fresh = Owner(dtype)
-    for name in merge.loaded:
+    for name in loaded:
         fresh.load(files[name], name)
-    if merge.loaded:
+    if loaded:
         fresh.activate(list(effect), list(effect.values()))
     assert all(map(torch.equal, owner.bits(), fresh.bits()))
     owner.unfuse(("transformer",))

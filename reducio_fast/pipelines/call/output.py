@@ -32,7 +32,7 @@ class ReducioOutput:
 
     frames: Any
     content: np.ndarray | None
-    seeds: list[int]
+    seeds: list[int]  # none of clips that were encoded from a file
     fps: float
     timings: dict[str, float]
     output_type: str = "np"
@@ -66,10 +66,8 @@ class ReducioOutput:
         start, name = time.perf_counter(), Path(path)
         clips, paths = [self.frames], [name]
         if self.is_list:
-            clips, paths = (
-                self.frames,
-                [name.with_name(f"{name.stem}-{i}{name.suffix}") for i in range(len(self.seeds))],
-            )
+            clips = self.frames
+            paths = [name.with_name(f"{name.stem}-{i}{name.suffix}") for i in range(len(clips))]
         written = 0
         try:
             for each in paths:
@@ -80,7 +78,8 @@ class ReducioOutput:
                     written += 1
         except ReducioError as error:
             left = [as_array(clip) for clip in list(clips)[written:]]
-            raise ReducioError(f"{error}; {keep_frames(left, self.fps, f'seed{self.seeds[written]}')}") from error
+            label = f"seed{self.seeds[written]}" if self.seeds else f"clip{written}"
+            raise ReducioError(f"{error}; {keep_frames(left, self.fps, label)}") from error
         self.timings["video.write"] = self.timings.get("video.write", 0.0) + time.perf_counter() - start
         return paths if self.is_list else name
 

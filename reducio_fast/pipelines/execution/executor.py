@@ -113,10 +113,11 @@ class Executor:
         for name in self._twinned:
             if (reason := missing_twin(self.components[name])) is not None:
                 obstacles[name] = f"{name} {reason}"
-        try:
-            coefficients(self.components.scheduler, 2)
-        except ValueError as error:
-            obstacles.setdefault(layout.denoiser, f"scheduler: {error}")
+        if "scheduler" in layout.names:
+            try:
+                coefficients(self.components.scheduler, 2)
+            except ValueError as error:
+                obstacles.setdefault(layout.denoiser, f"scheduler: {error}")
         for name, reason in obstacles.items():
             if self._obstacles.get(name) != reason:
                 LOG.info("%s runs on the reference: %s", name, reason)
@@ -129,8 +130,9 @@ class Executor:
             raise ReducioError(f"backend: 'fast' cannot run this model: {next(iter(self._obstacles.values()))}")
 
     @property
-    def _twinned(self) -> tuple[str, str]:
-        return self.components.layout.denoiser, self.components.layout.decoder
+    def _twinned(self) -> tuple[str, ...]:
+        layout = self.components.layout
+        return tuple(dict.fromkeys((layout.denoiser, layout.decoder)))
 
     def backend_of(self, name: str) -> str:
         """What runs the component `name`: "fast" or "reference"."""
@@ -236,7 +238,7 @@ class Executor:
         """What has to be on the device while a stage runs, packed weights of twins included."""
         networks = self.components.of_stage(stage)
         layout = self.components.layout
-        twinned = [n for n in (layout.denoiser, layout.decoder) if n in layout.of_stage(stage)]
+        twinned = [n for n in self._twinned if n in layout.of_stage(stage)]
         twins = [self.network(name) for name in twinned]
         return networks + [twin for twin in twins if not any(twin is network for network in networks)]
 
@@ -290,9 +292,8 @@ class Executor:
             yield
             return
         networks = self.networks_of(stage)
-        layout = self.components.layout
         # The engine recognises weights by address, so twins are looked up before the weights move.
-        twins = {id(self.components[n]): self.network(n) for n in (layout.denoiser, layout.decoder)}
+        twins = {id(self.components[n]): self.network(n) for n in self._twinned}
         try:
             with self.offload.placed(*networks):
                 self._placed = twins

@@ -22,6 +22,7 @@ from ...checkpoints import diffusers_folders, networks
 from ...checkpoints.layouts import REDUCIO
 from ...checkpoints.vae_alone import load_vae
 from . import encoders, pipeline
+from .autoencoder import VideoAutoencoder
 
 ModelMixin = nn.Module  # by this name diffusers learns how the networks of a library are loaded
 
@@ -35,10 +36,15 @@ class ReducioVAE(reference.ReducioVAE):
         source: str | os.PathLike[str],
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
-    ) -> reference.ReducioVAE:
+        backend: str = "reference",
+    ) -> Any:
         """The video autoencoder alone, from whatever `checkpoints.vae_alone.load_vae` reads: a model folder, a folder
-        of the VAE, the release's .ckpt or a hub id. Raises ReducioError."""
-        return load_vae(source, torch_dtype, device)[0]
+        of the VAE, the release's .ckpt or a hub id. Raises ReducioError.
+
+        `backend` "fast" gives the twin, a frozen `FastReducioVAE` with the same methods, "auto" the twin where it can
+        run."""
+        vae, settings = load_vae(source, torch_dtype, device)
+        return vae if backend == "reference" else VideoAutoencoder(vae, settings, backend).network
 
 
 class ReducioDiT(reference.ReducioDiT):

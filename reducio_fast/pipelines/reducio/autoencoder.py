@@ -1,0 +1,76 @@
+"""The video autoencoder without the rest of a model: clips to motion latents and back, on either backend."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...checkpoints.layouts import VIDEO_AUTOENCODER
+from ...checkpoints.vae_alone import load_vae
+from ...media.pixels import to_unit
+from ...reference import ReducioVAE, VAEConfig
+from ...system import devices, torch_state
+from ..call.output import to_output
+from ..execution.components import Components
+from ..execution.decoding import TiledDecoder
+from ..execution.executor import Executor
+
+
+class VideoAutoencoder:
+    """A `ReducioVAE`, and what a pipeline runs it with: its fast twin, tiles, further tries where memory runs out.
+
+    `settings`: the frame rate and size that the model says it was made for.
+    """
+
+    def __init__(self, vae: ReducioVAE, settings: dict[str, Any], backend: str = "auto") -> None:
+        self.settings = settings
+        self.components = Components(VIDEO_AUTOENCODER, {"vae": vae} | settings)
+        self.executor = Executor(self.components, backend)
+        self.decoder = TiledDecoder(self.components, self.executor)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+    ) -> VideoAutoencoder:
+        """From whatever `checkpoints.vae_alone.load_vae` reads; dtype and device as in `ReducioPipeline`."""
+        place = devices.resolve_device(device)
+        vae, settings = load_vae(source, devices.resolve_dtype(dtype, None, place), place)
+        autoencoder = cls(vae, settings, backend)
+        autoencoder.executor.choose_dtype(dtype is None)
+        return autoencoder
+
+    @property
+    def config(self) -> VAEConfig:
+        return self.components["vae"].config
+
+    @property
+    def network(self) -> Any:
+        """What computes: the `ReducioVAE` itself or its fast twin, which has the same methods."""
+        self.executor.check()
+        return self.executor.network("vae")
+
+    @torch_state.inference()
+    def encode(self, clip: np.ndarray) -> Tensor:
+        """uint8 [T, H, W, 3] with T the model's -> motion latent, float32 [1, 16, T/f, H/32, W/32], as the denoiser
+        makes it: the posterior's mode, normalised."""
+        with self.executor.exclusive():
+            vae = self.executor.network("vae")
+            dtype = next(vae.parameters()).dtype
+            video = to_unit(clip, self.executor.device, dtype).transpose(0, 1)[None]
+            tiled = self.decoder.default(*clip.shape[1:3]).tiled
+            return vae.normalize_latent(vae.encode(video, tiled=tiled).mode()).float()
+
+    @torch_state.inference()
+    def decode(self, latent: Tensor, content: np.ndarray, output_type: str = "np") -> Any:
+        """One latent [1, 16, T/f, H/32, W/32] and its content frame, uint8 [H, W, 3] -> frames, as
+        `ReducioOutput.frames` has them."""
+        with self.executor.exclusive():
+            return to_output(self.decoder(latent, content, output_type), output_type)
