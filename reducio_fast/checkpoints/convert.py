@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ..system.atomic_files import new_folder, written_whole
 from ..system.errors import ReducioError
-from . import published_names
+from . import hub, null_caption, published_names
 from .foreign_files import read_weights
 from .layouts import REDUCIO
 from .networks import load_model
@@ -71,6 +71,7 @@ class Component:
     tensors: dict[str, Tensor]
     left_out: list[str]  # names in the source that belong to no network: losses, tables
     fresh: list[str]  # names in the result that the source does not have, freshly initialised
+    sample_size: int = 256  # pixels on a side of the clips it was made for; 256 of the release's VAE
 
 
 def convert(
@@ -81,24 +82,32 @@ def convert(
     preset: str | None = None,
     config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    null_text: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Convert a published file or folder to the component folder `out`, or to a component of the model folder `into`.
+    """Convert a published file, folder or hub id to the component folder `out`, or to a component of the model folder
+    `into`.
 
     `component` (vae, transformer, content_encoder) and `preset` (see PRESETS) are found from the names and shapes where
-    they can be; `config` overrides single fields. `dtype` None keeps what is stored. Returns what was written, left out
-    and freshly initialised. Raises ReducioError for a file that cannot be read without running code, and for any
+    they can be; `config` overrides single fields. `dtype` None keeps what is stored. `null_text` says where the null
+    caption of a PixArt is that has none itself (see `null_caption`). Returns what was written, left out and freshly
+    initialised. Raises ReducioError for a file that cannot be read without running code, and for any
     missing, unexpected or misshapen tensor; then nothing is written.
     """
     if (out is None) == (into is None):
         raise ReducioError(f"convert: give out or into, not {'neither' if out is None else 'both'}")
-    path = Path(source).expanduser()
+    path = hub.find_weights(source, component)
     tensors, stated = read_weights(path, component)
     name = component or _recognise(path, tensors)
     if name not in PRESETS:
         raise ReducioError(f"component: must be one of {', '.join(PRESETS)}, is {name!r}")
     if preset is not None and preset not in PRESETS[name]:
         raise ReducioError(f"preset: must be one of {', '.join(PRESETS[name])} for {name}, is {preset!r}")
-    converted = _MAKERS[name](path, tensors, stated, preset, dict(config or {}))
+    if name == "transformer":
+        converted = _make_transformer(path, tensors, stated, preset, dict(config or {}), null_text)
+    elif null_text is None:
+        converted = _MAKERS[name](path, tensors, stated, preset, dict(config or {}))
+    else:
+        raise ReducioError(f"null_text: is of a transformer, {path} holds a {name}")
     if dtype is not None:
         cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in converted.tensors.items()}
         converted = dataclasses.replace(converted, tensors=cast)
@@ -203,7 +212,12 @@ def as_vae(path: Path, tensors: dict[str, Tensor]) -> Component:
 
 
 def _make_transformer(
-    path: Path, tensors: dict[str, Tensor], stated: dict[str, Any], preset: str | None, config: dict[str, Any]
+    path: Path,
+    tensors: dict[str, Tensor],
+    stated: dict[str, Any],
+    preset: str | None,
+    config: dict[str, Any],
+    null_text: str | os.PathLike[str] | None,
 ) -> Component:
     """PixArt's tensors, patches turned into channels; the image condition starts as a fresh Reducio-DiT's does."""
     grid = tensors.get("pos_embed")  # the table of the .pth files, [1, rows * columns, D], and its size in tokens
@@ -218,11 +232,19 @@ def _make_transformer(
     final = _configured(DiTConfig, DIT_PRESETS[preset], config)
     expected = _skeleton(lambda: ReducioDiT(final), "config").state_dict()
     state = published_names.pixart_patches(final, state)
+    if "null_text" not in state:
+        shape = (final.caption_length, final.caption_channels)
+        if (null := null_caption.read_null_text(path, null_text, shape)) is not None:
+            state["null_text"] = null.to(state["proj_out.weight"].dtype)
+    elif null_text is not None:
+        raise ReducioError(f"null_text: {path} has its own")
     fresh = [n for n in expected if n not in state and any(part in n for part in published_names.PIXART_LACKS)]
     _fit(path, expected, state, fresh)
     start = _fresh_transformer(final, fresh)
     weights = {n: start[n].to(state["proj_out.weight"].dtype) if n in fresh else state[n] for n in expected}
-    return Component("transformer", _head("transformer") | final.to_dict(), weights, left_out, fresh)
+    # The size is the preset's: coordinates, and `position_base_size` with them, may be of another scale.
+    size = int(preset.rpartition("-")[2])
+    return Component("transformer", _head("transformer") | final.to_dict(), weights, left_out, fresh, size)
 
 
 def _fresh_transformer(config: DiTConfig, names: Sequence[str]) -> dict[str, Tensor]:
@@ -263,7 +285,7 @@ def _make_content_encoder(
     return Component("content_encoder", settings, {n: tensors[n] for n in expected}, left_out, [])
 
 
-_MAKERS = {"vae": _make_vae, "transformer": _make_transformer, "content_encoder": _make_content_encoder}
+_MAKERS = {"vae": _make_vae, "content_encoder": _make_content_encoder}
 
 
 def _head(name: str) -> dict[str, Any]:
@@ -292,13 +314,12 @@ def _write(component: Component, target: Path, model: Path | None) -> list[str]:
         return []
     index[component.name] = list(CLASSES[component.name])
     if component.name == "transformer":
-        side = component.config["position_base_size"] * component.config["spatial_factor"]
-        index |= {"sample_height": side, "sample_width": side}
+        index |= {"sample_height": component.sample_size, "sample_width": component.sample_size}
         index.setdefault("clean_caption", True)  # PixArt's captions were cleaned before it saw them
     index.setdefault("fps", 16)
     if component.name == "vae":  # what the release was trained on, until a transformer says more
-        index.setdefault("sample_height", 256)
-        index.setdefault("sample_width", 256)
+        index.setdefault("sample_height", component.sample_size)
+        index.setdefault("sample_width", component.sample_size)
     if "scheduler" not in index:
         (model / "scheduler").mkdir(exist_ok=True)
         write_json(model / "scheduler" / "scheduler_config.json", _SCHEDULER)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..system.errors import ReducioError, first_line
-from ..system.paths import expanded, is_file, is_folder, printable
+from ..system.paths import expanded, is_file, is_folder, printable, status
 from .model_card import CARD
 
 
@@ -67,6 +67,43 @@ def find_model(model: str | os.PathLike[str], argument: str = "model", files: Se
     ) as error:  # all that the hub client raises
         certain = not any("*" in file or "/" in file for file in files)  # else they may not all be there
         raise not_fetched(argument, name, error, files if certain else ()) from error
+
+
+RELEASE = "microsoft/Reducio-VAE"
+RELEASE_FILE = "reducio-ft4-fs32-attn23.ckpt"
+WEIGHT_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
+COMPONENT_FILES = ("model_index.json", "config.json", "diffusion_pytorch_model*")
+
+
+def find_weights(source: str | os.PathLike[str], component: str | None = None, argument: str = "source") -> Path:
+    """A file or folder of weights: itself, or the local copy of what the hub has under `owner/name`, a component or the
+    whole of a diffusers folder, or `owner/name/FILE`, one file. Raises ReducioError where there is neither."""
+    name, path = str(source), expanded(source, argument)
+    if status(path, argument) is not None:
+        return path
+    parts = name.split("/")
+    if name == RELEASE:
+        return fetch_file(RELEASE, RELEASE_FILE, argument)
+    if len(parts) > 2 and path.suffix in WEIGHT_SUFFIXES and not path.is_absolute() and not name.startswith((".", "~")):
+        return fetch_file("/".join(parts[:2]), "/".join(parts[2:]), argument)
+    if len(parts) != 2 or path.suffix in WEIGHT_SUFFIXES or path.is_absolute():
+        raise ReducioError(f"{printable(path)}: no such file or folder, and no hub id (owner/name or owner/name/FILE)")
+    part = "vae" if component == "content_encoder" else component
+    folders = ("transformer", "vae") if part is None else (part,)
+    return find_model(source, argument, (*COMPONENT_FILES, *(f"{folder}/*" for folder in folders)))
+
+
+def fetch_file(repository: str, file: str, argument: str) -> Path:
+    """One file of a hub repository, in the hub's cache. Raises ReducioError that says what to download."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, file))
+    except (OSError, ValueError) as error:  # all that the hub client raises
+        raise ReducioError(
+            f"{argument}: {repository!r} could not be fetched from the hub ({first_line(error)}); where there is a "
+            f"network, run `hf download {repository} {file} --local-dir DIR`, then pass DIR/{file}"
+        ) from error
 
 
 def not_fetched(argument: str, name: str, error: Exception, files: Sequence[str] = ()) -> ReducioError:

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from ..reference import ReducioVAE, VAEConfig
-from ..system.errors import ReducioError, first_line
+from ..system.errors import ReducioError
 from ..system.paths import entries, expanded, is_file, status
 from . import convert, hub, networks
 from .foreign_files import read_weights
 from .strict_files import CONFIG, INDEX, PICKLES, read_json
 
-RELEASE = "microsoft/Reducio-VAE"
-RELEASE_FILE = "reducio-ft4-fs32-attn23.ckpt"
 # What an index says of a whole model; the release was trained on clips of 256 pixels at 16 frames a second.
 DEFAULTS: dict[str, Any] = {"sample_height": 256, "sample_width": 256, "fps": 16}
 
@@ -33,8 +31,8 @@ def load_vae(
     path = expanded(source, "model")
     if is_file(path, "model"):
         return _from_file(path, dtype, device), DEFAULTS
-    if str(source) == RELEASE and status(path) is None:
-        return _from_file(_downloaded(), dtype, device), DEFAULTS
+    if str(source) == hub.RELEASE and status(path) is None:
+        return _from_file(hub.find_weights(source, argument="model"), dtype, device), DEFAULTS
     folder = hub.find_model(source)
     if is_file(folder / INDEX):
         index = read_json(folder / INDEX)
@@ -55,16 +53,3 @@ def _from_file(path: Path, dtype: torch.dtype | None, device: str | torch.device
     config = VAEConfig.from_dict(component.config)
     cast = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in component.tensors.items()}
     return networks.build(lambda: ReducioVAE(config), cast, path, device)
-
-
-def _downloaded() -> Path:
-    """The release's first file in the hub's cache, fetched where there is a network."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(RELEASE, RELEASE_FILE))
-    except (OSError, ValueError) as error:  # all that the hub client raises
-        raise ReducioError(
-            f"model: {RELEASE!r} could not be fetched from the hub ({first_line(error)}); where there is a network, "
-            f"run `hf download {RELEASE} {RELEASE_FILE} --local-dir DIR`, then pass DIR/{RELEASE_FILE}"
-        ) from error

@@ -14,7 +14,9 @@ from .printing import Printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a .ckpt, .pth or .safetensors file, or a diffusers folder")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a .ckpt, .pth or .safetensors file, a diffusers folder, a hub id (owner/name)"
+    )
     options.add_out(parser, "PATH", "the component folder to write; with --to official the file", required=False)
     parser.add_argument("--into", metavar="DIR", help="the model folder to put it in, made if there is none")
     parser.add_argument("--to", choices=("ours", "official"), default="ours", help="(default: ours)")
@@ -23,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--preset", help="such as reducio-ft2, reducio-1024, sdxl (default: by its shapes)")
     parser.add_argument("--config", metavar="JSON", help="a file with fields to put over the preset's")
+    parser.add_argument(
+        "--null-text",
+        metavar="FROM",
+        help="the null caption of a diffusers PixArt: a .pth, a folder or hub id with text_encoder/, or 'fresh' "
+        "(default: from beside it)",
+    )
     parser.add_argument("--dtype", choices=options.DTYPES, help="(default: as stored)")
 
 
@@ -32,8 +40,8 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..system.devices import DTYPES
 
     if arguments.to == "official":
-        names = ("into", "component", "preset", "config", "dtype")
-        others = [f"--{n}" for n in names if getattr(arguments, n) is not None]
+        names = ("into", "component", "preset", "config", "dtype", "null_text")
+        others = [f"--{n.replace('_', '-')}" for n in names if getattr(arguments, n) is not None]
         if arguments.out is None or others:
             raise ReducioError(f"--to official takes --out FILE and nothing else, not {', '.join(others) or 'none'}")
         result = export(arguments.source, arguments.out)
@@ -47,6 +55,7 @@ def run(arguments: argparse.Namespace) -> Printed:
             arguments.preset,
             config,
             DTYPES.get(arguments.dtype),
+            arguments.null_text,
         )
     return result, lines(result)
 

@@ -175,7 +175,7 @@ def test_pixart_at_full_size_by_both_spellings(size: int, tmp_path: Path, writte
     json_file(folder / "config.json", dict(peer.config))
     torch.save(state, folder / "diffusion_pytorch_model.bin")
     torch.save({"state_dict": original_names(state, 28, (size // 16) ** 2, (120, 4096))}, tmp_path / "PixArt.pth")
-    results = [convert(tmp_path / "PixArt.pth", tmp_path / "a"), convert(folder, tmp_path / "b")]
+    results = [convert(tmp_path / "PixArt.pth", tmp_path / "a"), convert(folder, tmp_path / "b", null_text="fresh")]
     for result, tensors in zip(results, written, strict=True):
         assert result["component"] == "transformer" and {n: t.shape for n, t in tensors.items()} == whole
         assert json.loads(Path(result["path"], "config.json").read_text())["position_base_size"] == size // 32
@@ -195,7 +195,7 @@ def test_the_pth_and_the_folder_give_the_same_tensors(sized: bool, tmp_path: Pat
     torch.save({"state_dict": {f"module.{n}": t for n, t in names.items()}}, tmp_path / "PixArt.pth")
     words = NARROW_DIT | {"size_conditioning": sized}
     first = convert(tmp_path / "PixArt.pth", tmp_path / "a", config=words)
-    second = convert(tmp_path / "transformer", tmp_path / "b", config=words)
+    second = convert(tmp_path / "transformer", tmp_path / "b", config=words, null_text="fresh")
     a, b = (load_model(ReducioDiT, DiTConfig, tmp_path / name) for name in "ab")
     assert a.config == b.config == config
     assert torch.equal(a.null_text, names["y_embedder.y_embedding"])
@@ -219,7 +219,7 @@ def test_a_pixart_predicts_the_same_as_a_reducio_dit(learn_sigma: bool, tmp_path
     peer = randomized(pixart(config, sample_size=8, in_channels=4, out_channels=8, patch_size=2), seed=4)
     peer.save_pretrained(tmp_path / "transformer")
     changes = NARROW_DIT | {"learn_sigma": learn_sigma, "position_base_size": 4}
-    convert(tmp_path / "transformer", tmp_path / "ours", preset="reducio-256", config=changes)
+    convert(tmp_path / "transformer", tmp_path / "ours", preset="reducio-256", config=changes, null_text="fresh")
     model = load_model(ReducioDiT, DiTConfig, tmp_path / "ours")
     generator = torch.Generator().manual_seed(5)
     image, text = torch.randn(2, 4, 8, 12, generator=generator), torch.randn(2, 7, 20, generator=generator)
