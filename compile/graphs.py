@@ -34,6 +34,9 @@ LOG = logging.getLogger("reducio_fast")
 # At 1024x1024 a clip has one key of a denoising step, four shapes of tile to encode and the four to decode, these at up
 # to two batch sizes: 13. Two sizes in turn fit.
 LIMIT = 32
+# At the limit a key takes the place of the rarest graph once it has come so many times as often as that: what a server
+# sees first does not keep out what it sees most, and keys that take turns do not drive each other out.
+OFTEN = 2
 REMEMBERED = 1024  # cap on remembered keys, so a server's memory does not grow with the number of sizes
 
 _one_capture_at_a_time = threading.Lock()  # CUDA allows one capture at a time in a process
@@ -95,8 +98,8 @@ class _Graph:
 class Graphs:
     """Calls functions through graphs where it has one. Safe to share between threads.
 
-    `limit`: how many graphs at most. `sightings`: how often a key runs eagerly before it is captured; a
-    warm-up sets 0 meanwhile.
+    `limit`: how many graphs at most; then the rarest gives way to what comes more often. `sightings`: how often a key
+    runs eagerly before it is captured; a warm-up sets 0 meanwhile.
     """
 
     def __init__(self, capture: Capture = capture_graph, limit: int = LIMIT, sightings: int = 1) -> None:
@@ -167,15 +170,20 @@ class Graphs:
 
     def _reason_not_to_capture(self, key: Hashable) -> str | None:
         """Why a key without a graph is not captured now; None where it is."""
-        if len(self._graphs) >= self.limit:
-            return "limit"
         state = self._seen.get(key, 0)
         if isinstance(state, str):
             return "capture failed"
-        if state >= self.sightings:
-            return None
-        self._note(key, state + 1)
-        return "first sight"
+        if state < self.sightings:
+            self._note(key, state + 1)
+            return "first sight"
+        if len(self._graphs) >= self.limit:
+            rarest = min(self._graphs, key=lambda key: self._graphs[key].hits)
+            if state < OFTEN * self._graphs[rarest].hits:
+                self._note(key, state + 1)
+                return "limit"
+            self._end([rarest])
+            self._seen.pop(rarest, None)
+        return None
 
     def _note(self, key: Hashable, state: int | str) -> None:
         self._seen[key] = state
@@ -229,10 +237,13 @@ class Graphs:
 
     def _release(self, names: Collection[str] | None = None) -> None:
         ended = [key for key in self._graphs if names is None or key[0] in names]
+        self._resets += bool(ended)
+        self._end(ended)
+
+    def _end(self, ended: list[tuple[Any, ...]]) -> None:
         for device, _ in self._pools if ended else ():
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # a graph that still runs must not be freed
-        self._resets += bool(ended)
         for key in ended:
             del self._graphs[key]
         # A pool lives as long as one of its graphs; the next capture then needs a new one.

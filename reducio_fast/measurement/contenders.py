@@ -339,7 +339,7 @@ def count(conditions: GivenConditions) -> dict[str, Flops]:
     plan = Plan(meta, torch.float32)
     fast_dit, fast_vae = FastReducioDiT(dit, plan), FastReducioVAE(vae, plan)
     prepared = fast_dit.prepare(*cond)
-    modulation = fast_dit.modulations(steps[:1], noise.shape[-2:])
+    modulation = fast_dit.modulations(steps[:1], noise.shape[2:])
 
     def of(run: Callable[[], Any]) -> float:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

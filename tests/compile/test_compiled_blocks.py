@@ -85,7 +85,7 @@ def step(dit: FastReducioDiT, cells: tuple[int, int] = (2, 2), device: str = "cp
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0]]).to(device)
     h, w = cells
     prepared = dit.prepare(draw(2, 5, 8), mask, draw(2, 4, 8), draw(2, 4, 4 * h, 4 * w))
-    modulation = dit.modulations(draw(1), cells)
+    modulation = dit.modulations(draw(1), (4, h, w))
     with torch.no_grad():
         return dit.denoise(draw(1, 16, 4, h, w), modulation, prepared)
 

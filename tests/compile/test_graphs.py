@@ -119,7 +119,26 @@ def test_past_the_limit_calls_run_eagerly(recorder: Recorder) -> None:
             assert torch.equal(graphs("double", lambda x: 2 * x, x), 2 * x)
     told = graphs.describe()
     assert recorder.captures == 2 and len(told["graphs"]) == 2
-    assert told["hits"] == 4 and told["misses"] == {"first sight": 2, "limit": 3}
+    assert told["hits"] == 4 and told["misses"] == {"first sight": 3, "limit": 2}
+
+
+def test_what_comes_often_takes_the_place_of_the_rarest(recorder: Recorder) -> None:
+    graphs = Graphs(recorder, limit=2)
+
+    def call(size: int, times: int) -> None:
+        for _ in range(times):
+            x = numbers(size)
+            assert torch.equal(graphs("double", lambda x: 2 * x, x), 2 * x)
+
+    call(1, 20)
+    call(2, 3)  # an odd size that came early: 2 hits
+    call(3, 10)
+    sizes = sorted(graph["inputs"].popitem()[0] for graph in graphs.describe()["graphs"])
+    assert sizes == ["float32 1", "float32 3"] and recorder.captures == 3
+    for _ in range(20):  # as often as each other: nothing is captured over and over
+        call(2, 1)
+        call(3, 1)
+    assert recorder.captures == 3
 
 
 def test_one_pool_serves_all(graphs: Graphs, recorder: Recorder) -> None:

@@ -80,12 +80,26 @@ def test_transformer_without_mask_or_image() -> None:
     assert_right(FastReducioDiT(model, plan())(**given), model(**given)[:, :16], oracle[:, :16])
 
 
+def test_positions_are_kept_of_the_last_sizes_alone() -> None:
+    """One table a size at 1024x1024 is 18.9 MB: a server that sees many sizes keeps eight."""
+    fast = FastReducioDiT(lively(ReducioDiT(DiTConfig(**DIT))), plan())
+    timesteps = torch.tensor([400.0])
+    first = fast.modulations(timesteps, (4, 1, 1)).position
+    for width in range(1, 40):
+        table = fast.modulations(timesteps, (4, 2, width)).position
+        assert torch.equal(table, fast.pos_embed.position(4, 2, width, timesteps.device))
+        again = fast.modulations(timesteps, (4, 2, width)).position
+        assert again is table, "of a size that stays, the graph's copy stays too"
+    assert len(fast.positions) == 8
+    assert torch.equal(fast.modulations(timesteps, (4, 1, 1)).position, first)
+
+
 def test_halves_of_guidance_share_their_start() -> None:
     """One latent for both halves gives what a doubled latent gives, bit for bit in this precision."""
     model = lively(ReducioDiT(DiTConfig(**DIT))).double()
     fast, given = FastReducioDiT(model, plan(torch.float64)), double(dit_inputs(model.config))
     prepared = fast.prepare(*(given[k] for k in ("text", "text_mask", "semantic", "content")))
-    modulation = fast.modulations(torch.tensor([400.0]).double(), (4, 4))
+    modulation = fast.modulations(torch.tensor([400.0]).double(), given["latent"].shape[2:])
     half = given["latent"][:1]
     shared = fast.denoise(half, modulation, prepared)
     apart = fast.denoise(half.repeat(2, 1, 1, 1, 1), modulation, prepared)

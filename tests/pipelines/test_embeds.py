@@ -159,7 +159,7 @@ def test_bad_embeds(pipe: ReducioPipeline, image: np.ndarray, words: dict, messa
 
 
 def test_what_is_missing_is_named_before_any_work(bare: ReducioPipeline, image: np.ndarray, monkeypatch):
-    monkeypatch.setattr(bare, "_make_clips", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(bare, "run", lambda *_: pytest.fail("work began"))
     with pytest.raises(ReducioError, match=r"no text_encoder is loaded; give the embeds .* text_encoder=FOLDER_OR_HUB"):
         bare(PROMPT, image, **FAST)
     with pytest.raises(ReducioError, match="no text_encoder is loaded"):

@@ -32,6 +32,8 @@ from ...triton_kernels import attention
 from ..packed_layers import frozen
 from ..plan import Plan
 
+POSITIONS = 8  # sizes of clip whose positions are kept
+
 
 class Prepared(NamedTuple):
     """What stays the same over all steps of a clip, for a batch of B items (both halves of guidance together)."""
@@ -48,14 +50,15 @@ class Modulation(NamedTuple):
     """Shifts, scales and gates of every block and of the final layer, for one step [1, ...] or a schedule [steps, ...].
 
     `blocks` [steps, depth, 6, D] in the reference's order (shift, scale, gate of attention, then of feed-forward),
-    `final` [steps, 2, D] (shift, scale).
+    `final` [steps, 2, D] (shift, scale). `position` [t or 1, h * w, D] is that of the clip's patches, of every step.
     """
 
     blocks: Tensor
     final: Tensor
+    position: Tensor
 
     def step(self, index: int) -> Modulation:
-        return Modulation(self.blocks[index : index + 1], self.final[index : index + 1])
+        return Modulation(self.blocks[index : index + 1], self.final[index : index + 1], self.position)
 
 
 @dataclass(slots=True)
@@ -75,7 +78,7 @@ class FastDenoiser:
         return self.model.step_update
 
     def schedule(self, timesteps: Tensor, latent: Tensor) -> list[tuple[Modulation, Prepared]]:
-        modulation = self.model.modulations(timesteps, latent.shape[-2:])
+        modulation = self.model.modulations(timesteps, latent.shape[2:])
         return [(modulation.step(step), self.prepared) for step in range(len(timesteps))]
 
     def predict(self, latent: Tensor, inputs: tuple[Modulation, Prepared]) -> Tensor:
@@ -198,7 +201,7 @@ class FastReducioDiT(Regional):
         self.first_norm = plan.pick("transformer_blocks.0.norm1", "ada_layer_norm")
         self.step_update = plan.pick("sampler", "guidance_dpm_step")
         self.masks_keys = self.transformer_blocks[0].attn2.attend is attention.twin  # our kernel stops at a count
-        self.positions: dict[Grid, Tensor] = {}
+        self.positions: dict[Grid, Tensor] = {}  # of the last sizes; graphs read copies
         self.graphs: Graphs | None = None  # through which the sampler runs a step; None: eagerly
 
     @property
@@ -227,7 +230,7 @@ class FastReducioDiT(Regional):
         for name, value in (("timestep", timestep), ("size", size)):
             if value is not None and value.ndim and bool((value != value[:1]).any()):
                 raise ValueError(f"{name} differs between the items of the batch: {value.tolist()}")
-        modulation = self.modulations(timestep.flatten()[:1], latent.shape[-2:], None if size is None else size[:1])
+        modulation = self.modulations(timestep.flatten()[:1], latent.shape[2:], None if size is None else size[:1])
         return self.denoise(latent, modulation, self.prepare(text, text_mask, semantic, content))
 
     @torch.no_grad()
@@ -269,24 +272,36 @@ class FastReducioDiT(Regional):
         return Prepared(keys_values, count)
 
     @torch.no_grad()
-    def modulations(
-        self, timesteps: Tensor, latent_size: tuple[int, int] | torch.Size, size: Tensor | None = None
-    ) -> Modulation:
-        """The table of a schedule: timesteps [steps]; latent_size (H, W) in cells; size [1, 2] in pixels."""
+    def modulations(self, timesteps: Tensor, latent_size: Grid | torch.Size, size: Tensor | None = None) -> Modulation:
+        """The table of a schedule: timesteps [steps]; latent_size (T, H, W) in cells; size [1, 2] in pixels."""
         if size is None:
-            pixels = [float(n * self.config.spatial_factor) for n in latent_size]
+            pixels = [float(n * self.config.spatial_factor) for n in latent_size[1:]]
             size = torch.tensor([pixels], device=timesteps.device)
         shared_S6D, embedding_SD = self.adaln_single(timesteps, size.expand(len(timesteps), 2))
-        return Modulation(self.tables + shared_S6D[:, None], self.final_table + embedding_SD[:, None])
+        blocks, final = self.tables + shared_S6D[:, None], self.final_table + embedding_SD[:, None]
+        return Modulation(blocks, final, self.position(self.grid(latent_size), timesteps.device))
+
+    def grid(self, latent_size: Grid | torch.Size) -> Grid:
+        """Patches along time, height and width."""
+        (T, H, W), (pt, ph, pw) = latent_size, self.config.patch_size
+        return T // pt, H // ph, W // pw
+
+    def position(self, grid: Grid, device: torch.device) -> Tensor:
+        """Of the last POSITIONS sizes the table is kept: 18.9 MB each at 1024x1024."""
+        table = self.positions.pop(grid, None)
+        if table is None or table.device != device:
+            table = self.pos_embed.position(*grid, device)
+        self.positions[grid] = table
+        if len(self.positions) > POSITIONS:
+            self.positions.pop(next(iter(self.positions)))
+        return table
 
     @torch.no_grad()
     def denoise(self, latent: Tensor, modulation: Modulation, prepared: Prepared) -> Tensor:
         """One prediction. latent [B, C, T, H, W], or half of `prepared`'s batch: then both halves of guidance, the
         unconditional first, are predicted from the one latent. Returns [prepared.batch, latent_channels, T, H, W]."""
-        pt, ph, pw = self.config.patch_size
-        T, H, W = latent.shape[2:]
-        grid = (T // pt, H // ph, W // pw)
-        x, blocks_M6D, (shift, scale) = self.tokens(latent, grid), modulation.blocks[0], modulation.final[0]
+        grid, blocks_M6D, (shift, scale) = self.grid(latent.shape[2:]), modulation.blocks[0], modulation.final[0]
+        x = self.tokens(latent, modulation.position)
         if self.regions is not None and len(x) != prepared.batch:
             x = torch.cat([x, x])  # one shape for all blocks to compile: half a self-attention of all more, if that
         y = self.first_norm(x, _rows(blocks_M6D[0, 0], len(x)), _rows(blocks_M6D[0, 1], len(x)), NORM_EPS)
@@ -299,14 +314,12 @@ class FastReducioDiT(Regional):
         out = F.linear(y, self.out_weight, self.out_bias)
         return self.conditioner[0].unpatchify(out, grid)
 
-    def tokens(self, latent: Tensor, grid: Grid) -> Tensor:
+    def tokens(self, latent: Tensor, position: Tensor) -> Tensor:
         """Patches and their positions, [B, L, D]."""
-        (B, C), (T, H, W), (pt, ph, pw) = latent.shape[:2], grid, self.config.patch_size
+        (B, C), (T, H, W), (pt, ph, pw) = latent.shape[:2], self.grid(latent.shape[2:]), self.config.patch_size
         patches = latent.to(self.dtype).view(B, C, T, pt, H, ph, W, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         x = F.linear(patches.reshape(B, T, H * W, -1), self.patch_weight, self.pos_embed.proj.bias)
-        if grid not in self.positions:
-            self.positions[grid] = self.pos_embed.position(*grid, latent.device)
-        return (x + self.positions[grid]).flatten(1, 2).to(self.dtype)
+        return (x + position).flatten(1, 2).to(self.dtype)
 
 
 def _rows(row_D: Tensor, batch: int) -> Tensor:
