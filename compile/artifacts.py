@@ -91,7 +91,7 @@ def digest(key: Hashable) -> str:
     """
     modules: set[str] = set()
     text = _text(key, modules)
-    sources = [f"{name} {_source(name)}" for name in sorted(modules | {__name__})]
+    sources = [f"{name} {source_digest(name)}" for name in sorted(modules | {__name__})]
     threads = torch.get_num_threads()  # Inductor's loops are divided among as many
     return hashlib.sha256("\n".join([text, *sources, f"threads {threads}"]).encode()).hexdigest()[:32]
 
@@ -158,7 +158,7 @@ def _text(value: Any, modules: set[str]) -> str:
 
 
 @functools.cache
-def _source(module: str) -> str:
+def source_digest(module: str) -> str:
     """A digest of a module's file and its neighbours in the folder, and of the version of its distribution."""
     digest_so_far = hashlib.sha256()
     place = getattr(sys.modules.get(module), "__file__", None)

@@ -153,6 +153,7 @@ class Graphs:
                 "hits": self._hits,
                 "misses": dict(self._misses),
                 "resets": self._resets,
+                "remembered": len(self._seen),
                 "pool_bytes": sum(pool_bytes(pool) for pool in self._pools.values()),
                 "graphs": [
                     {

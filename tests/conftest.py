@@ -12,6 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Not the user's: what tests compile is kept between runs all the same.
 os.environ.setdefault("REDUCIO_CACHE_DIR", str(Path(tempfile.gettempdir()) / "reducio-fast-tests"))
 
+# Before torch is imported: workers side by side, each with a thread for every core, would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +25,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A GPU is one: tests on it take turns."""
+    return 0 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,7 +58,7 @@ _PYRAMID_STEP = math.sqrt(2.0)
 
 
 @functools.lru_cache(maxsize=len(_FILES))
-def _pyramid(name: str) -> list[torch.Tensor]:
+def pyramid(name: str) -> list[torch.Tensor]:
     """A picture and its anti-aliased reductions by powers of `_PYRAMID_STEP`, float32 [1, 3, H, W] in 0..255."""
     (package, folder), file = _FILES[name]
     spec = importlib.util.find_spec(package)
@@ -82,7 +82,7 @@ def load_photo(name: str) -> np.ndarray:
     """One picture, uint8 [H, W, 3]. Raises `ReducioError` if the package that carries it is not installed."""
     if name not in _FILES:
         raise ReducioError(f"photo name={name!r} is unknown; known: {', '.join(_FILES)}")
-    return _pyramid(name)[0][0].permute(1, 2, 0).numpy().astype(np.uint8)
+    return pyramid(name)[0][0].permute(1, 2, 0).numpy().astype(np.uint8)
 
 
 def _camera_move(rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,7 +118,7 @@ def render(
         name = names[rng.integers(len(names))]
     elif name not in _FILES:
         raise ReducioError(f"photo name={name!r} is unknown; known: {', '.join(_FILES)}")
-    levels = _pyramid(name)
+    levels = pyramid(name)
     height, width = levels[0].shape[-2:]
     offsets, zooms, angles = _camera_move(rng, num_frames)
 

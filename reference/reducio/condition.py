@@ -30,11 +30,6 @@ class Condition:
             raise ValueError(f"null_text has shape {tuple(null_text.shape)}, a prompt has {tuple(self.text.shape[1:])}")
         return dataclasses.replace(self, text=null_text.to(self.text).expand_as(self.text))
 
-    def without_image(self) -> Condition:
-        """The image condition dropped: zeros in its place, so that both halves of the guidance fit one batch."""
-        zero = {n: torch.zeros_like(x) for n in ("semantic", "content") if (x := getattr(self, n)) is not None}
-        return dataclasses.replace(self, **zero)
-
 
 def join(first: Condition, second: Condition) -> Condition:
     """Both conditions in one batch, `first` (of guidance: the unconditional one) in its first half.

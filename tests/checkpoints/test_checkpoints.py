@@ -236,6 +236,7 @@ def test_honest_headers_pass(tmp_path: Path):
     assert {t.dtype for t in load_tensors(tmp_path / WEIGHTS).values()} == set(kinds)
 
 
+@pytest.mark.slow
 def test_no_pickle_is_read_unrestricted(root: Path):
     """Every torch.load says weights_only=True, and outside of tests nothing else that unpickles is called."""
     loads = 0

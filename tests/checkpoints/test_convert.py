@@ -82,6 +82,7 @@ def test_every_disagreement_is_reported_and_nothing_written(
 
 @pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.slow
 def test_official_to_ours_to_official_is_bit_exact(dtype: torch.dtype, ending: str, tmp_path: Path):
     official = randomized(ReducioVAE(VAEConfig(**NARROW_VAE, temporal_factor=2))).to(dtype).state_dict()
     official["quant_conv.bias"][:2] = torch.tensor([float("nan"), -0.0])  # bits that == does not see
@@ -165,6 +166,7 @@ def original_names(state: dict[str, Tensor], depth: int, tokens: int, caption: t
 
 
 @pytest.mark.parametrize("size", [256, 512, 1024])
+@pytest.mark.slow
 def test_pixart_at_full_size_by_both_spellings(size: int, tmp_path: Path, written: list):
     with torch.device("meta"):
         peer = PixArtTransformer2DModel(sample_size=size // 8, caption_channels=4096)

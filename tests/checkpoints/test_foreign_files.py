@@ -84,6 +84,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @given(data=st.data(), ending=st.sampled_from([".ckpt", ".pth", ".safetensors"]))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
 def test_damaged_files_end_in_our_own_error(data: st.DataObject, ending: str, honest: dict[str, bytes], tmp_path: Path):
     """Whatever bytes are changed, cut off or put in: one line, or the very tensors if the damage lies elsewhere."""
     content = bytearray(honest[ending])

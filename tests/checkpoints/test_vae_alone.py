@@ -23,6 +23,8 @@ from reducio_fast.reference import ReducioVAE, VAEConfig
 from reducio_fast.system.errors import ReducioError
 from tiny_networks import VAE, lively
 
+pytestmark = pytest.mark.slow
+
 FOREIGN = {"model": {"target": "ldm.models.reducio_vae.ReducioVAE", "params": {"f_s": 32}}}  # not a config of ours
 
 

@@ -95,6 +95,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("evaluate --prompts 0", "--prompts: must be at least 1, is 0"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes(argv: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(argv.split(), capsys)
 
@@ -109,6 +110,7 @@ def test_mistakes(argv: str, message: str, here: Path, capsys: pytest.CaptureFix
         (["--device", "abacus"], "abacus"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_the_model_finds(
     bundle: Path, options: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +209,7 @@ def test_generate_passes_its_words_on(
     assert result["timings"]["dit.step"] == 0.5
 
 
+@pytest.mark.slow
 def test_generate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", PROMPT, "--out", "c.mp4", "--num-inference-steps", "4", "--no-progress", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -218,6 +221,7 @@ def test_generate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
     assert fps == result["fps"]
 
 
+@pytest.mark.slow
 def test_generate_from_an_image_with_transparency(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGBA", (200, 150), (0, 0, 255, 128)).save("i.png")
     assert run(["generate", PROMPT, "--image", "i.png", "--out", "frames", "--num-inference-steps", "2"]) == 0
@@ -235,6 +239,7 @@ def moving_square(path: str) -> None:
     write_video(clip, path, 10)
 
 
+@pytest.mark.slow
 def test_reconstruct(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moving_square("c.mp4")
     size = ["--height", "64", "--width", "96"]
@@ -249,6 +254,7 @@ def test_reconstruct(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str
     assert psnr(both[:, :, :96], both[:, :, 96:]) == pytest.approx(result["psnr"], abs=1.5)
 
 
+@pytest.mark.slow
 def test_reconstruct_reads_at_the_rate_of_the_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the release: of a clip of 30 frames a second every second one, for a model of 16."""
     clip = np.stack([np.full((64, 64, 3), 6 * t, np.uint8) for t in range(33)])
@@ -264,6 +270,7 @@ def test_reconstruct_reads_at_the_rate_of_the_model(here: Path, capsys: pytest.C
     assert "every 2th" not in line and "12 frames from number 10 on" in line and "--consecutive" in line
 
 
+@pytest.mark.slow
 def test_reconstruct_a_folder_at_the_size_of_the_model(
     bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +284,7 @@ def test_reconstruct_a_folder_at_the_size_of_the_model(
     assert fps == pytest.approx(index["fps"], rel=0.03)
 
 
+@pytest.mark.slow
 def test_evaluate(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy_report, "evaluate", functools.partial(toy_report.evaluate, num_clips=1))  # 32 take a minute
     assert run(["evaluate", "--prompts", "1", "--no-progress"]) == 0
@@ -324,6 +332,7 @@ def test_env_survives_a_broken_installation(
         ("sm_80", "gated_residual_ada_layer_norm", "bf16"),
     ],
 )
+@pytest.mark.slow
 def test_compile_check_builds_for_a_gpu_that_is_not_here(target: str, kernel: str, only: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     words = f"compile-check --json --jobs 1 --targets {target} --kernels {kernel} --only".split()
@@ -348,6 +357,7 @@ def test_compile_check_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "target 'sm_12' is unknown; known: sm_80" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_parity_holds_on_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["parity", "--json", "--device", "cpu", "--dtype", "float32"]) == 0
     result = json.loads(capsys.readouterr().out)

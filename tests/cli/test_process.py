@@ -16,6 +16,8 @@ import pytest
 from reducio_fast.media import ffmpeg
 from reducio_fast.media.video_files import read_video, write_video
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-P", "-m", "reducio_fast"]
 CLIP = ["generate", "a red circle", "--num-inference-steps", "1", "--no-progress"]
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to run as another user")

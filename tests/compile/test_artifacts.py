@@ -22,6 +22,8 @@ from reducio_fast.compile import artifacts, gc_pause
 from reducio_fast.compile.compiled_blocks import Regions, adopt
 from reducio_fast.measurement.accuracy_rule import judge
 
+pytestmark = pytest.mark.slow
+
 needs_compiler = pytest.mark.skipif(artifacts.obstacle() is not None, reason="needs a C++ compiler")
 
 
@@ -156,7 +158,7 @@ def test_a_change_of_source_finds_nothing_old(tmp_path: Path, monkeypatch: pytes
 
     before = artifacts.digest((blocks_of_a_test.Block,))
     (tmp_path / "helper_beside_it.py").write_text("x = 1\n")  # what its functions may call
-    artifacts._source.cache_clear()
+    artifacts.source_digest.cache_clear()
     assert artifacts.digest((blocks_of_a_test.Block,)) != before
 
 

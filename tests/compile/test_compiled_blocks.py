@@ -31,6 +31,8 @@ from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.reference.reducio.tiling import tile_grid
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 DIT = dict(
     hidden_size=32,
     depth=3,

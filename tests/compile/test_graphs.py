@@ -273,7 +273,7 @@ def test_new_shapes_for_ever_do_not_grow_it(recorder: Recorder) -> None:
     x = torch.zeros(1)
     for n in range(REMEMBERED + 10):
         graphs("shape", lambda x, n: x, x, n)
-    assert len(graphs._seen) == REMEMBERED
+    assert graphs.describe()["remembered"] == REMEMBERED
 
 
 def test_threads_share_it(graphs: Graphs, recorder: Recorder) -> None:

@@ -115,6 +115,7 @@ def walk(eager: Twins, graphed: Twins, device: str, dtype: torch.dtype) -> None:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_sampler_and_decoder_through_graphs(graphs: Graphs, recorder: Recorder) -> None:
     eager, graphed = pairs("cpu", torch.float32, graphs)
     walk(eager, graphed, "cpu", torch.float32)
@@ -131,6 +132,7 @@ def test_sampler_and_decoder_through_graphs(graphs: Graphs, recorder: Recorder) 
     }
 
 
+@pytest.mark.slow
 def test_bytes_may_read_the_graphs_own_buffer(graphs: Graphs) -> None:
     eager, graphed = pairs("cpu", torch.float32, graphs)
     for seed in range(3):

@@ -225,7 +225,7 @@ def test_camera_moves_are_smooth_visible_and_stay_inside(monkeypatch):
     side = 251
     ramp = torch.zeros(1, 3, side, side)
     ramp[0, 0], ramp[0, 1] = torch.arange(float(side)), torch.arange(float(side))[:, None]
-    monkeypatch.setattr(photos, "_pyramid", lambda name: [ramp])
+    monkeypatch.setattr(photos, "pyramid", lambda name: [ramp])
     moves = []
     for seed in range(60):
         clip = photos.render(np.random.default_rng(seed), 64, held_out=True).astype(float)[..., :2]
@@ -241,7 +241,7 @@ def test_camera_moves_are_smooth_visible_and_stay_inside(monkeypatch):
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
-    photos._pyramid.cache_clear()
+    photos.pyramid.cache_clear()
     with pytest.raises(ReducioError, match=r'skimage.*pip install "reducio-fast\[train\]"'):
         photos.render(np.random.default_rng(0), 64, name="coffee")
     with pytest.raises(ReducioError, match="unknown"):

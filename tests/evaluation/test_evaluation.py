@@ -34,6 +34,7 @@ def _pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (47, 130), (512, 520)])
+@pytest.mark.slow
 def test_metrics_equal_scikit_image(height, width):
     a, b = _pair(height, width)
     expected = [peak_signal_noise_ratio(x, y) for x, y in zip(a, b, strict=True)]
@@ -96,6 +97,7 @@ SPOIL = {
 
 
 @pytest.mark.parametrize("kind", SPOIL)
+@pytest.mark.slow
 def test_detector_names_what_was_drawn(kind):
     count, least, spoil = SPOIL[kind]
     rng = np.random.default_rng(10)
@@ -108,6 +110,7 @@ def test_detector_names_what_was_drawn(kind):
     assert all(n >= least * count for n in right.values()), right
 
 
+@pytest.mark.slow
 def test_detector_measures_where_the_object_is():
     rng = np.random.default_rng(11)
     for motion in toy_world.MOTIONS:
@@ -121,6 +124,7 @@ def test_detector_measures_where_the_object_is():
 
 
 @pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.slow
 def test_detector_works_at_other_sizes(size):
     rng = np.random.default_rng(12)
     for _ in range(8):
@@ -256,6 +260,7 @@ class DrawnPipeline:
         return SimpleNamespace(frames=clip[::-1].copy() if i % 8 == 1 else clip)
 
 
+@pytest.mark.slow
 def test_report_counts_what_the_clips_show():
     pipe = DrawnPipeline(PerfectVAE())
     scores = toy_report.evaluate(pipe, num_prompts=16, seed=3, progress=False, num_clips=4)
@@ -281,7 +286,7 @@ def test_repeating_the_content_frame_gains_nothing():
 
 
 def test_report_says_why_photographs_were_skipped(monkeypatch):
-    photos._pyramid.cache_clear()
+    photos.pyramid.cache_clear()
     monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
     scores = toy_report.evaluate(DrawnPipeline(PerfectVAE()), num_prompts=1, progress=False, num_clips=1)
     assert "reducio-fast[train]" in scores["vae"]["photos"]["skipped"]
@@ -301,6 +306,7 @@ def test_report_refuses_empty_samples():
         reconstruction.reconstruction_scores(StillVAE(), [])
 
 
+@pytest.mark.slow
 def test_the_embedded_model_can_be_scored(bundle):
     scores = toy_report.evaluate(bundle, num_prompts=2, progress=False, num_clips=2)
     assert scores["prompts"] == 2 and 0 <= scores["all"]["right"] <= 2

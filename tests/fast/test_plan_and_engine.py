@@ -25,6 +25,8 @@ from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.errors import ReducioError
 from tiny_networks import DIT, VAE, assert_right, lively, plan
 
+pytestmark = pytest.mark.slow
+
 
 def test_plan_lists_every_module() -> None:
     chosen = plan()

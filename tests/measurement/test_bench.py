@@ -16,6 +16,8 @@ from reducio_fast.measurement.contenders import Contender, GivenConditions, coun
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

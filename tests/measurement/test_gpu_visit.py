@@ -13,6 +13,8 @@ import pytest
 
 from reducio_fast.cli import profile as profile_command
 
+pytestmark = pytest.mark.slow
+
 PARTS = ("tests", "parity", "first_measurements", "bench-1024", "tune", "profile", "bench-1024-compiled")
 
 # Run by Python at its start: nothing but torch, triton, numpy, safetensors and pytest, and no installed reducio_fast.

@@ -92,6 +92,7 @@ def test_between_markers(report: ModuleType) -> None:
             report.put(wrong, [])
 
 
+@pytest.mark.slow
 def test_picture(report: ModuleType, tmp_path: Path) -> None:
     report.picture([row(), row(what="full size")], tmp_path / "bench.png")
     image = Image.open(tmp_path / "bench.png")

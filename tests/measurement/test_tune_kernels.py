@@ -19,6 +19,8 @@ from reducio_fast.measurement.accuracy_rule import judge
 from reducio_fast.measurement.hot_shapes import Problem
 from reducio_fast.measurement.tune_kernels import Settings
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 START = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
 AXES = [

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from reducio_fast.media.antialias import blur_and_resize
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "source", [(256, 256), (576, 1024), (1024, 1024), (225, 100), (224, 224), (100, 60), (2000, 30)]

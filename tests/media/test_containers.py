@@ -60,6 +60,7 @@ def pictures(folder: Path, durations: list[float], suffix: str) -> Path:
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
 @pytest.mark.parametrize("durations", [[0.04] * 5 + [2.0] + [0.04] * 5, [0.5, 0.1, 0.1, 1.3], [0.2] * 6])
+@pytest.mark.slow
 def test_uneven_frames_last_as_long_as_they_are_shown(tmp_path: Path, durations: list[float], suffix: str) -> None:
     clip, fps = read_video(pictures(tmp_path, durations, suffix))
     assert fps is not None and fps <= 120
@@ -102,6 +103,7 @@ def test_a_cover_picture_is_not_the_clip(tmp_path: Path) -> None:
     ("pixels", "picture"), [("yuv420p", "color=0x3264c8"), ("yuv444p", "testsrc"), ("gbrp", "testsrc")]
 )
 @pytest.mark.parametrize("bits", ["10le", "12le"])
+@pytest.mark.slow
 def test_ten_bits_are_read_as_eight(tmp_path: Path, pixels: str, picture: str, bits: str) -> None:
     """Of 4:2:0 a plain colour: at hard edges ffmpeg interpolates the chroma of the two depths in other ways."""
     clips = []
@@ -116,6 +118,7 @@ def test_ten_bits_are_read_as_eight(tmp_path: Path, pixels: str, picture: str, b
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.ts"])
 @pytest.mark.parametrize("share", [0.4, 0.8])
+@pytest.mark.slow
 def test_a_clip_that_was_cut_off_is_said_to_be(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, share: float
 ) -> None:

@@ -15,6 +15,8 @@ from reducio_fast.pipelines.call.output import ReducioOutput
 from reducio_fast.system import atomic_files
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 CLIP = np.stack([np.full((32, 48, 3), 20 * i, np.uint8) for i in range(4)])
 NAMES = ("2026-01-02T10:30:00", "-y", "a b", "100%d", "über 红", "x'y\"z", "c" * 240, "take.2", "http:clip")
 

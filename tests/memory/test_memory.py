@@ -28,6 +28,8 @@ from reducio_fast.pipelines.reducio.conditioner import Conditioner
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle moving right"
 GREY = np.full((64, 64, 3), 128, np.uint8)
 CALL = {"image": GREY, "height": 64, "width": 64, "num_inference_steps": 1, "progress": False}

@@ -24,6 +24,8 @@ from packaging.requirements import Requirement
 
 import reducio_fast.cli.main
 
+pytestmark = pytest.mark.slow
+
 MAPPED = ("reference", "triton_kernels", "compile")  # root folders that are installed inside reducio_fast
 SENTINEL = "models/tiny/deeply/nested/sentinel.safetensors"
 

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_mypy(root: Path, layout: Path) -> None:
     # The cache stays in the checkout: without one torch's own types take most of the time.

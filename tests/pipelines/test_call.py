@@ -29,6 +29,7 @@ def test_output(clip, pipe: ReducioPipeline):
     assert not np.array_equal(clip.frames, pipe("a blue star", clip.content, seed=3, **FAST).frames)
 
 
+@pytest.mark.slow
 def test_output_types_hold_one_clip(pipe: ReducioPipeline, clip):
     pil = pipe(PROMPT, seed=3, output_type="pil", **FAST).frames
     assert np.array_equal(np.stack([np.asarray(f) for f in pil]), clip.frames)
@@ -43,6 +44,7 @@ def test_output_types_hold_one_clip(pipe: ReducioPipeline, clip):
     assert pair.shape == (2, 16, 64, 64, 3) and np.array_equal(pair[0], clip.frames)
 
 
+@pytest.mark.slow
 def test_the_reference_networks_make_the_clip(folder: Path):
     """The whole second stage once more, step by step from its parts."""
     from reducio_fast.reference import Condition, initial_latent, sample
@@ -70,6 +72,7 @@ def test_above_a_tile_the_decoder_works_in_tiles(folder: Path, monkeypatch: pyte
     assert seen == [False, True]
 
 
+@pytest.mark.slow
 def test_a_list_makes_the_bytes_of_its_items(pipe: ReducioPipeline, clip):
     prompts = [PROMPT, "a blue star growing", PROMPT]
     many = pipe(prompts, seed=3, negative_prompt=["", "noise", ""], **FAST)
@@ -82,6 +85,7 @@ def test_a_list_makes_the_bytes_of_its_items(pipe: ReducioPipeline, clip):
     assert [len(frames) for frames in pil] == [16, 16]
 
 
+@pytest.mark.slow
 def test_generators_and_seeds(pipe: ReducioPipeline, clip):
     generators = [torch.Generator().manual_seed(s) for s in (3, 40)]
     many = pipe([PROMPT, PROMPT], generator=generators, **FAST)
@@ -99,6 +103,7 @@ def test_latents_replace_the_noise_alone(pipe: ReducioPipeline, clip):
     assert np.array_equal(other.content, clip.content) and not np.array_equal(other.frames, clip.frames)
 
 
+@pytest.mark.slow
 def test_guidance(pipe: ReducioPipeline, clip):
     def frames(**words):
         return pipe(PROMPT, clip.content, seed=3, **words, **FAST).frames
@@ -112,6 +117,7 @@ def test_guidance(pipe: ReducioPipeline, clip):
     assert np.abs(same - frames(guidance_scale=0)).max() <= 1
 
 
+@pytest.mark.slow
 def test_save(pipe: ReducioPipeline, clip, tmp_path: Path):
     folder = clip.save(tmp_path / "frames")
     assert np.array_equal(np.asarray(Image.open(sorted(folder.iterdir())[5])), clip.frames[5])
@@ -140,6 +146,7 @@ def test_backend_is_reported(pipe: ReducioPipeline, folder: Path, monkeypatch: p
         ReducioPipeline.from_pretrained(folder, backend="fast")
 
 
+@pytest.mark.slow
 def test_several_clips_of_a_prompt(pipe: ReducioPipeline, clip):
     many = pipe([PROMPT, "a blue star growing"], seed=3, num_videos_per_prompt=2, negative_prompt=["", "noise"], **FAST)
     assert many.seeds == [3, 4, 5, 6] and np.array_equal(many.frames[0], clip.frames)
@@ -173,6 +180,7 @@ def test_to_takes_a_device_and_a_dtype_in_diffusers_ways(folder: Path):
         pipe.to(torch.int8)
 
 
+@pytest.mark.slow
 def test_tiling_can_be_asked_for_and_switched_off(folder: Path, monkeypatch: pytest.MonkeyPatch):
     pipe, seen = ReducioPipeline.from_pretrained(folder, device="cpu", backend="reference"), []
     decode = pipe.vae.decode
@@ -188,6 +196,7 @@ def test_tiling_can_be_asked_for_and_switched_off(folder: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("output_type", ["np", "pil", "pt"])
+@pytest.mark.slow
 def test_frames_go_through_export_to_video_of_diffusers(pipe: ReducioPipeline, clip, output_type: str, tmp_path: Path):
     """Written by diffusers from what a call returns, read back by us: the clip, up to the codec's loss."""
     from diffusers.utils import export_to_video

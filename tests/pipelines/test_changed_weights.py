@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reducio_fast import ReducioError, ReducioPipeline, generate
-from reducio_fast.fast.engine import Engine
+from reducio_fast.fast.twins import TWINS
+from reducio_fast.reference import ReducioDiT
 from reducio_fast.system.checksum import checksums
 
 PROMPT = "a red circle moving right on a black background"
@@ -80,6 +81,7 @@ WRITES = (
 
 
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+@pytest.mark.slow
 def test_a_write_to_weights_is_seen(pipe: ReducioPipeline, write: Callable[[nn.Module], None]) -> None:
     before = latent(pipe)
     write(pipe.transformer)
@@ -89,6 +91,7 @@ def test_a_write_to_weights_is_seen(pipe: ReducioPipeline, write: Callable[[nn.M
     torch.testing.assert_close(after, expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_write_to_the_decoder_is_seen(pipe: ReducioPipeline) -> None:
     def frames() -> np.ndarray:
         return pipe(PROMPT, IMAGE, height=64, width=64, **KWARGS).frames
@@ -99,16 +102,17 @@ def test_a_write_to_the_decoder_is_seen(pipe: ReducioPipeline) -> None:
 
 
 def test_unchanged_weights_are_packed_once(pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    built, original = [], Engine._build
+    built = []
 
-    def build(network: nn.Module, *args: Any) -> Any:
-        built.append(type(network).__name__)
-        return original(network, *args)
+    class Counted(TWINS[ReducioDiT]):  # type: ignore[misc]
+        def __init__(self, *args: Any) -> None:
+            built.append(args)
+            super().__init__(*args)
 
-    monkeypatch.setattr(Engine, "_build", staticmethod(build))
+    monkeypatch.setitem(TWINS, ReducioDiT, Counted)
     first = latent(pipe)
     assert torch.equal(latent(pipe), first)
-    assert built.count("ReducioDiT") == 1
+    assert len(built) == 1
 
 
 def test_checksums_tell_contents_of_every_layout_and_dtype() -> None:
@@ -132,6 +136,7 @@ def test_lora_guard_sees_a_write_that_counts_no_version(pipe: ReducioPipeline) -
         pipe.unload_lora_weights()
 
 
+@pytest.mark.slow
 def test_a_replaced_model_folder_is_loaded_anew(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(bundle, folder)
@@ -201,6 +206,7 @@ CHANGES = (
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.slow
 def test_a_changed_network_runs_as_it_is(pipe: ReducioPipeline, change: Callable[[nn.Module], None]) -> None:
     first = latent(pipe)
     assert pipe.backend == "fast"
@@ -238,9 +244,10 @@ def test_auto_follows_the_scheduler(pipe: ReducioPipeline) -> None:
 
 
 def test_what_packing_raises_is_survived(pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
-        raise NotImplementedError("aten::what.is_this")
+    class Fails(TWINS[ReducioDiT]):  # type: ignore[misc]
+        def __init__(self, *args: object) -> None:
+            raise NotImplementedError("aten::what.is_this")
 
-    monkeypatch.setattr(Engine, "_build", fail)
+    monkeypatch.setitem(TWINS, ReducioDiT, Fails)
     expected = latent(ReducioPipeline(**pipe.components, backend="reference"))
     assert torch.equal(latent(pipe), expected)

@@ -53,6 +53,7 @@ def encode(pipe: ReducioPipeline, prompt: Any, image: Any, negative: Any = None)
     [(PROMPT, None), (PROMPT, "noise"), ([PROMPT, "a blue star"], None), ([PROMPT, "a blue star"], ["", "noise"])],
     ids=["one", "negative", "list", "one negative of two"],
 )
+@pytest.mark.slow
 def test_given_makes_the_bytes_of_computed(
     pipe: ReducioPipeline, bare: ReducioPipeline, image: np.ndarray, tmp_path: Path, prompt: Any, negative: Any
 ):
@@ -73,6 +74,7 @@ def test_given_makes_the_bytes_of_computed(
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=st.text(min_size=1, max_size=60).filter(str.strip), seed=st.integers(0, 2**32 - 1), alone=st.booleans())
+@pytest.mark.slow
 def test_for_any_prompt(pipe: ReducioPipeline, bare: ReducioPipeline, prompt: str, seed: int, alone: bool):
     picture = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)
     words = {"height": 32, "width": 32, "seed": seed, "num_inference_steps": 1, "progress": False}
@@ -170,6 +172,7 @@ def test_what_is_missing_is_named_before_any_work(bare: ReducioPipeline, image: 
         bare(PROMPT, **TEXT, **FAST)
 
 
+@pytest.mark.slow
 def test_unload(folder: Path, image: np.ndarray, tmp_path: Path):
     pipe = ReducioPipeline.from_pretrained(folder, device="cpu")
     computed = pipe(PROMPT, image, "noise", **FAST)

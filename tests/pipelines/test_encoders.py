@@ -265,6 +265,7 @@ def test_an_autoencoder_with_the_names_of_its_time(vae_folder: Path, tmp_path: P
 # ---- full size, on no memory at all ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_token_counts_and_widths_at_full_size():
     """120 x 4096, 256 x 1280 and 4 x H/8 x W/8, the DiT's defaults, from the published configurations."""
     from diffusers import AutoencoderKL

@@ -281,7 +281,7 @@ def test_a_smaller_drawer_is_scaled_up_with_one_warning(caplog: pytest.LogCaptur
             half[:, :, width // 2 :] = 1
             return SimpleNamespace(images=half)
 
-    content_frame._warn_once.cache_clear()
+    content_frame.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         images = [draw_image(Small(), PROMPT, "", 1024, 1024, torch.Generator(), False) for _ in range(2)]
         small = draw_image(Small(), PROMPT, "", 64, 64, torch.Generator(), False)

@@ -56,6 +56,7 @@ def test_a_saved_model_loads_to_the_same_bits(folder: Path, pipe: ReducioPipelin
     assert not [p for p in tmp_path.iterdir() if p.name != "again"], "temporary folders left behind"
 
 
+@pytest.mark.slow
 def test_half_precision_storage_round_trips(pipe: ReducioPipeline, folder: Path, tmp_path: Path):
     half = ReducioPipeline.from_pretrained(folder, dtype=torch.float16)
     half.save_pretrained(tmp_path / "half")
@@ -86,6 +87,7 @@ def test_the_first_stage_shares_what_its_folder_lacks(folder: Path, pipe: Reduci
     assert (tmp_path / "own/text_to_image/vae/config.json").is_file()
 
 
+@pytest.mark.slow
 def test_components_can_be_replaced_or_left_out(folder: Path, pipe: ReducioPipeline, tmp_path: Path):
     seen = []
 
@@ -114,6 +116,7 @@ def test_components_can_be_replaced_or_left_out(folder: Path, pipe: ReducioPipel
         ReducioPipeline.from_pretrained(folder, vae=ReducioVAE(narrow))
 
 
+@pytest.mark.slow
 def test_generate_keeps_the_loaded_model(folder: Path, clip):
     from reducio_fast.pipelines import generate
 
@@ -134,6 +137,7 @@ def test_generate_keeps_the_loaded_model(folder: Path, clip):
 @pytest.mark.parametrize(
     "name", ["vae", "transformer", "text_encoder", "image_encoder", "content_encoder", "text_to_image/transformer"]
 )
+@pytest.mark.slow
 def test_damaged_weights_are_named(copy: Path, name: str):
     file = next((copy / name).glob("*.safetensors"))
     content = file.read_bytes()
@@ -152,6 +156,7 @@ def test_damaged_weights_are_named(copy: Path, name: str):
 @pytest.mark.parametrize(
     "name", ["vae", "transformer", "text_encoder", "image_encoder", "content_encoder", "text_to_image/transformer"]
 )
+@pytest.mark.slow
 def test_foreign_weights_are_listed(copy: Path, name: str):
     from safetensors.torch import load_file, save_file
 

@@ -73,6 +73,7 @@ def predict(network: ReducioDiT) -> torch.Tensor:
     [{}, {"use_rslora": True}, {"alpha_pattern": {"attn1.to_q": 1, "ff.net.0.proj": 12}, "rank_pattern": {"to_v": 2}}],
     ids=["plain", "rank-stabilised", "patterns"],
 )
+@pytest.mark.slow
 def test_a_folder_saved_by_peft_computes_as_peft_does(own: ReducioPipeline, config: dict, tmp_path: Path):
     from peft import LoraConfig, get_peft_model
 
@@ -143,6 +144,7 @@ def test_adapters_are_chosen_as_in_diffusers(own: ReducioPipeline):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])
+@pytest.mark.slow
 def test_fused_then_unfused_is_the_same_clip(folder: Path, backend: str, image: np.ndarray):
     own = ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", text_to_image=None, backend=backend)
     before, weights = own(PROMPT, image, **FAST).frames, bits(own.transformer)
@@ -255,6 +257,7 @@ def damaged(own: ReducioPipeline) -> dict[str, tuple[dict, str]]:
 @pytest.mark.parametrize("what", [
     "unknown", "dora", "half a pair", "wide", "ranks", "no rank", "scalar", "NaN", "integers", "alpha", "nothing",
 ])  # fmt: skip
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_and_listed(own: ReducioPipeline, what: str, tmp_path: Path):
     before = bits(own.transformer)
     tensors, message = damaged(own)[what]

@@ -12,6 +12,8 @@ import pytest
 
 from reducio_fast.media.video_files import read_video
 
+pytestmark = pytest.mark.slow
+
 NO_NETWORK = """\
 import socket
 

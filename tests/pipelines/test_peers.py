@@ -23,6 +23,8 @@ from reducio_fast.media.video_files import read_video
 from reducio_fast.pipelines.peers import models, pipeline
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle moving right on a black background"
 STAGES = {"svd": {"image.encode"}, "ltx": {"text.encode", "image.encode"}, "wan": {"text.encode"}}
 

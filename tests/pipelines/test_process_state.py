@@ -20,6 +20,8 @@ from diffusers.utils import export_to_video
 from reducio_fast import ReducioError, ReducioPipeline
 from reducio_fast.media.video_files import read_video
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle moving right on a black background"
 KWARGS: dict[str, Any] = {"num_inference_steps": 2, "progress": False, "seed": 0}
 

@@ -80,6 +80,7 @@ def check_form(frames: Any, output_type: str, height: int, width: int) -> None:
 
 @quick(14)
 @given(data=st.data(), height=SIZES, width=st.just(32), output_type=OUTPUT_TYPES)
+@pytest.mark.slow
 def test_a_clip_does_not_know_its_neighbours(pipe: ReducioPipeline, data, height: int, width: int, output_type: str):
     """A clip of any list, by whichever words its seed came, has the bytes it has alone."""
     count, per_prompt = data.draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]))
@@ -116,6 +117,7 @@ def test_a_clip_does_not_know_its_neighbours(pipe: ReducioPipeline, data, height
 
 @quick(16)
 @given(height=SIZES, width=SIZES, output_type=OUTPUT_TYPES, seed=SEEDS, dtype=st.sampled_from(DTYPES))
+@pytest.mark.slow
 def test_every_legal_size_and_dtype_has_its_form(
     pipes, height: int, width: int, output_type: str, seed: int, dtype: str
 ):
@@ -200,6 +202,7 @@ ANYTHING = {
 
 @quick(200)
 @given(data=st.data())
+@pytest.mark.slow
 def test_any_word_may_be_anything(pipe: ReducioPipeline, data):
     """One to three words of an otherwise good call are replaced by anything."""
     words: dict[str, Any] = {"prompt": "a star", "image": PICTURE, "height": 32, "width": 32, "output_type": "latent"}
@@ -252,6 +255,7 @@ def check_fitted(image: Any, height: int, width: int) -> None:
     ),
     size=st.tuples(SIZES, SIZES),
 )
+@pytest.mark.slow
 def test_an_array_is_a_picture_or_refused(image: np.ndarray, size: tuple[int, int]):
     check_fitted(image, *size)
 
@@ -332,6 +336,7 @@ LORA_WORDS = st.one_of(
 
 @quick(60)
 @given(words=st.lists(LORA_WORDS, max_size=12), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+@pytest.mark.slow
 def test_adapters_leave_no_trace(words: list[tuple], dtype: torch.dtype):
     """After any sequence of words the weights are, to the bit, those of a fresh owner with the adapters that are in
     effect; and after `unload` the originals."""

@@ -22,6 +22,8 @@ from reducio_fast.media.image_files import MAX_PIXELS, read_image
 from reducio_fast.pipelines import generate as generate_module
 from reducio_fast.pipelines import registry
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle moving right on a black background"
 KWARGS: dict[str, Any] = {"num_inference_steps": 1, "progress": False, "seed": 0}
 IMAGE = np.full((64, 64, 3), 90, np.uint8)

@@ -24,6 +24,8 @@ from reducio_fast.system.deadline import Check, DeadlinePassed, Job
 from reducio_fast.system.deadline import run as run_jobs
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 GREY = np.full((64, 64, 3), 128, np.uint8)
 CALL = {"prompt": "a red circle", "image": GREY, "height": 64, "width": 64, "num_inference_steps": 2, "progress": False}
 

@@ -116,6 +116,7 @@ def test_one_frame_without_image_is_pixart(grid, masked, changes):
         assert relative_error(other, expected) > 1e-2
 
 
+@pytest.mark.slow
 def test_full_size_is_pixart_xl_plus_the_image_condition():
     with torch.device("meta"):
         peer = PixArtTransformer2DModel(sample_size=32, caption_channels=4096)  # 610.9M

@@ -252,7 +252,8 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(channels):
 
 def test_the_image_can_be_dropped_from_the_unconditional_half(cond):
     model = Recorder()
-    uncond = cond.without_text(model.null_text).without_image()
+    zeros = {name: torch.zeros_like(getattr(cond, name)) for name in ("semantic", "content")}
+    uncond = dataclasses.replace(cond.without_text(model.null_text), **zeros)
     sample(model, dpm(), torch.zeros(SHAPE), cond, uncond, num_inference_steps=1)
     seen = model.calls[0][2]
     assert torch.count_nonzero(seen.semantic[:2]) == torch.count_nonzero(seen.content[:2]) == 0

@@ -20,6 +20,8 @@ from reducio_fast.reference.reducio import tiling
 from reducio_fast.reference.reducio.fusion import AttentionFusion, join_windows, sinusoid_table, split_windows
 from reducio_fast.reference.reducio.vae import Layers, SelfAttention
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = dict(
     base_channels=8,

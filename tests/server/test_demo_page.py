@@ -18,6 +18,8 @@ from reducio_fast.media.video_files import read_video
 from reducio_fast.server import demo_page
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle moving right on a black background"
 
 

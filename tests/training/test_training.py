@@ -31,6 +31,8 @@ from reducio_fast.training.tiny.image_encoder import draw_still
 from reducio_fast.training.tiny.text_encoder import reword, tokenize
 from reducio_fast.training.tiny.text_to_image import draw
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LoopConfig(steps=60, learning_rate=2e-2, warmup_steps=10, log_every=7, checkpoint_every=25, seed=3)
 
 

@@ -20,6 +20,8 @@ from reducio_fast.training.loop import LoopConfig
 from reducio_fast.training.recipe import Context
 from reducio_fast.training.tiny import motion, video_autoencoder
 
+pytestmark = pytest.mark.slow
+
 VAE = replace(
     video_autoencoder.TINY_VAE,
     base_channels=4,

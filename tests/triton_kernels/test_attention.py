@@ -31,6 +31,7 @@ def by_hand(q, k, v, seen=None, scale=None):
 
 
 @pytest.mark.parametrize("shape", SELF + CROSS, ids=str)
+@pytest.mark.slow
 def test_kernel_equals_twin(shape, check_kernel):
     check_kernel(op.launch, op.twin, *inputs(*shape))
 
@@ -40,6 +41,7 @@ def test_kernel_equals_twin_with_a_scale(check_kernel):
 
 
 @pytest.mark.parametrize("D", [72, 64])
+@pytest.mark.slow
 def test_padded_keys_are_never_read(D, check_kernel):
     """Counts of none, one, a whole block, an odd number and all; what lies behind them is NaN."""
     q, k, v = inputs(5, 9, 53, 1, D)
@@ -52,6 +54,7 @@ def test_padded_keys_are_never_read(D, check_kernel):
 
 
 @pytest.mark.parametrize("frame", [1, 9, 16, 60], ids=lambda n: f"frame{n}")
+@pytest.mark.slow
 def test_frames_see_themselves_and_the_past(frame, check_kernel):
     q, k, v = inputs(1, 60, 60, 1, 64)
     check_kernel(op.launch, op.twin, q, k, v, None, None, frame)
@@ -85,6 +88,7 @@ def test_large_scores_do_not_overflow(check_kernel):
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["all", "counted"])
+@pytest.mark.slow
 def test_log_sum_exp(counted, dtype, device):
     q, k, v = (x.to(device, dtype) for x in inputs(3, 19, 53, 1, 72))
     count = torch.tensor([0, 7, 53], dtype=torch.int32, device=device) if counted else None
@@ -135,6 +139,7 @@ def test_addresses_are_64_bit(device):
     assert out.tolist() == [31 * 102400 * 3456 + 2**32, 2**30 * 3456]
 
 
+@pytest.mark.slow
 def test_op_passes_opcheck():
     q, k, v = torch.randn(2, 9, 3, 2, 16).unbind(2)
     torch.library.opcheck(op.attention, (q, k, v, torch.tensor([4, 9], dtype=torch.int32), 0.3))

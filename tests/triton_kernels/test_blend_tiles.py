@@ -10,6 +10,8 @@ import triton.language as tl
 from reducio_fast.reference.reducio.tiling import stitch, tile_grid
 from reducio_fast.triton_kernels import blend_tiles as op
 
+pytestmark = pytest.mark.slow
+
 # height, width, stride, overlap: full tiles, short last tiles, a last tile shorter than the overlap, a single tile.
 GRIDS = [(16, 24, 8, 4), (13, 19, 8, 4), (18, 10, 8, 4), (6, 7, 8, 4), (12, 12, 6, 0)]
 

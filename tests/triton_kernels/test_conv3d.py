@@ -11,6 +11,8 @@ import triton.language as tl
 from reducio_fast.reference.reducio.vae import VideoConv
 from reducio_fast.triton_kernels import conv3d as op
 
+pytestmark = pytest.mark.slow
+
 # N, T, H, W, C, K, taps in time: each tidy shape with an odd companion.
 SHAPES = [
     (1, 2, 4, 6, 16, 16, 3),

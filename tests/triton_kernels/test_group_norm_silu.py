@@ -12,6 +12,8 @@ from reducio_fast.reference.reducio.vae import PerFrameGroupNorm
 from reducio_fast.triton_kernels import conv3d
 from reducio_fast.triton_kernels import group_norm_silu as op
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [((2, 4, 8, 8, 32), 2), ((1, 3, 5, 7, 24), 4), ((2, 1, 6, 5, 20), 5)]
 PADDINGS = {"dense": (0, 0, False), "symmetric": (1, 1, True), "causal": (2, 0, True), "image": (0, 0, True)}
 

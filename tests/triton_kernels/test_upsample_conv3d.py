@@ -11,6 +11,8 @@ from reducio_fast.reference.reducio.vae import Layers, Upsample
 from reducio_fast.triton_kernels import conv3d
 from reducio_fast.triton_kernels import upsample_conv3d as op
 
+pytestmark = pytest.mark.slow
+
 # N, T, H, W, C, K: each tidy shape with an odd companion.
 SHAPES = [(1, 2, 4, 4, 16, 16), (2, 1, 3, 5, 8, 12), (1, 1, 3, 5, 24, 20)]
 KINDS = [(False, False), (False, True), (True, False), (True, True)]  # time doubled, causal

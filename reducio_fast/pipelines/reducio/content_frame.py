@@ -131,7 +131,7 @@ def draw_image(
         chosen["negative_prompt"] = negative_prompt  # else what the pipeline itself takes for none
     rows, columns = chosen.get("height", height), chosen.get("width", width)
     if rows < height or columns < width:
-        _warn_once(
+        warn_once(
             f"content frame: {type(pipeline).__name__} draws {rows}x{columns}, which is scaled up to the clip's "
             f"{height}x{width}; a first stage made for that size gives a sharper clip"
         )
@@ -205,5 +205,5 @@ def _known(names: Iterable[str]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     logger.warning(message)
