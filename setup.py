@@ -30,6 +30,7 @@ setup(
         "reducio_fast.system",
         "reducio_fast.reference",
         "reducio_fast.reference.reducio",
+        "reducio_fast.reference.svd",
         "reducio_fast.triton_kernels",
         "reducio_fast.compile",
     ],

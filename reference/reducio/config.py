@@ -8,48 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, TypeVar
+
+from ..config import DictMixin
 
 # The published sampling: DPM-Solver++ in 20 steps; PixArt-alpha's guidance; clips of 16 frames.
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE, NUM_FRAMES = 20, 4.5, 16
 
 FUSION_KINDS = ("attn", "add", "linear", "add+attn")
 
-_Config = TypeVar("_Config", bound="_DictMixin")
-
-
-class _DictMixin:
-    """`to_dict` / `from_dict` for the dataclasses below; tuples travel as JSON lists."""
-
-    __slots__ = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: _as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
-        """Build from a dictionary. Keys that start with an underscore are file metadata and are skipped.
-
-        Raises ValueError for an unknown key and lists the known ones.
-        """
-        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        values = {key: value for key, value in values.items() if not key.startswith("_")}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"{cls.__name__}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-        return cls(**{key: _as_tuple(value) for key, value in values.items()})
-
-
-def _as_json(value: Any) -> Any:
-    return [_as_json(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(v) for v in value) if isinstance(value, list | tuple) else value
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class VAEConfig(_DictMixin):
+class VAEConfig(DictMixin):
     """Reducio-VAE: 3D encoder, content (2D) encoder and fusion decoder. Defaults are the published ft4 model.
 
     The spatial factor is 2 ** (levels - 1): 32 for the six levels of the release.
@@ -194,7 +163,7 @@ VAE_PRESETS: dict[str, VAEConfig] = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DiTConfig(_DictMixin):
+class DiTConfig(DictMixin):
     """Reducio-DiT: a PixArt-alpha transformer (DiT-XL, AdaLN-single) over video latents. Defaults: the 256-pixel stage.
 
     The paper (Reducio, arXiv 2411.13552) names the backbone, the full 3D attention and the joint condition, and leaves
