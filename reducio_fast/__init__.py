@@ -1,8 +1,8 @@
 """Reducio, fast: text and an image in, a short clip out.
 
-`generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline` gives access to every part of
-a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder alone. `ReducioError` is raised for bad input,
-with a message of one line. All are loaded at first use, so that importing this package loads no torch.
+`generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline` and `SVDPipeline` give access
+to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder alone. `ReducioError` is raised
+for bad input, with a message of one line. All are loaded at first use, so that importing this package loads no torch.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from .pipelines.generate import generate
     from .pipelines.reducio.diffusers_bridge import ReducioVAE
     from .pipelines.reducio.pipeline import ReducioPipeline
+    from .pipelines.svd.pipeline import SVDPipeline
     from .system.errors import ReducioError
 
-__all__ = ["ReducioError", "ReducioPipeline", "ReducioVAE", "__version__", "generate"]
+__all__ = ["ReducioError", "ReducioPipeline", "ReducioVAE", "SVDPipeline", "__version__", "generate"]
 
 # Not for users: the [library, class] entries of a model's index, which diffusers looks up in this package, and the
 # class that a model folder's `pipeline.py` names.
@@ -30,7 +31,7 @@ _FOR_DIFFUSERS = (
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ReducioPipeline", "generate"):
+    if name in ("ReducioPipeline", "SVDPipeline", "generate"):
         from .compile import gc_pause
 
         with gc_pause.paused():  # torch is imported here
@@ -38,6 +39,10 @@ def __getattr__(name: str) -> Any:
                 from .pipelines.generate import generate
 
                 return generate
+            if name == "SVDPipeline":
+                from .pipelines.svd.pipeline import SVDPipeline
+
+                return SVDPipeline
             from .pipelines.reducio.pipeline import ReducioPipeline
 
             return ReducioPipeline

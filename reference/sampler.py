@@ -65,18 +65,20 @@ def sample(
     num_inference_steps: int,
     callback: Callback | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Tensor:
-    """Denoise `latent`, unit noise [B, C, T, H, W], and return the motion latent in its dtype and shape.
+    """Denoise `latent`, unit noise [B, ...], and return the latent in its dtype and shape.
 
     `denoise(latent, timestep)` predicts what the scheduler was set up for, in the dtype of the latent.
     `callback(step, timestep, latent)` runs after each step: a tensor replaces the latent; False, or raising
-    `StopSampling`, ends the loop. `generator` feeds the schedulers that draw noise at each step.
+    `StopSampling`, ends the loop. `generator` feeds the schedulers that draw noise at each step. `sigmas`: one more
+    than there are steps, in place of the scheduler's own.
 
     Raises ValueError where there is no step to take and, naming the step, where the latent stops being finite.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
-    scheduler.set_timesteps(num_inference_steps, device=latent.device)
+    set_timesteps(scheduler, num_inference_steps, latent.device, sigmas)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # spares the scheduler a search, on the device, for the first timestep
     scale_input = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
@@ -94,6 +96,20 @@ def sample(
 
     check_finite(finite, len(scheduler.timesteps))
     return latent
+
+
+def set_timesteps(
+    scheduler: Any, num_inference_steps: int, device: torch.device | str, sigmas: Sequence[float] | None = None
+) -> None:
+    """The scheduler's own schedule, or along `sigmas`, one more than there are steps."""
+    has_contents = torch.device(device).type != "meta"  # of a dry run: EDM schedules read their sigmas
+    place = device if has_contents else "cpu"
+    if sigmas is None:
+        scheduler.set_timesteps(num_inference_steps, device=place)
+    else:
+        scheduler.set_timesteps(sigmas=list(sigmas), device=place)
+    if not has_contents:
+        scheduler.timesteps = scheduler.timesteps.to(device)
 
 
 def end_step(callback: Callback | None, step: int, timestep: Tensor, latent: Tensor) -> tuple[Tensor, bool]:

@@ -42,11 +42,16 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # what a folder of the diffusers layout holds
 
 
-def find_model(model: str | os.PathLike[str], argument: str = "model", files: Sequence[str] = MODEL_FILES) -> Path:
+def find_model(
+    model: str | os.PathLike[str],
+    argument: str = "model",
+    files: Sequence[str] = MODEL_FILES,
+    ignored: Sequence[str] | None = None,
+) -> Path:
     """The folder of a model: itself if it is one, else the local copy of a Hugging Face hub repository `owner/name`.
 
-    `argument` names what was given, `files` are patterns of those to fetch. Raises ReducioError where there is neither;
-    with no network, the line says what to download.
+    `argument` names what was given, `files` are patterns of those to fetch, `ignored` of those among them to leave.
+    Raises ReducioError where there is neither; with no network, the line says what to download.
     """
     name = str(model)
     path = expanded(name, argument)
@@ -60,7 +65,8 @@ def find_model(model: str | os.PathLike[str], argument: str = "model", files: Se
 
     try:
         # Weights as safetensors and the small files around them; pickles in the same repository stay where they are.
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        ignore = {} if ignored is None else {"ignore_patterns": list(ignored)}
+        return Path(snapshot_download(name, allow_patterns=list(files), **ignore))
     except (
         OSError,
         ValueError,
@@ -110,6 +116,11 @@ def not_fetched(argument: str, name: str, error: Exception, files: Sequence[str]
     """The error, in one line, for a hub repository that is neither here nor reachable; it says what to download."""
     reason = first_line(error)
     wanted = " ".join([name, *files])
+    if type(error).__name__ == "GatedRepoError" or "gated" in str(error).lower():
+        return ReducioError(
+            f"{argument}: {name!r} is gated ({reason}); accept its licence on https://huggingface.co/{name}, then run "
+            "`hf auth login`"
+        )
     return ReducioError(
         f"{argument}: {name!r} is no local folder and could not be fetched from the hub ({reason}); "
         f"where there is a network, run `hf download {wanted} --local-dir DIR`, then pass DIR"

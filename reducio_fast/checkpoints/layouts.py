@@ -11,13 +11,14 @@ from typing import Any
 class Component:
     """One entry of a model folder.
 
-    `stage` is the stage that runs it: its weights are on the device then. `source` says what a user may name instead of
-    giving an object, "" where nothing can be named. `shared_as` is its name within the text-to-image pipeline, which
-    may use the same object. `beside`: the component whose source holds this one too.
+    `stage` is the stage that runs it: its weights are on the device then; `also` is another one. `source` says what a
+    user may name instead of giving an object, "" where nothing can be named. `shared_as` is its name within the
+    text-to-image pipeline, which may use the same object. `beside`: the component whose source holds this one too.
     """
 
     name: str
     stage: str = ""
+    also: str = ""
     optional: bool = False
     source: str = ""
     shared_as: str = ""
@@ -55,7 +56,7 @@ class Layout:
         return {c.shared_as: parts[c.name] for c in self.components if c.shared_as}
 
     def of_stage(self, stage: str) -> tuple[str, ...]:
-        return tuple(c.name for c in self.components if c.stage == stage)
+        return tuple(c.name for c in self.components if stage in (c.stage, c.also))
 
 
 VIDEO_AUTOENCODER = Layout(
@@ -101,4 +102,23 @@ REDUCIO = Layout(
         ),
     ),
     settings=("fps", "sample_height", "sample_width", "clean_caption", "content_scaling_factor"),
+)
+
+SVD = Layout(
+    pipeline="StableVideoDiffusionPipeline",
+    components=(
+        Component(name="vae", stage="vae.decode", also="image.encode"),
+        Component(name="unet", stage="dit.step"),
+        Component(name="scheduler"),
+        Component(name="image_encoder", stage="image.encode"),
+        Component(name="feature_extractor"),
+        Component(
+            name="text_to_image",
+            stage="content.generate",
+            optional=True,
+            source="a diffusers pipeline's folder or hub id",
+        ),
+    ),
+    settings=(),
+    denoiser="unet",
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .layouts import REDUCIO, Layout
 from .networks import pipeline_networks
 
 CARD = "README.md"
@@ -49,13 +50,38 @@ pipe = DiffusionPipeline.from_pretrained("{title}", custom_pipeline="pipeline", 
 {rows}
 """
 
+_SVD_TEXT = """
+# {title}
 
-def write_card(folder: Path, components: Mapping[str, Any], settings: Mapping[str, Any], title: str) -> None:
-    """Write `README.md` and `pipeline.py`; a card that is there already belongs to its author and stays.
+A [Stable Video Diffusion](https://arxiv.org/abs/2311.15127) model: an image in, a clip of {frames} frames out. The
+weights' licence is that of what they were made from: name it here.
+
+With reducio-fast (`pip install reducio-fast`), or with diffusers' `StableVideoDiffusionPipeline`:
+
+```python
+from reducio_fast import SVDPipeline
+
+pipe = SVDPipeline.from_pretrained("{title}")  # this folder, or its hub id
+pipe("photo.png").save("clip.mp4")
+```
+
+| component | class | parameters |
+|---|---|---|
+{rows}
+"""
+
+
+def write_card(
+    folder: Path, components: Mapping[str, Any], settings: Mapping[str, Any], title: str, layout: Layout
+) -> None:
+    """Write `README.md`, and for our own family `pipeline.py`; a card that is there already belongs to its author and
+    stays.
 
     What the weights were trained on, and their licence, is for the author to add.
     """
-    (folder / PIPELINE_FILE).write_text(_PIPELINE_CODE, encoding="utf-8")
+    is_reducio = layout is REDUCIO
+    if is_reducio:
+        (folder / PIPELINE_FILE).write_text(_PIPELINE_CODE, encoding="utf-8")
     if (folder / CARD).exists():
         return
     from huggingface_hub import ModelCardData
@@ -64,16 +90,15 @@ def write_card(folder: Path, components: Mapping[str, Any], settings: Mapping[st
     data = ModelCardData(
         library_name="reducio-fast",
         pipeline_tag="text-to-video" if "text_to_image" in present else "image-to-video",
-        tags=["reducio", "diffusers", "safetensors"],
+        tags=["reducio" if is_reducio else "svd", "diffusers", "safetensors"],
     )
-    text = _CARD_TEXT.format(
-        title=title,
-        frames=components["vae"].config.num_frames,
-        height=settings["sample_height"],
-        width=settings["sample_width"],
-        fps=settings["fps"],
-        rows="\n".join(f"| {n} | {type(part).__name__} | {_parameters(part)} |" for n, part in present.items()),
-    )
+    rows = "\n".join(f"| {n} | {type(part).__name__} | {_parameters(part)} |" for n, part in present.items())
+    if is_reducio:
+        height, width, fps = (settings[name] for name in ("sample_height", "sample_width", "fps"))
+        frames = components["vae"].config.num_frames
+        text = _CARD_TEXT.format(title=title, frames=frames, height=height, width=width, fps=fps, rows=rows)
+    else:
+        text = _SVD_TEXT.format(title=title, frames=components["unet"].config.num_frames, rows=rows)
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
 
 

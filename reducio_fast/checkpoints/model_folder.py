@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from ..reference import ReducioDiT, ReducioVAE
 from ..system import atomic_files
 from ..system.errors import ReducioError
 from . import diffusers_folders, model_card, networks, strict_files
@@ -46,13 +45,20 @@ class Loading:
     loaded: dict[Path, Any]
     dtype: torch.dtype
     device: torch.device
+    variant: str | None = None  # of the weights' files
 
 
 Loaders = Mapping[str, Callable[[Loading], Any]]
 
 
 def read_model(
-    folder: Path, overrides: dict[str, Any], layout: Layout, loaders: Loaders, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    overrides: dict[str, Any],
+    layout: Layout,
+    loaders: Loaders,
+    dtype: torch.dtype,
+    device: torch.device,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """All components and settings of a model folder, by name.
 
@@ -84,8 +90,9 @@ def read_model(
                 parts[name] = None
                 continue
             library, class_name = entry
+        source = sources.get(name)
         parts[name] = loaders[name](
-            Loading(folder / name, library, class_name, sources.get(name), layout, parts, loaded, dtype, device)
+            Loading(folder / name, library, class_name, source, layout, parts, loaded, dtype, device, variant)
         )
     return parts
 
@@ -117,7 +124,7 @@ def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
                 continue
             if hasattr(component, "components"):  # a diffusers pipeline
                 diffusers_folders.save_text_to_image(component, folder / name, layout.shared(parts))
-            elif isinstance(component, ReducioVAE | ReducioDiT):
+            elif isinstance(component, tuple(networks.PUBLISHED)):
                 networks.save_model(component, folder / name)
             else:
                 component.save_pretrained(folder / name)
@@ -125,12 +132,14 @@ def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
         if (target / model_card.CARD).is_file():  # the card of the model that is replaced
             shutil.copyfile(target / model_card.CARD, folder / model_card.CARD)
         components = {name: parts[name] for name in layout.names}
-        model_card.write_card(folder, components, settings, target.name)
+        model_card.write_card(folder, components, settings, target.name, layout)
 
 
 def _library_and_class(name: str, component: Any) -> list[str | None]:
     if component is None:
         return [None, None]
+    if isinstance(component, tuple(networks.PUBLISHED)):
+        return list(networks.published_class(type(component)))
     library, class_name = type(component).__module__.split(".")[0], type(component).__name__
     if library not in (OURS, *networks.LIBRARIES):
         raise ReducioError(f"{name}: a {class_name} cannot be saved; it is of none of {', '.join(networks.LIBRARIES)}")

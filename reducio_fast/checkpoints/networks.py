@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..reference import ReducioDiT, ReducioVAE
+from ..reference.svd.unet import VideoUNet
+from ..reference.svd.vae import TemporalVAE
 from ..system.errors import ReducioError
 from . import published_names
 from .strict_files import (
@@ -37,6 +40,20 @@ DISTRIBUTIONS = {  # of the modules that not every machine has
     "google.protobuf": "protobuf",
     "sentencepiece": "sentencepiece",
 }
+
+
+# Our networks, by the library and class that a model folder names for each. SVD's folders are diffusers' own.
+PUBLISHED: dict[type[nn.Module], tuple[str, str]] = {
+    ReducioVAE: ("reducio_fast", "ReducioVAE"),
+    ReducioDiT: ("reducio_fast", "ReducioDiT"),
+    VideoUNet: ("diffusers", "UNetSpatioTemporalConditionModel"),
+    TemporalVAE: ("diffusers", "AutoencoderKLTemporalDecoder"),
+}
+
+
+def published_class(network_class: type[nn.Module]) -> tuple[str, str]:
+    """Library and class of a network of ours; of a subclass, those of its base."""
+    return next((PUBLISHED[base] for base in network_class.__mro__ if base in PUBLISHED), ("", network_class.__name__))
 
 
 def pipeline_networks(pipeline: Any) -> list[nn.Module]:
@@ -90,25 +107,29 @@ def load_model(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    variant: str | None = None,
 ) -> _Model:
-    """Load one of our two networks (`ReducioVAE`, `ReducioDiT`) from its component folder.
+    """Load one of our networks (see PUBLISHED) from its component folder.
 
-    `dtype` None keeps what is stored. Raises ReducioError for a missing or broken file, a configuration that does not
-    validate, and weights that do not fit it.
+    `dtype` None keeps what is stored. `variant`: of the weights' files, such as "fp16"; None takes the plain ones.
+    Raises ReducioError for a missing or broken file, a configuration that does not validate, and weights that do not
+    fit it.
     """
     folder = Path(folder)
     values = read_json(folder / CONFIG)
-    stated = values.get("_class_name", model_class.__name__)
-    if stated != model_class.__name__:
-        raise ReducioError(f"{folder / CONFIG}: describes a {stated}, not a {model_class.__name__}")
+    published = published_class(model_class)[1]
+    stated = values.get("_class_name", published)
+    if stated != published:
+        raise ReducioError(f"{folder / CONFIG}: describes a {stated}, not a {published}")
     try:
         config = config_class.from_dict(values)
     except (TypeError, ValueError) as error:
         raise ReducioError(f"{folder / CONFIG}: {error}") from error
     check_component(folder)
-    files = weight_files(folder)
+    files = weight_files(folder, variant)
     if not files:
-        raise ReducioError(f"{folder}: holds several safetensors files and no index of shards; call one {WEIGHTS}")
+        what = "several safetensors files and no index of shards" if variant is None else f"no {variant} weights"
+        raise ReducioError(f"{folder}: holds {what}; call one {WEIGHTS}")
     stored = (pair for file in files for pair in load_tensors(file, dtype, device).items())
     tensors = {published_names.current_name(name): tensor for name, tensor in stored}
     where = files[0] if len(files) == 1 else folder
@@ -116,10 +137,10 @@ def load_model(
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Write `config.json` and the weights of a `ReducioVAE` or `ReducioDiT` into `folder`, in the dtype they have."""
+    """Write `config.json` and the weights of one of our networks into `folder`, in the dtype they have."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"_class_name": type(model).__name__, "_reducio_fast_version": version()}
+    metadata = {"_class_name": published_class(type(model))[1], "_reducio_fast_version": version()}
     write_json(folder / CONFIG, metadata | model.config.to_dict())  # type: ignore[operator, union-attr]
     save_tensors(model.state_dict(), folder / WEIGHTS)
 
@@ -131,6 +152,7 @@ def load_foreign(
     dtype: torch.dtype,
     device: str | torch.device,
     skip: tuple[str, ...] = (),
+    variant: str | None = None,
 ) -> Any:
     """Load a component of diffusers or transformers by class name; a network strictly, in `dtype`, and frozen.
 
@@ -153,7 +175,7 @@ def load_foreign(
     check_component(folder)
     # diffusers renamed `torch_dtype` to `dtype` and warns about the old name, so its models are cast after loading.
     kwargs: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
-    kwargs["variant"] = _variant(folder)
+    kwargs["variant"] = _variant(folder) if variant is None else variant
     if library.startswith("diffusers") and importlib.util.find_spec("accelerate") is None:
         kwargs["low_cpu_mem_usage"] = False  # the same without accelerate, where diffusers prints five lines on stderr
     with quiet_transformers():

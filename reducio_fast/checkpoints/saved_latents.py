@@ -1,8 +1,8 @@
 """Files of latents: what `reducio-fast encode` writes, and what is kept of a clip when decoding runs out of memory, so
 that `reducio-fast decode` can finish it.
 
-One safetensors file: `latents` float32 [N, 16, T/f, H/32, W/32], `content` uint8 [N, H, W, 3] (the content frames),
-and as metadata the frame rate and the seeds.
+One safetensors file: `latents` float32 [N, ...], `content` uint8 [N, H, W, 3] (the content frames), and as metadata the
+frame rate, the seeds and the family.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..system.atomic_files import written_whole
 from ..system.cache_folder import root
 from ..system.errors import ReducioError
 from ..system.paths import check_output_folder, expanded, is_folder, printable
+from .layouts import REDUCIO
 
 FORMAT = "reducio-fast latents 1"
 
@@ -33,6 +34,7 @@ class Latents:
     content: np.ndarray
     fps: float
     seeds: list[int]
+    pipeline: str = REDUCIO.pipeline  # the family, by the `_class_name` of its folders
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
@@ -50,7 +52,12 @@ def save(path: Path, clips: Latents) -> None:
         "latents": clips.latents.detach().float().cpu().contiguous(),
         "content": torch.from_numpy(np.ascontiguousarray(clips.content)),
     }
-    about = {"format": FORMAT, "fps": json.dumps(clips.fps), "seeds": json.dumps(clips.seeds)}
+    about = {
+        "format": FORMAT,
+        "fps": json.dumps(clips.fps),
+        "seeds": json.dumps(clips.seeds),
+        "pipeline": clips.pipeline,
+    }
     with written_whole(path) as temporary:
         save_file(tensors, temporary, about)
 
@@ -63,7 +70,8 @@ def load(path: str | os.PathLike[str]) -> Latents:
             if about.get("format") != FORMAT:
                 raise ReducioError(f"{path}: holds {about.get('format', 'no latents')!r}, must hold {FORMAT!r}")
             latents, frames = file.get_tensor("latents"), file.get_tensor("content").numpy()
-        return Latents(latents, frames, float(json.loads(about["fps"])), list(json.loads(about["seeds"])))
+        fps, seeds = float(json.loads(about["fps"])), list(json.loads(about["seeds"]))
+        return Latents(latents, frames, fps, seeds, about.get("pipeline", REDUCIO.pipeline))
     except FileNotFoundError:
         raise ReducioError(f"{path}: no such file") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -72,14 +80,16 @@ def load(path: str | os.PathLike[str]) -> Latents:
         raise ReducioError(f"{path}: is no file of latents ({error})") from error
 
 
-def rescue(clips: list[tuple[Tensor, np.ndarray]], seeds: list[int], fps: float, folder: Path | None = None) -> str:
+def rescue(
+    clips: list[tuple[Tensor, np.ndarray]], seeds: list[int], fps: float, folder: Path | None, pipeline: str
+) -> str:
     """Save latents and content frames in `folder`, by default within the cache folder; returns the end of an error line
     that names the file."""
     name = f"clip-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{seeds[0]}.safetensors"
     path = (folder or root() / "latents") / name
     latents, frames = torch.cat([z for z, _ in clips]), np.stack([frame for _, frame in clips])
     try:
-        save(path, Latents(latents, frames, fps, seeds))
+        save(path, Latents(latents, frames, fps, seeds, pipeline))
     except OSError as error:
         return f"the latents could not be kept in {path} either ({error.strerror})"
     return f"the latents are kept, `reducio-fast decode {path} --out clip.mp4` makes frames of them"

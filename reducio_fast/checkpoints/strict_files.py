@@ -155,9 +155,17 @@ def check_component(folder: Path) -> None:
         check_safetensors(file)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The safetensors files of a component folder: one, or the shards that its index names; [] where it holds several
-    and does not say which. The plain name first: beside it may lie a half-precision variant of the same weights."""
+    and does not say which. The plain name first: beside it may lie a half-precision variant of the same weights, which
+    `variant` ("fp16") asks for."""
+    if variant is not None:
+        stem, suffix = WEIGHTS.rsplit(".", 1)
+        if (folder / f"{stem}.{variant}.{suffix}").is_file():
+            return [folder / f"{stem}.{variant}.{suffix}"]
+        for index in sorted(folder.glob(f"*.safetensors.index.{variant}.json")):
+            return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        return []
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     for index in sorted(folder.glob("*.safetensors.index.json")):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..system.errors import ReducioError
 from . import options
 
@@ -14,7 +12,7 @@ from . import options
 class Clip(NamedTuple):
     """frames: uint8 [N * T, H, W, 3], N clips of the model's T frames; step: how far apart they are in the file."""
 
-    frames: np.ndarray
+    frames: Any
     fps: float
     step: int
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,9 +115,10 @@ class Engine:
         num_inference_steps: int,
         callback: Callback | None,
         generator: torch.Generator,
+        sigmas: Sequence[float] | None = None,
     ) -> Tensor:
         """See `fast.sampler.sample`; no scheduler that it follows draws noise, so `generator` is not read."""
-        return sampler.sample(denoise, scheduler, latent, num_inference_steps, callback)
+        return sampler.sample(denoise, scheduler, latent, num_inference_steps, callback, sigmas)
 
     def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
         """The dtype in which twins of `stored` weights run on `device`, and why."""

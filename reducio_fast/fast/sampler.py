@@ -46,14 +46,15 @@ def sample(
     latent: Tensor,
     num_inference_steps: int,
     callback: Callback | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Tensor:
-    """Denoise unit noise [B, C, T, H, W]; arguments, results and errors as in the reference's `sample`.
+    """Denoise unit noise [B, ...]; arguments, results and errors as in the reference's `sample`.
 
     Raises ValueError for a scheduler that `solver_tables` does not follow.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
-    table = coefficients(scheduler, num_inference_steps)
+    table = coefficients(scheduler, num_inference_steps, sigmas)
     guidance = table.new_full((len(table), 1), denoise.guidance_scale)
     table = torch.cat([guidance, table], dim=1).float().to(latent.device)
     timesteps = scheduler.timesteps.to(latent.device)

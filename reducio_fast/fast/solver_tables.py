@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..reference.sampler import set_timesteps
 from ..triton_kernels.guidance_dpm_step import OP
 
 
@@ -116,11 +117,12 @@ def register(knows: Callable[[Any], bool], rows: Callable[[Any], Tensor]) -> Non
     _tables.append((knows, rows))
 
 
-def coefficients(scheduler: Any, steps: int) -> Tensor:
-    """[steps, 5] of a schedule, whose timesteps are then set. Raises ValueError where the kernel cannot follow it."""
+def coefficients(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None) -> Tensor:
+    """[steps, 5] of a schedule, the scheduler's own or along `sigmas`, whose timesteps are then set. Raises ValueError
+    where the kernel cannot follow it."""
     for knows, rows in _tables:
         if knows(scheduler):
-            scheduler.set_timesteps(steps, device="cpu")
+            set_timesteps(scheduler, steps, "cpu", sigmas)
             return rows(scheduler)
     raise ValueError(
         f"{type(scheduler).__name__} has no table of coefficients; the fast sampler follows "

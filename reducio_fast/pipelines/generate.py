@@ -32,16 +32,15 @@ def generate(
     """Make a clip in one line: `generate("a red circle moving right on a black background").save("clip.mp4")`.
 
     `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move, or
-    another image-to-video model by name ("svd", "ltx", "wan"; "svd" takes no prompt). The loaded model is kept, so a
-    second call starts at once, until the files of its folder change. Components and settings by name
-    (`text_to_image=`, `compile=` ...) are those of `ReducioPipeline.from_pretrained`, all other arguments those of a
-    call.
+    another image-to-video model by name ("svd", "ltx", "wan"; "svd" and folders of it take an image). The loaded model
+    is kept, so a second call starts at once, until the files of its folder change. Components and settings by name
+    (`text_to_image=`, `compile=` ...) are those of the family's `from_pretrained`, all other arguments those of a call.
     """
     device = devices.resolve_device(device)
     resolved = devices.resolve_dtype(dtype, None, device)
     model_entry = registry.find(model)
     model_entry.check_call(backend, kwargs)
-    if "prompt" in model_entry.call_defaults and prompt is None and kwargs.get("prompt_embeds") is None:
+    if model_entry.needs_prompt and prompt is None and kwargs.get("prompt_embeds") is None:
         raise ReducioError("prompt: None given; describe the clip")
     # For our models None is more than the default dtype: the fast path then chooses its own.
     asked = resolved if dtype is not None or not model_entry.load_arguments else None
@@ -51,7 +50,7 @@ def generate(
     key = (*model_entry.key, asked, device, backend, *settings)
     folders = [registry.folder_state(v) for v in load_kwargs.values() if isinstance(v, str | os.PathLike)]
     pipe = _kept(key, (model_entry.files, *folders), lambda: model_entry.load(asked, device, backend, **load_kwargs))
-    return pipe(prompt, image, **kwargs)
+    return pipe(prompt=prompt, image=image, **kwargs)
 
 
 def kept() -> list[Any]:

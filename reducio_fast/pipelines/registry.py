@@ -1,11 +1,12 @@
 """Which family a model name, folder or hub id belongs to: the only place that lists families.
 
 A family is told by the word before a colon (`svd`, `svd:FOLDER`) or by the pipeline that a folder's model_index.json
-names; anything else is a Reducio model.
+names.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Hashable
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 
 from ..checkpoints import hub, strict_files
+from ..system import devices
 from ..system.errors import ReducioError
-from ..system.paths import status
+from ..system.paths import expanded, is_file, is_folder, status
 from .peers import pipeline as peers
+from .peers.models import PEERS, build_random
 from .reducio.pipeline import ReducioPipeline
+from .svd.pipeline import SVDPipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,34 +42,110 @@ class Model:
     check_call: Callable[[str, dict[str, Any]], None] = lambda backend, kwargs: None
     files: Hashable = None
     fps: float | None = None
+    needs_prompt: bool = True
+
+
+FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline)}
+TINY_SIZE, TINY_FRAMES = (64, 64), 4  # of a call on small random weights
+# Words for a model of ours, beside folders and hub ids: `WORD` alone, `WORD:FOLDER_OR_HUB_ID`, `WORD:random`.
+WORDS = {"svd": "stabilityai/stable-video-diffusion-img2vid-xt"}
 
 
 def find(model: str | os.PathLike[str] | None) -> Model:
     """The model of this name; None is the embedded one. Raises ReducioError where there is none."""
-    if (source := peers.find(model)) is not None:
-        return Model(
-            key=(source.peer.name, source.weights),
-            load=lambda dtype, device, backend: peers.PeerPipeline.from_pretrained(source, dtype, device),
-            load_arguments=(),
-            call_defaults=source.defaults,
-            check_call=lambda backend, kwargs: peers.check_call(source, backend, kwargs),
-            files=folder_state(source.weights),
-        )
-    folder = strict_files.embedded_model() if model is None else hub.find_model(model)
-    layout = ReducioPipeline.layout
+    if isinstance(model, str) and (word := model.partition(":")[0]) in WORDS and not is_folder(model, "model"):
+        weights = model.partition(":")[2] or WORDS[word]
+        if weights in (peers.RANDOM, peers.RANDOM_TINY):
+            return _random(weights)
+        return _of_folder(_find_folder(weights))
+    if (folder := _own_folder(model)) is not None:
+        return _of_folder(folder)
+    source = peers.find(model)
+    if source is None:
+        return _of_folder(strict_files.embedded_model() if model is None else _find_folder(model))
+    return Model(
+        key=(source.peer.name, source.weights),
+        load=lambda dtype, device, backend: peers.PeerPipeline.from_pretrained(source, dtype, device),
+        load_arguments=(),
+        call_defaults=source.defaults,
+        check_call=lambda backend, kwargs: peers.check_call(source, backend, kwargs),
+        files=folder_state(source.weights),
+        needs_prompt="prompt" in source.defaults,
+    )
 
-    def load(dtype: Any, device: torch.device, backend: str, **kwargs: Any) -> ReducioPipeline:
-        return ReducioPipeline.from_pretrained(folder, dtype=dtype, device=device, backend=backend, **kwargs)
+
+def _own_folder(model: Any) -> Path | None:
+    """The folder `model` where it holds a model of one of our families."""
+    if not isinstance(model, str | os.PathLike):
+        return None
+    folder = expanded(model, "model")
+    return folder if _family_of(folder) in FAMILIES else None
+
+
+def _family_of(folder: Path) -> str | None:
+    index = folder / strict_files.INDEX
+    return strict_files.read_json(index).get("_class_name") if is_file(index, "model") else None
+
+
+def _find_folder(model: str | os.PathLike[str]) -> Path:
+    """A folder or the local copy of a hub repository, of which SVD's need not be fetched whole."""
+    if str(model) in WORDS.values() or "stable-video-diffusion" in str(model):
+        return SVDPipeline.find_folder(model)
+    return hub.find_model(model)
+
+
+def _of_folder(folder: Path) -> Model:
+    name = _family_of(folder)
+    family = FAMILIES.get(str(name), ReducioPipeline)  # whose loader says what is wrong with the folder
+    if name is not None and name not in FAMILIES and peers.find(folder) is None:
+        raise ReducioError(f"model: {folder} is of a {name}; known are {', '.join(FAMILIES)}")
+
+    def load(dtype: Any, device: torch.device, backend: str, **kwargs: Any) -> Any:
+        return family.from_pretrained(folder, dtype=dtype, device=device, backend=backend, **kwargs)
 
     return Model(
         key=(folder.resolve(),),
         load=load,
-        load_arguments=(*layout.names, *layout.settings, "compile"),
-        call_defaults=_defaults(ReducioPipeline.__call__),
-        check_call=_check_call,
+        load_arguments=load_arguments(family),
+        call_defaults=_defaults(family.__call__),
+        check_call=lambda backend, kwargs: _check_call(family, kwargs),
         files=folder_state(folder),
-        fps=_fps(folder),
+        fps=_fps(folder) if family is ReducioPipeline else _defaults(family.__call__)["fps"],
+        needs_prompt=family is ReducioPipeline,
     )
+
+
+def _random(weights: str) -> Model:
+    """Stable Video Diffusion with random weights: its speed and memory, without its download."""
+
+    tiny = weights == peers.RANDOM_TINY
+
+    def load(dtype: Any, device: torch.device, backend: str, compile: bool | None = None, **parts: Any) -> SVDPipeline:
+        built = build_random(PEERS["svd"], tiny, devices.resolve_dtype(dtype, None, device), device)
+        pipe = SVDPipeline.from_diffusers(built, backend, compile)
+        pipe.executor.choose_dtype(dtype is None)
+        if tiny:
+            pipe.usual_size = TINY_SIZE
+            pipe.unet.config = dataclasses.replace(pipe.unet.config, num_frames=TINY_FRAMES)
+        for name, part in parts.items():
+            setattr(pipe, name, part)
+        return pipe
+
+    return Model(
+        key=("svd", weights),
+        load=load,
+        load_arguments=load_arguments(SVDPipeline),
+        call_defaults=_defaults(SVDPipeline.__call__),
+        check_call=lambda backend, kwargs: _check_call(SVDPipeline, kwargs),
+        fps=_defaults(SVDPipeline.__call__)["fps"],
+        needs_prompt=False,
+    )
+
+
+def load_arguments(family: Any) -> tuple[str, ...]:
+    """Names of `from_pretrained`'s components and settings."""
+    own = ("variant",) if "variant" in inspect.signature(family.from_pretrained).parameters else ()
+    return (*family.layout.names, *family.layout.settings, "compile", *own)
 
 
 def _fps(folder: Path) -> float | None:
@@ -85,16 +165,20 @@ def folder_state(folder: str | os.PathLike[str]) -> Hashable:
     return tuple((file, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats if s is not None)
 
 
-def _check_call(backend: str, kwargs: dict[str, Any]) -> None:
-    """Refuse, by name, what is neither an argument of a Reducio call nor of loading."""
-    layout = ReducioPipeline.layout
-    call = list(inspect.signature(ReducioPipeline.__call__).parameters)[1:]
-    if unknown := sorted(set(kwargs) - {*call, *layout.names, *layout.settings, "compile"}):
-        raise ReducioError(f"{unknown[0]}: no argument of a Reducio model; known are {', '.join(call)}")
+def _check_call(family: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse, by name, what is neither an argument of the family's call nor of its loading."""
+    call = list(inspect.signature(family.__call__).parameters)[1:]
+    if unknown := sorted(set(kwargs) - {*call, *load_arguments(family)}):
+        name = "Reducio" if family is ReducioPipeline else "Stable Video Diffusion"
+        raise ReducioError(f"{unknown[0]}: no argument of a {name} model; known are {', '.join(call)}")
 
 
 def call_defaults(model: str | os.PathLike[str] | None) -> dict[str, Any]:
     """Arguments of a call of this model that have a default, with their defaults. Loads nothing."""
+    if isinstance(model, str) and model.partition(":")[0] in WORDS:
+        return _defaults(SVDPipeline.__call__)
+    if (folder := _own_folder(model)) is not None:
+        return _defaults(FAMILIES[str(_family_of(folder))].__call__)
     source = peers.find(model)
     return _defaults(ReducioPipeline.__call__) if source is None else source.defaults
 

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.layouts import Layout
-from ..checkpoints.saved_latents import rescue
 from ..memory.dry_run import DryRun
 from ..memory.forecast import Forecast
-from ..reference import initial_latent
 from ..system import torch_state
 from ..system.deadline import Outcome
 from ..system.errors import ReducioError, is_out_of_memory
 from .call.output import ReducioOutput, to_output
-from .call.request import ClipRequest, Request
-from .call.state import CallState
+from .call.request import ClipRequest, Request, SamplingInputs
+from .call.state import CallState, Stage
 from .call.step_callback import StepCallback
 from .execution.adapters import Adapters
 from .execution.components import Components, PartAttribute
@@ -49,6 +47,7 @@ class VideoPipeline:
     """
 
     layout: Layout
+    usual_size: Any  # height and width of a call that names none
 
     if TYPE_CHECKING:
 
@@ -87,28 +86,29 @@ class VideoPipeline:
             self.call = CallState(request)
             try:
                 decoding = self.fitter.settle(*size)
-                self.executor.warn_of_compiling(*size, usual=size == (self.sample_height, self.sample_width))
+                self.executor.warn_of_compiling(*size, usual=size == self.usual_size)
                 make = functools.partial(self._make_clip, call=self.call, decoding=decoding)
-                return self.call.make_clips(make, self.fps, self._progress_bar_config)
+                return self.call.make_clips(make, request.fps, self._progress_bar_config)
             finally:
                 self.call.end()
 
     def _make_clip(self, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[np.ndarray | None, Any]:
         """One clip's content frame, and its frames or latent in the form asked for."""
         request, timings, stage = call.request, call.timings, functools.partial(call.at, self.executor.stage)
-        # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed is the
-        # same with and without latents, and the noise the same with and without an image.
-        noise = initial_latent((1, *request.latent_shape), [clip.generator])
-        with stage(timings, "content.generate"):
-            frame = self.content(clip, request, not call.progress.disable, call.content_step)
-        cond = self.conditioner(clip, frame, timings)
-        scale, steps = request.guidance_scale, request.num_inference_steps
-        uncond = self.conditioner.without_prompt(cond, clip, timings) if scale > 1 else None
-        embeds = {"prompt_embeds": cond.text, "negative_prompt_embeds": None if uncond is None else uncond.text}
-        callback = StepCallback(self, call, embeds)
+        inputs = self._sampling_inputs(clip, call, stage)
+        frame, callback = inputs.frame, StepCallback(self, call, inputs.tensors)
+        scale = request.guidance_scale if request.guidance_per_frame is None else request.guidance_per_frame
         with stage(timings, "dit.step"):
-            start = noise if clip.latents is None else clip.latents
-            latent = self.sampler(start, cond, uncond, scale, steps, clip.generator, callback)
+            latent = self.sampler(
+                inputs.noise if clip.latents is None else clip.latents,
+                inputs.cond,
+                inputs.uncond,
+                scale,
+                request.num_inference_steps,
+                clip.generator,
+                callback,
+                request.sigmas,
+            )
         latent = latent if callback.replaced is None else callback.replaced
         if request.output_type == "latent":
             return frame, latent[0]
@@ -120,9 +120,12 @@ class VideoPipeline:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            seeds = [c.generator.initial_seed() for c in request.clips[: len(call.undecoded)]]
-            kept = rescue(call.undecoded, seeds, self.fps, self.rescue_folder)
+            kept = call.rescue_latents(self.rescue_folder, self.layout.pipeline)
             raise ReducioError(f"vae.decode: out of memory at {request.height}x{request.width}; {kept}") from error
+
+    def _sampling_inputs(self, clip: ClipRequest, call: CallState, stage: Stage) -> SamplingInputs:
+        """What the family's first stage and encoders make of a clip's request."""
+        raise NotImplementedError
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Arguments for tqdm, kept for later calls: `set_progress_bar_config(disable=True)`."""
@@ -306,9 +309,8 @@ class VideoPipeline:
     def disable_vae_tiling(self) -> None:
         """Decode each clip whole.
 
-        Above 320 pixels this makes another clip, not the same one faster: normalisation then averages over the whole
-        frame, where the published weights saw 256 pixels, and above 512 pixels fusion attends in windows of 512. There
-        are no seams, and memory grows with the frame.
+        Above 320 pixels this makes another clip, not the same one faster: norms then average over the whole frame,
+        where the published weights saw 256 pixels, and fusion attends in windows of 512. Memory grows with the frame.
         """
         self.decoder.tiling = False
 

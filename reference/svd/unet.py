@@ -7,11 +7,13 @@ published state dict loads as it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import sampler
 from .config import ATTENTION_DOWN, ATTENTION_UP, NORM_GROUPS, VideoUNetConfig
 from .layers import Attention, Blend, Downsample, SpatioTemporalResBlock, Upsample
 
@@ -272,6 +274,15 @@ class VideoUNet(nn.Module):
             x = level(x, own, frames, embedding, context, size)
         out = self.conv_out(F.silu(self.conv_norm_out(x)))
         return out.unflatten(0, (batch, frames))
+
+    def denoiser(
+        self,
+        cond: sampler.ImageCondition,
+        uncond: sampler.ImageCondition | None = None,
+        guidance_scale: float | Tensor = 1.0,
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """See `sampler.denoiser`."""
+        return sampler.denoiser(self, cond, uncond, guidance_scale)
 
     def check_inputs(self, sample: Tensor, encoder_hidden_states: Tensor, added_time_ids: Tensor) -> None:
         config = self.config

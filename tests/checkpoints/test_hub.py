@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from reducio_fast import ReducioPipeline
 from reducio_fast.checkpoints import model_card
+from reducio_fast.checkpoints.layouts import REDUCIO
 from reducio_fast.pipelines.reducio.diffusers_bridge import DiffusersReducioPipeline
 from reducio_fast.system.errors import ReducioError
 
@@ -99,6 +100,7 @@ def test_the_card(folder: Path, pipe: ReducioPipeline, tmp_path: Path):
         {"vae": pipe.vae, "text_to_image": None},
         {"fps": 8, "sample_height": 64, "sample_width": 96},
         "model",
+        REDUCIO,
     )
     assert ModelCard.load(tmp_path / "model" / "README.md").data.pipeline_tag == "image-to-video"
 

@@ -20,10 +20,10 @@ from reducio_fast.memory.fit import HEADROOM, Fit
 from reducio_fast.memory.offload import Offload
 from reducio_fast.pipelines.call.request import Embeds
 from reducio_fast.pipelines.execution import decoding
+from reducio_fast.pipelines.execution import drawing as drawing_stage
 from reducio_fast.pipelines.execution.decoding import Decoding, TiledDecoder
 from reducio_fast.pipelines.execution.fitting import Fitter
 from reducio_fast.pipelines.execution.sampling import Sampler
-from reducio_fast.pipelines.reducio import content_frame
 from reducio_fast.pipelines.reducio.conditioner import Conditioner
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent
 from reducio_fast.system.errors import ReducioError
@@ -135,7 +135,7 @@ def test_first_stage_and_text_are_forecast_too(embedded: dict, tmp_path: Path) -
     expected = {stage.stage: stage.activations for stage in pipe.forecast(64, 64).stages}
     words = (pipe.text_to_image, PROMPT, "", 64, 64, torch.Generator().manual_seed(0), False)
     with torch.no_grad():
-        _, drawing = measured(tmp_path, content_frame.draw_image, *words)
+        _, drawing = measured(tmp_path, drawing_stage.draw_image, *words)
         _, text = measured(tmp_path, pipe.conditioner.encode_text, PROMPT)
     assert 0.85 <= expected["content.generate"] / drawing <= 1.15
     assert 0.85 <= expected["text.encode"] / text <= 1.15

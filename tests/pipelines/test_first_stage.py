@@ -17,8 +17,7 @@ from torch import nn
 from reducio_fast.checkpoints import networks
 from reducio_fast.checkpoints.diffusers_folders import find_text_to_image, load_text_to_image
 from reducio_fast.media.image_files import fit_image
-from reducio_fast.pipelines.reducio import content_frame
-from reducio_fast.pipelines.reducio.content_frame import draw_image, drawing_size
+from reducio_fast.pipelines.execution.drawing import draw_image, drawing_size, warn_once
 from reducio_fast.system.errors import ReducioError
 
 PROMPT = "a red circle"
@@ -281,7 +280,7 @@ def test_a_smaller_drawer_is_scaled_up_with_one_warning(caplog: pytest.LogCaptur
             half[:, :, width // 2 :] = 1
             return SimpleNamespace(images=half)
 
-    content_frame.warn_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         images = [draw_image(Small(), PROMPT, "", 1024, 1024, torch.Generator(), False) for _ in range(2)]
         small = draw_image(Small(), PROMPT, "", 64, 64, torch.Generator(), False)

@@ -89,8 +89,10 @@ def test_the_peers_own_arguments_reach_it(
 
 
 def test_an_unknown_argument_is_refused_with_the_known_ones(picture: np.ndarray) -> None:
-    with pytest.raises(ReducioError, match="motion: not a word of the peer svd; known are .*motion_bucket_id"):
+    with pytest.raises(ReducioError, match="motion: no argument of a Stable Video Diffusion model; .*motion_bucket_id"):
         reducio_fast.generate(model="svd:random-tiny", image=picture, motion=3)
+    with pytest.raises(ReducioError, match="motion: not a word of the peer ltx; known are "):
+        reducio_fast.generate("a cat", model="ltx:random-tiny", image=picture, motion=3)
     with pytest.raises(ReducioError, match="motion_bucket_id: no argument of a Reducio model; known are prompt, image"):
         reducio_fast.generate("a red circle", motion_bucket_id=3)
 
@@ -150,26 +152,6 @@ def test_mistakes(
     with pytest.raises(ReducioError) as error:
         pipes[name](**(inputs_of(pipes[name], picture) | words))
     assert message in str(error.value)
-
-
-def test_folder_round_trip_and_its_three_names(
-    pipes: dict[str, pipeline.PeerPipeline], picture: np.ndarray, tmp_path: Path
-) -> None:
-    """A folder as diffusers writes it, opened as `svd:FOLDER` and by its index alone."""
-    pipes["svd"].pipeline.save_pretrained(tmp_path / "svd")
-    expected = pipes["svd"](**inputs_of(pipes["svd"], picture)).frames
-    for model in (f"svd:{tmp_path / 'svd'}", str(tmp_path / "svd"), tmp_path / "svd"):
-        out = reducio_fast.generate(
-            model=model,
-            image=picture,
-            height=32,
-            width=32,
-            num_frames=4,
-            num_inference_steps=2,
-            device="cpu",
-            progress=False,
-        )
-        assert np.array_equal(out.frames, expected)
 
 
 def test_ltx_folder_of_the_text_pipeline(
@@ -266,12 +248,12 @@ def here(tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = "generate --model svd:random-tiny --image x.png --out clip.mp4 --num-inference-steps 1 --num-frames 3"
+    words = "generate cat --model ltx:random-tiny --image x.png --out clip.mp4 --num-inference-steps 1"
     assert main.main([*words.split(), "--device", "cpu", "--no-progress", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["config"]["guidance_scale"] == 3.0 and result["config"]["num_inference_steps"] == 1
     frames, fps = read_video(here / "clip.mp4")
-    assert frames.shape == (3, 32, 32, 3) and fps == 7
+    assert frames.shape == (9, 64, 64, 3) and fps == 25
 
 
 @pytest.mark.parametrize(
@@ -279,7 +261,7 @@ def test_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--model svd:random-tiny", "image: None given"),
         ("--model svd --image x.png", "hf download stabilityai/stable-video-diffusion-img2vid-xt"),
-        ("--model svd:random-tiny --image x.png --backend fast", "backend: 'fast' asked for, but a peer runs through"),
+        ("cat --model ltx:random-tiny --image x.png --backend fast", "backend: 'fast' asked for, but a peer runs"),
         ("--model svd:absent --image x.png", "'absent' is neither a folder nor a hub id"),
         ("", "prompt: None given"),
     ],

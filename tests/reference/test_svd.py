@@ -1,4 +1,4 @@
-"""Stable Video Diffusion's networks against diffusers' classes on shared random weights, and against U-Nets of images."""
+"""SVD against diffusers' classes on shared random weights, and against a U-Net of images."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -71,11 +71,29 @@ class Request:
     is_list: bool  # whether results get a clip axis
     height: int
     width: int
-    latent_shape: tuple[int, int, int, int]
+    latent_shape: tuple[int, int, int, int]  # of one clip
     num_inference_steps: int
     guidance_scale: float
     output_type: str
+    fps: float  # of the clips
     callback_on_step_end: Callable[..., Any] | None
     callback_tensor_inputs: tuple[str, ...]
     content_kwargs: dict[str, Any]  # for the text-to-image pipeline
     progress: bool = True
+    guidance_per_frame: Tensor | None = None  # [T], in place of `guidance_scale`
+    sigmas: Sequence[float] | None = None  # one more than there are steps, in place of the scheduler's own
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInputs:
+    """What a family makes of one clip's request before sampling.
+
+    frame: the content frame, uint8 [H, W, 3], None where nothing reads it. noise: of a unit normal, [1, ...]. cond,
+    uncond: conditions of the family's own class. tensors: further ones that a callback may ask for.
+    """
+
+    frame: np.ndarray | None
+    noise: Tensor
+    cond: Any
+    uncond: Any = None
+    tensors: dict[str, Tensor | None] = field(default_factory=dict)

@@ -6,16 +6,20 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...checkpoints.saved_latents import rescue
 from ...reference.sampler import StopSampling
 from ...system.errors import ReducioError
 from .output import ReducioOutput, stack
 from .request import ClipRequest, Request
+
+Stage = Callable[..., AbstractContextManager[None]]  # stage(timings, NAME) around the work of a stage
 
 
 @dataclass(slots=True)
@@ -71,13 +75,16 @@ class CallState:
         )
 
     @contextmanager
-    def at(
-        self, run: Callable[..., AbstractContextManager[None]], timings: dict[str, float], stage: str
-    ) -> Iterator[None]:
+    def at(self, run: Stage, timings: dict[str, float], stage: str) -> Iterator[None]:
         """`run(timings, stage)` around the block, during which this stage is the one at work."""
         self.stage, self.step = stage, 0
         with run(timings, stage):
             yield
+
+    def rescue_latents(self, folder: Path | None, pipeline: str) -> str:
+        """Save what was sampled and not yet decoded; returns the end of an error line that names the file."""
+        seeds = [clip.generator.initial_seed() for clip in self.request.clips[: len(self.undecoded)]]
+        return rescue(self.undecoded, seeds, self.request.fps, folder, pipeline)
 
     def content_step(self, step: int) -> None:
         """After a step of the first stage: raise StopSampling where the call was asked to end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,11 @@ class TiledDecoder:
     @property
     def config(self) -> VAEConfig:
         return self.components[self.components.layout.decoder].config
+
+    @property
+    def settings(self) -> Hashable:
+        """What a forecast depends on beside the clip's size."""
+        return self.tiling
 
     def default(self, height: int, width: int) -> Decoding:
         tiled = self.config.needs_tiling(height, width) if self.tiling is None else self.tiling

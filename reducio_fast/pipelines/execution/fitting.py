@@ -47,7 +47,7 @@ class Fitter:
         networks = tuple(
             (self.executor.backend_of(name), self.parts[name].config) for name in (layout.denoiser, layout.decoder)
         )
-        same = (height, width, self.decoder.tiling, self.executor.device, self.parts.dtype, networks)
+        same = (height, width, self.decoder.settings, self.executor.device, self.parts.dtype, networks)
         key = (*same, way)
         if key not in self._forecasts:
             earlier = next((f for known, f in self._forecasts.items() if known[:-1] == same), None)

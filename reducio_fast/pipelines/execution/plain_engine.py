@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,9 @@ class PlainEngine:
         num_inference_steps: int,
         callback: Callback | None,
         generator: torch.Generator,
+        sigmas: Sequence[float] | None = None,
     ) -> Tensor:
-        return sample(denoise, scheduler, latent, num_inference_steps, callback, generator)
+        return sample(denoise, scheduler, latent, num_inference_steps, callback, generator, sigmas)
 
     def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
         return stored, "that of the weights"

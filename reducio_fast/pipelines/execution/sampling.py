@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,19 +25,23 @@ class Sampler:
         noise: Tensor,
         cond: Any,
         uncond: Any,
-        guidance_scale: float,
+        guidance_scale: float | Tensor,
         num_inference_steps: int,
         generator: torch.Generator,
         callback: Callback | None,
+        sigmas: Sequence[float] | None = None,
     ) -> Tensor:
-        """noise [1, C, T, H, W] on any device -> the motion latent, float32, of the last step taken."""
+        """Unit noise [1, ...] on any device -> the latent, float32, of the last step taken.
+
+        guidance_scale: a number, or a tensor of one a frame where the family's denoiser takes that.
+        """
         # The latent stays float32 whatever the networks run in: twenty updates in bfloat16 lose what they add.
         noise = noise.to(self.executor.device)
         network, scheduler = self.executor.network(self.components.layout.denoiser), self.components.scheduler
         try:
             denoise = network.denoiser(cond, uncond, guidance_scale)
             engine = self.executor.sampling_engine
-            return engine.sample(denoise, scheduler, noise, num_inference_steps, callback, generator)
+            return engine.sample(denoise, scheduler, noise, num_inference_steps, callback, generator, sigmas)
         except ReducioError:
             raise
         except (ValueError, ZeroDivisionError) as error:

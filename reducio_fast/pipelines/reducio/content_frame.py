@@ -7,11 +7,7 @@ saved and given back makes the same clip. It is the clip's centre frame, number 
 
 from __future__ import annotations
 
-import functools
-import inspect
-import logging
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,27 +15,10 @@ import torch
 
 from ...checkpoints.networks import pipeline_networks
 from ...media.image_files import fit_image
-from ...system.errors import ReducioError, first_line
 from ..call.request import ClipRequest, Request
 from ..execution.components import Components
+from ..execution.drawing import draw_image
 from ..execution.executor import Executor
-
-logger = logging.getLogger(__name__)
-
-# Passed to a pipeline that has these arguments: PixArt's defaults would draw at another size and resize, and would
-# rewrite the prompt.
-PIPELINE_KWARGS: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
-# PixArt-alpha's, for a pipeline whose own default is None.
-STEPS = 20
-GUIDANCE = 4.5
-DEFAULTS: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-# What a pipeline raises for an argument that it takes and cannot follow.
-WRONG_ARGUMENT = (ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError)
-OURS = ("prompt", "negative_prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
-# A frame of up to a quarter more or less than the drawer's own number of pixels is drawn as it is. All of PixArt's
-# buckets of one base lie within: their areas are 0.90 to 1.00 of the square's.
-OWN_AREA = (0.8, 1.25)
-BINNED = (256, 512, 1024)  # native sizes for which diffusers has PixArt's table of sizes per aspect ratio
 
 
 class ContentFrame:
@@ -84,126 +63,3 @@ def needs_frame(components: Components, clip: ClipRequest, request: Request) -> 
     semantic = clip.embeds.semantic is None and components["image_encoder"] is not None
     latent = clip.embeds.content is None and components["content_encoder"] is not None
     return semantic or latent or request.output_type != "latent"
-
-
-def check_content_kwargs(pipeline: Any, kwargs: Any) -> dict[str, Any]:
-    """`content_kwargs` of a call, before any work: ReducioError where the text-to-image pipeline does not take one."""
-    if kwargs is None:
-        return {}
-    if not isinstance(kwargs, dict):
-        raise ReducioError(f"content_kwargs: must be a dict of words for the text-to-image pipeline, is {kwargs!r}")
-    accepted, takes_any = _call_defaults(pipeline)
-    if "PixArt" in type(pipeline).__name__ and kwargs.get("num_inference_steps") == 1:
-        raise ReducioError("content_kwargs: num_inference_steps is 1; diffusers' PixArt pipelines need at least 2")
-    for name in kwargs:
-        if name in OURS:
-            raise ReducioError(f"content_kwargs: {name!r} is set by the call itself; known are {_known(accepted)}")
-        if pipeline is not None and name not in accepted and not takes_any:
-            raise ReducioError(
-                f"content_kwargs: {type(pipeline).__name__} has no word {name!r}; known are {_known(accepted)}"
-            )
-    return kwargs
-
-
-def draw_image(
-    pipeline: Any,
-    prompt: str,
-    negative_prompt: str,
-    height: int,
-    width: int,
-    generator: torch.Generator,
-    progress: bool,
-    kwargs: dict[str, Any] | None = None,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> np.ndarray:
-    """Draw the content frame of one prompt, uint8 [height, width, 3], with a diffusers text-to-image pipeline.
-
-    It is drawn at `drawing_size` and scaled to the clip's; `kwargs` (a call's `content_kwargs`) may name another size.
-    """
-    accepted, takes_any = _call_defaults(pipeline)
-    drawn_height, drawn_width = drawing_size(pipeline, height, width)
-    asked = {"height": drawn_height, "width": drawn_width} | (kwargs or {})
-    fixed = {name: value for name, value in PIPELINE_KWARGS.items() if name in accepted}
-    defaults = {name: value for name, value in DEFAULTS.items() if accepted.get(name, True) is None}
-    chosen = fixed | defaults | _callback(accepted, on_step)
-    chosen |= {name: value for name, value in asked.items() if name in accepted or takes_any}
-    if negative_prompt.strip() and "negative_prompt" in accepted:
-        chosen["negative_prompt"] = negative_prompt  # else what the pipeline itself takes for none
-    rows, columns = chosen.get("height", height), chosen.get("width", width)
-    if rows < height or columns < width:
-        warn_once(
-            f"content frame: {type(pipeline).__name__} draws {rows}x{columns}, which is scaled up to the clip's "
-            f"{height}x{width}; a first stage made for that size gives a sharper clip"
-        )
-    pipeline.set_progress_bar_config(disable=not progress, desc="content.generate", leave=False)
-    try:
-        images = pipeline(prompt=prompt, generator=generator, output_type="np", **chosen).images
-    except WRONG_ARGUMENT as error:  # a size or an argument that this pipeline cannot take
-        raise ReducioError(f"content frame: {type(pipeline).__name__}: {first_line(error)}") from error
-    image = np.asarray(images[0])
-    if not np.isfinite(image).all():
-        raise ReducioError(f"content frame of {prompt!r}: the text-to-image stage returned values that are not finite")
-    return fit_image((image.clip(0, 1) * 255).round().astype(np.uint8), height, width)
-
-
-def _callback(accepted: Mapping[str, Any], on_step: Callable[[int], None]) -> dict[str, Any]:
-    """The argument, new or old, by which a diffusers pipeline calls back after each step."""
-
-    def step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(step)
-        return tensors
-
-    if "callback_on_step_end" in accepted:
-        return {"callback_on_step_end": step_end}
-    if "callback" in accepted:  # PixArt's
-        return {"callback": lambda step, timestep, latents: on_step(step), "callback_steps": 1}
-    return {}
-
-
-def drawing_size(pipeline: Any, height: int, width: int) -> tuple[int, int]:
-    """Height and width at which a pipeline draws a frame of height x width: the frame's own where it is near the
-    pipeline's native number of pixels or that is not known; else the native size of the nearest aspect ratio."""
-    native = native_size(pipeline)
-    if native is None or OWN_AREA[0] <= height * width / native**2 <= OWN_AREA[1]:
-        return height, width
-    if native in BINNED:
-        from diffusers.image_processor import PixArtImageProcessor
-        from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as tables
-
-        table = getattr(tables, f"ASPECT_RATIO_{native}_BIN")
-        return PixArtImageProcessor.classify_height_width_bin(height, width, ratios=table)
-    step = max(native // 16, 2 * pipeline.vae_scale_factor)  # PixArt's tables have 16 steps a side too
-    ratio = math.sqrt(height / width)
-    return max(step, round(native * ratio / step) * step), max(step, round(native / ratio / step) * step)
-
-
-def native_size(pipeline: Any) -> int | None:
-    """Side in pixels of the square image a diffusers pipeline was made for; None where it does not tell."""
-    network = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
-    latent = getattr(pipeline, "default_sample_size", None) or getattr(
-        getattr(network, "config", None), "sample_size", None
-    )
-    factor = getattr(pipeline, "vae_scale_factor", None)
-    return latent * factor if isinstance(latent, int) and isinstance(factor, int) else None
-
-
-def _call_defaults(pipeline: Any) -> tuple[dict[str, Any], bool]:
-    """The arguments of a pipeline's call with their defaults (None for none), and whether it takes any other.
-
-    The `**kwargs` of a call that names its arguments do not count: diffusers has them for retired arguments, and drops
-    all others silently.
-    """
-    parameters = inspect.signature(pipeline.__call__).parameters if pipeline is not None else {}
-    defaults = {
-        name: None if p.default is p.empty else p.default for name, p in parameters.items() if p.kind != p.VAR_KEYWORD
-    }
-    return defaults, len(defaults) < len(parameters) and "num_inference_steps" not in defaults
-
-
-def _known(names: Iterable[str]) -> str:
-    return ", ".join(name for name in names if name not in OURS) or "none"
-
-
-@functools.lru_cache(maxsize=64)
-def warn_once(message: str) -> None:
-    logger.warning(message)

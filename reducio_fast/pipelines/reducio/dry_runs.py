@@ -14,10 +14,10 @@ from ...reference import Condition, initial_latent
 from ..call.request import Embeds
 from ..execution.components import Components
 from ..execution.decoding import Decoding, TiledDecoder
+from ..execution.drawing import draw_image
 from ..execution.executor import Executor
 from ..execution.sampling import Sampler
 from .conditioner import Conditioner
-from .content_frame import draw_image
 
 LOG = logging.getLogger("reducio_fast")
 PROMPT = "a red circle"

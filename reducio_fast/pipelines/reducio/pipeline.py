@@ -19,22 +19,24 @@ from ...checkpoints.layouts import REDUCIO
 from ...compile import gc_pause
 from ...media import aspect_buckets, image_files
 from ...memory.dry_run import DryRun
-from ...reference import ReducioDiT, ReducioVAE
+from ...reference import ReducioDiT, ReducioVAE, initial_latent
 from ...reference.reducio.config import GUIDANCE_SCALE, NUM_FRAMES, NUM_INFERENCE_STEPS
 from ...system import devices, torch_state
 from ...system.errors import ReducioError
 from ...system.paths import expanded
 from ..call import validation
 from ..call.output import ReducioOutput, stack, to_output
-from ..call.request import Arguments, ClipRequest, Embeds, Request
+from ..call.request import Arguments, ClipRequest, Embeds, Request, SamplingInputs
+from ..call.state import CallState, Stage
 from ..execution.components import Components
 from ..execution.decoding import TiledDecoder
+from ..execution.drawing import check_content_kwargs
 from ..execution.executor import Executor
 from ..execution.sampling import Sampler
 from ..video_pipeline import VideoPipeline
 from .component_table import LOADERS, check_components, check_settings
 from .conditioner import Conditioner
-from .content_frame import ContentFrame, check_content_kwargs
+from .content_frame import ContentFrame
 from .dry_runs import DryStages
 from .encoders import SemanticEncoder
 
@@ -94,6 +96,23 @@ class ReducioPipeline(VideoPipeline):
 
     def _dry_stages(self, dry: DryRun) -> DryStages:
         return DryStages(self.parts, self.executor, self.decoder.tiling, dry)
+
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        return self.sample_height, self.sample_width
+
+    def _sampling_inputs(self, clip: ClipRequest, call: CallState, stage: Stage) -> SamplingInputs:
+        request = call.request
+        # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed is the
+        # same with and without latents, and the noise the same with and without an image.
+        noise = initial_latent((1, *request.latent_shape), [clip.generator])
+        with stage(call.timings, "content.generate"):
+            frame = self.content(clip, request, not call.progress.disable, call.content_step)
+        cond = self.conditioner(clip, frame, call.timings)
+        guides = request.guidance_scale > 1
+        uncond = self.conditioner.without_prompt(cond, clip, call.timings) if guides else None
+        embeds = {"prompt_embeds": cond.text, "negative_prompt_embeds": None if uncond is None else uncond.text}
+        return SamplingInputs(frame, noise, cond, uncond, embeds)
 
     @classmethod
     @torch_state.inference()
@@ -264,6 +283,7 @@ class ReducioPipeline(VideoPipeline):
             num_inference_steps=inputs.num_inference_steps,
             guidance_scale=inputs.guidance_scale,
             output_type=inputs.output_type,
+            fps=self.fps,
             callback_on_step_end=inputs.callback_on_step_end,
             callback_tensor_inputs=tuple(names),
             content_kwargs=check_content_kwargs(self.text_to_image, inputs.content_kwargs),

@@ -22,7 +22,7 @@ from ...checkpoints.networks import quiet_transformers
 from ...checkpoints.strict_files import WEIGHTS, load_tensors, save_tensors
 from ...data import toy_world
 from ...data.toy_detector import detect
-from ...pipelines.reducio.content_frame import GUIDANCE, PIPELINE_KWARGS, STEPS
+from ...pipelines.execution.drawing import GUIDANCE, PIPELINE_KWARGS, STEPS
 from ...system.atomic_files import written_whole
 from ..loop import LoopConfig
 from ..recipe import Context

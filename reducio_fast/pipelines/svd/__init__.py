@@ -1,0 +1,1 @@
+"""Stable Video Diffusion: an image in, a clip of it out."""

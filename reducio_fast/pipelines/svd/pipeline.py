@@ -1,0 +1,359 @@
+"""An image -> a clip that starts with it: Stable Video Diffusion (arXiv 2311.15127) behind diffusers' own call.
+
+Clips are made one after the other, each from its own generator: the picture's noise first, then the latent's, as
+diffusers draws them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import math
+import numbers
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...checkpoints import hub, model_folder
+from ...checkpoints.layouts import SVD
+from ...compile import gc_pause
+from ...media import image_files
+from ...memory.dry_run import DryRun
+from ...reference import initial_latent
+from ...reference.svd import config as published
+from ...reference.svd.unet import VideoUNet
+from ...reference.svd.vae import TemporalVAE
+from ...system import devices, torch_state
+from ...system.errors import ReducioError
+from ...system.paths import expanded
+from ..call import validation
+from ..call.output import ReducioOutput, stack, to_output
+from ..call.request import ClipRequest, Embeds, SamplingInputs
+from ..call.state import CallState, Stage
+from ..execution.components import Components
+from ..execution.drawing import check_content_kwargs, draw_image
+from ..execution.executor import Executor
+from ..execution.sampling import Sampler
+from ..video_pipeline import VideoPipeline
+from .component_table import LOADERS, check_components
+from .conditioner import ImageConditioner
+from .decoder import ClipDecoder
+from .dry_runs import DryStages
+from .from_diffusers import networks_of
+from .request import SVDArguments, SVDRequest
+
+LOG = logging.getLogger("reducio_fast")
+
+FILES = ("model_index.json", "*/*.json", "*/*.txt")
+TRAINED_FPS, TRAINED_MOTION = (5, 30), (1, 255)
+IMAGE_FITS = ("stretch", "crop")
+
+
+class SVDPipeline(VideoPipeline):
+    """A loaded model: its `unet`, `vae`, `scheduler`, `image_encoder`, `feature_extractor`, as diffusers names them.
+
+    text_to_image: any diffusers text-to-image pipeline; with it a call may give a prompt instead of an image.
+    `report` says, per network, what runs it and why. Threads may share a pipeline: their calls take turns.
+    """
+
+    layout = SVD
+    usual_size = (published.HEIGHT, published.WIDTH)
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(
+        self,
+        vae: TemporalVAE,
+        unet: VideoUNet,
+        scheduler: Any,
+        image_encoder: Any,
+        feature_extractor: Any,
+        text_to_image: Any = None,
+        *,
+        backend: str = "auto",
+        compile: bool | None = None,
+    ) -> None:
+        parts = Components(SVD, locals())
+        check_components(parts)
+        self._assemble(parts, Executor(parts, backend, compile))
+
+    def _assemble(self, parts: Components, executor: Executor) -> None:
+        super().__init__(
+            parts,
+            executor,
+            content=None,
+            conditioner=ImageConditioner(parts, executor),
+            sampler=Sampler(parts, executor),
+            decoder=ClipDecoder(parts, executor),
+        )
+
+    def _dry_stages(self, dry: DryRun) -> DryStages:
+        return DryStages(self.parts, self.executor, self.decoder, dry)
+
+    @classmethod
+    @torch_state.inference()
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+        compile: bool | None = None,
+        **components: Any,
+    ) -> SVDPipeline:
+        """Load a diffusers folder of a `StableVideoDiffusionPipeline`, or a hub repository `owner/name`, strictly.
+
+        `variant` "fp16" reads the half-precision files. `dtype`, `device`, `backend`, `compile` and `components` are as
+        in `ReducioPipeline.from_pretrained`; `text_to_image` may be a folder or hub id. Raises ReducioError for a
+        folder, file or component that does not fit, and names it; for a gated repository it names the page and the
+        login command.
+        """
+        validation.resolve_backend(backend)
+        device = devices.resolve_device(device)
+        free = dtype is None and torch_dtype is None
+        dtype = devices.resolve_dtype(dtype, torch_dtype, device)
+        folder = cls.find_folder(model, variant)
+        with gc_pause.paused(), torch.random.fork_rng(devices=[]):
+            parts = model_folder.read_model(folder, components, SVD, LOADERS, dtype, device, variant)
+            pipe = cls(**parts, backend=backend, compile=compile)
+        pipe.executor.choose_dtype(free)
+        return pipe
+
+    @staticmethod
+    def find_folder(model: str | os.PathLike[str], variant: str | None = None) -> Path:
+        """A folder itself, or the local copy of a hub repository, of whose copies of the weights one is fetched."""
+        weights = "*/*.safetensors" if variant is None else f"*/*.{variant}.safetensors"
+        other = ["*/*.fp16.*"] if variant is None else None
+        return hub.find_model(model, files=(*FILES, weights), ignored=other)
+
+    @classmethod
+    def from_diffusers(cls, pipeline: Any, backend: str = "auto", compile: bool | None = None) -> SVDPipeline:
+        """A pipeline on the weights of a loaded `StableVideoDiffusionPipeline`, which it shares."""
+        return cls(**networks_of(pipeline), backend=backend, compile=compile)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the folder that `from_pretrained`, and diffusers' own, reads; each weight in the dtype it has."""
+        target = expanded(save_directory, "save_directory")
+        model_folder.write_model(target, self.parts.as_dict(), SVD)
+
+    @torch_state.inference()
+    def __call__(
+        self,
+        image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = published.NUM_INFERENCE_STEPS,
+        sigmas: Sequence[float] | None = None,
+        min_guidance_scale: float = published.MIN_GUIDANCE_SCALE,
+        max_guidance_scale: float = published.MAX_GUIDANCE_SCALE,
+        fps: int = published.FPS,
+        motion_bucket_id: int = published.MOTION_BUCKET_ID,
+        noise_aug_strength: float = published.NOISE_AUG_STRENGTH,
+        decode_chunk_size: int | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "np",
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+        *,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = 0,
+        progress: bool = True,
+        image_fit: str = "stretch",
+        content_kwargs: dict[str, Any] | None = None,
+    ) -> ReducioOutput | tuple[Any]:
+        """Make a clip of an image, or of each image in a list, or `num_videos_per_prompt` of each.
+
+        image: path, PIL image or array; the clip's first frame. None draws it from `prompt`, where the model has a
+            `text_to_image`.
+        height, width: pixels, multiples of 8 (the fast path wants 64; others run on the reference). The weights know
+            576x1024.
+        num_frames: by default what the weights were made for, 14 or 25.
+        num_inference_steps, sigmas: the schedule; `sigmas` are one more than there are steps and end with 0.
+        min_guidance_scale, max_guidance_scale: of the first and the last frame, linear between; max of 1 or less
+            switches guidance off, and half of the work with it. guidance_scale: another name of the maximum.
+        fps: frames a second, of the clip and of what the network is told (which gets fps - 1, as it was trained).
+        motion_bucket_id: how much moves, 1 to 255. noise_aug_strength: how much noise the picture gets; with more the
+            clip departs further from it.
+        decode_chunk_size: None decodes all frames together. A number decodes so many at once that do not see the
+            others, as diffusers does: less memory, and seams between the chunks.
+        generator: one a clip; or seed: clip i takes seed + i. Drawn are the picture's noise, then the latent's.
+        latents: the initial noise [N, T, 4, H/8, W/8], without N for a single clip.
+        output_type, callback_on_step_end, return_dict: as in `ReducioPipeline`.
+        image_fit: "stretch" squeezes the picture into the clip's shape, as diffusers does; "crop" cuts it.
+
+        Raises ReducioError before any work for an argument that does not fit.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        out = self.run(self.check_inputs(**arguments))
+        return out if return_dict else (out.frames,)
+
+    def run(self, request: Any) -> ReducioOutput:
+        """Make the clips of a checked request, one after the other."""
+        with self.executor.lock:
+            if (self.decoder.frames, self.decoder.chunk) != (request.num_frames, request.decode_chunk_size):
+                self.decoder.frames, self.decoder.chunk = request.num_frames, request.decode_chunk_size
+                self.fitter.fits.clear()
+            return super().run(request)
+
+    def check_inputs(self, **arguments: Any) -> SVDRequest:
+        """Arguments of a call, checked before any work and spread over its clips; those left out have the defaults of
+        the call. Raises ReducioError."""
+        call = inspect.signature(self.__call__).bind(**arguments)
+        call.apply_defaults()
+        inputs = SVDArguments(**call.arguments)
+        prompts, negatives, images, is_list = self._pictures(inputs)
+        height, width = (
+            usual if side is None else side
+            for side, usual in zip((inputs.height, inputs.width), self.usual_size, strict=True)
+        )
+        factor = self.vae.config.spatial_factor
+        for name, side in (("height", height), ("width", width)):
+            validation.check_multiple(name, side, factor)
+            if side > validation.MAX_SIDE:
+                raise ReducioError(f"{name}: {side} is above the largest side, {validation.MAX_SIDE}")
+        trained = self.unet.config.num_frames
+        frames = trained if inputs.num_frames is None else validation.check_count("num_frames", inputs.num_frames)
+        steps = inputs.num_inference_steps
+        if inputs.sigmas is not None:
+            _check_sigmas(inputs.sigmas)
+            steps = len(inputs.sigmas) - 1
+        max_steps = self.scheduler.config.num_train_timesteps
+        most = inputs.max_guidance_scale if inputs.guidance_scale is None else inputs.guidance_scale
+        for scale in (inputs.min_guidance_scale, most):
+            validation.check_sampling(steps, max_steps, scale, inputs.output_type)
+        numbers_given = {n: getattr(inputs, n) for n in ("fps", "motion_bucket_id", "noise_aug_strength")}
+        for name, value in numbers_given.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+                raise ReducioError(f"{name}: must be a finite number of at least 0, is {value!r}")
+        if inputs.fps == 0:
+            raise ReducioError("fps: must be above 0, is 0")
+        chunk = inputs.decode_chunk_size
+        if chunk is not None:
+            validation.check_count("decode_chunk_size", chunk)
+        if inputs.image_fit not in IMAGE_FITS:
+            raise ReducioError(f"image_fit: must be one of {', '.join(IMAGE_FITS)}, is {inputs.image_fit!r}")
+        names = inputs.callback_on_step_end_tensor_inputs
+        validation.check_callback(inputs.callback_on_step_end, names, self._callback_tensor_inputs)
+        per_image = validation.check_count("num_videos_per_prompt", inputs.num_videos_per_prompt, validation.MAX_VIDEOS)
+        count, is_list = len(images) * per_image, is_list or per_image > 1
+        generators = validation.check_generators(count, inputs.seed, inputs.generator)
+        shape = (frames, self.vae.config.latent_channels, height // factor, width // factor)
+        latents: Sequence[Tensor | None] = [None] * count
+        if inputs.latents is not None:
+            latents = validation.check_latents(inputs.latents, shape, count, is_list)
+        self._warn(inputs, frames, trained)
+        embeds = [Embeds()] * len(images)
+        per_clip = ([x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds))
+        scales = (float(inputs.min_guidance_scale), float(most))
+        return SVDRequest(
+            clips=[ClipRequest(*clip) for clip in zip(*per_clip, generators, latents, strict=True)],
+            is_list=is_list,
+            height=height,
+            width=width,
+            latent_shape=shape,
+            num_inference_steps=steps,
+            guidance_scale=scales[1],
+            output_type=inputs.output_type,
+            fps=inputs.fps,
+            callback_on_step_end=inputs.callback_on_step_end,
+            callback_tensor_inputs=tuple(names),
+            content_kwargs=check_content_kwargs(self.text_to_image, inputs.content_kwargs),
+            progress=inputs.progress,
+            # As in diffusers, guidance is on or off by the last frame's scale.
+            guidance_per_frame=torch.linspace(*scales, frames) if scales[1] > 1 else torch.ones(frames),
+            sigmas=None if inputs.sigmas is None else [float(sigma) for sigma in inputs.sigmas],
+            num_frames=frames,
+            motion_bucket_id=inputs.motion_bucket_id,
+            noise_aug_strength=inputs.noise_aug_strength,
+            decode_chunk_size=chunk,
+            crops=inputs.image_fit == "crop",
+        )
+
+    def _pictures(self, inputs: SVDArguments) -> tuple[list[str], list[str], list[np.ndarray | None], bool]:
+        """Prompts, negative prompts and pictures of one length, and whether a list was given."""
+        if inputs.image is None:
+            if self.text_to_image is None:
+                wanted = "text_to_image=FOLDER_OR_HUB_ID loads a model that draws one from the prompt"
+                raise ReducioError(f"image: None given; Stable Video Diffusion animates an image ({wanted})")
+            prompts, negatives, is_list = validation.check_prompts(inputs.prompt, inputs.negative_prompt)
+            return prompts, negatives, [None] * len(prompts), is_list
+        if inputs.prompt or inputs.negative_prompt:
+            raise ReducioError("prompt: Stable Video Diffusion reads no text; give an image or a prompt, not both")
+        is_list = isinstance(inputs.image, list | tuple) or getattr(inputs.image, "ndim", 0) == 4
+        count = len(inputs.image) if is_list else 1
+        if count == 0:
+            raise ReducioError("image: the list is empty")
+        return [""] * count, [""] * count, image_files.read_images(inputs.image, count), is_list
+
+    @staticmethod
+    def _warn(inputs: SVDArguments, frames: int, trained: int) -> None:
+        """Of what runs, but outside of what the weights were trained on."""
+        if frames != trained:
+            LOG.warning("num_frames: %d, these weights were made for %d", frames, trained)
+        for name, value, (low, high) in (
+            ("fps", inputs.fps, TRAINED_FPS),
+            ("motion_bucket_id", inputs.motion_bucket_id, TRAINED_MOTION),
+        ):
+            if not low <= value <= high:
+                LOG.warning("%s: %g, SVD was trained on %d to %d", name, value, low, high)
+
+    def _sampling_inputs(self, clip: ClipRequest, call: CallState, stage: Stage) -> SamplingInputs:
+        request: Any = call.request
+        if (picture := clip.image) is None:
+            with stage(call.timings, "content.generate"):
+                size = request.height, request.width
+                texts, shown = (clip.prompt, clip.negative_prompt), not call.progress.disable
+                picture = draw_image(
+                    self.text_to_image, *texts, *size, clip.generator, shown, request.content_kwargs, call.content_step
+                )
+        noise = initial_latent((1, 3, request.height, request.width), [clip.generator])
+        with stage(call.timings, "image.encode"):
+            cond = self.conditioner(picture, noise, request)
+        # Drawn in the dtype that the weights have, since half-precision numbers are drawn otherwise; kept in float32.
+        start = _noise(request.latent_shape, clip.generator, cond.embeds.dtype)
+        return SamplingInputs(self.conditioner.fit(picture, request), start, cond)
+
+    @torch_state.inference()
+    def decode(
+        self, latents: Tensor, image: Any = None, output_type: str = "np", decode_chunk_size: int | None = None
+    ) -> Any:
+        """Frames of latents as `output_type="latent"` returns them: [T, 4, H/8, W/8], or with N in front. `image` is
+        not read: SVD's decoder needs none."""
+        if output_type not in validation.OUTPUT_TYPES[:-1]:
+            raise ReducioError(f"output_type: must be one of np, pil, pt, is {output_type!r}")
+        is_list = isinstance(latents, Tensor) and latents.ndim == 5
+        shape = (None, self.vae.config.latent_channels, None, None)
+        clips = validation.check_tensor(latents, shape, len(latents) if is_list else 1, is_list, "latents")
+        with self.executor.exclusive(), self.executor.placed("vae.decode"):
+            self.decoder.chunk = decode_chunk_size
+            frames = []
+            for clip in clips:
+                self.decoder.frames = clip.shape[1]
+                frames.append(to_output(self.decoder(clip.float(), None, output_type), output_type))
+        return stack(frames) if is_list else frames[0]
+
+
+def _noise(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn((1, *shape), generator=generator, device=generator.device, dtype=dtype).float()
+
+
+def _check_sigmas(sigmas: Any) -> None:
+    if not isinstance(sigmas, list | tuple | np.ndarray | Tensor) or len(sigmas) < 2:
+        raise ReducioError(f"sigmas: must be a list of at least two numbers, is {sigmas!r}")
+    values = [float(sigma) for sigma in sigmas]
+    falls = all(before > after for before, after in itertools.pairwise(values))
+    if not falls or values[-1] < 0 or not math.isfinite(values[0]):
+        raise ReducioError(f"sigmas: must fall from step to step and end with 0 or more, are {values}")

@@ -1,0 +1,67 @@
+"""What the U-Net is told of a clip, and the denoiser that `reference.sample` steps with.
+
+The schedule is EDM's (arXiv 2206.00364) as diffusers' `EulerDiscreteScheduler` has it for Stable Video Diffusion:
+sigmas from 700 to 0.002 by Karras' rule, a latent scaled by 1 / sqrt(sigma^2 + 1) on its way in, v as prediction, and a
+quarter of the logarithm of sigma as time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sampler import guided
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageCondition:
+    """Of B clips: `embeds` [B, S, E] of the image encoder, or a frame [B, T, S, E]; `latents` of the image, not scaled
+    by the autoencoder's factor, [B, 4, h, w] or a frame [B, T, 4, h, w]; `added_time_ids` [B, n] or [B, T, n]."""
+
+    embeds: Tensor
+    latents: Tensor
+    added_time_ids: Tensor
+
+    def without_image(self) -> ImageCondition:
+        """The unconditional half of guidance: zeros for the image; rate, motion and augmentation stay."""
+        return ImageCondition(torch.zeros_like(self.embeds), torch.zeros_like(self.latents), self.added_time_ids)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ImageCondition:
+        return ImageCondition(*(getattr(self, f.name).to(device, dtype) for f in dataclasses.fields(self)))
+
+
+def join(first: ImageCondition, second: ImageCondition) -> ImageCondition:
+    """Both in one batch."""
+    names = [f.name for f in dataclasses.fields(ImageCondition)]
+    return ImageCondition(*(torch.cat([getattr(first, n), getattr(second, n)]) for n in names))
+
+
+def guidance_per_frame(scale: float | Tensor, device: torch.device) -> float | Tensor:
+    """A scale, or one a frame [T], so that it broadcasts against [B, T, C, H, W]."""
+    return scale.to(device)[:, None, None, None] if isinstance(scale, Tensor) else scale
+
+
+def needs_guidance(scale: float | Tensor) -> bool:
+    """Whether any frame is guided: as in diffusers, where a scale is above 1."""
+    return float(scale.max()) > 1 if isinstance(scale, Tensor) else scale > 1
+
+
+def denoiser(
+    unet: Any, cond: ImageCondition, uncond: ImageCondition | None = None, guidance_scale: float | Tensor = 1.0
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`(latent [B, T, 4, h, w], timestep) -> v` in the latent's dtype, the U-Net computing in its own."""
+    guides = needs_guidance(guidance_scale)
+    told = join(cond.without_image() if uncond is None else uncond, cond) if guides else cond
+
+    def predict(latent: Tensor, timestep: Tensor) -> Tensor:
+        both = told.to(latent.device, unet.dtype)
+        image = both.latents
+        image = image[:, None].expand(-1, latent.shape[1], -1, -1, -1) if image.ndim == 4 else image
+        sample = torch.cat([latent.to(unet.dtype), image], dim=2)
+        return unet(sample, timestep, both.embeds, both.added_time_ids).to(latent.dtype)
+
+    return guided(predict, guidance_per_frame(guidance_scale, cond.latents.device)) if guides else predict

@@ -1,0 +1,337 @@
+"""Stable Video Diffusion as users call it: against diffusers' own pipeline, from folders, and with what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableVideoDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import reducio_fast
+from reducio_fast import ReducioError
+from reducio_fast.cli.main import main
+from reducio_fast.media.video_files import read_video
+from reducio_fast.pipelines.peers.models import PEERS, build_random
+from reducio_fast.pipelines.svd.pipeline import SVDPipeline
+
+CALL = {"height": 64, "width": 64, "num_frames": 4, "num_inference_steps": 3}
+QUIET = {"progress": False}
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> StableVideoDiffusionPipeline:
+    pipe = build_random(PEERS["svd"], True, torch.float32, torch.device("cpu"))
+    generator = seeded(0)
+    for network in (pipe.unet, pipe.vae):  # mix factors, norms and biases away from where they start
+        for parameter in network.parameters():
+            if parameter.ndim <= 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folder(theirs: StableVideoDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("svd") / "model"
+    theirs.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> SVDPipeline:
+    return SVDPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    """Wider than the clip, so that stretching and cutting differ."""
+    rows, columns = np.mgrid[0:80, 0:150]
+    return Image.fromarray(np.stack([rows * 3, columns, (rows * columns) % 256], axis=-1).astype(np.uint8))
+
+
+def same(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Within 2/255 and above 50 dB: `theirs` as floats in [0, 1]."""
+    difference = np.abs(np.asarray(ours).astype(float) - theirs * 255)
+    assert difference.max() <= 2
+    assert 10 * np.log10(255**2 / max((difference**2).mean(), 1e-9)) > 50
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"max_guidance_scale": 1.0},
+        {"min_guidance_scale": 2.0, "max_guidance_scale": 5.0, "fps": 12, "motion_bucket_id": 30},
+        {"noise_aug_strength": 0.3, "decode_chunk_size": 3},
+        {"sigmas": [700.0, 15.9, 1.8, 0.4, 0.0]},
+        {"height": 40, "width": 72, "num_frames": 2},
+    ],
+    ids=["defaults", "no-guidance", "guidance-and-motion", "chunks", "sigmas", "odd-size"],
+)
+def test_the_clip_is_diffusers(pipe: SVDPipeline, theirs: Any, picture: Image.Image, arguments: dict):
+    call = CALL | arguments
+    ours = pipe(picture, **call, **QUIET, generator=seeded())
+    same(ours.frames, theirs(picture, **call, generator=seeded(), output_type="np").frames[0])
+    assert ours.fps == call.get("fps", 7) and ours.frames.shape[1:3] == (call["height"], call["width"])
+
+
+def test_latents_and_clips_of_a_list(pipe: SVDPipeline, theirs: Any, picture: Image.Image):
+    pictures = [picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    both = pipe(pictures, **CALL, **QUIET, generator=[seeded(1), seeded(2)])
+    expected = theirs(pictures, **CALL, generator=[seeded(1), seeded(2)], output_type="np").frames
+    for ours, clip in zip(both.frames, expected, strict=True):
+        same(ours, clip)
+    alone = pipe(pictures[1], **CALL, **QUIET, seed=2)
+    assert np.array_equal(both.frames[1], alone.frames), "a clip's bytes do not depend on its list"
+    latents = torch.randn(1, 4, 4, 32, 32, generator=seeded(7))
+    ours = pipe(picture, **CALL, **QUIET, latents=latents, generator=seeded(), output_type="latent").frames
+    clip = theirs(picture, **CALL, latents=latents.clone(), generator=seeded(), output_type="latent").frames[0]
+    torch.testing.assert_close(ours, clip, rtol=1e-4, atol=1e-4)
+    same(
+        pipe.decode(ours),
+        theirs.decode_latents(clip[None], 4, 4)[0].permute(1, 2, 3, 0).div(2).add(0.5).clamp(0, 1).numpy(),
+    )
+
+
+def test_half_precision_encodes_the_image_in_float32(theirs: Any, picture: Image.Image):
+    """As diffusers under `force_upcast`; and the pipeline is left as it was."""
+    import copy
+
+    half = copy.deepcopy(theirs).to(torch.float16)
+    ours = SVDPipeline.from_diffusers(half, backend="reference")
+    cond = []
+    real = ours.conditioner.encode
+    ours.conditioner.encode = lambda image: cond.append(real(image)) or cond[-1]
+    out = ours(picture, **CALL, **QUIET, seed=1)
+    assert cond[0].dtype == torch.float32 and ours.vae.dtype == torch.float16
+    assert {p.dtype for p in ours.vae.parameters()} == {torch.float16}
+    assert out.frames.dtype == np.uint8 and out.frames.std() > 0
+
+
+def test_cutting_instead_of_stretching(pipe: SVDPipeline, picture: Image.Image):
+    from PIL import ImageOps
+
+    cut = pipe(picture, **CALL, **QUIET, seed=1, image_fit="crop")
+    fitted = ImageOps.fit(picture, (64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(cut.content, np.asarray(fitted))
+    assert np.array_equal(cut.frames, pipe(fitted, **CALL, **QUIET, seed=1).frames)
+    assert not np.array_equal(cut.content, pipe(picture, **CALL, **QUIET, seed=1).content)
+
+
+def test_the_folder_goes_round(pipe: SVDPipeline, picture: Image.Image, tmp_path: Path):
+    """What we write, diffusers and we read, with the same numbers."""
+    pipe.save_pretrained(tmp_path / "again")
+    again = SVDPipeline.from_pretrained(tmp_path / "again", device="cpu", dtype="float32", backend="reference")
+    expected = pipe(picture, **CALL, **QUIET, seed=5).frames
+    assert np.array_equal(again(picture, **CALL, **QUIET, seed=5).frames, expected)
+    peer = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "again")
+    peer.set_progress_bar_config(disable=True)
+    same(expected, peer(picture, **CALL, generator=seeded(5), output_type="np").frames[0])
+
+
+def test_every_name_leads_to_our_pipeline(
+    folder: Path, pipe: SVDPipeline, picture: Image.Image, capsys, tmp_path: Path
+):
+    expected = pipe(picture, **CALL, **QUIET, seed=0).frames
+    for name in (str(folder), f"svd:{folder}", folder):
+        out = reducio_fast.generate(model=name, image=picture, device="cpu", backend="reference", **CALL, **QUIET)
+        assert np.array_equal(out.frames, expected), name
+    picture.save(tmp_path / "photo.png")
+    words = ["generate", "--model", str(folder), "--image", str(tmp_path / "photo.png"), "-o", str(tmp_path / "c.mp4")]
+    sizes = ["--height", "64", "--width", "64", "--num-frames", "4", "--num-inference-steps", "3", "--fps", "12"]
+    assert main([*words, *sizes, "--guidance-scale", "2", "--backend", "reference", "--device", "cpu"]) == 0
+    frames, fps = read_video(tmp_path / "c.mp4")
+    assert frames.shape == (4, 64, 64, 3) and fps == 12
+
+
+def test_the_half_precision_files(pipe: SVDPipeline, folder: Path, tmp_path: Path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "both")
+    for part in ("unet", "vae"):
+        file = tmp_path / "both" / part / "diffusion_pytorch_model.safetensors"
+        halves = {n: t.half() for n, t in load_file(file).items()}
+        save_file(halves, file.with_name("diffusion_pytorch_model.fp16.safetensors"), {"format": "pt"})
+        file.unlink()
+    for part in ("image_encoder",):
+        file = tmp_path / "both" / part / "model.safetensors"
+        save_file(
+            {n: t.half() for n, t in load_file(file).items()},
+            file.with_name("model.fp16.safetensors"),
+            {"format": "pt"},
+        )
+        file.unlink()
+    half = SVDPipeline.from_pretrained(tmp_path / "both", variant="fp16", dtype="float32", device="cpu")
+    for name, tensor in half.unet.state_dict().items():
+        assert torch.equal(tensor, pipe.unet.state_dict()[name].half().float()), name
+    with pytest.raises(ReducioError, match="holds no bf16 weights"):
+        SVDPipeline.from_pretrained(tmp_path / "both", variant="bf16", device="cpu")
+
+
+def test_from_text_by_way_of_a_picture(pipe: SVDPipeline):
+    drawn = []
+
+    class Drawer:
+        components: dict[str, Any] = {}
+
+        def __call__(self, prompt, height, width, num_inference_steps=2, generator=None, output_type="np"):
+            drawn.append((prompt, height, width))
+            image = torch.rand(height, width, 3, generator=generator).numpy()
+            return type("Images", (), {"images": [image]})
+
+        def set_progress_bar_config(self, **kwargs: Any) -> None:
+            pass
+
+    ours = SVDPipeline(**pipe.components | {"text_to_image": Drawer()}, backend="reference")
+    out = ours(prompt=["a cat", "a dog"], **CALL, **QUIET, seed=4)
+    assert [prompt for prompt, *_ in drawn] == ["a cat", "a dog"] and out.frames.shape == (2, 4, 64, 64, 3)
+    assert "content.generate" in out.timings
+    with pytest.raises(ReducioError, match="reads no text; give an image or a prompt"):
+        ours(out.content[0], prompt="a cat")
+
+
+def test_callbacks_and_interruption(pipe: SVDPipeline, picture: Image.Image):
+    seen = []
+
+    def watch(owner: Any, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        seen.append((step, float(timestep), tuple(tensors["latents"].shape)))
+        if step == 1:
+            owner._interrupt = True
+        return {"latents": tensors["latents"] * 0 + 1}
+
+    out = pipe(picture, **CALL, **QUIET, seed=1, callback_on_step_end=watch, output_type="latent")
+    assert [s for s, *_ in seen] == [0, 1] and seen[0][2] == (1, 4, 4, 32, 32) and out.interrupted
+    assert seen[0][1] == pytest.approx(0.25 * np.log(700), rel=1e-4)
+    assert torch.equal(out.frames, torch.ones(4, 4, 32, 32))
+
+
+def test_a_clip_that_does_not_fit_keeps_its_latents(
+    pipe: SVDPipeline, picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from reducio_fast.checkpoints import saved_latents
+
+    expected = pipe(picture, **CALL, **QUIET, seed=6, output_type="latent").frames
+    pipe.rescue_folder = tmp_path
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.decoder), "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+        with pytest.raises(ReducioError, match="out of memory at 64x64; the latents are kept"):
+            pipe(picture, **CALL, **QUIET, seed=6)
+    pipe.rescue_folder = None
+    kept = saved_latents.load(next(tmp_path.glob("*.safetensors")))
+    assert kept.pipeline == "StableVideoDiffusionPipeline" and torch.equal(kept.latents[0], expected)
+
+
+def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch):
+    pipe(picture, **CALL, **QUIET, seed=1)
+    few, many = pipe.forecast(64, 64), None
+    pipe(picture, **CALL | {"num_frames": 8}, **QUIET, seed=1)
+    many = pipe.forecast(64, 64)
+    assert many.peak() > 1.5 * few.peak() and {s.stage for s in few.stages} == {
+        "image.encode",
+        "dit.step",
+        "vae.decode",
+    }
+    monkeypatch.setattr(pipe.fitter, "free_bytes", lambda device: 10_000_000)
+    with pytest.raises(ReducioError, match="memory"):
+        pipe(picture, **CALL | {"height": 256, "width": 256}, **QUIET, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": None}, "image: None given; Stable Video Diffusion animates an image"),
+        ({"prompt": "a cat"}, "prompt: Stable Video Diffusion reads no text"),
+        ({"height": 63}, "height: 63 is not a multiple of 2"),
+        ({"width": 0}, "width: must be a positive multiple of 2"),
+        ({"num_frames": 0}, "num_frames: must be a whole number of at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps: must be a whole number from 1"),
+        ({"sigmas": [1.0]}, "sigmas: must be a list of at least two"),
+        ({"sigmas": [1.0, 2.0, 0.0]}, "sigmas: must fall from step to step"),
+        ({"sigmas": [float("nan"), 2.0, 0.0]}, "sigmas: must fall from step to step"),
+        ({"max_guidance_scale": -1}, "guidance_scale: must be a finite number"),
+        ({"fps": 0}, "fps: must be above 0"),
+        ({"fps": "7"}, "fps: must be a finite number"),
+        ({"motion_bucket_id": float("inf")}, "motion_bucket_id: must be a finite number"),
+        ({"noise_aug_strength": -0.1}, "noise_aug_strength: must be a finite number"),
+        ({"decode_chunk_size": 0}, "decode_chunk_size: must be a whole number"),
+        ({"image_fit": "pad"}, "image_fit: must be one of stretch, crop"),
+        ({"latents": torch.zeros(1, 4, 3, 32, 32)}, "latents"),
+        ({"generator": [torch.Generator(), torch.Generator()]}, "generator: 2 given for 1 clips"),
+        ({"image": []}, "image: the list is empty"),
+        ({"output_type": "gif"}, "output_type: must be one of"),
+    ],
+)
+def test_mistakes_are_one_line(pipe: SVDPipeline, picture: Image.Image, arguments: dict, message: str, monkeypatch):
+    monkeypatch.setattr(pipe, "run", lambda *_: pytest.fail("work began"))
+    with pytest.raises(ReducioError) as error:
+        pipe(**{"image": picture} | CALL | arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_was_not_trained_is_said(pipe: SVDPipeline, picture: Image.Image, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "reducio_fast"):
+        pipe(picture, **CALL | {"num_inference_steps": 1}, **QUIET, fps=60, motion_bucket_id=300)
+    said = "\n".join(caplog.messages)
+    assert "num_frames: 4, these weights were made for 25" in said
+    assert "fps: 60, SVD was trained on 5 to 30" in said and "motion_bucket_id: 300" in said
+
+
+def test_folders_that_are_something_else(folder: Path, bundle: Path, tmp_path: Path):
+    import shutil
+
+    with pytest.raises(ReducioError, match="is of a ReducioPipeline, not of a StableVideoDiffusionPipeline"):
+        SVDPipeline.from_pretrained(bundle, device="cpu")
+    shutil.copytree(folder, tmp_path / "broken")
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "broken" / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(ReducioError, match="is of a FluxPipeline; known are ReducioPipeline, StableVideoDiffusionPip"):
+        reducio_fast.generate(model=tmp_path / "broken", image=np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "broken" / "model_index.json").write_text(json.dumps(index))
+    file = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_in.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ReducioError, match="missing: conv_in.bias"):
+        SVDPipeline.from_pretrained(tmp_path / "broken", device="cpu")
+    shutil.rmtree(tmp_path / "broken" / "image_encoder")
+    (file.parent / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(ReducioError, match="describes a UNet2DConditionModel, not a UNetSpatioTemporalConditionModel"):
+        SVDPipeline.from_pretrained(tmp_path / "broken", device="cpu")
+
+
+def test_a_gated_repository_names_its_page(monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+
+    class GatedRepoError(OSError):
+        pass
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise GatedRepoError("403 Client Error.\nAccess to this repository is restricted")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    name = "stabilityai/stable-video-diffusion-img2vid-xt-1-1"
+    with pytest.raises(
+        ReducioError, match=rf"accept its licence on https://huggingface.co/{name}, then run `hf auth login`"
+    ):
+        reducio_fast.generate(model=name, image=np.zeros((8, 8, 3), np.uint8))
+
+
+def test_of_a_repository_one_copy_of_the_weights_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append(kw) or str(folder))
+    SVDPipeline.from_pretrained("stabilityai/stable-video-diffusion-img2vid", device="cpu")
+    assert "*/*.safetensors" in asked[0]["allow_patterns"] and asked[0]["ignore_patterns"] == ["*/*.fp16.*"]
+    assert "*.safetensors" not in asked[0]["allow_patterns"], "not the single file beside the components"
