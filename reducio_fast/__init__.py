@@ -1,8 +1,8 @@
 """Reducio, fast: text and an image in, a short clip out.
 
 `generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline` and `SVDPipeline` give access
-to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder alone. `ReducioError` is raised
-for bad input, with a message of one line. All are loaded at first use, so that importing this package loads no torch.
+to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder alone. `ReducioError` is
+raised for bad input, with a message of one line. All are loaded at first use: importing this package loads no torch.
 """
 
 from __future__ import annotations

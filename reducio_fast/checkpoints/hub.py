@@ -46,7 +46,7 @@ def find_model(
     model: str | os.PathLike[str],
     argument: str = "model",
     files: Sequence[str] = MODEL_FILES,
-    ignored: Sequence[str] | None = None,
+    ignored: Sequence[str] = (),
 ) -> Path:
     """The folder of a model: itself if it is one, else the local copy of a Hugging Face hub repository `owner/name`.
 
@@ -65,12 +65,8 @@ def find_model(
 
     try:
         # Weights as safetensors and the small files around them; pickles in the same repository stay where they are.
-        ignore = {} if ignored is None else {"ignore_patterns": list(ignored)}
-        return Path(snapshot_download(name, allow_patterns=list(files), **ignore))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # all that the hub client raises
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(ignored)))
+    except (OSError, ValueError) as error:  # all that the hub client raises
         certain = not any("*" in file or "/" in file for file in files)  # else they may not all be there
         raise not_fetched(argument, name, error, files if certain else ()) from error
 

@@ -124,7 +124,7 @@ def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
                 continue
             if hasattr(component, "components"):  # a diffusers pipeline
                 diffusers_folders.save_text_to_image(component, folder / name, layout.shared(parts))
-            elif isinstance(component, tuple(networks.PUBLISHED)):
+            elif networks.is_ours(component):
                 networks.save_model(component, folder / name)
             else:
                 component.save_pretrained(folder / name)
@@ -138,7 +138,7 @@ def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
 def _library_and_class(name: str, component: Any) -> list[str | None]:
     if component is None:
         return [None, None]
-    if isinstance(component, tuple(networks.PUBLISHED)):
+    if networks.is_ours(component):
         return list(networks.published_class(type(component)))
     library, class_name = type(component).__module__.split(".")[0], type(component).__name__
     if library not in (OURS, *networks.LIBRARIES):

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,10 @@ PUBLISHED: dict[type[nn.Module], tuple[str, str]] = {
     VideoUNet: ("diffusers", "UNetSpatioTemporalConditionModel"),
     TemporalVAE: ("diffusers", "AutoencoderKLTemporalDecoder"),
 }
+
+
+def is_ours(component: object) -> TypeGuard[nn.Module]:
+    return isinstance(component, tuple(PUBLISHED))
 
 
 def published_class(network_class: type[nn.Module]) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..reference.reducio import vae as ref
@@ -84,6 +85,6 @@ def padding_of(conv: nn.Module) -> Padding:
     return Padding(conv.front, 0, True) if conv.front else Padding(1, 1, True)
 
 
-def frozen(x: Tensor) -> nn.Parameter:
+def frozen(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Parameter:
     """A packed weight: dense, and without the gradient of what it was packed from."""
-    return nn.Parameter(x.detach().contiguous(), requires_grad=False)
+    return nn.Parameter(x.detach().contiguous(memory_format=memory_format), requires_grad=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..compile.graphs import Graphs
 from ..reference.sampler import Callback, check_finite, end_step
-from .solver_tables import coefficients
+from .solver_tables import coefficients, input_scales
 
 
 class Denoiser(Protocol):
@@ -58,16 +58,23 @@ def sample(
     guidance = table.new_full((len(table), 1), denoise.guidance_scale)
     table = torch.cat([guidance, table], dim=1).float().to(latent.device)
     timesteps = scheduler.timesteps.to(latent.device)
+    scales = input_scales(scheduler)
+    if scales is not None:
+        latent = latent * float(scheduler.init_noise_sigma)
+        scales = scales.to(latent.device, latent.dtype)
     inputs = denoise.schedule(timesteps, latent)
     previous, finite = torch.zeros_like(latent), []
 
-    def advance(latent: Tensor, previous: Tensor, inputs: Any, row: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = denoise.predict(latent, inputs)
+    def advance(
+        latent: Tensor, previous: Tensor, inputs: Any, row: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        prediction = denoise.predict(latent if scale is None else latent * scale, inputs)
         return denoise.update(prediction.contiguous(), latent.contiguous(), previous, row)
 
     run = advance if denoise.graphs is None else functools.partial(denoise.graphs, "dit.step", advance)
     for step in range(len(table)):
-        latent, previous = run(latent, previous, inputs[step], table[step])
+        scale = None if scales is None else scales[step]
+        latent, previous = run(latent, previous, inputs[step], table[step], scale)
         latent, go_on = end_step(callback, step, timesteps[step], latent)
         finite.append(torch.isfinite(latent).all())
         if not go_on:

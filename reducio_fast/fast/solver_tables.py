@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,13 +88,44 @@ def euler_coefficients(scheduler: Any) -> Tensor:
     return euler_rows(sigmas)
 
 
+def edm_coefficients(scheduler: Any) -> Tensor:
+    """(p, q, a, b, c) of every step of an `EulerDiscreteScheduler` after `set_timesteps`: float64 [steps, 5].
+
+    Its model input and initial noise are scaled too: see `input_scales`. Raises ValueError for other schedulers, and
+    for timesteps that repeat, as those above its table do: diffusers finds a step by its timestep, and skips one then.
+    """
+    config, sigmas = _sigmas_of(scheduler, "EulerDiscreteScheduler")
+    if len(scheduler.timesteps.unique()) < len(scheduler.timesteps):
+        raise ValueError(f"edm_coefficients: timesteps repeat ({scheduler.timesteps.tolist()}); is sigma_max too high?")
+    rows = []
+    for sigma, following in itertools.pairwise(sigmas):
+        if config["prediction_type"] == "v_prediction":
+            p, q = 1 / (sigma**2 + 1), -sigma / math.sqrt(sigma**2 + 1)
+        elif config["prediction_type"] == "epsilon":
+            p, q = 1.0, -sigma
+        elif config["prediction_type"] == "sample":
+            p, q = 0.0, 1.0
+        else:
+            raise ValueError(f"edm_coefficients: prediction_type={config['prediction_type']!r} is not known")
+        rows.append((p, q, following / sigma, 1 - following / sigma, 0.0))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def input_scales(scheduler: Any) -> Tensor | None:
+    """What the latent is multiplied by before each step's prediction, float64 [steps]; None where nothing is."""
+    if "EulerDiscreteScheduler" not in (base.__name__ for base in type(scheduler).__mro__):
+        return None
+    sigmas = scheduler.sigmas.double()[:-1]
+    return (sigmas**2 + 1).rsqrt()
+
+
 def euler_rows(sigmas: list[float]) -> Tensor:
     """(p, q, a, b, c) of Euler steps along `sigmas`, one more than there are steps: float64 [steps, 5]."""
     rows = [(0.0, 1.0, 1.0, after - before, 0.0) for before, after in zip(sigmas[:-1], sigmas[1:], strict=True)]
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _checked(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]]:
+def _sigmas_of(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]]:
     """Config and sigmas, one more than there are steps, of a scheduler of the wanted class, ready to step.
 
     By the name of the class or of a base: kernels import without diffusers. Relatives with the same config (single-step
@@ -102,11 +134,18 @@ def _checked(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]]:
     name = type(scheduler).__name__
     if wanted not in (base.__name__ for base in type(scheduler).__mro__):
         raise ValueError(f"{OP}: the scheduler is a {name}, coefficients are known for {wanted}")
-    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
-        raise ValueError(f"{OP}: {name} has init_noise_sigma={scheduler.init_noise_sigma}, it must be 1")
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise ValueError(f"{OP}: {name} has no steps yet, call set_timesteps first")
     return dict(scheduler.config), scheduler.sigmas.double().tolist()
+
+
+def _checked(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]]:
+    """`_sigmas_of` a scheduler that starts from unit noise."""
+    config, sigmas = _sigmas_of(scheduler, wanted)
+    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
+        name = type(scheduler).__name__
+        raise ValueError(f"{OP}: {name} has init_noise_sigma={scheduler.init_noise_sigma}, it must be 1")
+    return config, sigmas
 
 
 _tables: list[tuple[Callable[[Any], bool], Callable[[Any], Tensor]]] = []
@@ -126,7 +165,7 @@ def coefficients(scheduler: Any, steps: int, sigmas: Sequence[float] | None = No
             return rows(scheduler)
     raise ValueError(
         f"{type(scheduler).__name__} has no table of coefficients; the fast sampler follows "
-        "DPMSolverMultistepScheduler and FlowMatchEulerDiscreteScheduler"
+        "DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler and EulerDiscreteScheduler"
     )
 
 
@@ -143,3 +182,4 @@ def _of_diffusers(class_name: str) -> Callable[[Any], bool]:
 
 register(_of_diffusers("DPMSolverMultistepScheduler"), dpm_coefficients)
 register(_of_diffusers("FlowMatchEulerDiscreteScheduler"), euler_coefficients)
+register(_of_diffusers("EulerDiscreteScheduler"), edm_coefficients)

@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..reference import ReducioDiT, ReducioVAE
+from ..reference.svd.unet import VideoUNet
+from ..reference.svd.vae import TemporalVAE
 from ..system.devices import DTYPES
 from .reducio.dit import FastReducioDiT
 from .reducio.vae import FastReducioVAE
+from .svd.unet import FastVideoUNet
+from .svd.vae import FastTemporalVAE
 
 # A twin is built from (network, plan) and has: `graphs`, through which it runs; `graph_names`, under which it captures;
 # `compiled_on_cpu`, whether compiling its blocks gains anything there.
-TWINS: dict[type[nn.Module], Any] = {ReducioDiT: FastReducioDiT, ReducioVAE: FastReducioVAE}
+TWINS: dict[type[nn.Module], Any] = {
+    ReducioDiT: FastReducioDiT,
+    ReducioVAE: FastReducioVAE,
+    VideoUNet: FastVideoUNet,
+    TemporalVAE: FastTemporalVAE,
+}
 
 # What `nn.Module.__call__` runs beside `forward`.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")

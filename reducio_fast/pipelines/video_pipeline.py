@@ -26,7 +26,7 @@ from .call.state import CallState, Stage
 from .call.step_callback import StepCallback
 from .execution.adapters import Adapters
 from .execution.components import Components, PartAttribute
-from .execution.decoding import Decoding, TiledDecoder
+from .execution.decoding import Decoding
 from .execution.executor import Executor
 from .execution.fitting import Fitter
 from .execution.sampling import Sampler
@@ -66,7 +66,7 @@ class VideoPipeline:
         content: Any,
         conditioner: Any,
         sampler: Sampler,
-        decoder: TiledDecoder,
+        decoder: Any,
     ) -> None:
         self.parts, self.executor = parts, executor
         self.content, self.conditioner, self.sampler, self.decoder = content, conditioner, sampler, decoder
@@ -112,6 +112,7 @@ class VideoPipeline:
         latent = latent if callback.replaced is None else callback.replaced
         if request.output_type == "latent":
             return frame, latent[0]
+        assert frame is not None  # only calls for latents do without
         call.undecoded.append((latent, frame))
         try:
             with stage(timings, "vae.decode"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -253,7 +254,7 @@ class VideoUNet(nn.Module):
         [B, T, S, C]; added_time_ids [B, n] or a frame [B, T, n]: fps - 1, motion bucket, noise augmentation. Returns
         [B, T, out_channels, H, W]. Raises ValueError for shapes that do not fit.
         """
-        self.check_inputs(sample, encoder_hidden_states, added_time_ids)
+        check_inputs(self.config, sample, encoder_hidden_states, added_time_ids)
         batch, frames = sample.shape[:2]
         embedding = self.embed(timestep, added_time_ids, batch, frames)
         context = encoder_hidden_states
@@ -284,26 +285,22 @@ class VideoUNet(nn.Module):
         """See `sampler.denoiser`."""
         return sampler.denoiser(self, cond, uncond, guidance_scale)
 
-    def check_inputs(self, sample: Tensor, encoder_hidden_states: Tensor, added_time_ids: Tensor) -> None:
-        config = self.config
-        if sample.ndim != 5 or sample.shape[2] != config.in_channels:
-            raise ValueError(f"sample has shape {tuple(sample.shape)}, must be [B, T, {config.in_channels}, H, W]")
-        batch, frames = sample.shape[:2]
-        ids = config.projection_class_embeddings_input_dim // config.addition_time_embed_dim
-        if added_time_ids.shape not in ((batch, ids), (batch, frames, ids)):
-            raise ValueError(
-                f"added_time_ids has shape {tuple(added_time_ids.shape)}, must be [{batch}, {ids}] or "
-                f"[{batch}, {frames}, {ids}]"
-            )
-        width = config.per_level("cross_attention_dim")[0]
-        shape = encoder_hidden_states.shape
-        if (
-            len(shape) not in (3, 4)
-            or shape[0] != batch
-            or shape[-1] != width
-            or (len(shape) == 4 and shape[1] != frames)
-        ):
-            raise ValueError(
-                f"encoder_hidden_states has shape {tuple(shape)}, must be [{batch}, S, {width}] or "
-                f"[{batch}, {frames}, S, {width}]"
-            )
+
+def check_inputs(config: Any, sample: Tensor, encoder_hidden_states: Tensor, added_time_ids: Tensor) -> None:
+    """Raise ValueError for tensors that a U-Net of this `config`, ours or diffusers', cannot take."""
+    if sample.ndim != 5 or sample.shape[2] != config.in_channels:
+        raise ValueError(f"sample has shape {tuple(sample.shape)}, must be [B, T, {config.in_channels}, H, W]")
+    batch, frames = sample.shape[:2]
+    ids = config.projection_class_embeddings_input_dim // config.addition_time_embed_dim
+    if added_time_ids.shape not in ((batch, ids), (batch, frames, ids)):
+        raise ValueError(
+            f"added_time_ids has shape {tuple(added_time_ids.shape)}, must be [{batch}, {ids}] or "
+            f"[{batch}, {frames}, {ids}]"
+        )
+    width = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else config.cross_attention_dim[0]
+    shape = encoder_hidden_states.shape
+    if len(shape) not in (3, 4) or shape[0] != batch or shape[-1] != width or (len(shape) == 4 and shape[1] != frames):
+        raise ValueError(
+            f"encoder_hidden_states has shape {tuple(shape)}, must be [{batch}, S, {width}] or "
+            f"[{batch}, {frames}, S, {width}]"
+        )

@@ -338,7 +338,7 @@ def test_a_hub_repository_is_its_local_copy(tmp_path: Path, monkeypatch: pytest.
 
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append((name, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
         return str(tmp_path)
 

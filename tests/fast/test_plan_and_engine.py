@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDIMScheduler
 
 from reducio_fast import ReducioPipeline
 from reducio_fast.evaluation.toy_report import held_out_scenes
@@ -132,7 +132,7 @@ def test_bytes_and_values_are_one_clip(bundle: Path) -> None:
 
 
 def test_fast_raises_where_it_would_fall_back(bundle: Path) -> None:
-    words = {"device": "cpu", "dtype": "float32", "scheduler": EulerDiscreteScheduler()}
+    words = {"device": "cpu", "dtype": "float32", "scheduler": DDIMScheduler()}
     with pytest.raises(ReducioError, match="'fast' cannot run this model: scheduler: .*EulerDiscrete"):
         ReducioPipeline.from_pretrained(bundle, backend="fast", **words)
     pipe = ReducioPipeline.from_pretrained(bundle, backend="auto", **words)

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from reducio_fast import reference as ref
@@ -214,6 +219,7 @@ SCHEDULERS = {
     "dpm++ 2m": DPMSolverMultistepScheduler,
     "dpm++ 2m, flow": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     "flow euler": FlowMatchEulerDiscreteScheduler,
+    "edm euler": EulerDiscreteScheduler,
 }
 
 
@@ -276,4 +282,4 @@ def test_sampler_errors() -> None:
     with pytest.raises(ValueError, match="not finite .* from step 1 of 3"):
         fast_sample(fast, DPMSolverMultistepScheduler(), noise * torch.nan, cond, num_inference_steps=3)
     with pytest.raises(ValueError, match="EulerDiscrete"):
-        fast_sample(fast, EulerDiscreteScheduler(), noise, cond, num_inference_steps=3)
+        fast_sample(fast, DDIMScheduler(), noise, cond, num_inference_steps=3)

@@ -175,7 +175,9 @@ def test_too_little_memory_is_told_before_any_work(bare: dict, monkeypatch: pyte
     free = (needed + smaller) / 2 - pipe.executor.resident_bytes()
     pipe.fitter.free_bytes = lambda device: int(free / HEADROOM)
     monkeypatch.setattr(decoding, "half_tile", lambda config: None)
-    monkeypatch.setattr("reducio_fast.pipelines.video_pipeline.initial_latent", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(
+        "reducio_fast.pipelines.reducio.pipeline.initial_latent", lambda *_: pytest.fail("work was done")
+    )
     with pytest.raises(ReducioError, match=r"256x256 needs .* on cpu .* MiB more than there is; 192x192 would fit"):
         pipe(PROMPT, **CALL | {"height": 256, "width": 256})
     pipe.fitter.free_bytes = lambda device: 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -19,6 +20,7 @@ from reducio_fast import ReducioError
 from reducio_fast.cli.main import main
 from reducio_fast.media.video_files import read_video
 from reducio_fast.pipelines.peers.models import PEERS, build_random
+from reducio_fast.pipelines.svd.decoder import ClipDecoding
 from reducio_fast.pipelines.svd.pipeline import SVDPipeline
 
 CALL = {"height": 64, "width": 64, "num_frames": 4, "num_inference_steps": 3}
@@ -54,6 +56,11 @@ def pipe(folder: Path) -> SVDPipeline:
 
 
 @pytest.fixture(scope="module")
+def fast(folder: Path) -> SVDPipeline:
+    return SVDPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend="fast")
+
+
+@pytest.fixture(scope="module")
 def picture() -> Image.Image:
     """Wider than the clip, so that stretching and cutting differ."""
     rows, columns = np.mgrid[0:80, 0:150]
@@ -67,6 +74,7 @@ def same(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert 10 * np.log10(255**2 / max((difference**2).mean(), 1e-9)) > 50
 
 
+@pytest.mark.parametrize("backend", ["reference", "fast"])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -79,9 +87,11 @@ def same(ours: np.ndarray, theirs: np.ndarray) -> None:
     ],
     ids=["defaults", "no-guidance", "guidance-and-motion", "chunks", "sigmas", "odd-size"],
 )
-def test_the_clip_is_diffusers(pipe: SVDPipeline, theirs: Any, picture: Image.Image, arguments: dict):
+def test_the_clip_is_diffusers(
+    pipe: SVDPipeline, fast: SVDPipeline, theirs: Any, picture: Image.Image, arguments: dict, backend: str
+):
     call = CALL | arguments
-    ours = pipe(picture, **call, **QUIET, generator=seeded())
+    ours = {"reference": pipe, "fast": fast}[backend](picture, **call, **QUIET, generator=seeded())
     same(ours.frames, theirs(picture, **call, generator=seeded(), output_type="np").frames[0])
     assert ours.fps == call.get("fps", 7) and ours.frames.shape[1:3] == (call["height"], call["width"])
 
@@ -335,3 +345,28 @@ def test_of_a_repository_one_copy_of_the_weights_is_fetched(folder: Path, monkey
     SVDPipeline.from_pretrained("stabilityai/stable-video-diffusion-img2vid", device="cpu")
     assert "*/*.safetensors" in asked[0]["allow_patterns"] and asked[0]["ignore_patterns"] == ["*/*.fp16.*"]
     assert "*.safetensors" not in asked[0]["allow_patterns"], "not the single file beside the components"
+
+
+def test_fast_networks_follow_changed_weights(theirs: Any, picture: Image.Image):
+    """Weights changed in place, or moved to another dtype, are packed anew before the next clip."""
+    ours = SVDPipeline.from_diffusers(copy.deepcopy(theirs), backend="fast")
+    assert all("fast" in ours.report[name] for name in ("unet", "vae")), ours.report
+    before = ours(picture, **CALL, **QUIET, seed=0).frames
+    for network in (ours.unet, ours.vae):
+        for parameter in network.parameters():
+            parameter.data.mul_(0.9)
+    after = ours(picture, **CALL, **QUIET, seed=0).frames
+    plain = SVDPipeline(**ours.components, backend="reference")(picture, **CALL, **QUIET, seed=0).frames
+    assert np.abs(after.astype(int) - plain).max() <= 2 and not np.array_equal(before, after)
+    ours.to(torch.bfloat16)
+    half = ours(picture, **CALL, **QUIET, seed=0).frames
+    assert half.shape == after.shape and not np.array_equal(half, after)
+
+
+def test_the_fast_forecast_is_smaller(pipe: SVDPipeline, fast: SVDPipeline):
+    """All frames are decoded together, but one frame at a time at full size."""
+    plain, streamed = (
+        next(stage.activations for stage in p.forecast(256, 256, ClipDecoding(5)).stages if stage.stage == "vae.decode")
+        for p in (pipe, fast)
+    )
+    assert streamed < plain / 2, (streamed, plain)

@@ -130,7 +130,7 @@ class SVDPipeline(VideoPipeline):
     def find_folder(model: str | os.PathLike[str], variant: str | None = None) -> Path:
         """A folder itself, or the local copy of a hub repository, of whose copies of the weights one is fetched."""
         weights = "*/*.safetensors" if variant is None else f"*/*.{variant}.safetensors"
-        other = ["*/*.fp16.*"] if variant is None else None
+        other = ("*/*.fp16.*",) if variant is None else ()
         return hub.find_model(model, files=(*FILES, weights), ignored=other)
 
     @classmethod

@@ -1,0 +1,234 @@
+"""Layers of SVD's twins on channels-last frames [N, H, W, C], N = B * T.
+
+Attributes of the networks behind them are read by the names that diffusers has too, so that a twin can be built from
+its modules as well as from the reference.
+
+What is folded when a twin is built, all exact:
+- AlphaBlender: with x_temporal = x_spatial + h, the blend a * x_spatial + (1 - a) * x_temporal is
+  x_spatial + (1 - a) * h, so the last layer of h takes the factor.
+- A convolution after a nearest up-sampling: nine taps read at most four different values, so each of the four phases of
+  the finer grid is a 2x2 convolution of the coarser one.
+- A convolution over 3 frames and one position is three products on rows that lie H * W apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...triton_kernels.conv3d import statistics
+from ...triton_kernels.upsample_conv3d import fold_weight
+from ..packed_layers import frozen
+from ..plan import Plan
+
+
+def folded(
+    weight: Tensor, factor: Tensor | float, memory_format: torch.memory_format = torch.contiguous_format
+) -> nn.Parameter:
+    """weight * factor, rounded once, to the weight's dtype."""
+    return frozen((weight * factor).to(weight.dtype), memory_format)
+
+
+def as_images(x_NHWC: Tensor) -> Tensor:
+    """[N, H, W, C] -> [N, C, H, W] in torch's channels-last format, a view."""
+    return x_NHWC.permute(0, 3, 1, 2)
+
+
+def as_frames(x_NCHW: Tensor) -> Tensor:
+    """The way back, dense."""
+    return x_NCHW.permute(0, 2, 3, 1).contiguous()
+
+
+class Conv(nn.Module):
+    """A 3x3 convolution in space. Our kernel reads a buffer with a border of zeros; the library adds it itself."""
+
+    def __init__(self, conv: nn.Conv2d, plan: Plan, path: str, factor: Tensor | float = 1.0) -> None:
+        super().__init__()
+        self.stride = conv.stride
+        self.kernel = folded(conv.weight, factor, torch.channels_last)
+        self.bias = folded(conv.bias, factor)
+        self.padding = conv.padding
+
+    def forward(self, x_NHWC: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = self.bias if bias is None else bias
+        return as_frames(F.conv2d(as_images(x_NHWC), self.kernel, bias, self.stride, self.padding))
+
+
+class UpConv(nn.Module):
+    """Nearest x2 and the 3x3 convolution after it, as a 2x2 convolution a phase."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        channels = conv.in_channels
+        folded = fold_weight(conv.weight[:, :, None], time=False, causal=False)  # [4, K, 4 * C]
+        kernels = folded.unflatten(2, (2, 2, channels)).movedim(-1, 2)  # [4, K, C, 2, 2]
+        self.kernels = nn.ParameterList(frozen(k, torch.channels_last) for k in kernels)
+        self.whole = (conv,)  # for a size that is no double
+        self.bias = conv.bias
+
+    def forward(self, x_NHWC: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        N, H, W, _ = x_NHWC.shape
+        images = as_images(x_NHWC)
+        if size is not None and tuple(size) != (2 * H, 2 * W):
+            return as_frames(self.whole[0](F.interpolate(images, size=size, mode="nearest")))
+        padded = F.pad(images, (1, 1, 1, 1))
+        out = x_NHWC.new_empty((N, H, 2, W, 2, len(self.bias)))
+        for phase, kernel in enumerate(self.kernels):
+            row, column = divmod(phase, 2)
+            window = padded[:, :, row : row + H + 1, column : column + W + 1]
+            out[:, :, row, :, column] = F.conv2d(window, kernel, self.bias).permute(0, 2, 3, 1)
+        return out.view(N, 2 * H, 2 * W, -1)
+
+
+class Norm(nn.Module):
+    """GroupNorm over a clip [B, T, H, W, C] or over frames [N, 1, H, W, C], and SiLU."""
+
+    def __init__(self, norm: nn.GroupNorm, plan: Plan, path: str, silu: bool = True) -> None:
+        super().__init__()
+        self.weight, self.bias, self.groups, self.eps = norm.weight, norm.bias, norm.num_groups, norm.eps
+        self.silu = silu
+        self.run = plan.pick(path, "group_norm_silu")
+        self.takes_partials = self.run is getattr(torch.ops.reducio_fast, "group_norm_silu", None)
+
+    def forward(self, x: Tensor, front: int = 0, back: int = 0) -> Tensor:
+        """x [B, T, H, W, C] -> the same, with zero frames before and after."""
+        return self.run(x, self.weight, self.bias, self.groups, self.eps, self.silu, False, None, front, back, False)
+
+    def of_frame(self, x_HWC: Tensor, sums_T3C: Tensor) -> Tensor:
+        """One frame [H, W, C] of a clip, whose frames' statistics are `sums`: count, mean, squared deviations."""
+        if self.takes_partials:
+            arguments = (self.weight, self.bias, self.groups, self.eps, self.silu, False, sums_T3C[None], 0, 0, False)
+            return self.run(x_HWC[None, None], *arguments)[0, 0]
+        count, mean_TC, squares_TC = sums_T3C.unbind(1)
+        shape = (len(sums_T3C), self.groups, -1)
+        weights = count / count.sum(0)
+        mean_G = (weights * mean_TC).view(shape).mean(-1).sum(0)
+        spread = squares_TC + count * (mean_TC - mean_G.repeat_interleave(x_HWC.shape[-1] // self.groups)).square()
+        variance_G = (spread / count.sum(0)).view(shape).mean(-1).sum(0)
+        scale = torch.rsqrt(variance_G + self.eps).repeat_interleave(x_HWC.shape[-1] // self.groups) * self.weight
+        shift = self.bias - mean_G.repeat_interleave(x_HWC.shape[-1] // self.groups) * scale
+        y = torch.addcmul(shift, x_HWC.to(shift.dtype), scale).to(x_HWC.dtype)
+        return F.silu(y, inplace=True) if self.silu else y
+
+
+def frame_sums(x_HWC: Tensor) -> Tensor:
+    """What `Norm.of_frame` needs of each frame, [3, C]."""
+    return statistics(x_HWC[None, None])[0, 0]
+
+
+class TimeConv(nn.Module):
+    """A convolution over 3 frames at one position, as three products."""
+
+    def __init__(self, conv: nn.Conv3d, factor: Tensor | float = 1.0) -> None:
+        super().__init__()
+        taps = folded(conv.weight, factor)[:, :, :, 0, 0].movedim(-1, 0).transpose(1, 2)  # [3, C, K]
+        self.taps = frozen(taps)
+        self.bias = folded(conv.bias, factor)
+
+    def forward(self, padded: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[B, T + 2, H, W, C] with a zero frame at each end -> [B, T, H, W, K]."""
+        B, frames, H, W, C = padded.shape
+        rows, cells = padded.view(B, -1, C), (frames - 2) * H * W
+        bias = self.bias if bias is None else bias
+        out = torch.empty((B, cells, self.taps.shape[-1]), dtype=padded.dtype, device=padded.device)
+        for item, y in zip(rows, out, strict=True):
+            torch.addmm(bias, item[:cells], self.taps[0], out=y)
+            y.addmm_(item[H * W : H * W + cells], self.taps[1])
+            y.addmm_(item[2 * H * W :], self.taps[2])
+        return out.view(B, frames - 2, H, W, -1)
+
+    def of_frames(self, before: Tensor | None, frame: Tensor, after: Tensor | None) -> Tensor:
+        """One frame [H, W, C] between its neighbours (None: zeros) -> [H, W, K], by the same products."""
+        H, W, C = frame.shape
+        out = torch.empty((H * W, self.taps.shape[-1]), dtype=frame.dtype, device=frame.device)
+        zeros = torch.zeros_like(frame) if before is None or after is None else None
+        sources = (zeros if before is None else before, frame, zeros if after is None else after)
+        torch.addmm(self.bias, sources[0].reshape(-1, C), self.taps[0], out=out)
+        for source, tap in zip(sources[1:], self.taps[1:], strict=True):
+            out.addmm_(source.reshape(-1, C), tap)
+        return out.view(H, W, -1)
+
+
+class SpatialRes(nn.Module):
+    """A res block in space; `row` is its part of the time embedding, [C] or one a frame [N, C]."""
+
+    def __init__(self, block: Any, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (Norm(getattr(block, n), plan, f"{path}.{n}") for n in ("norm1", "norm2"))
+        self.conv1, self.conv2 = (Conv(getattr(block, n), plan, f"{path}.{n}") for n in ("conv1", "conv2"))
+        if block.conv_shortcut is not None:
+            self.shortcut_weight = frozen(block.conv_shortcut.weight.flatten(1))
+            self.shortcut_bias = block.conv_shortcut.bias
+
+    def forward(self, x_NHWC: Tensor, row: Tensor | None = None) -> Tensor:
+        normed = self.norm1(x_NHWC[:, None])[:, 0]
+        one_row = row is not None and row.ndim == 1
+        h = self.conv1(normed, self.conv1.bias + row if one_row else None)  # type: ignore[operator]
+        if row is not None and not one_row:
+            h = h + row[:, None, None]
+        shortcut = x_NHWC
+        if hasattr(self, "shortcut_weight"):
+            shortcut = F.linear(x_NHWC, self.shortcut_weight, self.shortcut_bias)
+        return self.conv2(self.norm2(h[:, None])[:, 0]).add_(shortcut)
+
+
+class TemporalRes(nn.Module):
+    """A res block over the frames of each position, already blended with what it is added to."""
+
+    def __init__(self, block: Any, spatial_share: Tensor, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (Norm(getattr(block, n), plan, f"{path}.{n}") for n in ("norm1", "norm2"))
+        self.conv1, self.conv2 = TimeConv(block.conv1), TimeConv(block.conv2, 1 - spatial_share)
+
+    def forward(self, x_BTHWC: Tensor, row: Tensor | None = None) -> Tensor:
+        """row: [C], or one a frame [B, T, C]."""
+        one_row = row is not None and row.ndim == 1
+        h = self.conv1(self.norm1(x_BTHWC, 1, 1), self.conv1.bias + row if one_row else None)  # type: ignore[operator]
+        if row is not None and not one_row:
+            h = h + row[:, :, None, None]
+        return self.conv2(self.norm2(h, 1, 1)).add_(x_BTHWC)
+
+    def streamed(self, frames: list[Tensor]) -> list[Tensor]:
+        """The same of one clip whose frames [H, W, C] come as a list, which is emptied on the way: beside them one more
+        clip is alive, and three normed frames. Exact, since the norms' statistics are those of all frames."""
+        hidden = self._convolve(frames, self.norm1, self.conv1)
+        return self._convolve(hidden, self.norm2, self.conv2, onto=frames)
+
+    @staticmethod
+    def _convolve(frames: list[Tensor], norm: Norm, conv: TimeConv, onto: list[Tensor] | None = None) -> list[Tensor]:
+        """conv(norm(frames)), added in place to `onto` where that is given."""
+        sums = torch.stack([frame_sums(frame) for frame in frames])
+        window: list[Tensor | None] = [None, None, norm.of_frame(frames[0], sums)]
+        results = []
+        for index in range(len(frames)):
+            window = [*window[1:], norm.of_frame(frames[index + 1], sums) if index + 1 < len(frames) else None]
+            assert window[1] is not None
+            y = conv.of_frames(*window)  # type: ignore[arg-type]
+            results.append(y if onto is None else onto[index].add_(y))
+        return results
+
+
+class SpatioTemporalRes(nn.Module):
+    def __init__(self, block: Any, plan: Plan, path: str) -> None:
+        super().__init__()
+        share = spatial_share(block.time_mixer)
+        self.spatial = SpatialRes(block.spatial_res_block, plan, f"{path}.spatial_res_block")
+        self.temporal = TemporalRes(block.temporal_res_block, share, plan, f"{path}.temporal_res_block")
+
+    def forward(self, x_NHWC: Tensor, frames: int, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """rows: the time embedding's parts for the block in space and for the one in time."""
+        spatial_row, temporal_row = rows if rows is not None else (None, None)
+        x = self.spatial(x_NHWC, spatial_row)
+        if temporal_row is not None and temporal_row.ndim == 2:
+            temporal_row = temporal_row.unflatten(0, (-1, frames))
+        return self.temporal(x.unflatten(0, (-1, frames)), temporal_row).flatten(0, 1)
+
+
+def spatial_share(mixer: Any) -> Tensor:
+    """a of the blend a * spatial + (1 - a) * temporal; diffusers' `AlphaBlender` has the same attributes."""
+    factor = mixer.mix_factor.detach()
+    share = torch.sigmoid(factor.to(torch.promote_types(factor.dtype, torch.float32)))
+    return 1.0 - share if mixer.switch_spatial_to_temporal_mix else share

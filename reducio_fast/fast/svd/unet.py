@@ -1,0 +1,392 @@
+"""The fast twin of SVD's space-time U-Net.
+
+Beside what `layers` folds:
+- the image is one token, over which softmax is 1: cross-attention adds the constant W_o W_v e + b_o, computed once a
+  clip, and its norm, queries, keys and attention are gone (several tokens, or one a frame, take the general path);
+- what the time, the frame rate and the motion add in all res blocks is one table a schedule;
+- blocks over time read frames where they lie: no permutation, and attention sees T keys at a stride;
+- guidance a frame, EDM's preconditioning and the Euler step are one row of the sampler's kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...compile.graphs import Graphs
+from ...reference.svd.sampler import ImageCondition, guidance_per_frame, join, needs_guidance
+from ...reference.svd.unet import VideoUNet, check_inputs, sinusoid
+from ..packed_layers import frozen
+from ..plan import Plan
+from .layers import Conv, Norm, SpatioTemporalRes, UpConv, folded, spatial_share
+
+
+class Told(NamedTuple):
+    """What stays the same over all steps of a clip, for a batch of both halves of guidance together.
+
+    image [B, T, h, w, 4]: latents beside the noisy ones. added [B, n or T, n]: time ids. context: None, or tokens
+    [B, S, E] or [B, T, S, E] for the general path. constants: of each cross-attention, spatial [B or B * T, 1, C] and
+    temporal [B, 1, 1, C] in turn; empty on the general path. positions: of the frames, [T, C] of each transformer.
+    """
+
+    image: Tensor
+    added: Tensor
+    context: Tensor | None
+    constants: list[Tensor]
+    positions: list[Tensor]
+
+
+class StepInputs(NamedTuple):
+    """rows: of each res block, in space and in time, in turn."""
+
+    rows: list[Tensor]
+    told: Told
+
+
+class FeedForward(nn.Module):
+    """GEGLU. `factor` is folded into the last product. Value and gate are products of their own: each is then dense,
+    and gelu over half of a wider row takes a CPU twice as long."""
+
+    def __init__(self, ff: Any, factor: Tensor | float = 1.0) -> None:
+        super().__init__()
+        self.value_weight, self.gate_weight = map(frozen, ff.net[0].proj.weight.chunk(2))
+        self.value_bias, self.gate_bias = map(frozen, ff.net[0].proj.bias.chunk(2))
+        self.weight, self.bias = folded(ff.net[2].weight, factor), folded(ff.net[2].bias, factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.ops.aten.gelu_(F.linear(x, self.gate_weight, self.gate_bias))
+        return F.linear(gate.mul_(F.linear(x, self.value_weight, self.value_bias)), self.weight, self.bias)
+
+
+class SelfAttention(nn.Module):
+    """Query, key and value from one product. Over the tokens of a frame, or over the frames of a token."""
+
+    def __init__(self, attention: Any, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.heads = attention.heads
+        parts = (attention.to_q, attention.to_k, attention.to_v)
+        self.qkv = frozen(torch.cat([linear.weight for linear in parts]))
+        self.out = attention.to_out[0]
+        self.attend = plan.pick(path, "attention", f"self {len(self.out.weight) // self.heads}")
+
+    def forward(self, x_NLC: Tensor) -> Tensor:
+        q, k, v = F.linear(x_NLC, self.qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return self.project(self.attend(q, k, v).flatten(2))
+
+    def over_frames(self, x_BTLC: Tensor) -> Tensor:
+        """Each position attends over the frames of its clip."""
+        qkv = F.linear(x_BTLC, self.qkv).unflatten(-1, (3, self.heads, -1))  # [B, T, L, 3, heads, D]
+        q, k, v = (part.permute(0, 2, 3, 1, 4) for part in qkv.unbind(3))  # [B, L, heads, T, D]
+        weights = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5).softmax(-1)
+        return self.project((weights @ v).permute(0, 3, 1, 2, 4).flatten(3))
+
+    def project(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.out.weight, self.out.bias)
+
+
+class CrossAttention(nn.Module):
+    """To the image's tokens: a constant where it is one token."""
+
+    def __init__(self, attention: Any, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.heads, self.norm = attention.heads, norm
+        self.to_q, self.to_k, self.to_v, self.out = (
+            attention.to_q,
+            attention.to_k,
+            attention.to_v,
+            attention.to_out[0],
+        )
+
+    def constant(self, token: Tensor) -> Tensor:
+        """[..., E] -> [..., C]: what attention to one token adds, wherever it is asked from."""
+        return F.linear(F.linear(token, self.to_v.weight), self.out.weight, self.out.bias)
+
+    def forward(self, x_NLC: Tensor, context_NSE: Tensor) -> Tensor:
+        y = F.layer_norm(x_NLC, x_NLC.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
+        q = F.linear(y, self.to_q.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (
+            F.linear(context_NSE, linear.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear in (self.to_k, self.to_v)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.linear(attended, self.out.weight, self.out.bias)
+
+
+def _norm(x: Tensor, norm: Any) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+class SpatialBlock(nn.Module):
+    def __init__(self, block: Any, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.norm1, self.norm3 = block.norm1, block.norm3
+        self.attn1 = SelfAttention(block.attn1, plan, f"{path}.attn1")
+        self.attn2 = CrossAttention(block.attn2, block.norm2)
+        self.ff = FeedForward(block.ff)
+
+    def forward(self, x_NLC: Tensor, constant: Tensor | None, context: Tensor | None) -> Tensor:
+        x = self.attn1(_norm(x_NLC, self.norm1)).add_(x_NLC)
+        x = x.add_(constant) if constant is not None else x + self.attn2(x, context)  # type: ignore[arg-type]
+        return self.ff(_norm(x, self.norm3)).add_(x)
+
+
+class TemporalBlock(nn.Module):
+    """With the blend behind it: returns a * spatial + (1 - a) * block(spatial + position)."""
+
+    def __init__(self, block: Any, share: Tensor, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.norm_in, self.norm1, self.norm3 = block.norm_in, block.norm1, block.norm3
+        self.ff_in = FeedForward(block.ff_in)
+        self.attn1 = SelfAttention(block.attn1, plan, f"{path}.attn1")
+        self.attn2 = CrossAttention(block.attn2, block.norm2)
+        self.ff = FeedForward(block.ff, 1 - share)
+        self.share = frozen(share.to(block.norm3.weight.dtype))
+
+    def forward(
+        self, spatial_BTLC: Tensor, position_TC: Tensor, constant: Tensor | None, context: Tensor | None
+    ) -> Tensor:
+        x = spatial_BTLC + position_TC[:, None]
+        x = self.ff_in(_norm(x, self.norm_in)).add_(x)
+        x = self.attn1.over_frames(_norm(x, self.norm1)).add_(x)
+        if constant is not None:
+            x = x.add_(constant)
+        else:
+            B, T, L, C = x.shape
+            assert context is not None
+            rows = x.transpose(1, 2).reshape(B * L, T, C)
+            first = context[:, 0] if context.ndim == 4 else context
+            attended = self.attn2(rows, first.repeat_interleave(L, 0))
+            x = x + attended.view(B, L, T, C).transpose(1, 2)
+        y = self.ff(_norm(x, self.norm3))
+        return y.add_(torch.lerp(x, spatial_BTLC, self.share))
+
+
+class Transformer(nn.Module):
+    def __init__(self, transformer: Any, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.norm = Norm(transformer.norm, plan, f"{path}.norm", silu=False)
+        self.proj_in, self.proj_out = transformer.proj_in, transformer.proj_out
+        share = spatial_share(transformer.time_mixer)
+        self.spatial = nn.ModuleList(
+            SpatialBlock(b, plan, f"{path}.transformer_blocks.{i}")
+            for i, b in enumerate(transformer.transformer_blocks)
+        )
+        self.temporal = nn.ModuleList(
+            TemporalBlock(b, share, plan, f"{path}.temporal_transformer_blocks.{i}")
+            for i, b in enumerate(transformer.temporal_transformer_blocks)
+        )
+        self.time_pos_embed = transformer.time_pos_embed
+
+    def position(self, frames: int) -> Tensor:
+        """[T, C]"""
+        embed, weight = self.time_pos_embed, self.proj_in.weight
+        wave = sinusoid(torch.arange(frames, device=weight.device), len(weight)).to(weight.dtype)
+        return embed.linear_2(F.silu(embed.linear_1(wave)))
+
+    def crossings(self) -> list[tuple[CrossAttention, CrossAttention]]:
+        return [(s.attn2, t.attn2) for s, t in zip(self.spatial, self.temporal, strict=True)]
+
+    def forward(
+        self, x_NHWC: Tensor, position_TC: Tensor, constants: Sequence[Tensor], context: Tensor | None
+    ) -> Tensor:
+        (N, H, W, C), frames = x_NHWC.shape, len(position_TC)
+        x = F.linear(self.norm(x_NHWC[:, None]).view(N, H * W, C), self.proj_in.weight, self.proj_in.bias)
+        per_frame = None
+        if context is not None:
+            spread = context if context.ndim == 4 else context[:, None].expand(-1, frames, -1, -1)
+            per_frame = spread.flatten(0, 1)
+        for index, (spatial, temporal) in enumerate(zip(self.spatial, self.temporal, strict=True)):
+            in_space, in_time = (constants[2 * index], constants[2 * index + 1]) if constants else (None, None)
+            x = spatial(x, in_space, per_frame)
+            clip = x.unflatten(0, (-1, frames))
+            x = temporal(clip, position_TC, in_time, context).flatten(0, 1)
+        return F.linear(x, self.proj_out.weight, self.proj_out.bias).view(x_NHWC.shape).add_(x_NHWC)
+
+
+class Level(nn.Module):
+    """Res blocks, each with its transformer where there is one, and what changes the size behind them."""
+
+    def __init__(self, level: Any, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SpatioTemporalRes(b, plan, f"{path}.resnets.{i}") for i, b in enumerate(level.resnets)
+        )
+        self.transformers = nn.ModuleList(
+            Transformer(t, plan, f"{path}.attentions.{i}")
+            for i, t in enumerate(getattr(level, "attentions", None) or ())
+        )
+        down, up = (getattr(level, name, None) for name in ("downsamplers", "upsamplers"))
+        self.down = None if down is None else Conv(down[0].conv, plan, f"{path}.downsamplers.0.conv")
+        self.up = None if up is None else UpConv(up[0].conv)
+
+
+class FastVideoUNet(nn.Module):
+    """Built from a `VideoUNet`, or from diffusers' class, whose modules have the same names. Evaluation only."""
+
+    compiled_on_cpu = False
+    graph_names = ("dit.step",)
+
+    def __init__(self, model: VideoUNet, plan: Plan) -> None:
+        super().__init__()
+        self.config = model.config
+        self.reference = (model,)  # in a tuple: else its weights would count as this module's
+        self.conv_in = Conv(model.conv_in, plan, "conv_in")
+        self.down = nn.ModuleList(Level(b, plan, f"down_blocks.{i}") for i, b in enumerate(model.down_blocks))
+        self.middle = Level(model.mid_block, plan, "mid_block")
+        self.ups = nn.ModuleList(Level(b, plan, f"up_blocks.{i}") for i, b in enumerate(model.up_blocks))
+        self.norm_out = Norm(model.conv_norm_out, plan, "conv_norm_out")
+        self.conv_out = Conv(model.conv_out, plan, "conv_out")
+        self.time_embedding, self.add_embedding = model.time_embedding, model.add_embedding
+        # Of every res block, in space and in time, what it makes of the time embedding: one product for all.
+        linears = [
+            getattr(block, name).time_emb_proj
+            for block in _res_blocks(model)
+            for name in ("spatial_res_block", "temporal_res_block")
+        ]
+        self.row_weight = frozen(torch.cat([linear.weight for linear in linears]))
+        self.row_bias = frozen(torch.cat([linear.bias for linear in linears]))
+        self.row_sizes = [len(linear.weight) for linear in linears]
+        self.step_update = plan.pick("sampler", "guidance_dpm_step")
+        self.graphs: Graphs | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.kernel.dtype
+
+    @torch.no_grad()
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, added_time_ids: Tensor
+    ) -> Tensor:
+        """As the reference's. All clips of a batch share one timestep."""
+        check_inputs(self.config, sample, encoder_hidden_states, added_time_ids)
+        latent_channels = self.config.out_channels
+        image = sample[:, :, latent_channels:].permute(0, 1, 3, 4, 2)
+        told = self.told(image, encoder_hidden_states, added_time_ids)
+        rows = self.rows(timestep.flatten()[:1], added_time_ids, *sample.shape[:2])[0]
+        return self.denoise(sample[:, :, :latent_channels], StepInputs(rows, told))
+
+    def told(self, image_BThwC: Tensor, embeds: Tensor, added: Tensor) -> Told:
+        """embeds [B, S, E] or [B, T, S, E]."""
+        embeds, constants = embeds.to(self.dtype), list[Tensor]()
+        transformers, frames = self._transformers(), image_BThwC.shape[1]
+        if embeds.ndim == 3 and embeds.shape[1] == 1:
+            for spatial, temporal in (pair for t in transformers for pair in t.crossings()):
+                in_space = spatial.constant(embeds).repeat_interleave(frames, 0)  # [B * T, 1, C]
+                constants += [in_space, temporal.constant(embeds)[:, None]]
+        positions = [transformer.position(frames) for transformer in transformers]
+        return Told(image_BThwC.to(self.dtype), added, None if constants else embeds, constants, positions)
+
+    def _transformers(self) -> list[Transformer]:
+        levels = [*self.down, self.middle, *self.ups]
+        return [t for level in levels for t in level.transformers]
+
+    def rows(self, timesteps: Tensor, added: Tensor, batch: int, frames: int) -> list[list[Tensor]]:
+        """Of each step, what the time embedding adds in each res block: [C] where all frames of all clips are told the
+        same, else [batch * frames, C]."""
+        embed, config = self.time_embedding, self.config
+        wave = sinusoid(timesteps, config.block_out_channels[0]).to(self.dtype)
+        time = embed.linear_2(F.silu(embed.linear_1(wave)))  # [steps, E]
+        flat = added.flatten(0, -2)
+        same = bool((flat == flat[:1]).all())
+        ids = flat[:1] if same else flat
+        told = sinusoid(ids, config.addition_time_embed_dim).flatten(-2).to(self.dtype)
+        more = self.add_embedding.linear_2(F.silu(self.add_embedding.linear_1(told)))
+        if not same and added.ndim == 2:
+            more = more.repeat_interleave(frames, 0)
+        table = F.linear(F.silu(time[:, None] + more), self.row_weight, self.row_bias)  # [steps, 1 or B * T, sum C]
+        return [[row[0] if same else row for row in step.split(self.row_sizes, -1)] for step in table]
+
+    @torch.no_grad()
+    def denoise(self, latent: Tensor, inputs: StepInputs) -> Tensor:
+        """latent [B, T, 4, h, w], scaled; of both halves of guidance, or of one where they share it. Returns v,
+        [told's batch, T, 4, h, w]."""
+        told, rows = inputs.told, iter(inputs.rows)
+        batch, frames = told.image.shape[:2]
+        noisy = latent.to(self.dtype).permute(0, 1, 3, 4, 2)
+        noisy = noisy if len(noisy) == batch else noisy.repeat(batch // len(noisy), 1, 1, 1, 1)
+        constants, positions = iter(told.constants), iter(told.positions)
+
+        def run(level: Level, index: int, x: Tensor) -> Tensor:
+            x = level.blocks[index](x, frames, (next(rows), next(rows)))
+            if index >= len(level.transformers):
+                return x
+            transformer = level.transformers[index]
+            own = [next(constants) for _ in range(2 * len(transformer.spatial))] if told.constants else []
+            return transformer(x, next(positions), own, told.context)
+
+        x = self.conv_in(torch.cat([noisy, told.image], dim=-1).flatten(0, 1))
+        skips = [x]
+        for level in self.down:
+            for index in range(len(level.blocks)):
+                x = run(level, index, x)
+                skips.append(x)
+            if level.down is not None:
+                x = level.down(x)
+                skips.append(x)
+        x = run(self.middle, 0, x)
+        x = run(self.middle, 1, x)
+        for level in self.ups:
+            for index in range(len(level.blocks)):
+                x = run(level, index, torch.cat([x, skips.pop()], dim=-1))
+            if level.up is not None:
+                x = level.up(x, skips[-1].shape[1:3])
+        out = self.conv_out(self.norm_out(x[:, None])[:, 0])
+        return out.permute(0, 3, 1, 2).unflatten(0, (batch, frames))
+
+    @torch.no_grad()
+    def denoiser(
+        self, cond: ImageCondition, uncond: ImageCondition | None = None, guidance_scale: float | Tensor = 1.0
+    ) -> FastVideoDenoiser:
+        """As the reference's, for `fast.sampler.sample`: constants of the condition are made here, once."""
+        guides = needs_guidance(guidance_scale)
+        told = join(cond.without_image() if uncond is None else uncond, cond) if guides else cond
+        told = told.to(self.conv_in.bias.device, self.dtype)
+        scale = guidance_per_frame(guidance_scale, self.conv_in.bias.device) if guides else None
+        return FastVideoDenoiser(self, told, scale)
+
+
+@dataclass(slots=True)
+class FastVideoDenoiser:
+    """The twin under a condition, both halves of guidance in one batch: what `fast.sampler.sample` runs.
+
+    scale: of guidance, a number or one a frame [T, 1, 1, 1]; None: without guidance, half of the batch.
+    """
+
+    model: FastVideoUNet
+    condition: ImageCondition
+    scale: float | Tensor | None
+    guidance_scale: float = 1.0  # of the sampler's kernel: `predict` has guided already, frame by frame
+
+    @property
+    def graphs(self) -> Graphs | None:
+        return self.model.graphs
+
+    @property
+    def update(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return self.model.step_update
+
+    def schedule(self, timesteps: Tensor, latent: Tensor) -> list[StepInputs]:
+        condition, frames = self.condition, latent.shape[1]
+        image = condition.latents
+        image = image[:, None].expand(-1, frames, -1, -1, -1) if image.ndim == 4 else image
+        told = self.model.told(image.permute(0, 1, 3, 4, 2), condition.embeds, condition.added_time_ids)
+        rows = self.model.rows(timesteps, condition.added_time_ids, len(image), frames)
+        return [StepInputs(step, told) for step in rows]
+
+    def predict(self, latent: Tensor, inputs: StepInputs) -> Tensor:
+        prediction = self.model.denoise(latent, inputs).to(latent.dtype)
+        if self.scale is None:
+            return prediction
+        without, with_image = prediction.chunk(2)
+        return without + self.scale * (with_image - without)
+
+
+def _res_blocks(model: Any) -> list[Any]:
+    """In the order in which they run."""
+    levels = [*model.down_blocks, model.mid_block, *model.up_blocks]
+    return [block for level in levels for block in level.resnets]
