@@ -227,6 +227,17 @@ def launch(
     return out
 
 
+def _merged(partials_NT3C: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of each group, spread over its channels: two of [N, C]."""
+    count, mean, squares = (x.unflatten(-1, (groups, -1)) for x in partials_NT3C.unbind(2))  # [N, tiles, G, C / G]
+    mean, squares = (torch.where(count > 0, x, 0) for x in (mean, squares))  # a tile of no rows has neither
+    total = count.sum((1, 3), keepdim=True)
+    centre = (count * mean).sum((1, 3), keepdim=True) / total
+    variance = (squares + count * (mean - centre).square()).sum((1, 3), keepdim=True) / total
+    shape = (-1, -1, count.shape[-1])
+    return centre[:, 0].expand(shape).flatten(1), torch.rsqrt(variance + eps)[:, 0].expand(shape).flatten(1)
+
+
 def twin(
     x: Tensor,
     weight: Tensor,
@@ -240,9 +251,12 @@ def twin(
     back: int = 0,
     halo: bool = False,
 ) -> Tensor:
-    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. It has no use for `partials`."""
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
     N, T, H, W, C = x.shape
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if partials is not None:
+        mean_NC, scale_NC = (each[:, None, None, None] for each in _merged(partials, groups, eps))
+        y = torch.addcmul(bias.to(mean_NC.dtype), x - mean_NC, scale_NC * weight).to(x.dtype)
+    elif x.dtype in (torch.float16, torch.bfloat16):
         sets = x.flatten(0, 1)[:, None] if per_frame else x
         y = F.group_norm(sets.permute(0, 4, 1, 2, 3), groups, weight, bias, eps).permute(0, 2, 3, 4, 1).contiguous()
     else:

@@ -6,6 +6,7 @@ The oracle is the reference in float64, eager the reference in float32, the rule
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,12 @@ from torch import Tensor
 from reducio_fast import reference as ref
 from reducio_fast.fast import sampler as fast_sampler
 from reducio_fast.fast.solver_tables import coefficients
-from reducio_fast.fast.svd.layers import Norm, TimeConv, UpConv, frame_sums
-from reducio_fast.fast.svd.unet import FastVideoUNet
+from reducio_fast.fast.svd.layers import Norm, TemporalRes, TimeConv, UpConv, frame_sums
+from reducio_fast.fast.svd.unet import FastVideoUNet, SelfAttention
 from reducio_fast.fast.svd.vae import FastTemporalVAE
 from reducio_fast.memory.dry_run import DryRun
 from reducio_fast.reference.svd.sampler import ImageCondition
+from reducio_fast.triton_kernels.registry import OPS
 from tiny_networks import assert_right, plan
 from tiny_svd import unet_inputs, unets, vaes
 
@@ -170,6 +172,37 @@ def test_streaming_needs_little_more_than_two_tensors() -> None:
         dry.given(model, fast)
         at_once, streamed = (dry.peak_of(network.decode, z)[1] for network in (model, fast))
     assert at_once > 30e9 and streamed < 9e9, (at_once, streamed)
+
+
+# ---- what a GPU runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans pick our kernels, which run in Triton's interpreter here, in place of the algebra on torch ops."""
+    launches = {name: SimpleNamespace(twin=module.launch) for name, module in OPS.items()}
+    monkeypatch.setattr("reducio_fast.fast.plan.OPS", launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.usefixtures("kernels")
+def test_layers_on_kernels(dtype: torch.dtype) -> None:
+    """A block of each kind: the interpreter takes a minute for a network."""
+    draw = torch.Generator().manual_seed(0)
+    vae, _ = vaes(32, dtype=dtype)
+    block = vae.decoder.mid_block.resnets[0].temporal_res_block
+    x = torch.randn(1, 32, 2, 3, 2, generator=draw).to(dtype)
+    fast = TemporalRes(block, torch.zeros((), dtype=dtype), plan(dtype), "block")
+    frames = fast.streamed(list(x[0].permute(1, 2, 3, 0).contiguous()))
+    oracle = copy.deepcopy(block).double()(x.double(), None)
+    assert_right(torch.stack(frames).permute(3, 0, 1, 2)[None], block(x, None), oracle)
+    model, _ = unets(64, 64, dtype=dtype)
+    attention = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    tokens = torch.randn(2, 5, 64, generator=draw).to(dtype)
+    fast_attention = SelfAttention(attention, plan(dtype), "attention")
+    oracle = copy.deepcopy(attention).double()(tokens.double())
+    assert_right(fast_attention(tokens), attention(tokens), oracle)
 
 
 # ---- the sampler -----------------------------------------------------------------------------------------------------

@@ -91,7 +91,6 @@ class Norm(nn.Module):
         self.weight, self.bias, self.groups, self.eps = norm.weight, norm.bias, norm.num_groups, norm.eps
         self.silu = silu
         self.run = plan.pick(path, "group_norm_silu")
-        self.takes_partials = self.run is getattr(torch.ops.reducio_fast, "group_norm_silu", None)
 
     def forward(self, x: Tensor, front: int = 0, back: int = 0) -> Tensor:
         """x [B, T, H, W, C] -> the same, with zero frames before and after."""
@@ -99,19 +98,8 @@ class Norm(nn.Module):
 
     def of_frame(self, x_HWC: Tensor, sums_T3C: Tensor) -> Tensor:
         """One frame [H, W, C] of a clip, whose frames' statistics are `sums`: count, mean, squared deviations."""
-        if self.takes_partials:
-            arguments = (self.weight, self.bias, self.groups, self.eps, self.silu, False, sums_T3C[None], 0, 0, False)
-            return self.run(x_HWC[None, None], *arguments)[0, 0]
-        count, mean_TC, squares_TC = sums_T3C.unbind(1)
-        shape = (len(sums_T3C), self.groups, -1)
-        weights = count / count.sum(0)
-        mean_G = (weights * mean_TC).view(shape).mean(-1).sum(0)
-        spread = squares_TC + count * (mean_TC - mean_G.repeat_interleave(x_HWC.shape[-1] // self.groups)).square()
-        variance_G = (spread / count.sum(0)).view(shape).mean(-1).sum(0)
-        scale = torch.rsqrt(variance_G + self.eps).repeat_interleave(x_HWC.shape[-1] // self.groups) * self.weight
-        shift = self.bias - mean_G.repeat_interleave(x_HWC.shape[-1] // self.groups) * scale
-        y = torch.addcmul(shift, x_HWC.to(shift.dtype), scale).to(x_HWC.dtype)
-        return F.silu(y, inplace=True) if self.silu else y
+        arguments = (self.weight, self.bias, self.groups, self.eps, self.silu, False, sums_T3C[None])
+        return self.run(x_HWC[None, None], *arguments, 0, 0, False)[0, 0]
 
 
 def frame_sums(x_HWC: Tensor) -> Tensor:
