@@ -1,22 +1,32 @@
 """Reducio, fast: text and an image in, a short clip out.
 
 `generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline` and `SVDPipeline` give access
-to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder alone. `ReducioError` is
-raised for bad input, with a message of one line. All are loaded at first use: importing this package loads no torch.
+to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder alone, `accelerate` runs
+a loaded diffusers pipeline on the fast networks. `ReducioError` is raised for bad input, with a message of one line.
+All are loaded at first use: importing this package loads no torch.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .pipelines.accelerate import accelerate
     from .pipelines.generate import generate
     from .pipelines.reducio.diffusers_bridge import ReducioVAE
     from .pipelines.reducio.pipeline import ReducioPipeline
     from .pipelines.svd.pipeline import SVDPipeline
     from .system.errors import ReducioError
 
-__all__ = ["ReducioError", "ReducioPipeline", "ReducioVAE", "SVDPipeline", "__version__", "generate"]
+__all__ = ["ReducioError", "ReducioPipeline", "ReducioVAE", "SVDPipeline", "__version__", "accelerate", "generate"]
+
+_IN_PIPELINES = {
+    "ReducioPipeline": "reducio.pipeline",
+    "SVDPipeline": "svd.pipeline",
+    "accelerate": "accelerate",
+    "generate": "generate",
+}
 
 # Not for users: the [library, class] entries of a model's index, which diffusers looks up in this package, and the
 # class that a model folder's `pipeline.py` names.
@@ -31,21 +41,11 @@ _FOR_DIFFUSERS = (
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ReducioPipeline", "SVDPipeline", "generate"):
+    if name in _IN_PIPELINES:
         from .compile import gc_pause
 
         with gc_pause.paused():  # torch is imported here
-            if name == "generate":
-                from .pipelines.generate import generate
-
-                return generate
-            if name == "SVDPipeline":
-                from .pipelines.svd.pipeline import SVDPipeline
-
-                return SVDPipeline
-            from .pipelines.reducio.pipeline import ReducioPipeline
-
-            return ReducioPipeline
+            return getattr(importlib.import_module(f".pipelines.{_IN_PIPELINES[name]}", __name__), name)
     if name == "ReducioError":
         from .system.errors import ReducioError
 

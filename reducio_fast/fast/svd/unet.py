@@ -10,6 +10,7 @@ Beside what `layers` folds:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -268,7 +269,8 @@ class FastVideoUNet(nn.Module):
         image = sample[:, :, latent_channels:].permute(0, 1, 3, 4, 2)
         told = self.told(image, encoder_hidden_states, added_time_ids)
         rows = self.rows(timestep.flatten()[:1], added_time_ids, *sample.shape[:2])[0]
-        return self.denoise(sample[:, :, :latent_channels], StepInputs(rows, told))
+        run = self.denoise if self.graphs is None else functools.partial(self.graphs, "dit.step", self.denoise)
+        return run(sample[:, :, :latent_channels], StepInputs(rows, told))
 
     def told(self, image_BThwC: Tensor, embeds: Tensor, added: Tensor) -> Told:
         """embeds [B, S, E] or [B, T, S, E]."""

@@ -1,0 +1,121 @@
+"""`accelerate`: a diffusers pipeline on the fast networks, and back."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from PIL import Image
+
+from reducio_fast import ReducioError, accelerate
+from reducio_fast.pipelines.peers.models import PEERS, build_random
+from tiny_svd import lively_svd, unet_config, unet_inputs
+
+pytestmark = pytest.mark.slow
+
+CALL = {"height": 64, "width": 64, "num_frames": 3, "num_inference_steps": 2, "output_type": "np"}
+
+
+@pytest.fixture
+def pipe() -> StableVideoDiffusionPipeline:
+    pipe = build_random(PEERS["svd"], True, torch.float32, torch.device("cpu"))
+    lively_svd(pipe.unet)
+    lively_svd(pipe.vae)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def clip(pipe: Any, seed: int = 0) -> np.ndarray:
+    rows, columns = np.mgrid[0:64, 0:64]
+    picture = Image.fromarray(np.stack([rows * 3, columns, rows * columns % 256], axis=-1).astype(np.uint8))
+    return pipe(picture, **CALL, generator=torch.Generator().manual_seed(seed)).frames[0]
+
+
+def test_the_clip_stays_and_undo_leaves_nothing(pipe: StableVideoDiffusionPipeline) -> None:
+    attributes = {name: sorted(vars(getattr(pipe, name))) for name in ("unet", "vae")}
+    grads = [p.requires_grad for p in pipe.unet.parameters()]
+    before = clip(pipe)
+    with accelerate(pipe) as acceleration:
+        assert acceleration.report == {"unet": "fast", "vae": "fast"}
+        fast = clip(pipe)
+        assert np.abs(fast - before).max() <= 2 / 255 and not np.array_equal(fast, before), "the twins ran"
+        assert pipe.unet.forward.__func__ is not UNetSpatioTemporalConditionModel.forward
+    assert {name: sorted(vars(getattr(pipe, name))) for name in ("unet", "vae")} == attributes
+    assert [p.requires_grad for p in pipe.unet.parameters()] == grads
+    assert np.array_equal(clip(pipe), before)
+
+
+def test_changed_moved_and_replaced_weights(pipe: StableVideoDiffusionPipeline) -> None:
+    plain, acceleration = copy.deepcopy(pipe), accelerate(pipe)
+    first = clip(pipe)
+    assert np.array_equal(clip(copy.deepcopy(pipe)), first), "a copy is as fast"
+
+    def same() -> bool:
+        return bool(np.abs(clip(pipe) - clip(plain)).max() <= 2 / 255)
+
+    for p in (pipe, plain):
+        p.unet.conv_out.weight.data.mul_(-1)
+    assert same() and np.abs(clip(pipe) - first).max() > 2 / 255
+    for p in (pipe, plain):
+        p.unet.conv_in.weight = torch.nn.Parameter(p.unet.conv_in.weight * 0.5)
+    assert same() and acceleration.report["unet"] == "fast"
+    pipe.unet.to(torch.float64)
+    assert next(pipe.unet.parameters()).dtype == torch.float64
+    inputs = {name: t.double() for name, t in unet_inputs(pipe.unet.config, 2, (8, 8)).items()}
+    inputs["encoder_hidden_states"] = torch.randn(2, 1, pipe.unet.config.cross_attention_dim).double()
+    out = pipe.unet(**inputs, return_dict=False)[0]
+    plain.unet.to(torch.float64)
+    torch.testing.assert_close(out, plain.unet(**inputs).sample, rtol=1e-9, atol=1e-9)
+
+
+def test_what_the_twin_cannot_do_runs_as_before(pipe: StableVideoDiffusionPipeline) -> None:
+    acceleration = accelerate(pipe)
+    inputs = unet_inputs(pipe.unet.config, 2, (8, 8))
+    inputs["encoder_hidden_states"] = torch.randn(2, 1, pipe.unet.config.cross_attention_dim)
+    pipe.unet.requires_grad_(True)
+    pipe.unet(**inputs).sample.sum().backward()
+    assert pipe.unet.conv_in.weight.grad is not None
+    assert acceleration.report["unet"] == "as before: gradients are recorded"
+    with torch.no_grad():
+        apart = inputs | {"timestep": torch.tensor([0.2, 0.7])}
+        two = pipe.unet(**apart).sample
+        for item, timestep in enumerate((0.2, 0.7)):
+            one = pipe.unet(**{k: v[item : item + 1] for k, v in inputs.items() if v.ndim} | {"timestep": timestep})
+            torch.testing.assert_close(one.sample[0], two[item], rtol=1e-4, atol=1e-4)
+        pipe.unet.conv_out = torch.nn.Sequential(pipe.unet.conv_out)  # other names, as adapter layers have
+        assert pipe.unet(**inputs).sample.shape == two.shape
+    assert acceleration.report["unet"].startswith("as before: UNetSpatioTemporalConditionModel: a UNetSpatio")
+    acceleration.undo()
+
+
+class Another(UNetSpatioTemporalConditionModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class Kin(UNetSpatioTemporalConditionModel):
+    """As derivatives do that change how it is made alone."""
+
+
+def test_subclasses_hooks_and_second_calls() -> None:
+    config = unet_config(32, 64)
+    kin, another = Kin(**config), Another(**config)
+    acceleration = accelerate(SimpleNamespace(components={"unet": kin, "other": None}))
+    assert acceleration.report == {"unet": "fast"}
+    again = accelerate(SimpleNamespace(components={"unet": kin}))
+    assert again.report == {"unet": "as before: its forward was replaced before, by hooks or by accelerate"}
+    acceleration.undo()
+    left = accelerate(SimpleNamespace(components={"unet": another}))
+    assert left.report == {"unet": "as before: Another has a forward of its own"}
+    kin._hf_hook = object()
+    assert "replaced before, by hooks" in accelerate(SimpleNamespace(components={"unet": kin})).report["unet"]
+
+
+def test_a_pipeline_of_another_kind() -> None:
+    with pytest.raises(ReducioError, match="has no UNetSpatioTemporalConditionModel or AutoencoderKLTemporalDecoder"):
+        accelerate(SimpleNamespace(components={"vae": torch.nn.Linear(2, 2)}))
