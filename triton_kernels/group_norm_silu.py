@@ -170,7 +170,7 @@ def blocks(part: str, C: int, arch: str) -> Settings:
     return {"BLOCK_R": max(1, entry.pop("ELEMENTS") // BLOCK_C), "BLOCK_C": BLOCK_C, **entry}
 
 
-def statistics(x: Tensor, per_frame: bool) -> Tensor:
+def statistics(x: Tensor, per_frame: bool = False) -> Tensor:
     """Runs the first kernel: float32 [items, tiles, 3, C]; an item is a clip, or a frame."""
     N, T, H, W, C = x.shape
     items, R = (N * T, H * W) if per_frame else (N, T * H * W)

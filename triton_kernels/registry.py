@@ -7,9 +7,12 @@ from . import (
     attention,
     blend_tiles,
     conv3d,
+    frame_attention,
     gated_residual_ada_layer_norm,
+    geglu_linear,
     group_norm_silu,
     guidance_dpm_step,
+    temporal_conv,
     upsample_conv3d,
 )
 
@@ -24,5 +27,8 @@ OPS = {
         group_norm_silu,
         guidance_dpm_step,
         blend_tiles,
+        temporal_conv,
+        geglu_linear,
+        frame_attention,
     )
 }

@@ -198,6 +198,9 @@ class _KernelPlan(Plan):
     def pick(self, path: str, op: str, shape: str = "") -> Callable[..., Any]:
         return self.opaque(OPS[op].twin)
 
+    def clip_statistics(self) -> Callable[[Tensor], Tensor]:
+        return self.opaque(super().clip_statistics())
+
     def library_pads(self, op: str, shape: str) -> bool:
         return False
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..triton_kernels import conv3d, group_norm_silu
 from ..triton_kernels.launch import FLOATING
 from ..triton_kernels.registry import OPS
 from ..triton_kernels.tables import arch_of, table
@@ -91,6 +92,11 @@ class Plan:
     def takes_statistics(self, op: str, shape: str) -> bool:
         """Whether a convolution's epilogue takes the statistics that a norm's kernel then has no need to."""
         return all(self._decide(*pick)[0] == "kernel" for pick in ((op, shape), ("group_norm_silu", "")))
+
+    def clip_statistics(self) -> Callable[[Tensor], Tensor]:
+        """Of a clip [N, T, H, W, C], what `group_norm_silu` takes as `partials`: [N, tiles, 3, C]."""
+        kernel = self._decide("group_norm_silu", "")[0] == "kernel"
+        return group_norm_silu.statistics if kernel else conv3d.statistics
 
     def library_pads(self, op: str, shape: str) -> bool:
         """Whether a convolution runs on torch ops, which add a border by themselves for less than writing it costs."""

@@ -45,7 +45,7 @@ class DryRun(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self.unfolding = unfolding
-        self._functions = _FusedAttention()
+        self._functions = FusedAttention()
         self._known: dict[tuple[Any, ...], tuple[int, Any]] = {}
         self._paused = False
 
@@ -106,6 +106,10 @@ class DryRun(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default:
             return torch.empty((0, args[0].ndim), dtype=torch.int64, device=META)
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and args[0].ndim == 4 and args[0].stride(1) == 1:
+            # Of channels-last images a real convolution makes channels-last ones; without contents torch forgets it.
+            N, K, H, W = out.shape
+            out = out.new_empty((N, H, W, K)).permute(0, 3, 1, 2)
         if not self._paused:
             if func is torch.ops.aten.convolution.default:
                 self.peak = max(self.peak, self.live + self._inside_convolution(args[0], args[1], out))
@@ -171,18 +175,28 @@ def _of_form(form: Any) -> Any:
     return tree_map_only(_Form, lambda x: torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=META), form)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch spells attention out, with all its L x S weights; on a real one it is fused."""
+class FusedAttention(TorchFunctionMode):
+    """On the meta device torch spells attention out, with all its L x S weights; on a real one it is fused.
+
+    `tell(q, k, v, out)` hears of each call.
+    """
+
+    def __init__(self, tell: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> None:
+        super().__init__()
+        self._tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        q, _, v = args[:3]
+        q, k, v = args[:3]
         mask = (kwargs or {}).get("attn_mask")
         wide = mask.to(q.dtype) if mask is not None and mask.dtype == torch.bool else None  # noqa: F841 alive below
         # Heads outside, as the kernels write it: what follows may look at it as [B, L, N * D] without a copy.
         shape = (*q.shape[:-3], q.shape[-2], q.shape[-3], v.shape[-1])
-        return q.new_empty(shape).transpose(-3, -2)
+        out = q.new_empty(shape).transpose(-3, -2)
+        if self._tell is not None:
+            self._tell(q, k, v, out)
+        return out
 
 
 def without_weights(value: _T, *networks: nn.Module, keep: tuple[Any, ...] = ()) -> _T:

@@ -17,7 +17,7 @@ from torch import Tensor
 from reducio_fast import reference as ref
 from reducio_fast.fast import sampler as fast_sampler
 from reducio_fast.fast.solver_tables import coefficients
-from reducio_fast.fast.svd.layers import Norm, TemporalRes, TimeConv, UpConv, frame_sums
+from reducio_fast.fast.svd.layers import Norm, TemporalRes, TimeConv, UpConv
 from reducio_fast.fast.svd.unet import FastVideoUNet, SelfAttention
 from reducio_fast.fast.svd.vae import FastTemporalVAE
 from reducio_fast.memory.dry_run import DryRun
@@ -138,12 +138,12 @@ def test_frame_by_frame_is_all_at_once() -> None:
     x = torch.randn(4, 3, 5, 16, generator=torch.Generator().manual_seed(1)).double() + 100
     expected = torch.nn.functional.silu(block(x.permute(3, 0, 1, 2)[None])[0]).permute(1, 2, 3, 0)
     norm = Norm(block, plan(torch.float64), "norm")
-    sums = torch.stack([frame_sums(frame) for frame in x])
+    sums = torch.cat([norm.statistics(frame) for frame in x])
     apart = torch.stack([norm.of_frame(frame.clone(), sums) for frame in x])
     # The statistics are float32 on every path, as in the kernels.
     assert relative(norm(x[None])[0], expected) < 1e-5 and relative(apart, expected) < 1e-5
     convolution = torch.nn.Conv3d(16, 12, (3, 1, 1), padding=(1, 0, 0), dtype=torch.float64)
-    conv = TimeConv(convolution)
+    conv = TimeConv(convolution, plan(torch.float64), "conv")
     whole = conv(torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))[None])[0]
     each = torch.stack([conv.of_frames(*pair) for pair in zip([None, *x[:-1]], x, [*x[1:], None], strict=True)])
     expected = convolution(x.permute(3, 0, 1, 2)[None])[0].permute(1, 2, 3, 0)

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...triton_kernels.conv3d import statistics
 from ...triton_kernels.upsample_conv3d import fold_weight
 from ..packed_layers import frozen
 from ..plan import Plan
@@ -90,54 +89,48 @@ class Norm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.groups, self.eps = norm.weight, norm.bias, norm.num_groups, norm.eps
         self.silu = silu
-        self.run = plan.pick(path, "group_norm_silu")
+        self.run, self._statistics = plan.pick(path, "group_norm_silu"), plan.clip_statistics()
 
     def forward(self, x: Tensor, front: int = 0, back: int = 0) -> Tensor:
         """x [B, T, H, W, C] -> the same, with zero frames before and after."""
         return self.run(x, self.weight, self.bias, self.groups, self.eps, self.silu, False, None, front, back, False)
 
+    def statistics(self, x_HWC: Tensor) -> Tensor:
+        """What `of_frame` needs of each frame, [tiles, 3, C]: count, mean, squared deviations."""
+        return self._statistics(x_HWC[None, None])[0]
+
     def of_frame(self, x_HWC: Tensor, sums_T3C: Tensor) -> Tensor:
-        """One frame [H, W, C] of a clip, whose frames' statistics are `sums`: count, mean, squared deviations."""
+        """One frame [H, W, C] of a clip, whose frames' statistics are `sums`, one after the other."""
         arguments = (self.weight, self.bias, self.groups, self.eps, self.silu, False, sums_T3C[None])
         return self.run(x_HWC[None, None], *arguments, 0, 0, False)[0, 0]
 
 
-def frame_sums(x_HWC: Tensor) -> Tensor:
-    """What `Norm.of_frame` needs of each frame, [3, C]."""
-    return statistics(x_HWC[None, None])[0, 0]
-
-
 class TimeConv(nn.Module):
-    """A convolution over 3 frames at one position, as three products."""
+    """A convolution over 3 frames at one position: three products on rows that lie H * W apart."""
 
-    def __init__(self, conv: nn.Conv3d, factor: Tensor | float = 1.0) -> None:
+    def __init__(self, conv: nn.Conv3d, plan: Plan, path: str, factor: Tensor | float = 1.0) -> None:
         super().__init__()
         taps = folded(conv.weight, factor)[:, :, :, 0, 0].movedim(-1, 0).transpose(1, 2)  # [3, C, K]
         self.taps = frozen(taps)
         self.bias = folded(conv.bias, factor)
+        self.run = plan.pick(path, "temporal_conv", f"{conv.in_channels}->{conv.out_channels}")
 
-    def forward(self, padded: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, padded: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """[B, T + 2, H, W, C] with a zero frame at each end -> [B, T, H, W, K]."""
         B, frames, H, W, C = padded.shape
         rows, cells = padded.view(B, -1, C), (frames - 2) * H * W
-        bias = self.bias if bias is None else bias
-        out = torch.empty((B, cells, self.taps.shape[-1]), dtype=padded.dtype, device=padded.device)
-        for item, y in zip(rows, out, strict=True):
-            torch.addmm(bias, item[:cells], self.taps[0], out=y)
-            y.addmm_(item[H * W : H * W + cells], self.taps[1])
-            y.addmm_(item[2 * H * W :], self.taps[2])
-        return out.view(B, frames - 2, H, W, -1)
+        sources = (rows[:, start : start + cells] for start in (0, H * W, 2 * H * W))
+        added = None if residual is None else residual.reshape(B, cells, -1)
+        y = self.run(*sources, self.taps, self.bias if bias is None else bias, added)
+        return y.view(B, frames - 2, H, W, -1)
 
-    def of_frames(self, before: Tensor | None, frame: Tensor, after: Tensor | None) -> Tensor:
+    def of_frames(
+        self, before: Tensor | None, frame: Tensor, after: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
         """One frame [H, W, C] between its neighbours (None: zeros) -> [H, W, K], by the same products."""
-        H, W, C = frame.shape
-        out = torch.empty((H * W, self.taps.shape[-1]), dtype=frame.dtype, device=frame.device)
-        zeros = torch.zeros_like(frame) if before is None or after is None else None
-        sources = (zeros if before is None else before, frame, zeros if after is None else after)
-        torch.addmm(self.bias, sources[0].reshape(-1, C), self.taps[0], out=out)
-        for source, tap in zip(sources[1:], self.taps[1:], strict=True):
-            out.addmm_(source.reshape(-1, C), tap)
-        return out.view(H, W, -1)
+        rows = [None if x is None else x.view(1, -1, x.shape[-1]) for x in (before, frame, after, residual)]
+        y = self.run(*rows[:3], self.taps, self.bias, rows[3])
+        return y.view(*frame.shape[:2], -1)
 
 
 class SpatialRes(nn.Module):
@@ -169,7 +162,8 @@ class TemporalRes(nn.Module):
     def __init__(self, block: Any, spatial_share: Tensor, plan: Plan, path: str) -> None:
         super().__init__()
         self.norm1, self.norm2 = (Norm(getattr(block, n), plan, f"{path}.{n}") for n in ("norm1", "norm2"))
-        self.conv1, self.conv2 = TimeConv(block.conv1), TimeConv(block.conv2, 1 - spatial_share)
+        self.conv1 = TimeConv(block.conv1, plan, f"{path}.conv1")
+        self.conv2 = TimeConv(block.conv2, plan, f"{path}.conv2", 1 - spatial_share)
 
     def forward(self, x_BTHWC: Tensor, row: Tensor | None = None) -> Tensor:
         """row: [C], or one a frame [B, T, C]."""
@@ -177,7 +171,7 @@ class TemporalRes(nn.Module):
         h = self.conv1(self.norm1(x_BTHWC, 1, 1), self.conv1.bias + row if one_row else None)  # type: ignore[operator]
         if row is not None and not one_row:
             h = h + row[:, :, None, None]
-        return self.conv2(self.norm2(h, 1, 1)).add_(x_BTHWC)
+        return self.conv2(self.norm2(h, 1, 1), residual=x_BTHWC)
 
     def streamed(self, frames: list[Tensor]) -> list[Tensor]:
         """The same of one clip whose frames [H, W, C] come as a list, which is emptied on the way: beside them one more
@@ -187,15 +181,15 @@ class TemporalRes(nn.Module):
 
     @staticmethod
     def _convolve(frames: list[Tensor], norm: Norm, conv: TimeConv, onto: list[Tensor] | None = None) -> list[Tensor]:
-        """conv(norm(frames)), added in place to `onto` where that is given."""
-        sums = torch.stack([frame_sums(frame) for frame in frames])
+        """conv(norm(frames)), added to `onto`, which is emptied on the way."""
+        sums = torch.cat([norm.statistics(frame) for frame in frames])
         window: list[Tensor | None] = [None, None, norm.of_frame(frames[0], sums)]
         results = []
         for index in range(len(frames)):
             window = [*window[1:], norm.of_frame(frames[index + 1], sums) if index + 1 < len(frames) else None]
-            assert window[1] is not None
-            y = conv.of_frames(*window)  # type: ignore[arg-type]
-            results.append(y if onto is None else onto[index].add_(y))
+            before, frame, after = window
+            assert frame is not None
+            results.append(conv.of_frames(before, frame, after, None if onto is None else onto.pop(0)))
         return results
 
 

@@ -50,30 +50,30 @@ class StepInputs(NamedTuple):
 
 
 class FeedForward(nn.Module):
-    """GEGLU. `factor` is folded into the last product. Value and gate are products of their own: each is then dense,
-    and gelu over half of a wider row takes a CPU twice as long."""
+    """GEGLU. `factor` is folded into the last product."""
 
-    def __init__(self, ff: Any, factor: Tensor | float = 1.0) -> None:
+    def __init__(self, ff: Any, plan: Plan, path: str, factor: Tensor | float = 1.0) -> None:
         super().__init__()
-        self.value_weight, self.gate_weight = map(frozen, ff.net[0].proj.weight.chunk(2))
-        self.value_bias, self.gate_bias = map(frozen, ff.net[0].proj.bias.chunk(2))
+        self.proj = ff.net[0].proj
         self.weight, self.bias = folded(ff.net[2].weight, factor), folded(ff.net[2].bias, factor)
+        self.geglu = plan.pick(path, "geglu_linear", f"{self.proj.in_features}->{self.weight.shape[1]}")
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = torch.ops.aten.gelu_(F.linear(x, self.gate_weight, self.gate_bias))
-        return F.linear(gate.mul_(F.linear(x, self.value_weight, self.value_bias)), self.weight, self.bias)
+        return F.linear(self.geglu(x, self.proj.weight, self.proj.bias), self.weight, self.bias)
 
 
 class SelfAttention(nn.Module):
     """Query, key and value from one product. Over the tokens of a frame, or over the frames of a token."""
 
-    def __init__(self, attention: Any, plan: Plan, path: str) -> None:
+    def __init__(self, attention: Any, plan: Plan, path: str, over_frames: bool = False) -> None:
         super().__init__()
         self.heads = attention.heads
         parts = (attention.to_q, attention.to_k, attention.to_v)
         self.qkv = frozen(torch.cat([linear.weight for linear in parts]))
         self.out = attention.to_out[0]
-        self.attend = plan.pick(path, "attention", f"self {len(self.out.weight) // self.heads}")
+        width = len(self.out.weight) // self.heads
+        name, shape = ("frame_attention", "") if over_frames else ("attention", "self")
+        self.attend = plan.pick(path, name, f"{shape} {width}".strip())
 
     def forward(self, x_NLC: Tensor) -> Tensor:
         q, k, v = F.linear(x_NLC, self.qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -81,10 +81,8 @@ class SelfAttention(nn.Module):
 
     def over_frames(self, x_BTLC: Tensor) -> Tensor:
         """Each position attends over the frames of its clip."""
-        qkv = F.linear(x_BTLC, self.qkv).unflatten(-1, (3, self.heads, -1))  # [B, T, L, 3, heads, D]
-        q, k, v = (part.permute(0, 2, 3, 1, 4) for part in qkv.unbind(3))  # [B, L, heads, T, D]
-        weights = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5).softmax(-1)
-        return self.project((weights @ v).permute(0, 3, 1, 2, 4).flatten(3))
+        qkv = F.linear(x_BTLC, self.qkv).unflatten(-1, (3, self.heads, -1))
+        return self.project(self.attend(qkv).flatten(3))
 
     def project(self, x: Tensor) -> Tensor:
         return F.linear(x, self.out.weight, self.out.bias)
@@ -128,7 +126,7 @@ class SpatialBlock(nn.Module):
         self.norm1, self.norm3 = block.norm1, block.norm3
         self.attn1 = SelfAttention(block.attn1, plan, f"{path}.attn1")
         self.attn2 = CrossAttention(block.attn2, block.norm2)
-        self.ff = FeedForward(block.ff)
+        self.ff = FeedForward(block.ff, plan, f"{path}.ff")
 
     def forward(self, x_NLC: Tensor, constant: Tensor | None, context: Tensor | None) -> Tensor:
         x = self.attn1(_norm(x_NLC, self.norm1)).add_(x_NLC)
@@ -142,10 +140,10 @@ class TemporalBlock(nn.Module):
     def __init__(self, block: Any, share: Tensor, plan: Plan, path: str) -> None:
         super().__init__()
         self.norm_in, self.norm1, self.norm3 = block.norm_in, block.norm1, block.norm3
-        self.ff_in = FeedForward(block.ff_in)
-        self.attn1 = SelfAttention(block.attn1, plan, f"{path}.attn1")
+        self.ff_in = FeedForward(block.ff_in, plan, f"{path}.ff_in")
+        self.attn1 = SelfAttention(block.attn1, plan, f"{path}.attn1", over_frames=True)
         self.attn2 = CrossAttention(block.attn2, block.norm2)
-        self.ff = FeedForward(block.ff, 1 - share)
+        self.ff = FeedForward(block.ff, plan, f"{path}.ff", 1 - share)
         self.share = frozen(share.to(block.norm3.weight.dtype))
 
     def forward(

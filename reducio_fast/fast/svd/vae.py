@@ -65,7 +65,7 @@ class FastTemporalVAE(nn.Module):
         self.up = nn.ModuleList(UpConv(level.upsamplers[0].conv) for level in decoder.up_blocks[:-1])
         self.norm_out = Norm(decoder.conv_norm_out, plan, "decoder.conv_norm_out")
         self.conv_out = Conv(decoder.conv_out, plan, "decoder.conv_out")
-        self.time_conv_out = TimeConv(decoder.time_conv_out)
+        self.time_conv_out = TimeConv(decoder.time_conv_out, plan, "decoder.time_conv_out")
         self.graphs = None
 
     @property

@@ -1,0 +1,80 @@
+"""temporal_conv against torch's Conv3d, and the kernel against its twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reducio_fast.triton_kernels import temporal_conv as op
+
+pytestmark = pytest.mark.slow
+
+# B, T, H, W, C, K: each tidy shape with an odd companion.
+SHAPES = [(1, 2, 4, 4, 16, 16), (2, 3, 3, 5, 24, 20), (1, 1, 5, 7, 40, 17)]
+
+
+def inputs(B, T, H, W, C, K):
+    """A buffer [B, T + 2, H, W, C] with zero frames at its ends, its three views [B, M, C], weight, bias, residual."""
+    x = torch.randn(B, T, H, W, C, dtype=torch.float64)
+    rows = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1)).view(B, -1, C)
+    cells = T * H * W
+    views = [rows[:, at : at + cells] for at in (0, H * W, 2 * H * W)]
+    weight = torch.randn(3, C, K, dtype=torch.float64) / (3 * C) ** 0.5
+    return x, views, weight, 3 * torch.randn(K, dtype=torch.float64), torch.randn(B, cells, K, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_twin_is_a_convolution_over_frames(shape):
+    x, views, weight, bias, residual = inputs(*shape)
+    B, T, H, W, _, K = shape
+    kernel = weight.permute(2, 1, 0)[..., None, None]  # [K, C, 3, 1, 1]
+    want = F.conv3d(x.permute(0, 4, 1, 2, 3), kernel, bias, padding=(1, 0, 0)).permute(0, 2, 3, 4, 1)
+    torch.testing.assert_close(op.twin(*views, weight, bias).view(B, T, H, W, K), want)
+    torch.testing.assert_close(op.twin(*views, weight, bias, residual), want.reshape(B, -1, K) + residual)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_equals_twin(shape, residual, check_kernel):
+    _, views, weight, bias, added = inputs(*shape)
+    check_kernel(op.launch, op.twin, *views, weight, bias, added if residual else None)
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (False, False)])
+def test_a_missing_neighbour_is_zero(before, after, check_kernel):
+    _, (first, frame, last), weight, bias, residual = inputs(*SHAPES[1])
+    first, last = first if before else None, last if after else None
+    y = check_kernel(op.launch, op.twin, first, frame, last, weight, bias, residual)
+    zeros = torch.zeros_like(frame)
+    ends = zeros if first is None else first, zeros if last is None else last
+    want = op.twin(ends[0], frame, ends[1], weight, bias, residual)
+    torch.testing.assert_close(y.double().cpu(), want, rtol=2e-2, atol=4e-2)
+
+
+def test_320_channels_are_five_blocks():
+    chosen = op.product_blocks(op.OP, torch.float16, 320, 320, "sm_90")
+    assert chosen["BLOCK_K"] == 64 and op.product_blocks(op.OP, torch.float16, 512, 512, "sm_90")["BLOCK_K"] == 128
+
+
+def test_op_passes_opcheck(device):
+    _, views, weight, bias, residual = inputs(*SHAPES[1])
+    arguments = [x.to(device, torch.float32) for x in (*views, weight, bias, residual)]
+    torch.library.opcheck(op.temporal_conv, tuple(arguments))
+    torch.library.opcheck(op.temporal_conv, (None, *arguments[1:5]))
+
+
+def test_mistakes_are_named():
+    _, views, weight, bias, residual = inputs(*SHAPES[1])
+    before, frame, after, weight, bias, residual = (x.float() for x in (*views, weight, bias, residual))
+    run = torch.ops.reducio_fast.temporal_conv
+    for arguments, message in (
+        ((before, frame, after, weight[:2], bias), r"weight has shape \(2, 24, 20\)"),
+        ((before, frame, after, weight, bias[:-1]), r"bias has shape \(19,\)"),
+        ((before[:, :-1], frame, after, weight, bias), "before has shape="),
+        ((None, frame.transpose(1, 2).contiguous().transpose(1, 2), None, weight, bias), "must be contiguous"),
+        ((before, frame, after, weight, bias, residual[..., :-1]), "residual"),
+        ((before, frame, after, weight.half(), bias), "dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*arguments)

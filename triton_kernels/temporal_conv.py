@@ -1,0 +1,205 @@
+"""temporal_conv: y = before @ w[0] + frame @ w[1] + after @ w[2] + bias (+ residual): a convolution over 3 frames.
+
+Twin: the `Conv3d` with a kernel of (3, 1, 1) in SVD's temporal res blocks (`reference/svd/layers.py`).
+
+Rows of the three factors are positions of a frame and of its neighbours: of one buffer that has a zero frame at each
+end, they lie H * W rows apart; a decoder that streams has a tensor each. One pass: three library products would write
+their sum, and read it again, twice more, which at 128 channels takes longer than the products.
+Legend: B items, M rows an item, C channels in, K channels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from .launch import TYPES, Variant, launcher
+from .shape_checks import check_contiguous, check_same, check_shape, check_tensors
+from .tables import OPTIONS, Settings, arch_of, settings
+
+OP = "temporal_conv"
+
+
+@triton.jit
+def add_product(
+    acc,  # float32 [BLOCK_M, BLOCK_K]
+    x_ptr,  # [rows, C]
+    rows,  # int64 [BLOCK_M], clamped to rows that exist
+    w_ptr,  # [C, K]
+    k,  # [BLOCK_K], columns of the weight
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """acc + x[rows] @ w[:, k]."""
+    c = tl.arange(0, BLOCK_C)
+    x_ptrs = x_ptr + rows[:, None] * C + c[None, :]
+    w_ptrs = w_ptr + c[:, None] * K + k[None, :]
+    for start in range(0, C, BLOCK_C):
+        if C % BLOCK_C == 0:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(c < C - start)[None, :], other=0.0)
+        if C % BLOCK_C == 0 and K % BLOCK_K == 0:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=(c < C - start)[:, None] & (k < K)[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        x_ptrs += BLOCK_C
+        w_ptrs += BLOCK_C * K
+    return acc
+
+
+@triton.jit
+def temporal_conv_kernel(
+    before_ptr,  # [B, M, C], or None: zeros
+    frame_ptr,  # [B, M, C]
+    after_ptr,  # [B, M, C], or None: zeros
+    w_ptr,  # [3, C, K]
+    bias_ptr,  # [K]
+    residual_ptr,  # [B, M, K] to add, or None
+    out_ptr,  # [B, M, K]
+    M,  # rows an item
+    item_stride,  # elements between items of the factors
+    C: tl.constexpr,  # channels in
+    K: tl.constexpr,  # channels out
+    BLOCK_M: tl.constexpr,  # rows a program
+    BLOCK_K: tl.constexpr,  # channels out a program
+    BLOCK_C: tl.constexpr,  # channels in a step of the loop
+):
+    """One program a tile of rows and channels. Tiles of one block of rows follow each other: they read the same rows,
+    which are then in the cache."""
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    tiles = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0) // blocks
+    item = (tile // tiles).to(tl.int64)
+    m = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = tl.minimum(m, M - 1).to(tl.int64)
+    start = item * item_stride
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    if before_ptr is not None:
+        acc = add_product(acc, before_ptr + start, rows, w_ptr, k, C, K, BLOCK_K, BLOCK_C)
+    acc = add_product(acc, frame_ptr + start, rows, w_ptr + C * K, k, C, K, BLOCK_K, BLOCK_C)
+    if after_ptr is not None:
+        acc = add_product(acc, after_ptr + start, rows, w_ptr + 2 * C * K, k, C, K, BLOCK_K, BLOCK_C)
+    acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    at = (item * M + m)[:, None] * K + k[None, :]
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def product_blocks(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Settings:
+    """Launch settings of a product with K outputs: 320 of them are five blocks of 64, with none computed in vain."""
+    chosen = settings(op, "32-bit" if dtype == torch.float32 else "*", arch)
+    chosen["BLOCK_C"] = min(chosen["BLOCK_C"], max(16, triton.next_power_of_2(C)))
+    chosen["BLOCK_K"] = min(chosen["BLOCK_K"], max(16, triton.next_power_of_2(K)))
+    while K % chosen["BLOCK_K"] and chosen["BLOCK_K"] > 64:
+        chosen["BLOCK_K"] //= 2
+    return chosen
+
+
+def launch(
+    before: Tensor | None,
+    frame: Tensor,
+    after: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `temporal_conv`."""
+    (B, M, C), K = frame.shape, weight.shape[-1]
+    out = frame.new_empty(B, M, K)
+    chosen = product_blocks(OP, frame.dtype, C, K, arch_of(frame.device))
+    grid = (B * triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(K, chosen["BLOCK_K"]),)
+    launcher(temporal_conv_kernel)[grid](
+        before, frame, after, weight, bias, residual, out, M, frame.stride(0), C=C, K=K, **chosen
+    )
+    return out
+
+
+def twin(
+    before: Tensor | None,
+    frame: Tensor,
+    after: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
+    out = frame.new_empty(*frame.shape[:-1], weight.shape[-1])
+    for item, y in enumerate(out):
+        torch.addmm(bias, frame[item], weight[1], out=y)
+        for source, tap in ((before, weight[0]), (after, weight[2])):
+            if source is not None:
+                y.addmm_(source[item], tap)
+    return out if residual is None else out.add_(residual)
+
+
+@triton_op("reducio_fast::temporal_conv", mutates_args={})
+def temporal_conv(
+    before: Tensor | None,
+    frame: Tensor,
+    after: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A convolution over a frame and its neighbours, at each position alone.
+
+    Args:
+        before, frame, after: [B, M, C], items at one stride, rows dense; views of one buffer are usual. None for a
+            neighbour stands for zeros.
+        weight: [3, C, K], of the three in turn. bias: [K].
+        residual: [B, M, K] to add, contiguous.
+
+    Returns [B, M, K]. Raises ValueError for arguments that differ in device, dtype or size.
+    """
+    check_tensors(OP, before=before, frame=frame, after=after, weight=weight, bias=bias, residual=residual)
+    check_shape(OP, "frame", frame, None, None, None)
+    B, M, C = frame.shape
+    check_shape(OP, "weight", weight, 3, C, None)
+    check_shape(OP, "bias", bias, weight.shape[-1])
+    check_contiguous(OP, weight=weight, bias=bias, residual=residual)
+    sources = {"frame": frame, "before": before, "after": after}
+    given = {name: x for name, x in sources.items() if x is not None}
+    check_same(OP, "shape", **{name: tuple(x.shape) for name, x in given.items()})
+    check_same(OP, "strides", **{name: x.stride() for name, x in given.items()})
+    check_contiguous(OP, **{f"{name}[0]": x[0] for name, x in given.items()})
+    if residual is not None:
+        check_shape(OP, "residual", residual, B, M, weight.shape[-1])
+    run = launch if frame.is_cuda else twin
+    return run(before, frame, after, weight, bias, residual)
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """What is shipped for `arch`: the widths of SVD's U-Net and decoder."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    shapes = [(dtype, width, True, True) for dtype in (bf16, fp16) for width in (128, 320, 512, 1280)]
+    shapes += [(fp16, 128, False, True), (fp16, 320, True, False), (fp32, 128, True, True), (fp32, 320, True, False)]
+    for dtype, width, both, residual in shapes:
+        chosen = product_blocks(OP, dtype, width, width, arch)
+        options = {name: chosen.pop(name) for name in OPTIONS if name in chosen}
+        absent = ["before_ptr"] * (not both) + ["residual_ptr"] * (not residual)
+        pointers = ("before_ptr", "frame_ptr", "after_ptr", "w_ptr", "bias_ptr", "residual_ptr", "out_ptr")
+        yield Variant(
+            name=f"{OP} {TYPES[dtype]} {width}{' first' * (not both)}{' residual' * residual}",
+            kernel=temporal_conv_kernel,
+            signature={
+                **dict.fromkeys((p for p in pointers if p not in absent), f"*{TYPES[dtype]}"),
+                "M": "i32",
+                "item_stride": "i64",
+            },
+            constants={"C": width, "K": width, **chosen, **dict.fromkeys(absent)},
+            options=options,
+            unaligned=("M",),
+            matrix=dtype != torch.float32,
+        )
