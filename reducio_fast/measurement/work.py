@@ -76,7 +76,8 @@ class WorkCounter(DryRun):
         kwargs = kwargs or {}
         out = super().__torch_dispatch__(func, types, args, kwargs)
         name = func.overloadpacket.__name__
-        if formula := flop_registry.get(func.overloadpacket):
+        # The registry lacks products in place: `addmm_` is `addmm`.
+        if formula := flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), func.overloadpacket)):
             self.flops += formula(*args, **kwargs, out_val=out)
         if not self._paused and name not in _ALLOCATIONS and name != "_local_scalar_dense":
             changed = [

@@ -200,9 +200,13 @@ def test_layers_on_kernels(dtype: torch.dtype) -> None:
     model, _ = unets(64, 64, dtype=dtype)
     attention = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     tokens = torch.randn(2, 5, 64, generator=draw).to(dtype)
-    fast_attention = SelfAttention(attention, plan(dtype), "attention")
-    oracle = copy.deepcopy(attention).double()(tokens.double())
-    assert_right(fast_attention(tokens), attention(tokens), oracle)
+    for over_frames in (False, True):  # as 2 frames of 5 positions, or as 5 frames of 2
+        fast_attention = SelfAttention(attention, plan(dtype), "attention", over_frames)
+        x = tokens.transpose(0, 1).contiguous()[None] if over_frames else tokens
+        y = fast_attention.add_to(x.clone(), x) + fast_attention.out.bias
+        y = y[0].transpose(0, 1) if over_frames else y
+        oracle = tokens.double() + copy.deepcopy(attention).double()(tokens.double())
+        assert_right(y, tokens + attention(tokens), oracle)
 
 
 # ---- the sampler -----------------------------------------------------------------------------------------------------

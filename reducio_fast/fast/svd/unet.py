@@ -63,7 +63,10 @@ class FeedForward(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Query, key and value from one product. Over the tokens of a frame, or over the frames of a token."""
+    """Query, key and value from one product. Over the tokens of a frame, or over the frames of a token.
+
+    The last product is added in place, its bias later, with what cross-attention adds: the stream is read once less.
+    """
 
     def __init__(self, attention: Any, plan: Plan, path: str, over_frames: bool = False) -> None:
         super().__init__()
@@ -75,24 +78,21 @@ class SelfAttention(nn.Module):
         name, shape = ("frame_attention", "") if over_frames else ("attention", "self")
         self.attend = plan.pick(path, name, f"{shape} {width}".strip())
 
-    def forward(self, x_NLC: Tensor) -> Tensor:
-        q, k, v = F.linear(x_NLC, self.qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return self.project(self.attend(q, k, v).flatten(2))
-
-    def over_frames(self, x_BTLC: Tensor) -> Tensor:
-        """Each position attends over the frames of its clip."""
-        qkv = F.linear(x_BTLC, self.qkv).unflatten(-1, (3, self.heads, -1))
-        return self.project(self.attend(qkv).flatten(3))
-
-    def project(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.out.weight, self.out.bias)
+    def add_to(self, stream: Tensor, x: Tensor) -> Tensor:
+        """Add, but for the bias, what x [N, L, C] gives to `stream`; with `over_frames` x is [B, T, L, C] and each
+        position attends over the frames of its clip."""
+        qkv = F.linear(x, self.qkv).unflatten(-1, (3, self.heads, -1))
+        attended = self.attend(qkv) if x.ndim == 4 else self.attend(*qkv.unbind(2))
+        stream.view(-1, stream.shape[-1]).addmm_(attended.reshape(-1, x.shape[-1]), self.out.weight.t())
+        return stream
 
 
 class CrossAttention(nn.Module):
-    """To the image's tokens: a constant where it is one token."""
+    """To the image's tokens: a constant where it is one token. `owed` is the bias of the self-attention before it."""
 
-    def __init__(self, attention: Any, norm: nn.LayerNorm) -> None:
+    def __init__(self, attention: Any, norm: nn.LayerNorm, owed: Tensor) -> None:
         super().__init__()
+        self.owed = owed
         self.heads, self.norm = attention.heads, norm
         self.to_q, self.to_k, self.to_v, self.out = (
             attention.to_q,
@@ -102,10 +102,11 @@ class CrossAttention(nn.Module):
         )
 
     def constant(self, token: Tensor) -> Tensor:
-        """[..., E] -> [..., C]: what attention to one token adds, wherever it is asked from."""
-        return F.linear(F.linear(token, self.to_v.weight), self.out.weight, self.out.bias)
+        """[..., E] -> [..., C]: what attention to one token adds, wherever it is asked from, with what is owed."""
+        return F.linear(F.linear(token, self.to_v.weight), self.out.weight, self.out.bias) + self.owed
 
-    def forward(self, x_NLC: Tensor, context_NSE: Tensor) -> Tensor:
+    def add_to(self, x_NLC: Tensor, context_NSE: Tensor) -> Tensor:
+        x_NLC = x_NLC + self.owed
         y = F.layer_norm(x_NLC, x_NLC.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
         q = F.linear(y, self.to_q.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (
@@ -113,7 +114,7 @@ class CrossAttention(nn.Module):
             for linear in (self.to_k, self.to_v)
         )
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return F.linear(attended, self.out.weight, self.out.bias)
+        return x_NLC.add_(F.linear(attended, self.out.weight, self.out.bias))
 
 
 def _norm(x: Tensor, norm: Any) -> Tensor:
@@ -125,12 +126,13 @@ class SpatialBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm3 = block.norm1, block.norm3
         self.attn1 = SelfAttention(block.attn1, plan, f"{path}.attn1")
-        self.attn2 = CrossAttention(block.attn2, block.norm2)
+        self.attn2 = CrossAttention(block.attn2, block.norm2, self.attn1.out.bias)
         self.ff = FeedForward(block.ff, plan, f"{path}.ff")
 
     def forward(self, x_NLC: Tensor, constant: Tensor | None, context: Tensor | None) -> Tensor:
-        x = self.attn1(_norm(x_NLC, self.norm1)).add_(x_NLC)
-        x = x.add_(constant) if constant is not None else x + self.attn2(x, context)  # type: ignore[arg-type]
+        """Changes x in place."""
+        x = self.attn1.add_to(x_NLC, _norm(x_NLC, self.norm1))
+        x = x.add_(constant) if constant is not None else self.attn2.add_to(x, context)  # type: ignore[arg-type]
         return self.ff(_norm(x, self.norm3)).add_(x)
 
 
@@ -142,7 +144,7 @@ class TemporalBlock(nn.Module):
         self.norm_in, self.norm1, self.norm3 = block.norm_in, block.norm1, block.norm3
         self.ff_in = FeedForward(block.ff_in, plan, f"{path}.ff_in")
         self.attn1 = SelfAttention(block.attn1, plan, f"{path}.attn1", over_frames=True)
-        self.attn2 = CrossAttention(block.attn2, block.norm2)
+        self.attn2 = CrossAttention(block.attn2, block.norm2, self.attn1.out.bias)
         self.ff = FeedForward(block.ff, plan, f"{path}.ff", 1 - share)
         self.share = frozen(share.to(block.norm3.weight.dtype))
 
@@ -151,7 +153,7 @@ class TemporalBlock(nn.Module):
     ) -> Tensor:
         x = spatial_BTLC + position_TC[:, None]
         x = self.ff_in(_norm(x, self.norm_in)).add_(x)
-        x = self.attn1.over_frames(_norm(x, self.norm1)).add_(x)
+        x = self.attn1.add_to(x, _norm(x, self.norm1))
         if constant is not None:
             x = x.add_(constant)
         else:
@@ -159,8 +161,7 @@ class TemporalBlock(nn.Module):
             assert context is not None
             rows = x.transpose(1, 2).reshape(B * L, T, C)
             first = context[:, 0] if context.ndim == 4 else context
-            attended = self.attn2(rows, first.repeat_interleave(L, 0))
-            x = x + attended.view(B, L, T, C).transpose(1, 2)
+            x = self.attn2.add_to(rows, first.repeat_interleave(L, 0)).view(B, L, T, C).transpose(1, 2).contiguous()
         y = self.ff(_norm(x, self.norm3))
         return y.add_(torch.lerp(x, spatial_BTLC, self.share))
 
