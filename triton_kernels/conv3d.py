@@ -370,9 +370,9 @@ def _(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[in
 def statistics(y: Tensor) -> Tensor:
     """(count, mean, sum of squared deviations) of each channel: [N, 1, 3, K] in float32, float64 stays."""
     rows = y.flatten(1, 3).to(torch.promote_types(y.dtype, torch.float32))
-    variance, mean = torch.var_mean(rows, 1, correction=0)
-    count = torch.full_like(mean, rows.shape[1])
-    return torch.stack((count, mean, variance * count), 1)[:, None]
+    mean = rows.mean(1)  # `var_mean` takes a CPU 5 times as long
+    squares = (rows - mean[:, None]).square_().sum(1)
+    return torch.stack((torch.full_like(mean, rows.shape[1]), mean, squares), 1)[:, None]
 
 
 def with_halo(y: Tensor, front: int, back: int, halo: bool) -> Tensor:

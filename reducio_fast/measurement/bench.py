@@ -29,6 +29,7 @@ from . import instruments
 from .contenders import Contender, DefaultClip, GivenConditions, workload
 from .instruments import spread
 from .names import CONTENDERS
+from .svd_clip import SVDClip
 from .tile import DecodedTile
 
 DEFAULT = CONTENDERS[:3]
@@ -112,7 +113,7 @@ def bench(
 def compare(
     makers: Sequence[Callable[[], Contender]],
     names: Sequence[str],
-    measured: DefaultClip | GivenConditions | DecodedTile,
+    measured: DefaultClip | GivenConditions | DecodedTile | SVDClip,
     pairs: int,
     roof: Row,
     log: Callable[[str], None],

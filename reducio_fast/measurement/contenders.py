@@ -32,6 +32,7 @@ from ..system.stage_clock import Stopwatch, Timings
 from .bare_scheduler import scheduler
 from .names import WORKLOADS
 from .parity import compare_networks, liven
+from .svd_clip import SVDClip
 from .tile import Contender, DecodedTile, Flops, compile_reference
 
 PROMPT = "a red circle moving right on a black background"
@@ -292,7 +293,7 @@ class DefaultClip:
 
 def workload(
     name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device
-) -> DefaultClip | GivenConditions | DecodedTile:
+) -> DefaultClip | GivenConditions | DecodedTile | SVDClip:
     """One of `WORKLOADS`. Raises ReducioError for another one, and for a full-size one on a CPU."""
     if name not in WORKLOADS:
         raise ReducioError(f"workload: {name!r} is unknown; known: {', '.join(WORKLOADS)}")
@@ -305,11 +306,15 @@ def workload(
         return DecodedTile(resolved, device)
     if name == "narrow":
         return GivenConditions.random("narrow", *NARROW, resolved, device, NARROW_STEPS)
+    if name == "svd-narrow":
+        return SVDClip(name, resolved, device)
     if device.type != "cuda":
         raise ReducioError(
             f"workload: {name} is full-size, 3.5 billion operations a pixel and 8 GB of memory, which takes a CPU an "
-            "hour and more; name a GPU, or measure 'default' or 'narrow'"
+            "hour and more; name a GPU, or measure 'default', 'narrow' or 'svd-narrow'"
         )
+    if name == "svd":
+        return SVDClip(name, resolved, device)
     return GivenConditions.random(f"full size {name}", DiTConfig(), VAEConfig(), int(name), resolved, device)
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 FULL_SIZES = (256, 512, 1024)
-WORKLOADS = ("default", *map(str, FULL_SIZES), "narrow", "tile")
+WORKLOADS = ("default", *map(str, FULL_SIZES), "narrow", "tile", "svd", "svd-narrow")
 # "fast-default" is the fast path at the dtype that it takes by default, beside "fast" at the dtype of the reference.
 CONTENDERS = ("reference", "compiled", "fast", "fast-compiled", "fast-default")

@@ -108,9 +108,12 @@ def test_unet_refuses_what_the_reference_refuses() -> None:
 # ---- the autoencoder -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("together", [0, 2**15, 2**25])
 @pytest.mark.parametrize("frames", [1, 2, 5])
 @pytest.mark.parametrize("size", [(6, 8), (5, 3)], ids=str)
-def test_decoder(frames: int, size: tuple[int, int]) -> None:
+def test_decoder(frames: int, size: tuple[int, int], together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frame by frame from the start, from some level on, and never."""
+    monkeypatch.setattr("reducio_fast.fast.svd.vae.TOGETHER", together)
     model, theirs = vaes(32, 64, 64)
     z = torch.randn(2, frames, 4, *size, generator=torch.Generator().manual_seed(0))
     fast = FastTemporalVAE(model, plan()).decode(z)
@@ -119,7 +122,8 @@ def test_decoder(frames: int, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7])
-def test_chunks_are_diffusers(chunk: int) -> None:
+def test_chunks_are_diffusers(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reducio_fast.fast.svd.vae.TOGETHER", 0)
     model, theirs = vaes(32, 64, dtype=torch.float64)
     z = torch.randn(1, 5, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     expected = torch.cat([theirs.decode(part, num_frames=len(part)).sample for part in z[0].split(chunk)])

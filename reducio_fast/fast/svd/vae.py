@@ -8,6 +8,7 @@ frame, and a block over time needs its input, the result of its first convolutio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ from ...reference.svd.vae import TemporalVAE
 from ..packed_layers import frozen
 from ..plan import Plan
 from .layers import Conv, Norm, SpatioTemporalRes, TimeConv, UpConv
+
+Clip = Tensor | list[Tensor]  # [T, H, W, C], or frames [H, W, C]
+
+# Bytes up to which a clip's tensor stays whole: one frame of it would be too little work for a call. Above, up to a
+# sixteenth of the finest level's, whose two tensors are then still the most that is alive.
+TOGETHER = 2**25
 
 
 class FrameAttention(nn.Module):
@@ -67,6 +74,7 @@ class FastTemporalVAE(nn.Module):
         self.conv_out = Conv(decoder.conv_out, plan, "decoder.conv_out")
         self.time_conv_out = TimeConv(decoder.time_conv_out, plan, "decoder.time_conv_out")
         self.graphs = None
+        self._together = TOGETHER
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,20 +91,22 @@ class FastTemporalVAE(nn.Module):
         batch, frames = latents.shape[:2]
         z = latents.flatten(0, 1).to(self.dtype)
         pieces = z.split(frames if chunk is None else chunk)
-        decoded = [self._decode_clip(list(piece.permute(0, 2, 3, 1).contiguous())) for piece in pieces]
+        decoded = [self._decode_clip(piece.permute(0, 2, 3, 1).contiguous()) for piece in pieces]
         return torch.cat(decoded).unflatten(0, (batch, frames))
 
-    def _decode_clip(self, frames: list[Tensor]) -> Tensor:
-        """Latents [h, w, 4] of one clip -> [T, 3, H, W]."""
-        x = self._each(frames, self.conv_in)
+    def _decode_clip(self, latents: Tensor) -> Tensor:
+        """[T, h, w, 4] of one clip -> [T, 3, H, W]."""
+        finest = len(latents) * latents[0, ..., 0].numel() * 4 ** len(self.up)
+        self._together = max(TOGETHER, finest * self.config.block_out_channels[0] * self.dtype.itemsize // 16)
+        x: Clip = self.conv_in(latents)
         x = self._block(x, self.middle[0])
         for block in self.middle[1:2]:
-            x = self._block(self._each(x, self.attention), block)
+            x = self._block(_each(x, self.attention), block)
         for index, level in enumerate(self.levels):
             for number, block in enumerate(level):
                 grow = self.up[index - 1] if index and number == 0 else None
                 x = self._block(x, block, grow)
-        x = self._each(x, lambda frame: self.conv_out(self.norm_out(frame[:, None])[:, 0]))
+        x = list(_each(x, lambda frames: self.conv_out(self.norm_out(frames[:, None])[:, 0])))
         results = []
         for index, frame in enumerate(x):
             before = x[index - 1] if index else None
@@ -104,18 +114,25 @@ class FastTemporalVAE(nn.Module):
             results.append(self.time_conv_out.of_frames(before, frame, after))
         return torch.stack(results).permute(0, 3, 1, 2)
 
-    def _block(self, frames: list[Tensor], block: SpatioTemporalRes, grow: UpConv | None = None) -> list[Tensor]:
-        """A spatio-temporal res block, behind the up-sampling `grow`; each frame is let go of once it was read."""
+    def _block(self, x: Clip, block: SpatioTemporalRes, grow: UpConv | None = None) -> Clip:
+        """A spatio-temporal res block, behind the up-sampling `grow`. Frame by frame once the clip has become large;
+        each frame is let go of once it was read."""
 
-        def in_space(x_1HWC: Tensor) -> Tensor:
-            return block.spatial(x_1HWC if grow is None else grow(x_1HWC))
+        def in_space(x_NHWC: Tensor) -> Tensor:
+            return block.spatial(x_NHWC if grow is None else grow(x_NHWC))
 
-        return block.temporal.streamed(self._each(frames, in_space))
+        if isinstance(x, Tensor):
+            if x.numel() * x.element_size() * (1 if grow is None else 4) <= self._together:
+                return block.temporal(in_space(x)[None])[0]
+            x = list(x)
+        return block.temporal.streamed(_each(x, in_space))
 
-    @staticmethod
-    def _each(frames: list[Tensor], run: Any) -> list[Tensor]:
-        """`run` on each frame [1, H, W, C]; the list is emptied on the way."""
-        results = []
-        while frames:
-            results.append(run(frames.pop(0)[None])[0])
-        return results
+
+def _each(x: Clip, run: Callable[[Tensor], Tensor]) -> Any:
+    """`run` on a clip, or on each frame as [1, H, W, C] of a list, which is emptied on the way."""
+    if isinstance(x, Tensor):
+        return run(x)
+    results = []
+    while x:
+        results.append(run(x.pop(0)[None])[0])
+    return results

@@ -1,0 +1,206 @@
+"""The workloads "svd" and "svd-narrow": sampling and decoding a Stable Video Diffusion clip with random weights.
+
+Latency does not depend on weights. "svd" is the published size, 25 frames of 576x1024; "svd-narrow" has a U-Net of 69
+million weights and 6 frames of 128x128, which two cores of a CPU sample in seconds. The reference computes what
+diffusers' own classes compute, operation by operation.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..fast.engine import Engine
+from ..fast.plan import Plan
+from ..fast.sampler import sample as fast_sample
+from ..fast.svd.unet import FastVideoUNet, StepInputs
+from ..fast.svd.vae import FastTemporalVAE
+from ..media.pixels import to_bytes
+from ..reference import initial_latent, sample
+from ..reference.svd.config import MAX_GUIDANCE_SCALE, MIN_GUIDANCE_SCALE, TemporalVAEConfig, VideoUNetConfig
+from ..reference.svd.sampler import ImageCondition
+from ..reference.svd.unet import VideoUNet
+from ..reference.svd.vae import TemporalVAE
+from ..system.stage_clock import Stopwatch, Timings
+from .accuracy_rule import judge
+from .bare_scheduler import EulerScheduler
+from .tile import Contender, Flops
+from .work import Work, WorkCounter, count
+
+TIME_IDS = (6.0, 127.0, 0.02)  # fps - 1, motion bucket, noise augmentation
+FULL = (VideoUNetConfig(), TemporalVAEConfig(), 576, 1024, 25)
+NARROW = (
+    VideoUNetConfig(block_out_channels=(64, 128, 256, 256), num_attention_heads=(1, 2, 4, 4), num_frames=6),
+    TemporalVAEConfig(block_out_channels=(32, 64, 64, 64)),
+    128,
+    128,
+    4,
+)
+KERNELS = (
+    ("group_norm_silu", "GroupNorm + SiLU kernel, statistics apart"),
+    ("attention", "our flash attention over the positions of a frame"),
+    ("temporal_conv", "three shifted products, bias and residual in one kernel"),
+    ("geglu_linear", "value, gate and gelu in one kernel"),
+    ("frame_attention", "attention over frames where they lie"),
+    ("guidance_dpm_step", "the scheduler's step in one kernel"),
+)
+
+
+class SVDClip:
+    """See the module. `unet` and `vae` are the reference's."""
+
+    def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        unet, vae, height, width, self.steps = FULL if name == "svd" else NARROW
+        self.name, self.dtype, self.device = name, dtype, device
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.unet = VideoUNet(unet).to(dtype).eval().requires_grad_(False)
+            self.vae = TemporalVAE(vae).to(dtype).eval().requires_grad_(False)
+        frames, latent = unet.num_frames, (vae.latent_channels, height // 8, width // 8)
+        draw = torch.Generator().manual_seed(0)
+        embeds = torch.randn(1, 1, unet.per_level("cross_attention_dim")[0], generator=draw)
+        told = embeds, torch.randn(1, *latent, generator=draw), torch.tensor([TIME_IDS])
+        self.cond = ImageCondition(*(x.to(device, dtype) for x in told))
+        self.noise = initial_latent((1, frames, *latent), [0], device)
+        self.scale = torch.linspace(MIN_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, frames)
+        self.shape = {"num_frames": frames, "height": height, "width": width, "fps": 7.0}
+        self.what = f"{name}: {frames}x{height}x{width}, {self.steps} steps with guidance, random weights"
+
+    @torch.no_grad()
+    def clip(self, unet: Any, vae: Any) -> tuple[np.ndarray, Timings]:
+        """One clip by these networks, of either kind."""
+        stage, run = Stopwatch(self.device), sample if isinstance(unet, VideoUNet) else fast_sample
+        with stage("dit.step"):
+            latent = run(unet.denoiser(self.cond, None, self.scale), EulerScheduler(), self.noise, self.steps)
+        with stage("vae.decode"):
+            video = vae.decode((latent / self.vae.config.scaling_factor).to(vae.dtype))[0].float()
+            frames = to_bytes(video.clamp(-1, 1)).cpu().numpy()
+        return frames, stage.seconds
+
+    def contender(self, name: str) -> Contender:
+        if name == "reference":
+            return Contender(name, "plain PyTorch, eager", self.dtype, lambda: self.clip(self.unet, self.vae))
+        if name == "compiled":
+            unet, vae = copy.deepcopy(self.unet), copy.deepcopy(self.vae)
+            mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
+            unet.compile(mode=mode, dynamic=False)
+            vae.decoder.compile(mode=mode, dynamic=False)
+            return Contender(name, f"torch.compile {mode}", self.dtype, lambda: self.clip(unet, vae))
+        engine = Engine(True if name == "fast-compiled" else None)
+        engine.free_dtype = name == "fast-default"
+        unet, vae = engine.twin(self.unet), engine.twin(self.vae)
+        return Contender(name, "fast twins", unet.dtype, functools.partial(self.clip, unet, vae), "folded")
+
+    def rungs(self) -> list[Contender]:
+        """The ladder, without the rungs that change nothing on this device."""
+        rungs = [self.contender("reference")]
+
+        def add(name: str, what: str, kernels: frozenset[str], decodes: bool = True) -> None:
+            plan = Plan(self.device, self.dtype, kernels)
+            unet, vae = FastVideoUNet(self.unet, plan), FastTemporalVAE(self.vae, plan) if decodes else self.vae
+            algebra = "folded" if decodes else "folded unet"
+            rungs.append(Contender(name, what, self.dtype, functools.partial(self.clip, unet, vae), algebra))
+
+        add("unet", "fast U-Net on torch ops: channels-last, constants for cross-attention, folded blends and "
+            "up-sampling, one table of embeddings", frozenset(), decodes=False)  # fmt: skip
+        add("decoder", "fast decoder on torch ops: all frames together, one at a time", frozenset())
+        kernels: frozenset[str] = frozenset()
+        for name, what in KERNELS if self.device.type == "cuda" else ():
+            kernels |= {name}
+            add(name, what, kernels)
+        return rungs
+
+    def parity(self) -> list[dict[str, Any]]:
+        """The twins against the reference on a small clip, oracle in float64 or float32."""
+        wide = torch.float64 if self.dtype == torch.float32 else torch.float32
+        cond, noise = copy.copy(self.cond), self.noise[:, :3, :, :8, :8]
+        cond = ImageCondition(cond.embeds, cond.latents[..., :8, :8], cond.added_time_ids)
+        rows = []
+        for what, network, run in (
+            ("unet", self.unet, lambda n, t: n.denoiser(cond.to(self.device, t), None, 1.0)),
+            ("vae.decode", self.vae, None),
+        ):
+
+            @torch.no_grad()
+            def result(n: Any, dtype: torch.dtype, run: Any = run) -> Tensor:
+                if run is None:
+                    return n.decode(noise.to(dtype))
+                step = fast_sample if isinstance(n, FastVideoUNet) else sample
+                return step(run(n, dtype), EulerScheduler(), noise.to(dtype), 2)
+
+            fast, eager = result(Engine(False).twin(network), self.dtype), result(network, self.dtype)
+            verdict = judge(fast, eager, result(copy.deepcopy(network).to(wide), wide))
+            rows.append(
+                {
+                    "what": f"{self.name}: {what}",
+                    "dtype": str(self.dtype).removeprefix("torch."),
+                    "device": str(self.device),
+                    "error": verdict.fast,
+                    "eager": verdict.eager,
+                    "limit": verdict.limit,
+                    "right": verdict.right,
+                }
+            )
+        return rows
+
+    @functools.cached_property
+    def flops(self) -> dict[str, Flops]:
+        """{"direct" or "folded": {stage: floating-point operations}}."""
+        work = svd_work(self.unet.config, self.vae.config, self.shape["num_frames"], *self.noise.shape[-2:])
+        steps = {"direct": work["unet"], "folded": work["fast unet"]}
+        decodes = {"direct": work["decoder"], "folded": work["fast decoder"]}
+        counted = {
+            algebra: {"dit.step": self.steps * steps[algebra].flops, "vae.decode": decodes[algebra].flops}
+            for algebra in steps
+        }
+        return counted | {"folded unet": counted["direct"] | {"dit.step": counted["folded"]["dit.step"]}}
+
+
+def svd_work(
+    unet: VideoUNetConfig, vae: TemporalVAEConfig, frames: int, height: int, width: int, dtype: Any = torch.float16
+) -> dict[str, Work]:
+    """What one guided step and one decode take, by the reference and by its fast twin as a GPU runs it: "unet", "fast
+    unet", "decoder", "fast decoder". height, width: of the latent."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def network(counter: WorkCounter, network_class: Any, config: Any, fast: bool) -> Any:
+        with torch.device("meta"):
+            plain = network_class(config).to(dtype).eval()
+        engine = Engine(False).without_weights(counter.opaque, torch.device("cuda"))
+        built = engine.twin(plain) if fast else plain
+        counter.given(plain, built)
+        return built
+
+    def plain_step(counter: WorkCounter) -> Callable[[], Any]:
+        net = network(counter, VideoUNet, unet, False)
+        sample = empty(2, frames, unet.in_channels, height, width)
+        told = empty(2, 1, unet.per_level("cross_attention_dim")[0]), empty(2, len(TIME_IDS))
+        return lambda: net(sample, empty(), *told)
+
+    def fast_step(counter: WorkCounter) -> Callable[[], Any]:
+        net = network(counter, VideoUNet, unet, True)
+        image = empty(2, frames, height, width, unet.in_channels - unet.out_channels)
+        told = net.told(image, empty(2, 1, unet.per_level("cross_attention_dim")[0]), empty(2, len(TIME_IDS)))
+        inputs = StepInputs([empty(size) for size in net.row_sizes], told)
+        latent = empty(1, frames, unet.out_channels, height, width)
+        return lambda: net.denoise(latent, inputs)
+
+    def decode(counter: WorkCounter, fast: bool) -> Callable[[], Any]:
+        net = network(counter, TemporalVAE, vae, fast)
+        latent = empty(1, frames, vae.latent_channels, height, width)
+        return lambda: net.decode(latent)
+
+    return {
+        "unet": count(plain_step),
+        "fast unet": count(fast_step),
+        "decoder": count(functools.partial(decode, fast=False)),
+        "fast decoder": count(functools.partial(decode, fast=True)),
+    }
