@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from . import options
 from .printing import Printed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..checkpoints.saved_latents import Latents
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,21 +30,42 @@ def run(arguments: argparse.Namespace) -> Printed:
     height, width = kept.content.shape[1:3]
     check_output_path(arguments.out, kept.fps, height, width)
 
-    import numpy as np
-
-    from ..checkpoints.strict_files import embedded_model
+    from ..checkpoints.layouts import SVD
     from ..pipelines.call.output import ReducioOutput
-    from ..pipelines.call.validation import check_latents
-    from ..pipelines.reducio.autoencoder import VideoAutoencoder
 
-    model = embedded_model() if arguments.model is None else arguments.model
-    autoencoder = VideoAutoencoder.load(model, arguments.dtype, arguments.device, arguments.backend)
-    latents = check_latents(kept.latents, autoencoder.config.latent_shape(height, width), len(kept.content), True)
+    decode = decode_svd if kept.pipeline == SVD.pipeline else decode_reducio
     started = time.perf_counter()
-    frames = np.stack([autoencoder.decode(z, frame) for z, frame in zip(latents, kept.content, strict=True)])
+    frames = decode(kept, arguments)
     seconds, is_list = time.perf_counter() - started, len(frames) > 1
     out = ReducioOutput(frames if is_list else frames[0], kept.content, kept.seeds, kept.fps, {}, "np", is_list)
     paths = out.save(arguments.out)
     names = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
     result = {"paths": names, "seeds": kept.seeds, "fps": kept.fps, "frames": frames.shape[1], "seconds": seconds}
     return result, [f"wrote {name}: {frames.shape[1]} frames ({seconds:.2f} s)" for name in names]
+
+
+def decode_reducio(kept: Latents, arguments: argparse.Namespace) -> np.ndarray:
+    """uint8 [N, T, H, W, 3]."""
+    import numpy as np
+
+    from ..checkpoints.strict_files import embedded_model
+    from ..pipelines.call.validation import check_latents
+    from ..pipelines.reducio.autoencoder import VideoAutoencoder
+
+    model = embedded_model() if arguments.model is None else arguments.model
+    autoencoder = VideoAutoencoder.load(model, arguments.dtype, arguments.device, arguments.backend)
+    shape = autoencoder.config.latent_shape(*kept.content.shape[1:3])
+    latents = check_latents(kept.latents, shape, len(kept.content), True)
+    return np.stack([autoencoder.decode(z, frame) for z, frame in zip(latents, kept.content, strict=True)])
+
+
+def decode_svd(kept: Latents, arguments: argparse.Namespace) -> np.ndarray:
+    """uint8 [N, T, H, W, 3], by the model's decoder alone."""
+    from ..pipelines.svd.decoder import decode_latents
+    from ..system.errors import ReducioError
+
+    if arguments.model is None:
+        raise ReducioError(
+            f"{arguments.file}: holds latents of Stable Video Diffusion; name the model that made them (--model)"
+        )
+    return decode_latents(arguments.model, kept.latents, arguments.dtype, arguments.device, arguments.backend)

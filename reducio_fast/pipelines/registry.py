@@ -23,6 +23,7 @@ from ..system.paths import expanded, is_file, is_folder, status
 from .peers import pipeline as peers
 from .peers.models import PEERS, build_random
 from .reducio.pipeline import ReducioPipeline
+from .svd.decoder import HUB_ID
 from .svd.pipeline import SVDPipeline
 
 
@@ -48,7 +49,7 @@ class Model:
 FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline)}
 TINY_SIZE, TINY_FRAMES = (64, 64), 4  # of a call on small random weights
 # Words for a model of ours, beside folders and hub ids: `WORD` alone, `WORD:FOLDER_OR_HUB_ID`, `WORD:random`.
-WORDS = {"svd": "stabilityai/stable-video-diffusion-img2vid-xt"}
+WORDS = {"svd": HUB_ID}
 
 
 def find(model: str | os.PathLike[str] | None) -> Model:

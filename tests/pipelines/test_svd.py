@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,30 @@ def test_a_clip_that_does_not_fit_keeps_its_latents(
     pipe.rescue_folder = None
     kept = saved_latents.load(next(tmp_path.glob("*.safetensors")))
     assert kept.pipeline == "StableVideoDiffusionPipeline" and torch.equal(kept.latents[0], expected)
+
+
+def test_decode_reads_kept_latents(
+    pipe: SVDPipeline, folder: Path, picture: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By the autoencoder alone, which is all that the folder still has."""
+    from reducio_fast.checkpoints import saved_latents
+
+    latents = pipe(picture, **CALL, **QUIET, seed=6, output_type="latent").frames
+    content = np.zeros((1, 64, 64, 3), dtype=np.uint8)
+    file = tmp_path / "kept.safetensors"
+    saved_latents.save(file, saved_latents.Latents(latents[None], content, 7, [6], "StableVideoDiffusionPipeline"))
+    alone = tmp_path / "alone"
+    shutil.copytree(folder / "vae", alone / "vae")
+    expected = pipe.decode(latents)
+    for backend in ("reference", "fast"):
+        out = tmp_path / backend
+        words = ["decode", str(file), "--model", f"svd:{alone}", "--out", str(out), "--device", "cpu"]
+        assert main([*words, "--dtype", "float32", "--backend", backend]) == 0
+        frames = np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))])
+        assert np.abs(frames.astype(int) - expected).max() <= 1
+    capsys.readouterr()
+    assert main(["decode", str(file), "--out", str(tmp_path / "none.mp4")]) == 2
+    assert "holds latents of Stable Video Diffusion; name the model" in capsys.readouterr().err
 
 
 def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checkpoints import hub, networks
 from ...media.pixels import to_bytes
 from ...reference.svd.config import TemporalVAEConfig
+from ...reference.svd.vae import TemporalVAE
+from ...system import devices, torch_state
 from ...system.errors import ReducioError
+from ..call import validation
 from ..execution.components import Components
 from ..execution.executor import Executor
 
 # Bytes alive for each byte of a full-size tensor of the finest level, measured by forecasts: all frames at once need
 # the convolution's input and output, the norm's and the residual.
 FULL_SIZE_TENSORS = 6
+HUB_ID = "stabilityai/stable-video-diffusion-img2vid-xt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +94,31 @@ class ClipDecoder:
         vae = self.executor.network("vae")
         scaled = latent.to(self.executor.device, vae.dtype) / self.config.scaling_factor
         return vae.decode(scaled, decoding.chunk)[0].float()
+
+
+@torch_state.inference()
+def decode_latents(
+    model: str | os.PathLike[str],
+    latents: Tensor,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> np.ndarray:
+    """[N, T, 4, H/8, W/8] -> uint8 [N, T, H, W, 3], with nothing loaded but the autoencoder of `model`: a folder or a
+    hub id, with or without "svd:" in front. Raises ReducioError for another model or other latents."""
+    place = devices.resolve_device(device)
+    name = str(model).removeprefix("svd:") if str(model) != "svd" else HUB_ID
+    folder = hub.find_model(name, files=("vae/*",), ignored=("*/*.fp16.*",))
+    resolved = devices.resolve_dtype(dtype, None, place)
+    vae = networks.load_model(TemporalVAE, TemporalVAEConfig, folder / "vae", resolved, place)
+    shape = (None, vae.config.latent_channels, None, None)
+    clips = validation.check_tensor(latents, shape, len(latents), True, "latents")
+    network: Any = vae
+    if validation.resolve_backend(backend) != "reference":
+        from ...fast.engine import Engine  # needs Triton, which the reference does without
+
+        engine = Engine()
+        engine.free_dtype = dtype is None
+        network = engine.twin(vae)
+    videos = [network.decode((z / vae.config.scaling_factor).to(place, network.dtype))[0].float() for z in clips]
+    return np.stack([to_bytes(video).cpu().numpy() for video in videos])
