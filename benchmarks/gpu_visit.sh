@@ -2,8 +2,8 @@
 # Everything worth knowing from a short visit to a GPU: benchmarks/gpu_visit.sh OUT [--dry-run]
 #
 # Parts, each a file under OUT, each with seconds of its own, together at most TOTAL (600): tests.json, parity.json,
-# first_measurements.json, bench-1024.json, tune.json with tables/, profile.json with profile.trace.json.gz, and
-# bench-1024-compiled.json. A part whose file is there is skipped, so call again to go on; remove a file to do its part
+# first_measurements.json, bench-1024.json, tune.json with tables/, profile.json with profile.trace.json.gz,
+# bench-1024-compiled.json, and, in a second call of ten minutes, bench-svd.json. A part whose file is there is skipped, so call again to go on; remove a file to do its part
 # again. A part that fails leaves OUT/PART.log and the others go on; the exit status is then 1.
 # Needs torch, triton, numpy and safetensors; pytest for the tests. The package need not be installed.
 # --dry-run: the same parts on narrow shapes on a CPU; those that need a GPU leave a file that says so.
@@ -125,6 +125,7 @@ if [ -z "$dry" ]; then
     part tune 90 bash -c "to_json tune reducio bench --tune --limit 75 --json --out \"$out/tables\""
     part profile 40 bash -c "to_json profile reducio profile $size --json --out \"$out/profile.trace.json.gz\""
     part bench-1024-compiled 130 "$python" -m reducio_fast bench $size --pairs 3 --no-cold --contenders compiled,fast --out "$out/bench-1024-compiled.json"
+    part bench-svd 180 "$python" -m reducio_fast bench svd --ladder --pairs 2 --no-cold --dtype float16 --contenders reference,fast --out "$out/bench-svd.json"
 else
     part tests 100 bash -c tests
     part parity 100 bash -c "to_json parity narrow_parity"
@@ -133,6 +134,7 @@ else
     needs_gpu tune
     part profile 100 bash -c "to_json profile reducio profile narrow --device cpu --json --out \"$out/profile.trace.json.gz\""
     needs_gpu bench-1024-compiled
+    needs_gpu bench-svd
 fi
 echo "took $((SECONDS - began)) of $total s; commit the JSON files to benchmarks/results/, a table to triton_kernels/tables/"
 exit $failed

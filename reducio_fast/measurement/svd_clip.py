@@ -152,7 +152,7 @@ class SVDClip:
     @functools.cached_property
     def flops(self) -> dict[str, Flops]:
         """{"direct" or "folded": {stage: floating-point operations}}."""
-        work = svd_work(self.unet.config, self.vae.config, self.shape["num_frames"], *self.noise.shape[-2:])
+        work = svd_work(self.unet.config, self.vae.config, self.noise.shape[1], *self.noise.shape[-2:])
         steps = {"direct": work["unet"], "folded": work["fast unet"]}
         decodes = {"direct": work["decoder"], "folded": work["fast decoder"]}
         counted = {

@@ -41,7 +41,8 @@ class Work:
 
 def count(run: Callable[[WorkCounter], Callable[[], Any]]) -> Work:
     """`run(counter)` prepares networks and arguments on the meta device and returns the call that is counted."""
-    with torch.no_grad(), WorkCounter() as counter:
+    counter = WorkCounter()
+    with torch.no_grad(), counter:
         call = run(counter)
         counter.flops, counter.moved, counter.kernels = 0.0, Counter[str](), 0
         _, live = counter.peak_of(call)

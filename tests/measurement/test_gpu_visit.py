@@ -15,7 +15,7 @@ from reducio_fast.cli import profile as profile_command
 
 pytestmark = pytest.mark.slow
 
-PARTS = ("tests", "parity", "first_measurements", "bench-1024", "tune", "profile", "bench-1024-compiled")
+PARTS = ("tests", "parity", "first_measurements", "bench-1024", "tune", "profile", "bench-1024-compiled", "bench-svd")
 
 # Run by Python at its start: nothing but torch, triton, numpy, safetensors and pytest, and no installed reducio_fast.
 BARE = """

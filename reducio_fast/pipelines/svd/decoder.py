@@ -114,7 +114,7 @@ def decode_latents(
     shape = (None, vae.config.latent_channels, None, None)
     clips = validation.check_tensor(latents, shape, len(latents), True, "latents")
     network: Any = vae
-    if validation.resolve_backend(backend) != "reference":
+    if validation.resolve_backend(backend)[0] != "reference":
         from ...fast.engine import Engine  # needs Triton, which the reference does without
 
         engine = Engine()
