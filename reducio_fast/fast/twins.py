@@ -43,18 +43,25 @@ def missing_twin(network: Any) -> str | None:
     if type(network) not in TWINS:
         return f"is a {type(network).__name__}, fast twins are built from {' and '.join(t.__name__ for t in TWINS)}"
     try:
-        return next(_differences(network), None)
+        return difference(network, *_as_built(type(network), network.config))
     except Exception as error:  # attributes that were replaced may be anything
         return f"cannot be compared with what its config builds ({type(error).__name__}: {error})"
 
 
-def _differences(network: nn.Module) -> Iterator[str]:
-    """What was changed about `network`, beyond the values of its weights."""
+def difference(
+    network: nn.Module, classes: dict[str, type], shapes: dict[str, torch.Size], replaced: str = ""
+) -> str | None:
+    """What was changed about `network`, beyond the values of its weights, since it was built with these classes of
+    modules and shapes of weights, by name; None for nothing. `replaced` is a method of the network that may be."""
+    return next(_differences(network, classes, shapes, replaced), None)
+
+
+def _differences(
+    network: nn.Module, classes: dict[str, type], shapes: dict[str, torch.Size], replaced: str
+) -> Iterator[str]:
     for hooks in GLOBAL_HOOKS:
         if getattr(torch_module, hooks):
             yield "runs under global module hooks"
-    config: Any = network.config
-    classes, shapes = _as_built(type(network), config)
     for path, module in network.named_modules():
         where = path or "the network"
         if path not in classes:
@@ -63,7 +70,7 @@ def _differences(network: nn.Module) -> Iterator[str]:
             yield f"{where} is a {type(module).__name__} instead of a {classes[path].__name__}"
         elif any(getattr(module, hooks) for hooks in HOOKS):
             yield f"{where} has forward hooks"
-        elif (method := _replaced_method(module)) is not None:
+        elif (method := _replaced_method(module)) is not None and (path or method != replaced):
             yield f"{where} has a {method} of its own"
     weights = dict(network.named_parameters(remove_duplicate=False)) | dict(
         network.named_buffers(remove_duplicate=False)
@@ -84,9 +91,13 @@ def _differences(network: nn.Module) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=8)
 def _as_built(network_class: Any, config: Any) -> tuple[dict[str, type], dict[str, torch.Size]]:
-    """The class of each module and the shape of each weight that the config builds, by name."""
+    """`parts_of` what the config builds."""
     with torch.device("meta"):
-        network = network_class(config)
+        return parts_of(network_class(config))
+
+
+def parts_of(network: nn.Module) -> tuple[dict[str, type], dict[str, torch.Size]]:
+    """The class of each module and the shape of each weight, by name."""
     weights = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
     return {p: type(m) for p, m in network.named_modules()}, {n: w.shape for n, w in weights}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fast.engine import Engine
+from ..fast.twins import difference, parts_of
 from ..reference.svd.config import TemporalVAEConfig, VideoUNetConfig
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import TemporalVAE
@@ -45,11 +46,12 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
 
     pipeline: any with diffusers' `UNetSpatioTemporalConditionModel`, `AutoencoderKLTemporalDecoder` or both, such as
         `StableVideoDiffusionPipeline`; weights stay where they are and are packed a second time at the first step.
-        Changed, moved or replaced weights are packed anew.
+        Changed, moved or replaced weights are packed anew, at the next clip.
     compile: as in `SVDPipeline`.
 
     What a twin cannot do runs as before, and `report` says why: LoRA layers that are not fused, gradients, a subclass
-    with a `forward` of its own, hooks that move weights (`enable_model_cpu_offload`), a module under `torch.compile`.
+    with a `forward` of its own, hooks (as of `enable_model_cpu_offload`), attention processors of your own, replaced or
+    quantised modules, a module under `torch.compile`.
     Raises ReducioError for a pipeline without one of these networks.
     """
     networks, left = dict[str, _Accelerated](), dict[str, str]()
@@ -66,6 +68,10 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
         known = " or ".join(kind.class_name for kind in _KINDS)
         raise ReducioError(f"accelerate: a {type(pipeline).__name__} has no {known}")
     return Acceleration(networks, left)
+
+
+# What computes attention as the networks' definition says: a twin may do it in their place.
+PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
 
 def _class_names(network: Any) -> list[str]:
@@ -94,50 +100,81 @@ class _Accelerated:
         self.theirs, self.engine, self.state = network, engine, "fast"
         self.before: Callable[..., Any] = getattr(network, self.method)
         self.parameters: dict[str, int] | None = None
+        self.built = self._as_built()
+        self.seen: Any = None
         setattr(network, self.method, self.run)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the pipeline packs weights of its own."""
-        return {"theirs": self.theirs, "before": self.before, "compile": self.engine.compile}
+        return {"theirs": self.theirs, "before": self.before, "built": self.built, "compile": self.engine.compile}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.theirs, self.before, self.engine = state["theirs"], state["before"], Engine(state["compile"])
-        self.state, self.parameters = "fast", None
+        self.engine = Engine(state.pop("compile"))
+        vars(self).update(state, state="fast", parameters=None, seen=None)
+
+    def _as_built(self) -> tuple[dict[str, type], dict[str, torch.Size]]:
+        theirs: Any = self.theirs
+        with torch.device("meta"):
+            return parts_of(type(theirs).from_config(theirs.config))
 
     def restore(self) -> None:
         delattr(self.theirs, self.method)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """In the method's place."""
-        twin = self._twin()
+        twin = self._twin(*args, **kwargs)
         return self.before(*args, **kwargs) if twin is None else self.call(twin, *args, **kwargs)
 
     def call(self, twin: Any, *args: Any, **kwargs: Any) -> Any:
         """The method on the twin, with diffusers' arguments."""
         raise NotImplementedError
 
-    def _twin(self) -> Any:
+    def first_of_clip(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the weights are to be looked at: once a clip, since reading all takes milliseconds."""
+        return True
+
+    def _twin(self, *args: Any, **kwargs: Any) -> Any:
         """The twin of the weights as they are now; None, and the reason in `state`, where it cannot serve."""
-        parameters = {name: id(parameter) for name, parameter in self.theirs.named_parameters()}
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.theirs.parameters()):
             self.state = "as before: gradients are recorded"
             return None
-        if parameters != self.parameters:  # the first call, or modules were replaced, as by a LoRA
-            self.parameters, self.network = parameters, None
+        if self.first_of_clip(*args, **kwargs):
+            self.twin = self._look()
+        return self.twin
+
+    def _look(self) -> Any:
+        if why := self._changed():
+            self.state, self.parameters = f"as before: {why}", None
+            return None
+        parameters = {name: id(parameter) for name, parameter in self.theirs.named_parameters()}
+        if parameters != self.parameters:  # the first call, or a parameter was replaced
             try:
                 self.network = adopt(self.theirs, self.network_class, self.config_class, self.class_name, True)
-                self.state = "fast"
             except ReducioError as error:
-                self.state = f"as before: {error}"
-        if self.network is None:
-            return None
+                self.state, self.parameters = f"as before: {error}", None
+                return None
+            self.parameters = parameters
         self.state = "fast"
         return self.engine.twin(self.network)
+
+    def _changed(self) -> str | None:
+        """What was changed about the network since its class built it, but for the values of its weights."""
+        for path, module in self.theirs.named_modules():
+            name = type(getattr(module, "processor", None)).__name__
+            if hasattr(module, "processor") and name not in PLAIN_PROCESSORS:
+                return f"{path} has a {name}"
+        return difference(self.theirs, *self.built, replaced=self.method)
 
 
 class _UNet(_Accelerated):
     class_name, method = "UNetSpatioTemporalConditionModel", "forward"
     network_class, config_class = VideoUNet, VideoUNetConfig
+
+    def first_of_clip(self, *args: Any, **kwargs: Any) -> bool:
+        """All steps of a clip are given one tensor of image embeddings."""
+        embeds = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        before, self.seen = self.seen, embeds
+        return embeds is not before
 
     def call(
         self,

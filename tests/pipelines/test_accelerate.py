@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
 from reducio_fast import ReducioError, accelerate
@@ -87,10 +88,53 @@ def test_what_the_twin_cannot_do_runs_as_before(pipe: StableVideoDiffusionPipeli
         for item, timestep in enumerate((0.2, 0.7)):
             one = pipe.unet(**{k: v[item : item + 1] for k, v in inputs.items() if v.ndim} | {"timestep": timestep})
             torch.testing.assert_close(one.sample[0], two[item], rtol=1e-4, atol=1e-4)
-        pipe.unet.conv_out = torch.nn.Sequential(pipe.unet.conv_out)  # other names, as adapter layers have
-        assert pipe.unet(**inputs).sample.shape == two.shape
-    assert acceleration.report["unet"].startswith("as before: UNetSpatioTemporalConditionModel: a UNetSpatio")
     acceleration.undo()
+
+
+def doubled(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    return 2 * out
+
+
+class Processor(AttnProcessor2_0):
+    pass
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "a module inside another": (
+        lambda unet: setattr(unet, "conv_out", torch.nn.Sequential(unet.conv_out)),
+        "conv_out is a Sequential instead of a Conv2d",
+    ),
+    "a hook": (lambda unet: unet.conv_in.register_forward_hook(doubled), "conv_in has forward hooks"),
+    "a hook on the network": (lambda unet: unet.register_forward_pre_hook(lambda m, a: a), "has forward hooks"),
+    "a forward": (
+        lambda unet: setattr(unet.conv_in, "forward", lambda x: 0 * torch.nn.functional.conv2d(x, unet.conv_in.weight)),
+        "conv_in has a forward of its own",
+    ),
+    "a processor": (lambda unet: unet.set_attn_processor(Processor()), "has a Processor"),
+    "a parametrisation": (
+        lambda unet: torch.nn.utils.parametrizations.weight_norm(unet.conv_in),
+        "conv_in is a ParametrizedConv2d",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_network_runs_as_it_is(change: str) -> None:
+    unet = lively_svd(UNetSpatioTemporalConditionModel(**unet_config(32, 64)))
+    inputs = unet_inputs(unet.config, 2, (8, 8))
+
+    def run() -> torch.Tensor:
+        return unet(**{name: tensor.clone() for name, tensor in inputs.items()}).sample  # another clip each time
+
+    acceleration = accelerate(SimpleNamespace(components={"unet": unet}))
+    first = run()
+    assert acceleration.report == {"unet": "fast"}
+    apply, reason = CHANGES[change]
+    apply(unet)
+    fast, report = run(), acceleration.report["unet"]
+    assert report.startswith("as before: ") and reason in report
+    acceleration.undo()
+    assert torch.equal(fast, run()) and fast.shape[:2] == first.shape[:2]
 
 
 class Another(UNetSpatioTemporalConditionModel):
