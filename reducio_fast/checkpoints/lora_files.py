@@ -20,11 +20,10 @@ from ..system.errors import ReducioError
 from ..system.paths import expanded, is_file
 from . import hub, strict_files
 
-COMPONENT = "transformer"  # the one component that takes adapters
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers, as peft saves them
 PEFT_CONFIG = "adapter_config.json"  # beside peft's file
 METADATA = "lora_adapter_metadata"  # diffusers keeps the same settings in the header of its file
-PREFIXES = ("base_model.model.", "transformer.")
+PREFIXES = ("base_model.model.", "transformer.", "unet.")
 KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)")
 
 

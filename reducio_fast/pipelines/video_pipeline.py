@@ -361,7 +361,7 @@ class VideoPipeline:
 
     def fuse_lora(
         self,
-        components: Sequence[str] = ("transformer",),
+        components: Sequence[str] | None = None,
         lora_scale: float = 1.0,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
@@ -369,7 +369,7 @@ class VideoPipeline:
         weights are what `save_pretrained` writes, and what `unload_lora_weights` leaves behind."""
         self.adapters.fuse(components, lora_scale, adapter_names)
 
-    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
+    def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Back to the adapters and weights before `fuse_lora`, to the bit; nothing where none is fused."""
         self.adapters.unfuse(components)
 

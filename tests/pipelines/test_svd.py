@@ -391,7 +391,30 @@ def test_fast_networks_follow_changed_weights(theirs: Any, picture: Image.Image)
 def test_the_fast_forecast_is_smaller(pipe: SVDPipeline, fast: SVDPipeline):
     """All frames are decoded together, but one frame at a time at full size."""
     plain, streamed = (
-        next(stage.activations for stage in p.forecast(256, 256, ClipDecoding(5)).stages if stage.stage == "vae.decode")
+        next(stage.activations for stage in p.forecast(512, 512, ClipDecoding(5)).stages if stage.stage == "vae.decode")
         for p in (pipe, fast)
     )
     assert streamed < plain / 2, (streamed, plain)
+
+
+def test_a_lora_on_temporal_attention(theirs: Any, fast: SVDPipeline, picture: Image.Image):
+    """As camera motions are trained: the clip is that of diffusers' pipeline with the product in its weights."""
+    path = "down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q"
+    generator, merged = seeded(3), copy.deepcopy(theirs)
+    weight = merged.unet.get_submodule(path).weight
+    down, up = (torch.randn(*shape, generator=generator) for shape in ((2, weight.shape[1]), (weight.shape[0], 2)))
+    before = fast(picture, **CALL, **QUIET, generator=seeded()).frames
+    fast.load_lora_weights({f"unet.{path}.lora_A.weight": down, f"unet.{path}.lora_B.weight": up})
+    try:
+        assert fast.get_list_adapters() == {"unet": ["default_0"]}
+        weight.data += up @ down
+        expected = merged(picture, **CALL, generator=seeded(), output_type="np").frames[0]
+        same(fast(picture, **CALL, **QUIET, generator=seeded()).frames, expected)
+        assert np.abs(before - expected * 255).max() > 2
+        with pytest.raises(ReducioError, match=r"components: must be \['unet'\]"):
+            fast.fuse_lora(["transformer"])
+        fast.fuse_lora()
+        fast.unfuse_lora()
+    finally:
+        fast.unload_lora_weights()
+    assert np.array_equal(fast(picture, **CALL, **QUIET, generator=seeded()).frames, before)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.lora_files import COMPONENT, Adapter, LowRank, finite_number, read_adapter
+from ...checkpoints.lora_files import Adapter, LowRank, finite_number, read_adapter
 from ...system import torch_state
 from ...system.checksum import checksums
 from ...system.errors import ReducioError
@@ -130,12 +130,13 @@ class Adapters:
         """Read a LoRA and make it the active adapter, with weight 1.
 
         source: a .safetensors file, a folder or hub id (`weight_name` picks the file), or the tensors by name. Names
-        are peft's, `PATH.lora_A.weight` and `PATH.lora_B.weight`, bare or behind `transformer.` or `base_model.model.`;
-        scale is alpha / rank from `PATH.alpha`, from the file's metadata or from peft's adapter_config.json, else 1.
+        are peft's, `PATH.lora_A.weight` and `PATH.lora_B.weight`, bare or behind `transformer.`, `unet.` or
+        `base_model.model.`; scale is alpha / rank from `PATH.alpha`, from the file's metadata or from peft's
+        adapter_config.json, else 1.
         adapter_name: by default "default_0", "default_1", ... hotswap: replace the loaded adapter of that name, which
         keeps its weight.
 
-        Raises ReducioError, with nothing changed, for names or shapes that do not fit the transformer, and lists them.
+        Raises ReducioError, with nothing changed, for names or shapes that do not fit the denoiser, and lists them.
         """
         merge = self._current()
         free = (f"default_{i}" for i in itertools.count() if f"default_{i}" not in merge.loaded)
@@ -172,7 +173,7 @@ class Adapters:
             merge.active = dict(zip(names, weights, strict=True))
             merge.apply()
 
-    def fuse(self, components: Sequence[str], lora_scale: float, adapter_names: Sequence[str] | None) -> None:
+    def fuse(self, components: Sequence[str] | None, lora_scale: float, adapter_names: Sequence[str] | None) -> None:
         merge = self._current("fuse_lora")
         self._check_components(components)
         chosen = list(merge.active) if adapter_names is None else _names(merge, adapter_names)
@@ -183,7 +184,7 @@ class Adapters:
             merge.fused = {name: scale * merge.active.get(name, 1.0) for name in chosen}
             merge.apply()
 
-    def unfuse(self, components: Sequence[str]) -> None:
+    def unfuse(self, components: Sequence[str] | None) -> None:
         self._check_components(components)
         merge = self._current()
         with self.executor.lock:
@@ -217,7 +218,7 @@ class Adapters:
     @property
     def by_component(self) -> dict[str, list[str]]:
         loaded = list(self._current().loaded)
-        return {COMPONENT: loaded} if loaded else {}
+        return {self.components.layout.denoiser: loaded} if loaded else {}
 
     @property
     def fused_names(self) -> set[str]:
@@ -236,9 +237,10 @@ class Adapters:
         """Inside, the caller casts or moves the denoiser, adapters and all."""
         return self._current().casting()
 
-    def _check_components(self, components: Sequence[str]) -> None:
-        if list(components) != [COMPONENT]:
-            raise ReducioError(f"components: must be [{COMPONENT!r}], is {list(components)!r}")
+    def _check_components(self, components: Sequence[str] | None) -> None:
+        only = [self.components.layout.denoiser]
+        if components is not None and list(components) != only:
+            raise ReducioError(f"components: must be {only}, is {list(components)!r}")
 
     def _current(self, method: str | None = None) -> Merge:
         """The adapters of the denoiser as it is now. `method`: one that may not be called while some are fused."""
