@@ -14,14 +14,24 @@ from .printing import Printed
 
 NAMED = {c.name: c.source for c in REDUCIO.components if c.source}  # components that a folder or hub id can name
 FIRST_STAGE = ("num_inference_steps", "guidance_scale")
+
+
+def sigmas(text: str) -> str | list[float]:
+    """A schedule by name, or numbers with commas."""
+    return [float(number) for number in text.split(",")] if "," in text else text
+
+
 # Arguments of Stable Video Diffusion's own call; `fps` is a setting of our models too.
-PEERS_OWN: dict[str, Callable[[str], Any]] = {
+SVD_OWN: dict[str, Callable[[str], Any]] = {
     "fps": options.positive,
     "motion_bucket_id": options.positive,
     "noise_aug_strength": float,
     "decode_chunk_size": options.positive,
     "min_guidance_scale": float,
     "max_guidance_scale": float,
+    "sigmas": sigmas,
+    "image_fit": str,
+    "variant": str,
 }
 
 
@@ -51,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="clean the prompt as PixArt's captions were (default: as the model says)",
     )
-    for name, value_type in PEERS_OWN.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help="of --model svd (default: diffusers')")
+    for name, value_type in SVD_OWN.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help="of Stable Video Diffusion")
     options.add_progress(parser)
 
 
@@ -86,7 +96,7 @@ def run(arguments: argparse.Namespace) -> Printed:
         "compile": arguments.compile,
         "dtype": arguments.dtype,
         "device": arguments.device,
-        **{name: getattr(arguments, name) for name in (*NAMED, "clean_caption", *PEERS_OWN)},
+        **{name: getattr(arguments, name) for name in (*NAMED, "clean_caption", *SVD_OWN)},
         "content_kwargs": _first_stage(arguments),
     }
     started = time.perf_counter()

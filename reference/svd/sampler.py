@@ -34,6 +34,20 @@ class ImageCondition:
         return ImageCondition(*(getattr(self, f.name).to(device, dtype) for f in dataclasses.fields(self)))
 
 
+# Of ten steps, made for SVD by Align Your Steps (arXiv 2404.14507).
+ALIGN_YOUR_STEPS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
+
+
+def align_your_steps(steps: int) -> list[float]:
+    """Sigmas of so many steps, one more than there are steps, the last one 0: the paper's ten, or, as it advises for
+    other numbers, points on the straight lines between their logarithms."""
+    places = torch.linspace(0, len(ALIGN_YOUR_STEPS) - 1, steps + 1, dtype=torch.float64)
+    left = places.floor().long().clamp(max=len(ALIGN_YOUR_STEPS) - 2)
+    logs = torch.tensor(ALIGN_YOUR_STEPS, dtype=torch.float64).log()
+    sigmas = torch.lerp(logs[left], logs[left + 1], places - left).exp()
+    return [*sigmas[:-1].tolist(), 0.0]
+
+
 def join(first: ImageCondition, second: ImageCondition) -> ImageCondition:
     """Both in one batch."""
     names = [f.name for f in dataclasses.fields(ImageCondition)]

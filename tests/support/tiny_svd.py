@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from torch import nn
@@ -18,6 +19,13 @@ from reducio_fast.reference.svd.config import (
 )
 from reducio_fast.reference.svd.unet import VideoUNet
 from reducio_fast.reference.svd.vae import TemporalVAE
+
+CALL = {"height": 64, "width": 64, "num_frames": 4, "num_inference_steps": 3}
+QUIET = {"progress": False}
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def unet_config(*channels: int, **changes: Any) -> dict[str, Any]:
@@ -92,3 +100,10 @@ def unet_inputs(
         "encoder_hidden_states": draw(batch, tokens, 24),
         "added_time_ids": torch.tensor([[6.0, 127.0, 0.02], [6.0, 90.0, 0.1]], dtype=dtype)[:batch],
     }
+
+
+def same(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Within 2/255 and above 50 dB: `theirs` as floats in [0, 1]."""
+    difference = np.abs(np.asarray(ours).astype(float) - theirs * 255)
+    assert difference.max() <= 2
+    assert 10 * np.log10(255**2 / max((difference**2).mean(), 1e-9)) > 50

@@ -27,6 +27,7 @@ from ...media import image_files
 from ...memory.dry_run import DryRun
 from ...reference import initial_latent
 from ...reference.svd import config as published
+from ...reference.svd.sampler import align_your_steps
 from ...reference.svd.unet import VideoUNet
 from ...reference.svd.vae import TemporalVAE
 from ...system import devices, torch_state
@@ -52,6 +53,7 @@ LOG = logging.getLogger("reducio_fast")
 
 FILES = ("model_index.json", "*/*.json", "*/*.txt")
 TRAINED_FPS, TRAINED_MOTION = (5, 30), (1, 255)
+ALIGN_YOUR_STEPS = "align-your-steps"
 IMAGE_FITS = ("stretch", "crop")
 
 
@@ -151,7 +153,7 @@ class SVDPipeline(VideoPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int = published.NUM_INFERENCE_STEPS,
-        sigmas: Sequence[float] | None = None,
+        sigmas: Sequence[float] | str | None = None,
         min_guidance_scale: float = published.MIN_GUIDANCE_SCALE,
         max_guidance_scale: float = published.MAX_GUIDANCE_SCALE,
         fps: int = published.FPS,
@@ -181,7 +183,8 @@ class SVDPipeline(VideoPipeline):
         height, width: pixels, multiples of 8 (the fast path wants 64; others run on the reference). The weights know
             576x1024.
         num_frames: by default what the weights were made for, 14 or 25.
-        num_inference_steps, sigmas: the schedule; `sigmas` are one more than there are steps and end with 0.
+        num_inference_steps, sigmas: the schedule; `sigmas` are one more than there are steps and end with 0. The word
+            "align-your-steps" is that paper's schedule, made for 10 steps.
         min_guidance_scale, max_guidance_scale: of the first and the last frame, linear between; max of 1 or less
             switches guidance off, and half of the work with it. guidance_scale: another name of the maximum.
         fps: frames a second, of the clip and of what the network is told (which gets fps - 1, as it was trained).
@@ -227,9 +230,14 @@ class SVDPipeline(VideoPipeline):
         trained = self.unet.config.num_frames
         frames = trained if inputs.num_frames is None else validation.check_count("num_frames", inputs.num_frames)
         steps = inputs.num_inference_steps
-        if inputs.sigmas is not None:
-            _check_sigmas(inputs.sigmas)
-            steps = len(inputs.sigmas) - 1
+        sigmas = inputs.sigmas
+        if isinstance(sigmas, str):
+            if sigmas != ALIGN_YOUR_STEPS:
+                raise ReducioError(f"sigmas: {sigmas!r} is no schedule; known is {ALIGN_YOUR_STEPS}, or a list")
+            sigmas = align_your_steps(validation.check_count("num_inference_steps", steps))
+        elif sigmas is not None:
+            _check_sigmas(sigmas)
+            steps = len(sigmas) - 1
         max_steps = self.scheduler.config.num_train_timesteps
         most = inputs.max_guidance_scale if inputs.guidance_scale is None else inputs.guidance_scale
         for scale in (inputs.min_guidance_scale, most):
@@ -274,7 +282,7 @@ class SVDPipeline(VideoPipeline):
             progress=inputs.progress,
             # As in diffusers, guidance is on or off by the last frame's scale.
             guidance_per_frame=torch.linspace(*scales, frames) if scales[1] > 1 else torch.ones(frames),
-            sigmas=None if inputs.sigmas is None else [float(sigma) for sigma in inputs.sigmas],
+            sigmas=None if sigmas is None else [float(sigma) for sigma in sigmas],
             num_frames=frames,
             motion_bucket_id=inputs.motion_bucket_id,
             noise_aug_strength=inputs.noise_aug_strength,
@@ -353,7 +361,10 @@ def _noise(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype)
 def _check_sigmas(sigmas: Any) -> None:
     if not isinstance(sigmas, list | tuple | np.ndarray | Tensor) or len(sigmas) < 2:
         raise ReducioError(f"sigmas: must be a list of at least two numbers, is {sigmas!r}")
-    values = [float(sigma) for sigma in sigmas]
+    try:
+        values = [float(sigma) for sigma in sigmas]
+    except (TypeError, ValueError):
+        raise ReducioError(f"sigmas: must be numbers, are {sigmas!r}") from None
     falls = all(before > after for before, after in itertools.pairwise(values))
     if not falls or values[-1] < 0 or not math.isfinite(values[0]):
         raise ReducioError(f"sigmas: must fall from step to step and end with 0 or more, are {values}")

@@ -3,76 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
+import itertools
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-import reducio_fast
 from reducio_fast import ReducioError
 from reducio_fast.cli.main import main
-from reducio_fast.media.video_files import read_video
-from reducio_fast.pipelines.peers.models import PEERS, build_random
 from reducio_fast.pipelines.svd.decoder import ClipDecoding
 from reducio_fast.pipelines.svd.pipeline import SVDPipeline
-
-CALL = {"height": 64, "width": 64, "num_frames": 4, "num_inference_steps": 3}
-QUIET = {"progress": False}
-
-
-def seeded(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def theirs() -> StableVideoDiffusionPipeline:
-    pipe = build_random(PEERS["svd"], True, torch.float32, torch.device("cpu"))
-    generator = seeded(0)
-    for network in (pipe.unet, pipe.vae):  # mix factors, norms and biases away from where they start
-        for parameter in network.parameters():
-            if parameter.ndim <= 1:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def folder(theirs: StableVideoDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("svd") / "model"
-    theirs.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def pipe(folder: Path) -> SVDPipeline:
-    return SVDPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
-
-
-@pytest.fixture(scope="module")
-def fast(folder: Path) -> SVDPipeline:
-    return SVDPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend="fast")
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    """Wider than the clip, so that stretching and cutting differ."""
-    rows, columns = np.mgrid[0:80, 0:150]
-    return Image.fromarray(np.stack([rows * 3, columns, (rows * columns) % 256], axis=-1).astype(np.uint8))
-
-
-def same(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Within 2/255 and above 50 dB: `theirs` as floats in [0, 1]."""
-    difference = np.abs(np.asarray(ours).astype(float) - theirs * 255)
-    assert difference.max() <= 2
-    assert 10 * np.log10(255**2 / max((difference**2).mean(), 1e-9)) > 50
+from reducio_fast.reference.svd.sampler import align_your_steps
+from tiny_svd import CALL, QUIET, same, seeded
 
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])
@@ -140,56 +86,6 @@ def test_cutting_instead_of_stretching(pipe: SVDPipeline, picture: Image.Image):
     assert not np.array_equal(cut.content, pipe(picture, **CALL, **QUIET, seed=1).content)
 
 
-def test_the_folder_goes_round(pipe: SVDPipeline, picture: Image.Image, tmp_path: Path):
-    """What we write, diffusers and we read, with the same numbers."""
-    pipe.save_pretrained(tmp_path / "again")
-    again = SVDPipeline.from_pretrained(tmp_path / "again", device="cpu", dtype="float32", backend="reference")
-    expected = pipe(picture, **CALL, **QUIET, seed=5).frames
-    assert np.array_equal(again(picture, **CALL, **QUIET, seed=5).frames, expected)
-    peer = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "again")
-    peer.set_progress_bar_config(disable=True)
-    same(expected, peer(picture, **CALL, generator=seeded(5), output_type="np").frames[0])
-
-
-def test_every_name_leads_to_our_pipeline(
-    folder: Path, pipe: SVDPipeline, picture: Image.Image, capsys, tmp_path: Path
-):
-    expected = pipe(picture, **CALL, **QUIET, seed=0).frames
-    for name in (str(folder), f"svd:{folder}", folder):
-        out = reducio_fast.generate(model=name, image=picture, device="cpu", backend="reference", **CALL, **QUIET)
-        assert np.array_equal(out.frames, expected), name
-    picture.save(tmp_path / "photo.png")
-    words = ["generate", "--model", str(folder), "--image", str(tmp_path / "photo.png"), "-o", str(tmp_path / "c.mp4")]
-    sizes = ["--height", "64", "--width", "64", "--num-frames", "4", "--num-inference-steps", "3", "--fps", "12"]
-    assert main([*words, *sizes, "--guidance-scale", "2", "--backend", "reference", "--device", "cpu"]) == 0
-    frames, fps = read_video(tmp_path / "c.mp4")
-    assert frames.shape == (4, 64, 64, 3) and fps == 12
-
-
-def test_the_half_precision_files(pipe: SVDPipeline, folder: Path, tmp_path: Path):
-    import shutil
-
-    shutil.copytree(folder, tmp_path / "both")
-    for part in ("unet", "vae"):
-        file = tmp_path / "both" / part / "diffusion_pytorch_model.safetensors"
-        halves = {n: t.half() for n, t in load_file(file).items()}
-        save_file(halves, file.with_name("diffusion_pytorch_model.fp16.safetensors"), {"format": "pt"})
-        file.unlink()
-    for part in ("image_encoder",):
-        file = tmp_path / "both" / part / "model.safetensors"
-        save_file(
-            {n: t.half() for n, t in load_file(file).items()},
-            file.with_name("model.fp16.safetensors"),
-            {"format": "pt"},
-        )
-        file.unlink()
-    half = SVDPipeline.from_pretrained(tmp_path / "both", variant="fp16", dtype="float32", device="cpu")
-    for name, tensor in half.unet.state_dict().items():
-        assert torch.equal(tensor, pipe.unet.state_dict()[name].half().float()), name
-    with pytest.raises(ReducioError, match="holds no bf16 weights"):
-        SVDPipeline.from_pretrained(tmp_path / "both", variant="bf16", device="cpu")
-
-
 def test_from_text_by_way_of_a_picture(pipe: SVDPipeline):
     drawn = []
 
@@ -243,30 +139,6 @@ def test_a_clip_that_does_not_fit_keeps_its_latents(
     assert kept.pipeline == "StableVideoDiffusionPipeline" and torch.equal(kept.latents[0], expected)
 
 
-def test_decode_reads_kept_latents(
-    pipe: SVDPipeline, folder: Path, picture: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    """By the autoencoder alone, which is all that the folder still has."""
-    from reducio_fast.checkpoints import saved_latents
-
-    latents = pipe(picture, **CALL, **QUIET, seed=6, output_type="latent").frames
-    content = np.zeros((1, 64, 64, 3), dtype=np.uint8)
-    file = tmp_path / "kept.safetensors"
-    saved_latents.save(file, saved_latents.Latents(latents[None], content, 7, [6], "StableVideoDiffusionPipeline"))
-    alone = tmp_path / "alone"
-    shutil.copytree(folder / "vae", alone / "vae")
-    expected = pipe.decode(latents)
-    for backend in ("reference", "fast"):
-        out = tmp_path / backend
-        words = ["decode", str(file), "--model", f"svd:{alone}", "--out", str(out), "--device", "cpu"]
-        assert main([*words, "--dtype", "float32", "--backend", backend]) == 0
-        frames = np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))])
-        assert np.abs(frames.astype(int) - expected).max() <= 1
-    capsys.readouterr()
-    assert main(["decode", str(file), "--out", str(tmp_path / "none.mp4")]) == 2
-    assert "holds latents of Stable Video Diffusion; name the model" in capsys.readouterr().err
-
-
 def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch):
     pipe(picture, **CALL, **QUIET, seed=1)
     few, many = pipe.forecast(64, 64), None
@@ -292,6 +164,8 @@ def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Imag
         ({"num_frames": 0}, "num_frames: must be a whole number of at least 1"),
         ({"num_inference_steps": 0}, "num_inference_steps: must be a whole number from 1"),
         ({"sigmas": [1.0]}, "sigmas: must be a list of at least two"),
+        ({"sigmas": ["a", "b"]}, "sigmas: must be numbers"),
+        ({"sigmas": "karras"}, "sigmas: 'karras' is no schedule; known is align-your-steps"),
         ({"sigmas": [1.0, 2.0, 0.0]}, "sigmas: must fall from step to step"),
         ({"sigmas": [float("nan"), 2.0, 0.0]}, "sigmas: must fall from step to step"),
         ({"max_guidance_scale": -1}, "guidance_scale: must be a finite number"),
@@ -320,56 +194,6 @@ def test_what_was_not_trained_is_said(pipe: SVDPipeline, picture: Image.Image, c
     said = "\n".join(caplog.messages)
     assert "num_frames: 4, these weights were made for 25" in said
     assert "fps: 60, SVD was trained on 5 to 30" in said and "motion_bucket_id: 300" in said
-
-
-def test_folders_that_are_something_else(folder: Path, bundle: Path, tmp_path: Path):
-    import shutil
-
-    with pytest.raises(ReducioError, match="is of a ReducioPipeline, not of a StableVideoDiffusionPipeline"):
-        SVDPipeline.from_pretrained(bundle, device="cpu")
-    shutil.copytree(folder, tmp_path / "broken")
-    index = json.loads((folder / "model_index.json").read_text())
-    (tmp_path / "broken" / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
-    with pytest.raises(ReducioError, match="is of a FluxPipeline; known are ReducioPipeline, StableVideoDiffusionPip"):
-        reducio_fast.generate(model=tmp_path / "broken", image=np.zeros((8, 8, 3), np.uint8))
-    (tmp_path / "broken" / "model_index.json").write_text(json.dumps(index))
-    file = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    del tensors["conv_in.bias"]
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ReducioError, match="missing: conv_in.bias"):
-        SVDPipeline.from_pretrained(tmp_path / "broken", device="cpu")
-    shutil.rmtree(tmp_path / "broken" / "image_encoder")
-    (file.parent / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
-    with pytest.raises(ReducioError, match="describes a UNet2DConditionModel, not a UNetSpatioTemporalConditionModel"):
-        SVDPipeline.from_pretrained(tmp_path / "broken", device="cpu")
-
-
-def test_a_gated_repository_names_its_page(monkeypatch: pytest.MonkeyPatch):
-    import huggingface_hub
-
-    class GatedRepoError(OSError):
-        pass
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise GatedRepoError("403 Client Error.\nAccess to this repository is restricted")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    name = "stabilityai/stable-video-diffusion-img2vid-xt-1-1"
-    with pytest.raises(
-        ReducioError, match=rf"accept its licence on https://huggingface.co/{name}, then run `hf auth login`"
-    ):
-        reducio_fast.generate(model=name, image=np.zeros((8, 8, 3), np.uint8))
-
-
-def test_of_a_repository_one_copy_of_the_weights_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    import huggingface_hub
-
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append(kw) or str(folder))
-    SVDPipeline.from_pretrained("stabilityai/stable-video-diffusion-img2vid", device="cpu")
-    assert "*/*.safetensors" in asked[0]["allow_patterns"] and asked[0]["ignore_patterns"] == ["*/*.fp16.*"]
-    assert "*.safetensors" not in asked[0]["allow_patterns"], "not the single file beside the components"
 
 
 def test_fast_networks_follow_changed_weights(theirs: Any, picture: Image.Image):
@@ -418,3 +242,24 @@ def test_a_lora_on_temporal_attention(theirs: Any, fast: SVDPipeline, picture: I
     finally:
         fast.unload_lora_weights()
     assert np.array_equal(fast(picture, **CALL, **QUIET, generator=seeded()).frames, before)
+
+
+def test_align_your_steps(pipe: SVDPipeline, theirs: Any, picture: Image.Image, tmp_path: Path):
+    from diffusers.schedulers import AysSchedules
+
+    published = AysSchedules["StableDiffusionVideoSigmas"]
+    assert align_your_steps(10) == pytest.approx(published, rel=1e-6)
+    for steps in (1, 4, 25):
+        sigmas = align_your_steps(steps)
+        assert len(sigmas) == steps + 1 and sigmas[0] == pytest.approx(700) and sigmas[-1] == 0
+        assert all(before > after for before, after in itertools.pairwise(sigmas))
+    call = CALL | {"num_inference_steps": 10}
+    expected = theirs(picture, **(call | {"sigmas": published}), generator=seeded(), output_type="np").frames[0]
+    same(pipe(picture, **call, **QUIET, sigmas="align-your-steps", generator=seeded()).frames, expected)
+    picture.save(tmp_path / "photo.png")
+    words = ["generate", "--model", "svd:random-tiny", "--image", str(tmp_path / "photo.png"), "--device", "cpu"]
+    words += ["--num-inference-steps", "3", "--out", str(tmp_path / "clip.gif"), "--image-fit", "crop"]
+    for schedule in ("align-your-steps", "700,15.9,0.4,0"):
+        assert main([*words, "--sigmas", schedule]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--sigmas", "700,many"])

@@ -1,0 +1,146 @@
+"""Folders, files and repositories of Stable Video Diffusion, and what is no such thing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableVideoDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import reducio_fast
+from reducio_fast import ReducioError
+from reducio_fast.cli.main import main
+from reducio_fast.media.video_files import read_video
+from reducio_fast.pipelines.svd.pipeline import SVDPipeline
+from tiny_svd import CALL, QUIET, same, seeded
+
+
+def test_the_folder_goes_round(pipe: SVDPipeline, picture: Image.Image, tmp_path: Path):
+    """What we write, diffusers and we read, with the same numbers."""
+    pipe.save_pretrained(tmp_path / "again")
+    again = SVDPipeline.from_pretrained(tmp_path / "again", device="cpu", dtype="float32", backend="reference")
+    expected = pipe(picture, **CALL, **QUIET, seed=5).frames
+    assert np.array_equal(again(picture, **CALL, **QUIET, seed=5).frames, expected)
+    peer = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "again")
+    peer.set_progress_bar_config(disable=True)
+    same(expected, peer(picture, **CALL, generator=seeded(5), output_type="np").frames[0])
+
+
+def test_every_name_leads_to_our_pipeline(
+    folder: Path, pipe: SVDPipeline, picture: Image.Image, capsys, tmp_path: Path
+):
+    expected = pipe(picture, **CALL, **QUIET, seed=0).frames
+    for name in (str(folder), f"svd:{folder}", folder):
+        out = reducio_fast.generate(model=name, image=picture, device="cpu", backend="reference", **CALL, **QUIET)
+        assert np.array_equal(out.frames, expected), name
+    picture.save(tmp_path / "photo.png")
+    words = ["generate", "--model", str(folder), "--image", str(tmp_path / "photo.png"), "-o", str(tmp_path / "c.mp4")]
+    sizes = ["--height", "64", "--width", "64", "--num-frames", "4", "--num-inference-steps", "3", "--fps", "12"]
+    assert main([*words, *sizes, "--guidance-scale", "2", "--backend", "reference", "--device", "cpu"]) == 0
+    frames, fps = read_video(tmp_path / "c.mp4")
+    assert frames.shape == (4, 64, 64, 3) and fps == 12
+
+
+def test_the_half_precision_files(pipe: SVDPipeline, folder: Path, tmp_path: Path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "both")
+    for part in ("unet", "vae"):
+        file = tmp_path / "both" / part / "diffusion_pytorch_model.safetensors"
+        halves = {n: t.half() for n, t in load_file(file).items()}
+        save_file(halves, file.with_name("diffusion_pytorch_model.fp16.safetensors"), {"format": "pt"})
+        file.unlink()
+    for part in ("image_encoder",):
+        file = tmp_path / "both" / part / "model.safetensors"
+        save_file(
+            {n: t.half() for n, t in load_file(file).items()},
+            file.with_name("model.fp16.safetensors"),
+            {"format": "pt"},
+        )
+        file.unlink()
+    half = SVDPipeline.from_pretrained(tmp_path / "both", variant="fp16", dtype="float32", device="cpu")
+    for name, tensor in half.unet.state_dict().items():
+        assert torch.equal(tensor, pipe.unet.state_dict()[name].half().float()), name
+    with pytest.raises(ReducioError, match="holds no bf16 weights"):
+        SVDPipeline.from_pretrained(tmp_path / "both", variant="bf16", device="cpu")
+
+
+def test_decode_reads_kept_latents(
+    pipe: SVDPipeline, folder: Path, picture: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By the autoencoder alone, which is all that the folder still has."""
+    from reducio_fast.checkpoints import saved_latents
+
+    latents = pipe(picture, **CALL, **QUIET, seed=6, output_type="latent").frames
+    content = np.zeros((1, 64, 64, 3), dtype=np.uint8)
+    file = tmp_path / "kept.safetensors"
+    saved_latents.save(file, saved_latents.Latents(latents[None], content, 7, [6], "StableVideoDiffusionPipeline"))
+    alone = tmp_path / "alone"
+    shutil.copytree(folder / "vae", alone / "vae")
+    expected = pipe.decode(latents)
+    for backend in ("reference", "fast"):
+        out = tmp_path / backend
+        words = ["decode", str(file), "--model", f"svd:{alone}", "--out", str(out), "--device", "cpu"]
+        assert main([*words, "--dtype", "float32", "--backend", backend]) == 0
+        frames = np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))])
+        assert np.abs(frames.astype(int) - expected).max() <= 1
+    capsys.readouterr()
+    assert main(["decode", str(file), "--out", str(tmp_path / "none.mp4")]) == 2
+    assert "holds latents of Stable Video Diffusion; name the model" in capsys.readouterr().err
+
+
+def test_folders_that_are_something_else(folder: Path, bundle: Path, tmp_path: Path):
+    import shutil
+
+    with pytest.raises(ReducioError, match="is of a ReducioPipeline, not of a StableVideoDiffusionPipeline"):
+        SVDPipeline.from_pretrained(bundle, device="cpu")
+    shutil.copytree(folder, tmp_path / "broken")
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "broken" / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(ReducioError, match="is of a FluxPipeline; known are ReducioPipeline, StableVideoDiffusionPip"):
+        reducio_fast.generate(model=tmp_path / "broken", image=np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "broken" / "model_index.json").write_text(json.dumps(index))
+    file = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_in.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ReducioError, match="missing: conv_in.bias"):
+        SVDPipeline.from_pretrained(tmp_path / "broken", device="cpu")
+    shutil.rmtree(tmp_path / "broken" / "image_encoder")
+    (file.parent / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(ReducioError, match="describes a UNet2DConditionModel, not a UNetSpatioTemporalConditionModel"):
+        SVDPipeline.from_pretrained(tmp_path / "broken", device="cpu")
+
+
+def test_a_gated_repository_names_its_page(monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+
+    class GatedRepoError(OSError):
+        pass
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise GatedRepoError("403 Client Error.\nAccess to this repository is restricted")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    name = "stabilityai/stable-video-diffusion-img2vid-xt-1-1"
+    with pytest.raises(
+        ReducioError, match=rf"accept its licence on https://huggingface.co/{name}, then run `hf auth login`"
+    ):
+        reducio_fast.generate(model=name, image=np.zeros((8, 8, 3), np.uint8))
+
+
+def test_of_a_repository_one_copy_of_the_weights_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append(kw) or str(folder))
+    SVDPipeline.from_pretrained("stabilityai/stable-video-diffusion-img2vid", device="cpu")
+    assert "*/*.safetensors" in asked[0]["allow_patterns"] and asked[0]["ignore_patterns"] == ["*/*.fp16.*"]
+    assert "*.safetensors" not in asked[0]["allow_patterns"], "not the single file beside the components"
