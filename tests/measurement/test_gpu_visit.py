@@ -108,12 +108,12 @@ def test_a_profile_is_a_trace_and_a_table(dry_run: Path) -> None:
 
 def test_what_is_done_is_not_done_again(root: Path, dry_run: Path, bare: dict[str, str]) -> None:
     again = visit(root, bare, str(dry_run), "--dry-run")
-    assert again.returncode == 0 and again.stdout.count("done before") == len(PARTS) - 2, again.stdout
+    assert again.returncode == 0 and again.stdout.count("done before") == len(PARTS) - 3, again.stdout
 
 
 def test_a_visit_that_is_over_says_so(root: Path, tmp_path: Path, bare: dict[str, str]) -> None:
     late = visit(root, bare | {"TOTAL": "0"}, str(tmp_path / "late"), "--dry-run")
-    assert late.returncode == 1 and late.stdout.count("no time left; call again") == len(PARTS) - 2
+    assert late.returncode == 1 and late.stdout.count("no time left; call again") == len(PARTS) - 3
 
 
 def test_usage(root: Path, tmp_path: Path, bare: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reducio_fast import ReducioPipeline
+from reducio_fast.checkpoints.layouts import REDUCIO
 from reducio_fast.media import image_files
 from reducio_fast.pipelines.execution.adapters import Adapters
 from reducio_fast.system.errors import ReducioError
@@ -300,7 +301,9 @@ class Owner(Adapters):
         with torch.no_grad():
             for parameter in self.transformer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        super().__init__(SimpleNamespace(denoiser=self.transformer), SimpleNamespace(lock=threading.RLock()))
+        super().__init__(
+            SimpleNamespace(layout=REDUCIO, denoiser=self.transformer), SimpleNamespace(lock=threading.RLock())
+        )
 
     def bits(self) -> list[torch.Tensor]:
         return [p.clone() for p in self.transformer.parameters()]
