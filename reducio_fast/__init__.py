@@ -8,7 +8,6 @@ All are loaded at first use: importing this package loads no torch.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ _FOR_DIFFUSERS = (
 
 def __getattr__(name: str) -> Any:
     if name in _IN_PIPELINES:
+        import importlib
+
         from .compile import gc_pause
 
         with gc_pause.paused():  # torch is imported here
