@@ -119,8 +119,8 @@ class SVDClip:
     def parity(self) -> list[dict[str, Any]]:
         """The twins against the reference on a small clip, oracle in float64 or float32."""
         wide = torch.float64 if self.dtype == torch.float32 else torch.float32
-        cond, noise = copy.copy(self.cond), self.noise[:, :3, :, :8, :8]
-        cond = ImageCondition(cond.embeds, cond.latents[..., :8, :8], cond.added_time_ids)
+        noise = self.noise[:, :3, :, :8, :8]
+        cond = ImageCondition(self.cond.embeds, self.cond.latents[..., :8, :8], self.cond.added_time_ids)
         rows = []
         for what, network, run in (
             ("unet", self.unet, lambda n, t: n.denoiser(cond.to(self.device, t), None, 1.0)),

@@ -24,11 +24,9 @@ from ..packed_layers import frozen
 from ..plan import Plan
 
 
-def folded(
-    weight: Tensor, factor: Tensor | float, memory_format: torch.memory_format = torch.contiguous_format
-) -> nn.Parameter:
+def folded(weight: Tensor, factor: Tensor | float) -> nn.Parameter:
     """weight * factor, rounded once, to the weight's dtype."""
-    return frozen((weight * factor).to(weight.dtype), memory_format)
+    return frozen((weight * factor).to(weight.dtype))
 
 
 def as_images(x_NHWC: Tensor) -> Tensor:
@@ -42,14 +40,12 @@ def as_frames(x_NCHW: Tensor) -> Tensor:
 
 
 class Conv(nn.Module):
-    """A 3x3 convolution in space. Our kernel reads a buffer with a border of zeros; the library adds it itself."""
+    """A 3x3 convolution in space, by the library."""
 
-    def __init__(self, conv: nn.Conv2d, plan: Plan, path: str, factor: Tensor | float = 1.0) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.stride = conv.stride
-        self.kernel = folded(conv.weight, factor, torch.channels_last)
-        self.bias = folded(conv.bias, factor)
-        self.padding = conv.padding
+        self.kernel, self.bias = frozen(conv.weight, torch.channels_last), frozen(conv.bias)
+        self.stride, self.padding = conv.stride, conv.padding
 
     def forward(self, x_NHWC: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = self.bias if bias is None else bias
@@ -62,8 +58,8 @@ class UpConv(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         channels = conv.in_channels
-        folded = fold_weight(conv.weight[:, :, None], time=False, causal=False)  # [4, K, 4 * C]
-        kernels = folded.unflatten(2, (2, 2, channels)).movedim(-1, 2)  # [4, K, C, 2, 2]
+        phases = fold_weight(conv.weight[:, :, None], time=False, causal=False)  # [4, K, 4 * C]
+        kernels = phases.unflatten(2, (2, 2, channels)).movedim(-1, 2)  # [4, K, C, 2, 2]
         self.kernels = nn.ParameterList(frozen(k, torch.channels_last) for k in kernels)
         self.whole = (conv,)  # for a size that is no double
         self.bias = conv.bias
@@ -139,16 +135,15 @@ class SpatialRes(nn.Module):
     def __init__(self, block: Any, plan: Plan, path: str) -> None:
         super().__init__()
         self.norm1, self.norm2 = (Norm(getattr(block, n), plan, f"{path}.{n}") for n in ("norm1", "norm2"))
-        self.conv1, self.conv2 = (Conv(getattr(block, n), plan, f"{path}.{n}") for n in ("conv1", "conv2"))
+        self.conv1, self.conv2 = (Conv(conv) for conv in (block.conv1, block.conv2))
         if block.conv_shortcut is not None:
             self.shortcut_weight = frozen(block.conv_shortcut.weight.flatten(1))
             self.shortcut_bias = block.conv_shortcut.bias
 
     def forward(self, x_NHWC: Tensor, row: Tensor | None = None) -> Tensor:
         normed = self.norm1(x_NHWC[:, None])[:, 0]
-        one_row = row is not None and row.ndim == 1
-        h = self.conv1(normed, self.conv1.bias + row if one_row else None)  # type: ignore[operator]
-        if row is not None and not one_row:
+        h = self.conv1(normed, self.conv1.bias + row if row is not None and row.ndim == 1 else None)
+        if row is not None and row.ndim == 2:
             h = h + row[:, None, None]
         shortcut = x_NHWC
         if hasattr(self, "shortcut_weight"):
@@ -167,9 +162,9 @@ class TemporalRes(nn.Module):
 
     def forward(self, x_BTHWC: Tensor, row: Tensor | None = None) -> Tensor:
         """row: [C], or one a frame [B, T, C]."""
-        one_row = row is not None and row.ndim == 1
-        h = self.conv1(self.norm1(x_BTHWC, 1, 1), self.conv1.bias + row if one_row else None)  # type: ignore[operator]
-        if row is not None and not one_row:
+        bias = self.conv1.bias + row if row is not None and row.ndim == 1 else None
+        h = self.conv1(self.norm1(x_BTHWC, 1, 1), bias)
+        if row is not None and row.ndim == 3:
             h = h + row[:, :, None, None]
         return self.conv2(self.norm2(h, 1, 1), residual=x_BTHWC)
 

@@ -221,7 +221,7 @@ class Level(nn.Module):
             for i, t in enumerate(getattr(level, "attentions", None) or ())
         )
         down, up = (getattr(level, name, None) for name in ("downsamplers", "upsamplers"))
-        self.down = None if down is None else Conv(down[0].conv, plan, f"{path}.downsamplers.0.conv")
+        self.down = None if down is None else Conv(down[0].conv)
         self.up = None if up is None else UpConv(up[0].conv)
 
 
@@ -235,12 +235,12 @@ class FastVideoUNet(nn.Module):
         super().__init__()
         self.config = model.config
         self.reference = (model,)  # in a tuple: else its weights would count as this module's
-        self.conv_in = Conv(model.conv_in, plan, "conv_in")
+        self.conv_in = Conv(model.conv_in)
         self.down = nn.ModuleList(Level(b, plan, f"down_blocks.{i}") for i, b in enumerate(model.down_blocks))
         self.middle = Level(model.mid_block, plan, "mid_block")
         self.ups = nn.ModuleList(Level(b, plan, f"up_blocks.{i}") for i, b in enumerate(model.up_blocks))
         self.norm_out = Norm(model.conv_norm_out, plan, "conv_norm_out")
-        self.conv_out = Conv(model.conv_out, plan, "conv_out")
+        self.conv_out = Conv(model.conv_out)
         self.time_embedding, self.add_embedding = model.time_embedding, model.add_embedding
         # Of every res block, in space and in time, what it makes of the time embedding: one product for all.
         linears = [

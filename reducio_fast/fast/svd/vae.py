@@ -56,7 +56,7 @@ class FastTemporalVAE(nn.Module):
         self.config = model.config
         self.reference = (model,)  # in a tuple: else its weights would count as this module's
         decoder = model.decoder
-        self.conv_in = Conv(decoder.conv_in, plan, "decoder.conv_in")
+        self.conv_in = Conv(decoder.conv_in)
         self.middle = nn.ModuleList(
             SpatioTemporalRes(block, plan, f"decoder.mid_block.resnets.{i}")
             for i, block in enumerate(decoder.mid_block.resnets)
@@ -71,7 +71,7 @@ class FastTemporalVAE(nn.Module):
         )
         self.up = nn.ModuleList(UpConv(level.upsamplers[0].conv) for level in decoder.up_blocks[:-1])
         self.norm_out = Norm(decoder.conv_norm_out, plan, "decoder.conv_norm_out")
-        self.conv_out = Conv(decoder.conv_out, plan, "decoder.conv_out")
+        self.conv_out = Conv(decoder.conv_out)
         self.time_conv_out = TimeConv(decoder.time_conv_out, plan, "decoder.time_conv_out")
         self.graphs = None
         self._together = TOGETHER

@@ -180,8 +180,7 @@ class SVDPipeline(VideoPipeline):
 
         image: path, PIL image or array; the clip's first frame. None draws it from `prompt`, where the model has a
             `text_to_image`.
-        height, width: pixels, multiples of 8 (the fast path wants 64; others run on the reference). The weights know
-            576x1024.
+        height, width: pixels, multiples of 8. The weights know 576x1024.
         num_frames: by default what the weights were made for, 14 or 25.
         num_inference_steps, sigmas: the schedule; `sigmas` are one more than there are steps and end with 0. The word
             "align-your-steps" is that paper's schedule, made for 10 steps.
