@@ -7,6 +7,7 @@ yardstick is what plain PyTorch makes of the same precision: the fast path may b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,18 @@ class Verdict:
     @property
     def right(self) -> bool:
         return self.fast <= self.limit  # False for NaN
+
+    def row(self, what: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "what": what,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+            "error": self.fast,
+            "eager": self.eager,
+            "limit": self.limit,
+            "right": self.right,
+        }
 
     def __str__(self) -> str:
         return f"error {self.fast:.3g}, eager {self.eager:.3g}, limit {self.limit:.3g}, worst at {list(self.worst)}"

@@ -84,16 +84,7 @@ def compare_networks(
         return [(twin(low, Plan(device, dtype)).eval(), dtype), (low, dtype), (network.to(wide).eval(), wide)]
 
     def row(comparison: str, fast: Tensor, eager: Tensor, oracle: Tensor) -> Row:
-        verdict = judge(fast.to(eager.dtype), eager, oracle)
-        return {
-            "what": f"{name}: {comparison}",
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-            "error": verdict.fast,
-            "eager": verdict.eager,
-            "limit": verdict.limit,
-            "right": verdict.right,
-        }
+        return judge(fast.to(eager.dtype), eager, oracle).row(f"{name}: {comparison}", dtype, device)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)

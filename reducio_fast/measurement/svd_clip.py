@@ -136,17 +136,7 @@ class SVDClip:
 
             fast, eager = result(Engine(False).twin(network), self.dtype), result(network, self.dtype)
             verdict = judge(fast, eager, result(copy.deepcopy(network).to(wide), wide))
-            rows.append(
-                {
-                    "what": f"{self.name}: {what}",
-                    "dtype": str(self.dtype).removeprefix("torch."),
-                    "device": str(self.device),
-                    "error": verdict.fast,
-                    "eager": verdict.eager,
-                    "limit": verdict.limit,
-                    "right": verdict.right,
-                }
-            )
+            rows.append(verdict.row(f"{self.name}: {what}", self.dtype, self.device))
         return rows
 
     @functools.cached_property

@@ -109,17 +109,7 @@ class DecodedTile:
         fast, eager = decode(Engine(False).twin(self.vae), self.dtype), decode(self.vae, self.dtype)
         oracle = decode(copy.deepcopy(self.vae).to(oracle_dtype), oracle_dtype)
         verdict = judge(fast.to(eager.dtype), eager, oracle)
-        return [
-            {
-                "what": "tile: vae.decode",
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "device": str(self.device),
-                "error": verdict.fast,
-                "eager": verdict.eager,
-                "limit": verdict.limit,
-                "right": verdict.right,
-            }
-        ]
+        return [verdict.row("tile: vae.decode", self.dtype, self.device)]
 
     @functools.cached_property
     def flops(self) -> dict[str, Flops]:
