@@ -14,6 +14,7 @@ setup(
         "reducio_fast.server",
         "reducio_fast.training",
         "reducio_fast.training.tiny",
+        "reducio_fast.training.reducio",
         "reducio_fast.evaluation",
         "reducio_fast.measurement",
         "reducio_fast.pipelines",
@@ -23,6 +24,7 @@ setup(
         "reducio_fast.pipelines.svd",
         "reducio_fast.pipelines.peers",
         "reducio_fast.data",
+        "reducio_fast.data.curation",
         "reducio_fast.fast",
         "reducio_fast.fast.reducio",
         "reducio_fast.fast.svd",
@@ -43,5 +45,9 @@ setup(
         "reducio_fast.compile": "compile",
     },
     # py.typed lets type checkers read our types; the embedded default model has one folder a component, at any depth.
-    package_data={"reducio_fast": ["py.typed", "models/tiny/**"], "reducio_fast.triton_kernels": ["tables/*.json"]},
+    package_data={
+        "reducio_fast": ["py.typed", "models/tiny/**"],
+        "reducio_fast.training": ["recipes/*.toml"],
+        "reducio_fast.triton_kernels": ["tables/*.json"],
+    },
 )

@@ -14,6 +14,7 @@ from . import (
     guidance_dpm_step,
     temporal_conv,
     upsample_conv3d,
+    warp_frames,
 )
 
 OPS = {
@@ -30,5 +31,6 @@ OPS = {
         temporal_conv,
         geglu_linear,
         frame_attention,
+        warp_frames,
     )
 }

@@ -1,4 +1,4 @@
-"""Photographs under camera moves: natural textures for the video autoencoder, without a download.
+"""Photographs under camera moves: natural textures for the video autoencoder.
 
 The pictures are those that the scikit-image and scikit-learn wheels carry, on the terms their documentation states:
 
@@ -16,7 +16,9 @@ The pictures are those that the scikit-image and scikit-learn wheels carry, on t
                rocket             public domain (SpaceX)
 
 Pictures without stated terms (moon, the stereo motorcycle) are left out. The split is by picture, so no texture of the
-held-out ones is ever trained on.
+held-out ones is ever trained on. Where a folder is given that holds them, training adds ten landscapes and still lifes
+of Debian's package lomiri-wallpapers-16.04 (CC BY 4.0, one CC0; its `copyright` names each author):
+`apt-get download lomiri-wallpapers-16.04 && dpkg-deb -x lomiri-wallpapers-16.04_*.deb FOLDER`.
 """
 
 from __future__ import annotations
@@ -51,15 +53,55 @@ _FILES: dict[str, tuple[tuple[str, str], str]] = {
 }
 HELD_OUT_PHOTOS: tuple[str, ...] = ("coffee", "china", "rocket")
 TRAINING_PHOTOS: tuple[str, ...] = tuple(name for name in _FILES if name not in HELD_OUT_PHOTOS)
+# By author, as the package names them. Those under CC BY-SA are left out: weights are no adaptation one could license.
+WALLPAPERS: dict[str, str] = {
+    "aitzgorri": "aitzgorri_by_Aitzol_Berasategi.jpg",
+    "friends": "friends_by_Aitzol_Berasategi.jpg",
+    "life": "life_by_Aitzol_Berasategi.jpg",
+    "picosdeeuropa": "picosdeeuropa_by_Aitzol_Berasategi.jpg",
+    "sunset": "sunset_by_Aitzol_Berasategi.jpg",
+    "picture_0b": "Picture_0B_by_freespace.jpg",
+    "picture_1a": "Picture_1A_by_freespace.jpg",
+    "seeding": "seeding_by_Clements_Engelhardt.jpg",
+    "umang": "umang_by_Abhishek_Mudgal.jpg",
+    "wine": "Wine_by_Jakkub_Mede.jpg",
+}
+_PACKAGE, _WALLPAPER_FOLDER = "lomiri-wallpapers-16.04", "usr/share/backgrounds"
+_LONGEST_SIDE = 1280  # of a wallpaper: half of it spans a clip of 256 pixels more than twice
 
 # Between two neighbours of a picture's pyramid. The level is chosen so that one output pixel spans 0.84 to 1.19 of its
 # pixels: close enough to 1 that bicubic sampling neither aliases nor softens visibly.
 _PYRAMID_STEP = math.sqrt(2.0)
 
 
-@functools.lru_cache(maxsize=len(_FILES))
-def pyramid(name: str) -> list[torch.Tensor]:
+def require_wallpapers(folder: str) -> None:
+    """Raises `ReducioError`, with the command that gets them, where `folder` lacks one of `WALLPAPERS`."""
+    for file in WALLPAPERS.values():
+        if not (Path(folder) / _WALLPAPER_FOLDER / file).is_file():
+            raise ReducioError(
+                f"{folder} has no {_WALLPAPER_FOLDER}/{file}; on Debian or Ubuntu: apt-get download {_PACKAGE} && "
+                f"dpkg-deb -x {_PACKAGE}_*.deb {folder}"
+            )
+
+
+@functools.lru_cache(maxsize=len(_FILES) + len(WALLPAPERS))
+def pyramid(name: str, wallpapers: str | None = None) -> list[torch.Tensor]:
     """A picture and its anti-aliased reductions by powers of `_PYRAMID_STEP`, float32 [1, 3, H, W] in 0..255."""
+    with Image.open(_picture_file(name, wallpapers)) as opened:
+        if name in WALLPAPERS:
+            opened.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
+        picture = opened.convert("RGB")
+    levels = [picture]
+    while min(picture.size) / _PYRAMID_STEP ** len(levels) >= 64:
+        scale = _PYRAMID_STEP ** -len(levels)
+        shape = (round(picture.width * scale), round(picture.height * scale))
+        levels.append(picture.resize(shape, Image.Resampling.LANCZOS))
+    return [torch.from_numpy(np.array(level, np.float32)).permute(2, 0, 1)[None].contiguous() for level in levels]
+
+
+def _picture_file(name: str, wallpapers: str | None) -> Path:
+    if wallpapers is not None and name in WALLPAPERS:
+        return Path(wallpapers) / _WALLPAPER_FOLDER / WALLPAPERS[name]
     (package, folder), file = _FILES[name]
     spec = importlib.util.find_spec(package)
     root = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
@@ -68,14 +110,7 @@ def pyramid(name: str) -> list[torch.Tensor]:
             f"the photograph {name!r} comes with {package}, which is not installed or lacks {folder}/{file}; "
             'pip install "reducio-fast[train]"'
         )
-    with Image.open(root / folder / file) as opened:
-        picture = opened.convert("RGB")
-    levels = [picture]
-    while min(picture.size) / _PYRAMID_STEP ** len(levels) >= 64:
-        scale = _PYRAMID_STEP ** -len(levels)
-        shape = (round(picture.width * scale), round(picture.height * scale))
-        levels.append(picture.resize(shape, Image.Resampling.LANCZOS))
-    return [torch.from_numpy(np.array(level, np.float32)).permute(2, 0, 1)[None].contiguous() for level in levels]
+    return root / folder / file
 
 
 def load_photo(name: str) -> np.ndarray:
@@ -102,23 +137,59 @@ def _camera_move(rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray,
 
 
 def render(
-    rng: np.random.Generator, size: int = 128, num_frames: int = 16, held_out: bool = False, name: str | None = None
+    rng: np.random.Generator,
+    size: int = 128,
+    num_frames: int = 16,
+    held_out: bool = False,
+    name: str | None = None,
+    wallpapers: str | None = None,
+    parallax_share: float = 0.0,
 ) -> np.ndarray:
     """One picture under one smooth camera move (pan, zoom in or out, slight rotation), uint8 [T, size, size, 3].
 
     The view moves by 8-25% of the frame over the clip. `held_out` chooses the side of the split, `name` one picture.
     Training clips are mirrored and tinted at random, held-out ones are not. A view wider than the picture allows
-    is narrowed, so above a size of about 250 the smallest pictures are enlarged. Raises `ReducioError` for a size below
-    16, for no frames and where the picture's package is not installed.
+    is narrowed, so above a size of about 250 the smallest pictures are enlarged. `wallpapers` is a folder with more
+    pictures to train on. In `parallax_share` of the clips a second picture, cut to a random outline, moves before the
+    first in its own way: what it uncovers no single motion of the content frame can show. Raises `ReducioError` for a
+    size below 16, for no frames and where the picture's package is not installed.
     """
     if size < 16 or num_frames < 1:
         raise ReducioError(f"a clip needs size >= 16 and num_frames >= 1, got size={size}, num_frames={num_frames}")
+    names = HELD_OUT_PHOTOS if held_out else (*TRAINING_PHOTOS, *(WALLPAPERS if wallpapers else ()))
     if name is None:
-        names = HELD_OUT_PHOTOS if held_out else TRAINING_PHOTOS
         name = names[rng.integers(len(names))]
     elif name not in _FILES:
         raise ReducioError(f"photo name={name!r} is unknown; known: {', '.join(_FILES)}")
-    levels = pyramid(name)
+    clip = _moved(rng, name, size, num_frames, held_out, wallpapers)[0]
+    if parallax_share and rng.random() < parallax_share:
+        other = names[rng.integers(len(names))]
+        near, grid = _moved(rng, other, size, num_frames, held_out, wallpapers)
+        clip = torch.lerp(clip, near, _outline(rng, grid, size))
+    frames = clip.permute(0, 2, 3, 1).numpy()
+    if not held_out:
+        frames = frames * rng.uniform(0.8, 1.15, 3).astype(np.float32)
+    return np.rint(frames).clip(0.0, 255.0).astype(np.uint8)
+
+
+def _outline(rng: np.random.Generator, grid: torch.Tensor, size: int) -> torch.Tensor:
+    """A random blob that moves with the picture sampled at `grid` [T, H, W, 2]: coverage [T, 1, H, W] in 0..1."""
+    middle = grid[len(grid) // 2]  # the blob is drawn in the middle frame's view, whatever part of the picture that is
+    low, high = middle.amin((0, 1)), middle.amax((0, 1))
+    view = (grid - low) / (high - low) * 2 - 1
+    cells = int(rng.integers(3, 7))
+    noise = torch.from_numpy(rng.uniform(-1, 1, (1, 1, cells, cells)).astype(np.float32))
+    height = F.interpolate(noise, (2 * size, 2 * size), mode="bicubic", align_corners=True)
+    covered = height > torch.quantile(height, float(rng.uniform(0.4, 0.8)))
+    source = covered.float().expand(len(grid), -1, -1, -1)
+    return F.grid_sample(source, view, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _moved(
+    rng: np.random.Generator, name: str, size: int, num_frames: int, held_out: bool, wallpapers: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A picture under one move: float32 [T, 3, size, size] in about 0..255, sampled at [T, size, size, 2]."""
+    levels = pyramid(name, wallpapers)
     height, width = levels[0].shape[-2:]
     offsets, zooms, angles = _camera_move(rng, num_frames)
 
@@ -142,7 +213,4 @@ def render(
     grid = F.affine_grid(torch.from_numpy(theta), [num_frames, 3, size, size], align_corners=False)
     source = level.expand(num_frames, -1, -1, -1)
     clip = F.grid_sample(source, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
-    frames = clip.permute(0, 2, 3, 1).numpy()
-    if not held_out:
-        frames = frames * rng.uniform(0.8, 1.15, 3).astype(np.float32)
-    return np.rint(frames).clip(0.0, 255.0).astype(np.uint8)
+    return clip, grid

@@ -89,6 +89,11 @@ def ladder() -> list[Rung]:
         ),
         ("guidance_dpm_step", ("guidance_dpm_step",), "guidance and scheduler in one kernel"),
         ("blend_tiles", ("blend_tiles",), "tiles blended, cropped and turned into bytes in one kernel"),
+        (
+            "warp_frames",
+            ("warp_frames",),
+            "the content frame moved by the flow in one kernel, where the decoder has one",
+        ),
     ):
         kernels |= set(ops)
         rungs.append(Rung(name, description, transformer=True, vae=True, kernels=kernels))

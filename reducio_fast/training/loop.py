@@ -1,12 +1,14 @@
-"""One small training loop for every stage of the recipe: deterministic by step, resumable bit for bit, logged to CSV.
+"""The training loop of every recipe: one process or many, resumable to the byte, logged.
 
-A stage hands over a model and a function `loss_fn(step, rng) -> (loss, figures)` that draws its own batch. Whatever is
-random in a step comes from `(seed, step)` alone, so a run that was stopped and resumed equals a run that was not.
+A recipe hands over a model and a function `loss_fn(step, micro, rng) -> (loss, figures)` that draws its own batch.
+Nothing random is state: what a batch holds depends on (seed, step, micro) alone, where `micro` counts the batches of a
+step over all processes. So a run that was stopped and resumed equals one that was not, and one process that
+accumulates two batches equals two processes, weight for weight.
 """
 
 from __future__ import annotations
 
-import csv
+import json
 import math
 import os
 import time
@@ -18,19 +20,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError
-
-LOG = "log.csv"
+from . import checkpoint_folders
+from .checkpoint_folders import CheckpointFolder
+from .processes import PARALLEL, Processes, accumulating, spread
+from .run_log import RunLog
 
 Figures = Mapping[str, "float | Tensor"]
-LossFunction = Callable[[int, np.random.Generator], "tuple[Tensor, Figures]"]
+LossFunction = Callable[[int, int, np.random.Generator], "tuple[Tensor, Figures]"]
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINTS = "checkpoints"
 # These change when a run stops or what it prints, never a weight: a resumed run may differ in them.
-_HARMLESS = frozenset({"max_seconds", "log_every", "checkpoint_every"})
+_HARMLESS = frozenset(
+    {"max_seconds", "log_every", "checkpoint_every", "keep_checkpoints", "background_checkpoints", "tensorboard"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +63,20 @@ class LoopConfig:
     log_every: int = 20
     checkpoint_every: int = 500
     max_seconds: float | None = None  # stop (resumable) after this much wall clock in one call
+    micro_batches: int = 1  # batches of a step over all processes, which share them evenly
+    parallel: str = "ddp"  # or "fsdp": parameters, optimizer and averages too are spread over the processes
+    keep_checkpoints: int = 2
+    background_checkpoints: bool = False  # training goes on while one is written: from some 10 GB on it pays
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every", "max_bad_steps"):
+        for name in ("steps", "log_every", "checkpoint_every", "max_bad_steps", "micro_batches", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ReducioError(f"LoopConfig: {name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ReducioError(f"LoopConfig: learning_rate must be above 0, got {self.learning_rate}")
+        if self.parallel not in PARALLEL:
+            raise ReducioError(f"LoopConfig: parallel={self.parallel!r} must be one of {', '.join(PARALLEL)}")
         if not 0 <= self.ema_decay < 1:
             raise ReducioError(f"LoopConfig: ema_decay must be in [0, 1), got {self.ema_decay}")
 
@@ -72,7 +91,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What `run` left behind; `averaged` is the model's state dict with the averaged weights, on its device."""
+    """What `run` left behind; `averaged` is the model's state dict with the averaged weights, whole, on its device."""
 
     step: int
     finished: bool
@@ -81,94 +100,153 @@ class Outcome:
     last: dict[str, float]  # the last logged figures
 
 
+class _Losses(nn.Module):
+    """The model and its loss as one module, so that whatever spreads a module over processes sees a forward pass."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, step: int, micro: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
+        return self.loss_fn(step, micro, rng)
+
+
 def run(
     name: str,
     model: nn.Module,
     loss_fn: LossFunction,
     config: LoopConfig,
     folder: str | os.PathLike[str],
-    parameters: Iterable[nn.Parameter] | None = None,
-    device: str | torch.device = "cpu",
+    processes: Processes | None = None,
     resume: bool = True,
     accept_changes: bool = False,
     progress: bool = True,
+    blocks: Iterable[nn.Module] = (),
 ) -> Outcome:
-    """Trains `model` in place until `config.steps`, and writes `checkpoint.pt` and `log.csv` into `folder`.
+    """Trains `model` in place until `config.steps`, and writes `checkpoints/` and `log.csv` into `folder`.
 
     Args:
-        loss_fn: called as `loss_fn(step, rng)` with the 0-based step and a numpy generator that depends on
-            `(config.seed, step)` alone; torch's global generator is seeded the same way. Returns a scalar loss and
-            figures to log (scalars or 0-d tensors).
-        parameters: what is optimized; every parameter of `model` that requires a gradient when None.
+        loss_fn: called as `loss_fn(step, micro, rng)` with the 0-based step, the 0-based number of the batch among the
+            step's over all processes, and a numpy generator that depends on `(config.seed, step, micro)` alone; torch's
+            global generator is seeded the same way. Returns a scalar loss and figures to log (scalars or 0-d tensors).
+            A step's gradient is the mean over its batches. Parameters that require no gradient are left alone.
+        processes: this process's place in the run, from `processes.joined`; None is one process on the CPU.
         resume: continue from the checkpoint in `folder` if there is one; False starts anew and replaces it.
-        accept_changes: resume although the configuration changed (the run is then no longer reproducible in one go).
+        accept_changes: resume although the configuration, or the number of processes or threads, changed (the run is
+            then no longer reproducible in one go).
+        blocks: parts of the model that "fsdp" gathers one by one.
 
     Raises:
-        ReducioError: the loss or the gradient stayed non-finite for `max_bad_steps` steps; or the checkpoint belongs to
-            another configuration or another model.
+        ReducioError: the loss or the gradient stayed non-finite for `max_bad_steps` steps; the checkpoint belongs to
+            another configuration or another model, or is damaged; the processes cannot share a step's batches evenly;
+            there is no space for a checkpoint.
     """
-    folder, device = Path(folder), torch.device(device)
-    folder.mkdir(parents=True, exist_ok=True)
+    processes = processes or Processes(0, 1, torch.device("cpu"))
+    folder, device = Path(folder), processes.device
+    if config.micro_batches % processes.world_size:
+        raise ReducioError(
+            f"train {name}: {processes.world_size} processes cannot share micro_batches={config.micro_batches} evenly; "
+            "make it a multiple"
+        )
     model.to(device).train()
-    chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(chosen, config.weight_decay), lr=config.learning_rate, betas=config.betas)
-    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    state = _State()
-    if resume and (folder / CHECKPOINT).is_file():
-        state = _restore(name, folder / CHECKPOINT, config, model, optimizer, average, device, accept_changes)
-    log = _Log(folder / LOG, keep_until=state.step)
+    losses = spread(_Losses(model, loss_fn), config.parallel, processes, blocks)
+    chosen = [p for p in losses.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(_groups(chosen, config.weight_decay), lr=0.0, betas=config.betas)
+    _allocate(optimizer)
+    average = {k: v.detach().clone() for k, v in get_model_state_dict(losses).items()}
+    checkpoints = CheckpointFolder(
+        name, folder / CHECKPOINTS, processes, config.keep_checkpoints, config.background_checkpoints
+    )
+    if not resume:
+        checkpoints.clear()
+    found, state = checkpoints.latest(), _State()
+    conditions = {"world_size": processes.world_size, "threads": torch.get_num_threads()}
+    if found is not None:
+        _check(name, found, config, conditions, accept_changes)
+        tensors = _tensors(losses, optimizer, average)
+        checkpoints.load(found, tensors)
+        set_model_state_dict(losses, tensors["model"])
+        set_optimizer_state_dict(losses, optimizer, tensors["optimizer"])
+        state = _State(**json.loads((found / checkpoint_folders.RUN).read_text(encoding="utf-8"))["state"])
+    log = RunLog(folder, state.step, config.tensorboard) if processes.first else None
     began, before = time.monotonic(), state.seconds
+    own = range(processes.rank, config.micro_batches, processes.world_size)
 
     def save() -> None:
-        payload = {"config": _plain(config), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        payload |= {"average": average, "state": asdict(state)}
-        with written_whole(folder / CHECKPOINT) as path:
-            torch.save(payload, path)
+        run_data = {"config": _plain(config), "conditions": conditions, "state": asdict(state)}
+        run_data["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
+        checkpoints.save(state.step, _tensors(losses, optimizer, average), run_data)
 
     bad = 0
     with (
-        torch.random.fork_rng(devices=[]),
-        tqdm(total=config.steps, initial=state.step, desc=name, disable=not progress, mininterval=2.0) as bar,
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        tqdm(
+            total=config.steps,
+            initial=state.step,
+            desc=name,
+            disable=not (progress and processes.first),
+            mininterval=2.0,
+        ) as bar,
     ):
         while state.step < config.steps:
-            rng = np.random.default_rng((config.seed, state.step))
-            torch.manual_seed(int(rng.integers(2**62)))
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-                loss, figures = loss_fn(state.step, rng)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss, sums = torch.zeros((), device=device), dict[str, Any]()
+            for micro in own:
+                rng = np.random.default_rng((config.seed, state.step, micro))
+                torch.manual_seed(int(rng.integers(2**62)))
+                with accumulating(losses, last=micro == own[-1]):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+                        part, figures = losses(state.step, micro, rng)
+                    # Divided before it is summed, as processes do it: else a sum of two would differ in its last bit.
+                    (part / len(own)).backward()
+                loss += part.detach() / len(own)
+                for key, value in figures.items():
+                    value = value.detach() if isinstance(value, Tensor) else value
+                    sums[key] = sums.get(key, 0.0) + value / len(own)
             norm = nn.utils.clip_grad_norm_(chosen, config.clip_norm)
-            rate = config.rate(state.step)
-            if math.isfinite(float(loss.detach())) and math.isfinite(float(norm)):
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            if processes.all_finite(loss, norm):
                 bad = 0
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = config.rate(state.step)
                 optimizer.step()
-                _average(average, model, config.ema_decay, state.step)
-                state.add({"loss": loss, **figures, "gradient": norm})
+                _average(average, losses, config.ema_decay, state.step)
+                state.add({"loss": loss, **sums, "gradient": norm})
             else:
                 # The weights are still good: one freak batch is skipped, a run that diverged is not prolonged.
                 bad += 1
                 if bad >= config.max_bad_steps:
+                    checkpoints.finish()
                     raise ReducioError(
-                        f"train {name}: loss {float(loss.detach()):g} and gradient norm {float(norm):g} "
+                        f"train {name}: loss {float(loss):g} and gradient norm {float(norm):g} "
                         f"at step {state.step}, {bad} non-finite steps in a row; the last checkpoint is in {folder}"
                     )
             state.step += 1
             state.seconds = before + time.monotonic() - began
             bar.update()
             if state.step % config.log_every == 0 or state.step == config.steps:
-                row = state.flush()
-                if row:  # empty when every step so far was skipped
-                    log.write({"step": state.step, **row, "rate": rate, "seconds": round(state.seconds, 2)})
+                row = processes.mean(state.flush())
+                state.last = row
+                if row and log is not None:  # no row when every step so far was skipped
+                    log.write(
+                        {
+                            "step": state.step,
+                            **row,
+                            "rate": config.rate(state.step - 1),
+                            "seconds": round(state.seconds, 2),
+                        }
+                    )
                     bar.set_postfix({k: f"{v:.4g}" for k, v in row.items()}, refresh=False)
-            timed_out = config.max_seconds is not None and time.monotonic() - began >= config.max_seconds
+            timed_out = config.max_seconds is not None and processes.any(time.monotonic() - began >= config.max_seconds)
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or timed_out:
                 save()
             if timed_out:
                 break
+    checkpoints.finish()
     model.eval()
-    return Outcome(state.step, state.step >= config.steps, state.seconds, average, dict(state.last))
+    whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in average.items()}
+    averaged = {k.removeprefix("model."): v for k, v in whole.items()}
+    return Outcome(state.step, state.step >= config.steps, state.seconds, averaged, dict(state.last or {}))
 
 
 @dataclass(slots=True)
@@ -197,86 +275,65 @@ class _State:
         return self.last
 
 
-class _Log:
-    """A CSV that is cut back to the resumed step, so that no step appears twice. Columns are those of the first row."""
-
-    def __init__(self, path: Path, keep_until: int) -> None:
-        self.path = path
-        self.columns: list[str] = []
-        kept: list[dict[str, str]] = []
-        if keep_until and path.is_file():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                kept = [row for row in reader if row["step"].isdigit() and int(row["step"]) <= keep_until]
-                self.columns = list(reader.fieldnames or [])
-        with written_whole(path) as temporary:
-            self._create(temporary, kept)
-
-    def _create(self, path: Path, rows: list[dict[str, str]]) -> None:
-        with path.open("w", newline="") as file:
-            if self.columns:
-                writer = csv.DictWriter(file, self.columns)
-                writer.writeheader()
-                writer.writerows(rows)
-
-    def write(self, row: Mapping[str, float]) -> None:
-        with self.path.open("a", newline="") as file:
-            if not self.columns:
-                self.columns = list(row)
-                csv.DictWriter(file, self.columns).writeheader()
-            csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
-
-
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> Iterator[dict[str, Any]]:
     # Biases, gains and single vectors are not decayed: pulling them to zero regularises nothing.
     yield {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
     yield {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
 
 
+def _allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the state of every parameter, also of those that take no step for long: a checkpoint names them all."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # at rate 0
+    optimizer.zero_grad(set_to_none=True)
+    for entry in optimizer.state.values():
+        entry["step"].zero_()
+
+
 @torch.no_grad()
-def _average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
+def _average(average: dict[str, Tensor], losses: nn.Module, decay: float, step: int) -> None:
     # Early on the average would be mostly the initialisation: the decay grows from 0.1 towards its value.
     weight = 1 - min(decay, (1 + step) / (10 + step)) if decay else 1.0
-    current = model.state_dict()
+    current = get_model_state_dict(losses)
     floating = [key for key, value in current.items() if value.is_floating_point()]
-    torch._foreach_lerp_([average[k] for k in floating], [current[k] for k in floating], weight)
+    torch._foreach_lerp_([_own(average[k]) for k in floating], [_own(current[k]) for k in floating], weight)
     for key in current.keys() - set(floating):
         average[key].copy_(current[key])
+
+
+def _own(x: Tensor) -> Tensor:
+    """This process's part of a parameter that is spread; a buffer is whole in each."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _plain(config: LoopConfig) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
-def _restore(
-    name: str,
-    path: Path,
-    config: LoopConfig,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-    device: torch.device,
-    accept_changes: bool,
-) -> _State:
+def _tensors(losses: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict[str, Any]:
+    """What a checkpoint holds, by names that do not depend on how the model is spread."""
+    return {
+        "model": get_model_state_dict(losses),
+        "optimizer": get_optimizer_state_dict(losses, optimizer),
+        "average": average,
+    }
+
+
+def _check(name: str, found: Path, config: LoopConfig, conditions: dict[str, int], accept_changes: bool) -> None:
+    """Raises `ReducioError` where a checkpoint was made in a way that this run would not continue to the byte."""
     try:
-        payload = torch.load(path, map_location=device, weights_only=True)
-        saved = payload["config"]
-    except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        raise ReducioError(f"train {name}: cannot read checkpoint {path}: {error}".splitlines()[0]) from error
-    changed = [k for k, v in _plain(config).items() if saved.get(k) != v and k not in _HARMLESS]
-    if changed and not accept_changes:
-        key = changed[0]
-        raise ReducioError(
-            f"train {name}: checkpoint {path} was made with {key}={saved.get(key)}, "
-            f"this run has {key}={getattr(config, key)}; start anew with resume=False or use another folder"
-        )
-    try:
-        model.load_state_dict(payload["model"])
-        optimizer.load_state_dict(payload["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ReducioError(
-            f"train {name}: checkpoint {path} belongs to another model: {str(error).splitlines()[0]}"
-        ) from error
-    for key, value in payload["average"].items():
-        average[key].copy_(value)
-    return _State(**payload["state"])
+        saved = json.loads((found / checkpoint_folders.RUN).read_text(encoding="utf-8"))
+        made = {**saved["config"], **saved["conditions"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise ReducioError(f"train {name}: cannot read checkpoint {found}: {error}") from error
+    wanted = {**_plain(config), **conditions}
+    # Sums of two do not depend on who adds them.
+    harmless = _HARMLESS | ({"world_size"} if config.micro_batches <= 2 else frozenset())
+    for key, value in wanted.items():
+        if made.get(key) != value and key not in harmless and not accept_changes:
+            raise ReducioError(
+                f"train {name}: checkpoint {found} was made with {key}={made.get(key)}, this run has {key}={value}; "
+                "the weights would not be those of one run: --accept-changes goes on, --no-resume starts anew"
+            )

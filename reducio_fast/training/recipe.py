@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..system.atomic_files import written_whole
 from .loop import LoopConfig, LossFunction, Outcome, run
+from .processes import Processes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,9 +19,15 @@ class Context:
     """Where and how a stage runs: `out` holds the components and `out/runs/<stage>` checkpoint, log and figures."""
 
     out: Path
+    data: Path  # holds, or gets, what is downloaded to train on
     resume: bool = True
+    accept_changes: bool = False
     progress: bool = True
-    device: str = "cpu"
+    processes: Processes = field(default_factory=lambda: Processes(0, 1, torch.device("cpu")))
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
 
     def run_folder(self, stage: str) -> Path:
         return self.out / "runs" / stage
@@ -27,7 +35,9 @@ class Context:
     def train(self, stage: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig) -> Outcome:
         """`loop.run` in this stage's folder; the model then holds the averaged weights, in evaluation mode."""
         folder = self.run_folder(stage)
-        outcome = run(stage, model, loss_fn, config, folder, None, self.device, self.resume, progress=self.progress)
+        outcome = run(
+            stage, model, loss_fn, config, folder, self.processes, self.resume, self.accept_changes, self.progress
+        )
         model.load_state_dict(outcome.averaged)
         return outcome
 

@@ -15,6 +15,8 @@ from ..config import DictMixin
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE, NUM_FRAMES = 20, 4.5, 16
 
 FUSION_KINDS = ("attn", "add", "linear", "add+attn")
+FUSION_POSITIONS = ("none", "sincos")
+OUTPUTS = ("rgb", "warp")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +52,17 @@ class VAEConfig(DictMixin):
     # pixels, where there is no window, and runs so above 512 pixels untiled; the default does the same. True masks the
     # padded keys.
     mask_window_padding: bool = False
+    # The next two are this project's, not the paper's; the released weights have the defaults.
+    # "sincos" gives queries and keys of the fusion attention their place in the frame. Published: none; a network of
+    # 437M parameters learns it from its zero padding; one of 2M does not (about 1 dB at equal steps).
+    fusion_position: str = "none"
+    # "warp": the decoder moves the content frame by a flow and adds what a flow cannot do; "rgb" draws each pixel anew.
+    output: str = "rgb"
 
     def __post_init__(self) -> None:
+        for name, known in (("fusion_position", FUSION_POSITIONS), ("output", OUTPUTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
         levels, factor = len(self.channel_multipliers), self.temporal_factor
         if factor < 1 or factor & (factor - 1) or factor > 2 ** (levels - 1):
             raise ValueError(
@@ -128,6 +139,11 @@ class VAEConfig(DictMixin):
     def res_blocks_at(self, level: int) -> int:
         """Res-blocks of the encoders at `level`, and of the decoder before and again after its fusion."""
         return self.num_res_blocks if isinstance(self.num_res_blocks, int) else self.num_res_blocks[level]
+
+    @property
+    def warps(self) -> bool:
+        """Whether `decode` moves the content frame, which content features then end with."""
+        return self.output == "warp"
 
     @property
     def content_frame(self) -> int:

@@ -20,6 +20,24 @@ def sinusoid_table(length: int, dim: int) -> Tensor:
     return torch.where(j.long() % 2 == 0, angle.sin(), angle.cos()).float()
 
 
+def place_table(height: int, width: int, dim: int, pixels: int, like: Tensor) -> Tensor:
+    """Where each cell of a grid lies: [dim, height, width], sines then cosines, x in the first half of channels.
+
+    A cell is `pixels` wide and counts at its middle, in units of 8 pixels (a cell of the deepest content feature):
+    equal values are equal places on every grid and in a frame of any size. Wave lengths run from 50 to 5000 pixels.
+    """
+    waves = torch.arange(dim // 4, dtype=torch.float64, device=like.device) / max(1, dim // 4)
+    frequency = 100.0**-waves
+
+    def axis(count: int) -> Tensor:
+        place = (torch.arange(count, dtype=torch.float64, device=like.device) + 0.5) * (pixels / 8)
+        angle = frequency[:, None] * place
+        return torch.cat([angle.sin(), angle.cos()])  # [dim / 2, count]
+
+    x, y = axis(width)[:, None, :], axis(height)[:, :, None]
+    return torch.cat([x.expand(-1, height, -1), y.expand(-1, -1, width)]).to(like.dtype)
+
+
 def split_windows(x_BCTHW: Tensor, window: tuple[int, int]) -> Tensor:
     """Zero-pad to whole windows and cut: [B, C, T, H, W] -> [B * windows, C, T, window_h, window_w]."""
     B, C, T, H, W = x_BCTHW.shape
@@ -62,11 +80,16 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list so that the name is to_out.0, as published
 
-    def forward(self, x_BLC: Tensor, context_BSC: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BLC: Tensor, context_BSC: Tensor, key_mask: Tensor | None = None, keys_BSC: Tensor | None = None
+    ) -> Tensor:
+        """`keys_BSC`: what keys are made from where that is not what values are made from."""
+        keys_BSC = context_BSC if keys_BSC is None else keys_BSC
+
         def heads(t: Tensor) -> Tensor:
             return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-        q_BNLD, k_BNSD, v_BNSD = heads(self.to_q(x_BLC)), heads(self.to_k(context_BSC)), heads(self.to_v(context_BSC))
+        q_BNLD, k_BNSD, v_BNSD = heads(self.to_q(x_BLC)), heads(self.to_k(keys_BSC)), heads(self.to_v(context_BSC))
         out_BNLD = F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, attn_mask=key_mask)
         return self.to_out[0](out_BNLD.transpose(1, 2).flatten(2))
 
@@ -74,14 +97,24 @@ class CrossAttention(nn.Module):
 class AttentionFusion(nn.Module):
     """Every video token attends to the content tokens: y = x + p_t; out = y + Attn(LayerNorm(y), content).
 
-    The fixed time embedding p_t stays in the residual stream. Content has neither norm nor position and is shared by
-    all frames. Above `window_size`^2 content cells, a window of the video attends only to its window of the content.
+    The fixed time embedding p_t stays in the residual stream. Content has no norm and is shared by all frames. With
+    `cells`, the pixels a cell of the video's and of the content's grid spans, queries and keys are made from inputs to
+    which `place_table` is added; values never are. Above `window_size`^2 content cells, a window of the video attends
+    only to its window of the content.
     """
 
     def __init__(
-        self, dim: int, context_dim: int, num_frames: int, head_dim: int, window_size: int, mask_padding: bool
+        self,
+        dim: int,
+        context_dim: int,
+        num_frames: int,
+        head_dim: int,
+        window_size: int,
+        mask_padding: bool,
+        cells: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.cells = cells
         self.window_size, self.mask_padding = window_size, mask_padding
         # Fixed, yet part of the published checkpoints: a persistent buffer.
         self.register_buffer("pos_embed", sinusoid_table(num_frames, dim)[None, :, None])
@@ -99,16 +132,20 @@ class AttentionFusion(nn.Module):
         B, C, T, H, W = x_BCTHW.shape
         y = x_BCTHW + self.pos_embed[0, :, 0].T[None, :, :, None, None]
         h = self.norm(y.movedim(1, -1)).movedim(-1, 1)
-        context = content_BCHW[:, :, None]
+        context = keys = content_BCHW[:, :, None]
+        if self.cells is not None:
+            h = h + place_table(H, W, C, self.cells[0], h)[:, None]
+            keys = keys + place_table(*keys.shape[-2:], keys.shape[1], self.cells[1], keys)[:, None]
         windows = self.windows(h.shape, context.shape)
         if windows is None:
-            return y + self.attn(tokens(h), tokens(context)).transpose(1, 2).reshape(y.shape)
+            return y + self.attn(tokens(h), tokens(context), None, tokens(keys)).transpose(1, 2).reshape(y.shape)
         query_window, context_window = windows
         key_mask = None
         if self.mask_padding:
             key_mask = window_padding_mask(content_BCHW.shape[-2:], context_window, B, 1, h)
         h_windows = split_windows(h, query_window)
-        out = self.attn(tokens(h_windows), tokens(split_windows(context, context_window)), key_mask)
+        values, keys = (tokens(split_windows(t, context_window)) for t in (context, keys))
+        out = self.attn(tokens(h_windows), values, key_mask, keys)
         return y + join_windows(out.transpose(1, 2).reshape(h_windows.shape), (H, W))
 
 
@@ -127,7 +164,7 @@ class AddFusion(nn.Module):
         self.conv, self.norm = conv, norm
 
     def forward(self, x_BCTHW: Tensor, content_BCHW: Tensor) -> Tensor:
-        content = _same_grid(self.conv_context(content_BCHW), x_BCTHW)
+        content = same_grid(self.conv_context(content_BCHW), x_BCTHW)
         return x_BCTHW + F.silu(self.norm(self.conv(x_BCTHW + self.temp_embed + content[:, :, None])))
 
 
@@ -149,13 +186,13 @@ class LinearFusion(nn.Module):
         self.register_buffer("visible", visible[:, :, None, None, None], persistent=False)
 
     def forward(self, x_BCTHW: Tensor, content_BCHW: Tensor) -> Tensor:
-        content = _same_grid(self.conv_context(content_BCHW), x_BCTHW)
+        content = same_grid(self.conv_context(content_BCHW), x_BCTHW)
         frames_BTCHW = torch.cat([x_BCTHW, content[:, :, None]], dim=2).transpose(1, 2)
         mixed = F.conv3d(frames_BTCHW, self.conv.weight * self.visible, self.conv.bias)
         return x_BCTHW + F.silu(self.norm(mixed.transpose(1, 2)))
 
 
-def _same_grid(content_BCHW: Tensor, x_BCTHW: Tensor) -> Tensor:
+def same_grid(content_BCHW: Tensor, x_BCTHW: Tensor) -> Tensor:
     """Cut the content to the video's grid: in the tiled path the content tile may read further than the latent tile."""
     H, W = x_BCTHW.shape[-2:]
     if content_BCHW.shape[-2] < H or content_BCHW.shape[-1] < W:

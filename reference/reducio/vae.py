@@ -13,10 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import VAEConfig
-from .fusion import AddFusion, AttentionFusion, LinearFusion, join_windows, split_windows, tokens, window_padding_mask
+from .fusion import (
+    AddFusion,
+    AttentionFusion,
+    LinearFusion,
+    join_windows,
+    same_grid,
+    split_windows,
+    tokens,
+    window_padding_mask,
+)
 from .tiling import Grid, blend_grid, stitch, tile_grid
 
-Features = list[Tensor]  # one tensor [B, C, H, W] a level, then the middle: 128@256, 256@128, 512@64, 512@32, 512@32
+# One tensor [B, C, H, W] a level, then the middle: 128@256, 256@128, 512@64, 512@32, 512@32. With `output="warp"` the
+# content image itself comes last: it is cut in tiles, blended and kept as the features are.
+Features = list[Tensor]
 NORM_EPS = 1e-6
 LATENT_NORM_EPS = 1e-5
 
@@ -222,6 +233,7 @@ class ContentEncoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         layers = Layers(config, dims=2)
+        self.hands_on_image = config.warps
         widths = [config.content_base_channels * m for m in config.content_channel_multipliers]
         last = len(widths) - 1
         self.conv_in = layers.conv(3, config.content_base_channels)
@@ -239,13 +251,13 @@ class ContentEncoder(nn.Module):
         self.norm_out = layers.norm(widths[-1])
 
     def forward(self, image_BCHW: Tensor) -> Features:
-        h, features = self.conv_in(image_BCHW), []
+        h, features, last = self.conv_in(image_BCHW), [], [image_BCHW] if self.hands_on_image else []
         for level in self.down:
             h = level(h)
             features.append(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return [*features, self.mid.attn_1(self.mid.block_1(h))]
+        return [*features, self.mid.attn_1(self.mid.block_1(h)), *last]
 
 
 class DecoderLevel(nn.Module):
@@ -273,11 +285,14 @@ class DecoderLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Motion latent [B, 16, T/f, H/32, W/32] and content features -> clip [B, 3, T, H, W], not clamped."""
+    """Motion latent [B, 16, T/f, H/32, W/32] and content features -> clip [B, 3, T, H, W], not clamped.
+
+    With `output="warp"` -> what `Warp` takes, [B, 5, T, H, W].
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.sources = config.fusion_levels
+        self.sources, self.middle = config.fusion_levels, config.content_levels
         layers = Layers(config, dims=3)
         widths = [config.base_channels * m for m in config.channel_multipliers]
         last = len(widths) - 1
@@ -296,13 +311,53 @@ class Decoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.norm_out = layers.norm(widths[0])
-        self.conv_out = layers.conv(widths[0], 3)
+        self.conv_out = layers.conv(widths[0], 5 if config.warps else 3)
 
     def forward(self, z_BCTHW: Tensor, features: Features) -> Tensor:
-        h = self.mid(self.conv_in(z_BCTHW), features[-1])
+        h = self.mid(self.conv_in(z_BCTHW), features[self.middle])
         for level, source in zip(reversed(self.up), reversed(self.sources), strict=True):
             h = level(h, None if source is None else features[source])
         return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Warp(nn.Module):
+    """The content image moved by a flow, plus a residual: a decoder that copies instead of drawing again.
+
+    Frame t at (y, x) is the image at (y, x) + flow (bilinear, the border repeated) plus the residual. The flow's coarse
+    part comes straight from the latent, by a path without norms (through the deep decoder the size of a motion has to
+    survive a dozen of them), bicubic to full size; the decoder refines it. Flows are in latent cells, 32 pixels.
+    Published decoders have none of it. A 2M-parameter decoder returned even the very frame it was given at 20 dB.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        layers, width = Layers(config, dims=3), config.base_channels * config.channel_multipliers[-1]
+        self.frames, self.cell = config.temporal_factor, config.spatial_factor
+        self.hidden = layers.conv(config.latent_channels, width)
+        self.flow = layers.conv(width, 2 * self.frames, 1)
+
+    def coarse_flow(self, z_BCTHW: Tensor) -> Tensor:
+        """[B, 2, T, H/32, W/32]: x, then y."""
+        flow = self.flow(F.silu(self.hidden(z_BCTHW)))
+        return flow.unflatten(1, (2, self.frames)).transpose(2, 3).flatten(2, 3)
+
+    def forward(self, x_BCTHW: Tensor, z_BCTHW: Tensor, image_BCHW: Tensor) -> Tensor:
+        """`x_BCTHW`: refinement of the flow (2 channels), then the residual (3)."""
+        fine, residual = x_BCTHW.split((2, 3), dim=1)
+        B, _, T, H, W = x_BCTHW.shape
+        image = same_grid(image_BCHW, x_BCTHW)
+        coarse = self.coarse_flow(z_BCTHW).transpose(1, 2).flatten(0, 1)
+        flow = F.interpolate(coarse, (H, W), mode="bicubic", align_corners=False) + fine.transpose(1, 2).flatten(0, 1)
+        # In float32 at least: 16-bit coordinates of a 256-pixel frame are whole pixels (bfloat16) or sixteenths.
+        exact = torch.promote_types(flow.dtype, torch.float32)
+        step = self.cell * 2 / torch.tensor((W, H), dtype=exact, device=flow.device)
+        rows = (torch.arange(H, dtype=exact, device=flow.device) * 2 + 1) / H - 1
+        columns = (torch.arange(W, dtype=exact, device=flow.device) * 2 + 1) / W - 1
+        place = torch.stack([columns.expand(H, W), rows[:, None].expand(H, W)], dim=-1)
+        grid = place + flow.movedim(1, -1) * step
+        frames = image.to(exact).repeat_interleave(T, dim=0)
+        moved = F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return moved.unflatten(0, (B, T)).transpose(1, 2).to(x_BCTHW.dtype) + residual
 
 
 def fusion_modules(config: VAEConfig, layers: Layers, kind: str, level: int, source: int) -> nn.ModuleList:
@@ -310,9 +365,11 @@ def fusion_modules(config: VAEConfig, layers: Layers, kind: str, level: int, sou
     dim = config.base_channels * config.channel_multipliers[level]
     multiplier = config.content_channel_multipliers[min(source, config.content_levels - 1)]
     context_dim, frames = config.content_base_channels * multiplier, config.frames_at(level)
+    pixels = 2**level, 2 ** min(source, config.content_levels - 1)
+    cells = pixels if config.fusion_position == "sincos" else None
     build = {
         "attn": lambda: AttentionFusion(
-            dim, context_dim, frames, config.fusion_head_dim, config.window_size, config.mask_window_padding
+            dim, context_dim, frames, config.fusion_head_dim, config.window_size, config.mask_window_padding, cells
         ),
         "add": lambda: AddFusion(dim, context_dim, frames, layers.conv(dim, dim), layers.norm(dim)),
         "linear": lambda: LinearFusion(dim, context_dim, frames, layers.norm(dim), config.causal),
@@ -357,6 +414,7 @@ class ReducioVAE(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
+        self.warp = Warp(config) if config.warps else None
 
     def encode(self, video: Tensor, tiled: bool = False) -> DiagonalGaussian:
         """Posterior of the motion latent [B, 16, T/f, H/32, W/32] of a clip [B, 3, T, H, W].
@@ -419,7 +477,8 @@ class ReducioVAE(nn.Module):
         return self.quant_conv(self.encoder_3d(video))
 
     def _decode(self, latent: Tensor, features: Features) -> Tensor:
-        return self.decoder(self.post_quant_conv(latent), features)
+        x = self.decoder(self.post_quant_conv(latent), features)
+        return x if self.warp is None else self.warp(x, latent, features[-1])
 
     def tile_sizes(self) -> tuple[int, int, int, int]:
         """Stride and read extent in pixels, then in latent cells: 256, 320, 8, 10 in the release."""

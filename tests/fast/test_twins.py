@@ -143,6 +143,10 @@ VAE_CASES = {
     },
     "windows": {"window_size": 8, "content_window_size": 4},
     "windows, padding masked": {"window_size": 5, "content_window_size": 3, "mask_window_padding": True},
+    "sincos": {"fusion_position": "sincos"},
+    "sincos, windows": {"fusion_position": "sincos", "window_size": 5, "mask_window_padding": True},
+    "warp": {"output": "warp"},
+    "warp, causal, ft2": {"output": "warp", "causal": True, "temporal_factor": 2, "fusion": "add"},
 }
 
 
@@ -165,11 +169,12 @@ def test_autoencoder(case: str) -> None:
         assert_right(one, two, three)
 
 
+@pytest.mark.parametrize("output", ["rgb", "warp"])
 @pytest.mark.parametrize("size", [(96, 160), (128, 64)], ids=str)
 @torch.no_grad()
-def test_tiled_autoencoder(size: tuple[int, int]) -> None:
+def test_tiled_autoencoder(size: tuple[int, int], output: str) -> None:
     """Border tiles of other sizes, blending, and content features cut to the latent's grid."""
-    model = lively(ReducioVAE(VAEConfig(**VAE, tile_size=64, tile_overlap=0.5)))
+    model = lively(ReducioVAE(VAEConfig(**VAE, tile_size=64, tile_overlap=0.5, output=output)))
     clip = torch.rand(1, 3, 16, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     oracle = run_vae(copy.deepcopy(model).double(), clip.double(), tiled=True)
     twin = FastReducioVAE(model, plan())

@@ -13,11 +13,18 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scipy import ndimage
 from torch.nn import functional as F
 
 from reducio_fast.reference import VAE_PRESETS, DiagonalGaussian, ReducioVAE, VAEConfig
 from reducio_fast.reference.reducio import tiling
-from reducio_fast.reference.reducio.fusion import AttentionFusion, join_windows, sinusoid_table, split_windows
+from reducio_fast.reference.reducio.fusion import (
+    AttentionFusion,
+    join_windows,
+    place_table,
+    sinusoid_table,
+    split_windows,
+)
 from reducio_fast.reference.reducio.vae import Layers, SelfAttention
 
 pytestmark = pytest.mark.slow
@@ -369,3 +376,78 @@ def test_errors_name_both_values(call, words: tuple[str, ...]) -> None:
 def test_config_round_trip() -> None:
     config = VAEConfig(**SMALL, fusion=("attn", "attn", "add", "add+attn", "attn", "attn"))
     assert VAEConfig.from_dict(json.loads(json.dumps({"_class_name": "ReducioVAE"} | config.to_dict()))) == config
+
+
+# ---- a decoder that moves the content image (this project's own; off in the released weights) ------------------------
+
+
+def still_warp(**changes) -> ReducioVAE:
+    """A decoder whose refinement and residual are zero: what it returns is the image moved by the coarse flow."""
+    model = small_vae(output="warp", **changes)
+    with torch.no_grad():
+        for parameter in (*model.decoder.conv_out.parameters(), *model.warp.flow.parameters()):
+            parameter.zero_()
+    return model.double()
+
+
+@torch.no_grad()
+def test_warp_without_flow_repeats_the_content_image() -> None:
+    model, image = still_warp(), clip().double()[:, :, 7]
+    frames = model.decode(torch.randn(1, 16, 4, 2, 2).double(), model.encode_content(image))
+    torch.testing.assert_close(frames, image[:, :, None].expand_as(frames), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_warp_samples_as_scipy_does() -> None:
+    """One flow a frame: bicubic interpolation of equal cells is that value, so scipy can move the image itself."""
+    model, image = still_warp(), clip((64, 96)).double()[:, :, 7]
+    flow = torch.randn(2, model.config.temporal_factor).double() * 0.4
+    model.warp.flow.bias.copy_(flow.flatten())
+    frames = model.decode(torch.randn(1, 16, 4, 2, 3).double(), model.encode_content(image))
+    rows, columns = np.meshgrid(np.arange(64), np.arange(96), indexing="ij")
+    for t in range(16):
+        x, y = (flow[:, t % model.config.temporal_factor] * 32).tolist()
+        for c in range(3):
+            moved = ndimage.map_coordinates(image[0, c].numpy(), [rows + y, columns + x], order=1, mode="nearest")
+            np.testing.assert_allclose(frames[0, c, t].numpy(), moved, atol=1e-9)
+
+
+@torch.no_grad()
+def test_warp_in_tiles_is_the_warp_of_the_whole() -> None:
+    """A tile reads its own piece of the image: but for pixels whose flow leaves the tile, nothing shows of tiles."""
+    model, image = still_warp(tile_size=64, tile_overlap=0.5), clip((128, 96)).double()[:, :, 7]
+    model.warp.flow.bias.fill_(0.1)
+    z = torch.zeros(1, 16, 4, 4, 3).double()
+    whole, tiles = (model.decode(z, model.encode_content(image, tiled), tiled) for tiled in (False, True))
+    # A flow of 3.2 pixels leaves the first tile, of 96, in its last 4 rows and columns, which have faded to 1/8.
+    inside = torch.ones(128, 96, dtype=torch.bool)
+    inside[92:96] = inside[:, 92:96] = False
+    torch.testing.assert_close(tiles[..., inside], whole[..., inside], rtol=0, atol=1e-12)
+    assert (tiles - whole).abs().max() < 2 / 8
+
+
+@torch.no_grad()
+def test_places_are_equal_on_every_grid() -> None:
+    """Cell 2i + 1/2 of a grid of half the cell size lies where cell i of the coarse one does."""
+    one = torch.zeros((), dtype=torch.float64)
+    fine, coarse = place_table(6, 8, 16, 4, one), place_table(3, 4, 16, 8, one)
+    assert fine.shape == (16, 6, 8) and fine.abs().max() <= 1
+    finest = place_table(9, 12, 16, 2, one)  # cells of 2 pixels: number 1, 4, 7 are the middles of 6-pixel cells
+    torch.testing.assert_close(finest[:, 1::3, 1::3], place_table(3, 4, 16, 6, one))
+    assert not torch.allclose(fine[:, ::2, ::2], coarse)
+
+
+@pytest.mark.parametrize("changes", [{"output": "warp"}, {"fusion_position": "sincos"}], ids=str)
+def test_what_is_ours_learns_and_is_off_by_default(changes: dict) -> None:
+    plain, model = small_vae(), small_vae(**changes).train()
+    assert VAEConfig().output == "rgb" and VAEConfig().fusion_position == "none"
+    added = set(model.state_dict()) - set(plain.state_dict())
+    assert added == ({f"warp.{a}.{b}" for a in ("hidden", "flow") for b in ("weight", "bias")} if model.warp else set())
+    video = clip()
+    z = model.normalize_latent(model.encode(video).mean)
+    model.decode(z, model.encode_content(video[:, :, 7])).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith(("warp.", "decoder.conv_out", "encoder_3d.conv_in")) or ".attn.to_" in name:
+            assert parameter.grad is not None and parameter.grad.norm() > 0, name
+    with pytest.raises(ValueError, match="must be one of"):
+        VAEConfig(**{name: "other" for name in changes})

@@ -44,7 +44,7 @@ class Regression:
         layers = (nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 1))
         self.model, self.fail_at, self.bad = nn.Sequential(*layers), fail_at, bad
 
-    def loss(self, step: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, step: int, micro: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         if step == self.fail_at:
             raise KeyboardInterrupt
         x = torch.from_numpy(rng.normal(size=(32, 4)).astype(np.float32))
@@ -110,7 +110,7 @@ def test_one_bad_step_is_skipped_and_many_end_the_run(tmp_path: Path) -> None:
     problem = Regression(bad=tuple(range(30, 60)))
     with pytest.raises(ReducioError, match="train regression: loss nan .* at step 39, 10 non-finite steps in a row"):
         problem.run(tmp_path / "ended")
-    assert torch.load(tmp_path / "ended" / "checkpoint.pt", weights_only=True)["state"]["step"] == 25
+    assert (tmp_path / "ended" / "checkpoints" / "latest").read_text().strip() == "step-00000025"
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -122,9 +122,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     other.model = nn.Linear(4, 1)
     with pytest.raises(ReducioError, match="belongs to another model"):
         other.run(tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(b"half a checkpoint")
-    with pytest.raises(ReducioError, match="cannot read checkpoint"):
+    newest = tmp_path / "checkpoints" / "step-00000060"
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(b"half a checkpoint")
+    with pytest.raises(ReducioError, match="cannot read checkpoint .*step-00000060.*; write one of step-00000050"):
         Regression().run(tmp_path)
+    (newest / ".metadata").unlink()
+    with pytest.raises(ReducioError, match="names step-00000060, which is not whole; write one of step-00000050 into"):
+        Regression().run(tmp_path)
+    (newest.parent / "latest").write_text("step-00000050")
+    assert Regression().run(tmp_path).finished
     assert Regression().run(tmp_path, resume=False).finished
 
 
@@ -282,7 +289,7 @@ def test_a_bundle_that_is_too_large_is_removed(trained: Path, exported: Path, tm
         if component.name not in ("bundle", "runs"):
             (tmp_path / component.name).symlink_to(component)
     with pytest.raises(ReducioError, match=r"bundle has [\d,]+ bytes, 100,000 are allowed"):
-        bundle.export(Context(out=tmp_path), bundle.BundleSettings(max_bytes=100_000))
+        bundle.export(Context(out=tmp_path, data=tmp_path), bundle.BundleSettings(max_bytes=100_000))
     assert not (tmp_path / "bundle").exists()
 
 
@@ -294,7 +301,7 @@ def test_a_weight_beyond_float16_is_named(trained: Path, tmp_path: Path) -> None
     vae.quant_conv.weight[0, 0] = 1e6
     save_model(vae, tmp_path / "vae")
     with pytest.raises(ReducioError, match=r"vae has values that do not fit torch.float16 in quant_conv.weight"):
-        bundle.export(Context(out=tmp_path), bundle.BundleSettings())
+        bundle.export(Context(out=tmp_path, data=tmp_path), bundle.BundleSettings())
 
 
 def test_mistakes_in_what_to_train_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The video stages of the recipe: phases train what they say, the sketch is local, pool files can come in any order."""
+"""The video stages of the recipe: phases train what they say, flows point where they should, pools in any order."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
+from scipy import ndimage
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from reducio_fast.checkpoints.networks import load_model, save_model
-from reducio_fast.data import photos, toy_world
+from reducio_fast.data import photos, real_video, toy_world
 from reducio_fast.pipelines.reducio.encoders import SemanticEncoder
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from reducio_fast.system.errors import ReducioError
 from reducio_fast.training.loop import LoopConfig
 from reducio_fast.training.recipe import Context
 from reducio_fast.training.tiny import motion, video_autoencoder
@@ -34,82 +36,125 @@ VAE = replace(
 LOOP = LoopConfig(steps=2, learning_rate=1e-3, warmup_steps=1, ema_decay=0.0, log_every=1)
 
 
-def phase(trains: str, **changes) -> video_autoencoder.VAESettings:
-    settings = video_autoencoder.VAESettings(loop=LOOP, trains=trains, size=32, batch=1, config=VAE)
-    return replace(settings, **changes)
+def vae_settings(*phases: video_autoencoder.Phase, steps: int = 2, **changes) -> video_autoencoder.VAESettings:
+    return video_autoencoder.VAESettings(
+        loop=replace(LOOP, steps=steps), phases=phases or (PHASE,), config=VAE, **changes
+    )
 
 
-def test_each_phase_changes_only_what_it_trains(tmp_path: Path) -> None:
-    context = Context(out=tmp_path, progress=False)
+PHASE = video_autoencoder.Phase(until=1.0, size=32, batch=1, video_share=0.0)
+
+
+@pytest.fixture
+def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Photographs that packages carry alone, and a film of noise with one shot."""
+    film = np.random.default_rng(0).integers(0, 256, (40, *real_video.KEPT_SIZE, 3), np.uint8)
+    monkeypatch.setattr(real_video, "footage", lambda folder: film)
+    monkeypatch.setattr(real_video, "SHOTS", ((2, 36),))
+    monkeypatch.setattr(photos, "require_wallpapers", lambda folder: None)
+    monkeypatch.setattr(photos, "WALLPAPERS", {})
+
+
+def test_the_encoder_learns_alone_and_then_with_the_decoder(tmp_path: Path, no_downloads: None) -> None:
     weights = {}
-    words = {"carriage": {"carriage_weight": 1.0, "latent_noise": 0.2, "moving_weight": 2.0, "level_weights": True}}
-    for stage, after in (("encoder", None), ("all", "encoder"), ("decoder", "all"), ("carriage", "decoder")):
-        figures = video_autoencoder.train_vae(context, phase(stage, after=after, **words.get(stage, {})), stage)
-        assert figures["steps"] == 2 and np.isfinite(figures["loss"])
-        weights[stage] = load_file(context.run_folder(stage) / "diffusion_pytorch_model.safetensors")
     torch.manual_seed(LOOP.seed)
-    start = video_autoencoder.Trained(VAE).state_dict()
+    start = {f"vae.{k}": v for k, v in video_autoencoder.Trained(VAE).vae.state_dict().items()}
+    alone = replace(PHASE, decodes=False, flow_weight=1.0)
+    for name, phases in {"alone": (alone,), "both": (replace(alone, until=0.5), PHASE)}.items():
+        context = Context(out=tmp_path / name, data=tmp_path, progress=False)
+        figures = video_autoencoder.train_vae(context, vae_settings(*phases))
+        assert figures["steps"] == 2 and np.isfinite(figures["loss"]) and figures["flow_wanted"] >= 0
+        assert ("psnr" in figures) == (name == "both")
+        saved = load_model(ReducioVAE, VAEConfig, context.out / "vae").state_dict()
+        weights[name] = {f"vae.{k}": v for k, v in saved.items()}
 
     def changed(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
-        return {".".join(name.split(".")[:2]) for name in a if not torch.equal(a[name], b[name])}
+        return {name.split(".")[1] for name in a if not torch.equal(a[name], b[name])}
 
-    encoder = {"vae.encoder_3d", "vae.quant_conv", "sketch.hidden", "sketch.out"}
-    decoder = {"vae.encoder_2d", "vae.decoder", "vae.post_quant_conv"}
-    assert changed(start, weights["encoder"]) == encoder
-    assert changed(weights["encoder"], weights["all"]) == encoder | decoder
-    assert changed(weights["all"], weights["decoder"]) == decoder
-    head = {"carriage.norm", "carriage.hidden", "carriage.out"}
-    assert changed(weights["decoder"], weights["carriage"]) == decoder | head
-    level = video_autoencoder.Carriage(VAE).level
-    above = tuple(f"vae.decoder.up.{i}." for i in range(level)) + ("vae.decoder.norm_out.", "vae.decoder.conv_out.")
-    untouched = [name for name in weights["decoder"] if name.startswith(above)]
-    assert untouched and all(torch.equal(weights["decoder"][name], weights["carriage"][name]) for name in untouched)
-    saved = load_model(ReducioVAE, VAEConfig, tmp_path / "vae").state_dict()
-    assert all(torch.equal(saved[name], weights["carriage"][f"vae.{name}"]) for name in saved)
+    assert changed(start, weights["alone"]) == {"encoder_3d", "quant_conv", "warp"}
+    assert changed(start, weights["both"]) == {n.split(".")[1] for n in start}
 
 
-@torch.no_grad()
-def test_sketch_draws_each_cell_where_it_is() -> None:
-    """One changed latent cell changes the pixels of its own and the neighbouring cells, and of no others."""
-    sketch = video_autoencoder.Sketch(VAE)
-    z = torch.randn(1, 16, 4, 5, 6)
-    before = sketch(z)
-    assert before.shape == (1, 3, 16, 40, 48)
-    z[0, :, 3, 1, 4] += 1
-    changed = (sketch(z) != before).any(1)[0]
-    assert changed[8:16, 0:24, 24:48].all()
-    changed[8:16, 0:24, 24:48] = False
-    assert not changed.any()
+def test_a_decoder_starts_by_repeating_the_content_frame() -> None:
+    vae = video_autoencoder.Trained(VAE).vae.eval()
+    with torch.no_grad():
+        vae.warp.flow.weight.zero_()
+        image = torch.rand(1, 3, 64, 64) * 2 - 1
+        frames = vae.decode(torch.randn(1, 16, 4, 2, 2), vae.encode_content(image))
+    torch.testing.assert_close(frames, image[:, :, None].expand_as(frames), atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_carriage_draws_each_cell_where_it_is() -> None:
-    """A feature cell is a square of pixels in its own frame: the head must not mix rows, columns or frames up."""
-    head = video_autoencoder.Carriage(VAE)
-    head.norm, head.out.weight[:] = torch.nn.Identity(), torch.randn_like(head.out.weight)
-    x = torch.randn(1, head.hidden.in_channels, 16, 5, 6)
-    before, n = head(x), head.cells
-    assert before.shape == (1, 3, 16, 5 * n, 6 * n)
-    x[0, :, 3, 1, 4] += 1
-    changed = (head(x) != before).any(1)[0]
-    assert changed[3, n : 2 * n, 4 * n : 5 * n].all()
-    changed[3, n : 2 * n, 4 * n : 5 * n] = False
-    assert not changed.any()
+def test_flows_of_a_batch_point_to_the_content_frame(no_downloads: None) -> None:
+    """A photograph under a camera move: the content frame, sampled where the flow says, is each frame."""
+    phase = replace(PHASE, size=128, batch=2, photo_share=1.0)
+    settings = vae_settings(phase, parallax_share=0.0)
+    batch = video_autoencoder.draw_batch(np.random.default_rng(4), settings, phase, "")
+    assert batch.video.shape == (2, 3, 16, 128, 128) and batch.to_content.shape == batch.to_next.shape == (
+        2,
+        2,
+        16,
+        128,
+        128,
+    )
+    assert not batch.to_content[:, :, 7].any() and not batch.to_next[:, :, 15].any()
+    rows, columns = np.meshgrid(np.arange(128), np.arange(128), indexing="ij")
+    for item in range(2):
+        content, repeated, moved = batch.video[item, :, 7].numpy(), 0.0, 0.0
+        for t in (2, 5, 9, 12):
+            x, y = batch.to_content[item, :, t].numpy()
+            for c in range(3):
+                guess = ndimage.map_coordinates(content[c], [rows + y, columns + x], order=1, mode="nearest")
+                frame = batch.video[item, c, t].numpy()
+                moved += np.square(guess - frame)[16:-16, 16:-16].mean()
+                repeated += np.square(content[c] - frame)[16:-16, 16:-16].mean()
+        assert moved < 0.4 * repeated
 
 
-def test_clips_are_crops_of_the_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_are_of_three_kinds_and_crops_of_the_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    monkeypatch.setattr(
-        photos, "render", lambda rng, size: sizes.append(size) or np.zeros((16, size, size, 3), np.uint8)
-    )
-    monkeypatch.setattr(
-        toy_world,
-        "render",
-        lambda scene, rng, size, portrait: sizes.append(size) or np.ones((16, size, size, 3), np.uint8),
-    )
-    clips = [video_autoencoder.draw_clip(np.random.default_rng(i), 64, photo_share=0.3) for i in range(200)]
-    assert {clip.shape for clip in clips} == {(16, 64, 64, 3)} and set(sizes) == {128}
-    assert 0.2 < np.mean([clip.max() == 0 for clip in clips]) < 0.4
+
+    def flat(value: int):
+        return lambda *arguments, **words: (
+            sizes.append(next(a for a in arguments if isinstance(a, int)))
+            or np.full((16, 128, 128, 3), value, np.uint8)
+        )
+
+    monkeypatch.setattr(photos, "render", flat(0))
+    monkeypatch.setattr(real_video, "render", flat(1))
+    monkeypatch.setattr(toy_world, "render", flat(2))
+    phase = video_autoencoder.Phase(until=1.0, size=64, batch=1, video_share=0.2, photo_share=0.3, flow_weight=0.0)
+    settings, kinds = vae_settings(phase), []
+    for i in range(600):
+        video = video_autoencoder.draw_batch(np.random.default_rng((1, i)), settings, phase, "").video
+        assert video.shape == (1, 3, 16, 64, 64)
+        kinds.append(round(float(video.mean() + 1) * 127.5))
+    assert set(sizes) == {128}
+    for kind, share in ((1, 0.2), (0, 0.3), (2, 0.5)):
+        assert abs(np.mean([k == kind for k in kinds]) - share) < 0.06
+
+
+def test_clips_of_the_film_stay_inside_a_shot(no_downloads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    film = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None, None] * 5, (40, *real_video.KEPT_SIZE, 3))
+    monkeypatch.setattr(real_video, "footage", lambda folder: film)
+    strides = set()
+    for i in range(60):
+        clip = real_video.render(np.random.default_rng(i), "", 64)
+        assert clip.shape == (16, 64, 64, 3) and (clip == clip[:, :1, :1]).all()
+        tone = clip[:, 0, 0].astype(float) / np.maximum(clip[:, 0, 0].max(0), 1)
+        steps = np.diff(tone, axis=0) * clip[:, 0, 0].max(0)
+        strides.add(int(round(float(np.abs(steps).mean()) / 5)))
+        assert (steps > 0).all() or (steps < 0).all()
+    assert strides == {1, 2}
+
+
+def test_a_film_that_is_another_is_refused(tmp_path: Path) -> None:
+    (tmp_path / real_video.TRAILER).write_bytes(b"another film")
+    with pytest.raises(
+        ReducioError, match=r"is not the trailer of moviepy==2.2.1 \(SHA-256 [0-9a-f]{12}...\); remove it"
+    ):
+        real_video.fetch(tmp_path)
+    with pytest.raises(ReducioError, match=r"apt-get download lomiri-wallpapers-16.04 && dpkg-deb -x"):
+        photos.require_wallpapers(str(tmp_path))
 
 
 @pytest.fixture
@@ -153,7 +198,7 @@ def motion_settings(**changes) -> motion.MotionSettings:
 
 
 def test_motion_stage_leaves_a_transformer_and_its_scheduler(components: Path) -> None:
-    figures = motion.train_motion(Context(out=components, progress=False), motion_settings())
+    figures = motion.train_motion(Context(out=components, data=components, progress=False), motion_settings())
     assert figures["steps"] == 2 and all(np.isfinite(v) for v in figures.values())
     model = load_model(ReducioDiT, DiTConfig, components / "transformer")
     scheduler = DPMSolverMultistepScheduler.from_pretrained(components / "scheduler")

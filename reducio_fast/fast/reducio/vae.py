@@ -8,6 +8,7 @@ What differs from the reference, and why:
 - up-sampling and the convolution after it are folded into smaller convolutions over the low-resolution tensor;
 - content keys and values serve all frames of a clip, and attention reads query, key and value from one product;
 - the dead second middle block of the content encoder is not there;
+- a decoder that warps moves the content frame, refines and adds in one pass over the frames;
 - tiles of one shape are decoded together where memory allows, and blended, cropped and converted in one pass.
 
 Legend: N clips, T frames, H W rows and columns, C channels, L tokens (T*H*W), S content tokens.
@@ -26,7 +27,7 @@ from ...compile.compiled_blocks import Regional
 from ...compile.graphs import Graphs
 from ...reference import ReducioVAE
 from ...reference.reducio import vae as ref
-from ...reference.reducio.fusion import AddFusion, AttentionFusion, LinearFusion
+from ...reference.reducio.fusion import AddFusion, AttentionFusion, LinearFusion, place_table
 from ...reference.reducio.tiling import blend_grid, stitch, tile_grid
 from ...triton_kernels.upsample_conv3d import fold_weight
 from ..packed_layers import (
@@ -183,15 +184,17 @@ class FastContentEncoder(Regional):
         self.conv_in = FastConv(encoder.conv_in, plan, f"{path}.conv_in")
         self.down = nn.ModuleList(FastEncoderLevel(x, plan, f"{path}.down.{i}") for i, x in enumerate(encoder.down))
         self.mid = FastMiddle(encoder.mid, plan, f"{path}.mid", whole=False)
+        self.hands_on_image = encoder.hands_on_image
 
     def forward(self, image: Tensor) -> Features:
         act, features = self.conv_in(pad(image, self.conv_in.padding)), []
+        last = [image] if self.hands_on_image else []
         for level in self.down:
             act = self.block("vae.encoder_level", level, act)
             features.append(act.x)
             if hasattr(level, "downsample"):
                 act = level.downsample(act)
-        return [*features, self.block("vae.middle", self.mid, act).x]
+        return [*features, self.block("vae.middle", self.mid, act).x, *last]
 
 
 class FastDecoderLevel(nn.Module):
@@ -225,7 +228,7 @@ class FastDecoderLevel(nn.Module):
 class FastDecoder(Regional):
     def __init__(self, decoder: ref.Decoder, plan: Plan, path: str) -> None:
         super().__init__()
-        self.sources = decoder.sources
+        self.sources, self.middle = decoder.sources, decoder.middle
         self.conv_in = FastConv(decoder.conv_in, plan, f"{path}.conv_in")
         self.mid = FastMiddle(decoder.mid, plan, f"{path}.mid")
         self.up = nn.ModuleList(FastDecoderLevel(x, plan, f"{path}.up.{i}") for i, x in enumerate(decoder.up))
@@ -234,10 +237,24 @@ class FastDecoder(Regional):
         self.conv_out.stats = False
 
     def forward(self, z: Tensor, features: Features) -> Tensor:
-        act = self.block("vae.middle", self.mid, self.conv_in(pad(z, self.conv_in.padding)), features[-1])
+        act = self.block("vae.middle", self.mid, self.conv_in(pad(z, self.conv_in.padding)), features[self.middle])
         for level, source in zip(reversed(self.up), reversed(self.sources), strict=True):
             act = self.block("vae.decoder_level", level, act, None if source is None else features[source])
         return self.conv_out(self.block("vae.norm_out", self.norm_out, act, self.conv_out.padding)).x
+
+
+class FastWarp(nn.Module):
+    def __init__(self, warp: ref.Warp, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.cell = warp.cell
+        self.hidden = FastConv(warp.hidden, plan, f"{path}.hidden")
+        self.hidden.stats = False
+        self.flow_weight, self.flow_bias = frozen(warp.flow.weight.flatten(1)), warp.flow.bias
+        self.run = plan.pick(path, "warp_frames")
+
+    def forward(self, mixed: Tensor, z: Tensor, image: Tensor) -> Tensor:
+        coarse = F.linear(F.silu(self.hidden(pad(z, self.hidden.padding)).x), self.flow_weight, self.flow_bias)
+        return self.run(mixed.contiguous(), coarse, image[:, 0].contiguous(), self.cell)
 
 
 class FastAttentionFusion(nn.Module):
@@ -247,7 +264,7 @@ class FastAttentionFusion(nn.Module):
         super().__init__()
         self.windowed = fusion
         self.pos_embed = frozen(fusion.pos_embed[0, :, 0])
-        self.norm, self.num_heads = fusion.norm, fusion.attn.num_heads
+        self.norm, self.num_heads, self.cells = fusion.norm, fusion.attn.num_heads, fusion.cells
         self.to_q, self.to_out = fusion.attn.to_q, fusion.attn.to_out[0]
         self.kv_weight = frozen(torch.cat([fusion.attn.to_k.weight, fusion.attn.to_v.weight]))
         self.attend = plan.pick(path, "attention", f"fusion {len(self.to_out.weight) // self.num_heads}")
@@ -259,8 +276,13 @@ class FastAttentionFusion(nn.Module):
         if reference.windows(x.shape, image.shape) is not None:
             return Activation(channels_last(reference(x, image)))
         y = act.x + self.pos_embed[None, :, None, None]
-        q = self.to_q(self.norm(y)).view(N, T * H * W, self.num_heads, -1)
-        k, v = F.linear(content.flatten(1, 3), self.kv_weight).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        h, kv = self.norm(y), F.linear(content.flatten(1, 3), self.kv_weight)
+        if self.cells is not None:
+            h = h + place_table(H, W, C, self.cells[0], h).movedim(0, -1)
+            places = place_table(*content.shape[2:], self.cells[1], content).flatten(1).T
+            kv[..., :C] += F.linear(places, self.kv_weight[:C])  # keys alone
+        q = self.to_q(h).view(N, T * H * W, self.num_heads, -1)
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         return Activation(y + self.to_out(self.attend(q, k, v).flatten(2)).view(y.shape))
 
 
@@ -315,6 +337,7 @@ class FastReducioVAE(nn.Module):
         self.decoder = FastDecoder(model.decoder, plan, "decoder")
         self.quant_weight, self.quant_bias = frozen(model.quant_conv.weight.flatten(1)), model.quant_conv.bias
         self.post_weight, self.post_bias = frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
+        self.warp = None if model.warp is None else FastWarp(model.warp, plan, "warp")
         self.blend = plan.pick("tiles", "blend_tiles")
         self.graphs: Graphs | None = None  # one graph each shape of tile; None: eagerly
         # Raised where the memory forecast finds room for more tiles. On a CPU one is best: a tile alone keeps every
@@ -391,7 +414,9 @@ class FastReducioVAE(nn.Module):
 
     def _decode(self, latent: Tensor, features: Features, keep: bool = True) -> Tensor:
         def decode(latent: Tensor, features: Features) -> Tensor:
-            return self.decoder(F.linear(channels_last(latent), self.post_weight, self.post_bias), features)
+            z = channels_last(latent)
+            x = self.decoder(F.linear(z, self.post_weight, self.post_bias), features)
+            return x if self.warp is None else self.warp(x, z, features[-1])
 
         return self._graphed("vae.decode", decode, latent, features, keep=keep)
 

@@ -110,7 +110,7 @@ def train_content(context: Context, settings: ContentSettings) -> dict[str, floa
         left, top = np.clip(wanted, 0, FRAME_SIZE - size).astype(int)
         return frame[top : top + size, left : left + size]
 
-    def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_fn(step: int, _micro: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         size, count = next((s, b) for end, s, b in settings.phases if step < end * settings.loop.steps)
         x = to_image(np.stack([draw(rng, size) for _ in range(count)])).to(context.device)
         posterior = model.encode(x).latent_dist

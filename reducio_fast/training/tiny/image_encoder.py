@@ -104,7 +104,7 @@ def train_semantic(context: Context, settings: SemanticSettings) -> dict[str, fl
         )
         return frames, labels, cover_BP, place_B3
 
-    def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_fn(step: int, _micro: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         frames, labels, cover, place = batch(rng, settings.batch, held_out=False)
         soft = round(settings.batch * settings.blurred_share)
         blurred = F.interpolate(frames[:soft], scale_factor=float(rng.uniform(0.3, 0.5)), mode="area")

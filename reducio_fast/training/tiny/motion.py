@@ -187,7 +187,7 @@ def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]
         target = noiser.get_velocity(latent, noise, timestep)
         return F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
 
-    def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_fn(step: int, _micro: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         rows = pool.batch(torch.from_numpy(rng.integers(len(pool), size=settings.batch)), context.device)
         # One timestep in each of B equal slices: the same uniform draw with less variance from step to step.
         place = (torch.arange(settings.batch) + torch.rand(settings.batch)) / settings.batch

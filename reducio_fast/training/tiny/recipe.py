@@ -1,6 +1,7 @@
 """The recipe of the embedded default model: `train("out")` makes `out/bundle`, the folder that the package ships.
 
-The stages run in order; each can be run alone once those it needs have left their components in the output folder, and
+Six are trained, from nothing; the last one packs. The stages run in order; each can be run alone once those it needs
+have left their components in the output folder, and
 each resumes from its checkpoint. Schedules are here; what a stage trains, and on what, is in its settings' defaults.
 """
 
@@ -9,12 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...system.errors import ReducioError
 from ..loop import LoopConfig
+from ..processes import joined
 from ..recipe import Context
 from .bundle import BundleSettings, export
 from .content_autoencoder import ContentSettings, train_content
@@ -56,192 +57,15 @@ STAGES: dict[str, Stage] = {
         TextToImageSettings(
             loop=LoopConfig(steps=5000, learning_rate=1e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.0, seed=4)
         ),
-        makes=("text_to_image", "runs/text_to_image"),
+        makes=("text_to_image",),
         needs=("text_encoder", "tokenizer", "content_encoder"),
     ),
-    "portraits": Stage(
-        partial(train_text_to_image, stage="portraits"),
-        TextToImageSettings(
-            loop=LoopConfig(steps=900, learning_rate=6e-4, warmup_steps=30, ema_decay=0.99, weight_decay=0.0, seed=11),
-            pool=6000,
-            portraits=True,
-            after="text_to_image",
-        ),
-        makes=("runs/portraits",),
-        needs=("text_encoder", "tokenizer", "content_encoder", "runs/text_to_image"),
-    ),
-    "vae_sketch": Stage(
-        partial(train_vae, stage="vae_sketch"),
+    "vae": Stage(
+        train_vae,
         VAESettings(
-            loop=LoopConfig(
-                steps=900,
-                learning_rate=1e-3,
-                warmup_steps=30,
-                final_rate=0.5,
-                ema_decay=0.98,
-                seed=5,
-            ),
-            trains="encoder",
-            size=64,
-            batch=8,
-            photo_share=0.2,
-        ),
-        makes=("runs/vae_sketch",),
-    ),
-    "vae_crops": Stage(
-        partial(train_vae, stage="vae_crops"),
-        VAESettings(
-            loop=LoopConfig(
-                steps=1800,
-                learning_rate=8e-4,
-                warmup_steps=30,
-                final_rate=0.05,
-                ema_decay=0.99,
-                seed=6,
-            ),
-            trains="all",
-            size=64,
-            batch=4,
-            after="vae_sketch",
-        ),
-        makes=("runs/vae_crops",),
-        needs=("runs/vae_sketch",),
-    ),
-    "vae_whole": Stage(
-        partial(train_vae, stage="vae_whole"),
-        VAESettings(
-            loop=LoopConfig(
-                steps=1000,
-                learning_rate=6e-4,
-                warmup_steps=20,
-                final_rate=0.03,
-                ema_decay=0.99,
-                seed=7,
-            ),
-            trains="decoder",
-            size=128,
-            batch=2,
-            photo_share=0.25,
-            after="vae_crops",
-        ),
-        makes=("runs/vae_whole",),
-        needs=("runs/vae_crops",),
-    ),
-    "vae_colour": Stage(
-        partial(train_vae, stage="vae_colour"),
-        VAESettings(
-            loop=LoopConfig(steps=2200, learning_rate=1e-3, warmup_steps=30, final_rate=0.05, ema_decay=0.99, seed=9),
-            trains="decoder",
-            size=64,
-            batch=4,
-            photo_share=0.2,
-            chroma_weight=1.0,
-            after="vae_whole",
-        ),
-        makes=("runs/vae_colour",),
-        needs=("runs/vae_whole",),
-    ),
-    "vae_portraits": Stage(
-        partial(train_vae, stage="vae_portraits"),
-        VAESettings(
-            loop=LoopConfig(steps=650, learning_rate=6e-4, warmup_steps=20, final_rate=0.02, ema_decay=0.99, seed=10),
-            trains="decoder",
-            size=128,
-            batch=2,
-            photo_share=0.15,
-            portrait_share=0.6,
-            chroma_weight=1.0,
-            after="vae_colour",
-        ),
-        makes=("runs/vae_portraits",),
-        needs=("runs/vae_colour",),
-    ),
-    "vae_outlines": Stage(
-        partial(train_vae, stage="vae_outlines"),
-        VAESettings(
-            loop=LoopConfig(steps=1000, learning_rate=6e-4, warmup_steps=20, final_rate=0.02, ema_decay=0.99, seed=12),
-            trains="decoder",
-            size=96,
-            batch=2,
-            photo_share=0.1,
-            portrait_share=0.9,
-            chroma_weight=1.0,
-            moving_weight=3.0,
-            after="vae_portraits",
-        ),
-        makes=("runs/vae_outlines",),
-        needs=("runs/vae_portraits",),
-    ),
-    "vae_carriage": Stage(
-        partial(train_vae, stage="vae_carriage"),
-        VAESettings(
-            loop=LoopConfig(
-                steps=1500,
-                learning_rate=1e-3,
-                warmup_steps=30,
-                final_rate=0.2,
-                ema_decay=0.99,
-                seed=13,
-                autocast=False,
-            ),
-            trains="carriage",
-            size=96,
-            batch=3,
-            photo_share=0.15,
-            portrait_share=0.95,
-            moving_weight=5.0,
-            carriage_weight=1.0,
-            latent_noise=0.25,
-            after="vae_outlines",
-        ),
-        makes=("runs/vae_carriage",),
-        needs=("runs/vae_outlines",),
-    ),
-    "vae_shapes": Stage(
-        partial(train_vae, stage="vae_shapes"),
-        VAESettings(
-            loop=LoopConfig(
-                steps=1100,
-                learning_rate=8e-4,
-                warmup_steps=20,
-                final_rate=0.02,
-                ema_decay=0.99,
-                seed=14,
-                autocast=False,
-            ),
-            trains="decoder",
-            size=96,
-            batch=2,
-            photo_share=0.3,
-            portrait_share=0.9,
-            chroma_weight=1.0,
-            moving_weight=4.0,
-            carriage_weight=0.3,
-            latent_noise=0.2,
-            after="vae_carriage",
-        ),
-        makes=("runs/vae_shapes",),
-        needs=("runs/vae_carriage",),
-    ),
-    "vae_joint": Stage(
-        partial(train_vae, stage="vae_joint"),
-        VAESettings(
-            loop=LoopConfig(steps=5500, learning_rate=1e-3, warmup_steps=50, final_rate=0.05, ema_decay=0.995, seed=15),
-            trains="all",
-            size=96,
-            batch=2,
-            photo_share=0.12,
-            portrait_share=0.85,
-            sketch_weight=0.3,
-            chroma_weight=0.5,
-            moving_weight=12.0,
-            level_weights=True,
-            carriage_weight=0.5,
-            latent_noise=0.3,
-            after="vae_shapes",
+            loop=LoopConfig(steps=9000, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=5)
         ),
         makes=("vae",),
-        needs=("runs/vae_shapes",),
     ),
     "motion": Stage(
         train_motion,
@@ -279,6 +103,8 @@ def train(
     resume: bool = True,
     progress: bool = True,
     device: str = "cpu",
+    data: str | os.PathLike[str] | None = None,
+    accept_changes: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Runs the recipe, or the named stages of it in the recipe's order, and returns the figures each stage reached.
 
@@ -286,6 +112,9 @@ def train(
         out: folder for components, checkpoints and logs; made if absent.
         scale: multiplies the number of steps of every stage (the shipped weights are scale 1; a trial run is 0.01).
         resume: continue where an earlier call stopped; False starts the named stages anew.
+        data: folder of the film and the photographs that are downloaded to train on (`data.real_video`, `data.photos`);
+            `out/data` when None.
+        accept_changes: resume although the number of threads changed.
 
     Raises:
         ReducioError: an unknown stage, a stage whose forerunners have not run, a scale that is not above 0, or a
@@ -297,18 +126,28 @@ def train(
             raise ReducioError(f"stages={name!r} is not in the recipe; known: {', '.join(STAGES)}")
     if not scale > 0:
         raise ReducioError(f"scale={scale} must be above 0")
-    context = Context(out=Path(out), resume=resume, progress=progress, device=device)
-    figures = {}
-    for name, stage in STAGES.items():
-        if name not in names:
-            continue
-        for folder in stage.needs:
-            if not (context.out / folder).is_dir():
-                maker = next((other for other, entry in STAGES.items() if folder in entry.makes), "another")
-                raise ReducioError(
-                    f"stage {name!r} needs {context.out / folder}, which stage {maker!r} makes; run that first"
-                )
-        figures[name] = stage.run(context, _scaled(stage.settings, scale))
+    out, figures = Path(out), {}
+    with joined(device) as processes:
+        if processes.world_size > 1:
+            raise ReducioError(f"WORLD_SIZE={processes.world_size}: the embedded model is trained by one process")
+        context = Context(
+            out=out,
+            data=out / "data" if data is None else Path(data),
+            resume=resume,
+            accept_changes=accept_changes,
+            progress=progress,
+            processes=processes,
+        )
+        for name, stage in STAGES.items():
+            if name not in names:
+                continue
+            for folder in stage.needs:
+                if not (out / folder).is_dir():
+                    maker = next((other for other, entry in STAGES.items() if folder in entry.makes), "another")
+                    raise ReducioError(
+                        f"stage {name!r} needs {out / folder}, which stage {maker!r} makes; run that first"
+                    )
+            figures[name] = stage.run(context, _scaled(stage.settings, scale))
     return figures
 
 

@@ -116,7 +116,7 @@ def train_text(context: Context, settings: TextSettings) -> dict[str, float]:
         labels = {name: torch.tensor([label[name] for _, label in pairs]) for name in toy_world.ATTRIBUTES}
         return *tokenize(tokenizer, [text for text, _ in pairs]), labels
 
-    def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_fn(step: int, _micro: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         ids, mask, labels = batch(rng, settings.batch, settings.clean_share, held_out=False)
         logits = reader(ids.to(context.device), mask.to(context.device))
         losses = {name: F.cross_entropy(logits[name], labels[name].to(context.device)) for name in labels}

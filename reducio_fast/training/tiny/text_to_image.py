@@ -19,7 +19,6 @@ from transformers import ByT5Tokenizer, T5EncoderModel
 
 from ...checkpoints.diffusers_folders import save_text_to_image
 from ...checkpoints.networks import quiet_transformers
-from ...checkpoints.strict_files import WEIGHTS, load_tensors, save_tensors
 from ...data import toy_world
 from ...data.toy_detector import detect
 from ...pipelines.execution.drawing import GUIDANCE, PIPELINE_KWARGS, STEPS
@@ -27,7 +26,6 @@ from ...system.atomic_files import written_whole
 from ..loop import LoopConfig
 from ..recipe import Context
 from .content_autoencoder import encode, to_image
-from .image_encoder import draw_still
 from .text_encoder import reword, tokenize
 
 
@@ -42,10 +40,6 @@ class TextToImageSettings:
     silent_share: float = 0.1  # of a batch, with the empty prompt: what guidance steers away from
     max_snr: float = 5.0  # the loss of nearly clean latents is capped: their detail is the autoencoder's noise
     prompts: int = 64  # held-out prompts judged at the end
-    # Scenes with the shape near the middle, learnt after those with it anywhere. A model this small that has to place a
-    # shape anywhere draws blobs; one that knows the place draws the shape. The motion stage still learns every place.
-    portraits: bool = False
-    after: str | None = None  # the stage whose transformer this one starts from
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "sample_size": 16,
@@ -104,22 +98,22 @@ def initialize(model: PixArtTransformer2DModel) -> None:
     nn.init.zeros_(model.proj_out.weight)
 
 
-def train_text_to_image(
-    context: Context, settings: TextToImageSettings, stage: str = "text_to_image"
-) -> dict[str, float]:
-    """Trains and saves `text_to_image/`: transformer, scheduler, index; the rest is shared with the model around it."""
+def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict[str, float]:
+    """Trains and saves `text_to_image/`: transformer, scheduler, index; the rest is shared with the model around it.
+
+    It learns portraits, the shape near the middle: a model this small that has to place a shape anywhere draws blobs,
+    one that knows the place draws the shape. The motion stage learns every place.
+    """
     tokenizer = ByT5Tokenizer.from_pretrained(context.out / "tokenizer")
     with quiet_transformers():
         text_encoder = T5EncoderModel.from_pretrained(context.out / "text_encoder").eval().to(context.device)
     vae = AutoencoderKL.from_pretrained(context.out / "content_encoder").eval().to(context.device)
-    latents, texts = _encode_pool(context, settings, vae, stage)
+    latents, texts = _encode_pool(context, settings, vae)
     captions, caption_index = _embed(context, tokenizer, text_encoder, texts)
 
     torch.manual_seed(settings.loop.seed)
     model = PixArtTransformer2DModel(**settings.model)
     initialize(model)
-    if settings.after is not None:
-        model.load_state_dict(load_tensors(context.run_folder(settings.after) / WEIGHTS))
     # Plain matrix products: on a CPU the fused kernel's backward pass makes the step three times as long.
     model.set_attn_processor(AttnProcessor())
     scheduler = DPMSolverMultistepScheduler(**settings.scheduler)
@@ -128,7 +122,7 @@ def train_text_to_image(
     # 1 / (SNR + 1) is 1 - alphas_cumprod: this is min(1, (max_snr + 1) / (SNR + 1)), on the squared error of v.
     weights = ((settings.max_snr + 1) * (1 - scheduler.alphas_cumprod)).clamp(max=1)
 
-    def loss_fn(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_fn(step: int, _micro: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         index = torch.from_numpy(rng.integers(len(latents), size=settings.batch))
         clean = latents[index].float()
         captioned = torch.where(torch.rand(settings.batch) < settings.silent_share, silent, caption_index[index])
@@ -145,14 +139,13 @@ def train_text_to_image(
         loss = (errors * weights.to(times.device)[times]).mean()
         return loss, {"v_error": errors.mean(), "late_v_error": errors[times >= steps // 2].mean()}
 
-    outcome = context.train(stage, model, loss_fn, settings.loop)
-    save_tensors(model.state_dict(), context.run_folder(stage) / WEIGHTS)
+    outcome = context.train("text_to_image", model, loss_fn, settings.loop)
     model.set_attn_processor(AttnProcessor2_0())
     pipeline = PixArtAlphaPipeline(tokenizer, text_encoder, vae, model, scheduler)
     shared = {name: getattr(pipeline, name) for name in ("tokenizer", "text_encoder", "vae")}
     save_text_to_image(pipeline, context.out / "text_to_image", shared)
     figures = {"steps": outcome.step, "seconds": outcome.seconds, **judge(pipeline, settings)}
-    return context.record(stage, figures)
+    return context.record("text_to_image", figures)
 
 
 def judge(pipeline: PixArtAlphaPipeline, settings: TextToImageSettings, batch: int = 16) -> dict[str, float]:
@@ -177,15 +170,11 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _encode_pool(
-    context: Context, settings: TextToImageSettings, vae: AutoencoderKL, stage: str
-) -> tuple[Tensor, list[str]]:
+def _encode_pool(context: Context, settings: TextToImageSettings, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
     """Scaled latents float16 [n, 4, h, w] and captions of the scenes to train on, kept on disk for a resumed run."""
-    path = context.run_folder(stage) / "pool.safetensors"
+    path = context.run_folder("text_to_image") / "pool.safetensors"
     weights = (context.out / "content_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = (
-        f"{zlib.crc32(weights):08x} {settings.pool} {settings.reworded_share} {settings.loop.seed} {settings.portraits}"
-    )
+    key = f"{zlib.crc32(weights):08x} {settings.pool} {settings.reworded_share} {settings.loop.seed} portraits"
     if context.resume and path.is_file():
         with safe_open(path, "pt") as file:
             if file.metadata().get("key") == key:
@@ -193,16 +182,13 @@ def _encode_pool(
     rng = np.random.default_rng((settings.loop.seed, 1 << 41))
     captions, frames, latents = [], [], []
     for _ in tqdm(range(settings.pool), desc="text_to_image: scenes", disable=not context.progress, mininterval=2.0):
-        if settings.portraits:
-            scene = toy_world.sample_scene(rng)
-            frame = toy_world.portrait(scene, rng)
-        else:
-            scene, frame, _ = draw_still(rng)
+        scene = toy_world.sample_scene(rng)
+        frame = toy_world.portrait(scene, rng)
         # PixArt's pipeline lowers the case of every prompt.
         captions.append(reword(scene, rng)[0].lower() if rng.random() < settings.reworded_share else scene.caption())
         frames.append(frame)
         if len(frames) == 32 or len(captions) == settings.pool:
-            with torch.autocast(context.device, torch.bfloat16, enabled=settings.loop.autocast):
+            with torch.autocast(context.device.type, torch.bfloat16, enabled=settings.loop.autocast):
                 latents.append(encode(vae, to_image(np.stack(frames)).to(context.device)).float().cpu())
             frames.clear()
     pool = (torch.cat(latents) * vae.config.scaling_factor).half().contiguous()

@@ -1,0 +1,68 @@
+"""Videos -> a list of clips with scores, and the page that helps to choose thresholds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..system.errors import ReducioError
+from . import options
+from .printing import Printed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", nargs="*", metavar="PATH", help="videos, and folders of them; none to select only")
+    options.add_out(parser, "DIR", "parts of the manifest, clips.parquet and report.html; a second run goes on")
+    parser.add_argument("--captions", metavar="FILE", help="JSON: {file name or path: caption}")
+    parser.add_argument("--no-text", dest="text", action="store_false", help="do not look for text in the picture")
+    parser.add_argument("--clip", metavar="DIR", help="an open_clip model, for similarity and the aesthetic head")
+    parser.add_argument("--aesthetic", metavar="FILE", help="a linear head on it, .safetensors with weight and bias")
+    parser.add_argument("--workers", type=options.positive, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--ray", metavar="ADDRESS", help='run on this Ray cluster; "local" starts one here')
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="SCORE.min=X",
+        help="thresholds, X or X%% for a percentile: motion.min=20%% text_area.max=0.05 (default: all clips)",
+    )  # fmt: skip
+    parser.add_argument("--shortest", type=options.positive, default=16, metavar="N", help="frames (default: 16)")
+    options.add_progress(parser)
+
+
+def run(arguments: argparse.Namespace) -> Printed:
+    from ..data.curation import manifest, select
+    from ..data.curation.curate import Settings, curate
+
+    thresholds = [select.Threshold.parse(text) for text in arguments.keep]
+    out, result, lines = Path(arguments.out), dict[str, object](), list[str]()
+    if arguments.input:
+        settings = Settings(arguments.out, arguments.text, arguments.clip, arguments.aesthetic)
+        done = curate(
+            arguments.input,
+            settings,
+            _captions(arguments.captions),
+            arguments.workers,
+            arguments.ray,
+            arguments.progress,
+        )
+        result |= {"made": done.made, "kept_parts": done.kept, "broken": done.broken}
+        lines.append(f"{done.made} videos looked at ({done.broken} cannot be read), {done.kept} were done before")
+    rows = manifest.read(out)
+    kept, drops = select.select(rows, thresholds, arguments.shortest)
+    manifest.write(kept, out / "clips.parquet")
+    select.write_report(out / "report.html", rows, kept, drops, thresholds)
+    result |= {"clips": len(rows), "selected": len(kept), "drops": drops, "path": str(out / "clips.parquet")}
+    lines += [f"{name}: drops {count}" for name, count in drops.items()]
+    lines.append(f"wrote {out / 'clips.parquet'}: {len(kept)} of {len(rows)} clips; see {out / 'report.html'}")
+    return result, lines
+
+
+def _captions(path: str | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReducioError(f"--captions {path}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise ReducioError(f"--captions {path}: must be one JSON object of file names and captions")
+    return values

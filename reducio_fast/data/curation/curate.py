@@ -1,0 +1,228 @@
+"""The whole of curation: each video once through the reader, its shots and their scores into a part of the manifest.
+
+`curate_video` is a plain function of a path and settings. A pool of processes runs it on one machine, Ray Data on many:
+both write the same parts, so both give the same manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...media import ffmpeg
+from ...system.errors import ReducioError, first_line
+from . import manifest, scores
+from .on_ray import map_on_ray
+from .shots import ShotFinder
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+SAMPLED = 2.0  # frames a second that motion is measured on, and among which a shot's first, middle and last are chosen
+DETECTION_SIDE = 144  # pixels of the short side that cuts are looked for at
+THUMBNAIL = (80, 144)
+VIDEOS_A_WORKER = 16  # then it is replaced: decoders and detectors are known to keep memory
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a worker needs to know; travels to it as it is."""
+
+    out: str
+    text: bool = True  # looking for text is half of the work
+    clip_weights: str | None = None
+    aesthetic_head: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A video to look at, by the name it has in the manifest, and its caption."""
+
+    path: str
+    caption: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run did: parts that were there, made, and of these with an error."""
+
+    kept: int
+    made: int
+    broken: int
+
+
+def find_sources(inputs: Sequence[str | os.PathLike[str]], captions: Mapping[str, str] | None = None) -> list[Source]:
+    """Videos named, or anywhere in the folders named, sorted. `captions`: by file name or by path.
+
+    Raises `ReducioError` for a path that does not exist and where there is no video at all.
+    """
+    found = set()
+    for given in map(Path, inputs):
+        if given.is_dir():
+            found |= {p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()}
+        elif given.is_file():
+            found.add(given)
+        else:
+            raise ReducioError(f"no such file or folder: {given}")
+    if not found:
+        raise ReducioError(f"no video ({', '.join(SUFFIXES)}) in {', '.join(map(str, inputs))}")
+    captions = captions or {}
+    return [Source(str(p), captions.get(str(p), captions.get(p.name))) for p in sorted(found)]
+
+
+def curate(
+    inputs: Sequence[str | os.PathLike[str]],
+    settings: Settings,
+    captions: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    progress: bool = True,
+) -> Outcome:
+    """Makes the parts of the manifest that are not there yet, in `settings.out`.
+
+    Args:
+        workers: processes on this machine; None is one a core. 0 runs in this process.
+        ray: address of a Ray cluster ("local" starts one here) to run on instead.
+    """
+    from tqdm import tqdm
+
+    sources = find_sources(inputs, captions)
+    (Path(settings.out) / manifest.PARTS).mkdir(parents=True, exist_ok=True)
+    todo = [source for source in sources if not part_path(settings.out, source.path).is_file()]
+    if ray is not None:
+        results: Iterable[bool] = map_on_ray(todo, lambda source: curate_video(source, settings), ray)
+    elif workers == 0:
+        results = (curate_video(source, settings) for source in todo)
+    else:
+        results = _pool(todo, settings, workers or os.cpu_count() or 1)
+    fine = list(tqdm(results, desc="curate", total=len(todo), disable=not progress, unit="video"))
+    return Outcome(len(sources) - len(todo), len(fine), fine.count(False))
+
+
+def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool]:
+    """One result a video. A worker that dies takes its video along: that one is a row with the reason."""
+    remaining = list(todo)
+    recycled: Any = {"max_tasks_per_child": VIDEOS_A_WORKER} if sys.version_info >= (3, 11) else {}
+    while remaining:
+        done, suspects = set(), []
+        with ProcessPoolExecutor(workers, get_context("spawn"), **recycled) as pool:
+            futures = {pool.submit(curate_video, source, settings): source for source in remaining}
+            for future in as_completed(futures):
+                try:
+                    yield future.result()
+                    done.add(futures[future])
+                except BrokenProcessPool:
+                    suspects.append(futures[future])
+        remaining = [source for source in remaining if source not in done]
+        if not suspects:
+            return
+        # Any of the videos under way may have ended it: alone in a pool, only the guilty one does so again.
+        for source in suspects[:workers]:
+            try:
+                with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                    yield alone.submit(curate_video, source, settings).result()
+            except BrokenProcessPool:
+                _write_error(source, settings, "the process that decoded it died")
+                yield False
+            remaining.remove(source)
+
+
+def part_path(out: str, video: str) -> Path:
+    """Where a video's part lies: named by its path, so that whether it is there costs no reading."""
+    name = hashlib.sha256(os.fsencode(os.path.abspath(video))).hexdigest()[:20]
+    return Path(out) / manifest.PARTS / f"part-{name}.parquet"
+
+
+def curate_video(source: Source, settings: Settings) -> bool:
+    """Writes a video's part; False where the video could not be read, which the part then says."""
+    try:
+        rows = list(_clips(source, settings))
+    except (ReducioError, OSError) as error:
+        _write_error(source, settings, first_line(error))
+        return False
+    manifest.write(rows, part_path(settings.out, source.path))
+    return True
+
+
+def _write_error(source: Source, settings: Settings, reason: str) -> None:
+    row = {"id": part_path("", source.path).stem, "video": source.path, "caption": source.caption, "error": reason}
+    manifest.write([row], part_path(settings.out, source.path))
+
+
+def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
+    """A row a shot. Frames are decoded once; two a second are kept as JPEG until it is known which are needed."""
+    cv2 = scores._opencv()
+    finder: ShotFinder | None = None
+    kept: list[tuple[int, np.ndarray, np.ndarray]] = []  # number, gray and small, JPEG
+    fps, height, width, every = 0.0, 0, 0, 1
+    for number, (frame, rate) in enumerate(ffmpeg.frames(Path(source.path))):
+        if finder is None:
+            fps, (height, width) = rate, frame.shape[:2]
+            finder, every = ShotFinder(fps), max(1, round(fps / SAMPLED))
+        finder.add(_small(cv2, frame))
+        if number % every == 0:
+            jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+            kept.append((number, scores.small_gray(frame), jpeg))
+    assert finder is not None, "the reader raises where there is no frame"
+    digest = _file_checksum(source.path)
+    scorer = _clip_scorer(settings.clip_weights, settings.aesthetic_head)
+    for start, end in finder.shots():
+        inside = [entry for entry in kept if start <= entry[0] < end]
+        chosen = [inside[i] for i in sorted({0, len(inside) // 2, len(inside) - 1})] if inside else []
+        pictures = [cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1] for _, _, jpeg in chosen]
+        middle = pictures[len(pictures) // 2] if pictures else None
+        row: dict[str, Any] = {
+            "id": f"{digest[:16]}-{start:07d}",
+            "video": source.path,
+            "sha256": digest,
+            "start": start,
+            "end": end,
+            "fps": fps,
+            "height": height,
+            "width": width,
+            "caption": source.caption,
+            "motion": scores.motion([gray for _, gray, _ in inside]),
+            "text_area": scores.text_area(pictures) if settings.text and pictures else None,
+        }
+        if middle is not None:
+            small = cv2.resize(middle, THUMBNAIL[::-1], interpolation=cv2.INTER_AREA)
+            row["thumbnail"] = cv2.imencode(".jpg", small[..., ::-1])[1].tobytes()
+            if scorer is not None:
+                row |= scorer(middle, source.caption)
+        yield row
+
+
+def _small(cv2: Any, frame: np.ndarray) -> np.ndarray:
+    scale = DETECTION_SIDE / min(frame.shape[:2])
+    if scale >= 1:
+        return frame
+    size = round(frame.shape[1] * scale), round(frame.shape[0] * scale)
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+
+
+_scorers: dict[tuple[str, str | None], scores.ClipScorer] = {}
+
+
+def _clip_scorer(weights: str | None, head: str | None) -> scores.ClipScorer | None:
+    """One a process: loading takes longer than scoring a video."""
+    if weights is None:
+        return None
+    if (weights, head) not in _scorers:
+        _scorers[weights, head] = scores.ClipScorer(weights, head)
+    return _scorers[weights, head]
+
+
+def _file_checksum(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""The list of clips: a Parquet part a source video, written whole or not at all; the list is their union.
+
+So it depends neither on the order in which videos were looked at nor on who did it, and a stopped run goes on with the
+videos that have no part. A video that cannot be read is a row with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...system.atomic_files import written_whole
+from ...system.errors import ReducioError, first_line
+
+VERSION = "1"
+PARTS = "parts"
+# Column -> type. `start` and `end` count frames as this project's reader gives them; `motion` is in percent of the
+# short side in half a second, `text_area` a share of the frame. A row with `error` has no scores.
+COLUMNS: dict[str, str] = {
+    "id": "string",
+    "video": "string",
+    "sha256": "string",
+    "start": "int64",
+    "end": "int64",
+    "fps": "float64",
+    "height": "int64",
+    "width": "int64",
+    "caption": "string",
+    "motion": "float64",
+    "text_area": "float64",
+    "clip_similarity": "float64",
+    "aesthetic": "float64",
+    "thumbnail": "binary",
+    "error": "string",
+}
+
+
+def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """A manifest of these rows; what a row does not name is null."""
+    pyarrow, parquet = _pyarrow()
+    complete = [{name: row.get(name) for name in COLUMNS} for row in rows]
+    with written_whole(path) as temporary:
+        parquet.write_table(pyarrow.Table.from_pylist(complete, schema=_schema()), temporary)
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a manifest file, or of all parts of a folder, sorted by id.
+
+    Raises `ReducioError` for what is no manifest, damaged or of another version, with what to run again.
+    """
+    path = Path(path)
+    if path.is_dir():
+        parts = sorted((path / PARTS).glob("part-*.parquet"))
+        if not parts:
+            raise ReducioError(
+                f"{path} holds no manifest (no {PARTS}/part-*.parquet); make one with: reducio-fast curate"
+            )
+        rows = [row for part in parts for row in _read_file(part)]
+    else:
+        rows = _read_file(path)
+    return sorted(rows, key=lambda row: row["id"])
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    pyarrow, parquet = _pyarrow()
+    again = f"remove {path.name} and run reducio-fast curate again"
+    try:
+        table = parquet.read_table(path)
+    except FileNotFoundError:
+        raise ReducioError(f"no such manifest: {path}") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ReducioError(f"{path} is damaged: {first_line(error)}; {again}") from error
+    about = json.loads((table.schema.metadata or {}).get(b"reducio-fast", b"{}"))
+    if about.get("manifest") != VERSION:
+        raise ReducioError(f"{path} is a manifest of version {about.get('manifest')}, this reads {VERSION}; {again}")
+    return table.to_pylist()
+
+
+def _schema() -> Any:
+    pyarrow, _ = _pyarrow()
+    fields = [(name, getattr(pyarrow, kind)()) for name, kind in COLUMNS.items()]
+    return pyarrow.schema(fields, metadata={"reducio-fast": json.dumps({"manifest": VERSION})})
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ReducioError('manifests need pyarrow; pip install "reducio-fast[curate]"') from error
+    return pyarrow, pyarrow.parquet

@@ -1,0 +1,50 @@
+"""A function over many tasks on a Ray cluster: Ray Data hands them out.
+
+Results are files that the function writes where every machine sees them; rows come back in any order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from ...system.errors import ReducioError
+
+_Task = TypeVar("_Task")
+
+
+def map_on_ray(tasks: Sequence[_Task], function: Callable[[_Task], Any], address: str) -> Iterator[Any]:
+    """`function` of each task, one CPU each, in any order. `address` "local" starts a cluster on this machine."""
+    try:
+        # Before the import: else it writes a token into the home folder and reports its use.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ReducioError('--ray needs Ray; pip install "reducio-fast[ray]"') from error
+    if not tasks:
+        return
+    try:
+        ray.init(
+            address=None if address == "local" else address,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ReducioError(f"--ray {address}: no cluster there: {str(error).splitlines()[0]}") from error
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        tasks_by_number = ray.put(list(tasks))
+
+        def run(row: dict[str, Any]) -> dict[str, Any]:
+            return {"result": function(ray.get(tasks_by_number)[row["id"]])}
+
+        numbers = ray.data.range(len(tasks), override_num_blocks=len(tasks))
+        for row in numbers.map(run, num_cpus=1).iter_rows():
+            yield row["result"]
+    finally:
+        ray.shutdown()

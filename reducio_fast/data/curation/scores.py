@@ -1,0 +1,121 @@
+"""What is measured of a shot: motion, text in the picture, and, where weights are given, what CLIP makes of it.
+
+Scores, no verdicts: thresholds are percentiles of the whole list, chosen afterwards, so that another threshold never
+decodes a video again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...system.errors import ReducioError
+
+SURE = 0.85  # of the recogniser: real text read 0.99, a face that it took for a letter 0.75
+MOTION_SIDE = 128  # pixels of the short side at which flow is measured
+
+
+def motion(gray: Sequence[np.ndarray]) -> float | None:
+    """Mean length of Farneback's optical flow between neighbouring frames, uint8 [h, w], in percent of the short side.
+
+    Frames are half a second apart: from one frame to the next a slow pan is nothing. None for fewer than two frames.
+    """
+    cv2 = _opencv()
+    if len(gray) < 2:
+        return None
+    lengths = []
+    for a, b in zip(gray[:-1], gray[1:], strict=True):
+        flow = cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+        lengths.append(float(np.hypot(flow[..., 0], flow[..., 1]).mean()) / min(a.shape))
+    return 100 * float(np.mean(lengths))
+
+
+def text_area(frames: Sequence[np.ndarray]) -> float:
+    """The largest share of a frame, uint8 [H, W, 3], that text covers, 0..1.
+
+    RapidOCR's detector finds boxes and its recogniser reads them: what cannot be read is no text. The detector alone
+    took a whole frame of two real clips for one letter (scores of 0.5 to 0.74).
+    """
+    return max((_text_share(frame) for frame in frames), default=0.0)
+
+
+def _text_share(frame: np.ndarray) -> float:
+    found = _reader()(np.ascontiguousarray(frame[..., ::-1]), use_det=True, use_cls=False, use_rec=True)
+    boxes = () if getattr(found, "boxes", None) is None else found.boxes
+    return min(1.0, sum(polygon_area(np.asarray(box, np.float64)) for box in boxes) / (frame.shape[0] * frame.shape[1]))
+
+
+def polygon_area(corners: np.ndarray) -> float:
+    """Of a polygon [n, 2], by the shoelace formula."""
+    x, y = corners[:, 0], corners[:, 1]
+    return 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
+
+
+@functools.cache
+def _reader() -> Any:
+    try:
+        import rapidocr
+    except ImportError as error:
+        raise ReducioError('text in pictures needs rapidocr; pip install "reducio-fast[curate]"') from error
+    threads = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
+    return rapidocr.RapidOCR(params={"Global.log_level": "critical", "Global.text_score": SURE, **threads})
+
+
+def small_gray(frame: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> [h, w] in gray, `MOTION_SIDE` on the short side."""
+    cv2 = _opencv()
+    height, width = frame.shape[:2]
+    scale = MOTION_SIDE / min(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.cvtColor(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+
+
+class ClipScorer:
+    """open_clip on the middle frame: how well it fits a caption, and LAION's aesthetic score from a linear head.
+
+    `weights`: a folder in open_clip's format; `head`: safetensors with `weight` [1, C] and `bias` [1], or None.
+    """
+
+    def __init__(self, weights: str | Path, head: str | Path | None = None) -> None:
+        import open_clip
+        import torch
+        from safetensors.torch import load_file
+
+        name = f"local-dir:{Path(weights).resolve()}"
+        try:
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(name)
+            self.tokenizer = open_clip.get_tokenizer(name)
+        except (OSError, ValueError, RuntimeError, FileNotFoundError) as error:
+            raise ReducioError(f"{weights} holds no open_clip model: {error}") from error
+        self.model.eval()
+        self.head = None if head is None else load_file(head)
+        self._torch = torch
+
+    def __call__(self, frame: np.ndarray, caption: str | None) -> dict[str, float | None]:
+        """`clip_similarity` (cosine, None without a caption) and `aesthetic` (about 1..10, None without a head)."""
+        from PIL import Image
+
+        torch = self._torch
+        with torch.inference_mode():
+            image = self.model.encode_image(self.preprocess(Image.fromarray(frame))[None])
+            image = torch.nn.functional.normalize(image, dim=-1)
+            scores: dict[str, float | None] = {"clip_similarity": None, "aesthetic": None}
+            if caption:
+                text = torch.nn.functional.normalize(self.model.encode_text(self.tokenizer([caption])), dim=-1)
+                scores["clip_similarity"] = float((image * text).sum())
+            if self.head is not None:
+                scores["aesthetic"] = float((image @ self.head["weight"].T + self.head["bias"]).squeeze())
+        return scores
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ReducioError('curation needs OpenCV; pip install "reducio-fast[curate]"') from error
+    cv2.setNumThreads(1)  # a worker a core: threads within would only wait for each other
+    return cv2

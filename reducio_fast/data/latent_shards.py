@@ -1,0 +1,326 @@
+"""Latents and conditions on disk: written once, read by row.
+
+    latents.json                          what all files share, checksums of the encoders first
+    index.parquet                         a row a clip: where it lies, its checksum, or why it is not there
+    text/shard-00000.safetensors          `text` [sum of L, C] and `offsets` [n + 1]: a caption once, without padding
+    256x256/shard-00000.safetensors       `latent` [N, C, t, h, w], `content` [N, 4, H/8, W/8], `semantic` [N, S, C]
+    256x256/shard-00000.parquet           that shard's rows of the index; written last, so it marks the shard as whole
+
+Which clip goes where follows from the list of clips alone, so shards can be made in any order, by any process, and a
+stopped extraction goes on with those that are missing. Padded, the text of T5-XXL would be three times the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..checkpoints.strict_files import save_tensors
+from ..media.aspect_buckets import Size
+from ..system.atomic_files import written_whole
+from ..system.errors import ReducioError, first_line
+
+VERSION = 1
+ABOUT, INDEX, TEXT = "latents.json", "index.parquet", "text"
+TENSORS = ("latent", "content", "semantic")
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What every file of a folder has in common. `encoders`: component -> SHA-256 of its files."""
+
+    encoders: dict[str, str]
+    clips: str  # SHA-256 of the list of clips
+    count: int  # of clips
+    captions: int  # distinct ones
+    caption_channels: int
+    shard_size: int
+    seed: int
+    dtype: str = "float16"
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A clip to be extracted: frames `start`, `start + step`, ... of a video; `caption` is the number of its text."""
+
+    id: str
+    video: str
+    start: int
+    step: int
+    fps: float  # after the step
+    bucket: Size
+    caption: int
+    motion: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The clips of one file."""
+
+    bucket: Size
+    number: int
+    clips: tuple[Clip, ...]
+
+    def path(self, folder: Path) -> Path:
+        """Without suffix."""
+        return folder / bucket_name(self.bucket) / f"shard-{self.number:05d}"
+
+
+def bucket_name(bucket: Size) -> str:
+    return f"{bucket[0]}x{bucket[1]}"
+
+
+def plan(clips: Sequence[Clip], shard_size: int) -> list[Shard]:
+    """Clips by bucket, in the order of their ids."""
+    by_bucket = defaultdict(list)
+    for clip in sorted(clips, key=lambda clip: clip.id):
+        by_bucket[clip.bucket].append(clip)
+    return [
+        Shard(bucket, i // shard_size, tuple(rows[i : i + shard_size]))
+        for bucket, rows in sorted(by_bucket.items())
+        for i in range(0, len(rows), shard_size)
+    ]
+
+
+def write_shard(folder: Path, shard: Shard, samples: Mapping[str, dict[str, Tensor] | str]) -> None:
+    """Writes a shard and its part of the index. `samples`: clip id -> its tensors, or the reason why there are none."""
+    pyarrow, parquet = _pyarrow()
+    rows, kept = [], list[dict[str, Tensor]]()
+    for clip in shard.clips:
+        sample = samples[clip.id]
+        row = {**asdict(clip), "bucket": bucket_name(clip.bucket), "shard": shard.number}
+        if isinstance(sample, str):
+            rows.append({**row, "row": None, "sha256": None, "error": sample})
+        else:
+            rows.append({**row, "row": len(kept), "sha256": sample_checksum(sample), "error": None})
+            kept.append(sample)
+    path = shard.path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kept:
+        stacked = {name: torch.stack([sample[name] for sample in kept]) for name in TENSORS if name in kept[0]}
+        with written_whole(path.with_suffix(".safetensors")) as temporary:
+            save_tensors(stacked, temporary)
+    with written_whole(path.with_suffix(".parquet")) as temporary:
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), temporary)
+
+
+def write_text(folder: Path, number: int, texts: Sequence[Tensor]) -> None:
+    """Embeddings [L, C] of captions, one after the other."""
+    path = folder / TEXT / f"shard-{number:05d}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    offsets = torch.tensor([0, *np.cumsum([len(text) for text in texts]).tolist()])
+    with written_whole(path) as temporary:
+        save_tensors({"text": torch.cat(list(texts)), "offsets": offsets}, temporary)
+
+
+def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
+    """Shards that are not whole yet."""
+    return [shard for shard in shards if not shard.path(folder).with_suffix(".parquet").is_file()]
+
+
+def write_about(folder: Path, about: About) -> None:
+    """Opens a folder for these clips and encoders. Raises `ReducioError` where it holds others."""
+    path = folder / ABOUT
+    if path.is_file():
+        found = read_about(folder)
+        for name, digest in about.encoders.items():
+            if found.encoders.get(name) != digest:
+                raise ReducioError(f"{folder} holds latents of another {name}; extract into another folder")
+        if found != about:
+            field = next(k for k, v in asdict(about).items() if asdict(found)[k] != v)
+            raise ReducioError(f"{folder} was begun with another {field}; extract into another folder, or remove it")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(asdict(about), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_about(folder: Path) -> About:
+    """What a folder holds. Raises `ReducioError` for no latents, damaged ones, and those of another version."""
+    path = folder / ABOUT
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReducioError(f"{folder} holds no latents (no {ABOUT}); make them with: reducio-fast extract") from None
+    except (OSError, ValueError) as error:
+        raise ReducioError(f"{path} is damaged: {first_line(error)}; run reducio-fast extract again") from error
+    if values.get("version") != VERSION:
+        raise ReducioError(
+            f"{path} has version {values.get('version')}, this reads {VERSION}; run reducio-fast extract again"
+        )
+    try:
+        return About(**values)
+    except TypeError as error:
+        raise ReducioError(f"{path} is damaged: {first_line(error)}; run reducio-fast extract again") from error
+
+
+def join_index(folder: Path, shards: Sequence[Shard]) -> dict[str, int]:
+    """Writes `index.parquet` from the parts of all shards: as many rows as clips. -> counts of `clips` and `errors`."""
+    pyarrow, parquet = _pyarrow()
+    tables = [_read_parquet(shard.path(folder).with_suffix(".parquet")) for shard in shards]
+    table = pyarrow.concat_tables(tables) if tables else _schema().empty_table()
+    with written_whole(folder / INDEX) as temporary:
+        parquet.write_table(table, temporary)
+    about = read_about(folder)
+    if len(table) != about.count:
+        raise ReducioError(f"{folder}: {about.count} clips went in and {len(table)} came out; run extract again")
+    return {"clips": len(table), "errors": len(table) - table.column("error").null_count}
+
+
+def sample_checksum(sample: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a clip's tensors, in the order of `TENSORS`."""
+    digest = hashlib.sha256()
+    for name in TENSORS:
+        if name in sample:
+            digest.update(np.ascontiguousarray(sample[name].numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def files_checksum(folder: Path) -> str:
+    """SHA-256 of a component: the names and contents of its weights and configuration."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class LatentDataset:
+    """The clips of a folder, by bucket. Files are mapped, not read: a row costs its own bytes.
+
+    Raises `ReducioError` for a folder that is not whole or damaged, and, where `encoders` are given, for latents that
+    other encoders made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], encoders: Mapping[str, str] | None = None) -> None:
+        self.folder = Path(folder)
+        self.about = read_about(self.folder)
+        for name, digest in (encoders or {}).items():
+            if self.about.encoders.get(name) != digest:
+                raise ReducioError(
+                    f"{self.folder} holds latents that another {name} made "
+                    f"({str(self.about.encoders.get(name))[:12]}, not {digest[:12]}); run reducio-fast extract again"
+                )
+        if not (self.folder / INDEX).is_file():
+            raise ReducioError(f"{self.folder} has no {INDEX}: the extraction was stopped; run it again")
+        table = _read_parquet(self.folder / INDEX)
+        if table.schema.names != _schema().names:
+            raise ReducioError(f"{self.folder / INDEX} is of another version; run reducio-fast extract again")
+        self.rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in table.to_pylist():
+            if row["error"] is None:
+                self.rows[row["bucket"]].append(row)
+        if not self.rows:
+            raise ReducioError(f"{self.folder} holds no clip that could be read")
+        self.buckets = sorted(self.rows)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows.values()))
+
+    def sample(self, bucket: str, index: int, check: bool = False) -> dict[str, Any]:
+        """Tensors of a clip in float32, its `text` [L, C], and `fps`, `motion`, `id`. `check` compares its checksum."""
+        row = self.rows[bucket][index]
+        path = self.folder / bucket / f"shard-{row['shard']:05d}.safetensors"
+        try:
+            file = _opened(str(path))
+            tensors = {name: file.get_slice(name)[row["row"]] for name in TENSORS if name in file.keys()}  # noqa: SIM118 - no dictionary
+        except (OSError, SafetensorError, IndexError) as error:
+            raise ReducioError(
+                f"{path} is damaged: {first_line(error)}; remove it and its .parquet, extract again"
+            ) from error
+        if check and sample_checksum(tensors) != row["sha256"]:
+            raise ReducioError(f"{path}: clip {row['id']} is damaged; remove it and its .parquet, extract again")
+        sample: dict[str, Any] = {name: value.float() for name, value in tensors.items()}
+        return {
+            **sample,
+            "text": self.text(row["caption"]),
+            "fps": row["fps"],
+            "motion": row["motion"],
+            "id": row["id"],
+        }
+
+    def text(self, caption: int) -> Tensor:
+        """Embedding of a caption, float32 [L, C]."""
+        number, place = divmod(caption, self.about.shard_size)
+        path = self.folder / TEXT / f"shard-{number:05d}.safetensors"
+        try:
+            file = _opened(str(path))
+            first, last = file.get_slice("offsets")[place : place + 2].tolist()
+            return file.get_slice("text")[first:last].float()
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ReducioError(f"{path} is damaged: {first_line(error)}; remove it, extract again") from error
+
+
+class EpochOrder:
+    """Which rows a step trains on, from the step's number alone: an epoch visits each clip, a batch is of one bucket.
+
+    The last batch of a bucket is filled up from the start of its permutation, so no clip is left out and every process
+    finds a row for each place of the batch.
+    """
+
+    def __init__(self, counts: Mapping[str, int], batch: int, seed: int) -> None:
+        self.counts, self.batch, self.seed = dict(sorted(counts.items())), batch, seed
+        self.length = sum(-(-count // batch) for count in self.counts.values())  # steps an epoch
+
+    def rows(self, step: int) -> tuple[str, list[int]]:
+        """The bucket of a step, and its rows in the order of the global batch."""
+        epoch, place = divmod(step, self.length)
+        return _epoch(tuple(self.counts.items()), self.batch, self.seed, epoch)[place]
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(counts: tuple[tuple[str, int], ...], batch: int, seed: int, epoch: int) -> list[tuple[str, list[int]]]:
+    rng = np.random.default_rng((seed, 1 << 20, epoch))
+    batches = []
+    for bucket, count in counts:
+        order = rng.permutation(count)
+        order = np.resize(order, -(-count // batch) * batch)  # repeats from the start
+        batches += [(bucket, rows.tolist()) for rows in order.reshape(-1, batch)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@functools.lru_cache(maxsize=256)
+def _opened(path: str) -> Any:
+    return safe_open(path, framework="pt")
+
+
+def _read_parquet(path: Path) -> Any:
+    pyarrow, parquet = _pyarrow()
+    try:
+        return parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ReducioError(
+            f"{path} is damaged: {first_line(error)}; remove it, run reducio-fast extract again"
+        ) from error
+
+
+def _schema() -> Any:
+    pa, _ = _pyarrow()
+    text, number, real = pa.string(), pa.int64(), pa.float64()
+    fields = {"id": text, "video": text, "start": number, "step": number, "fps": real, "bucket": text}
+    fields |= {"caption": number, "motion": real, "shard": number, "row": number, "sha256": text, "error": text}
+    return pa.schema(list(fields.items()))
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ReducioError('manifests and indices need pyarrow; pip install "reducio-fast[train]"') from error
+    return pyarrow, pyarrow.parquet

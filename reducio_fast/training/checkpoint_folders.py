@@ -1,0 +1,203 @@
+"""Checkpoints of a run: folders `step-N` in torch's distributed format, and `latest`, which names the one to resume.
+
+A folder is written under another name, made durable and renamed; only then `latest` points to it and the oldest goes.
+So a process that is killed, or a disk that fills, at any moment leaves the last checkpoint whole. Weights load on
+another number of processes than wrote them. The format holds a pickle: load only what your own runs wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..system.atomic_files import written_whole
+from ..system.errors import ReducioError, first_line
+from .processes import Processes
+
+LATEST, RUN = "latest", "run.json"
+# A damaged file raises whatever pickle, zip or torch meet first; torch's own exception is no `Exception`.
+_FAILURES = (Exception, CheckpointException)
+_SPARE = 1.1  # what a checkpoint takes beyond its tensors: an optimizer's counters, the index
+
+
+class CheckpointFolder:
+    """Where the checkpoints of one run lie; the `keep` newest stay.
+
+    With `in_background` a save returns once the tensors are copied, and is published by the next call or by `finish`.
+    """
+
+    def __init__(self, name: str, path: Path, processes: Processes, keep: int = 2, in_background: bool = False) -> None:
+        self.name, self.path, self.processes, self.keep = name, path, processes, keep
+        self.in_background = in_background
+        self._pending: tuple[Future[Any], Callable[[], None]] | None = None
+        if processes.first:
+            path.mkdir(parents=True, exist_ok=True)
+            for left in path.glob("step-*.tmp"):  # of a run that was killed while it saved
+                shutil.rmtree(left, ignore_errors=True)
+        processes.barrier()
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None where there is none yet."""
+        pointer = self.path / LATEST
+        if not pointer.is_file():
+            return None
+        folder = self.path / pointer.read_text(encoding="utf-8").strip()
+        if not (folder / RUN).is_file() or not (folder / ".metadata").is_file():
+            raise ReducioError(
+                f"train {self.name}: {pointer} names {folder.name}, which is not whole; {self._others()}"
+            )
+        return folder
+
+    def clear(self) -> None:
+        """Forget every checkpoint."""
+        if self.processes.first:
+            (self.path / LATEST).unlink(missing_ok=True)
+            for folder in self.path.glob("step-*"):
+                shutil.rmtree(folder)
+        self.processes.barrier()
+
+    def save(self, step: int, tensors: dict[str, Any], run: dict[str, Any]) -> None:
+        """Writes `tensors`, a nested state dict, and `run`, plain data. Raises `ReducioError` for want of room."""
+        self.finish()
+        folder = self.path / f"step-{step:08d}"
+        temporary = folder.with_name(folder.name + ".tmp")
+        self._check_room(tensors)
+
+        def publish() -> None:
+            self.processes.barrier()
+            if self.processes.first:
+                with written_whole(temporary / RUN) as path:
+                    path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+                _make_durable(temporary)
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that went back and came here again
+                temporary.rename(folder)
+                with written_whole(self.path / LATEST) as path:
+                    path.write_text(folder.name + "\n", encoding="utf-8")
+                for old in sorted(self.path.glob("step-*[0-9]"))[: -self.keep]:
+                    shutil.rmtree(old)
+            self.processes.barrier()
+
+        writer = dcp.FileSystemWriter(temporary)
+        group = self.processes.checkpoints
+        with self._room_needed(temporary), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that one process alone saves without a group
+            if self.in_background:
+                future = dcp.async_save(tensors, storage_writer=writer, process_group=group)
+                assert isinstance(future, Future)
+                self._pending = future, publish
+                return
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=self.processes.world_size == 1)
+            publish()
+
+    def finish(self) -> None:
+        """Waits for a save in the background and publishes it."""
+        if self._pending is not None:
+            (future, publish), self._pending = self._pending, None
+            with self._room_needed():
+                future.result()
+                publish()
+
+    def load(self, folder: Path, tensors: dict[str, Any]) -> None:
+        """Fills `tensors`, which have the names and shapes of what was saved."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                dcp.load(
+                    tensors,
+                    checkpoint_id=folder,
+                    process_group=self.processes.checkpoints,
+                    no_dist=self.processes.world_size == 1,
+                )
+        except _FAILURES as error:
+            reason = first_line(next(_causes(error)))
+            if "Missing key" in reason or "Size mismatch" in reason:
+                raise ReducioError(
+                    f"train {self.name}: checkpoint {folder} belongs to another model: {reason}"
+                ) from error
+            raise ReducioError(
+                f"train {self.name}: cannot read checkpoint {folder}: {reason}; {self._others()}"
+            ) from error
+
+    def _others(self) -> str:
+        """What a user may do about a checkpoint that is damaged."""
+        whole = [
+            p.name for p in sorted(self.path.glob("step-*[0-9]")) if (p / RUN).is_file() and (p / ".metadata").is_file()
+        ]
+        if whole:
+            return f"write one of {', '.join(whole)} into {self.path / LATEST}, or start anew (--no-resume)"
+        return "start anew (--no-resume)"
+
+    def _check_room(self, tensors: dict[str, Any]) -> None:
+        needed, free = round(_SPARE * _bytes(tensors)), shutil.disk_usage(self.path).free
+        if free < needed:
+            raise ReducioError(
+                f"train {self.name}: {self._no_room()}: the next needs {needed:,} bytes, {free:,} are free"
+            )
+
+    def _no_room(self) -> str:
+        kept = self.latest()
+        return f"no space left in {self.path} for a checkpoint (the last one is {kept.name if kept else 'none'})"
+
+    @contextlib.contextmanager
+    def _room_needed(self, temporary: Path | None = None) -> Iterator[None]:
+        """Turns a write that found no space into one line, and takes away what it left."""
+        try:
+            yield
+        except _FAILURES as error:
+            reason = _no_room_reason(error)
+            if not reason:
+                raise
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise ReducioError(f"train {self.name}: {self._no_room()}: {reason}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was caused by. torch's `CheckpointException` has those of each process in `failures`."""
+    while error is not None:
+        for inner, *_ in getattr(error, "failures", {}).values():
+            yield from _causes(inner)
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _no_room_reason(error: BaseException) -> str:
+    """The system's own words where an error is about space; else nothing."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return os.strerror(cause.errno)
+        if "PytorchStreamWriter failed" in str(cause):  # torch's zip writer keeps no number of the system's error
+            return first_line(cause)
+    return ""
+
+
+def _bytes(tensors: Any) -> int:
+    """Bytes of this process's share of a nested state dict."""
+    if isinstance(tensors, dict):
+        return sum(map(_bytes, tensors.values()))
+    if isinstance(tensors, Tensor):
+        local = tensors.to_local() if hasattr(tensors, "to_local") else tensors
+        return local.numel() * local.element_size()
+    return 0
+
+
+def _make_durable(folder: Path) -> None:
+    """Names of the files reach the disk before the folder gets its own; their contents torch has synchronised."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,128 @@
+"""The processes of one run, as torchrun starts them: who they are, how a model is split over them, when they meet.
+
+Alone, a run is one process and none of this does anything. Under `torchrun --nproc-per-node N` the same code runs in N.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ..system.errors import ReducioError
+
+PARALLEL = ("ddp", "fsdp")
+TIMEOUT = timedelta(minutes=10)  # a process that was killed leaves the others in a collective for so long at most
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those of the run. `device` is the one it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    # Two groups of their own: collectives of a save in the background and of the loop beside it, in one group, would
+    # meet each other's and wait for ever.
+    checkpoints: Any = None
+    control: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes logs and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(self.control)
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """Means over the processes, which all name the same values."""
+        if self.world_size == 1 or not values:
+            return values
+        summed = torch.tensor(list(values.values()), dtype=torch.float64)
+        dist.all_reduce(summed, group=self.control)
+        return dict(zip(values, (summed / self.world_size).tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return flag if self.world_size == 1 else self.mean({"flag": float(flag)})["flag"] > 0
+
+    def all_finite(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether both are finite, in every process: all skip a step or none does."""
+        fine = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        if self.world_size > 1:
+            flag = fine.to(torch.int32).cpu()
+            dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.control)
+            return bool(flag)
+        return bool(fine)
+
+
+@contextlib.contextmanager
+def joined(device: str | torch.device = "cpu") -> Iterator[Processes]:
+    """This process's place in the run, while the group lives. `device` "cuda" is the GPU of the process's local rank.
+
+    Raises `ReducioError` where torchrun's variables are set and the group cannot be formed.
+    """
+    device = torch.device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Processes(0, 1, device)
+        return
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        raise ReducioError(
+            f"WORLD_SIZE={world_size}: the processes cannot meet: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
+        yield Processes(dist.get_rank(), world_size, device, *groups)
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(module: nn.Module, parallel: str, processes: Processes, blocks: Iterable[nn.Module] = ()) -> nn.Module:
+    """`module` with its gradients ("ddp") or its parameters too ("fsdp") spread over the processes.
+
+    `blocks` are gathered one by one in "fsdp"; what is in none of them stays whole while the module runs. One process
+    shards as well: the code that a cluster runs is the code that a test runs.
+    """
+    if parallel == "fsdp":
+        mesh = None if dist.is_initialized() else _alone(processes.device)
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(module, mesh=mesh)
+    if processes.world_size > 1:
+        # A phase, or a batch without images, may leave a part unused: it then takes no step, as in one process.
+        return DistributedDataParallel(module, find_unused_parameters=True)
+    return module
+
+
+def _alone(device: torch.device) -> Any:
+    """A mesh of this process alone."""
+    with contextlib.suppress(ValueError):  # already initialised by an earlier stage
+        store = dist.HashStore()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    return dist.device_mesh.init_device_mesh(device.type, (1,))
+
+
+def accumulating(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Around a backward pass: gradients are exchanged in the `last` one of a step only."""
+    if isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext() if last else module.no_sync()
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(last)
+    return contextlib.nullcontext()

@@ -1,0 +1,96 @@
+"""Recipes as files: TOML whose keys are the fields of a dataclass, so that a mistyped one is refused and not ignored.
+
+A recipe is named by its file, or, of those that ship with the package, by its name alone: "dit-256".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..system.errors import ReducioError, first_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_Recipe = TypeVar("_Recipe")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes inside the package, by name."""
+    folder = Path(str(resources.files("reducio_fast"))) / "training" / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load(recipe_class: type[_Recipe], name: str, changes: list[str] | None = None) -> _Recipe:
+    """The recipe of a file, or of a shipped name. `changes`: "key=value" or "table.key=value", in TOML's notation.
+
+    Raises `ReducioError` for no such file, what is no TOML, an unknown key and a value of another type.
+    """
+    known = shipped()
+    path = known.get(name, Path(name))
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReducioError(f"recipe {name!r}: no such file, and none of {', '.join(known)}") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ReducioError(f"recipe {path}: {first_line(error)}") from error
+    for change in changes or ():
+        try:
+            _merge(values, tomllib.loads(change))
+        except tomllib.TOMLDecodeError as error:
+            raise ReducioError(
+                f"--set {change!r}: must be KEY=VALUE in TOML's notation: {first_line(error)}"
+            ) from error
+    return _build(recipe_class, values, f"recipe {name}")
+
+
+def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def _build(recipe_class: type[_Recipe], values: dict[str, Any], where: str) -> _Recipe:
+    hints = typing.get_type_hints(recipe_class)
+    fields = [f.name for f in dataclasses.fields(recipe_class)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ReducioError(f"{where}: unknown key {key!r}; known are {', '.join(fields)}")
+    built = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return recipe_class(**built)
+    except TypeError as error:
+        raise ReducioError(f"{where}: {first_line(error)}") from error
+
+
+def _convert(wanted: Any, value: Any, where: str) -> Any:
+    """A TOML value as a field's type: tables as dataclasses, arrays as tuples, integers where floats are wanted."""
+    if dataclasses.is_dataclass(wanted):
+        if not isinstance(value, dict):
+            raise ReducioError(f"{where}={value!r} must be a table")
+        return _build(wanted, value, where)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list):
+        inner = arguments[0] if arguments[-1] is Ellipsis else None
+        kinds = [inner] * len(value) if inner is not None else list(arguments)
+        if len(kinds) != len(value):
+            raise ReducioError(f"{where}={value!r} must have {len(kinds)} entries")
+        return tuple(_convert(kind, one, where) for kind, one in zip(kinds, value, strict=True))
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = origin or wanted
+    if plain is Any or (isinstance(value, plain) and (plain is bool or not isinstance(value, bool))):
+        return value
+    raise ReducioError(f"{where}={value!r} must be of type {getattr(plain, '__name__', plain)}")

@@ -1,0 +1,1 @@
+"""Training of the two networks at any size: latents, the transformer's recipe, the autoencoder's."""

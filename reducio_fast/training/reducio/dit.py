@@ -1,0 +1,306 @@
+"""The transformer's recipe: latents of `extract` in, a model folder that `generate()` loads out.
+
+Every draw (rows, noise, time, dropped captions) depends on the seed, the step and the row's place in the global batch:
+how many processes share the batch, and in how many parts, changes nothing. Letters in shapes: B batch, C channels, T
+frames, H W rows and columns, L text positions, S semantic tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...checkpoints.layouts import REDUCIO
+from ...checkpoints.model_folder import write_model
+from ...checkpoints.networks import load_model
+from ...checkpoints.strict_files import INDEX as MODEL_INDEX
+from ...checkpoints.strict_files import embedded_model
+from ...data.latent_shards import EpochOrder, LatentDataset
+from ...reference import DiTConfig, ReducioDiT
+from ...reference.reducio.config import DIT_PRESETS
+from ...system.errors import ReducioError
+from ..loop import LoopConfig, Outcome, run
+from ..processes import joined
+from .extract import encoder_checksums
+from .objective import Objective
+
+SIZE_EMBEDDINGS = ("adaln_single.emb.resolution_embedder.", "adaln_single.emb.aspect_ratio_embedder.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiTRecipe:
+    """How a transformer is trained. Sizes of the batch are global: processes and micro-batches share it."""
+
+    loop: LoopConfig
+    batch: int  # clips a step; `loop.micro_batches` parts of it are computed one after the other or side by side
+    model: str | None = None  # a preset of `DIT_PRESETS`; None: the configuration of `start`
+    config: dict[str, Any] = field(default_factory=dict)  # fields of `DiTConfig` over the preset's
+    start: str | None = None  # a folder with the weights to begin with: of `convert`, or of the stage before
+    objective: str = "epsilon"
+    condition_drop: float = 0.1  # of the captions, replaced by the null text: what guidance leads away from
+    image_drop: float = 0.0  # of the content frames, with their captions
+    gradient_checkpointing: bool = False  # activations of a block are computed again on the way back
+    threads: int | None = None  # of each process; they decide how sums are rounded
+    held_out: int = 0  # clips of the first bucket kept from training, whose error is reported at the end
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.batch % self.loop.micro_batches:
+            raise ReducioError(f"batch={self.batch} must be a multiple of loop.micro_batches={self.loop.micro_batches}")
+        for name in ("condition_drop", "image_drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ReducioError(f"{name}={getattr(self, name)} must lie in 0..1")
+        if self.model is not None and self.model not in DIT_PRESETS:
+            raise ReducioError(f"model={self.model!r}: must be one of {', '.join(DIT_PRESETS)}")
+        if self.model is None and self.start is None:
+            raise ReducioError("a recipe needs `model` (a preset) or `start` (a folder)")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one bucket, in float32."""
+
+    latent: Tensor  # [B, C, T, H, W]
+    noise: Tensor
+    time: Tensor  # [B] in 0..1
+    text: Tensor  # [B, L, C], where dropped the null text
+    mask: Tensor  # bool [B, L]
+    semantic: Tensor | None  # [B, S, C]
+    content: Tensor | None  # [B, 4, H/8, W/8]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: None if x is None else x.to(device, non_blocking=True) for name, x in moved.items()})
+
+
+def train_dit(
+    latents: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: DiTRecipe,
+    model: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    resume: bool = True,
+    accept_changes: bool = False,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Trains a transformer and writes `out/model`, with the encoders and the autoencoder of `model` beside it.
+
+    Args:
+        latents: folder that `extract` made with the encoders of `model`.
+        out: gets `runs/dit` (checkpoints, log) and `model`; under torchrun the same for all processes.
+        model: model folder; None is the embedded one.
+
+    Returns the last logged figures, with `steps`, `seconds`, seconds a step and, of held-out clips, `held_out_error`.
+
+    Raises `ReducioError`, among others, for latents that other encoders made.
+    """
+    folder = Path(model) if model is not None else embedded_model()
+    if not (folder / MODEL_INDEX).is_file():
+        raise ReducioError(f"{folder} is no model folder (no {MODEL_INDEX})")
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    dataset = LatentDataset(latents, encoder_checksums(folder))
+    held_out = _take_held_out(dataset, recipe)
+    with joined(device) as processes:
+        torch.manual_seed(recipe.loop.seed)
+        network = build_network(recipe)
+        _check_fits(network.config, dataset)
+        trainer = Trainer(network, dataset, recipe, processes.device)
+        outcome = run(
+            "dit",
+            network,
+            trainer.loss,
+            recipe.loop,
+            Path(out) / "runs" / "dit",
+            processes,
+            resume,
+            accept_changes,
+            progress,
+            network.transformer_blocks,
+        )
+        figures = {"steps": outcome.step, "seconds": outcome.seconds, **outcome.last}
+        figures["seconds_a_step"] = outcome.seconds / max(1, outcome.step)
+        figures["process_seconds_a_step"] = figures["seconds_a_step"] * processes.world_size
+        if processes.first:
+            trained = export(network.config, outcome, recipe, folder, Path(out) / "model")
+            if held_out:
+                figures["held_out_error"] = held_out_error(trained, trainer.objective, held_out)
+        processes.barrier()
+    return figures
+
+
+def build_network(recipe: DiTRecipe) -> ReducioDiT:
+    """The network before its first step."""
+    folder = None if recipe.start is None else Path(recipe.start)
+    if folder is not None and (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    if recipe.model is not None:
+        config = DIT_PRESETS[recipe.model]
+    else:
+        assert folder is not None  # by the recipe
+        config = load_model(ReducioDiT, DiTConfig, folder, torch.float32).config
+    try:
+        config = replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.config.items()})
+    except (TypeError, ValueError) as error:
+        raise ReducioError(f"recipe: config: {error}") from error
+    network = ReducioDiT(config)
+    if folder is not None:
+        _start_from(network, load_model(ReducioDiT, DiTConfig, folder, torch.float32), folder)
+    if recipe.gradient_checkpointing:
+        recompute(network.transformer_blocks)
+    return network
+
+
+def _start_from(network: ReducioDiT, other: ReducioDiT, folder: Path) -> None:
+    """Takes the weights of the stage before. The embeddings of a frame's size, which 1024 adds, start silent."""
+    weights, wanted = other.state_dict(), network.state_dict()
+    new = [name for name in wanted if name not in weights]
+    if not all(name.startswith(SIZE_EMBEDDINGS) for name in new) or any(
+        wanted[name].shape != value.shape for name, value in weights.items() if name in wanted
+    ):
+        raise ReducioError(
+            f"start: the network of {folder} has other weights than the recipe's; its config must be the same"
+        )
+    network.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name in new and ".linear_2." in name:
+                parameter.zero_()
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Lets blocks keep their inputs alone for the backward pass, and compute the rest again."""
+    for block in blocks:
+        forward = block.forward
+        block.forward = lambda *inputs, _forward=forward: (  # type: ignore[method-assign]
+            checkpoint(_forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else _forward(*inputs)
+        )
+
+
+class Trainer:
+    """Draws batches and computes their losses."""
+
+    def __init__(self, network: ReducioDiT, dataset: LatentDataset, recipe: DiTRecipe, device: torch.device) -> None:
+        self.network, self.dataset, self.recipe, self.device = network, dataset, recipe, device
+        self.objective = Objective(recipe.objective, network.config.learn_sigma)
+        counts = {bucket: len(dataset.rows[bucket]) for bucket in dataset.buckets}
+        self.order = EpochOrder(counts, recipe.batch, recipe.loop.seed)
+
+    def loss(self, step: int, micro: int, _rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self.draw(step, micro)
+        loss, parts = self.objective.loss(
+            lambda x, t: predict(self.network, batch, x, t), batch.latent, batch.noise, batch.time
+        )
+        return loss, {name: value.mean() for name, value in parts.items()}
+
+    def draw(self, step: int, micro: int) -> Batch:
+        """Part `micro` of the global batch of a step."""
+        bucket, rows = self.order.rows(step)
+        share = self.recipe.batch // self.recipe.loop.micro_batches
+        places = range(micro * share, (micro + 1) * share)
+        samples = [self.dataset.sample(bucket, rows[place]) for place in places]
+        rngs = [np.random.default_rng((self.recipe.loop.seed, 1 << 21, step, place)) for place in places]
+        times = [self.objective.draw_time(rng) for rng in rngs]
+        noises = [
+            torch.from_numpy(rng.standard_normal(s["latent"].shape, np.float32))
+            for rng, s in zip(rngs, samples, strict=True)
+        ]
+        drops = [(rng.random() < self.recipe.condition_drop, rng.random() < self.recipe.image_drop) for rng in rngs]
+        return collate(samples, noises, times, self.network.null_text.detach().cpu(), drops).to(self.device)
+
+
+def collate(
+    samples: list[dict[str, Any]],
+    noises: list[Tensor],
+    times: list[float],
+    null_text: Tensor,
+    drops: list[tuple[bool, bool]],
+) -> Batch:
+    """Samples of one bucket as a batch. `drops`: (caption, content frame); a dropped frame takes its caption along.
+
+    A dropped caption leaves as many null tokens as it had of its own, as in PixArt-alpha.
+    """
+    longest = max(1, *(len(sample["text"]) for sample in samples))
+    text = torch.zeros(len(samples), longest, null_text.shape[1])
+    mask = torch.zeros(len(samples), longest, dtype=torch.bool)
+    for i, (sample, (no_text, no_image)) in enumerate(zip(samples, drops, strict=True)):
+        length = len(sample["text"])
+        text[i, :length] = null_text[:length] if no_text or no_image else sample["text"]
+        mask[i, :length] = True
+    images = []
+    for name in ("semantic", "content"):
+        if name not in samples[0]:
+            images.append(None)
+            continue
+        kept = torch.tensor([0.0 if drop[1] else 1.0 for drop in drops])
+        stacked = torch.stack([sample[name] for sample in samples])
+        images.append(stacked * kept.view(-1, *[1] * (stacked.ndim - 1)))
+    latent = torch.stack([sample["latent"] for sample in samples])
+    return Batch(latent, torch.stack(noises), torch.tensor(times), text, mask, *images)
+
+
+def predict(network: ReducioDiT, batch: Batch, noisy: Tensor, timestep: Tensor) -> Tensor:
+    """The network's whole output."""
+    return network(noisy, timestep, batch.text, batch.mask, batch.semantic, batch.content)
+
+
+def _take_held_out(dataset: LatentDataset, recipe: DiTRecipe) -> Batch | None:
+    """Takes the last clips of the first bucket out of a dataset, with noise and times that never change."""
+    if not recipe.held_out:
+        return None
+    bucket = dataset.buckets[0]
+    if len(dataset.rows[bucket]) <= recipe.held_out:
+        raise ReducioError(f"held_out={recipe.held_out}: bucket {bucket} has {len(dataset.rows[bucket])} clips")
+    samples = [dataset.sample(bucket, i) for i in range(-recipe.held_out, 0)]
+    dataset.rows[bucket] = dataset.rows[bucket][: -recipe.held_out]
+    rng = np.random.default_rng((recipe.loop.seed, 1 << 22))
+    noises = [torch.from_numpy(rng.standard_normal(s["latent"].shape, np.float32)) for s in samples]
+    times = ((np.arange(len(samples)) + 0.5) / len(samples)).tolist()
+    unused = torch.zeros(1, samples[0]["text"].shape[1])
+    return collate(samples, noises, times, unused, [(False, False)] * len(samples))
+
+
+@torch.no_grad()
+def held_out_error(network: ReducioDiT, objective: Objective, batch: Batch) -> float:
+    """Mean squared error on clips never trained on."""
+    parts = objective.loss(lambda x, t: predict(network, batch, x, t), batch.latent, batch.noise, batch.time)[1]
+    return float(parts["error"].mean())
+
+
+def _check_fits(config: DiTConfig, dataset: LatentDataset) -> None:
+    sample = dataset.sample(dataset.buckets[0], 0, check=True)
+    wanted = {
+        "caption_channels": (sample["text"].shape[-1], config.caption_channels),
+        "latent_channels": (sample["latent"].shape[0], config.latent_channels),
+    }
+    if "semantic" in sample:
+        wanted["semantic_channels"] = (sample["semantic"].shape[-1], config.semantic_channels)
+    for name, (has, needs) in wanted.items():
+        if has != needs:
+            raise ReducioError(f"the latents have {name}={has}, the recipe's network {needs}; set config.{name}")
+
+
+def export(config: DiTConfig, outcome: Outcome, recipe: DiTRecipe, model: Path, target: Path) -> ReducioDiT:
+    """Writes `model` with the averaged weights and the fitting scheduler in the place of its own. -> the network."""
+    from ...pipelines.reducio.pipeline import ReducioPipeline
+
+    network = ReducioDiT(config)
+    network.load_state_dict({name: value.cpu() for name, value in outcome.averaged.items()})
+    network.eval()
+    pipe = ReducioPipeline.from_pretrained(model, device="cpu", backend="reference")
+    parts = {name: getattr(pipe, name) for name in (*REDUCIO.names, *REDUCIO.settings)}
+    parts |= {"transformer": network, "scheduler": Objective(recipe.objective, config.learn_sigma).scheduler()}
+    write_model(target, parts, REDUCIO)
+    (target / "training.json").write_text(
+        json.dumps({"steps": outcome.step, "seconds": round(outcome.seconds, 1)}, indent=2) + "\n", encoding="utf-8"
+    )
+    return network

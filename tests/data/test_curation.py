@@ -1,0 +1,220 @@
+"""Curation: shots of clips whose cuts are known, scores that order clips, parts that are whole or absent."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from reducio_fast.cli.main import main
+from reducio_fast.data import photos
+from reducio_fast.data.curation import curate, manifest, scores, select
+from reducio_fast.data.curation.shots import ShotFinder, join_cuts
+from reducio_fast.media.video_files import write_video
+from reducio_fast.system.errors import ReducioError
+
+pytestmark = pytest.mark.slow
+
+
+def shots_of(frames: np.ndarray, fps: float = 24.0) -> list[tuple[int, int]]:
+    finder = ShotFinder(fps)
+    for frame in frames:
+        finder.add(frame)
+    return finder.shots()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    """Two photographs under slow camera moves and one still, 40 frames of 96x96 each."""
+    rng = np.random.default_rng(3)
+    moves = [photos.render(rng, 96, 40, name=name) for name in ("astronaut", "flower")]
+    return [*moves, np.repeat(photos.render(rng, 96, 1, name="chelsea"), 40, axis=0)]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory, pictures: list[np.ndarray]) -> Path:
+    """Cut: two shots. Still: nothing moves. Written: a line of text. Broken: cut off, and no video at all."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_video(np.concatenate(pictures[:2]), folder / "cut.mp4", 24)
+    write_video(pictures[2], folder / "still.mp4", 24)
+    text = []
+    for frame in pictures[0]:
+        image = Image.fromarray(frame).resize((384, 384))
+        ImageDraw.Draw(image).rectangle((20, 300, 364, 360), fill="black")
+        ImageDraw.Draw(image).text((40, 305), "HELLO WORLD", fill="white", font_size=48)
+        text.append(np.array(image))
+    write_video(np.stack(text), folder / "written.mp4", 24)
+    (folder / "broken.mp4").write_bytes((folder / "still.mp4").read_bytes()[:300])
+    (folder / "words.mp4").write_text("no video")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def test_hard_cuts_and_fades(pictures: list[np.ndarray]) -> None:
+    a, b = pictures[:2]
+    assert shots_of(np.concatenate([a, b])) == [(0, 40), (40, 80)]
+    assert shots_of(a) == [(0, 40)]
+    assert shots_of(a[:1]) == [(0, 1)] and ShotFinder(24).shots() == []
+    weight = np.linspace(0, 1, 24)[:, None, None, None]
+    slow = (a[-1:] * (1 - weight) + b[:1] * weight).astype(np.uint8)
+    found = shots_of(np.concatenate([a, slow, b]))
+    assert len(found) == 2, found
+    (start, end), (again, last) = found
+    assert (start, last) == (0, 104) and 40 <= end < again <= 64  # what lies in the fade is in no shot
+
+
+def test_cuts_of_three_rates_are_one_cut() -> None:
+    assert join_cuts({1: {30}, 3: {33}, 6: {36}}, 100) == [(0, 30), (30, 100)]
+    assert join_cuts({1: set(), 3: {51}, 6: {54}}, 100) == [(0, 48), (51, 100)]
+    assert join_cuts({1: {0, 100}}, 100) == [(0, 100)]
+
+
+def test_motion_is_measured_in_percent_of_the_short_side() -> None:
+    """A texture that moves by 4 of 128 pixels between two frames: 3.1%; a still: nothing."""
+    wide = photos.load_photo("gravel")[:128]
+    frames = [scores.small_gray(wide[:, 4 * i : 4 * i + 128]) for i in range(4)]
+    moved = scores.motion(frames)
+    assert moved is not None and abs(moved - 100 * 4 / 128) < 0.5
+    assert scores.motion(frames[:1] * 3) < 1e-3 and scores.motion(frames[:1]) is None
+
+
+def test_area_of_a_polygon() -> None:
+    assert scores.polygon_area(np.array([[0, 0], [4, 0], [4, 3], [0, 3]])) == 12
+    assert scores.polygon_area(np.array([[0, 0], [4, 0], [0, 3]])) == 6
+
+
+def test_the_manifest_does_not_depend_on_order_or_interruption(videos: Path, tmp_path: Path) -> None:
+    settings = curate.Settings(str(tmp_path / "a"))
+    done = curate.curate([videos], settings, {"cut.mp4": "a person"}, workers=2, progress=False)
+    assert (done.made, done.broken, done.kept) == (5, 2, 0)
+    rows = manifest.read(tmp_path / "a")
+    by_name: dict[str, list[dict]] = {}
+    for row in rows:
+        by_name.setdefault(Path(row["video"]).name, []).append(row)
+    assert [(r["start"], r["end"], r["caption"]) for r in by_name["cut.mp4"]] == [
+        (0, 40, "a person"),
+        (40, 80, "a person"),
+    ]
+    assert "cannot be read" in by_name["broken.mp4"][0]["error"] and by_name["words.mp4"][0]["error"]
+    assert by_name["still.mp4"][0]["motion"] < 0.05 < min(row["motion"] for row in by_name["cut.mp4"])
+    assert by_name["still.mp4"][0]["text_area"] == 0 and 0.03 < by_name["written.mp4"][0]["text_area"] < 0.4
+    # Another folder, one process, in two goes: the same bytes.
+    other = curate.Settings(str(tmp_path / "b"))
+    for name in ("written.mp4", "cut.mp4"):
+        curate.curate([videos / name], other, {"cut.mp4": "a person"}, workers=0, progress=False)
+    again = curate.curate([videos], other, {"cut.mp4": "a person"}, workers=0, progress=False)
+    assert (again.made, again.kept) == (3, 2)
+    parts = sorted((tmp_path / "a" / manifest.PARTS).iterdir())
+    assert len(parts) == 5
+    for part in parts:
+        assert part.read_bytes() == (tmp_path / "b" / manifest.PARTS / part.name).read_bytes()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_on_ray_the_rows_are_those_of_the_local_run(videos: Path, tmp_path: Path) -> None:
+    for name, where in (("here", None), ("ray", "local")):
+        settings = curate.Settings(str(tmp_path / name), text=False)
+        done = curate.curate([videos], settings, workers=0, ray=where, progress=False)
+        assert (done.made, done.broken) == (5, 2)
+    assert manifest.read(tmp_path / "here") == manifest.read(tmp_path / "ray")
+
+
+def test_a_worker_that_dies_takes_only_its_video_along(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a Python error but the end of the process, as of a decoder that crashes."""
+    fatal = tmp_path / "sitecustomize.py"
+    fatal.write_text(
+        "import os, sys\n"
+        "import reducio_fast.media.ffmpeg as m\n"
+        "own = m.frames\n"
+        "def frames(path):\n"
+        "    if path.name == 'still.mp4':\n"
+        "        os._exit(9)\n"
+        "    return own(path)\n"
+        "m.frames = frames\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    chosen = [videos / name for name in ("cut.mp4", "still.mp4", "written.mp4")]
+    done = curate.curate(chosen, curate.Settings(str(tmp_path / "out"), text=False), workers=2, progress=False)
+    assert (done.made, done.broken) == (3, 1)
+    rows = manifest.read(tmp_path / "out")
+    assert [Path(r["video"]).name for r in rows if r["error"]] == ["still.mp4"]
+    assert next(r["error"] for r in rows if r["error"]) == "the process that decoded it died"
+    assert sum(r["error"] is None for r in rows) == 3
+
+
+def clip(number: int, **values) -> dict:
+    row = dict.fromkeys(manifest.COLUMNS)
+    return (
+        row | {"id": f"{number:03d}", "video": f"{number}.mp4", "start": 0, "end": 40, "motion": float(number)} | values
+    )
+
+
+def test_thresholds_by_value_and_by_percentile() -> None:
+    rows = [clip(i, text_area=0.1 * (i % 2)) for i in range(10)] + [clip(99, error="broken"), clip(11, end=8)]
+    kept, drops = select.select(rows, [select.Threshold.parse("motion.min=20%")], 16)
+    assert [row["id"] for row in kept] == [f"{i:03d}" for i in range(2, 10)]
+    assert drops == {"unreadable": 1, "shorter than 16 frames": 1, "motion.min=20%": 2}
+    kept, _ = select.select(
+        rows, [select.Threshold.parse("text_area.max=0.05"), select.Threshold.parse("motion.max=5")], 16
+    )
+    assert [row["id"] for row in kept] == ["000", "002", "004"]
+    with pytest.raises(ReducioError, match="no clip of the manifest has that score"):
+        select.select(rows, [select.Threshold.parse("aesthetic.min=5")])
+    for text, message in (
+        ("motion=3", "must be SCORE.min=X or SCORE.max=X"),
+        ("speed.min=3", "SCORE of motion, text_area"),
+        ("motion.min=fast", "'fast' is neither a number nor a percentage"),
+        ("motion.min=120%", r"lies in 0\.\.100"),
+    ):
+        with pytest.raises(ReducioError, match=message):
+            select.Threshold.parse(text)
+
+
+def test_the_command_and_its_page(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "captions.json").write_text(json.dumps({"cut.mp4": "two <people>"}))
+    command = [
+        "curate",
+        str(videos),
+        "-o",
+        str(tmp_path / "out"),
+        "--no-text",
+        "--captions",
+        str(tmp_path / "captions.json"),
+    ]
+    assert main([*command, "--no-progress", "--workers", "2", "--json", "--keep", "motion.min=30%"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["made"] == 5 and result["broken"] == 2 and result["selected"] == 3 and result["clips"] == 6
+    kept = manifest.read(tmp_path / "out" / "clips.parquet")
+    assert "still.mp4" not in {Path(row["video"]).name for row in kept}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 1 and page.count("<figure") == 4 and "broken.mp4" in page and "not measured" in page
+    # Other thresholds look at no video again.
+    assert main(["curate", "-o", str(tmp_path / "out"), "--no-progress"]) == 0
+    assert len(manifest.read(tmp_path / "out" / "clips.parquet")) == 4
+
+
+def test_what_is_wrong_with_a_manifest_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ReducioError, match="holds no manifest .* make one with: reducio-fast curate"):
+        manifest.read(tmp_path)
+    manifest.write([clip(1)], tmp_path / "clips.parquet")
+    whole = (tmp_path / "clips.parquet").read_bytes()
+    (tmp_path / "clips.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ReducioError, match=r"clips.parquet is damaged: .*; remove clips.parquet and run"):
+        manifest.read(tmp_path / "clips.parquet")
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "VERSION", "7")
+        manifest.write([clip(1)], tmp_path / "clips.parquet")
+    with pytest.raises(ReducioError, match="manifest of version 7, this reads 1"):
+        manifest.read(tmp_path / "clips.parquet")
+    assert main(["curate", str(tmp_path / "nothing"), "-o", str(tmp_path)]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    assert main(["curate", str(tmp_path), "-o", str(tmp_path)]) == 2
+    assert "no video (.mp4" in capsys.readouterr().err
