@@ -1,21 +1,125 @@
-"""Score a model on held-out prompts and clips."""
+"""Score a model on prompts and clips, an autoencoder on real video, or generated clips."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
+from typing import Any
 
+from ..system.errors import ReducioError
 from . import options
 from .printing import Printed
 
+WHAT = ("toy", "autoencoder", "clips", "vbench")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what", nargs="?", choices=WHAT, default="toy",
+        help="toy: held-out prompts and clips of the toy world (default); autoencoder: real video through a model's; "
+        "clips: a folder of generated clips; vbench: VBench in an environment of its own",
+    )  # fmt: skip
     parser.add_argument("--model", metavar="DIR", help="model folder (default: the embedded toy model)")
-    parser.add_argument("--prompts", type=options.positive, default=64, help="held-out prompts to draw (default: 64)")
+    parser.add_argument("--prompts", type=options.positive, default=64, help="toy: prompts to draw (default: 64)")
     parser.add_argument("--seed", type=options.not_negative, default=0)
+    parser.add_argument("--videos", nargs="+", metavar="PATH", help="autoencoder, clips: videos and folders of them")
+    parser.add_argument("--real", nargs="+", metavar="PATH", help="clips: real ones, for FVD and motion")
+    parser.add_argument(
+        "--size", type=options.positive, action="append", help="autoencoder: pixels a side (default: 256)"
+    )
+    parser.add_argument("--lpips", metavar="FILE", help="torchvision's weights of AlexNet")
+    parser.add_argument("--fvd", metavar="FILE", help="TorchScript I3D: [B, 3, 16, 224, 224] to features")
+    parser.add_argument("--classifier", metavar="FILE", help="clips: TorchScript C3D to class logits, for the IS")
+    parser.add_argument("--clip", metavar="DIR", help="clips: an open_clip model, with --captions")
+    parser.add_argument("--captions", metavar="FILE", help="JSON: {file name: caption}; vbench: [prompts]")
+    parser.add_argument("--vbench", metavar="PYTHON", help="vbench: the interpreter of VBench's environment")
+    parser.add_argument(
+        "--dimension", action="append", metavar="NAME", help="vbench: which (default: motion_smoothness)"
+    )
+    parser.add_argument("--out", "-o", metavar="DIR", help="vbench: where its clips and results go")
     options.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> Printed:
+    return {"toy": _toy, "autoencoder": _autoencoder, "clips": _clips, "vbench": _vbench}[arguments.what](arguments)
+
+
+def _needs(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) is None:
+            raise ReducioError(f"evaluate {arguments.what} needs --{name}")
+
+
+def _model_folder(arguments: argparse.Namespace) -> Path:
+    from ..checkpoints.strict_files import embedded_model
+
+    return Path(arguments.model) if arguments.model else embedded_model()
+
+
+def _autoencoder(arguments: argparse.Namespace) -> Printed:
+    _needs(arguments, "videos")
+
+    import torch
+
+    from ..checkpoints.networks import load_model
+    from ..evaluation.published import autoencoder_table
+    from ..evaluation.video_report import evaluate_autoencoder
+    from ..reference import ReducioVAE, VAEConfig
+
+    folder = _model_folder(arguments)
+    vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32).eval()
+    sizes = arguments.size or [256]
+    result = evaluate_autoencoder(vae, arguments.videos, sizes, arguments.lpips, arguments.fvd, arguments.progress)
+    config, lines = vae.config, []
+    factor = f"{config.temporal_factor}x{config.spatial_factor}x{config.spatial_factor}"
+    for size, entry in result.items():
+        lines.append(f"{size} pixels{'':<14}{'clips':>7}{'PSNR dB':>9}{'gain dB':>9}{'worst':>8}{'content frame':>15}")
+        for name, row in entry["videos"].items():
+            gains = f"{row['pooled_gain_db']:>+9.2f}{row['worst_gain_db']:>+8.2f}"
+            lines.append(f"{name:<24}{row['clips']:>7}{row['psnr']:>9.2f}{gains}{row['content_psnr']:>15.2f}")
+        lines += autoencoder_table(folder.name, factor, config.latent_channels, entry["all"])
+    return result, lines
+
+
+def _clips(arguments: argparse.Namespace) -> Printed:
+    _needs(arguments, "videos")
+    from ..evaluation.published import GENERATION
+    from ..evaluation.video_report import evaluate_clips
+
+    captions = _json(arguments.captions) if arguments.captions else None
+    result = evaluate_clips(
+        arguments.videos,
+        arguments.real,
+        arguments.fvd,
+        arguments.classifier,
+        arguments.clip,
+        captions,
+        arguments.progress,
+    )
+    lines = [f"{name:<28}{value:>10.4g}" for name, value in result.items()]
+    return result, [*lines, *(f"{'paper, ' + name:<28}{value:>10.4g}" for name, value in GENERATION.items())]
+
+
+def _vbench(arguments: argparse.Namespace) -> Printed:
+    _needs(arguments, "vbench", "captions", "out")
+    from ..evaluation.video_report import run_vbench
+    from ..pipelines.reducio.pipeline import ReducioPipeline
+
+    pipe = ReducioPipeline.from_pretrained(_model_folder(arguments))
+    names = arguments.dimension or ["motion_smoothness"]
+    result = run_vbench(pipe, _json(arguments.captions), arguments.out, arguments.vbench, names)
+    return result, [json.dumps(result, indent=2)]
+
+
+def _json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReducioError(f"--captions {path}: {error}") from error
+
+
+def _toy(arguments: argparse.Namespace) -> Printed:
     from ..evaluation.toy_report import evaluate as score
 
     result = score(

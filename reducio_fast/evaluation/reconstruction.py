@@ -23,6 +23,10 @@ def reconstruct(vae: ReducioVAE, frames: np.ndarray) -> np.ndarray:
     latent = vae.normalize_latent(vae.encode(video, tiled=tiled).mode())
     features = vae.encode_content(video[:, :, vae.config.content_frame], tiled=tiled)
     output = vae.decode(latent, features, tiled=tiled)[0].float()
+    if not torch.isfinite(output).all():
+        raise ReducioError(
+            f"the autoencoder gives values that are not finite in {weight.dtype}; use float32 or bfloat16"
+        )
     return to_bytes(output.transpose(0, 1)).cpu().numpy()
 
 
@@ -32,7 +36,8 @@ def reconstruction_scores(vae: ReducioVAE, clips: Iterable[np.ndarray]) -> dict[
     All figures are means over clips. `psnr` and `ssim` are per frame, then the mean over frames, as the Reducio-VAE
     release has them. Repeating the content frame is exact in that one frame, so `psnr_moving`, `repeat_psnr_moving` and
     their difference `gain_db` leave it out of both. `pooled_psnr`, `repeat_pooled_psnr` and `pooled_gain_db` are of the
-    squared error over all frames; `worst_gain_db` is the least pooled gain of a clip.
+    squared error over all frames; `worst_gain_db` is the least pooled gain of a clip. `content_psnr` is of the content
+    frame itself, which the decoder was given (at most 60 dB, where it comes back to the bit).
     """
     rows = []
     for clip in clips:
@@ -47,6 +52,7 @@ def reconstruction_scores(vae: ReducioVAE, clips: Iterable[np.ndarray]) -> dict[
                 "repeat_ssim": ssim(clip, repeated),
                 "psnr_moving": float(psnr_per_frame(clip, restored)[moving].mean()),
                 "repeat_psnr_moving": float(psnr_per_frame(clip, repeated)[moving].mean()),
+                "content_psnr": min(60.0, pooled_psnr(clip[content : content + 1], restored[content : content + 1])),
                 "pooled_psnr": pooled_psnr(clip, restored),
                 "repeat_pooled_psnr": pooled_psnr(clip, repeated),
             }

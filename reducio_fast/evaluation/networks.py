@@ -1,0 +1,135 @@
+"""Networks that judge clips, each from a file that the user names: none is downloaded.
+
+LPIPS   lpips' own class; its linear heads are in the wheel, the trunk's weights are torchvision's state dict
+FVD     a TorchScript file that maps clips [B, 3, 16, 224, 224] in [-1, 1] to features [B, C] (I3D, 400 logits)
+IS      the same, of class logits (C3D for UCF-101)
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..media.pixels import to_unit
+from ..system.errors import ReducioError, first_line
+
+TRUNKS = ("alex", "vgg", "squeeze")
+CLIP_SIZE, CLIP_FRAMES = 224, 16
+
+
+class Perceptual:
+    """LPIPS a frame. The release feeds it images in 0..1 although it expects -1..1: both are given."""
+
+    def __init__(self, trunk: str | os.PathLike[str], net: str = "alex", device: str = "cpu") -> None:
+        if net not in TRUNKS:
+            raise ReducioError(f"net={net!r}: must be one of {', '.join(TRUNKS)}")
+        try:
+            import lpips
+        except ImportError as error:
+            raise ReducioError('LPIPS needs lpips; pip install "reducio-fast[evaluate]"') from error
+        self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        self.model.net.load_state_dict(_trunk_weights(Path(trunk), self.model.net))
+        self.model.eval().to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, clip: np.ndarray, other: np.ndarray) -> dict[str, float]:
+        """Of two clips uint8 [T, H, W, 3]: means over frames, `lpips` and, as the release computes it, `lpips_0_1`."""
+        a, b = (to_unit(x, self.device) for x in (clip, other))
+        halves = [(x + 1) / 2 for x in (a, b)]
+        return {"lpips": float(self.model(a, b).mean()), "lpips_0_1": float(self.model(*halves).mean())}
+
+
+def _trunk_weights(path: Path, net: nn.Module) -> dict[str, Tensor]:
+    """torchvision's `features.N.*` under the names that lpips gives its slices."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            stored = load_file(path)
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle, a zip, a safetensors header: each fails in its own way
+        raise ReducioError(f"LPIPS trunk {path}: {first_line(error)}") from error
+    # lpips cuts `features` into slices and keeps the numbers: slice2.4.weight is features.4.weight.
+    wanted = {name: "features." + name.split(".", 1)[1] for name in net.state_dict()}
+    lacking = [source for source in wanted.values() if source not in stored]
+    if lacking:
+        raise ReducioError(f"LPIPS trunk {path}: has no {lacking[0]}; it must be torchvision's weights of that network")
+    return {name: stored[source] for name, source in wanted.items()}
+
+
+class ClipNetwork(nn.Module):
+    """A TorchScript network on whole clips, as torchmetrics' classes want one: `num_features`, one row a clip."""
+
+    def __init__(self, path: str | os.PathLike[str], device: str = "cpu") -> None:
+        super().__init__()
+        try:
+            self.network = torch.jit.load(str(path), map_location=device).eval()
+        except Exception as error:
+            raise ReducioError(f"{path} is no TorchScript network: {first_line(error)}") from error
+        self.device = device
+        with torch.no_grad():
+            try:
+                features = self.network(torch.zeros(1, 3, CLIP_FRAMES, CLIP_SIZE, CLIP_SIZE, device=device))
+            except RuntimeError as error:
+                raise ReducioError(f"{path} takes no clip [1, 3, 16, 224, 224]: {first_line(error)}") from error
+        if features.ndim != 2:
+            raise ReducioError(f"{path} gives {tuple(features.shape)} for one clip, not one row of features")
+        self.num_features = features.shape[1]
+
+    @torch.no_grad()
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.network(clips)
+
+
+def prepare(clip: np.ndarray) -> Tensor:
+    """uint8 [T, H, W, 3] -> float32 [1, 3, 16, 224, 224] in [-1, 1]: 16 frames, evenly chosen and resized."""
+    if len(clip) < CLIP_FRAMES:
+        raise ReducioError(f"a clip of {len(clip)} frames: {CLIP_FRAMES} are needed")
+    places = np.linspace(0, len(clip) - 1, CLIP_FRAMES).round().astype(int)
+    frames = to_unit(clip[places])
+    frames = F.interpolate(frames, (CLIP_SIZE, CLIP_SIZE), mode="bilinear", antialias=True, align_corners=False)
+    return frames.transpose(0, 1)[None].contiguous()
+
+
+class FrechetDistance:
+    """Between features of real and of other clips: torchmetrics' class, which sums in float64."""
+
+    def __init__(self, network: ClipNetwork) -> None:
+        self.network, self.counts = network, [0, 0]
+        self.metric = _torchmetrics("fid").FrechetInceptionDistance(network, normalize=True)
+
+    def add(self, clip: np.ndarray, real: bool) -> None:
+        self.metric.update(prepare(clip).to(self.network.device), real)
+        self.counts[0 if real else 1] += 1
+
+    def compute(self) -> float:
+        """Falls with the number of clips: state it too. Raises `ReducioError` for fewer than two of a kind."""
+        if min(self.counts) < 2:
+            raise ReducioError(f"a Frechet distance needs two clips of each kind, there are {self.counts}")
+        return float(self.metric.compute())
+
+
+def inception_score(network: ClipNetwork, clips: list[np.ndarray], splits: int = 1) -> tuple[float, float]:
+    """Mean and deviation over splits, of class logits."""
+    metric = _torchmetrics("inception").InceptionScore(network, splits=splits)
+    for clip in clips:
+        metric.update(prepare(clip).to(network.device))
+    mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def _torchmetrics(module: str) -> Any:
+    """By module: without torch-fidelity, whose networks are not used here, the package hides these classes."""
+    try:
+        return importlib.import_module(f"torchmetrics.image.{module}")
+    except ImportError as error:
+        raise ReducioError('FVD and IS need torchmetrics; pip install "reducio-fast[evaluate]"') from error
