@@ -1,18 +1,21 @@
-"""Train a model: the embedded one from nothing, or a transformer on extracted latents."""
+"""Train a model: the embedded one from nothing, a transformer on latents, an autoencoder on videos."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ..system.errors import ReducioError
 from . import options
 from .printing import Printed
 
-MODELS = ("tiny", "dit")
+MODELS = ("tiny", "dit", "vae")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=MODELS, help="tiny: the embedded model; dit: a transformer")
+    parser.add_argument(
+        "what", choices=MODELS, help="tiny: the embedded model; dit: a transformer; vae: an autoencoder"
+    )
     options.add_out(parser, "DIR", "components, checkpoints and logs go here")
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from the last checkpoint (default)"
@@ -26,25 +29,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tiny.add_argument("--stages", metavar="A,B", help="only these stages of the recipe")
     tiny.add_argument("--steps-scale", type=float, metavar="X", help="multiplies the steps of every stage")
     tiny.add_argument("--data", metavar="DIR", help="downloaded film and photographs (default: OUT/data)")
-    sized = parser.add_argument_group("dit; under torchrun for several processes")
+    sized = parser.add_argument_group("dit and vae; under torchrun for several processes")
     sized.add_argument("--recipe", metavar="NAME", help="a TOML file, or a recipe of the package such as dit-256")
     sized.add_argument("--set", action="append", metavar="KEY=VALUE", help="change the recipe, e.g. loop.steps=100")
-    sized.add_argument("--latents", metavar="DIR", help="what reducio-fast extract made")
-    sized.add_argument("--model", metavar="DIR", help="its other components (default: the embedded model)")
+    sized.add_argument("--latents", metavar="DIR", help="dit: what reducio-fast extract made")
+    sized.add_argument("--model", metavar="DIR", help="dit: its other components (default: the embedded model)")
+    sized.add_argument("--clips", metavar="FILE", help="vae: clips.parquet of reducio-fast curate, or its folder")
+    sized.add_argument("--lpips", metavar="FILE", help="vae: torchvision's AlexNet (default: no perceptual loss)")
     sized.add_argument("--price", type=float, metavar="X", help="of an hour of one process: prints what a step costs")
 
 
-_OWN = {"tiny": ("stages", "steps_scale", "data"), "dit": ("recipe", "set", "latents", "model", "price")}
+_OWN = {
+    "tiny": ("stages", "steps_scale", "data"),
+    "dit": ("recipe", "set", "latents", "model", "price"),
+    "vae": ("recipe", "set", "clips", "lpips", "price"),
+}
 
 
 def run(arguments: argparse.Namespace) -> Printed:
+    own = _OWN[arguments.what]
     for model, names in _OWN.items():
-        given = [name for name in names if getattr(arguments, name) is not None]
-        if model != arguments.what and given:
-            raise ReducioError(
-                f"train {arguments.what} takes no --{given[0].replace('_', '-')}, which is of train {model}"
-            )
-    return _tiny(arguments) if arguments.what == "tiny" else _dit(arguments)
+        for name in names:
+            if name not in own and getattr(arguments, name) is not None:
+                option = name.replace("_", "-")
+                raise ReducioError(f"train {arguments.what} takes no --{option}, which is of train {model}")
+    return {"tiny": _tiny, "dit": _dit, "vae": _vae}[arguments.what](arguments)
 
 
 def _tiny(arguments: argparse.Namespace) -> Printed:
@@ -65,25 +74,40 @@ def _tiny(arguments: argparse.Namespace) -> Printed:
 
 
 def _dit(arguments: argparse.Namespace) -> Printed:
-    for name in ("recipe", "latents"):
-        if getattr(arguments, name) is None:
-            raise ReducioError(f"train dit needs --{name}")
+    _needs(arguments, "recipe", "latents")
 
     from ..training.recipe_file import load
     from ..training.reducio.dit import DiTRecipe, train_dit
 
-    figures = train_dit(
-        arguments.latents,
-        arguments.out,
-        load(DiTRecipe, arguments.recipe, arguments.set),
-        model=arguments.model,
-        device=arguments.device,
-        resume=arguments.resume,
-        accept_changes=arguments.accept_changes,
-        progress=arguments.progress,
-    )
+    recipe = load(DiTRecipe, arguments.recipe, arguments.set)
+    figures = train_dit(arguments.latents, arguments.out, recipe, model=arguments.model, **_shared(arguments))
+    return _printed(arguments, figures, "model")
+
+
+def _vae(arguments: argparse.Namespace) -> Printed:
+    _needs(arguments, "recipe", "clips")
+
+    from ..training.recipe_file import load
+    from ..training.reducio.vae import VAERecipe, train_vae
+
+    recipe = load(VAERecipe, arguments.recipe, arguments.set)
+    figures = train_vae(arguments.clips, arguments.out, recipe, lpips=arguments.lpips, **_shared(arguments))
+    return _printed(arguments, figures, "vae")
+
+
+def _needs(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) is None:
+            raise ReducioError(f"train {arguments.what} needs --{name}")
+
+
+def _shared(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("device", "resume", "accept_changes", "progress")}
+
+
+def _printed(arguments: argparse.Namespace, figures: dict[str, float], folder: str) -> Printed:
     lines = [", ".join(f"{name} {value:.4g}" for name, value in figures.items())]
     if arguments.price is not None:
         figures["price_a_step"] = figures["process_seconds_a_step"] / 3600 * arguments.price
         lines.append(f"a step costs {figures['price_a_step']:.3g} at {arguments.price:g} an hour and process")
-    return {"out": arguments.out, **figures}, [*lines, f"wrote {arguments.out}/model"]
+    return {"out": arguments.out, **figures}, [*lines, f"wrote {arguments.out}/{folder}"]

@@ -19,11 +19,12 @@ from ..data.curation import scores
 from ..data.curation.curate import find_sources
 from ..data.curation.shots import ShotFinder
 from ..media.image_files import cover_crop
+from ..media.perceptual import Perceptual
 from ..media.similarity import psnr, ssim
 from ..media.video_files import read_video, write_video
 from ..reference import ReducioVAE
 from ..system.errors import ReducioError, first_line
-from .networks import ClipNetwork, FrechetDistance, Perceptual, inception_score
+from .networks import ClipNetwork, FrechetDistance, inception_score
 from .reconstruction import reconstruct, reconstruction_scores
 
 

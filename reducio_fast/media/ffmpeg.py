@@ -77,13 +77,19 @@ def _rate(line: str, unit: str) -> Fraction | None:
     return NTSC.get(float(match[1]), Fraction(match[1]) * (1000 if match[2] else 1)) or None
 
 
-def frames(path: Path) -> Generator[tuple[np.ndarray, float], None, None]:
-    """Each frame uint8 [H, W, 3] with the rate of the clip. Closing the generator ends ffmpeg.
+def frames(path: Path, start: int = 0) -> Generator[tuple[np.ndarray, float], None, None]:
+    """Each frame uint8 [H, W, 3] from number `start` on, with the rate of the clip. Closing the generator ends ffmpeg.
+
+    What lies before is not decoded, but for what lies behind the last key frame. Where frames are held for uneven
+    times the first one may be its neighbour.
 
     Raises ReducioError where nothing can be read; what is cut off or damaged is read as far as it goes, with a warning.
     """
     rate = probe(path)
-    command = [program(), *"-hide_banner -nostdin -loglevel error -i".split(), url(path), "-map", "0:V:0"]
+    command = [program(), *"-hide_banner -nostdin -loglevel error".split()]
+    if start:  # half a frame early: rounding must not skip the one that is meant
+        command += ["-ss", f"{float((start - Fraction(1, 2)) / rate):.6f}"]
+    command += ["-i", url(path), "-map", "0:V:0"]
     # The filter, not the option -r, which loses the last frame where frames are held for uneven times (ffmpeg 7.0).
     command += ["-vf", f"fps={rate},{SQUARE_PIXELS}"]
     # Netpbm, since each frame says how large it is.

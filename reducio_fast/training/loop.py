@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from .run_log import RunLog
 Figures = Mapping[str, "float | Tensor"]
 LossFunction = Callable[[int, int, np.random.Generator], "tuple[Tensor, Figures]"]
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, DECAYS = "checkpoints", ("cosine", "linear")
 # These change when a run stops or what it prints, never a weight: a resumed run may differ in them.
 _HARMLESS = frozenset(
     {"max_seconds", "log_every", "checkpoint_every", "keep_checkpoints", "background_checkpoints", "tensorboard"}
@@ -52,7 +52,8 @@ class LoopConfig:
     steps: int
     learning_rate: float
     warmup_steps: int = 50
-    final_rate: float = 0.02  # the cosine ends at this fraction of learning_rate
+    final_rate: float = 0.02  # the rate ends at this fraction of learning_rate
+    decay: str = "cosine"  # or "linear": how it gets there after the warm-up
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip_norm: float = 1.0
@@ -75,18 +76,20 @@ class LoopConfig:
                 raise ReducioError(f"LoopConfig: {name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ReducioError(f"LoopConfig: learning_rate must be above 0, got {self.learning_rate}")
+        if self.decay not in DECAYS:
+            raise ReducioError(f"LoopConfig: decay={self.decay!r} must be one of {', '.join(DECAYS)}")
         if self.parallel not in PARALLEL:
             raise ReducioError(f"LoopConfig: parallel={self.parallel!r} must be one of {', '.join(PARALLEL)}")
         if not 0 <= self.ema_decay < 1:
             raise ReducioError(f"LoopConfig: ema_decay must be in [0, 1), got {self.ema_decay}")
 
     def rate(self, step: int) -> float:
-        """Learning rate of `step` (0-based): linear warm-up, then a cosine down to `final_rate` of the peak."""
+        """Learning rate of `step` (0-based): linear warm-up, then down to `final_rate` of the peak."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
+        left = 1 - min(1.0, done) if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,12 @@ class Outcome:
     seconds: float  # training time over all calls, without set-up
     averaged: dict[str, Tensor]
     last: dict[str, float]  # the last logged figures
+
+    def figures(self, world_size: int) -> dict[str, float]:
+        """What a command prints: steps, wall time, what a step costs in all processes together, the last figures."""
+        a_step = self.seconds / max(1, self.step)
+        times = {"seconds_a_step": a_step, "process_seconds_a_step": a_step * world_size}
+        return {"steps": self.step, "seconds": self.seconds, **self.last, **times}
 
 
 class _Losses(nn.Module):
@@ -122,6 +131,7 @@ def run(
     accept_changes: bool = False,
     progress: bool = True,
     blocks: Iterable[nn.Module] = (),
+    rate_of: Callable[[str], float] | None = None,
 ) -> Outcome:
     """Trains `model` in place until `config.steps`, and writes `checkpoints/` and `log.csv` into `folder`.
 
@@ -135,6 +145,7 @@ def run(
         accept_changes: resume although the configuration, or the number of processes or threads, changed (the run is
             then no longer reproducible in one go).
         blocks: parts of the model that "fsdp" gathers one by one.
+        rate_of: the factor on the learning rate of a parameter, by its name in `model`; None is 1 for all.
 
     Raises:
         ReducioError: the loss or the gradient stayed non-finite for `max_bad_steps` steps; the checkpoint belongs to
@@ -150,8 +161,9 @@ def run(
         )
     model.to(device).train()
     losses = spread(_Losses(model, loss_fn), config.parallel, processes, blocks)
-    chosen = [p for p in losses.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(chosen, config.weight_decay), lr=0.0, betas=config.betas)
+    named = [(name, p) for name, p in losses.named_parameters() if p.requires_grad]
+    chosen = [p for _, p in named]
+    optimizer = torch.optim.AdamW(_groups(named, config.weight_decay, rate_of), lr=0.0, betas=config.betas)
     _allocate(optimizer)
     average = {k: v.detach().clone() for k, v in get_model_state_dict(losses).items()}
     checkpoints = CheckpointFolder(
@@ -208,7 +220,7 @@ def run(
             if processes.all_finite(loss, norm):
                 bad = 0
                 for group in optimizer.param_groups:
-                    group["lr"] = config.rate(state.step)
+                    group["lr"] = config.rate(state.step) * group["factor"]
                 optimizer.step()
                 _average(average, losses, config.ema_decay, state.step)
                 state.add({"loss": loss, **sums, "gradient": norm})
@@ -275,10 +287,15 @@ class _State:
         return self.last
 
 
-def _groups(parameters: list[nn.Parameter], weight_decay: float) -> Iterator[dict[str, Any]]:
-    # Biases, gains and single vectors are not decayed: pulling them to zero regularises nothing.
-    yield {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
-    yield {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+def _groups(
+    named: list[tuple[str, nn.Parameter]], weight_decay: float, rate_of: Callable[[str], float] | None
+) -> list[dict[str, Any]]:
+    """By factor on the rate and by decay. Biases, gains and single vectors are not decayed: it regularises nothing."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        factor = 1.0 if rate_of is None else rate_of(name.removeprefix("module.").removeprefix("model."))
+        groups.setdefault((factor, weight_decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
+    return [{"params": p, "weight_decay": decay, "factor": factor} for (factor, decay), p in groups.items()]
 
 
 def _allocate(optimizer: torch.optim.Optimizer) -> None:

@@ -17,8 +17,9 @@ from reducio_fast.checkpoints.networks import save_model
 from reducio_fast.cli.main import main
 from reducio_fast.data import photos
 from reducio_fast.evaluation import video_report
-from reducio_fast.evaluation.networks import ClipNetwork, FrechetDistance, Perceptual, inception_score, prepare
+from reducio_fast.evaluation.networks import ClipNetwork, FrechetDistance, inception_score, prepare
 from reducio_fast.evaluation.published import autoencoder_table
+from reducio_fast.media.perceptual import Perceptual
 from reducio_fast.media.pixels import to_unit
 from reducio_fast.media.video_files import write_video
 from reducio_fast.reference import ReducioVAE, VAEConfig

@@ -338,7 +338,7 @@ def test_recipes_as_files(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ReducioError, match=message):
             recipe_file.load(dit.DiTRecipe, str(path))
-    with pytest.raises(ReducioError, match="no such file, and none of dit-1024, dit-256, dit-512"):
+    with pytest.raises(ReducioError, match="no such file, and none of dit-1024, dit-256, dit-512, vae-ft2"):
         recipe_file.load(dit.DiTRecipe, "dit-128")
     with pytest.raises(ReducioError, match="must be KEY=VALUE in TOML's notation"):
         recipe_file.load(dit.DiTRecipe, "dit-256", ["loop.steps"])

@@ -127,9 +127,7 @@ def train_dit(
             progress,
             network.transformer_blocks,
         )
-        figures = {"steps": outcome.step, "seconds": outcome.seconds, **outcome.last}
-        figures["seconds_a_step"] = outcome.seconds / max(1, outcome.step)
-        figures["process_seconds_a_step"] = figures["seconds_a_step"] * processes.world_size
+        figures = outcome.figures(processes.world_size)
         if processes.first:
             trained = export(network.config, outcome, recipe, folder, Path(out) / "model")
             if held_out:

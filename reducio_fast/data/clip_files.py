@@ -1,0 +1,71 @@
+"""Random clips of a curated manifest, read from the videos themselves: what an autoencoder is trained on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..media import ffmpeg
+from ..media.pixels import to_unit
+from ..system.errors import ReducioError
+from .curation import manifest
+
+TRIES = 8  # videos that cannot be read, in a row, before it is said
+
+
+class ClipFiles:
+    """The clips of a manifest. Raises `ReducioError` where it holds none."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.rows = [row for row in manifest.read(path) if row["error"] is None]
+        if not self.rows:
+            raise ReducioError(f"{path} holds no clip that could be read")
+
+    def draw(self, rng: np.random.Generator, count: int, rate: float, size: int, least_area: float) -> Tensor:
+        """A clip float32 [3, T, size, size] in [-1, 1]: every round(fps / rate)-th frame from a random one on, a random
+        square crop of at least `least_area` of the largest one, mirrored in half of the cases."""
+        reason = "too short"
+        for _ in range(TRIES):
+            row = self.rows[rng.integers(len(self.rows))]
+            step = max(1, round(row["fps"] / rate))
+            spare = row["end"] - row["start"] - (step * (count - 1) + 1)
+            if spare < 0:
+                continue
+            first = row["start"] + int(rng.integers(spare + 1))
+            try:
+                frames = read_frames(row["video"], first, step, count)
+            except (ReducioError, OSError) as error:
+                reason = str(error)
+                continue
+            if len(frames) == count:
+                return crop(frames, rng, size, least_area)
+        raise ReducioError(f"{self.path}: {TRIES} clips in a row gave no {count} frames; the last one: {reason}")
+
+
+def read_frames(video: str, first: int, step: int, count: int) -> np.ndarray:
+    """Frames `first`, `first + step`, ...: uint8 [T, H, W, 3], fewer where the video ends."""
+    frames, last = [], first + step * (count - 1)
+    for number, (frame, _) in enumerate(ffmpeg.frames(Path(video), start=first), start=first):
+        if (number - first) % step == 0:
+            frames.append(frame)
+        if number >= last:
+            break
+    return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
+
+
+def crop(frames_THWC: np.ndarray, rng: np.random.Generator, size: int, least_area: float) -> Tensor:
+    """One square for all frames, resized with antialias."""
+    height, width = frames_THWC.shape[1:3]
+    side = max(1, round(min(height, width) * rng.uniform(least_area, 1.0) ** 0.5))
+    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    clip = to_unit(np.ascontiguousarray(frames_THWC[:, top : top + side, left : left + side]))
+    clip = F.interpolate(clip, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    if rng.random() < 0.5:
+        clip = clip.flip(-1)
+    return torch.clamp(clip, -1, 1).transpose(0, 1)

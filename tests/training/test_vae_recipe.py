@@ -1,0 +1,197 @@
+"""The autoencoder's recipe: the release's losses, a discriminator that joins on schedule, resumed to the byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import lpips
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from reducio_fast.checkpoints.networks import load_model
+from reducio_fast.cli.main import main
+from reducio_fast.data import clip_files, photos
+from reducio_fast.data.curation import manifest
+from reducio_fast.media.video_files import read_video, write_video
+from reducio_fast.reference import ReducioVAE, VAEConfig
+from reducio_fast.system.errors import ReducioError
+from reducio_fast.training import recipe_file
+from reducio_fast.training.loop import LoopConfig
+from reducio_fast.training.reducio import vae
+from reducio_fast.training.reducio.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from tiny_networks import VAE
+
+pytestmark = pytest.mark.slow
+
+CONFIG = dict(VAE)
+LOOP = LoopConfig(
+    steps=6, learning_rate=1e-3, warmup_steps=1, checkpoint_every=2, log_every=1, autocast=False, micro_batches=2
+)
+
+
+def recipe(**changes) -> vae.VAERecipe:
+    made = vae.VAERecipe(
+        loop=LOOP,
+        batch=2,
+        size=64,
+        model="reducio-ft4",
+        config=CONFIG,
+        discriminator_start=3,
+        discriminator_norm="group",
+        discriminator_width=8,
+        threads=1,
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rows = tmp_path_factory.mktemp("clips"), []
+    for name in ("astronaut", "flower"):
+        write_video(photos.render(np.random.default_rng(2), 96, 40, name=name), folder / f"{name}.mp4", 16)
+        row = dict.fromkeys(manifest.COLUMNS) | {"id": name, "video": str(folder / f"{name}.mp4"), "fps": 16.0}
+        rows.append(row | {"start": 3, "end": 37, "height": 96, "width": 96})
+    manifest.write(rows, folder / "clips.parquet")
+    return folder / "clips.parquet"
+
+
+def test_frames_are_those_of_the_whole_video(clips: Path) -> None:
+    row = manifest.read(clips)[0]
+    whole = read_video(row["video"])[0]
+    for first, step, count in ((0, 1, 5), (7, 2, 6), (23, 1, 16), (24, 3, 5)):
+        assert (clip_files.read_frames(row["video"], first, step, count) == whole[first::step][:count]).all()
+    assert len(clip_files.read_frames(row["video"], 30, 1, 16)) == 10
+
+
+def test_clips_are_random_crops_within_their_shot(clips: Path, tmp_path: Path) -> None:
+    files = clip_files.ClipFiles(clips)
+    drawn = [files.draw(np.random.default_rng(i), 16, 16.0, 64, 0.5) for i in (0, 0, 1)]
+    assert drawn[0].shape == (3, 16, 64, 64) and drawn[0].abs().max() <= 1
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    rows = [row | {"end": 10} for row in manifest.read(clips)]
+    manifest.write(rows, tmp_path / "short.parquet")
+    with pytest.raises(ReducioError, match="8 clips in a row gave no 16 frames; the last one: too short"):
+        clip_files.ClipFiles(tmp_path / "short.parquet").draw(np.random.default_rng(0), 16, 16.0, 64, 0.5)
+
+
+def test_the_discriminator_has_the_published_layers() -> None:
+    """Kernels, strides and widths of the release; every layer but first and last is normalised."""
+    judge = PatchDiscriminator()
+    convolutions = [m for m in judge.modules() if isinstance(m, nn.Conv3d)]
+    assert [tuple(c.kernel_size) for c in convolutions] == [(4, 4, 4), (4, 4, 4), (3, 4, 4), (1, 4, 4), (1, 4, 4)]
+    assert [c.stride[0] for c in convolutions] == [2, 2, 2, 1, 1]
+    assert [c.out_channels for c in convolutions] == [64, 128, 256, 512, 1]
+    assert sum(isinstance(m, nn.BatchNorm3d) for m in judge.modules()) == 3
+    logits = PatchDiscriminator(8, "group")(torch.randn(2, 3, 16, 64, 64))
+    assert logits.shape == (2, 1, 2, 6, 6)
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    assert hinge_loss(real, fake) == pytest.approx(0.5 * (0.5 + 1.0))
+
+
+def test_the_adaptive_weight_balances_gradients() -> None:
+    layer = nn.Linear(4, 3)
+    x = torch.randn(5, 4)
+    pixels, judged = layer(x).abs().mean(), 7 * layer(x).mean()
+    weight = adaptive_weight(pixels, judged, layer.weight)
+    gradients = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in (pixels, judged)]
+    torch.testing.assert_close(weight * gradients[1], gradients[0], rtol=1e-3, atol=0)
+
+
+def test_each_loss_reaches_its_own_network(clips: Path) -> None:
+    torch.manual_seed(0)
+    chosen = recipe(discriminator_start=0)
+    model = vae.Trained(vae.build_vae(chosen), chosen)
+    files = clip_files.ClipFiles(clips)
+    own = {}
+    for weight in (0.05, 0.0):
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        changed = replace(chosen, discriminator_weight=weight)
+        vae.Losses(model, changed, files, None)(0, 0, np.random.default_rng(0))[0].backward()
+        own[weight] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in own[0.0].items():
+        same = torch.equal(gradient, own[0.05][name])
+        # What the generator wants of the judge does not move the judge; it does move the generator.
+        assert same or not name.startswith("discriminator."), name
+    assert any(not torch.equal(g, own[0.05][n]) for n, g in own[0.0].items() if n.startswith("vae.decoder"))
+    assert all(own[0.0][n].norm() > 0 for n in own[0.0] if n.startswith("discriminator.") and n.endswith("weight"))
+    dots = torch.zeros(1, 3, 2, 16, 16)
+    assert vae.outlier_loss(dots) == 0
+    dots[..., 5, 5] = 1.0
+    assert vae.outlier_loss(dots) > 0 and vae.outlier_loss(-dots) == 0
+
+
+def test_it_resumes_to_the_byte_with_a_discriminator_on_schedule(clips: Path, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    trunk = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).net.state_dict()
+    torch.save({"features." + k.split(".", 1)[1]: v for k, v in trunk.items()}, tmp_path / "alexnet.pth")
+    words = {"lpips": tmp_path / "alexnet.pth", "progress": False}
+    whole = vae.train_vae(clips, tmp_path / "whole", recipe(), **words)
+    assert whole["steps"] == 6 and all(np.isfinite(v) for v in whole.values())
+    assert {"lpips", "adversarial", "discriminator", "adaptive"} <= set(whole)
+    header, *rows = (tmp_path / "whole" / "runs" / "vae" / "log.csv").read_text().splitlines()
+    place = header.split(",").index("discriminator")
+    assert [bool(row.split(",")[place]) for row in rows] == [False] * 3 + [True] * 3
+    vae.train_vae(clips, tmp_path / "parts", recipe(loop=replace(LOOP, max_seconds=0.0)), **words)
+    figures = vae.train_vae(clips, tmp_path / "parts", recipe(), **words)
+    for name, value in whole.items():
+        assert "second" in name or figures[name] == value, name
+    files = [tmp_path / n / "vae" / "diffusion_pytorch_model.safetensors" for n in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert load_model(ReducioVAE, VAEConfig, tmp_path / "whole" / "vae").config.base_channels == CONFIG["base_channels"]
+    # The next stage starts from it; another width is refused.
+    again = vae.build_vae(recipe(model=None, config={}, start=str(tmp_path / "whole")))
+    assert again.config == load_model(ReducioVAE, VAEConfig, tmp_path / "whole" / "vae").config
+    with pytest.raises(ReducioError, match="has other weights than the recipe's"):
+        vae.build_vae(recipe(config=CONFIG | {"norm_groups": 4, "base_channels": 16}, start=str(tmp_path / "whole")))
+    shutil.rmtree(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(("fusion", "factor"), [("attn", 2), ("add", 4), ("linear", 2)])
+def test_every_fusion_and_factor_trains(clips: Path, tmp_path: Path, fusion: str, factor: int) -> None:
+    config = CONFIG | {"fusion": fusion, "temporal_factor": factor}
+    chosen = recipe(config=config, loop=replace(LOOP, steps=1), discriminator_start=0)
+    before = vae.build_vae(chosen).state_dict()
+    vae.train_vae(clips, tmp_path, chosen, progress=False)
+    after = load_model(ReducioVAE, VAEConfig, tmp_path / "vae").state_dict()
+    fused = [name for name in after if ".fuse." in name and "pos_embed" not in name]
+    torch.manual_seed(LOOP.seed)
+    before = vae.build_vae(chosen).state_dict()
+    assert fused and all(not torch.equal(before[name], after[name]) for name in fused)
+
+
+def test_recipes_and_the_command(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = [recipe_file.load(vae.VAERecipe, f"vae-ft{n}") for n in (4, 2)]
+    assert [
+        vae.build_vae(replace(r, config=CONFIG | {"temporal_factor": t})).config.temporal_factor
+        for r, t in zip(shipped, (4, 2), strict=True)
+    ] == [4, 2]
+    assert shipped[0].loop.betas == (0.5, 0.9) and shipped[0].loop.rate(500_000) == pytest.approx(
+        2e-5 * 0.505, rel=1e-3
+    )
+    (tmp_path / "recipe.toml").write_text(
+        'batch = 1\nsize = 64\nmodel = "reducio-ft4"\ndiscriminator_width = 8\n'
+        "[config]\n"
+        + "".join(f"{k} = {json.dumps(v)}\n" for k, v in CONFIG.items())
+        + "[loop]\nsteps = 2\nlearning_rate = 1e-4\nautocast = false\n"
+    )
+    words = [
+        "train",
+        "vae",
+        "--recipe",
+        str(tmp_path / "recipe.toml"),
+        "--clips",
+        str(clips),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    assert main([*words, "--no-progress", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2 and (tmp_path / "out" / "vae" / "config.json").is_file()
+    assert main([*words, "--latents", "x"]) == 2 and "train vae takes no --latents" in capsys.readouterr().err
+    with pytest.raises(ReducioError, match="the adaptive weight needs the whole last layer"):
+        recipe(loop=replace(LOOP, parallel="fsdp"))
