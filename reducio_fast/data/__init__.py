@@ -1,1 +1,1 @@
-"""Clips to learn from: the toy world, photographs under camera moves."""
+"""Clips to learn from: the toy world, photographs, real video; curation of more, and latents on disk."""

@@ -63,7 +63,7 @@ STAGES: dict[str, Stage] = {
     "vae": Stage(
         train_vae,
         VAESettings(
-            loop=LoopConfig(steps=9000, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=5)
+            loop=LoopConfig(steps=6000, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=5)
         ),
         makes=("vae",),
     ),

@@ -68,9 +68,9 @@ class Phase:
 # together neither moved in 700 steps, nor did an encoder that was told the flow of the latent's cells alone in 400.
 # Told the motion from frame to frame at H/4 as well (1024 places a frame instead of 4), it begins to see after 350.
 PHASES = (
-    Phase(until=0.32, size=64, batch=8, video_share=0.15, photo_share=0.65, decodes=False, flow_weight=1.0),
-    Phase(until=0.55, size=64, batch=4),
-    Phase(until=0.92, size=128, batch=2),
+    Phase(until=0.25, size=64, batch=8, video_share=0.15, photo_share=0.65, decodes=False, flow_weight=1.0),
+    Phase(until=0.45, size=64, batch=4),
+    Phase(until=0.95, size=128, batch=2),
     Phase(until=1.0, size=256, batch=1, flow_weight=0.0),
 )
 
