@@ -253,8 +253,10 @@ def test_no_pickle_is_read_unrestricted(root: Path):
                 assert words.get("weights_only") == "True", where
             assert words.get("allow_pickle") != "True", where
             unpickles = called in ("pickle.load", "pickle.loads", "torch.jit.load", "joblib.load", "pd.read_pickle")
-            assert not unpickles or "tests" in file.parts, where
-    assert loads >= 2, "the converter's and the training's"
+            # TorchScript's own reader knows no Python classes; the file is one that the user names to judge clips with.
+            named = called == "torch.jit.load" and file.parts[-2:] == ("evaluation", "networks.py")
+            assert not unpickles or named or "tests" in file.parts, where
+    assert loads >= 2, "the converter's, and that of a network that judges clips"
 
 
 def test_shards_must_be_complete(tmp_path: Path):

@@ -132,7 +132,7 @@ def test_encode_then_decode_needs_no_model_but_the_vae(
     clip, weights = clip_file(tmp_path), str(next(release.glob("*.ckpt")))
     size = ["--height", "64", "--width", "96"]
     latents, out = tmp_path / "latents.safetensors", tmp_path / "frames"
-    where = ["--model", weights, "--backend", backend]
+    where = ["--model", weights, "--backend", backend, "--dtype", "float32"]
     assert main(["encode", str(clip), *where, *size, "--clips", "2", "-o", str(latents)]) == 0
     kept = saved_latents.load(latents)
     assert kept.latents.shape == (2, 16, 4, 2, 3) and kept.content.shape == (2, 64, 96, 3) and kept.seeds == []

@@ -225,7 +225,7 @@ def test_camera_moves_are_smooth_visible_and_stay_inside(monkeypatch):
     side = 251
     ramp = torch.zeros(1, 3, side, side)
     ramp[0, 0], ramp[0, 1] = torch.arange(float(side)), torch.arange(float(side))[:, None]
-    monkeypatch.setattr(photos, "pyramid", lambda name: [ramp])
+    monkeypatch.setattr(photos, "pyramid", lambda name, wallpapers: [ramp])
     moves = []
     for seed in range(60):
         clip = photos.render(np.random.default_rng(seed), 64, held_out=True).astype(float)[..., :2]

@@ -68,9 +68,13 @@ def test_a_callers_torch_changes_no_clip(bundle: Path, expected: np.ndarray, sta
     assert not any(p.is_inference() for p in pipe.transformer.parameters())  # a LoRA could not be merged into them
 
 
-def test_within_a_device_context_the_clip_is_the_same_to_rounding(bundle: Path, expected: np.ndarray) -> None:
-    """torch leaves its fused multi-head attention there, so the last bits differ (docs/troubleshooting.md)."""
-    pipe = ReducioPipeline.from_pretrained(bundle)
+def test_within_a_device_context_the_clip_is_the_same_to_rounding(bundle: Path) -> None:
+    """torch leaves its fused multi-head attention there, so the last bits differ (docs/troubleshooting.md).
+
+    In float32 by name: where a CPU multiplies bfloat16 faster, the twin takes that, and last bits weigh more.
+    """
+    pipe = ReducioPipeline.from_pretrained(bundle, dtype="float32")
+    expected = pipe(PROMPT, **KWARGS).frames
     with torch.device("meta"):
         frames = pipe(PROMPT, **KWARGS).frames
     assert np.abs(frames.astype(int) - expected).max() <= 2

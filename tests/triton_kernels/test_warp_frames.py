@@ -14,10 +14,10 @@ pytestmark = pytest.mark.slow
 # batch, latent steps, frames a step, H, W, h, w, image rows, image columns, pixels a cell: two-sided odd shapes, one
 # latent cell, an image larger than the frames (a tile's), a frame smaller than a block and one larger.
 SHAPES = [
-    (2, 1, 2, 13, 19, 3, 2, 13, 19, 5),
-    (1, 2, 4, 16, 37, 2, 5, 18, 40, 8),
+    (2, 1, 2, 5, 19, 3, 2, 5, 19, 5),
+    (1, 2, 2, 6, 37, 2, 5, 8, 40, 8),
     (1, 1, 1, 3, 70, 1, 1, 3, 70, 4),
-    (2, 1, 4, 8, 8, 4, 4, 8, 9, 32),
+    (1, 1, 4, 4, 8, 4, 4, 5, 9, 32),
 ]
 
 
@@ -41,7 +41,7 @@ def test_far_beyond_the_frame_is_its_border(check_kernel):
     mixed, coarse, image, cell = inputs(SHAPES[1])
     far = torch.where(coarse > 0, 1e4, -1e4)
     frames = check_kernel(op.launch, op.twin, mixed * 0, far, image, cell)
-    corners = image[0, :16, :37][[0, 0, -1, -1], [0, -1, 0, -1]].to(frames)
+    corners = image[0, :6, :37][[0, 0, -1, -1], [0, -1, 0, -1]].to(frames)
     flat = frames.reshape(-1, 1, 3)
     assert ((flat - corners).abs().amax(-1).amin(-1) < 1e-2).double().mean() > 0.5  # some cells pull both ways
 
@@ -49,7 +49,7 @@ def test_far_beyond_the_frame_is_its_border(check_kernel):
 def test_no_flow_gives_the_image_back(dtype, device):
     mixed, coarse, image, cell = (x.to(device, dtype) if torch.is_tensor(x) else x for x in inputs(SHAPES[1]))
     frames = op.launch(mixed.zero_(), coarse.zero_(), image, cell)
-    assert torch.equal(frames, image[:, None, :16, :37].expand_as(frames))
+    assert torch.equal(frames, image[:, None, :6, :37].expand_as(frames))
 
 
 def test_whole_pixels_move_whole_pixels(device):
