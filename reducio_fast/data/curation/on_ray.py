@@ -37,6 +37,7 @@ def map_on_ray(tasks: Sequence[_Task], function: Callable[[_Task], Any], address
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ReducioError(f"--ray {address}: no cluster there: {str(error).splitlines()[0]}") from error
     try:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         tasks_by_number = ray.put(list(tasks))
 
