@@ -68,12 +68,24 @@ class Processes:
 
 
 @contextlib.contextmanager
-def joined(device: str | torch.device = "cpu") -> Iterator[Processes]:
+def joined(device: str | torch.device = "cpu", threads: int | None = None) -> Iterator[Processes]:
     """This process's place in the run, while the group lives. `device` "cuda" is the GPU of the process's local rank.
+
+    threads: of this process's operators meanwhile; None leaves them as they are.
 
     Raises `ReducioError` where torchrun's variables are set and the group cannot be formed.
     """
-    device = torch.device(device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with _group(torch.device(device)) as processes:
+            yield processes
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _group(device: torch.device) -> Iterator[Processes]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield Processes(0, 1, device)

@@ -106,11 +106,9 @@ def train_dit(
     folder = Path(model) if model is not None else embedded_model()
     if not (folder / MODEL_INDEX).is_file():
         raise ReducioError(f"{folder} is no model folder (no {MODEL_INDEX})")
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
     dataset = LatentDataset(latents, encoder_checksums(folder))
     held_out = _take_held_out(dataset, recipe)
-    with joined(device) as processes:
+    with joined(device, recipe.threads) as processes:
         torch.manual_seed(recipe.loop.seed)
         network = build_network(recipe)
         _check_fits(network.config, dataset)

@@ -142,10 +142,8 @@ def train_vae(
         clips: a manifest of `reducio-fast curate`.
         lpips: torchvision's AlexNet weights; None trains without the perceptual loss.
     """
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
     files = ClipFiles(clips)
-    with joined(device) as processes:
+    with joined(device, recipe.threads) as processes:
         torch.manual_seed(recipe.loop.seed)
         model = Trained(build_vae(recipe), recipe)
         # They never run; without gradient, weight decay leaves them alone as well.

@@ -25,6 +25,7 @@ from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...system.atomic_files import written_whole
 from ..loop import LoopConfig
 from ..recipe import Context
+from ..reducio.objective import BETAS
 from .video_autoencoder import as_video
 
 TINY_DIT = DiTConfig(
@@ -36,14 +37,8 @@ TINY_DIT = DiTConfig(
     learn_sigma=False,
     position_base_size=4,  # 128 pixels are 4 x 4 latent cells
 )
-# PixArt's linear betas. Velocity instead of noise: at the first steps a noise prediction's error is multiplied by 150.
-NOISE_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "prediction_type": "v_prediction",
-}
+# Velocity instead of noise: at the first steps a noise prediction's error is multiplied by 150.
+NOISE_SCHEDULE = {**BETAS, "prediction_type": "v_prediction"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
