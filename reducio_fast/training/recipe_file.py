@@ -52,6 +52,14 @@ def load(recipe_class: type[_Recipe], name: str, changes: list[str] | None = Non
     return _build(recipe_class, values, f"recipe {name}")
 
 
+def configured(config: _Recipe, changes: dict[str, Any]) -> _Recipe:
+    """A network's configuration with a recipe's `config` table over it. Raises `ReducioError` for what does not fit."""
+    try:
+        return dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})  # type: ignore[type-var]
+    except (TypeError, ValueError) as error:
+        raise ReducioError(f"recipe: config: {error}") from error
+
+
 def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
     for key, value in more.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):

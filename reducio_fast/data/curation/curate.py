@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...media import ffmpeg
+from ...system.checksum import file_sha256
 from ...system.errors import ReducioError, first_line
 from . import manifest, scores
 from .on_ray import map_on_ray
@@ -159,7 +160,7 @@ def _write_error(source: Source, settings: Settings, reason: str) -> None:
 
 def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
     """A row a shot. Frames are decoded once; two a second are kept as JPEG until it is known which are needed."""
-    cv2 = scores._opencv()
+    cv2 = scores.opencv()
     finder: ShotFinder | None = None
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []  # number, gray and small, JPEG
     fps, height, width, every = 0.0, 0, 0, 1
@@ -172,7 +173,7 @@ def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
             jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
             kept.append((number, scores.small_gray(frame), jpeg))
     assert finder is not None, "the reader raises where there is no frame"
-    digest = _file_checksum(source.path)
+    digest = file_sha256(source.path)
     scorer = _clip_scorer(settings.clip_weights, settings.aesthetic_head)
     for start, end in finder.shots():
         inside = [entry for entry in kept if start <= entry[0] < end]
@@ -218,11 +219,3 @@ def _clip_scorer(weights: str | None, head: str | None) -> scores.ClipScorer | N
     if (weights, head) not in _scorers:
         _scorers[weights, head] = scores.ClipScorer(weights, head)
     return _scorers[weights, head]
-
-
-def _file_checksum(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...system.atomic_files import written_whole
 from ...system.errors import ReducioError, first_line
+from ..parquet import pyarrow_modules
 
 VERSION = "1"
 PARTS = "parts"
@@ -40,7 +41,7 @@ COLUMNS: dict[str, str] = {
 
 def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """A manifest of these rows; what a row does not name is null."""
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = pyarrow_modules()
     complete = [{name: row.get(name) for name in COLUMNS} for row in rows]
     with written_whole(path) as temporary:
         parquet.write_table(pyarrow.Table.from_pylist(complete, schema=_schema()), temporary)
@@ -65,7 +66,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = pyarrow_modules()
     again = f"remove {path.name} and run reducio-fast curate again"
     try:
         table = parquet.read_table(path)
@@ -80,15 +81,6 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _schema() -> Any:
-    pyarrow, _ = _pyarrow()
+    pyarrow, _ = pyarrow_modules()
     fields = [(name, getattr(pyarrow, kind)()) for name, kind in COLUMNS.items()]
     return pyarrow.schema(fields, metadata={"reducio-fast": json.dumps({"manifest": VERSION})})
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ReducioError('manifests need pyarrow; pip install "reducio-fast[curate]"') from error
-    return pyarrow, pyarrow.parquet

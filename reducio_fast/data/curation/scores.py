@@ -24,7 +24,7 @@ def motion(gray: Sequence[np.ndarray]) -> float | None:
 
     Frames are half a second apart: from one frame to the next a slow pan is nothing. None for fewer than two frames.
     """
-    cv2 = _opencv()
+    cv2 = opencv()
     if len(gray) < 2:
         return None
     lengths = []
@@ -67,7 +67,7 @@ def _reader() -> Any:
 
 def small_gray(frame: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] -> [h, w] in gray, `MOTION_SIDE` on the short side."""
-    cv2 = _opencv()
+    cv2 = opencv()
     height, width = frame.shape[:2]
     scale = MOTION_SIDE / min(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -112,7 +112,7 @@ class ClipScorer:
         return scores
 
 
-def _opencv() -> Any:
+def opencv() -> Any:
     try:
         import cv2
     except ImportError as error:

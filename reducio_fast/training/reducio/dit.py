@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ...reference.reducio.config import DIT_PRESETS
 from ...system.errors import ReducioError
 from ..loop import LoopConfig, Outcome, run
 from ..processes import joined
+from ..recipe_file import configured
 from .extract import encoder_checksums
 from .objective import Objective
 
@@ -139,18 +140,11 @@ def build_network(recipe: DiTRecipe) -> ReducioDiT:
     folder = None if recipe.start is None else Path(recipe.start)
     if folder is not None and (folder / "transformer").is_dir():
         folder = folder / "transformer"
-    if recipe.model is not None:
-        config = DIT_PRESETS[recipe.model]
-    else:
-        assert folder is not None  # by the recipe
-        config = load_model(ReducioDiT, DiTConfig, folder, torch.float32).config
-    try:
-        config = replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.config.items()})
-    except (TypeError, ValueError) as error:
-        raise ReducioError(f"recipe: config: {error}") from error
-    network = ReducioDiT(config)
-    if folder is not None:
-        _start_from(network, load_model(ReducioDiT, DiTConfig, folder, torch.float32), folder)
+    first = None if folder is None else load_model(ReducioDiT, DiTConfig, folder, torch.float32)
+    base = DIT_PRESETS[recipe.model] if recipe.model is not None else first.config
+    network = ReducioDiT(configured(base, recipe.config))
+    if first is not None:
+        _start_from(network, first, folder)
     if recipe.gradient_checkpointing:
         recompute(network.transformer_blocks)
     return network

@@ -7,7 +7,7 @@ second with the first one's new weights. Letters in shapes: B batch, C channels,
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ...reference.reducio.config import VAE_PRESETS
 from ...system.errors import ReducioError
 from ..loop import LoopConfig, run
 from ..processes import joined
+from ..recipe_file import configured
 from .discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 
 
@@ -177,12 +178,8 @@ def build_vae(recipe: VAERecipe) -> ReducioVAE:
     if folder is not None and (folder / "vae").is_dir():
         folder = folder / "vae"
     first = None if folder is None else load_model(ReducioVAE, VAEConfig, folder, torch.float32)
-    base = VAE_PRESETS[recipe.model] if recipe.model is not None else first.config  # type: ignore[union-attr]
-    try:
-        config = replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.config.items()})
-    except (TypeError, ValueError) as error:
-        raise ReducioError(f"recipe: config: {error}") from error
-    vae = ReducioVAE(config)
+    base = VAE_PRESETS[recipe.model] if recipe.model is not None else first.config
+    vae = ReducioVAE(configured(base, recipe.config))
     if first is not None:
         if {k: v.shape for k, v in first.state_dict().items()} != {k: v.shape for k, v in vae.state_dict().items()}:
             raise ReducioError(f"start: the network of {folder} has other weights than the recipe's")
