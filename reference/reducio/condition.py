@@ -14,12 +14,13 @@ from ..sampler import Denoiser, guided
 @dataclasses.dataclass(frozen=True, slots=True)
 class Condition:
     """What the model is told, in the shapes `ReducioDiT` takes: text [B, L, C], and where given text_mask [B, L],
-    semantic [B, n, C] and content [B, C, h, w]."""
+    semantic [B, n, C], content [B, C, h, w] and clip [B, 2] (frame rate and motion)."""
 
     text: Tensor
     text_mask: Tensor | None = None
     semantic: Tensor | None = None
     content: Tensor | None = None
+    clip: Tensor | None = None
 
     def without_text(self, null_text: Tensor) -> Condition:
         """The unconditional half of guidance: `null_text` [L, C] under the prompt's own mask, as in PixArt-alpha.
@@ -59,7 +60,8 @@ def denoiser(model: Any, cond: Condition, uncond: Condition | None = None, guida
         cond = join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
 
     def predict(x: Tensor, timestep: Tensor) -> Tensor:
-        prediction = model(x, timestep.expand(len(x)), cond.text, cond.text_mask, cond.semantic, cond.content)
+        steps = timestep.expand(len(x))
+        prediction = model(x, steps, cond.text, cond.text_mask, cond.semantic, cond.content, clip=cond.clip)
         return prediction[:, : x.shape[1]].to(x.dtype)
 
     return guided(predict, guidance_scale) if is_guided else predict

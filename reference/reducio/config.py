@@ -214,6 +214,9 @@ class DiTConfig(DictMixin):
     temporal_position: bool = True  # fixed 1D sin/cos over the latent frames, added to the 2D one; none on one frame
     size_conditioning: bool = False  # height, width, aspect ratio join the time embedding, as in PixArt's 1024 model
     spatial_factor: int = 32  # pixels per latent cell: gives size_conditioning its pixels
+    # Frame rate and amount of motion join the time embedding, each by an MLP of its own (this project's; the paper has
+    # neither). What is not known of a clip adds nothing.
+    clip_conditioning: bool = False
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3:

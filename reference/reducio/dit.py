@@ -96,7 +96,8 @@ class TimestepEmbedding(nn.Module):
 
 
 class TimeSizeEmbedding(nn.Module):
-    """Timestep embedding, plus (PixArt's 1024 model) height, width and aspect ratio, each a third of the channels."""
+    """Timestep embedding, plus (PixArt's 1024 model) height, width and aspect ratio, each a third of the channels, plus
+    (`clip_conditioning`) frame rate and motion."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -105,13 +106,21 @@ class TimeSizeEmbedding(nn.Module):
         if config.size_conditioning:
             self.resolution_embedder = TimestepEmbedding(config.hidden_size // 3)
             self.aspect_ratio_embedder = TimestepEmbedding(config.hidden_size // 3)
+        self.clip_conditioning = config.clip_conditioning
+        if config.clip_conditioning:
+            self.fps_embedder = TimestepEmbedding(config.hidden_size)
+            self.motion_embedder = TimestepEmbedding(config.hidden_size)
 
-    def forward(self, timestep_B: Tensor, size_B2: Tensor) -> Tensor:
+    def forward(self, timestep_B: Tensor, size_B2: Tensor, clip_B2: Tensor | None = None) -> Tensor:
         embedding_BD = self.timestep_embedder(timestep_B)
         if self.size_conditioning:
             size_BE = self.resolution_embedder(size_B2.flatten()).unflatten(0, (-1, 2)).flatten(1)
             ratio_BE = self.aspect_ratio_embedder(size_B2[:, 0] / size_B2[:, 1])
             embedding_BD = embedding_BD + torch.cat([size_BE, ratio_BE], dim=1)
+        if self.clip_conditioning and clip_B2 is not None:
+            for embedder, values_B in zip((self.fps_embedder, self.motion_embedder), clip_B2.unbind(1), strict=True):
+                known_B1 = values_B.isfinite()[:, None]
+                embedding_BD = embedding_BD + torch.where(known_B1, embedder(values_B.nan_to_num()), 0)
         return embedding_BD
 
 
@@ -123,8 +132,8 @@ class AdaLNSingle(nn.Module):
         self.emb = TimeSizeEmbedding(config)
         self.linear = nn.Linear(config.hidden_size, 6 * config.hidden_size)
 
-    def forward(self, timestep_B: Tensor, size_B2: Tensor) -> tuple[Tensor, Tensor]:
-        embedding_BD = self.emb(timestep_B, size_B2)
+    def forward(self, timestep_B: Tensor, size_B2: Tensor, clip_B2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        embedding_BD = self.emb(timestep_B, size_B2, clip_B2)
         return self.linear(F.silu(embedding_BD)).unflatten(1, (6, -1)), embedding_BD
 
 
@@ -314,19 +323,21 @@ class ReducioDiT(nn.Module):
         content: Tensor | None = None,
         *,
         size: Tensor | None = None,
+        clip: Tensor | None = None,
     ) -> Tensor:
         """One denoising prediction.
 
         latent [B, 16, T, H, W]; timestep [B] (or one number for all), 0..1000, fractions allowed; text [B, L,
         caption_channels]; text_mask [B, L], nonzero = attend, None = all; semantic [B, n, semantic_channels] image
         tokens or None; content [B, content_channels, h, w] SD latent or None; size [B, 2] height and width in pixels,
-        used with `size_conditioning` only, by default spatial_factor times the latent's. Returns [B, 16 or 32, T, H, W]
-        in the weights' dtype: the prediction, then, with `learn_sigma`, the variance.
+        used with `size_conditioning` only, by default spatial_factor times the latent's; clip [B, 2] frames a second and
+        motion in percent of the short side in half a second (NaN where not known), used with `clip_conditioning` only.
+        Returns [B, 16 or 32, T, H, W] in the weights' dtype: the prediction, then, with `learn_sigma`, the variance.
 
         Raises ValueError naming the argument and both values where a shape does not fit the configuration.
         """
-        inputs = {"text": text, "text_mask": text_mask, "semantic": semantic, "content": content, "size": size}
-        self.check_inputs(latent, timestep, **inputs)
+        inputs = {"text": text, "text_mask": text_mask, "semantic": semantic, "content": content}
+        self.check_inputs(latent, timestep, **inputs, size=size, clip=clip)
         B, T, H, W = len(latent), *latent.shape[2:]
         if size is None:
             pixels = (n * self.config.spatial_factor for n in (H, W))
@@ -335,7 +346,7 @@ class ReducioDiT(nn.Module):
         grid = (T // pt, H // ph, W // pw)
 
         x_BLD = self.pos_embed(latent.to(self.dtype))
-        modulation_B6D, embedding_BD = self.adaln_single(timestep.expand(B), size)
+        modulation_B6D, embedding_BD = self.adaln_single(timestep.expand(B), size, clip)
         x_BLD = self.forward_tokens(
             x_BLD, modulation_B6D, self.embed_condition(text, text_mask, semantic, content), grid
         )
@@ -390,6 +401,7 @@ class ReducioDiT(nn.Module):
             "semantic": (B, None, config.semantic_channels),
             "content": (B, config.content_channels, None, None),
             "size": (B, 2),
+            "clip": (B, 2),
         }
         for name, x in {"latent": latent, **inputs}.items():
             if x is None:

@@ -43,6 +43,7 @@ def dit_inputs(config: DiTConfig, batch: int = 2, grid: tuple[int, int, int] = (
         "text_mask": mask,
         "semantic": torch.randn(batch, 6, config.semantic_channels, generator=g),
         "content": torch.randn(batch, config.content_channels, 4 * grid[1], 4 * grid[2], generator=g),
+        "clip": torch.tensor([[12.0, 3.0]]).expand(batch, 2) if config.clip_conditioning else None,
     }
 
 
@@ -60,6 +61,7 @@ def double(values: dict) -> dict:
         {"patch_size": (1, 2, 2)},
         {"patch_size": (2, 1, 1), "depth": 1},
         {"size_conditioning": True},
+        {"clip_conditioning": True},
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default",
 )
@@ -69,6 +71,11 @@ def test_transformer(changes: dict) -> None:
     oracle = copy.deepcopy(model).double()(**double(given))[:, : config.latent_channels]
     eager = model(**given)[:, : config.latent_channels]
     assert_right(FastReducioDiT(model, plan())(**given), eager, oracle)
+    if config.clip_conditioning:
+        other = model(**given | {"clip": 2 * given["clip"]})[:, : config.latent_channels]
+        assert (other - eager).abs().max() > 1e-2, "what it is told of the clip matters"
+        with pytest.raises(ValueError, match="clip differs between the items"):
+            FastReducioDiT(model, plan())(**given | {"clip": torch.tensor([[12.0, 3.0], [16.0, 3.0]])})
 
 
 def test_transformer_hides_any_masked_token() -> None:

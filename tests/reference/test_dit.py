@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from diffusers.models.embeddings import TimestepEmbedding as PeerEmbedding
+from diffusers.models.embeddings import Timesteps
 from torch.nn import functional as F
 
 from reducio_fast.reference import DIT_PRESETS, DiTConfig, ReducioDiT
@@ -326,6 +329,31 @@ def test_gradients_reach_every_parameter():
     # A key bias shifts all logits of a query alike, so softmax cancels it.
     dead = [n for n, p in model.named_parameters() if "to_k.bias" not in n and not p.grad.abs().amax() > 0]
     assert dead == []
+
+
+# --- frame rate and motion -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_frame_rate_and_motion_join_the_time_embedding():
+    """Each by an MLP of its own, checked against diffusers' embedding layers; what is not known adds nothing."""
+    model, given = make(clip_conditioning=True), inputs(TINY)
+    emb, timestep = model.adaln_single.emb, given["timestep"]
+    size, clip = torch.tensor([[32.0, 32.0]]).repeat(2, 1), torch.tensor([[24.0, 3.5], [math.nan, 0.0]])
+    waves = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    expected = emb.timestep_embedder(timestep)
+    for i, embedder in enumerate((emb.fps_embedder, emb.motion_embedder)):
+        peer = PeerEmbedding(256, TINY.hidden_size)
+        peer.load_state_dict(embedder.state_dict())
+        added = peer(waves(clip[:, i].nan_to_num()))
+        expected = expected + torch.where(clip[:, i : i + 1].isnan(), torch.zeros(()), added)
+    torch.testing.assert_close(emb(timestep, size, clip), expected, atol=1e-5, rtol=1e-5)
+
+    unknown = model(**given, clip=torch.full((2, 2), math.nan))
+    assert torch.equal(unknown, model(**given))
+    assert relative_error(model(**given, clip=clip), unknown) > 1e-2
+    with pytest.raises(ValueError, match=r"clip has shape \(2,\), the configuration needs \(2, 2\)"):
+        model(**given, clip=torch.zeros(2))
 
 
 # --- configuration and refusals ------------------------------------------------------------------------------------

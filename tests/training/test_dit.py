@@ -244,12 +244,12 @@ def small_recipe(**changes) -> dit.DiTRecipe:
 def test_what_a_batch_holds_does_not_depend_on_its_parts(latents: Path) -> None:
     torch.manual_seed(0)
     network = ReducioDiT(DiTConfig(**small_recipe().config))
-    batches = []
+    batches, names = [], ("latent", "noise", "time", "content", "clip")
     for parts in (1, 2):
-        recipe = small_recipe(loop=replace(LOOP, micro_batches=parts), condition_drop=0.5, image_drop=0.3)
+        recipe = small_recipe(loop=replace(LOOP, micro_batches=parts), condition_drop=0.5, image_drop=0.3, clip_drop=0.3)
         trainer = dit.Trainer(network, LatentDataset(latents), recipe, torch.device("cpu"))
         drawn = [trainer.draw(step, micro) for step in range(6) for micro in range(parts)]
-        batches.append({k: torch.cat([getattr(b, k) for b in drawn]) for k in ("latent", "noise", "time", "content")})
+        batches.append({k: torch.cat([getattr(b, k) for b in drawn]) for k in names})
         dropped = [
             torch.equal(b.text[0, : int(b.mask[0].sum())], network.null_text[: int(b.mask[0].sum())]) for b in drawn
         ]
@@ -257,13 +257,17 @@ def test_what_a_batch_holds_does_not_depend_on_its_parts(latents: Path) -> None:
         for b in drawn:
             assert all(m.any() for m in b.mask) and ((b.content.flatten(1) == 0).all(1) <= 1).all()
     for name, value in batches[0].items():
-        assert torch.equal(value, batches[1][name]), name
+        torch.testing.assert_close(value, batches[1][name], rtol=0, atol=0, equal_nan=True, msg=name)
+    rates, motions = batches[0]["clip"].unbind(1)
+    for values, known in ((rates, 12.0), (motions, 1.0)):
+        assert 0 < values.isnan().sum() < len(values) and (values[~values.isnan()] == known).all()
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "rectified-flow"])
 def test_a_trained_transformer_generates(latents: Path, tmp_path: Path, objective: str) -> None:
     recipe = small_recipe(objective=objective, held_out=1, gradient_checkpointing=objective == "epsilon")
-    recipe = replace(recipe, config=recipe.config | {"learn_sigma": objective == "epsilon"})
+    words = {"learn_sigma": objective == "epsilon", "clip_conditioning": objective == "epsilon"}
+    recipe = replace(recipe, config=recipe.config | words)
     figures = dit.train_dit(latents, tmp_path, recipe, progress=False)
     assert figures["steps"] == 4 and np.isfinite(figures["loss"]) and figures["held_out_error"] > 0
     pipe = ReducioPipeline.from_pretrained(tmp_path / "model", device="cpu")

@@ -68,6 +68,7 @@ class FastDenoiser:
     model: FastReducioDiT
     prepared: Prepared
     guidance_scale: float
+    clip: Tensor | None = None  # [1, 2], see the reference's `forward`
 
     @property
     def graphs(self) -> Graphs | None:
@@ -78,7 +79,7 @@ class FastDenoiser:
         return self.model.step_update
 
     def schedule(self, timesteps: Tensor, latent: Tensor) -> list[tuple[Modulation, Prepared]]:
-        modulation = self.model.modulations(timesteps, latent.shape[2:])
+        modulation = self.model.modulations(timesteps, latent.shape[2:], clip=self.clip)
         return [(modulation.step(step), self.prepared) for step in range(len(timesteps))]
 
     def predict(self, latent: Tensor, inputs: tuple[Modulation, Prepared]) -> Tensor:
@@ -219,18 +220,18 @@ class FastReducioDiT(Regional):
         content: Tensor | None = None,
         *,
         size: Tensor | None = None,
+        clip: Tensor | None = None,
     ) -> Tensor:
         """As the reference's, without the variance: [B, latent_channels, T, H, W]. All items share one timestep.
 
-        Raises ValueError as the reference does, and for timesteps or sizes that differ between the items.
+        Raises ValueError as the reference does, and for timesteps, sizes or clips that differ between the items.
         """
-        self.conditioner[0].check_inputs(
-            latent, timestep, text=text, text_mask=text_mask, semantic=semantic, content=content, size=size
-        )
-        for name, value in (("timestep", timestep), ("size", size)):
-            if value is not None and value.ndim and bool((value != value[:1]).any()):
-                raise ValueError(f"{name} differs between the items of the batch: {value.tolist()}")
-        modulation = self.modulations(timestep.flatten()[:1], latent.shape[2:], None if size is None else size[:1])
+        inputs = {"text": text, "text_mask": text_mask, "semantic": semantic, "content": content}
+        self.conditioner[0].check_inputs(latent, timestep, **inputs, size=size, clip=clip)
+        first = {
+            name: _shared(name, value) for name, value in (("timestep", timestep), ("size", size), ("clip", clip))
+        }
+        modulation = self.modulations(first["timestep"].flatten(), latent.shape[2:], first["size"], first["clip"])
         return self.denoise(latent, modulation, self.prepare(text, text_mask, semantic, content))
 
     @torch.no_grad()
@@ -239,7 +240,7 @@ class FastReducioDiT(Regional):
         if guidance_scale > 1:
             cond = join(cond.without_text(self.null_text) if uncond is None else uncond, cond)
         prepared = self.prepare(cond.text, cond.text_mask, cond.semantic, cond.content)
-        return FastDenoiser(self, prepared, guidance_scale)
+        return FastDenoiser(self, prepared, guidance_scale, _shared("clip", cond.clip))
 
     @torch.no_grad()
     def prepare(
@@ -272,12 +273,19 @@ class FastReducioDiT(Regional):
         return Prepared(keys_values, count)
 
     @torch.no_grad()
-    def modulations(self, timesteps: Tensor, latent_size: Grid | torch.Size, size: Tensor | None = None) -> Modulation:
-        """The table of a schedule: timesteps [steps]; latent_size (T, H, W) in cells; size [1, 2] in pixels."""
+    def modulations(
+        self,
+        timesteps: Tensor,
+        latent_size: Grid | torch.Size,
+        size: Tensor | None = None,
+        clip: Tensor | None = None,
+    ) -> Modulation:
+        """The table of a schedule: timesteps [steps]; latent_size (T, H, W) in cells; size and clip [1, 2]."""
         if size is None:
             pixels = [float(n * self.config.spatial_factor) for n in latent_size[1:]]
             size = torch.tensor([pixels], device=timesteps.device)
-        shared_S6D, embedding_SD = self.adaln_single(timesteps, size.expand(len(timesteps), 2))
+        clip = None if clip is None else clip.to(timesteps.device).expand(len(timesteps), 2)
+        shared_S6D, embedding_SD = self.adaln_single(timesteps, size.expand(len(timesteps), 2), clip)
         blocks, final = self.tables + shared_S6D[:, None], self.final_table + embedding_SD[:, None]
         return Modulation(blocks, final, self.position(self.grid(latent_size), timesteps.device))
 
@@ -320,6 +328,16 @@ class FastReducioDiT(Regional):
         patches = latent.to(self.dtype).view(B, C, T, pt, H, ph, W, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         x = F.linear(patches.reshape(B, T, H * W, -1), self.patch_weight, self.pos_embed.proj.bias)
         return (x + position).flatten(1, 2).to(self.dtype)
+
+
+def _shared(name: str, values: Tensor | None) -> Tensor | None:
+    """What all items of a batch have in common, as a batch of one."""
+    if values is None or not values.ndim:
+        return values
+    same = (values == values[:1]) | (values.isnan() & values[:1].isnan())
+    if not bool(same.all()):
+        raise ValueError(f"{name} differs between the items of the batch: {values.tolist()}")
+    return values[:1]
 
 
 def _rows(row_D: Tensor, batch: int) -> Tensor:

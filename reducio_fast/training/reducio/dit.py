@@ -8,11 +8,12 @@ frames, H W rows and columns, L text positions, S semantic tokens.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,10 @@ from ..recipe_file import configured
 from .extract import encoder_checksums
 from .objective import Objective
 
-SIZE_EMBEDDINGS = ("adaln_single.emb.resolution_embedder.", "adaln_single.emb.aspect_ratio_embedder.")
+# A later stage may add these; they start silent.
+ADDED_EMBEDDINGS = tuple(
+    f"adaln_single.emb.{name}_embedder." for name in ("resolution", "aspect_ratio", "fps", "motion")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,7 @@ class DiTRecipe:
     objective: str = "epsilon"
     condition_drop: float = 0.1  # of the captions, replaced by the null text: what guidance leads away from
     image_drop: float = 0.0  # of the content frames, with their captions
+    clip_drop: float = 0.1  # of the frame rates and motions, told apart, where config.clip_conditioning is true
     gradient_checkpointing: bool = False  # activations of a block are computed again on the way back
     threads: int | None = None  # of each process; they decide how sums are rounded
     held_out: int = 0  # clips of the first bucket kept from training, whose error is reported at the end
@@ -56,7 +61,7 @@ class DiTRecipe:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.batch % self.loop.micro_batches:
             raise ReducioError(f"batch={self.batch} must be a multiple of loop.micro_batches={self.loop.micro_batches}")
-        for name in ("condition_drop", "image_drop"):
+        for name in ("condition_drop", "image_drop", "clip_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ReducioError(f"{name}={getattr(self, name)} must lie in 0..1")
         if self.model is not None and self.model not in DIT_PRESETS:
@@ -76,6 +81,7 @@ class Batch:
     mask: Tensor  # bool [B, L]
     semantic: Tensor | None  # [B, S, C]
     content: Tensor | None  # [B, 4, H/8, W/8]
+    clip: Tensor  # [B, 2], frame rate and motion, NaN where dropped or not known
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
@@ -151,10 +157,10 @@ def build_network(recipe: DiTRecipe) -> ReducioDiT:
 
 
 def _start_from(network: ReducioDiT, other: ReducioDiT, folder: Path) -> None:
-    """Takes the weights of the stage before. The embeddings of a frame's size, which 1024 adds, start silent."""
+    """Takes the weights of the stage before. The embeddings that a stage adds, as 1024 does for sizes, start silent."""
     weights, wanted = other.state_dict(), network.state_dict()
     new = [name for name in wanted if name not in weights]
-    if not all(name.startswith(SIZE_EMBEDDINGS) for name in new) or any(
+    if not all(name.startswith(ADDED_EMBEDDINGS) for name in new) or any(
         wanted[name].shape != value.shape for name, value in weights.items() if name in wanted
     ):
         raise ReducioError(
@@ -204,43 +210,58 @@ class Trainer:
             torch.from_numpy(rng.standard_normal(s["latent"].shape, np.float32))
             for rng, s in zip(rngs, samples, strict=True)
         ]
-        drops = [(rng.random() < self.recipe.condition_drop, rng.random() < self.recipe.image_drop) for rng in rngs]
+        shares = (self.recipe.condition_drop, self.recipe.image_drop, self.recipe.clip_drop, self.recipe.clip_drop)
+        drops = [Drops(*(bool(rng.random() < share) for share in shares)) for rng in rngs]
         return collate(samples, noises, times, self.network.null_text.detach().cpu(), drops).to(self.device)
 
 
+class Drops(NamedTuple):
+    """What a clip is not told. A dropped content frame takes its caption along."""
+
+    caption: bool = False
+    image: bool = False
+    fps: bool = False
+    motion: bool = False
+
+
 def collate(
-    samples: list[dict[str, Any]],
-    noises: list[Tensor],
-    times: list[float],
-    null_text: Tensor,
-    drops: list[tuple[bool, bool]],
+    samples: list[dict[str, Any]], noises: list[Tensor], times: list[float], null_text: Tensor, drops: list[Drops]
 ) -> Batch:
-    """Samples of one bucket as a batch. `drops`: (caption, content frame); a dropped frame takes its caption along.
+    """Samples of one bucket as a batch.
 
     A dropped caption leaves as many null tokens as it had of its own, as in PixArt-alpha.
     """
     longest = max(1, *(len(sample["text"]) for sample in samples))
     text = torch.zeros(len(samples), longest, null_text.shape[1])
     mask = torch.zeros(len(samples), longest, dtype=torch.bool)
-    for i, (sample, (no_text, no_image)) in enumerate(zip(samples, drops, strict=True)):
+    for i, (sample, drop) in enumerate(zip(samples, drops, strict=True)):
         length = len(sample["text"])
-        text[i, :length] = null_text[:length] if no_text or no_image else sample["text"]
+        text[i, :length] = null_text[:length] if drop.caption or drop.image else sample["text"]
         mask[i, :length] = True
     images = []
     for name in ("semantic", "content"):
         if name not in samples[0]:
             images.append(None)
             continue
-        kept = torch.tensor([0.0 if drop[1] else 1.0 for drop in drops])
+        kept = torch.tensor([0.0 if drop.image else 1.0 for drop in drops])
         stacked = torch.stack([sample[name] for sample in samples])
         images.append(stacked * kept.view(-1, *[1] * (stacked.ndim - 1)))
     latent = torch.stack([sample["latent"] for sample in samples])
-    return Batch(latent, torch.stack(noises), torch.tensor(times), text, mask, *images)
+    clip = torch.tensor(
+        [
+            (
+                math.nan if drop.fps else sample["fps"],
+                math.nan if drop.motion or sample["motion"] is None else sample["motion"],
+            )
+            for sample, drop in zip(samples, drops, strict=True)
+        ]
+    )
+    return Batch(latent, torch.stack(noises), torch.tensor(times), text, mask, *images, clip)
 
 
 def predict(network: ReducioDiT, batch: Batch, noisy: Tensor, timestep: Tensor) -> Tensor:
     """The network's whole output."""
-    return network(noisy, timestep, batch.text, batch.mask, batch.semantic, batch.content)
+    return network(noisy, timestep, batch.text, batch.mask, batch.semantic, batch.content, clip=batch.clip)
 
 
 def _take_held_out(dataset: LatentDataset, recipe: DiTRecipe) -> Batch | None:
@@ -256,7 +277,7 @@ def _take_held_out(dataset: LatentDataset, recipe: DiTRecipe) -> Batch | None:
     noises = [torch.from_numpy(rng.standard_normal(s["latent"].shape, np.float32)) for s in samples]
     times = ((np.arange(len(samples)) + 0.5) / len(samples)).tolist()
     unused = torch.zeros(1, samples[0]["text"].shape[1])
-    return collate(samples, noises, times, unused, [(False, False)] * len(samples))
+    return collate(samples, noises, times, unused, [Drops()] * len(samples))
 
 
 @torch.no_grad()
