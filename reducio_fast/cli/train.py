@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..system.errors import ReducioError
@@ -10,6 +12,7 @@ from . import options
 from .printing import Printed
 
 MODELS = ("tiny", "dit", "vae")
+ABLATIONS = ("latent-channels", "fusion", "attention", "condition")  # of training.reducio.ablations
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sized.add_argument("--model", metavar="DIR", help="dit: its other components (default: the embedded model)")
     sized.add_argument("--clips", metavar="FILE", help="vae: clips.parquet of reducio-fast curate, or its folder")
     sized.add_argument("--lpips", metavar="FILE", help="vae: torchvision's AlexNet (default: no perceptual loss)")
+    sized.add_argument(
+        "--ablation", choices=ABLATIONS, help="train the recipe once for each variant, and compare held-out clips"
+    )
+    sized.add_argument("--seeds", type=options.positive, metavar="N", help="runs of each variant (default: 1)")
     sized.add_argument("--price", type=float, metavar="X", help="of an hour of one process: prints what a step costs")
 
 
 _OWN = {
     "tiny": ("stages", "steps_scale", "data"),
-    "dit": ("recipe", "set", "latents", "model", "price"),
-    "vae": ("recipe", "set", "clips", "lpips", "price"),
+    "dit": ("recipe", "set", "latents", "model", "price", "ablation", "seeds"),
+    "vae": ("recipe", "set", "clips", "lpips", "price", "ablation", "seeds"),
 }
 
 
@@ -79,9 +86,11 @@ def _dit(arguments: argparse.Namespace) -> Printed:
     from ..training.recipe_file import load
     from ..training.reducio.dit import DiTRecipe, train_dit
 
-    recipe = load(DiTRecipe, arguments.recipe, arguments.set)
-    figures = train_dit(arguments.latents, arguments.out, recipe, model=arguments.model, **_shared(arguments))
-    return _printed(arguments, figures, "model")
+    def train(changes: list[str], out: str | Path) -> dict[str, float]:
+        recipe = load(DiTRecipe, arguments.recipe, changes)
+        return train_dit(arguments.latents, out, recipe, model=arguments.model, **_shared(arguments))
+
+    return _trained(arguments, train, "model")
 
 
 def _vae(arguments: argparse.Namespace) -> Printed:
@@ -90,9 +99,11 @@ def _vae(arguments: argparse.Namespace) -> Printed:
     from ..training.recipe_file import load
     from ..training.reducio.vae import VAERecipe, train_vae
 
-    recipe = load(VAERecipe, arguments.recipe, arguments.set)
-    figures = train_vae(arguments.clips, arguments.out, recipe, lpips=arguments.lpips, **_shared(arguments))
-    return _printed(arguments, figures, "vae")
+    def train(changes: list[str], out: str | Path) -> dict[str, float]:
+        recipe = load(VAERecipe, arguments.recipe, changes)
+        return train_vae(arguments.clips, out, recipe, lpips=arguments.lpips, **_shared(arguments))
+
+    return _trained(arguments, train, "vae")
 
 
 def _needs(arguments: argparse.Namespace, *names: str) -> None:
@@ -103,6 +114,24 @@ def _needs(arguments: argparse.Namespace, *names: str) -> None:
 
 def _shared(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("device", "resume", "accept_changes", "progress")}
+
+
+def _trained(
+    arguments: argparse.Namespace, train: Callable[[list[str], str | Path], dict[str, float]], folder: str
+) -> Printed:
+    """One run, or those of an ablation."""
+    changes, name = arguments.set or [], arguments.ablation
+    if name is None:
+        if arguments.seeds is not None:
+            raise ReducioError("--seeds belongs to --ablation; one run's seed is --set loop.seed=N")
+        return _printed(arguments, train(changes, arguments.out), folder)
+
+    from ..training.reducio.ablations import ABLATIONS, run_ablation, summary
+
+    if ABLATIONS[name].model != arguments.what:
+        raise ReducioError(f"--ablation {name} is of train {ABLATIONS[name].model}, not of train {arguments.what}")
+    rows = run_ablation(name, lambda more, to: train([*changes, *more], to), Path(arguments.out), arguments.seeds or 1)
+    return {"out": arguments.out, "rows": rows}, [*summary(name, rows), f"wrote {arguments.out}/ablation.csv"]
 
 
 def _printed(arguments: argparse.Namespace, figures: dict[str, float], folder: str) -> Printed:

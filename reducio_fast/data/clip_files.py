@@ -27,6 +27,16 @@ class ClipFiles:
         if not self.rows:
             raise ReducioError(f"{path} holds no clip that could be read")
 
+    def take_last(self, count: int) -> ClipFiles | None:
+        """The last clips, as files of their own, which this one loses; None for a count of 0."""
+        if not count:
+            return None
+        if count >= len(self.rows):
+            raise ReducioError(f"held_out={count}: {self.path} holds {len(self.rows)} clips")
+        taken = ClipFiles(self.path)
+        taken.rows, self.rows = self.rows[-count:], self.rows[:-count]
+        return taken
+
     def draw(self, rng: np.random.Generator, count: int, rate: float, size: int, least_area: float) -> Tensor:
         """A clip float32 [3, T, size, size] in [-1, 1]: every round(fps / rate)-th frame from a random one on, a random
         square crop of at least `least_area` of the largest one, mirrored in half of the cases."""

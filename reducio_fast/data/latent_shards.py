@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,11 @@ class LatentDataset:
         if not self.rows:
             raise ReducioError(f"{self.folder} holds no clip that could be read")
         self.buckets = sorted(self.rows)
+        self._left_out: set[str] = set()
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Conditions of `TENSORS` that `sample` does not read from now on."""
+        self._left_out = set(names)
 
     def __len__(self) -> int:
         return sum(map(len, self.rows.values()))
@@ -238,7 +243,8 @@ class LatentDataset:
         path = self.folder / bucket / f"shard-{row['shard']:05d}.safetensors"
         try:
             file = _opened(str(path))
-            tensors = {name: file.get_slice(name)[row["row"]] for name in TENSORS if name in file.keys()}  # noqa: SIM118 - no dictionary
+            names = [name for name in TENSORS if name in file.keys()]  # noqa: SIM118 - no dictionary
+            tensors = {name: file.get_slice(name)[row["row"]] for name in names if check or name not in self._left_out}
         except (OSError, SafetensorError, IndexError) as error:
             raise ReducioError(
                 f"{path} is damaged: {first_line(error)}; remove it and its .parquet, extract again"
@@ -246,6 +252,8 @@ class LatentDataset:
         if check and sample_checksum(tensors) != row["sha256"]:
             raise ReducioError(f"{path}: clip {row['id']} is damaged; remove it and its .parquet, extract again")
         sample: dict[str, Any] = {name: value.float() for name, value in tensors.items()}
+        for name in self._left_out:
+            sample.pop(name, None)
         return {
             **sample,
             "text": self.text(row["caption"]),

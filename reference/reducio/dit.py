@@ -330,7 +330,7 @@ class ReducioDiT(nn.Module):
         latent [B, 16, T, H, W]; timestep [B] (or one number for all), 0..1000, fractions allowed; text [B, L,
         caption_channels]; text_mask [B, L], nonzero = attend, None = all; semantic [B, n, semantic_channels] image
         tokens or None; content [B, content_channels, h, w] SD latent or None; size [B, 2] height and width in pixels,
-        used with `size_conditioning` only, by default spatial_factor times the latent's; clip [B, 2] frames a second and
+        used with `size_conditioning` only, by default spatial_factor times the latent's; clip [B, 2] frame rate and
         motion in percent of the short side in half a second (NaN where not known), used with `clip_conditioning` only.
         Returns [B, 16 or 32, T, H, W] in the weights' dtype: the prediction, then, with `learn_sigma`, the variance.
 

@@ -246,7 +246,8 @@ def test_what_a_batch_holds_does_not_depend_on_its_parts(latents: Path) -> None:
     network = ReducioDiT(DiTConfig(**small_recipe().config))
     batches, names = [], ("latent", "noise", "time", "content", "clip")
     for parts in (1, 2):
-        recipe = small_recipe(loop=replace(LOOP, micro_batches=parts), condition_drop=0.5, image_drop=0.3, clip_drop=0.3)
+        loop = replace(LOOP, micro_batches=parts)
+        recipe = small_recipe(loop=loop, condition_drop=0.5, image_drop=0.3, clip_drop=0.3)
         trainer = dit.Trainer(network, LatentDataset(latents), recipe, torch.device("cpu"))
         drawn = [trainer.draw(step, micro) for step in range(6) for micro in range(parts)]
         batches.append({k: torch.cat([getattr(b, k) for b in drawn]) for k in names})
@@ -275,6 +276,22 @@ def test_a_trained_transformer_generates(latents: Path, tmp_path: Path, objectiv
     assert type(pipe.scheduler).__name__ == wanted[objective] and pipe.transformer.config.hidden_size == 48
     clip = [pipe("a cat", seed=1, num_inference_steps=2, progress=False).frames for _ in range(2)]
     assert clip[0].shape == (16, 128, 128, 3) and (clip[0] == clip[1]).all()
+
+
+def test_a_transformer_of_one_image_condition(latents: Path, tmp_path: Path) -> None:
+    """It is saved without the other one's encoder, whose part of the network no step moved."""
+    recipe = small_recipe(image_conditions=("semantic",), held_out=1)
+    figures = dit.train_dit(latents, tmp_path, recipe, progress=False)
+    assert figures["held_out_error"] > 0
+    pipe = ReducioPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    assert pipe.content_encoder is None and pipe.image_encoder is not None
+    torch.manual_seed(recipe.loop.seed)
+    start, end = dit.build_network(recipe).state_dict(), pipe.transformer.state_dict()
+    moved = {name.split(".")[0] for name, value in start.items() if not torch.equal(value, end[name].float())}
+    assert "semantic_projection" in moved and "content_embedding" not in moved
+    assert pipe("a cat", seed=1, num_inference_steps=2, progress=False).frames.shape == (16, 128, 128, 3)
+    with pytest.raises(ReducioError, match=r"image_conditions=\['sound'\]: must be some of semantic, content"):
+        small_recipe(image_conditions=("sound",))
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
@@ -342,7 +359,7 @@ def test_recipes_as_files(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ReducioError, match=message):
             recipe_file.load(dit.DiTRecipe, str(path))
-    with pytest.raises(ReducioError, match="no such file, and none of dit-1024, dit-256, dit-512, vae-ft2"):
+    with pytest.raises(ReducioError, match="no such file, and none of ablation-dit, ablation-vae, dit-1024, dit-256"):
         recipe_file.load(dit.DiTRecipe, "dit-128")
     with pytest.raises(ReducioError, match="must be KEY=VALUE in TOML's notation"):
         recipe_file.load(dit.DiTRecipe, "dit-256", ["loop.steps"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -195,3 +197,41 @@ def test_recipes_and_the_command(clips: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*words, "--latents", "x"]) == 2 and "train vae takes no --latents" in capsys.readouterr().err
     with pytest.raises(ReducioError, match="the adaptive weight needs the whole last layer"):
         recipe(loop=replace(LOOP, parallel="fsdp"))
+
+
+def test_an_ablation_trains_each_variant_and_compares_held_out_clips(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One thing differs between the runs; a second call trains nothing again and gives the same table."""
+    sizes = [
+        "channel_multipliers=[1, 1, 1, 1, 1, 1]",
+        "base_channels=8",
+        "content_base_channels=8",
+        "fusion_head_dim=8",
+    ]
+    changes = [f"config.{change}" for change in sizes] + ["loop.steps=2", "loop.checkpoint_every=2", "held_out=1"]
+    words = ["train", "vae", "--recipe", "ablation-vae", "--clips", str(clips), "--no-progress"]
+    words += [word for change in changes for word in ("--set", change)]
+    command = [*words, "--ablation", "latent-channels", "--seeds", "2", "-o", str(tmp_path)]
+    assert main(command) == 0
+    assert "latent-channels, held_out_psnr" in capsys.readouterr().out
+    with (tmp_path / "ablation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["variant"], r["seed"]) for r in rows] == [(n, s) for s in "01" for n in ("4", "8", "16", "32")]
+    assert len({r["held_out_psnr"] for r in rows}) == 8 and all(float(r["held_out_psnr"]) > 5 for r in rows)
+    for row in rows:
+        folder = tmp_path / row["variant"] / f"seed-{row['seed']}"
+        saved = load_model(ReducioVAE, VAEConfig, folder / "vae")
+        assert saved.config.latent_channels == int(row["variant"])
+    before = (tmp_path / "ablation.csv").read_text()
+    assert main(command) == 0
+    assert (tmp_path / "ablation.csv").read_text() == before
+    capsys.readouterr()
+    for more, message in (
+        (["--ablation", "attention"], "--ablation attention is of train dit, not of train vae"),
+        (["--seeds", "2"], "--seeds belongs to --ablation"),
+        (["--ablation", "fusion", "--set", "held_out=0"], "the recipe needs held_out"),
+        (["--ablation", "fusion", "--set", "held_out=2"], "held_out=2: .* holds 2 clips"),
+    ):
+        assert main([*words, "-o", str(tmp_path / "other"), *more]) == 2
+        assert re.search(message, capsys.readouterr().err)

@@ -228,9 +228,7 @@ class FastReducioDiT(Regional):
         """
         inputs = {"text": text, "text_mask": text_mask, "semantic": semantic, "content": content}
         self.conditioner[0].check_inputs(latent, timestep, **inputs, size=size, clip=clip)
-        first = {
-            name: _shared(name, value) for name, value in (("timestep", timestep), ("size", size), ("clip", clip))
-        }
+        first = {name: _shared(name, value) for name, value in (("timestep", timestep), ("size", size), ("clip", clip))}
         modulation = self.modulations(first["timestep"].flatten(), latent.shape[2:], first["size"], first["clip"])
         return self.denoise(latent, modulation, self.prepare(text, text_mask, semantic, content))
 

@@ -35,6 +35,7 @@ from ..recipe_file import configured
 from .extract import encoder_checksums
 from .objective import Objective
 
+IMAGE_CONDITIONS = ("semantic", "content")
 # A later stage may add these; they start silent.
 ADDED_EMBEDDINGS = tuple(
     f"adaln_single.emb.{name}_embedder." for name in ("resolution", "aspect_ratio", "fps", "motion")
@@ -57,6 +58,8 @@ class DiTRecipe:
     gradient_checkpointing: bool = False  # activations of a block are computed again on the way back
     threads: int | None = None  # of each process; they decide how sums are rounded
     held_out: int = 0  # clips of the first bucket kept from training, whose error is reported at the end
+    # Of the content frame: OpenCLIP's tokens, the content latent. A model of one is saved without the other's encoder.
+    image_conditions: tuple[str, ...] = IMAGE_CONDITIONS
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.batch % self.loop.micro_batches:
@@ -64,6 +67,10 @@ class DiTRecipe:
         for name in ("condition_drop", "image_drop", "clip_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ReducioError(f"{name}={getattr(self, name)} must lie in 0..1")
+        if not set(self.image_conditions) <= set(IMAGE_CONDITIONS):
+            raise ReducioError(
+                f"image_conditions={list(self.image_conditions)}: must be some of {', '.join(IMAGE_CONDITIONS)}"
+            )
         if self.model is not None and self.model not in DIT_PRESETS:
             raise ReducioError(f"model={self.model!r}: must be one of {', '.join(DIT_PRESETS)}")
         if self.model is None and self.start is None:
@@ -114,6 +121,7 @@ def train_dit(
     if not (folder / MODEL_INDEX).is_file():
         raise ReducioError(f"{folder} is no model folder (no {MODEL_INDEX})")
     dataset = LatentDataset(latents, encoder_checksums(folder))
+    dataset.leave_out(set(IMAGE_CONDITIONS) - set(recipe.image_conditions))
     held_out = _take_held_out(dataset, recipe)
     with joined(device, recipe.threads) as processes:
         torch.manual_seed(recipe.loop.seed)
@@ -149,6 +157,9 @@ def build_network(recipe: DiTRecipe) -> ReducioDiT:
     first = None if folder is None else load_model(ReducioDiT, DiTConfig, folder, torch.float32)
     base = DIT_PRESETS[recipe.model] if recipe.model is not None else first.config
     network = ReducioDiT(configured(base, recipe.config))
+    for name, part in (("semantic", network.semantic_projection), ("content", network.content_embedding)):
+        if name not in recipe.image_conditions:
+            part.requires_grad_(False)  # no gradient reaches it, and processes would wait for one
     if first is not None:
         _start_from(network, first, folder)
     if recipe.gradient_checkpointing:
@@ -239,7 +250,7 @@ def collate(
         text[i, :length] = null_text[:length] if drop.caption or drop.image else sample["text"]
         mask[i, :length] = True
     images = []
-    for name in ("semantic", "content"):
+    for name in IMAGE_CONDITIONS:
         if name not in samples[0]:
             images.append(None)
             continue
@@ -309,6 +320,9 @@ def export(config: DiTConfig, outcome: Outcome, recipe: DiTRecipe, model: Path, 
     network.eval()
     pipe = ReducioPipeline.from_pretrained(model, device="cpu", backend="reference")
     parts = {name: getattr(pipe, name) for name in (*REDUCIO.names, *REDUCIO.settings)}
+    for name, encoder in zip(IMAGE_CONDITIONS, ("image_encoder", "content_encoder"), strict=True):
+        if name not in recipe.image_conditions:
+            parts[encoder] = None
     parts |= {"transformer": network, "scheduler": Objective(recipe.objective, config.learn_sigma).scheduler()}
     write_model(target, parts, REDUCIO)
     (target / "training.json").write_text(

@@ -51,6 +51,7 @@ class VAERecipe:
     discriminator_norm: str = "batch"
     discriminator_width: int = 64
     threads: int | None = None
+    held_out: int = 0  # clips at the manifest's end kept from training, whose PSNR is reported at the end
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.batch % self.loop.micro_batches:
@@ -141,9 +142,12 @@ def train_vae(
 
     Args:
         clips: a manifest of `reducio-fast curate`.
+        recipe: with `held_out`, the figures have the PSNR of those clips, and how much it is above that of repeating
+            the content frame: `held_out_psnr`, `held_out_gain`.
         lpips: torchvision's AlexNet weights; None trains without the perceptual loss.
     """
     files = ClipFiles(clips)
+    held_out = files.take_last(recipe.held_out)
     with joined(device, recipe.threads) as processes:
         torch.manual_seed(recipe.loop.seed)
         model = Trained(build_vae(recipe), recipe)
@@ -165,11 +169,30 @@ def train_vae(
             progress,
             rate_of=lambda name: recipe.discriminator_rate if "discriminator." in name else 1.0,
         )
+        figures = outcome.figures(processes.world_size)
         if processes.first:
             model.load_state_dict(outcome.averaged)
             save_model(model.vae.cpu(), Path(out) / "vae")
+            if held_out is not None:
+                figures |= held_out_scores(model.vae, held_out, recipe)
         processes.barrier()
-    return outcome.figures(processes.world_size)
+    return figures
+
+
+@torch.no_grad()
+def held_out_scores(vae: ReducioVAE, clips: ClipFiles, recipe: VAERecipe) -> dict[str, float]:
+    """Mean PSNR of as many crops as there are clips, the same for every training, and its gain over a still."""
+    vae.eval()
+    scores, config = [], vae.config
+    for i in range(recipe.held_out):
+        rng = np.random.default_rng((1 << 22, i))
+        video = clips.draw(rng, config.num_frames, recipe.rate, recipe.size, recipe.least_area)[None]
+        content = video[:, :, config.content_frame]
+        restored = vae.decode(vae.normalize_latent(vae.encode(video).mode()), vae.encode_content(content)).clamp(-1, 1)
+        still = content[:, :, None].expand_as(video)
+        scores.append([float(psnr_of_error(F.mse_loss(x, video), 2.0)) for x in (restored, still)])
+    psnr, repeated = np.mean(scores, axis=0)
+    return {"held_out_psnr": float(psnr), "held_out_gain": float(psnr - repeated)}
 
 
 def build_vae(recipe: VAERecipe) -> ReducioVAE:
