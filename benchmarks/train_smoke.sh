@@ -81,8 +81,8 @@ import sys
 from reducio_fast.data.latent_shards import LatentDataset
 dataset = LatentDataset(sys.argv[1])
 assert len(dataset) == dataset.about.count, "clips in are not clips out"
-for bucket in dataset.buckets:
-    for i in range(len(dataset.rows[bucket])):
+for bucket, count in dataset.counts.items():
+    for i in range(count):
         dataset.sample(bucket, i, check=True)
 PYTHON
 

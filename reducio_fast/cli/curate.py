@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     rows = manifest.read(out)
     kept, drops = select.select(rows, thresholds, arguments.shortest)
     manifest.write(kept, out / "clips.parquet")
-    select.write_report(out / "report.html", rows, kept, drops, thresholds)
+    select.write_report(out, rows, kept, drops, thresholds)
     result |= {"clips": len(rows), "selected": len(kept), "drops": drops, "path": str(out / "clips.parquet")}
     lines += [f"{name}: drops {count}" for name, count in drops.items()]
     lines.append(f"wrote {out / 'clips.parquet'}: {len(kept)} of {len(rows)} clips; see {out / 'report.html'}")

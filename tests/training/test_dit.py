@@ -66,15 +66,15 @@ def latents(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_goes_in_comes_out(clips: Path, latents: Path) -> None:
     """Each whole chunk of 16 frames: its latent is the encoder's, its checksum holds; what cannot be read says why."""
     dataset = LatentDataset(latents, extract.encoder_checksums(embedded_model()))
-    assert len(dataset) == 4 and dataset.buckets == ["128x128"] and dataset.about.captions == 2
+    assert len(dataset) == 4 and dataset.counts == {"128x128": 4} and dataset.about.captions == 2
     pipe = ReducioPipeline.from_pretrained(embedded_model(), device="cpu", dtype="float32")
     for i in range(4):
-        row, sample = dataset.rows["128x128"][i], dataset.sample("128x128", i, check=True)
+        row, sample = dataset.row("128x128", i), dataset.sample("128x128", i, check=True)
         assert row["step"] == 2 and row["fps"] == 12  # the release's round(24 / 16)
         assert sample["latent"].shape == (16, 4, 4, 4) and sample["content"].shape == (4, 16, 16)
         text, mask = pipe.encode_prompt({"square": "a cat", "wide": "a flower"}[row["id"].split("-")[0]])[:2]
         torch.testing.assert_close(sample["text"], text[0, mask[0].bool()].float(), atol=2e-3, rtol=2e-3)
-    row = dataset.rows["128x128"][0]
+    row = dataset.row("128x128", 0)
     frames = read_video(row["video"])[0][row["start"] :: row["step"]][:16]
     encoders = extract.Encoders(extract.ExtractSettings(str(embedded_model()), "", size=128), pipe.vae.config)
     expected = encoders.encode(frames, row["id"])
@@ -120,7 +120,7 @@ def test_stale_and_damaged_latents_are_refused(clips: Path, latents: Path, tmp_p
     data[-1] ^= 1
     shard.write_bytes(data)
     dataset = LatentDataset(broken)
-    rows = range(len(dataset.rows["128x128"]))
+    rows = range(dataset.counts["128x128"])
     with pytest.raises(ReducioError, match=r"is damaged; remove it and its .parquet, extract again"):
         for i in rows:
             dataset.sample("128x128", i, check=True)

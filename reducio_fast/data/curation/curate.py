@@ -6,7 +6,6 @@ both write the same parts, so both give the same manifest.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -97,7 +96,7 @@ def curate(
 
     sources = find_sources(inputs, captions)
     (Path(settings.out) / manifest.PARTS).mkdir(parents=True, exist_ok=True)
-    todo = [source for source in sources if not part_path(settings.out, source.path).is_file()]
+    todo = [source for source in sources if not manifest.part_path(settings.out, source.path).is_file()]
     if ray is not None:
         results: Iterable[bool] = map_on_ray(todo, lambda source: curate_video(source, settings), ray)
     elif workers == 0:
@@ -136,12 +135,6 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
             remaining.remove(source)
 
 
-def part_path(out: str, video: str) -> Path:
-    """Where a video's part lies: named by its path, so that whether it is there costs no reading."""
-    name = hashlib.sha256(os.fsencode(os.path.abspath(video))).hexdigest()[:20]
-    return Path(out) / manifest.PARTS / f"part-{name}.parquet"
-
-
 def curate_video(source: Source, settings: Settings) -> bool:
     """Writes a video's part; False where the video could not be read, which the part then says."""
     try:
@@ -149,13 +142,18 @@ def curate_video(source: Source, settings: Settings) -> bool:
     except (ReducioError, OSError) as error:
         _write_error(source, settings, first_line(error))
         return False
-    manifest.write(rows, part_path(settings.out, source.path))
+    manifest.write(rows, manifest.part_path(settings.out, source.path))
     return True
 
 
 def _write_error(source: Source, settings: Settings, reason: str) -> None:
-    row = {"id": part_path("", source.path).stem, "video": source.path, "caption": source.caption, "error": reason}
-    manifest.write([row], part_path(settings.out, source.path))
+    row = {
+        "id": manifest.part_path("", source.path).stem,
+        "video": source.path,
+        "caption": source.caption,
+        "error": reason,
+    }
+    manifest.write([row], manifest.part_path(settings.out, source.path))
 
 
 def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
@@ -195,7 +193,7 @@ def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
         }
         if middle is not None:
             small = cv2.resize(middle, THUMBNAIL[::-1], interpolation=cv2.INTER_AREA)
-            row["thumbnail"] = cv2.imencode(".jpg", small[..., ::-1])[1].tobytes()
+            row[manifest.THUMBNAIL] = cv2.imencode(".jpg", small[..., ::-1])[1].tobytes()
             if scorer is not None:
                 row |= scorer(middle, source.caption)
         yield row

@@ -6,9 +6,10 @@ videos that have no part. A video that cannot be read is a row with its reason.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ...system.errors import ReducioError, first_line
 from ..parquet import pyarrow_modules
 
 VERSION = "1"
-PARTS = "parts"
+PARTS, THUMBNAIL = "parts", "thumbnail"
 # Column -> type. `start` and `end` count frames as this project's reader gives them; `motion` is in percent of the
 # short side in half a second, `text_area` a share of the frame. A row with `error` has no scores.
 COLUMNS: dict[str, str] = {
@@ -34,7 +35,7 @@ COLUMNS: dict[str, str] = {
     "text_area": "float64",
     "clip_similarity": "float64",
     "aesthetic": "float64",
-    "thumbnail": "binary",
+    THUMBNAIL: "binary",
     "error": "string",
 }
 
@@ -47,8 +48,15 @@ def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
         parquet.write_table(pyarrow.Table.from_pylist(complete, schema=_schema()), temporary)
 
 
+def part_path(folder: str | os.PathLike[str], video: str) -> Path:
+    """The file of a video's rows. Its name is a hash of the video's path, so that a look at the folder tells whether
+    the video is done."""
+    name = hashlib.sha256(os.fsencode(os.path.abspath(video))).hexdigest()[:20]
+    return Path(folder) / PARTS / f"part-{name}.parquet"
+
+
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a manifest file, or of all parts of a folder, sorted by id.
+    """The rows of a manifest file, or of all parts of a folder, sorted by id, without the pictures (`thumbnails`).
 
     Raises `ReducioError` for what is no manifest, damaged or of another version, with what to run again.
     """
@@ -65,11 +73,20 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["id"])
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
+def thumbnails(folder: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
+    """JPEG pictures of clips by id, from the parts of their videos. Five million of them would be 20 GB."""
+    wanted = {row["id"]: part_path(folder, row["video"]) for row in rows}
+    found = {
+        row["id"]: row["thumbnail"] for part in set(wanted.values()) for row in _read_file(part, ["id", THUMBNAIL])
+    }
+    return {name: found[name] for name in wanted if found.get(name)}
+
+
+def _read_file(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     pyarrow, parquet = pyarrow_modules()
     again = f"remove {path.name} and run reducio-fast curate again"
     try:
-        table = parquet.read_table(path)
+        table = parquet.read_table(path, columns=columns or [name for name in COLUMNS if name != THUMBNAIL])
     except FileNotFoundError:
         raise ReducioError(f"no such manifest: {path}") from None
     except (OSError, pyarrow.ArrowException) as error:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...system.atomic_files import written_whole
 from ...system.errors import ReducioError
+from . import manifest
 
 SCORES = ("motion", "text_area", "clip_similarity", "aesthetic")
 SIDES = ("min", "max")
@@ -73,10 +74,11 @@ def select(
 
 
 def write_report(
-    path: Path, rows: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]], drops: Mapping[str, int],
+    folder: Path, rows: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]], drops: Mapping[str, int],
     thresholds: Sequence[Threshold],
 ) -> None:  # fmt: skip
-    """One HTML page without scripts: counts, a histogram a score with thresholds, clips as pictures."""
+    """Writes `report.html` into a manifest's folder, one page without scripts: counts, a histogram of each score with
+    its thresholds, pictures of clips."""
     clips = [row for row in rows if row["error"] is None]
     chosen = {row["id"] for row in kept}
     parts = ["<!doctype html><meta charset=utf-8><title>Curation</title>", _STYLE, "<h1>Curation</h1>"]
@@ -91,12 +93,12 @@ def write_report(
         else:
             parts.append(f"<h2>{score}</h2><p>not measured</p>")
     for title, group in (("kept", kept), ("dropped", [row for row in clips if row["id"] not in chosen])):
-        parts.append(f"<h2>{title}</h2>{_contact_sheet(group)}")
+        parts.append(f"<h2>{title}</h2>{_contact_sheet(group, folder)}")
     errors = [row for row in rows if row["error"] is not None]
     if errors:
         listed = "".join(f"<li>{html.escape(row['video'])}: {html.escape(row['error'])}" for row in errors)
         parts.append(f"<h2>unreadable</h2><ul>{listed}</ul>")
-    with written_whole(path) as temporary:
+    with written_whole(folder / "report.html") as temporary:
         temporary.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -123,13 +125,14 @@ def _histogram(values: np.ndarray, lines: Sequence[float], bins: int = 40) -> st
     return f'<svg width="{width}" height="{height}">{bars}{marks}</svg><p>{labels}</p>'
 
 
-def _contact_sheet(rows: Sequence[dict[str, Any]]) -> str:
+def _contact_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> str:
     """Evenly chosen by motion, from the stillest to the liveliest."""
     ordered = sorted(rows, key=lambda row: (row["motion"] or 0.0, row["id"]))
     places = np.unique(np.linspace(0, len(ordered) - 1, min(_SHOWN, len(ordered))).round().astype(int))
-    figures = []
-    for row in (ordered[i] for i in places):
-        picture = base64.b64encode(row["thumbnail"]).decode() if row["thumbnail"] else ""
+    shown = [ordered[i] for i in places]
+    pictures, figures = manifest.thumbnails(folder, shown), []
+    for row in shown:
+        picture = base64.b64encode(pictures.get(row["id"], b"")).decode()
         scores = " ".join(f"{name} {row[name]:.2g}" for name in SCORES if row[name] is not None)
         name = html.escape(f"{Path(row['video']).name} {row['start']}-{row['end']}")
         figures.append(

@@ -199,8 +199,7 @@ class Trainer:
     def __init__(self, network: ReducioDiT, dataset: LatentDataset, recipe: DiTRecipe, device: torch.device) -> None:
         self.network, self.dataset, self.recipe, self.device = network, dataset, recipe, device
         self.objective = Objective(recipe.objective, network.config.learn_sigma)
-        counts = {bucket: len(dataset.rows[bucket]) for bucket in dataset.buckets}
-        self.order = EpochOrder(counts, recipe.batch, recipe.loop.seed)
+        self.order = EpochOrder(dataset.counts, recipe.batch, recipe.loop.seed)
 
     def loss(self, step: int, micro: int, _rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         batch = self.draw(step, micro)
@@ -279,11 +278,7 @@ def _take_held_out(dataset: LatentDataset, recipe: DiTRecipe) -> Batch | None:
     """Takes the last clips of the first bucket out of a dataset, with noise and times that never change."""
     if not recipe.held_out:
         return None
-    bucket = dataset.buckets[0]
-    if len(dataset.rows[bucket]) <= recipe.held_out:
-        raise ReducioError(f"held_out={recipe.held_out}: bucket {bucket} has {len(dataset.rows[bucket])} clips")
-    samples = [dataset.sample(bucket, i) for i in range(-recipe.held_out, 0)]
-    dataset.rows[bucket] = dataset.rows[bucket][: -recipe.held_out]
+    samples = dataset.take_last(next(iter(dataset.counts)), recipe.held_out)
     rng = np.random.default_rng((recipe.loop.seed, 1 << 22))
     noises = [torch.from_numpy(rng.standard_normal(s["latent"].shape, np.float32)) for s in samples]
     times = ((np.arange(len(samples)) + 0.5) / len(samples)).tolist()
@@ -299,7 +294,7 @@ def held_out_error(network: ReducioDiT, objective: Objective, batch: Batch) -> f
 
 
 def _check_fits(config: DiTConfig, dataset: LatentDataset) -> None:
-    sample = dataset.sample(dataset.buckets[0], 0, check=True)
+    sample = dataset.sample(next(iter(dataset.counts)), 0, check=True)
     wanted = {
         "caption_channels": (sample["text"].shape[-1], config.caption_channels),
         "latent_channels": (sample["latent"].shape[0], config.latent_channels),
