@@ -21,6 +21,7 @@ from .strict_files import (
     CONFIG,
     WEIGHTS,
     check_component,
+    check_fit,
     load_tensors,
     read_json,
     report,
@@ -67,13 +68,7 @@ def pipeline_networks(pipeline: Any) -> list[nn.Module]:
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Make `tensors` the weights of `module`, all or nothing. `where` names their file in the report."""
-    expected = module.state_dict()
-    misshapen = [
-        f"{n} {list(t.shape)} instead of {list(expected[n].shape)}"
-        for n, t in tensors.items()
-        if n in expected and t.shape != expected[n].shape
-    ]
-    report(where, [n for n in expected if n not in tensors], [n for n in tensors if n not in expected], misshapen)
+    check_fit(where, module.state_dict(), tensors)
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
