@@ -107,10 +107,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     variant: str | None = None,
+    weights: Path | None = None,
 ) -> _Model:
     """Load one of our networks (see PUBLISHED) from its component folder.
 
     `dtype` None keeps what is stored. `variant`: of the weights' files, such as "fp16"; None takes the plain ones.
+    `weights`: a file that is read in their place.
     Raises ReducioError for a missing or broken file, a configuration that does not validate, and weights that do not
     fit it.
     """
@@ -124,8 +126,9 @@ def load_model(
         config = config_class.from_dict(values)
     except (TypeError, ValueError) as error:
         raise ReducioError(f"{folder / CONFIG}: {error}") from error
-    check_component(folder)
-    files = weight_files(folder, variant)
+    if weights is None:
+        check_component(folder)
+    files = weight_files(folder, variant) if weights is None else [weights]
     if not files:
         what = "several safetensors files and no index of shards" if variant is None else f"no {variant} weights"
         raise ReducioError(f"{folder}: holds {what}; call one {WEIGHTS}")
