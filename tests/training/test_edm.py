@@ -193,3 +193,46 @@ def test_a_trained_update_is_loaded_as_pefts(tmp_path: Path):
     assert (trained - plain).abs().max() > 1e-3
     torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(peft, trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_lora(tmp_path: Path):
+    """From videos to a file that the pipeline loads, by the command; stopped and resumed it is the same file."""
+    import numpy as np
+    from safetensors.torch import load_file
+
+    from reducio_fast.cli.main import main
+    from reducio_fast.data import toy_world
+    from reducio_fast.data.curation import manifest
+    from reducio_fast.media.video_files import write_video
+    from reducio_fast.pipelines.peers.models import PEERS, build_random
+
+    build_random(PEERS["svd"], True, torch.float32, torch.device("cpu")).save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    write_video(toy_world.render(toy_world.sample_scene(rng), rng, 64, 12), tmp_path / "clip.mp4", 7)
+    row = dict.fromkeys(manifest.COLUMNS) | {"id": "clip", "video": str(tmp_path / "clip.mp4"), "fps": 7.0}
+    manifest.write([row | {"start": 0, "end": 12, "height": 64, "width": 64}], tmp_path / "clips.parquet")
+    words = [
+        "train",
+        "svd-lora",
+        "--model",
+        f"{tmp_path}/model",
+        "--clips",
+        f"{tmp_path}/clips.parquet",
+        "--no-progress",
+    ]
+    words += ["--recipe", "svd-lora"]
+    changes = ("batch=2", "rank=2", "size=[16, 24]", "num_frames=3", "threads=1")
+    changes += ("loop.steps=4", "loop.warmup_steps=1", "loop.micro_batches=2", "loop.log_every=1", "loop.ema_decay=0.0")
+    words += [w for change in changes for w in ("--set", change)]
+    assert main([*words, "--out", f"{tmp_path}/whole", "--set", "loop.checkpoint_every=4"]) == 0
+    trained = load_file(tmp_path / "whole" / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(t.abs().max() > 0 for n, t in trained.items() if n.endswith("lora_B.weight"))
+    for seconds in ("0.0001", "1000"):  # stopped after one step, then to the end
+        stop = ["--set", "loop.checkpoint_every=1", "--set", f"loop.max_seconds={seconds}"]
+        assert main([*words, "--out", f"{tmp_path}/parts", *stop]) == 0
+    again = load_file(tmp_path / "parts" / "lora" / "pytorch_lora_weights.safetensors")
+    assert trained.keys() == again.keys() and all(torch.equal(t, again[n]) for n, t in trained.items())
+    pipe = SVDPipeline.from_pretrained(tmp_path / "model", device="cpu", backend="reference")
+    pipe.load_lora_weights(tmp_path / "whole" / "lora")
+    assert main([*words, "--out", f"{tmp_path}/bad", "--set", "size=[15, 24]"]) == 2
