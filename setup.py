@@ -15,6 +15,7 @@ setup(
         "reducio_fast.training",
         "reducio_fast.training.tiny",
         "reducio_fast.training.reducio",
+        "reducio_fast.training.svd",
         "reducio_fast.evaluation",
         "reducio_fast.measurement",
         "reducio_fast.pipelines",

@@ -107,6 +107,8 @@ def set_timesteps(
     if sigmas is None:
         scheduler.set_timesteps(num_inference_steps, device=place)
     else:
+        if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"sigmas: a {type(scheduler).__name__} has a schedule of its own and takes none")
         scheduler.set_timesteps(sigmas=list(sigmas), device=place)
     if not has_contents:
         scheduler.timesteps = scheduler.timesteps.to(device)

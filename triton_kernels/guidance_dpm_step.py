@@ -1,7 +1,8 @@
 """guidance_dpm_step: g = u + guidance * (t - u); data = p x + q g; next = a x + b data + c previous.
 
 u and t are the unconditional and conditional halves of a model's output, `previous` is the data prediction of the step
-before. With the right (p, q, a, b, c) a step this is DPM-Solver++ of first or second order, or Euler on a flow.
+before. With the right (p, q, a, b, c) a step this is DPM-Solver++ of first or second order, or Euler on a flow; with
+fresh noise as `previous`, a step of a consistency model.
 Twin: guidance in `reference/sampler.py` and diffusers' `scheduler.step`. Legend: B batch, N elements of all items.
 """
 

@@ -4,6 +4,7 @@ published                                           becomes
 Reducio-VAE release, reducio-ft4-fs32-attn23.ckpt   vae: the same names, less the losses of its training
 PixArt-alpha, .pth or diffusers folder              transformer: where the training of a Reducio-DiT starts
 SD 2.1 or SDXL VAE, diffusers folder or LDM names   content_encoder
+Stability's file of a whole SVD model               a model folder (see `convert_svd`)
 
 Pickles are read by torch's restricted unpickler, which makes tensors and plain values and calls nothing. Names and
 shapes are compared with the configured network, built on the meta device, before a byte is written.
@@ -27,10 +28,11 @@ from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, Reducio
 from ..system.atomic_files import new_folder, written_whole
 from ..system.errors import ReducioError
 from . import hub, null_caption, published_names
+from .convert_svd import convert_single_file, is_single_file
 from .foreign_files import read_weights
 from .layouts import REDUCIO
 from .networks import load_model
-from .strict_files import CONFIG, INDEX, WEIGHTS, read_json, report, save_tensors, version, write_json
+from .strict_files import CONFIG, INDEX, WEIGHTS, check_fit, read_json, save_tensors, version, write_json
 
 # Of diffusers' AutoencoderKL; one architecture, two scales of the latent.
 _SD_VAE = {
@@ -90,13 +92,20 @@ def convert(
     `component` (vae, transformer, content_encoder) and `preset` (see PRESETS) are found from the names and shapes where
     they can be; `config` overrides single fields. `dtype` None keeps what is stored. `null_text` says where the null
     caption of a PixArt is that has none itself (see `null_caption`). Returns what was written, left out and freshly
-    initialised. Raises ReducioError for a file that cannot be read without running code, and for any
-    missing, unexpected or misshapen tensor; then nothing is written.
+    initialised. A single file of Stable Video Diffusion becomes a whole model folder, `preset` its frames (svd, svd-xt:
+    14, 25; by default its name says it).
+
+    Raises ReducioError for a file that cannot be read without running code, and for any missing, unexpected or
+    misshapen tensor; then nothing is written.
     """
     if (out is None) == (into is None):
         raise ReducioError(f"convert: give out or into, not {'neither' if out is None else 'both'}")
     path = hub.find_weights(source, component)
     tensors, stated = read_weights(path, component)
+    if component is None and is_single_file(tensors):
+        if out is None or null_text is not None:
+            raise ReducioError(f"{path}: is a whole model and makes a folder of its own; give out, and no null_text")
+        return convert_single_file(path, tensors, Path(out).expanduser(), preset, config, dtype)
     name = component or _recognise(path, tensors)
     if name not in PRESETS:
         raise ReducioError(f"component: must be one of {', '.join(PRESETS)}, is {name!r}")
@@ -159,17 +168,6 @@ def _recognise(path: Path, tensors: Mapping[str, Tensor]) -> str:
 # ---- the three components ----------------------------------------------------------------------------------------
 
 
-def _fit(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> None:
-    """Raise one ReducioError that lists all names that are missing, unexpected or of another shape."""
-    misshapen = [
-        f"{n} {list(t.shape)} instead of {list(expected[n].shape)}"
-        for n, t in tensors.items()
-        if n in expected and t.shape != expected[n].shape
-    ]
-    missing = [n for n in expected if n not in tensors and n not in fresh]
-    report(path, missing, [n for n in tensors if n not in expected], misshapen)
-
-
 def _skeleton(make: Callable[[], nn.Module], argument: str) -> nn.Module:
     """A network without memory for its weights."""
     try:
@@ -202,7 +200,7 @@ def _make_vae(
         base = dataclasses.replace(base, temporal_factor=2 ** sum(k.ndim == 5 and k.shape[2] == 3 for k in kernels))
     final = _configured(VAEConfig, base, {n: v for n, v in stated.items() if not n.startswith("_")} | config)
     expected = _skeleton(lambda: ReducioVAE(final), "config").state_dict()
-    _fit(path, expected, tensors)
+    check_fit(path, expected, tensors)
     return Component("vae", _head("vae") | final.to_dict(), {n: tensors[n] for n in expected}, left_out, [])
 
 
@@ -239,7 +237,7 @@ def _make_transformer(
     elif null_text is not None:
         raise ReducioError(f"null_text: {path} has its own")
     fresh = [n for n in expected if n not in state and any(part in n for part in published_names.PIXART_LACKS)]
-    _fit(path, expected, state, fresh)
+    check_fit(path, expected, state, fresh)
     start = _fresh_transformer(final, fresh)
     weights = {n: start[n].to(state["proj_out.weight"].dtype) if n in fresh else state[n] for n in expected}
     # The size is the preset's: coordinates, and `position_base_size` with them, may be of another scale.
@@ -280,7 +278,7 @@ def _make_content_encoder(
         # The attention was once written as 1x1 convolutions.
         if n in expected and expected[n].ndim == 2 and t.ndim == 4 and t.shape[2:] == (1, 1):
             tensors[n] = t.flatten(1)
-    _fit(path, expected, tensors)
+    check_fit(path, expected, tensors)
     settings = {n: v for n, v in json.loads(network.to_json_string()).items() if n != "_name_or_path"}
     return Component("content_encoder", settings, {n: tensors[n] for n in expected}, left_out, [])
 

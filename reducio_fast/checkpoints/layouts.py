@@ -108,8 +108,8 @@ SVD = Layout(
     pipeline="StableVideoDiffusionPipeline",
     components=(
         Component(name="vae", stage="vae.decode", also="image.encode"),
-        Component(name="unet", stage="dit.step"),
-        Component(name="scheduler"),
+        Component(name="unet", stage="dit.step", source="a .safetensors file or folder of other U-Net weights"),
+        Component(name="scheduler", source="euler, dpm-solver++ or consistency"),
         Component(name="image_encoder", stage="image.encode"),
         Component(name="feature_extractor"),
         Component(

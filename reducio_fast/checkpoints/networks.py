@@ -21,6 +21,7 @@ from .strict_files import (
     CONFIG,
     WEIGHTS,
     check_component,
+    check_fit,
     load_tensors,
     read_json,
     report,
@@ -67,13 +68,7 @@ def pipeline_networks(pipeline: Any) -> list[nn.Module]:
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Make `tensors` the weights of `module`, all or nothing. `where` names their file in the report."""
-    expected = module.state_dict()
-    misshapen = [
-        f"{n} {list(t.shape)} instead of {list(expected[n].shape)}"
-        for n, t in tensors.items()
-        if n in expected and t.shape != expected[n].shape
-    ]
-    report(where, [n for n in expected if n not in tensors], [n for n in tensors if n not in expected], misshapen)
+    check_fit(where, module.state_dict(), tensors)
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
@@ -112,10 +107,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     variant: str | None = None,
+    weights: Path | None = None,
 ) -> _Model:
     """Load one of our networks (see PUBLISHED) from its component folder.
 
     `dtype` None keeps what is stored. `variant`: of the weights' files, such as "fp16"; None takes the plain ones.
+    `weights`: a file that is read in their place.
     Raises ReducioError for a missing or broken file, a configuration that does not validate, and weights that do not
     fit it.
     """
@@ -129,8 +126,9 @@ def load_model(
         config = config_class.from_dict(values)
     except (TypeError, ValueError) as error:
         raise ReducioError(f"{folder / CONFIG}: {error}") from error
-    check_component(folder)
-    files = weight_files(folder, variant)
+    if weights is None:
+        check_component(folder)
+    files = weight_files(folder, variant) if weights is None else [weights]
     if not files:
         what = "several safetensors files and no index of shards" if variant is None else f"no {variant} weights"
         raise ReducioError(f"{folder}: holds {what}; call one {WEIGHTS}")

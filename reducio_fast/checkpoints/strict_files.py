@@ -205,6 +205,17 @@ def report(where: Path, missing: list[str], unexpected: list[str], misshapen: li
         raise ReducioError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")
 
 
+def check_fit(where: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fresh: Any = ()) -> None:
+    """`report` of tensors that are to take the places of `expected`; those named in `fresh` may be missing."""
+    misshapen = [
+        f"{n} {list(t.shape)} instead of {list(expected[n].shape)}"
+        for n, t in tensors.items()
+        if n in expected and t.shape != expected[n].shape
+    ]
+    missing = [n for n in expected if n not in tensors and n not in fresh]
+    report(where, missing, [n for n in tensors if n not in expected], misshapen)
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors by name; those that share memory, as tied weights do, each for itself."""
     own, storages = {}, set()

@@ -17,13 +17,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SOURCE", help="a .ckpt, .pth or .safetensors file, a diffusers folder, a hub id (owner/name)"
     )
-    options.add_out(parser, "PATH", "the component folder to write; with --to official the file", required=False)
+    options.add_out(
+        parser,
+        "PATH",
+        "the component's or, of a whole SVD, the model's folder; with --to official the file",
+        required=False,
+    )
     parser.add_argument("--into", metavar="DIR", help="the model folder to put it in, made if there is none")
     parser.add_argument("--to", choices=("ours", "official"), default="ours", help="(default: ours)")
     parser.add_argument(
         "--component", choices=("vae", "transformer", "content_encoder"), help="(default: by its names)"
     )
-    parser.add_argument("--preset", help="such as reducio-ft2, reducio-1024, sdxl (default: by its shapes)")
+    parser.add_argument(
+        "--preset", help="such as reducio-ft2, reducio-1024, sdxl, svd-xt (default: by its shapes or name)"
+    )
     parser.add_argument("--config", metavar="JSON", help="a file with fields to put over the preset's")
     parser.add_argument(
         "--null-text",

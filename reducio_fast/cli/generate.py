@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..checkpoints.layouts import REDUCIO
+from ..checkpoints.layouts import REDUCIO, SVD
 from ..system.errors import ReducioError
 from . import options
 from .printing import Printed
 
-NAMED = {c.name: c.source for c in REDUCIO.components if c.source}  # components that a folder or hub id can name
+# Components that a folder, hub id or word can name.
+NAMED = {c.name: c.source for family in (SVD, REDUCIO) for c in family.components if c.source}
 FIRST_STAGE = ("num_inference_steps", "guidance_scale")
 
 
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_backend(parser)
     options.add_compile(parser)
     for name, source in NAMED.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="DIR", help=f"{source} (default: the model's)")
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=f"{source} (default: the model's)")
     first_stage = "of the first stage (default: its own)"
     parser.add_argument("--content-num-inference-steps", type=options.positive, help=first_stage)
     parser.add_argument("--content-guidance-scale", type=float, help=first_stage)

@@ -11,13 +11,16 @@ from ..system.errors import ReducioError
 from . import options
 from .printing import Printed
 
-MODELS = ("tiny", "dit", "vae")
+MODELS = ("tiny", "dit", "vae", "svd-tiny", "svd-lora")
 ABLATIONS = ("latent-channels", "fusion", "attention", "condition")  # of training.reducio.ablations
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", choices=MODELS, help="tiny: the embedded model; dit: a transformer; vae: an autoencoder"
+        "what",
+        choices=MODELS,
+        help="tiny: the embedded model; dit: a transformer; vae: an autoencoder; svd-tiny: the embedded SVD; svd-lora: "
+        "a LoRA on SVD's attention over time",
     )
     options.add_out(parser, "DIR", "components, checkpoints and logs go here")
     parser.add_argument(
@@ -28,16 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     options.add_progress(parser)
-    tiny = parser.add_argument_group("tiny")
+    tiny = parser.add_argument_group("tiny and svd-tiny")
     tiny.add_argument("--stages", metavar="A,B", help="only these stages of the recipe")
     tiny.add_argument("--steps-scale", type=float, metavar="X", help="multiplies the steps of every stage")
-    tiny.add_argument("--data", metavar="DIR", help="downloaded film and photographs (default: OUT/data)")
-    sized = parser.add_argument_group("dit and vae; under torchrun for several processes")
+    tiny.add_argument("--data", metavar="DIR", help="tiny: downloaded film and photographs (default: OUT/data)")
+    sized = parser.add_argument_group("dit, vae and svd-lora; under torchrun for several processes")
     sized.add_argument("--recipe", metavar="NAME", help="a TOML file, or a recipe of the package such as dit-256")
     sized.add_argument("--set", action="append", metavar="KEY=VALUE", help="change the recipe, e.g. loop.steps=100")
     sized.add_argument("--latents", metavar="DIR", help="dit: what reducio-fast extract made")
-    sized.add_argument("--model", metavar="DIR", help="dit: its other components (default: the embedded model)")
-    sized.add_argument("--clips", metavar="FILE", help="vae: clips.parquet of reducio-fast curate, or its folder")
+    sized.add_argument(
+        "--model", metavar="DIR", help="dit: its other components (default: the embedded model); svd-lora: the SVD"
+    )
+    sized.add_argument(
+        "--clips", metavar="FILE", help="vae, svd-lora: clips.parquet of reducio-fast curate, or its folder"
+    )
+    sized.add_argument(
+        "--dtype", choices=options.DTYPES, help="svd-lora: of the frozen weights (default: the device's)"
+    )
     sized.add_argument("--lpips", metavar="FILE", help="vae: torchvision's AlexNet (default: no perceptual loss)")
     sized.add_argument(
         "--ablation", choices=ABLATIONS, help="train the recipe once for each variant, and compare held-out clips"
@@ -50,6 +60,8 @@ _OWN = {
     "tiny": ("stages", "steps_scale", "data"),
     "dit": ("recipe", "set", "latents", "model", "price", "ablation", "seeds"),
     "vae": ("recipe", "set", "clips", "lpips", "price", "ablation", "seeds"),
+    "svd-tiny": ("stages", "steps_scale"),
+    "svd-lora": ("recipe", "set", "clips", "model", "dtype", "price"),
 }
 
 
@@ -60,22 +72,30 @@ def run(arguments: argparse.Namespace) -> Printed:
             if name not in own and getattr(arguments, name) is not None:
                 option = name.replace("_", "-")
                 raise ReducioError(f"train {arguments.what} takes no --{option}, which is of train {model}")
-    return {"tiny": _tiny, "dit": _dit, "vae": _vae}[arguments.what](arguments)
+    runs = {"tiny": _tiny, "dit": _dit, "vae": _vae, "svd-tiny": _svd_tiny, "svd-lora": _svd_lora}
+    return runs[arguments.what](arguments)
 
 
 def _tiny(arguments: argparse.Namespace) -> Printed:
     from ..training.tiny.recipe import train
 
-    figures = train(
-        arguments.out,
-        stages=arguments.stages.split(",") if arguments.stages else None,
-        scale=1.0 if arguments.steps_scale is None else arguments.steps_scale,
-        resume=arguments.resume,
-        progress=arguments.progress,
-        device=arguments.device,
-        data=arguments.data,
-        accept_changes=arguments.accept_changes,
-    )
+    return _staged(arguments, train(arguments.out, data=arguments.data, **_stages(arguments), **_shared(arguments)))
+
+
+def _svd_tiny(arguments: argparse.Namespace) -> Printed:
+    from ..training.svd.tiny_recipe import train
+
+    return _staged(arguments, train(arguments.out, **_stages(arguments), **_shared(arguments)))
+
+
+def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "stages": arguments.stages.split(",") if arguments.stages else None,
+        "scale": 1.0 if arguments.steps_scale is None else arguments.steps_scale,
+    }
+
+
+def _staged(arguments: argparse.Namespace, figures: dict[str, dict[str, float]]) -> Printed:
     lines = [f"{stage}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()) for stage, row in figures.items()]
     return {"out": arguments.out, "stages": figures}, [*lines, f"wrote {arguments.out}"]
 
@@ -104,6 +124,19 @@ def _vae(arguments: argparse.Namespace) -> Printed:
         return train_vae(arguments.clips, out, recipe, lpips=arguments.lpips, **_shared(arguments))
 
     return _trained(arguments, train, "vae")
+
+
+def _svd_lora(arguments: argparse.Namespace) -> Printed:
+    _needs(arguments, "model", "recipe", "clips")
+
+    from ..training.recipe_file import load
+    from ..training.svd.lora import LoRARecipe, train_lora
+
+    recipe = load(LoRARecipe, arguments.recipe, arguments.set)
+    figures = train_lora(
+        arguments.model, arguments.clips, arguments.out, recipe, dtype=arguments.dtype, **_shared(arguments)
+    )
+    return _printed(arguments, figures, "lora")
 
 
 def _needs(arguments: argparse.Namespace, *names: str) -> None:

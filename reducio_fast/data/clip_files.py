@@ -37,9 +37,18 @@ class ClipFiles:
         taken.rows, self.rows = self.rows[-count:], self.rows[:-count]
         return taken
 
-    def draw(self, rng: np.random.Generator, count: int, rate: float, size: int, least_area: float) -> Tensor:
-        """A clip float32 [3, T, size, size] in [-1, 1]: every round(fps / rate)-th frame from a random one on, a random
-        square crop of at least `least_area` of the largest one, mirrored in half of the cases."""
+    def draw(
+        self,
+        rng: np.random.Generator,
+        count: int,
+        rate: float,
+        size: int | tuple[int, int],
+        least_area: float,
+        mirror: bool = True,
+    ) -> Tensor:
+        """A clip float32 [3, T, H, W] in [-1, 1]: every round(fps / rate)-th frame from a random one on, a random crop
+        of the shape of `size` (H and W, or both), of at least `least_area` of the largest one, and with `mirror`
+        mirrored in half of the cases."""
         reason = "too short"
         for _ in range(TRIES):
             row = self.rows[rng.integers(len(self.rows))]
@@ -54,7 +63,7 @@ class ClipFiles:
                 reason = str(error)
                 continue
             if len(frames) == count:
-                return crop(frames, rng, size, least_area)
+                return crop(frames, rng, size, least_area, mirror)
         raise ReducioError(f"{self.path}: {TRIES} clips in a row gave no {count} frames; the last one: {reason}")
 
 
@@ -69,13 +78,21 @@ def read_frames(video: str, first: int, step: int, count: int) -> np.ndarray:
     return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
 
 
-def crop(frames_THWC: np.ndarray, rng: np.random.Generator, size: int, least_area: float) -> Tensor:
-    """One square for all frames, resized with antialias."""
+def crop(
+    frames_THWC: np.ndarray,
+    rng: np.random.Generator,
+    size: int | tuple[int, int],
+    least_area: float,
+    mirror: bool = True,
+) -> Tensor:
+    """One rectangle for all frames, resized with antialias."""
+    rows, columns = (size, size) if isinstance(size, int) else size
     height, width = frames_THWC.shape[1:3]
-    side = max(1, round(min(height, width) * rng.uniform(least_area, 1.0) ** 0.5))
-    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    clip = to_unit(np.ascontiguousarray(frames_THWC[:, top : top + side, left : left + side]))
-    clip = F.interpolate(clip, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    if rng.random() < 0.5:
+    scale = min(height / rows, width / columns) * rng.uniform(least_area, 1.0) ** 0.5
+    tall, wide = max(1, round(rows * scale)), max(1, round(columns * scale))
+    top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
+    clip = to_unit(np.ascontiguousarray(frames_THWC[:, top : top + tall, left : left + wide]))
+    clip = F.interpolate(clip, (rows, columns), mode="bilinear", antialias=True, align_corners=False)
+    if mirror and rng.random() < 0.5:
         clip = clip.flip(-1)
     return torch.clamp(clip, -1, 1).transpose(0, 1)

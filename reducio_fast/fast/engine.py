@@ -117,8 +117,8 @@ class Engine:
         generator: torch.Generator,
         sigmas: Sequence[float] | None = None,
     ) -> Tensor:
-        """See `fast.sampler.sample`; no scheduler that it follows draws noise, so `generator` is not read."""
-        return sampler.sample(denoise, scheduler, latent, num_inference_steps, callback, sigmas)
+        """See `fast.sampler.sample`."""
+        return sampler.sample(denoise, scheduler, latent, num_inference_steps, callback, generator, sigmas)
 
     def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
         """The dtype in which twins of `stored` weights run on `device`, and why."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..compile.graphs import Graphs
 from ..reference.sampler import Callback, check_finite, end_step
-from .solver_tables import coefficients, input_scales
+from ..reference.svd.consistency import fresh_noise
+from .solver_tables import coefficients, draws_noise, input_scales
 
 
 class Denoiser(Protocol):
@@ -46,6 +47,7 @@ def sample(
     latent: Tensor,
     num_inference_steps: int,
     callback: Callback | None = None,
+    generator: torch.Generator | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> Tensor:
     """Denoise unit noise [B, ...]; arguments, results and errors as in the reference's `sample`.
@@ -72,7 +74,9 @@ def sample(
         return denoise.update(prediction.contiguous(), latent.contiguous(), previous, row)
 
     run = advance if denoise.graphs is None else functools.partial(denoise.graphs, "dit.step", advance)
+    renews = draws_noise(scheduler) and len(table) > 1
     for step in range(len(table)):
+        previous = fresh_noise(latent, generator) if renews else previous
         scale = None if scales is None else scales[step]
         latent, previous = run(latent, previous, inputs[step], table[step], scale)
         latent, go_on = end_step(callback, step, timesteps[step], latent)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference.sampler import set_timesteps
+from ..reference.svd.consistency import ConsistencyScheduler, data_prediction
 from ..triton_kernels.guidance_dpm_step import OP
 
 
@@ -40,18 +41,8 @@ def dpm_coefficients(scheduler: Any) -> Tensor:
             return 1 - sigma, sigma
         return 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
 
-    def log_snr(sigma: float) -> float:
-        alpha, sigma = alpha_sigma(sigma)
-        return (math.log(alpha) if alpha else -math.inf) - (math.log(sigma) if sigma else -math.inf)
-
-    steps = len(sigmas) - 1
-    lower_at_end = (
-        config["euler_at_final"]
-        or (config["lower_order_final"] and steps < 15)
-        or config["final_sigmas_type"] == "zero"
-    )
     rows = []
-    for i in range(steps):
+    for i, (a, b, c) in enumerate(_solver_rows(config, sigmas, alpha_sigma)):
         alpha, sigma = alpha_sigma(sigmas[i])
         if config["prediction_type"] == "epsilon":
             p, q = 1 / alpha, -sigma / alpha
@@ -61,6 +52,27 @@ def dpm_coefficients(scheduler: Any) -> Tensor:
             p, q = 1.0, -sigmas[i]
         else:
             p, q = 0.0, 1.0
+        rows.append((p, q, a, b, c))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _solver_rows(
+    config: dict[str, Any], sigmas: list[float], alpha_sigma: Callable[[float], tuple[float, float]]
+) -> Iterator[tuple[float, float, float]]:
+    """(a, b, c) of the steps of DPM-Solver++ (arXiv 2211.01095), of first or second order."""
+    steps = len(sigmas) - 1
+    lower_at_end = (
+        config["euler_at_final"]
+        or (config["lower_order_final"] and steps < 15)
+        or config["final_sigmas_type"] == "zero"
+    )
+
+    def log_snr(sigma: float) -> float:
+        alpha, sigma = alpha_sigma(sigma)
+        return (math.log(alpha) if alpha else -math.inf) - (math.log(sigma) if sigma else -math.inf)
+
+    for i in range(steps):
+        sigma = alpha_sigma(sigmas[i])[1]
         alpha_next, sigma_next = alpha_sigma(sigmas[i + 1])
         h = log_snr(sigmas[i + 1]) - log_snr(sigmas[i])
         a, b, c = sigma_next / sigma, -alpha_next * math.expm1(-h), 0.0
@@ -72,8 +84,7 @@ def dpm_coefficients(scheduler: Any) -> Tensor:
                 weight = alpha_next * (math.expm1(-h) / h + 1) if h else 0.0
             slope = weight * h / (log_snr(sigmas[i]) - log_snr(sigmas[i - 1]))
             b, c = b + slope, -slope
-        rows.append((p, q, a, b, c))
-    return torch.tensor(rows, dtype=torch.float64)
+        yield a, b, c
 
 
 def euler_coefficients(scheduler: Any) -> Tensor:
@@ -111,12 +122,57 @@ def edm_coefficients(scheduler: Any) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def edm_dpm_coefficients(scheduler: Any) -> Tensor:
+    """(p, q, a, b, c) of every step of an `EDMDPMSolverMultistepScheduler` after `set_timesteps`: float64 [steps, 5].
+
+    The latent is data plus noise of sigma, so that alpha is 1 throughout. Its model input and initial noise are scaled
+    too: see `input_scales`. Raises ValueError for what is not a linear update of two data predictions.
+    """
+    config, sigmas = _sigmas_of(scheduler, "EDMDPMSolverMultistepScheduler")
+    for name, known in (
+        ("algorithm_type", ("dpmsolver++",)),
+        ("solver_order", (1, 2)),
+        ("solver_type", ("midpoint", "heun")),
+        ("prediction_type", ("epsilon", "v_prediction")),
+        ("thresholding", (False,)),
+    ):
+        if config[name] not in known:
+            raise ValueError(f"edm_dpm_coefficients: {name}={config[name]!r} is not one of {known}")
+    rows = []
+    for i, (a, b, c) in enumerate(_solver_rows(config, sigmas, lambda sigma: (1.0, sigma))):
+        p, q = data_prediction(sigmas[i], config["sigma_data"])
+        rows.append((p, q if config["prediction_type"] == "v_prediction" else -q, a, b, c))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def consistency_coefficients(scheduler: ConsistencyScheduler) -> Tensor:
+    """(p, q, a, b, c) of every step of a `ConsistencyScheduler` after `set_timesteps`: float64 [steps, 5].
+
+    In place of the data prediction before, such a step reads fresh noise: see `draws_noise`.
+    """
+    config, sigmas = scheduler.config, scheduler.sigmas.tolist()
+    rows = [
+        (*data_prediction(sigma, config.sigma_data), 0.0, 1.0, following * config.s_noise)
+        for sigma, following in itertools.pairwise(sigmas)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def draws_noise(scheduler: Any) -> bool:
+    """Whether what a step reads as `previous` is fresh noise."""
+    return isinstance(scheduler, ConsistencyScheduler)
+
+
+# Their latents are data plus noise of sigma, which is scaled to unit variance for the network.
+_SCALES_INPUT = ("EulerDiscreteScheduler", "EDMDPMSolverMultistepScheduler", "ConsistencyScheduler")
+
+
 def input_scales(scheduler: Any) -> Tensor | None:
     """What the latent is multiplied by before each step's prediction, float64 [steps]; None where nothing is."""
-    if "EulerDiscreteScheduler" not in (base.__name__ for base in type(scheduler).__mro__):
+    if not any(base.__name__ in _SCALES_INPUT for base in type(scheduler).__mro__):
         return None
     sigmas = scheduler.sigmas.double()[:-1]
-    return (sigmas**2 + 1).rsqrt()
+    return (sigmas**2 + getattr(scheduler.config, "sigma_data", 1.0) ** 2).rsqrt()
 
 
 def euler_rows(sigmas: list[float]) -> Tensor:
@@ -165,7 +221,8 @@ def coefficients(scheduler: Any, steps: int, sigmas: Sequence[float] | None = No
             return rows(scheduler)
     raise ValueError(
         f"{type(scheduler).__name__} has no table of coefficients; the fast sampler follows "
-        "DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler and EulerDiscreteScheduler"
+        "DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, "
+        "EDMDPMSolverMultistepScheduler and ConsistencyScheduler"
     )
 
 
@@ -183,3 +240,5 @@ def _of_diffusers(class_name: str) -> Callable[[Any], bool]:
 register(_of_diffusers("DPMSolverMultistepScheduler"), dpm_coefficients)
 register(_of_diffusers("FlowMatchEulerDiscreteScheduler"), euler_coefficients)
 register(_of_diffusers("EulerDiscreteScheduler"), edm_coefficients)
+register(_of_diffusers("EDMDPMSolverMultistepScheduler"), edm_dpm_coefficients)
+register(lambda scheduler: type(scheduler) is ConsistencyScheduler, consistency_coefficients)

@@ -1,17 +1,22 @@
-"""What every stage of the recipe gets handed: where to write, how to train, where to note the figures it reached."""
+"""A recipe of stages: what each gets handed (where to write, how to train, where to note the figures it reached), and
+the loop that runs them in order."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..system.atomic_files import written_whole
+from ..system.errors import ReducioError
 from .loop import LoopConfig, LossFunction, Outcome, run
-from .processes import Processes
+from .processes import Processes, joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,3 +52,73 @@ class Context:
         with written_whole(self.run_folder(stage) / "figures.json") as path:
             path.write_text(text, encoding="utf-8")
         return figures
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of a recipe: `run(context, settings)` trains and saves; `makes` are the folders it leaves behind."""
+
+    run: Callable[[Context, Any], dict[str, float]]
+    settings: Any
+    makes: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+def run_stages(
+    stages: Mapping[str, Stage],
+    out: str | os.PathLike[str],
+    names: Iterable[str] | None = None,
+    scale: float = 1.0,
+    resume: bool = True,
+    progress: bool = True,
+    device: str = "cpu",
+    data: str | os.PathLike[str] | None = None,
+    accept_changes: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Runs the stages, or those of them that are named, in the recipe's order; returns the figures each reached.
+
+    Raises ReducioError for an unknown stage, a stage whose forerunners have not run, and a scale that is not above 0.
+    """
+    chosen = list(stages) if names is None else list(names)
+    for name in chosen:
+        if name not in stages:
+            raise ReducioError(f"stages={name!r} is not in the recipe; known: {', '.join(stages)}")
+    if not scale > 0:
+        raise ReducioError(f"scale={scale} must be above 0")
+    out, figures = Path(out), {}
+    with joined(device) as processes:
+        if processes.world_size > 1:
+            raise ReducioError(f"WORLD_SIZE={processes.world_size}: the embedded model is trained by one process")
+        context = Context(
+            out=out,
+            data=out / "data" if data is None else Path(data),
+            resume=resume,
+            accept_changes=accept_changes,
+            progress=progress,
+            processes=processes,
+        )
+        for name, stage in stages.items():
+            if name not in chosen:
+                continue
+            for folder in stage.needs:
+                if not (out / folder).is_dir():
+                    maker = next((other for other, entry in stages.items() if folder in entry.makes), "another")
+                    raise ReducioError(
+                        f"stage {name!r} needs {out / folder}, which stage {maker!r} makes; run that first"
+                    )
+            figures[name] = stage.run(context, _scaled(stage.settings, scale))
+    return figures
+
+
+def _scaled(settings: Any, scale: float) -> Any:
+    """The settings with the loop inside them made shorter (or longer) by `scale`, and for a trial run smaller pools."""
+    if scale == 1.0 or not hasattr(settings, "loop"):
+        return settings
+    loop = settings.loop
+    fewer = {
+        "steps": max(1, round(loop.steps * scale)),
+        "warmup_steps": max(1, round(loop.warmup_steps * min(1.0, scale))),
+    }
+    pools = [name for name in ("pool", "held_out_pool", "prompts", "judged") if hasattr(settings, name)]
+    smaller = {name: max(4, round(getattr(settings, name) * min(1.0, scale))) for name in pools}
+    return replace(settings, loop=replace(loop, **fewer), **smaller)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints import networks
+from ...checkpoints import networks, published_svd
 from ...system.errors import ReducioError
 
 # Library (or transformers' configuration class), class, arguments of its configuration.
@@ -53,11 +53,7 @@ def _temporal_vae(*channels: int) -> dict[str, Any]:
 
 _WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _WAN_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-_SVD_SCHEDULER = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
-    "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True, "steps_offset": 1,
-    "timestep_spacing": "leading", "timestep_type": "continuous",
-}  # fmt: skip
+_SVD_SCHEDULER = {name: value for name, value in published_svd.SCHEDULER.items() if name != "_class_name"}
 _CLIP_VIT_H = {
     "hidden_size": 1280,
     "intermediate_size": 5120,

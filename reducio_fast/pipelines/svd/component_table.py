@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from ...checkpoints import diffusers_folders, networks
+from ...checkpoints import diffusers_folders, hub, networks, published_svd, strict_files
 from ...checkpoints.layouts import SVD
-from ...checkpoints.model_folder import Loading
+from ...checkpoints.model_folder import OURS, Loading
 from ...reference.svd.config import TemporalVAEConfig, VideoUNetConfig
+from ...reference.svd.consistency import CONFIG_FILE, ConsistencyConfig, ConsistencyScheduler
 from ...reference.svd.unet import VideoUNet
 from ...reference.svd.vae import TemporalVAE
 from ...system.errors import ReducioError
@@ -22,7 +24,55 @@ def load_vae(loading: Loading) -> TemporalVAE:
 
 
 def load_unet(loading: Loading) -> VideoUNet:
-    return _load(VideoUNet, VideoUNetConfig, loading)
+    """The folder's; or, by its configuration, the weights of a file, as distilled U-Nets are published; or those of
+    another component folder."""
+    if loading.source is None:
+        return _load(VideoUNet, VideoUNetConfig, loading)
+    path = hub.find_weights(loading.source, "unet", "unet")
+    if path.is_dir():
+        path = path / "unet" if (path / "unet").is_dir() else path
+        return networks.load_model(VideoUNet, VideoUNetConfig, path, loading.dtype, loading.device, loading.variant)
+    if path.suffix != ".safetensors":
+        raise ReducioError(f"unet: {str(loading.source)!r} is no .safetensors file; pickles are never loaded")
+    return networks.load_model(VideoUNet, VideoUNetConfig, loading.folder, loading.dtype, loading.device, weights=path)
+
+
+def load_scheduler(loading: Loading) -> Any:
+    """The folder's, or one by its word."""
+    if loading.source is not None:
+        word = str(loading.source)
+        if word not in SCHEDULERS:
+            raise ReducioError(f"scheduler: {word!r} given; known are {', '.join(SCHEDULERS)}, or give an object")
+        return SCHEDULERS[word]()
+    if (loading.library, loading.class_name) == (OURS, ConsistencyScheduler.__name__):
+        values = strict_files.read_json(loading.folder / CONFIG_FILE)
+        try:
+            return ConsistencyScheduler(ConsistencyConfig.from_dict(values))
+        except (TypeError, ValueError) as error:
+            raise ReducioError(f"{loading.folder / CONFIG_FILE}: {error}") from error
+    return load_foreign(loading)
+
+
+def euler_scheduler() -> Any:
+    """That of the published folders."""
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler.from_config(published_svd.SCHEDULER)
+
+
+def dpm_scheduler() -> Any:
+    """DPM-Solver++ of second order on the same noise levels: fewer steps for the same clip."""
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    schedule = {name: published_svd.SCHEDULER[name] for name in ("sigma_min", "sigma_max", "prediction_type")}
+    return EDMDPMSolverMultistepScheduler(**schedule, sigma_data=1.0)
+
+
+SCHEDULERS: dict[str, Callable[[], Any]] = {
+    "euler": euler_scheduler,
+    "dpm-solver++": dpm_scheduler,
+    "consistency": ConsistencyScheduler,  # for weights that were distilled for it
+}
 
 
 def _load(network_class: Any, config_class: Any, loading: Loading) -> Any:
@@ -50,7 +100,7 @@ def load_text_to_image(loading: Loading) -> Any:
 LOADERS = {
     "vae": load_vae,
     "unet": load_unet,
-    "scheduler": load_foreign,
+    "scheduler": load_scheduler,
     "image_encoder": load_foreign,
     "feature_extractor": load_foreign,
     "text_to_image": load_text_to_image,
@@ -60,7 +110,8 @@ LOADERS = {
 def _refuse_source(loading: Loading) -> None:
     if loading.source is not None:
         raise ReducioError(
-            f"{loading.folder.name}: {str(loading.source)!r} given; only text_to_image can be named, give an object"
+            f"{loading.folder.name}: {str(loading.source)!r} given; only unet, scheduler and text_to_image can be "
+            "named, give an object"
         )
 
 

@@ -8,15 +8,10 @@ each resumes from its checkpoint. Schedules are here; what a stage trains, and o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
-from ...system.errors import ReducioError
 from ..loop import LoopConfig
-from ..processes import joined
-from ..recipe import Context
+from ..recipe import Stage, run_stages
 from .bundle import BundleSettings, export
 from .content_autoencoder import ContentSettings, train_content
 from .image_encoder import SemanticSettings, train_semantic
@@ -24,17 +19,6 @@ from .motion import MotionSettings, train_motion
 from .text_encoder import TextSettings, train_text
 from .text_to_image import TextToImageSettings, train_text_to_image
 from .video_autoencoder import VAESettings, train_vae
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One step of the recipe: `run(context, settings)` trains and saves; `makes` are the folders it leaves behind."""
-
-    run: Callable[[Context, Any], dict[str, float]]
-    settings: Any
-    makes: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-
 
 STAGES: dict[str, Stage] = {
     "text": Stage(
@@ -120,46 +104,14 @@ def train(
         ReducioError: an unknown stage, a stage whose forerunners have not run, a scale that is not above 0, or a
             checkpoint made with another scale.
     """
-    names = list(STAGES) if stages is None else list(stages)
-    for name in names:
-        if name not in STAGES:
-            raise ReducioError(f"stages={name!r} is not in the recipe; known: {', '.join(STAGES)}")
-    if not scale > 0:
-        raise ReducioError(f"scale={scale} must be above 0")
-    out, figures = Path(out), {}
-    with joined(device) as processes:
-        if processes.world_size > 1:
-            raise ReducioError(f"WORLD_SIZE={processes.world_size}: the embedded model is trained by one process")
-        context = Context(
-            out=out,
-            data=out / "data" if data is None else Path(data),
-            resume=resume,
-            accept_changes=accept_changes,
-            progress=progress,
-            processes=processes,
-        )
-        for name, stage in STAGES.items():
-            if name not in names:
-                continue
-            for folder in stage.needs:
-                if not (out / folder).is_dir():
-                    maker = next((other for other, entry in STAGES.items() if folder in entry.makes), "another")
-                    raise ReducioError(
-                        f"stage {name!r} needs {out / folder}, which stage {maker!r} makes; run that first"
-                    )
-            figures[name] = stage.run(context, _scaled(stage.settings, scale))
-    return figures
-
-
-def _scaled(settings: Any, scale: float) -> Any:
-    """The settings with the loop inside them made shorter (or longer) by `scale`, and for a trial run smaller pools."""
-    if scale == 1.0 or not hasattr(settings, "loop"):
-        return settings
-    loop = settings.loop
-    fewer = {
-        "steps": max(1, round(loop.steps * scale)),
-        "warmup_steps": max(1, round(loop.warmup_steps * min(1.0, scale))),
-    }
-    pools = [name for name in ("pool", "held_out_pool", "prompts", "judged") if hasattr(settings, name)]
-    smaller = {name: max(4, round(getattr(settings, name) * min(1.0, scale))) for name in pools}
-    return replace(settings, loop=replace(loop, **fewer), **smaller)
+    return run_stages(
+        STAGES,
+        out,
+        stages,
+        scale,
+        resume=resume,
+        progress=progress,
+        device=device,
+        data=data,
+        accept_changes=accept_changes,
+    )

@@ -1,0 +1,148 @@
+"""The recipe of a LoRA on SVD's attention over time: clips of one kind of camera motion in, a file of megabytes out.
+
+arXiv 2311.15127 taught horizontal moves, zooms and stillness so, at rank 16, in 5,000 steps. Everything but the updates
+is frozen, and what the network is told of a clip is made by the pipeline's own parts. Letters in shapes: B batch, C
+channels, T frames, H W rows and columns.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.clip_files import ClipFiles
+from ...pipelines.svd.conditioner import ImageConditioner
+from ...pipelines.svd.pipeline import SVDPipeline
+from ...reference.svd.sampler import ImageCondition, join
+from ...reference.svd.unet import VideoUNet
+from ...system.errors import ReducioError
+from ..edm import AUGMENTATION, PUBLISHED_LEVELS, NoiseLevels, velocity_error, without_some
+from ..loop import LoopConfig, run
+from ..processes import joined
+from .low_rank import TEMPORAL_ATTENTION, add_updates, save_updates
+
+_LEVELS = PUBLISHED_LEVELS["image-to-video-576x1024"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoRARecipe:
+    """How a LoRA is trained. Sizes of the batch are global: processes and micro-batches share it."""
+
+    loop: LoopConfig
+    batch: int
+    rank: int = 16
+    layers: str = TEMPORAL_ATTENTION  # a regular expression for the paths of linear layers
+    size: tuple[int, int] = (576, 1024)  # rows and columns of the crops
+    least_area: float = 0.8  # of the frame's largest crop of that shape, that a crop shows
+    mirror: bool = False  # half of the clips: a pan to the left would be one to the right
+    num_frames: int | None = None  # None: what the weights were made for
+    rate: float = 7.0  # frames a second of the clips, and what the network is told
+    motion_bucket_id: float = 127.0
+    noise_mean: float = _LEVELS.mean
+    noise_std: float = _LEVELS.std
+    condition_drop: float = 0.1  # clips without their image: what guidance leads away from
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.batch % self.loop.micro_batches:
+            raise ReducioError(f"batch={self.batch} must be a multiple of loop.micro_batches={self.loop.micro_batches}")
+        if not 0 <= self.condition_drop <= 1:
+            raise ReducioError(f"condition_drop={self.condition_drop} must lie in 0..1")
+
+    @property
+    def levels(self) -> NoiseLevels:
+        return NoiseLevels(mean=self.noise_mean, std=self.noise_std)
+
+
+class Losses:
+    """Loss of a batch, drawn from the clips as (seed, step, place in the batch) say."""
+
+    def __init__(self, pipe: SVDPipeline, unet: VideoUNet, clips: ClipFiles, recipe: LoRARecipe) -> None:
+        self.pipe, self.unet, self.clips, self.recipe = pipe, unet, clips, recipe
+        self.frames = recipe.num_frames or unet.config.num_frames
+
+    def __call__(self, step: int, micro: int, _rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        recipe = self.recipe
+        share = recipe.batch // recipe.loop.micro_batches
+        rngs = [np.random.default_rng((recipe.loop.seed, step, micro * share + i)) for i in range(share)]
+        drawn = [self.draw(rng) for rng in rngs]
+        clean = torch.cat([latents for latents, _, _ in drawn])
+        condition = drawn[0][1]
+        for _, more, _ in drawn[1:]:
+            condition = join(condition, more)
+        noise, sigma, dropped = (torch.stack(each) for each in zip(*(rest for *_, rest in drawn), strict=True))
+        condition = without_some(condition, dropped.to(clean.device))
+        error = velocity_error(self.unet, clean, noise.to(clean.device), sigma.to(clean.device), condition)
+        return error.mean(), {"velocity_error": error.mean().detach()}
+
+    @torch.no_grad()
+    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ImageCondition, tuple[Tensor, Tensor, Tensor]]:
+        """A clip's latents [1, T, 4, h, w], what the network is told of it, and noise, noise level and whether the
+        image is left out."""
+        recipe, pipe = self.recipe, self.pipe
+        video = self.clips.draw(rng, self.frames, recipe.rate, recipe.size, recipe.least_area, recipe.mirror)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        conditioner: ImageConditioner = pipe.conditioner
+        images = video.transpose(0, 1)
+        latents = torch.cat([conditioner.encode(frame[None]).float() for frame in images])
+        strength = AUGMENTATION.draw(1, generator)
+        noisy = images[:1] + strength * torch.randn(images[:1].shape, generator=generator)
+        picture = ((images[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+        embeds = conditioner.embed(picture).float()
+        ids = torch.tensor([[recipe.rate - 1, recipe.motion_bucket_id, float(strength)]], device=embeds.device)
+        condition = ImageCondition(embeds, conditioner.encode(noisy).float(), ids)
+        clean = latents[None] * pipe.vae.config.scaling_factor
+        noise = torch.randn(clean.shape[1:], generator=generator)
+        dropped = torch.rand((), generator=generator) < recipe.condition_drop
+        return clean, condition, (noise, recipe.levels.draw(1, generator)[0], dropped)
+
+
+def train_lora(
+    model: str | os.PathLike[str],
+    clips: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: LoRARecipe,
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+    resume: bool = True,
+    accept_changes: bool = False,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Trains a LoRA for the SVD model `model` and writes `out/lora`. Returns the last logged figures, with `steps` and
+    `seconds`.
+
+    Args:
+        model: a folder or hub id of Stable Video Diffusion.
+        clips: a manifest of `reducio-fast curate`.
+        dtype: of the frozen weights; the updates are float32.
+    """
+    files = ClipFiles(clips)
+    with joined(device, recipe.threads) as processes:
+        folder = SVDPipeline.find_folder(model)
+        pipe = SVDPipeline.from_pretrained(folder, dtype=dtype, device=str(processes.device), backend="reference")
+        factor = pipe.vae.config.spatial_factor
+        if any(side % factor for side in recipe.size):
+            raise ReducioError(f"size={list(recipe.size)}: must be multiples of {factor}")
+        torch.manual_seed(recipe.loop.seed)
+        updates = add_updates(pipe.unet, recipe.rank, recipe.layers)
+        outcome = run(
+            "svd-lora",
+            updates,
+            Losses(pipe, pipe.unet, files, recipe),
+            recipe.loop,
+            Path(out) / "runs" / "svd-lora",
+            processes,
+            resume,
+            accept_changes,
+            progress,
+        )
+        if processes.first:
+            updates.load_state_dict(outcome.averaged)
+            save_updates(updates, Path(out) / "lora")
+        processes.barrier()
+    return outcome.figures(processes.world_size)
