@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from ...memory.dry_run import META, DryRun, without_weights
 from ...memory.forecast import Stage
 from ...reference import Condition, initial_latent
+from ...system.errors import ReducioError
 from ..call.request import Embeds
 from ..execution.components import Components
 from ..execution.decoding import Decoding, TiledDecoder
 from ..execution.drawing import draw_image
 from ..execution.executor import Executor
+from ..execution.first_stage import FirstStage
 from ..execution.sampling import Sampler
 from .conditioner import Conditioner
 
@@ -43,9 +46,15 @@ class DryStages:
         self.decoder = TiledDecoder(self.components, self.executor)
         self.decoder.tiling = tiling
         self.condition: dict[str, Any] = {}  # what the encoders returned
+        self.first_stage = FirstStage(lambda: self.components["text_to_image"], self.executor)
+        live = FirstStage(lambda: components["text_to_image"], executor)
+        self.drawing_twins: Any = ()  # where diffusers draws, none
+        if components["text_to_image"] is not None and live.obstacle() is None:
+            with suppress(ReducioError):
+                self.drawing_twins = self.first_stage.twins()
         layout = self.components.layout
         denoiser, decoder = (self.executor.network(name) for name in (layout.denoiser, layout.decoder))
-        dry.given(*self.components.networks(), denoiser, decoder)
+        dry.given(*self.components.networks(), denoiser, decoder, *self.drawing_twins)
         dry.remember(*denoiser.transformer_blocks)
         dry.remember(decoder.decoder, decoder.encoder_2d)
 
@@ -74,6 +83,10 @@ class DryStages:
         if pipeline is None:
             return 0
         kwargs = {"num_inference_steps": STEPS}
+        if self.drawing_twins:
+            asked = self.first_stage.arguments(kwargs, height, width)
+            self.dry.unfolding = False  # the twins call oneDNN at every size
+            return self.dry.peak_of(self.first_stage.pixels, self.drawing_twins, PROMPT, "", generator, asked)[1]
         try:
             # Pixels have no contents here: the drawing ends where its decoder does.
             pipeline.image_processor.postprocess = lambda *_, **__: np.zeros((1, height, width, 3), np.float32)
