@@ -57,18 +57,21 @@ class FirstStage:
     def line(self) -> str:
         """For the report: what draws, and why."""
         try:
-            self.twins()
+            self._networks()
         except ReducioError as error:
             return f"diffusers: {error}"
-        return "fast: the transformer and the decoder of the picture run as twins"
+        return "fast: its transformer and decoder run as twins"
 
     def twins(self) -> tuple[Any, Any]:
         """Of the transformer and of the autoencoder. Raises ReducioError, with the reason, where diffusers draws."""
+        transformer, vae = self._networks()
+        return self.executor.engine.twin(transformer), self.executor.engine.twin(vae)
+
+    def _networks(self) -> tuple[Any, Any]:
         pipeline = self.pipeline()
         if (why := self.obstacle()) is not None:
             raise ReducioError(why)
-        engine = self.executor.engine
-        return tuple(engine.twin(self._adopted(name, getattr(pipeline, name))) for name in ("transformer", "vae"))  # type: ignore[return-value]
+        return self._adopted("transformer", pipeline.transformer), self._adopted("vae", pipeline.vae)
 
     def obstacle(self) -> str | None:
         """Why diffusers draws, where that shows without a look at the networks."""

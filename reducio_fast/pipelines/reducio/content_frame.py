@@ -41,6 +41,10 @@ class ContentFrame:
         size = request.height, request.width
         return self.draw(clip.prompt, clip.negative_prompt, *size, clip.generator, progress, kwargs, on_step)
 
+    @property
+    def line(self) -> str:
+        return self.first_stage.line
+
     def draw(
         self,
         prompt: str,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ...memory.dry_run import META, DryRun, without_weights
 from ...memory.forecast import Stage
@@ -48,7 +50,7 @@ class DryStages:
         self.condition: dict[str, Any] = {}  # what the encoders returned
         self.first_stage = FirstStage(lambda: self.components["text_to_image"], self.executor)
         live = FirstStage(lambda: components["text_to_image"], executor)
-        self.drawing_twins: Any = ()  # where diffusers draws, none
+        self.drawing_twins: Sequence[Any] = ()  # where diffusers draws, none
         if components["text_to_image"] is not None and live.obstacle() is None:
             with suppress(ReducioError):
                 self.drawing_twins = self.first_stage.twins()
@@ -63,7 +65,7 @@ class DryStages:
         frame = np.zeros((height, width, 3), np.uint8)
         shape = self.decoder.config.latent_shape(height, width)
         return [
-            self._stage("content.generate", lambda: self._draw(height, width, generator)),
+            self._stage("content.generate", lambda: self._draw(height, width, generator), self.drawing_twins),
             self._stage("text.encode", self._encode_text),
             self._stage("image.encode", lambda: self._encode_image(frame)),
             self._stage("dit.step", lambda: self._sample(shape, generator)),
@@ -73,8 +75,8 @@ class DryStages:
     def decoding(self, height: int, width: int, decoding: Decoding) -> Stage:
         return self._stage("vae.decode", lambda: self._decode(height, width, decoding))
 
-    def _stage(self, name: str, run: Any) -> Stage:
-        return Stage(name, self.executor.networks_of(name), run)
+    def _stage(self, name: str, run: Any, further: Sequence[nn.Module] = ()) -> Stage:
+        return Stage(name, [*self.executor.networks_of(name), *further], run)
 
     def _draw(self, height: int, width: int, generator: torch.Generator) -> int | None:
         """Of the text-to-image stage, which may be any diffusers pipeline."""
