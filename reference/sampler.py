@@ -7,9 +7,10 @@ PixArt-alpha's. Nothing here reads a number back from the device inside the loop
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +58,71 @@ def guided(model: Denoiser, scale: float | Tensor) -> Denoiser:
     return denoise
 
 
+Mode = Literal["guided", "reused", "conditional"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shortcuts:
+    """Work that a sampler leaves out.
+
+    guidance_interval: share of the steps, from the first noise on, where guidance begins and ends (arXiv 2404.07724);
+        outside the condition alone is computed, half of a guided step's work.
+    guidance_reuse: of as many guided steps one computes both halves, the others keep its difference between them.
+    cache_threshold: relative change of the first block's residual up to which the other blocks' is kept from the last
+        step that computed it ("first-block cache"); 0 computes all. Only the fast twins follow it.
+    """
+
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_reuse: int = 1
+    cache_threshold: float = 0.0
+
+    def modes(self, steps: int) -> list[Mode]:
+        """How each step predicts."""
+        start, stop = self.guidance_interval
+        modes: list[Mode] = []
+        since = self.guidance_reuse  # steps since both halves were computed
+        for step in range(steps):
+            if not start * steps <= step < stop * steps:
+                modes.append("conditional")
+                since = self.guidance_reuse
+            elif since >= self.guidance_reuse:
+                modes.append("guided")
+                since = 1
+            else:
+                modes.append("reused")
+                since += 1
+        return modes
+
+
+NO_SHORTCUTS = Shortcuts()
+
+
+class Guided:
+    """Classifier-free guidance whose steps may be cheaper: called as `guided(...)` is, `predict` takes the mode too.
+
+    both(latent, timestep) -> predictions [2B, ...], the unconditional half first; conditional(latent, timestep) ->
+    [B, ...]. `scale` as in `guided`.
+    """
+
+    def __init__(self, both: Denoiser, conditional: Denoiser, scale: float | Tensor) -> None:
+        self.both, self.conditional, self.scale = both, conditional, scale
+        self.difference: Tensor | None = None  # with the condition minus without, of the last step that computed both
+
+    def __call__(self, latent: Tensor, timestep: Tensor) -> Tensor:
+        return self.predict(latent, timestep, "guided")
+
+    def predict(self, latent: Tensor, timestep: Tensor, mode: Mode) -> Tensor:
+        if mode == "guided":
+            without, with_condition = self.both(latent, timestep).chunk(2)
+            self.difference = with_condition - without
+        else:
+            with_condition = self.conditional(latent, timestep)
+            if mode == "conditional" or self.difference is None:
+                return with_condition
+            without = with_condition - self.difference
+        return without + self.scale * (with_condition - without)
+
+
 @torch.no_grad()
 def sample(
     denoise: Denoiser,
@@ -66,28 +132,33 @@ def sample(
     callback: Callback | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[int] | None = None,
+    shortcuts: Shortcuts = NO_SHORTCUTS,
 ) -> Tensor:
     """Denoise `latent`, unit noise [B, ...], and return the latent in its dtype and shape.
 
     `denoise(latent, timestep)` predicts what the scheduler was set up for, in the dtype of the latent.
     `callback(step, timestep, latent)` runs after each step: a tensor replaces the latent; False, or raising
-    `StopSampling`, ends the loop. `generator` feeds the schedulers that draw noise at each step. `sigmas`: one more
-    than there are steps, in place of the scheduler's own.
+    `StopSampling`, ends the loop. `generator` feeds the schedulers that draw noise at each step. `sigmas`, one more
+    than there are steps, or `timesteps`, falling: in place of the scheduler's own. `shortcuts` other than none need a
+    `Guided` denoiser where they are about guidance.
 
     Raises ValueError where there is no step to take and, naming the step, where the latent stops being finite.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
-    set_timesteps(scheduler, num_inference_steps, latent.device, sigmas)
+    set_timesteps(scheduler, num_inference_steps, latent.device, sigmas, timesteps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # spares the scheduler a search, on the device, for the first timestep
     scale_input = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
     noise_source = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     latent = latent * getattr(scheduler, "init_noise_sigma", 1.0)
     finite: list[Tensor] = []
+    modes = shortcuts.modes(len(scheduler.timesteps)) if isinstance(denoise, Guided) else None
 
     for step, timestep in enumerate(scheduler.timesteps):
-        prediction = denoise(scale_input(latent, timestep), timestep)
+        scaled = scale_input(latent, timestep)
+        prediction = denoise(scaled, timestep) if modes is None else denoise.predict(scaled, timestep, modes[step])
         latent = scheduler.step(prediction, timestep, latent, **noise_source, return_dict=False)[0]
         latent, go_on = end_step(callback, step, timestep, latent)
         finite.append(torch.isfinite(latent).all())
@@ -99,19 +170,32 @@ def sample(
 
 
 def set_timesteps(
-    scheduler: Any, num_inference_steps: int, device: torch.device | str, sigmas: Sequence[float] | None = None
+    scheduler: Any,
+    num_inference_steps: int,
+    device: torch.device | str,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[int] | None = None,
 ) -> None:
-    """The scheduler's own schedule, or along `sigmas`, one more than there are steps."""
+    """The scheduler's own schedule, or along `sigmas`, one more than there are steps, or at `timesteps`."""
     has_contents = torch.device(device).type != "meta"  # of a dry run: EDM schedules read their sigmas
     place = device if has_contents else "cpu"
-    if sigmas is None:
-        scheduler.set_timesteps(num_inference_steps, device=place)
-    else:
+    if sigmas is not None:
         if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"sigmas: a {type(scheduler).__name__} has a schedule of its own and takes none")
         scheduler.set_timesteps(sigmas=list(sigmas), device=place)
+    elif timesteps is not None:
+        scheduler.set_timesteps(timesteps=list(timesteps), device=place)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=place)
     if not has_contents:
         scheduler.timesteps = scheduler.timesteps.to(device)
+
+
+def quadratic_timesteps(steps: int, train_timesteps: int = 1000, power: float = 2.0) -> list[int]:
+    """Falling timesteps that crowd towards the end, where a schedule of equal distances makes its largest error: from
+    t = 50 to 0 in one first-order step. DDIM's "quad" list (arXiv 2010.02502), turned round."""
+    last = train_timesteps - 1
+    return [round(last * (1 - i / steps) ** power) for i in range(steps)]
 
 
 def end_step(callback: Callback | None, step: int, timestep: Tensor, latent: Tensor) -> tuple[Tensor, bool]:

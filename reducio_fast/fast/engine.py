@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..compile.compiled_blocks import Regions, adopt, connect
 from ..compile.graphs import Graphs
-from ..reference.sampler import Callback
+from ..reference.sampler import NO_SHORTCUTS, Callback, Shortcuts
 from ..system.checksum import checksums
 from ..triton_kernels.registry import OPS
 from . import sampler
@@ -116,9 +116,13 @@ class Engine:
         callback: Callback | None,
         generator: torch.Generator,
         sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[int] | None = None,
+        shortcuts: Shortcuts = NO_SHORTCUTS,
     ) -> Tensor:
         """See `fast.sampler.sample`."""
-        return sampler.sample(denoise, scheduler, latent, num_inference_steps, callback, generator, sigmas)
+        return sampler.sample(
+            denoise, scheduler, latent, num_inference_steps, callback, generator, sigmas, timesteps, shortcuts
+        )
 
     def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
         """The dtype in which twins of `stored` weights run on `device`, and why."""

@@ -36,29 +36,15 @@ def dpm_coefficients(scheduler: Any) -> Tensor:
         if config[name] not in known:
             raise ValueError(f"dpm_coefficients: {name}={config[name]!r} is not one of {known}")
 
-    def alpha_sigma(sigma: float) -> tuple[float, float]:
-        if config.get("use_flow_sigmas", False):
-            return 1 - sigma, sigma
-        return 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
-
+    noise = _Noise(config.get("use_flow_sigmas", False))
     rows = []
-    for i, (a, b, c) in enumerate(_solver_rows(config, sigmas, alpha_sigma)):
-        alpha, sigma = alpha_sigma(sigmas[i])
-        if config["prediction_type"] == "epsilon":
-            p, q = 1 / alpha, -sigma / alpha
-        elif config["prediction_type"] == "v_prediction":
-            p, q = alpha, -sigma
-        elif config["prediction_type"] == "flow_prediction":
-            p, q = 1.0, -sigmas[i]
-        else:
-            p, q = 0.0, 1.0
+    for step, (a, b, c) in enumerate(_solver_rows(config, sigmas, noise)):
+        p, q = noise.data(config["prediction_type"], sigmas[step])
         rows.append((p, q, a, b, c))
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _solver_rows(
-    config: dict[str, Any], sigmas: list[float], alpha_sigma: Callable[[float], tuple[float, float]]
-) -> Iterator[tuple[float, float, float]]:
+def _solver_rows(config: dict[str, Any], sigmas: list[float], noise: _Noise) -> Iterator[tuple[float, float, float]]:
     """(a, b, c) of the steps of DPM-Solver++ (arXiv 2211.01095), of first or second order."""
     steps = len(sigmas) - 1
     lower_at_end = (
@@ -67,10 +53,7 @@ def _solver_rows(
         or config["final_sigmas_type"] == "zero"
     )
 
-    def log_snr(sigma: float) -> float:
-        alpha, sigma = alpha_sigma(sigma)
-        return (math.log(alpha) if alpha else -math.inf) - (math.log(sigma) if sigma else -math.inf)
-
+    alpha_sigma, log_snr = noise.alpha_sigma, noise.log_snr
     for i in range(steps):
         sigma = alpha_sigma(sigmas[i])[1]
         alpha_next, sigma_next = alpha_sigma(sigmas[i + 1])
@@ -85,6 +68,109 @@ def _solver_rows(
             slope = weight * h / (log_snr(sigmas[i]) - log_snr(sigmas[i - 1]))
             b, c = b + slope, -slope
         yield a, b, c
+
+
+def unipc_coefficients(scheduler: Any) -> Tensor:
+    """(p, q, a, b, c, d) of every step of a `UniPCMultistepScheduler` (arXiv 2302.04867) after `set_timesteps`: float64
+    [steps, 6], where d weighs the data prediction of two steps ago.
+
+    A step corrects the latent that the step before has predicted, then predicts the next one. All is linear in that
+    latent and the last three data predictions, so the two are one update. Raises ValueError for what is not: third
+    order, thresholding, a solver of its own for the prediction, noise instead of data, a last step of second order.
+    """
+    config, sigmas = _checked(scheduler, "UniPCMultistepScheduler")
+    known_values = (
+        ("solver_order", (1, 2)),
+        ("solver_type", ("bh1", "bh2")),
+        ("prediction_type", ("epsilon", "sample", "v_prediction", "flow_prediction")),
+        ("thresholding", (False,)),
+        ("predict_x0", (True,)),
+        ("solver_p", (None,)),
+    )
+    for name, known in known_values:
+        if config[name] not in known:
+            raise ValueError(f"unipc_coefficients: {name}={config[name]!r} is not one of {known}")
+    order, steps = config["solver_order"], len(sigmas) - 1
+    if order > 1 and not config["lower_order_final"] and not sigmas[-1]:
+        raise ValueError("unipc_coefficients: lower_order_final=False divides by zero at a last sigma of zero")
+    noise = _Noise(config.get("use_flow_sigmas", False))
+    growing = config["solver_type"] == "bh1"
+
+    def orders(step: int) -> int:
+        return min(order, steps - step if config["lower_order_final"] else order, step + 1)
+
+    def parts(step: int) -> tuple[float, float, float, float]:
+        """From sigma `step` to the next: h, the factor of the latent, that of the last data prediction, and B(h)."""
+        h = noise.log_snr(sigmas[step + 1]) - noise.log_snr(sigmas[step])
+        (alpha_next, sigma_next), (_, sigma) = noise.alpha_sigma(sigmas[step + 1]), noise.alpha_sigma(sigmas[step])
+        shrink = math.expm1(-h)
+        return h, sigma_next / sigma, -alpha_next * shrink, alpha_next * (-h if growing else shrink)
+
+    def ratio(step: int, h: float) -> float:
+        return (noise.log_snr(sigmas[step - 1]) - noise.log_snr(sigmas[step])) / h
+
+    def predicted(step: int) -> tuple[float, float, float]:
+        """Factors of the corrected latent and of the last two data predictions."""
+        h, a, b, growth = parts(step)
+        if orders(step) == 1:
+            return a, b, 0.0
+        slope = growth * 0.5 / ratio(step, h)
+        return a, b + slope, -slope
+
+    def corrected(step: int) -> tuple[float, float, float]:
+        """What the data predictions of this step and of the last two add to the latent that was predicted for it."""
+        before = step - 1
+        if before < 0 or before in config["disable_corrector"]:
+            return 0.0, 0.0, 0.0
+        h, _, b, growth = parts(before)
+        _, b_before, c_before = predicted(before)
+        if orders(before) == 1:
+            return -growth * 0.5, b + growth * 0.5 - b_before, -c_before
+        # The two weights fit the first two moments of exp(-h): rows [1, 1] and [ratio, 1] of a linear system.
+        hh, r = -h, ratio(before, h)
+        scale = growth / noise.alpha_sigma(sigmas[step])[0]
+        first = math.expm1(hh) / hh - 1
+        second = (first / hh - 0.5) * 2 / scale
+        first = first / scale
+        older = (second - first) / (r - 1)
+        newest = first - older
+        slope = growth * older / r
+        return -growth * newest, b + slope + growth * newest - b_before, -slope - c_before
+
+    rows = []
+    for step in range(steps):
+        a, b, c = predicted(step)
+        now, last, older = corrected(step)
+        p, q = noise.data(config["prediction_type"], sigmas[step])
+        rows.append((p, q, a, b + a * now, c + a * last, a * older))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+class _Noise:
+    """What a sigma means: the shares of data and noise in a latent, on a flow, under preserved or exploding variance."""
+
+    def __init__(self, flow: bool = False, exploding: bool = False) -> None:
+        self.flow, self.exploding = flow, exploding
+
+    def alpha_sigma(self, sigma: float) -> tuple[float, float]:
+        if self.exploding:
+            return 1.0, sigma
+        if self.flow:
+            return 1 - sigma, sigma
+        return 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
+
+    def log_snr(self, sigma: float) -> float:
+        alpha, sigma = self.alpha_sigma(sigma)
+        return (math.log(alpha) if alpha else -math.inf) - (math.log(sigma) if sigma else -math.inf)
+
+    def data(self, prediction_type: str, sigma: float) -> tuple[float, float]:
+        """Factors of latent and prediction in the prediction of the data."""
+        alpha, noise = self.alpha_sigma(sigma)
+        if prediction_type == "epsilon":
+            return 1 / alpha, -noise / alpha
+        if prediction_type == "v_prediction":
+            return alpha, -noise
+        return (1.0, -sigma) if prediction_type == "flow_prediction" else (0.0, 1.0)
 
 
 def euler_coefficients(scheduler: Any) -> Tensor:
@@ -139,7 +225,7 @@ def edm_dpm_coefficients(scheduler: Any) -> Tensor:
         if config[name] not in known:
             raise ValueError(f"edm_dpm_coefficients: {name}={config[name]!r} is not one of {known}")
     rows = []
-    for i, (a, b, c) in enumerate(_solver_rows(config, sigmas, lambda sigma: (1.0, sigma))):
+    for i, (a, b, c) in enumerate(_solver_rows(config, sigmas, _Noise(exploding=True))):
         p, q = data_prediction(sigmas[i], config["sigma_data"])
         rows.append((p, q if config["prediction_type"] == "v_prediction" else -q, a, b, c))
     return torch.tensor(rows, dtype=torch.float64)
@@ -212,17 +298,19 @@ def register(knows: Callable[[Any], bool], rows: Callable[[Any], Tensor]) -> Non
     _tables.append((knows, rows))
 
 
-def coefficients(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None) -> Tensor:
-    """[steps, 5] of a schedule, the scheduler's own or along `sigmas`, whose timesteps are then set. Raises ValueError
-    where the kernel cannot follow it."""
+def coefficients(
+    scheduler: Any, steps: int, sigmas: Sequence[float] | None = None, timesteps: Sequence[int] | None = None
+) -> Tensor:
+    """[steps, 5] of a schedule, or [steps, 6] of one that looks two steps back: the scheduler's own, or along `sigmas`
+    or `timesteps`, which are then set. Raises ValueError where the kernel cannot follow it."""
     for knows, rows in _tables:
         if knows(scheduler):
-            set_timesteps(scheduler, steps, "cpu", sigmas)
+            set_timesteps(scheduler, steps, "cpu", sigmas, timesteps)
             return rows(scheduler)
     raise ValueError(
         f"{type(scheduler).__name__} has no table of coefficients; the fast sampler follows "
-        "DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, "
-        "EDMDPMSolverMultistepScheduler and ConsistencyScheduler"
+        "DPMSolverMultistepScheduler, UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler, "
+        "EulerDiscreteScheduler, EDMDPMSolverMultistepScheduler and ConsistencyScheduler"
     )
 
 
@@ -238,6 +326,7 @@ def _of_diffusers(class_name: str) -> Callable[[Any], bool]:
 
 
 register(_of_diffusers("DPMSolverMultistepScheduler"), dpm_coefficients)
+register(_of_diffusers("UniPCMultistepScheduler"), unipc_coefficients)
 register(_of_diffusers("FlowMatchEulerDiscreteScheduler"), euler_coefficients)
 register(_of_diffusers("EulerDiscreteScheduler"), edm_coefficients)
 register(_of_diffusers("EDMDPMSolverMultistepScheduler"), edm_dpm_coefficients)

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..reference import ReducioDiT, ReducioVAE
+from ..reference.reducio.image_vae import ImageVAE
+from ..reference.reducio.pixart import PixArt
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import TemporalVAE
 from ..system.devices import DTYPES
 from .reducio.dit import FastReducioDiT
+from .reducio.image_vae import FastImageVAE
+from .reducio.pixart import FastPixArt
 from .reducio.vae import FastReducioVAE
 from .svd.unet import FastVideoUNet
 from .svd.vae import FastTemporalVAE
@@ -24,6 +28,8 @@ from .svd.vae import FastTemporalVAE
 TWINS: dict[type[nn.Module], Any] = {
     ReducioDiT: FastReducioDiT,
     ReducioVAE: FastReducioVAE,
+    PixArt: FastPixArt,
+    ImageVAE: FastImageVAE,
     VideoUNet: FastVideoUNet,
     TemporalVAE: FastTemporalVAE,
 }

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..fast.engine import Engine
-from ..fast.twins import difference, parts_of
+from ..reference.reducio.image_vae import ImageVAE, ImageVAEConfig
+from ..reference.reducio.pixart import PixArt, PixArtConfig
 from ..reference.svd.config import TemporalVAEConfig, VideoUNetConfig
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import TemporalVAE
 from ..system.errors import ReducioError
-from .svd.from_diffusers import adopt
+from .execution.foreign_networks import Adoption
 
 
 class Acceleration:
@@ -44,9 +45,10 @@ class Acceleration:
 def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
     """Run a loaded diffusers pipeline on the fast twins of its networks, for the same result.
 
-    pipeline: any with diffusers' `UNetSpatioTemporalConditionModel`, `AutoencoderKLTemporalDecoder` or both, such as
-        `StableVideoDiffusionPipeline`; weights stay where they are and are packed a second time at the first step.
-        Changed, moved or replaced weights are packed anew, at the next clip.
+    pipeline: any with one of diffusers' `UNetSpatioTemporalConditionModel`, `AutoencoderKLTemporalDecoder`,
+        `PixArtTransformer2DModel` and `AutoencoderKL` (of which `decode` runs fast), such as
+        `StableVideoDiffusionPipeline` and the PixArt pipelines; weights stay where they are and are packed a second
+        time at the first step. Changed, moved or replaced weights are packed anew, at the next clip.
     compile: as in `SVDPipeline`.
 
     What a twin cannot do runs as before, and `report` says why: LoRA layers that are not fused, gradients, a subclass
@@ -65,13 +67,10 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
         else:
             networks[name] = kind(network, engine)
     if not networks and not left:
-        known = " or ".join(kind.class_name for kind in _KINDS)
+        *others, last = (kind.class_name for kind in _KINDS)
+        known = f"{', '.join(others)} or {last}"
         raise ReducioError(f"accelerate: a {type(pipeline).__name__} has no {known}")
     return Acceleration(networks, left)
-
-
-# What computes attention as the networks' definition says: a twin may do it in their place.
-PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
 
 def _class_names(network: Any) -> list[str]:
@@ -99,23 +98,18 @@ class _Accelerated:
     def __init__(self, network: nn.Module, engine: Engine) -> None:
         self.theirs, self.engine, self.state = network, engine, "fast"
         self.before: Callable[..., Any] = getattr(network, self.method)
-        self.parameters: dict[str, int] | None = None
-        self.built = self._as_built()
+        self.adoption = Adoption(network, self.class_name, self.network_class, self.config_class, self.method)
         self.seen: Any = None
         setattr(network, self.method, self.run)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the pipeline packs weights of its own."""
-        return {"theirs": self.theirs, "before": self.before, "built": self.built, "compile": self.engine.compile}
+        kept = {name: vars(self)[name] for name in ("theirs", "before", "adoption")}
+        return kept | {"compile": self.engine.compile}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.engine = Engine(state.pop("compile"))
-        vars(self).update(state, state="fast", parameters=None, seen=None)
-
-    def _as_built(self) -> tuple[dict[str, type], dict[str, torch.Size]]:
-        theirs: Any = self.theirs
-        with torch.device("meta"):
-            return parts_of(type(theirs).from_config(theirs.config))
+        vars(self).update(state, state="fast", seen=None)
 
     def restore(self) -> None:
         delattr(self.theirs, self.method)
@@ -143,27 +137,13 @@ class _Accelerated:
         return self.twin
 
     def _look(self) -> Any:
-        if why := self._changed():
-            self.state, self.parameters = f"as before: {why}", None
+        try:
+            network = self.adoption.network()
+        except ReducioError as error:
+            self.state = f"as before: {error}"
             return None
-        parameters = {name: id(parameter) for name, parameter in self.theirs.named_parameters()}
-        if parameters != self.parameters:  # the first call, or a parameter was replaced
-            try:
-                self.network = adopt(self.theirs, self.network_class, self.config_class, self.class_name, True)
-            except ReducioError as error:
-                self.state, self.parameters = f"as before: {error}", None
-                return None
-            self.parameters = parameters
         self.state = "fast"
-        return self.engine.twin(self.network)
-
-    def _changed(self) -> str | None:
-        """What was changed about the network since its class built it, but for the values of its weights."""
-        for path, module in self.theirs.named_modules():
-            name = type(getattr(module, "processor", None)).__name__
-            if hasattr(module, "processor") and name not in PLAIN_PROCESSORS:
-                return f"{path} has a {name}"
-        return difference(self.theirs, *self.built, replaced=self.method)
+        return self.engine.twin(network)
 
 
 class _UNet(_Accelerated):
@@ -205,4 +185,80 @@ class _VAE(_Accelerated):
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
 
-_KINDS: tuple[type[_Accelerated], ...] = (_UNet, _VAE)
+class _PixArt(_Accelerated):
+    class_name, method = "PixArtTransformer2DModel", "forward"
+    network_class, config_class = PixArt, PixArtConfig
+
+    def first_of_clip(self, *args: Any, **kwargs: Any) -> bool:
+        """All steps of an image are given one tensor of text embeddings, and one mask."""
+        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        given = (text, args[6] if len(args) > 6 else kwargs.get("encoder_attention_mask"))
+        before, self.seen = self.seen, given
+        return before is None or any(now is not then for now, then in zip(given, before, strict=True))
+
+    def _look(self) -> Any:
+        self.told: Any = None
+        return super()._look()
+
+    def call(
+        self,
+        twin: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        given = (hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, cross_attention_kwargs)
+        if self.told is None:
+            told = added_cond_kwargs or {}
+            self.told = self._tell(twin, encoder_hidden_states, encoder_attention_mask, told.get, hidden_states)
+        unusual = cross_attention_kwargs or attention_mask is not None or not isinstance(timestep, Tensor)
+        if unusual or not self.told or not _is_one(timestep):
+            return self.before(*given, attention_mask, encoder_attention_mask, return_dict)
+        prepared, size = self.told
+        out = twin.predict(hidden_states, timestep.reshape(-1)[:1], prepared, size).to(hidden_states.dtype)  # type: ignore[union-attr]
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    @staticmethod
+    def _tell(
+        twin: Any, text: Tensor | None, mask: Tensor | None, told: Callable[[str], Tensor | None], latent: Tensor
+    ) -> Any:
+        """Keys and values of an image's condition, and its size; () for a condition that the twin does not take."""
+        if text is None or (mask is not None and mask.ndim != 2) or len(text) != len(latent):
+            return ()
+        size, ratio = told("resolution"), told("aspect_ratio")
+        if twin.sizes.size_conditioning:
+            if size is None or ratio is None or not bool((size == size[:1]).all()):
+                return ()
+            expected = (size[:, 0].float() / size[:, 1].float()).to(ratio.dtype)
+            if not torch.allclose(ratio.flatten(), expected):
+                return ()
+        return twin.prepare(text, mask), None if size is None else size[:1].float()
+
+
+class _ImageVAE(_Accelerated):
+    class_name, method = "AutoencoderKL", "decode"
+    network_class, config_class = ImageVAE, ImageVAEConfig
+
+    def call(self, twin: Any, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        theirs: Any = self.theirs
+        if theirs.use_tiling or theirs.use_slicing:
+            return self.before(z, return_dict, generator)
+        image = twin.decode(z)
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+
+def _is_one(timestep: Tensor) -> bool:
+    """Whether all items share the timestep; an expanded one need not be read back from the device."""
+    return timestep.numel() == 1 or timestep.stride(0) == 0 or bool((timestep == timestep[0]).all())
+
+
+_KINDS: tuple[type[_Accelerated], ...] = (_UNet, _VAE, _PixArt, _ImageVAE)

@@ -196,8 +196,9 @@ class VideoPipeline:
 
     @property
     def report(self) -> dict[str, str]:
-        """Per network, what runs it and why."""
-        return self.executor.report
+        """Per network, what runs it and why; of a first stage, what draws."""
+        lines = self.executor.report
+        return lines if self.text_to_image is None else lines | {"text_to_image": self.content.line}
 
     def describe(self) -> dict[str, Any]:
         """What runs this pipeline, as plain data: `backend` and, of the fast path, the implementation picked for each

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampler import Denoiser, guided
+from ..sampler import Denoiser, Guided
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,13 +55,16 @@ def denoiser(model: Any, cond: Condition, uncond: Condition | None = None, guida
     model: called as `ReducioDiT` is; a variance that it predicts is dropped. `uncond` defaults to
     `cond.without_text(model.null_text)`. Raises ValueError where the two conditions differ in shape.
     """
-    is_guided = guidance_scale > 1
-    if is_guided:
-        cond = join(cond.without_text(model.null_text) if uncond is None else uncond, cond)
 
-    def predict(x: Tensor, timestep: Tensor) -> Tensor:
-        steps = timestep.expand(len(x))
-        prediction = model(x, steps, cond.text, cond.text_mask, cond.semantic, cond.content, clip=cond.clip)
-        return prediction[:, : x.shape[1]].to(x.dtype)
+    def told(condition: Condition) -> Denoiser:
+        def predict(x: Tensor, timestep: Tensor) -> Tensor:
+            text, mask, semantic, content = condition.text, condition.text_mask, condition.semantic, condition.content
+            prediction = model(x, timestep.expand(len(x)), text, mask, semantic, content, clip=condition.clip)
+            return prediction[:, : x.shape[1]].to(x.dtype)
 
-    return guided(predict, guidance_scale) if is_guided else predict
+        return predict
+
+    if not guidance_scale > 1:
+        return told(cond)
+    both = told(join(cond.without_text(model.null_text) if uncond is None else uncond, cond))
+    return Guided(lambda x, timestep: both(torch.cat([x, x]), timestep), told(cond), guidance_scale)

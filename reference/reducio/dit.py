@@ -268,7 +268,33 @@ class DiTBlock(nn.Module):
         return self.attn_temporal(x_BstD.flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
 
 
-class ReducioDiT(nn.Module):
+class LatentTransformer(nn.Module):
+    """What `ReducioDiT` and `PixArt` have in common: their blocks and their final layer."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; inputs are cast to it."""
+        return self.proj_out.weight.dtype
+
+    def forward_tokens(self, x_BLD: Tensor, modulation_B6D: Tensor, condition: JointCondition, grid: Grid) -> Tensor:
+        """The stack of blocks."""
+        for index, block in enumerate(self.transformer_blocks):
+            tokens_BSD = condition.tokens[index % len(condition.tokens)]
+            x_BLD = block(x_BLD, modulation_B6D, tokens_BSD, condition.mask, grid)
+        return x_BLD
+
+    def final_layer(self, x_BLD: Tensor, embedding_BD: Tensor) -> Tensor:
+        """Modulated norm and output projection. The table meets the raw time embedding."""
+        shift_B1D, scale_B1D = (self.scale_shift_table + embedding_BD[:, None]).split(1, dim=1)
+        return self.proj_out(modulate(self.norm_out(x_BLD), shift_B1D, scale_B1D))
+
+    def unpatchify(self, x_BLP: Tensor, grid: Grid) -> Tensor:
+        """[B, t*h*w, pt*ph*pw*C] -> [B, C, T, H, W]."""
+        x = x_BLP.unflatten(2, (*self.pos_embed.config.patch_size, -1)).unflatten(1, grid)  # B t h w pt ph pw C
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class ReducioDiT(LatentTransformer):
     """Predicts the noise (or the flow) in a clip's motion latent. `null_text` stands for the absent prompt."""
 
     null_text: Tensor
@@ -307,11 +333,6 @@ class ReducioDiT(nn.Module):
             silent += [block.attn2.to_out[0], *([block.attn_temporal.to_out[0]] if block.per_frame else [])]
         for linear in silent:
             nn.init.zeros_(linear.weight)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights; inputs are cast to it."""
-        return self.proj_out.weight.dtype
 
     def forward(
         self,
@@ -373,23 +394,6 @@ class ReducioDiT(nn.Module):
         # Image tokens are never padding.
         visible = text_mask.new_ones(len(text), tokens[0].shape[1] - text.shape[1], dtype=torch.bool)
         return JointCondition(tokens, torch.cat([visible, text_mask.bool()], dim=1))
-
-    def forward_tokens(self, x_BLD: Tensor, modulation_B6D: Tensor, condition: JointCondition, grid: Grid) -> Tensor:
-        """The stack of blocks."""
-        for index, block in enumerate(self.transformer_blocks):
-            tokens_BSD = condition.tokens[index % len(condition.tokens)]
-            x_BLD = block(x_BLD, modulation_B6D, tokens_BSD, condition.mask, grid)
-        return x_BLD
-
-    def final_layer(self, x_BLD: Tensor, embedding_BD: Tensor) -> Tensor:
-        """Modulated norm and output projection. The table meets the raw time embedding."""
-        shift_B1D, scale_B1D = (self.scale_shift_table + embedding_BD[:, None]).split(1, dim=1)
-        return self.proj_out(modulate(self.norm_out(x_BLD), shift_B1D, scale_B1D))
-
-    def unpatchify(self, x_BLP: Tensor, grid: Grid) -> Tensor:
-        """[B, t*h*w, pt*ph*pw*C] -> [B, C, T, H, W]."""
-        x = x_BLP.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)  # B t h w pt ph pw C
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def check_inputs(self, latent: Tensor, timestep: Tensor, **inputs: Tensor | None) -> None:
         """ValueError, naming the argument, for a shape that `forward` cannot take."""

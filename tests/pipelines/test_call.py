@@ -135,10 +135,12 @@ def test_save(pipe: ReducioPipeline, clip, tmp_path: Path):
 
 def test_backend_is_reported(pipe: ReducioPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert pipe.backend == "fast"
-    assert list(pipe.report) == ["transformer", "vae"]
-    assert all(line.startswith("fast: the best there is; in ") for line in pipe.report.values())
+    assert list(pipe.report) == ["transformer", "vae", "text_to_image"]
+    assert all(pipe.report[name].startswith("fast: the best there is; in ") for name in ("transformer", "vae"))
+    assert pipe.report["text_to_image"] == "fast: its transformer and decoder run as twins"
     asked = ReducioPipeline.from_pretrained(folder, backend="reference")
-    assert asked.report == dict.fromkeys(("transformer", "vae"), "reference: asked for")
+    lines = dict.fromkeys(("transformer", "vae"), "reference: asked for")
+    assert asked.report == lines | {"text_to_image": "diffusers: the networks run on the reference"}
     monkeypatch.setattr("triton.__version__", "3.5.1")
     old = ReducioPipeline.from_pretrained(folder)
     assert old.backend == "reference" and "Triton is 3.5.1, the kernels need 3.6" in old.report["vae"]

@@ -14,6 +14,7 @@ Legend as in the reference: B batch, L latent tokens, S condition tokens, D hidd
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ from ...compile.compiled_blocks import Regional
 from ...compile.graphs import Graphs
 from ...reference import ReducioDiT
 from ...reference.reducio.condition import Condition, join
-from ...reference.reducio.dit import NORM_EPS, Attention, DiTBlock, Grid
+from ...reference.reducio.dit import NORM_EPS, Attention, DiTBlock, Grid, JointCondition, LatentTransformer
+from ...reference.sampler import Denoiser, Guided
 from ...triton_kernels import attention
 from ..packed_layers import frozen
 from ..plan import Plan
+from ..sampler import BlockCache
 
 POSITIONS = 8  # sizes of clip whose positions are kept
 
@@ -44,6 +47,12 @@ class Prepared(NamedTuple):
     @property
     def batch(self) -> int:
         return len(self.keys_values[0][0])
+
+    def second_half(self) -> Prepared:
+        """Views of the conditional half of guidance."""
+        half = self.batch // 2
+        keys_values = [(k[half:], v[half:]) for k, v in self.keys_values]
+        return Prepared(keys_values, None if self.key_count is None else self.key_count[half:])
 
 
 class Modulation(NamedTuple):
@@ -61,13 +70,20 @@ class Modulation(NamedTuple):
         return Modulation(self.blocks[index : index + 1], self.final[index : index + 1], self.position)
 
 
+StepInputs = tuple[Modulation, Prepared]
+
+
 @dataclass(slots=True)
 class FastDenoiser:
-    """The twin under a condition, both halves of guidance in one batch: what `fast.sampler.sample` runs."""
+    """The twin under a condition, both halves of guidance in one batch: what `fast.sampler.sample` runs.
 
-    model: FastReducioDiT
+    size: height and width in pixels, for models that are told (None: the latent's own).
+    """
+
+    model: FastTransformer
     prepared: Prepared
     guidance_scale: float
+    size: Tensor | None = None  # [1, 2]
     clip: Tensor | None = None  # [1, 2], see the reference's `forward`
 
     @property
@@ -75,15 +91,38 @@ class FastDenoiser:
         return self.model.graphs
 
     @property
+    def graph_name(self) -> str:
+        return self.model.graph_names[0]
+
+    @property
     def update(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return self.model.step_update
 
-    def schedule(self, timesteps: Tensor, latent: Tensor) -> list[tuple[Modulation, Prepared]]:
-        modulation = self.model.modulations(timesteps, latent.shape[2:], clip=self.clip)
+    def schedule(self, timesteps: Tensor, latent: Tensor) -> list[StepInputs]:
+        modulation = self.model.modulations(timesteps, latent.shape[2:], self.size, self.clip)
         return [(modulation.step(step), self.prepared) for step in range(len(timesteps))]
 
-    def predict(self, latent: Tensor, inputs: tuple[Modulation, Prepared]) -> Tensor:
+    def conditional(self, inputs: StepInputs) -> StepInputs:
+        """Of a step with both halves of guidance, what predicts with the condition alone."""
+        return inputs[0], inputs[1].second_half() if self.guidance_scale > 1 else inputs[1]
+
+    def predict(self, latent: Tensor, inputs: StepInputs) -> Tensor:
         return self.model.denoise(latent, *inputs)
+
+    def predict_cached(self, latent: Tensor, inputs: StepInputs, cache: BlockCache) -> Tensor:
+        return self.model.denoise(latent, *inputs, cache)
+
+    def plain(self) -> Denoiser:
+        """The same for the reference's sampler, which any scheduler steps."""
+
+        def prediction(latent: Tensor, timestep: Tensor, alone: bool) -> Tensor:
+            inputs = self.schedule(timestep.reshape(1), latent)[0]
+            return self.predict(latent, self.conditional(inputs) if alone else inputs).to(latent.dtype)
+
+        conditional = functools.partial(prediction, alone=True)
+        if not self.guidance_scale > 1:
+            return conditional
+        return Guided(functools.partial(prediction, alone=False), conditional, self.guidance_scale)
 
 
 class FastSelfAttention(nn.Module):
@@ -173,19 +212,16 @@ class FastDiTBlock(nn.Module):
         return self.attn_temporal(y.flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)
 
 
-class FastReducioDiT(Regional):
-    """Built from a reference model, whose unpacked weights it shares. Evaluation only.
-
-    A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step, which `denoiser`
-    ties together; called like the reference it does all three. Source of the network: see `reference/reducio/dit.py`.
-    """
+class FastTransformer(Regional):
+    """What the twins of `ReducioDiT` and `PixArt` share: a step, given the keys and values of a condition."""
 
     compiled_on_cpu = True
-    graph_names = ("dit.step",)
+    graph_names: tuple[str, ...]  # of a step first
+    block_name = "dit.block"
 
-    def __init__(self, model: ReducioDiT, plan: Plan) -> None:
+    def __init__(self, model: LatentTransformer, sizes: DiTConfig, plan: Plan) -> None:
         super().__init__()
-        self.config, self.null_text = model.config, model.null_text
+        self.config, self.sizes = model.config, sizes
         self.pos_embed, self.adaln_single = model.pos_embed, model.adaln_single
         self.patch_weight = frozen(self.pos_embed.proj.weight.flatten(1))  # patches do not overlap: a matrix product
         self.conditioner = (model,)  # in a tuple: embeds conditions, without its weights being listed twice
@@ -194,7 +230,7 @@ class FastReducioDiT(Regional):
         )
         self.tables = frozen(torch.stack([block.scale_shift_table for block in model.transformer_blocks]))
         self.final_table = model.scale_shift_table
-        keep, patch = model.config.latent_channels, math.prod(model.config.patch_size)
+        keep, patch = sizes.latent_channels, math.prod(sizes.patch_size)
         self.out_weight, self.out_bias = (
             frozen(p.unflatten(0, (patch, -1))[:, :keep].flatten(0, 1))
             for p in (model.proj_out.weight, model.proj_out.bias)
@@ -209,47 +245,8 @@ class FastReducioDiT(Regional):
     def dtype(self) -> torch.dtype:
         return self.out_weight.dtype
 
-    @torch.no_grad()
-    def forward(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor | None = None,
-        semantic: Tensor | None = None,
-        content: Tensor | None = None,
-        *,
-        size: Tensor | None = None,
-        clip: Tensor | None = None,
-    ) -> Tensor:
-        """As the reference's, without the variance: [B, latent_channels, T, H, W]. All items share one timestep.
-
-        Raises ValueError as the reference does, and for timesteps, sizes or clips that differ between the items.
-        """
-        inputs = {"text": text, "text_mask": text_mask, "semantic": semantic, "content": content}
-        self.conditioner[0].check_inputs(latent, timestep, **inputs, size=size, clip=clip)
-        first = {name: _shared(name, value) for name, value in (("timestep", timestep), ("size", size), ("clip", clip))}
-        modulation = self.modulations(first["timestep"].flatten(), latent.shape[2:], first["size"], first["clip"])
-        return self.denoise(latent, modulation, self.prepare(text, text_mask, semantic, content))
-
-    @torch.no_grad()
-    def denoiser(self, cond: Condition, uncond: Condition | None = None, guidance_scale: float = 1.0) -> FastDenoiser:
-        """As the reference's, for `fast.sampler.sample`: keys and values of the condition are made here, once."""
-        if guidance_scale > 1:
-            cond = join(cond.without_text(self.null_text) if uncond is None else uncond, cond)
-        prepared = self.prepare(cond.text, cond.text_mask, cond.semantic, cond.content)
-        return FastDenoiser(self, prepared, guidance_scale, _shared("clip", cond.clip))
-
-    @torch.no_grad()
-    def prepare(
-        self,
-        text: Tensor,
-        text_mask: Tensor | None = None,
-        semantic: Tensor | None = None,
-        content: Tensor | None = None,
-    ) -> Prepared:
-        """Cross-attention keys and values of every block; arguments as in the reference's `forward`."""
-        condition = self.conditioner[0].embed_condition(text, text_mask, semantic, content)
+    def keys_values(self, condition: JointCondition) -> Prepared:
+        """Of every block, made once a clip."""
         tokens, count = condition.tokens, None
         if condition.mask is not None:
             # Attention does not ask in which order its keys come: visible ones first, and a count says how many.
@@ -280,16 +277,16 @@ class FastReducioDiT(Regional):
     ) -> Modulation:
         """The table of a schedule: timesteps [steps]; latent_size (T, H, W) in cells; size and clip [1, 2]."""
         if size is None:
-            pixels = [float(n * self.config.spatial_factor) for n in latent_size[1:]]
+            pixels = [float(n * self.sizes.spatial_factor) for n in latent_size[1:]]
             size = torch.tensor([pixels], device=timesteps.device)
-        clip = None if clip is None else clip.to(timesteps.device).expand(len(timesteps), 2)
-        shared_S6D, embedding_SD = self.adaln_single(timesteps, size.expand(len(timesteps), 2), clip)
+        told = [None if x is None else x.to(timesteps.device).expand(len(timesteps), 2) for x in (size, clip)]
+        shared_S6D, embedding_SD = self.adaln_single(timesteps, *told)
         blocks, final = self.tables + shared_S6D[:, None], self.final_table + embedding_SD[:, None]
         return Modulation(blocks, final, self.position(self.grid(latent_size), timesteps.device))
 
     def grid(self, latent_size: Grid | torch.Size) -> Grid:
         """Patches along time, height and width."""
-        (T, H, W), (pt, ph, pw) = latent_size, self.config.patch_size
+        (T, H, W), (pt, ph, pw) = latent_size, self.sizes.patch_size
         return T // pt, H // ph, W // pw
 
     def position(self, grid: Grid, device: torch.device) -> Tensor:
@@ -303,29 +300,106 @@ class FastReducioDiT(Regional):
         return table
 
     @torch.no_grad()
-    def denoise(self, latent: Tensor, modulation: Modulation, prepared: Prepared) -> Tensor:
+    def denoise(
+        self, latent: Tensor, modulation: Modulation, prepared: Prepared, cache: BlockCache | None = None
+    ) -> Tensor:
         """One prediction. latent [B, C, T, H, W], or half of `prepared`'s batch: then both halves of guidance, the
         unconditional first, are predicted from the one latent. Returns [prepared.batch, latent_channels, T, H, W]."""
+        x, y, grid = self.run_blocks(latent, modulation, prepared, cache)
+        return self.conditioner[0].unpatchify(F.linear(y, self.out_weight, self.out_bias), grid)
+
+    def run_blocks(
+        self, latent: Tensor, modulation: Modulation, prepared: Prepared, cache: BlockCache | None = None
+    ) -> tuple[Tensor, Tensor, Grid]:
+        """The residual stream after all blocks, its norm modulated for the final layer, both [B, L, D], and the grid of
+        patches."""
         grid, blocks_M6D, (shift, scale) = self.grid(latent.shape[2:]), modulation.blocks[0], modulation.final[0]
         x = self.tokens(latent, modulation.position)
         if self.regions is not None and len(x) != prepared.batch:
             x = torch.cat([x, x])  # one shape for all blocks to compile: half a self-attention of all more, if that
         y = self.first_norm(x, _rows(blocks_M6D[0, 0], len(x)), _rows(blocks_M6D[0, 1], len(x)), NORM_EPS)
         last = len(self.transformer_blocks) - 1
+        before = after_first = x
         for i, block in enumerate(self.transformer_blocks):
+            if cache is not None and i == 1:
+                after_first, before = x, before if len(before) == len(x) else torch.cat([before, before])
+                first = x - before
+                if cache.serves(first):
+                    cache.kept += 1
+                    x = x + cache.others
+                    return x, self.first_norm(x, _rows(shift, len(x)), _rows(scale, len(x)), NORM_EPS), grid
+                cache.first = first
             following = (blocks_M6D[i + 1, 0], blocks_M6D[i + 1, 1]) if i < last else (shift, scale)
             condition = (prepared.keys_values[i], prepared.key_count)
             free = prepared.keys_values[i] if x.device.type == "cpu" else ()
-            x, y = self.block("dit.block", block, x, y, blocks_M6D[i], following, *condition, grid[0], free=free)
-        out = F.linear(y, self.out_weight, self.out_bias)
-        return self.conditioner[0].unpatchify(out, grid)
+            x, y = self.block(self.block_name, block, x, y, blocks_M6D[i], following, *condition, grid[0], free=free)
+        if cache is not None:
+            cache.computed += 1
+            cache.others = x - after_first
+        return x, y, grid
 
     def tokens(self, latent: Tensor, position: Tensor) -> Tensor:
         """Patches and their positions, [B, L, D]."""
-        (B, C), (T, H, W), (pt, ph, pw) = latent.shape[:2], self.grid(latent.shape[2:]), self.config.patch_size
+        (B, C), (T, H, W), (pt, ph, pw) = latent.shape[:2], self.grid(latent.shape[2:]), self.sizes.patch_size
         patches = latent.to(self.dtype).view(B, C, T, pt, H, ph, W, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         x = F.linear(patches.reshape(B, T, H * W, -1), self.patch_weight, self.pos_embed.proj.bias)
         return (x + position).flatten(1, 2).to(self.dtype)
+
+
+class FastReducioDiT(FastTransformer):
+    """Built from a reference model, whose unpacked weights it shares. Evaluation only.
+
+    A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step, which `denoiser`
+    ties together; called like the reference it does all three. Source of the network: see `reference/reducio/dit.py`.
+    """
+
+    graph_names = ("dit.step",)
+
+    def __init__(self, model: ReducioDiT, plan: Plan) -> None:
+        super().__init__(model, model.config, plan)
+        self.null_text = model.null_text
+
+    @torch.no_grad()
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        semantic: Tensor | None = None,
+        content: Tensor | None = None,
+        *,
+        size: Tensor | None = None,
+        clip: Tensor | None = None,
+    ) -> Tensor:
+        """As the reference's, without the variance: [B, latent_channels, T, H, W]. All items share one timestep.
+
+        Raises ValueError as the reference does, and for timesteps, sizes or clips that differ between the items.
+        """
+        inputs = {"text": text, "text_mask": text_mask, "semantic": semantic, "content": content}
+        self.conditioner[0].check_inputs(latent, timestep, **inputs, size=size, clip=clip)
+        first = {name: _shared(name, value) for name, value in (("timestep", timestep), ("size", size), ("clip", clip))}
+        modulation = self.modulations(first["timestep"].flatten(), latent.shape[2:], first["size"], first["clip"])
+        return self.denoise(latent, modulation, self.prepare(text, text_mask, semantic, content))
+
+    @torch.no_grad()
+    def denoiser(self, cond: Condition, uncond: Condition | None = None, guidance_scale: float = 1.0) -> FastDenoiser:
+        """As the reference's, for `fast.sampler.sample`: keys and values of the condition are made here, once."""
+        if guidance_scale > 1:
+            cond = join(cond.without_text(self.null_text) if uncond is None else uncond, cond)
+        prepared = self.prepare(cond.text, cond.text_mask, cond.semantic, cond.content)
+        return FastDenoiser(self, prepared, guidance_scale, clip=_shared("clip", cond.clip))
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        semantic: Tensor | None = None,
+        content: Tensor | None = None,
+    ) -> Prepared:
+        """Cross-attention keys and values of every block; arguments as in the reference's `forward`."""
+        return self.keys_values(self.conditioner[0].embed_condition(text, text_mask, semantic, content))
 
 
 def _shared(name: str, values: Tensor | None) -> Tensor | None:

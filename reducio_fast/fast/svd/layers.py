@@ -19,24 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...triton_kernels.upsample_conv3d import fold_weight
-from ..packed_layers import frozen
+from ..packed_layers import as_frames, as_images, frozen
 from ..plan import Plan
 
 
 def folded(weight: Tensor, factor: Tensor | float) -> nn.Parameter:
     """weight * factor, rounded once, to the weight's dtype."""
     return frozen((weight * factor).to(weight.dtype))
-
-
-def as_images(x_NHWC: Tensor) -> Tensor:
-    """[N, H, W, C] -> [N, C, H, W] in torch's channels-last format, a view."""
-    return x_NHWC.permute(0, 3, 1, 2)
-
-
-def as_frames(x_NCHW: Tensor) -> Tensor:
-    """The way back, dense."""
-    return x_NCHW.permute(0, 2, 3, 1).contiguous()
 
 
 class Conv(nn.Module):
@@ -50,32 +39,6 @@ class Conv(nn.Module):
     def forward(self, x_NHWC: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = self.bias if bias is None else bias
         return as_frames(F.conv2d(as_images(x_NHWC), self.kernel, bias, self.stride, self.padding))
-
-
-class UpConv(nn.Module):
-    """Nearest x2 and the 3x3 convolution after it, as a 2x2 convolution a phase."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        channels = conv.in_channels
-        phases = fold_weight(conv.weight[:, :, None], time=False, causal=False)  # [4, K, 4 * C]
-        kernels = phases.unflatten(2, (2, 2, channels)).movedim(-1, 2)  # [4, K, C, 2, 2]
-        self.kernels = nn.ParameterList(frozen(k, torch.channels_last) for k in kernels)
-        self.whole = (conv,)  # for a size that is no double
-        self.bias = conv.bias
-
-    def forward(self, x_NHWC: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        N, H, W, _ = x_NHWC.shape
-        images = as_images(x_NHWC)
-        if size is not None and tuple(size) != (2 * H, 2 * W):
-            return as_frames(self.whole[0](F.interpolate(images, size=size, mode="nearest")))
-        padded = F.pad(images, (1, 1, 1, 1))
-        out = x_NHWC.new_empty((N, H, 2, W, 2, len(self.bias)))
-        for phase, kernel in enumerate(self.kernels):
-            row, column = divmod(phase, 2)
-            window = padded[:, :, row : row + H + 1, column : column + W + 1]
-            out[:, :, row, :, column] = F.conv2d(window, kernel, self.bias).permute(0, 2, 3, 1)
-        return out.view(N, 2 * H, 2 * W, -1)
 
 
 class Norm(nn.Module):

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ...compile.graphs import Graphs
 from ...reference.svd.sampler import ImageCondition, guidance_per_frame, join, needs_guidance
 from ...reference.svd.unet import VideoUNet, check_inputs, sinusoid
-from ..packed_layers import frozen
+from ..packed_layers import UpConv, frozen
 from ..plan import Plan
-from .layers import Conv, Norm, SpatioTemporalRes, UpConv, folded, spatial_share
+from .layers import Conv, Norm, SpatioTemporalRes, folded, spatial_share
 
 
 class Told(NamedTuple):
@@ -362,6 +362,7 @@ class FastVideoDenoiser:
     condition: ImageCondition
     scale: float | Tensor | None
     guidance_scale: float = 1.0  # of the sampler's kernel: `predict` has guided already, frame by frame
+    graph_name: str = "dit.step"
 
     @property
     def graphs(self) -> Graphs | None:
@@ -370,6 +371,12 @@ class FastVideoDenoiser:
     @property
     def update(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return self.model.step_update
+
+    def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The same for the reference's sampler, which any scheduler steps."""
+        return lambda latent, timestep: self.predict(latent, self.schedule(timestep.reshape(1), latent)[0]).to(
+            latent.dtype
+        )
 
     def schedule(self, timesteps: Tensor, latent: Tensor) -> list[StepInputs]:
         condition, frames = self.condition, latent.shape[1]

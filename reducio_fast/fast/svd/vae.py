@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...reference.svd.vae import TemporalVAE
-from ..packed_layers import frozen
+from ..packed_layers import UpConv, frozen
 from ..plan import Plan
-from .layers import Conv, Norm, SpatioTemporalRes, TimeConv, UpConv
+from .layers import Conv, Norm, SpatioTemporalRes, TimeConv
 
 Clip = Tensor | list[Tensor]  # [T, H, W, C], or frames [H, W, C]
 

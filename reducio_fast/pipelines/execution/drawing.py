@@ -39,7 +39,7 @@ def check_content_kwargs(pipeline: Any, kwargs: Any) -> dict[str, Any]:
         return {}
     if not isinstance(kwargs, dict):
         raise ReducioError(f"content_kwargs: must be a dict of words for the text-to-image pipeline, is {kwargs!r}")
-    accepted, takes_any = _call_defaults(pipeline)
+    accepted, takes_any = call_defaults(pipeline)
     if "PixArt" in type(pipeline).__name__ and kwargs.get("num_inference_steps") == 1:
         raise ReducioError("content_kwargs: num_inference_steps is 1; diffusers' PixArt pipelines need at least 2")
     for name in kwargs:
@@ -67,7 +67,7 @@ def draw_image(
 
     It is drawn at `drawing_size` and scaled to the clip's; `kwargs` (a call's `content_kwargs`) may name another size.
     """
-    accepted, takes_any = _call_defaults(pipeline)
+    accepted, takes_any = call_defaults(pipeline)
     drawn_height, drawn_width = drawing_size(pipeline, height, width)
     asked = {"height": drawn_height, "width": drawn_width} | (kwargs or {})
     fixed = {name: value for name, value in PIPELINE_KWARGS.items() if name in accepted}
@@ -77,11 +77,7 @@ def draw_image(
     if negative_prompt.strip() and "negative_prompt" in accepted:
         chosen["negative_prompt"] = negative_prompt  # else what the pipeline itself takes for none
     rows, columns = chosen.get("height", height), chosen.get("width", width)
-    if rows < height or columns < width:
-        warn_once(
-            f"content frame: {type(pipeline).__name__} draws {rows}x{columns}, which is scaled up to the clip's "
-            f"{height}x{width}; a first stage made for that size gives a sharper clip"
-        )
+    warn_of_scaling(pipeline, rows, columns, height, width)
     pipeline.set_progress_bar_config(disable=not progress, desc="content.generate", leave=False)
     try:
         images = pipeline(prompt=prompt, generator=generator, output_type="np", **chosen).images
@@ -91,6 +87,15 @@ def draw_image(
     if not np.isfinite(image).all():
         raise ReducioError(f"content frame of {prompt!r}: the text-to-image stage returned values that are not finite")
     return fit_image((image.clip(0, 1) * 255).round().astype(np.uint8), height, width)
+
+
+def warn_of_scaling(pipeline: Any, rows: int, columns: int, height: int, width: int) -> None:
+    """Once, where a picture of rows x columns has to be scaled up to the clip's size."""
+    if rows < height or columns < width:
+        warn_once(
+            f"content frame: {type(pipeline).__name__} draws {rows}x{columns}, which is scaled up to the clip's "
+            f"{height}x{width}; a first stage made for that size gives a sharper clip"
+        )
 
 
 def _callback(accepted: Mapping[str, Any], on_step: Callable[[int], None]) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def native_size(pipeline: Any) -> int | None:
     return latent * factor if isinstance(latent, int) and isinstance(factor, int) else None
 
 
-def _call_defaults(pipeline: Any) -> tuple[dict[str, Any], bool]:
+def call_defaults(pipeline: Any) -> tuple[dict[str, Any], bool]:
     """The arguments of a pipeline's call with their defaults (None for none), and whether it takes any other.
 
     The `**kwargs` of a call that names its arguments do not count: diffusers has them for retired arguments, and drops

@@ -6,16 +6,17 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...media import aspect_buckets
 from ...memory.dry_run import DryRun, weight_bytes
 from ...memory.offload import Offload
+from ...reference.sampler import NO_SHORTCUTS, Callback, Shortcuts
 from ...system import cache_folder, devices
 from ...system.errors import ReducioError, first_line, is_out_of_memory
 from ...system.stage_clock import annotate, clock
@@ -64,6 +65,7 @@ class Executor:
         self._plain = PlainEngine()
         self.engine: Any = self._plain if engine is None else engine
         self._obstacles: dict[str, str] = {}  # component -> why it runs as it is, as of the call at work
+        self._unfollowed: str | None = None  # why the reference's sampler steps the scheduler
         if engine is None and chosen == "fast":
             self.engine = self._fast_engine(compile)
             self.check()
@@ -113,11 +115,15 @@ class Executor:
         for name in self._twinned:
             if (reason := missing_twin(self.components[name])) is not None:
                 obstacles[name] = f"{name} {reason}"
+        unfollowed = None
         if "scheduler" in layout.names:
             try:
                 coefficients(self.components.scheduler, 2)
             except ValueError as error:
-                obstacles.setdefault(layout.denoiser, f"scheduler: {error}")
+                unfollowed = str(error)
+        if unfollowed is not None and unfollowed != self._unfollowed:
+            LOG.info("the reference's sampler steps: %s", unfollowed)
+        self._unfollowed = unfollowed
         for name, reason in obstacles.items():
             if self._obstacles.get(name) != reason:
                 LOG.info("%s runs on the reference: %s", name, reason)
@@ -161,7 +167,10 @@ class Executor:
         if name in self._obstacles:
             return f"reference: {self._obstacles[name]}"
         dtype, why = self.engine.chosen_dtype(self.device, self.components.dtype)
-        return f"fast: {self._reason}; in {str(dtype).removeprefix('torch.')}: {why}"
+        line = f"fast: {self._reason}; in {str(dtype).removeprefix('torch.')}: {why}"
+        if name == self.components.layout.denoiser and self._unfollowed is not None:
+            line += f"; the reference's sampler steps: {self._unfollowed}"
+        return line
 
     # ---- where and in what ----
 
@@ -229,10 +238,29 @@ class Executor:
             self._obstacles[name] = reason
             return network
 
-    @property
-    def sampling_engine(self) -> Any:
-        """The engine whose sampler runs the denoiser."""
-        return self._plain if self.components.layout.denoiser in self._obstacles else self.engine
+    def sample(
+        self,
+        denoise: Any,
+        scheduler: Any,
+        latent: Tensor,
+        num_inference_steps: int,
+        callback: Callback | None,
+        generator: torch.Generator,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[int] | None = None,
+        shortcuts: Shortcuts = NO_SHORTCUTS,
+    ) -> Tensor:
+        """See `reference.sample`: by the fast sampler where a twin denoises and it follows the scheduler, else by the
+        reference's, which follows any. Raises ValueError as they do."""
+        engine = self.engine
+        if not hasattr(denoise, "plain"):
+            engine = self._plain
+        elif (why := _unfollowed(scheduler, num_inference_steps, sigmas, timesteps)) is not None:
+            if shortcuts.cache_threshold:
+                raise ValueError(f"cache_threshold={shortcuts.cache_threshold} needs the fast sampler: {why}")
+            engine, denoise = self._plain, denoise.plain()
+        given = (denoise, scheduler, latent, num_inference_steps, callback, generator)
+        return engine.sample(*given, sigmas, timesteps, shortcuts)
 
     def networks_of(self, stage: str) -> list[nn.Module]:
         """What has to be on the device while a stage runs, packed weights of twins included."""
@@ -316,5 +344,17 @@ class Executor:
     def without_weights(self, components: Components, dry: DryRun) -> Executor:
         """An executor for `components` on the meta device, planned for the device of this one."""
         other = Executor(components, engine=self.engine.without_weights(dry.opaque, self.device))
-        other._obstacles = dict(self._obstacles)
+        other._obstacles, other._unfollowed = dict(self._obstacles), self._unfollowed
         return other
+
+
+def _unfollowed(
+    scheduler: Any, steps: int, sigmas: Sequence[float] | None, timesteps: Sequence[int] | None
+) -> str | None:
+    from ...fast.solver_tables import coefficients
+
+    try:
+        coefficients(scheduler, steps, sigmas, timesteps)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reference import sample
-from ...reference.sampler import Callback, Denoiser
+from ...reference.sampler import NO_SHORTCUTS, Callback, Denoiser, Shortcuts
 
 
 class PlainEngine:
@@ -31,8 +31,11 @@ class PlainEngine:
         callback: Callback | None,
         generator: torch.Generator,
         sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[int] | None = None,
+        shortcuts: Shortcuts = NO_SHORTCUTS,
     ) -> Tensor:
-        return sample(denoise, scheduler, latent, num_inference_steps, callback, generator, sigmas)
+        given = (denoise, scheduler, latent, num_inference_steps, callback, generator)
+        return sample(*given, sigmas, timesteps, shortcuts)
 
     def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
         return stored, "that of the weights"

@@ -40,8 +40,8 @@ class Sampler:
         network, scheduler = self.executor.network(self.components.layout.denoiser), self.components.scheduler
         try:
             denoise = network.denoiser(cond, uncond, guidance_scale)
-            engine = self.executor.sampling_engine
-            return engine.sample(denoise, scheduler, noise, num_inference_steps, callback, generator, sigmas)
+            given = (denoise, scheduler, noise, num_inference_steps, callback, generator)
+            return self.executor.sample(*given, sigmas)
         except ReducioError:
             raise
         except (ValueError, ZeroDivisionError) as error:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...checkpoints.networks import pipeline_networks
 from ...media.image_files import fit_image
 from ..call.request import ClipRequest, Request
 from ..execution.components import Components
-from ..execution.drawing import draw_image
 from ..execution.executor import Executor
+from ..execution.first_stage import FirstStage
+from .encoders import clean_caption
 
 
 class ContentFrame:
@@ -26,6 +26,7 @@ class ContentFrame:
 
     def __init__(self, components: Components, executor: Executor) -> None:
         self.components, self.executor = components, executor
+        self.first_stage = FirstStage(lambda: components["text_to_image"], executor, clean_caption)
 
     def __call__(
         self, clip: ClipRequest, request: Request, progress: bool, on_step: Callable[[int], None] = lambda step: None
@@ -40,6 +41,10 @@ class ContentFrame:
         size = request.height, request.width
         return self.draw(clip.prompt, clip.negative_prompt, *size, clip.generator, progress, kwargs, on_step)
 
+    @property
+    def line(self) -> str:
+        return self.first_stage.line
+
     def draw(
         self,
         prompt: str,
@@ -51,11 +56,9 @@ class ContentFrame:
         kwargs: dict[str, Any],
         on_step: Callable[[int], None] = lambda step: None,
     ) -> np.ndarray:
-        """`draw_image` with the first stage of this model, whose blocks run compiled where the model's do."""
-        pipeline = self.components["text_to_image"]
-        for network in pipeline_networks(pipeline):  # each time: it may be another, or have a LoRA, since the last call
-            self.executor.engine.adopt("content.block", network)
-        return draw_image(pipeline, prompt, negative_prompt, height, width, generator, progress, kwargs, on_step)
+        """See `FirstStage.draw`."""
+        given = (prompt, negative_prompt, height, width, generator, progress, kwargs, on_step)
+        return self.first_stage.draw(*given)
 
 
 def needs_frame(components: Components, clip: ClipRequest, request: Request) -> bool:

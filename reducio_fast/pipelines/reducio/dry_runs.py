@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ...memory.dry_run import META, DryRun, without_weights
 from ...memory.forecast import Stage
 from ...reference import Condition, initial_latent
+from ...system.errors import ReducioError
 from ..call.request import Embeds
 from ..execution.components import Components
 from ..execution.decoding import Decoding, TiledDecoder
 from ..execution.drawing import draw_image
 from ..execution.executor import Executor
+from ..execution.first_stage import FirstStage
 from ..execution.sampling import Sampler
 from .conditioner import Conditioner
 
@@ -43,9 +48,15 @@ class DryStages:
         self.decoder = TiledDecoder(self.components, self.executor)
         self.decoder.tiling = tiling
         self.condition: dict[str, Any] = {}  # what the encoders returned
+        self.first_stage = FirstStage(lambda: self.components["text_to_image"], self.executor)
+        live = FirstStage(lambda: components["text_to_image"], executor)
+        self.drawing_twins: Sequence[Any] = ()  # where diffusers draws, none
+        if components["text_to_image"] is not None and live.obstacle() is None:
+            with suppress(ReducioError):
+                self.drawing_twins = self.first_stage.twins()
         layout = self.components.layout
         denoiser, decoder = (self.executor.network(name) for name in (layout.denoiser, layout.decoder))
-        dry.given(*self.components.networks(), denoiser, decoder)
+        dry.given(*self.components.networks(), denoiser, decoder, *self.drawing_twins)
         dry.remember(*denoiser.transformer_blocks)
         dry.remember(decoder.decoder, decoder.encoder_2d)
 
@@ -54,7 +65,7 @@ class DryStages:
         frame = np.zeros((height, width, 3), np.uint8)
         shape = self.decoder.config.latent_shape(height, width)
         return [
-            self._stage("content.generate", lambda: self._draw(height, width, generator)),
+            self._stage("content.generate", lambda: self._draw(height, width, generator), self.drawing_twins),
             self._stage("text.encode", self._encode_text),
             self._stage("image.encode", lambda: self._encode_image(frame)),
             self._stage("dit.step", lambda: self._sample(shape, generator)),
@@ -64,8 +75,8 @@ class DryStages:
     def decoding(self, height: int, width: int, decoding: Decoding) -> Stage:
         return self._stage("vae.decode", lambda: self._decode(height, width, decoding))
 
-    def _stage(self, name: str, run: Any) -> Stage:
-        return Stage(name, self.executor.networks_of(name), run)
+    def _stage(self, name: str, run: Any, further: Sequence[nn.Module] = ()) -> Stage:
+        return Stage(name, [*self.executor.networks_of(name), *further], run)
 
     def _draw(self, height: int, width: int, generator: torch.Generator) -> int | None:
         """Of the text-to-image stage, which may be any diffusers pipeline."""
@@ -74,6 +85,10 @@ class DryStages:
         if pipeline is None:
             return 0
         kwargs = {"num_inference_steps": STEPS}
+        if self.drawing_twins:
+            asked = self.first_stage.arguments(kwargs, height, width)
+            self.dry.unfolding = False  # the twins call oneDNN at every size
+            return self.dry.peak_of(self.first_stage.pixels, self.drawing_twins, PROMPT, "", generator, asked)[1]
         try:
             # Pixels have no contents here: the drawing ends where its decoder does.
             pipeline.image_processor.postprocess = lambda *_, **__: np.zeros((1, height, width, 3), np.float32)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
-
-import torch
-from torch import nn
 
 from ...checkpoints.layouts import SVD
 from ...reference.svd.config import TemporalVAEConfig, VideoUNetConfig
 from ...reference.svd.unet import VideoUNet
 from ...reference.svd.vae import TemporalVAE
 from ...system.errors import ReducioError
+from ..execution.foreign_networks import adopt
 
 _NETWORKS = {"unet": (VideoUNet, VideoUNetConfig), "vae": (TemporalVAE, TemporalVAEConfig)}
 
@@ -26,20 +23,3 @@ def networks_of(pipeline: Any) -> dict[str, Any]:
     for name, (network_class, config_class) in _NETWORKS.items():
         parts[name] = adopt(parts[name], network_class, config_class, name)
     return {name: parts.get(name) for name in SVD.names}
-
-
-def adopt(theirs: nn.Module, network_class: Any, config_class: Any, name: str, as_parameters: bool = False) -> Any:
-    """`network_class` on the very tensors of `theirs`, or on its very parameters, which then also move together."""
-    stated = json.loads(theirs.to_json_string())  # type: ignore[operator]
-    try:
-        config = config_class.from_dict(stated)
-        with torch.device("meta"):
-            network = network_class(config)
-        tensors = theirs.state_dict(keep_vars=as_parameters)
-        for parameter_name, parameter in network.named_parameters():  # else assigning would switch theirs on
-            if parameter_name in tensors:
-                parameter.requires_grad_(tensors[parameter_name].requires_grad)
-        network.load_state_dict(tensors, strict=True, assign=True)
-    except (ValueError, RuntimeError) as error:
-        raise ReducioError(f"{name}: a {type(theirs).__name__} that is not as published ({error})") from error
-    return network.eval()

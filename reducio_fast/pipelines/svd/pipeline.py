@@ -38,8 +38,9 @@ from ..call.output import ReducioOutput, stack, to_output
 from ..call.request import ClipRequest, Embeds, SamplingInputs
 from ..call.state import CallState, Stage
 from ..execution.components import Components
-from ..execution.drawing import check_content_kwargs, draw_image
+from ..execution.drawing import check_content_kwargs
 from ..execution.executor import Executor
+from ..execution.first_stage import FirstStage
 from ..execution.sampling import Sampler
 from ..video_pipeline import VideoPipeline
 from .component_table import LOADERS, check_components
@@ -88,7 +89,7 @@ class SVDPipeline(VideoPipeline):
         super().__init__(
             parts,
             executor,
-            content=None,
+            content=FirstStage(lambda: parts["text_to_image"], executor),
             conditioner=ImageConditioner(parts, executor),
             sampler=Sampler(parts, executor),
             decoder=ClipDecoder(parts, executor),
@@ -323,9 +324,8 @@ class SVDPipeline(VideoPipeline):
             with stage(call.timings, "content.generate"):
                 size = request.height, request.width
                 texts, shown = (clip.prompt, clip.negative_prompt), not call.progress.disable
-                picture = draw_image(
-                    self.text_to_image, *texts, *size, clip.generator, shown, request.content_kwargs, call.content_step
-                )
+                given = (clip.generator, shown, request.content_kwargs, call.content_step)
+                picture = self.content.draw(*texts, *size, *given)
         noise = initial_latent((1, 3, request.height, request.width), [clip.generator])
         with stage(call.timings, "image.encode"):
             cond = self.conditioner(picture, noise, request)
