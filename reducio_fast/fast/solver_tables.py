@@ -147,7 +147,7 @@ def unipc_coefficients(scheduler: Any) -> Tensor:
 
 
 class _Noise:
-    """What a sigma means: the shares of data and noise in a latent, on a flow, under preserved or exploding variance."""
+    """What a sigma means: the shares of data and noise in a latent, of a flow or of preserved or exploding variance."""
 
     def __init__(self, flow: bool = False, exploding: bool = False) -> None:
         self.flow, self.exploding = flow, exploding

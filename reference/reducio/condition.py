@@ -59,7 +59,8 @@ def denoiser(model: Any, cond: Condition, uncond: Condition | None = None, guida
     def told(condition: Condition) -> Denoiser:
         def predict(x: Tensor, timestep: Tensor) -> Tensor:
             text, mask, semantic, content = condition.text, condition.text_mask, condition.semantic, condition.content
-            prediction = model(x, timestep.expand(len(x)), text, mask, semantic, content, clip=condition.clip)
+            words = {} if condition.clip is None else {"clip": condition.clip}
+            prediction = model(x, timestep.expand(len(x)), text, mask, semantic, content, **words)
             return prediction[:, : x.shape[1]].to(x.dtype)
 
         return predict
