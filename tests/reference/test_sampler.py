@@ -299,7 +299,8 @@ def test_noise_of_an_item_depends_on_its_generator_alone():
 
 def test_an_item_does_not_depend_on_its_batch(model, cond):
     def take(i: slice) -> Condition:
-        return Condition(*(getattr(cond, f.name)[i] for f in dataclasses.fields(Condition)))
+        values = {f.name: getattr(cond, f.name) for f in dataclasses.fields(Condition)}
+        return Condition(**{name: value if value is None else value[i] for name, value in values.items()})
 
     together = sample(model, dpm(), initial_latent(SHAPE, [3, 4]), cond)
     for i in range(2):
