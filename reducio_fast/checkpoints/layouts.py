@@ -101,7 +101,7 @@ REDUCIO = Layout(
             source="a diffusers pipeline's folder or hub id",
         ),
     ),
-    settings=("fps", "sample_height", "sample_width", "clean_caption", "content_scaling_factor"),
+    settings=("fps", "sample_height", "sample_width", "clean_caption", "content_scaling_factor", "sampling"),
 )
 
 SVD = Layout(

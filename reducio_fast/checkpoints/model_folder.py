@@ -115,7 +115,8 @@ def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
     """Write what `read_model` reads, each weight in the dtype it has; the folder appears whole or not at all."""
     index: dict[str, Any] = {"_class_name": layout.pipeline, "_reducio_fast_version": strict_files.version()}
     index |= {name: _library_and_class(name, parts[name]) for name in layout.names}
-    settings = {name: parts[name] for name in layout.settings if name in parts}  # others have their defaults when read
+    # Those that are left out have their defaults when read.
+    settings = {name: parts[name] for name in layout.settings if parts.get(name) is not None}
     index |= settings
     with atomic_files.new_folder(target, strict_files.INDEX, "model") as folder, networks.quiet_transformers():
         for name in layout.names:

@@ -36,6 +36,28 @@ SVD_OWN: dict[str, Callable[[str], Any]] = {
 }
 
 
+def interval(text: str) -> tuple[float, ...]:
+    """Two numbers with a comma."""
+    return tuple(float(number) for number in text.split(","))
+
+
+# Arguments of a Reducio call that trade work for fidelity.
+SAMPLING: dict[str, Callable[[str], Any]] = {
+    "quality": str,
+    "schedule": str,
+    "guidance_interval": interval,
+    "guidance_reuse": options.positive,
+    "cache_threshold": float,
+}
+SAMPLING_HELP = {
+    "quality": "exact, balanced or draft",
+    "schedule": "where the steps lie: own, quadratic, lu or exponential",
+    "guidance_interval": "START,STOP: shares of the steps between which guidance works",
+    "guidance_reuse": "of so many guided steps one computes both halves",
+    "cache_threshold": "leave blocks out of steps that change the first one's output by less than this share",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the clip shows (none for --model svd)")
     options.add_out(parser, "PATH", options.CLIP_HELP)
@@ -62,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="clean the prompt as PixArt's captions were (default: as the model says)",
     )
+    for name, value_type in SAMPLING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help=f"{SAMPLING_HELP[name]} (Reducio)")
     for name, value_type in SVD_OWN.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help="of Stable Video Diffusion")
     options.add_progress(parser)
@@ -97,7 +121,7 @@ def run(arguments: argparse.Namespace) -> Printed:
         "compile": arguments.compile,
         "dtype": arguments.dtype,
         "device": arguments.device,
-        **{name: getattr(arguments, name) for name in (*NAMED, "clean_caption", *SVD_OWN)},
+        **{name: getattr(arguments, name) for name in (*NAMED, "clean_caption", *SAMPLING, *SVD_OWN)},
         "content_kwargs": _first_stage(arguments),
     }
     started = time.perf_counter()

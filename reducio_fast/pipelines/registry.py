@@ -20,6 +20,7 @@ from ..checkpoints import hub, strict_files
 from ..system import devices
 from ..system.errors import ReducioError
 from ..system.paths import expanded, is_file, is_folder, status
+from .call.quality import PRESETS
 from .peers import pipeline as peers
 from .peers.models import PEERS, build_random
 from .reducio.pipeline import ReducioPipeline
@@ -186,4 +187,7 @@ def call_defaults(model: str | os.PathLike[str] | None) -> dict[str, Any]:
 
 def _defaults(call: Callable[..., Any]) -> dict[str, Any]:
     parameters = inspect.signature(call).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if call is ReducioPipeline.__call__:
+        defaults["num_inference_steps"] = PRESETS["exact"].num_inference_steps
+    return defaults

@@ -108,6 +108,8 @@ class VideoPipeline:
                 clip.generator,
                 callback,
                 request.sigmas,
+                request.schedule,
+                request.shortcuts,
             )
         latent = latent if callback.replaced is None else callback.replaced
         if request.output_type == "latent":

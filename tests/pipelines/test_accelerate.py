@@ -163,3 +163,33 @@ def test_subclasses_hooks_and_second_calls() -> None:
 def test_a_pipeline_of_another_kind() -> None:
     with pytest.raises(ReducioError, match="has no UNetSpatio.*, PixArtTransformer2DModel or AutoencoderKL$"):
         accelerate(SimpleNamespace(components={"vae": torch.nn.Linear(2, 2)}))
+
+
+@pytest.mark.parametrize("sample_size", [8, 128])
+def test_pixart(sample_size: int) -> None:
+    """The picture stays, whatever the network is told; what the twin does not take runs as before."""
+    from test_first_stage import pixart
+
+    drawer = pixart(sample_size)
+    drawer.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 48, "num_inference_steps": 2, "use_resolution_binning": False, "output_type": "np"}
+
+    def draw(**changes: Any) -> np.ndarray:
+        words = {"prompt": "a red circle", "clean_caption": False, "generator": torch.Generator().manual_seed(0)}
+        return drawer(**(words | call | changes)).images[0]
+
+    before, unguided = draw(), draw(guidance_scale=1.0)
+    with accelerate(drawer) as acceleration:
+        assert acceleration.report == {"transformer": "fast", "vae": "fast"}
+        fast = draw()
+        assert np.abs(fast - before).max() <= 2 / 255 and not np.array_equal(fast, before), "the twins ran"
+        assert np.abs(draw(guidance_scale=1.0) - unguided).max() <= 2 / 255
+        assert np.array_equal(draw(), fast)
+        drawer.transformer.proj_out.weight.data.mul_(-1)
+        changed = draw()
+        assert np.abs(changed - before).max() > 2 / 255, "changed weights are seen"
+        drawer.vae.enable_tiling()
+        assert np.abs(draw() - changed).max() <= 2 / 255, "tiles are diffusers' own"
+        drawer.transformer.proj_out.register_forward_hook(doubled)
+        draw()
+        assert acceleration.report["transformer"] == "as before: proj_out has forward hooks"

@@ -18,6 +18,9 @@ from reducio_fast.checkpoints import networks
 from reducio_fast.checkpoints.diffusers_folders import find_text_to_image, load_text_to_image
 from reducio_fast.media.image_files import fit_image
 from reducio_fast.pipelines.execution.drawing import draw_image, drawing_size, warn_once
+from reducio_fast.pipelines.execution.executor import Executor
+from reducio_fast.pipelines.execution.plain_engine import PlainEngine
+from reducio_fast.pipelines.reducio.encoders import clean_caption
 from reducio_fast.system.errors import ReducioError
 
 PROMPT = "a red circle"
@@ -74,18 +77,18 @@ def unet(**words: Any) -> Any:
     return randomise(UNet2DConditionModel(sample_size=8, **blocks, **sizes, **words))
 
 
-def pixart() -> Any:
+def pixart(sample_size: int = 8) -> Any:
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     drawer = PixArtTransformer2DModel(
-        sample_size=8,
+        sample_size=sample_size,
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=12 if sample_size == 128 else 8,  # a size has a third of the channels
         num_layers=1,
         in_channels=4,
         out_channels=8,
         caption_channels=16,
-        cross_attention_dim=16,
+        cross_attention_dim=24 if sample_size == 128 else 16,
     )
     return PixArtAlphaPipeline(*t5(), autoencoder(), randomise(drawer), DPMSolverMultistepScheduler())
 
@@ -318,3 +321,58 @@ def test_code_is_imported_from_known_libraries_only(tmp_path: Path):
         path.write_text(json.dumps(good | {"vae": [library, "AutoencoderKL"]}))
         with pytest.raises(ReducioError, match=message):
             load_text_to_image(tmp_path, {}, torch.float32, "cpu")
+
+
+WORDS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "fewer steps": {"num_inference_steps": 3, "guidance_scale": 2.0},
+    "unguided": {"guidance_scale": 1.0},
+    "its own timesteps": {"timesteps": [999, 500, 100]},
+    "another size": {"height": 48, "width": 80},
+    "cleaned": {"clean_caption": True},
+    "for diffusers": {"eta": 0.5},
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "DDIMScheduler"])
+def test_twins_draw_what_diffusers_draws(words: str, scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    from reducio_fast.fast.engine import Engine
+    from reducio_fast.pipelines.execution import first_stage
+
+    ours = pixart()
+    ours.scheduler = getattr(diffusers, scheduler).from_config(ours.scheduler.config)
+    executor = SimpleNamespace(engine=Engine(), offload=None)
+    executor.sample = lambda *given, **more: Executor.sample(executor, *given, **more)
+    executor._plain = PlainEngine()
+    stage = first_stage.FirstStage(lambda: ours, executor, clean_caption)
+    given = (PROMPT + " .. 12", "blue", 64, 64)
+    expected = draw_image(ours, *given, torch.Generator().manual_seed(5), False, WORDS[words])
+    seen: list[int] = []
+    if words != "for diffusers":
+        monkeypatch.setattr(first_stage, "draw_image", None)
+    drawn = stage.draw(*given, torch.Generator().manual_seed(5), False, WORDS[words], seen.append)
+    assert np.abs(drawn.astype(int) - expected).max() <= 1 and drawn.std() > 5
+    assert seen == list(range(3 if words in ("fewer steps", "its own timesteps") else 20))
+    assert stage.line == "fast: its transformer and decoder run as twins"
+
+
+def test_why_diffusers_draws() -> None:
+    from reducio_fast.fast.engine import Engine
+    from reducio_fast.pipelines.execution.first_stage import FirstStage
+
+    ours, other = pixart(), sdxl()
+    drawer = ours
+    executor = SimpleNamespace(engine=Engine(), offload=None)
+    stage = FirstStage(lambda: drawer, executor)
+    ours.vae.enable_tiling()
+    assert stage.line == "diffusers: the autoencoder decodes in tiles or slices"
+    ours.vae.disable_tiling()
+    ours.transformer.proj_out.register_forward_hook(lambda *_: None)
+    assert stage.line == "diffusers: transformer proj_out has forward hooks"
+    drawer = other
+    assert stage.line.startswith("diffusers: a StableDiffusionXLPipeline draws by itself")
+    executor.engine = PlainEngine()
+    assert stage.line == "diffusers: the networks run on the reference"

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...reference.sampler import NO_SHORTCUTS, Shortcuts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
@@ -39,6 +41,11 @@ class Arguments:
     semantic_embeds: Any
     content_latents: Any
     content_kwargs: Any
+    quality: Any
+    schedule: Any
+    guidance_interval: Any
+    guidance_reuse: Any
+    cache_threshold: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,8 @@ class Request:
     progress: bool = True
     guidance_per_frame: Tensor | None = None  # [T], in place of `guidance_scale`
     sigmas: Sequence[float] | None = None  # one more than there are steps, in place of the scheduler's own
+    schedule: str = "own"  # of `quality.SCHEDULES`
+    shortcuts: Shortcuts = NO_SHORTCUTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,14 @@ class Executor:
         if not self._at_work:
             self.look()
 
+    def reason_without_cache(self) -> str | None:
+        """Why a step computes all blocks: a block cache lives in the fast twin and its sampler."""
+        self.refresh()
+        name = self.components.layout.denoiser
+        if self.backend_of(name) != "fast":
+            return self._line(name)
+        return None if self._unfollowed is None else f"scheduler: {self._unfollowed}"
+
     def _line(self, name: str) -> str:
         if self.engine.name != "fast":
             return f"reference: {self._reason}"

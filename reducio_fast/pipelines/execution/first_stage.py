@@ -21,6 +21,7 @@ from ...reference.sampler import StopSampling
 from ...system.errors import ReducioError
 from .drawing import call_defaults, draw_image, drawing_size, warn_of_scaling
 from .executor import Executor
+from .schedules import known, scheduled
 
 PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 # Arguments of a PixArt pipeline's call that are followed here; with any other it draws by itself.
@@ -108,6 +109,17 @@ class FirstStage:
         except ReducioError as error:
             raise ReducioError(f"{name} {error}") from error
 
+    def with_steps(self, steps: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for the pipeline that also say, where it follows them, at how many quadratic steps it draws."""
+        pipeline = self.pipeline()
+        given = {"num_inference_steps", "timesteps", "sigmas"} & kwargs.keys()
+        if steps is None or given or type(pipeline).__name__ not in PIPELINES:
+            return kwargs
+        if "quadratic" not in known(pipeline.scheduler):
+            return kwargs
+        _, timesteps = scheduled(pipeline.scheduler, "quadratic", steps)
+        return kwargs | {"num_inference_steps": steps, "timesteps": timesteps}
+
     def draw(
         self,
         prompt: str,
@@ -173,7 +185,8 @@ class FirstStage:
     ) -> Tensor:
         """The picture as [1, 3, height, width] from 0 to 1, at the size that it is drawn at."""
         (transformer, vae), pipeline = twins, self.pipeline()
-        guidance, steps = float(asked["guidance_scale"]), asked["num_inference_steps"]
+        guidance = float(asked["guidance_scale"])
+        steps = asked["num_inference_steps"] if asked["timesteps"] is None else len(asked["timesteps"])
         length, cleans = asked["max_sequence_length"], asked["clean_caption"]
         text, mask = self._encode(pipeline, prompt, length, cleans)
         negative = self._encode(pipeline, negative_prompt, length, cleans) if guidance > 1 else None

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference.sampler import Callback
+from ...reference.sampler import NO_SHORTCUTS, Callback, Shortcuts
 from ...system.errors import ReducioError
 from .components import Components
 from .executor import Executor
+from .schedules import scheduled
 
 
 class Sampler:
@@ -30,18 +31,22 @@ class Sampler:
         generator: torch.Generator,
         callback: Callback | None,
         sigmas: Sequence[float] | None = None,
+        schedule: str = "own",
+        shortcuts: Shortcuts = NO_SHORTCUTS,
     ) -> Tensor:
         """Unit noise [1, ...] on any device -> the latent, float32, of the last step taken.
 
-        guidance_scale: a number, or a tensor of one a frame where the family's denoiser takes that.
+        guidance_scale: a number, or a tensor of one a frame where the family's denoiser takes that. schedule: see
+        `schedules.scheduled`.
         """
         # The latent stays float32 whatever the networks run in: twenty updates in bfloat16 lose what they add.
         noise = noise.to(self.executor.device)
-        network, scheduler = self.executor.network(self.components.layout.denoiser), self.components.scheduler
+        network = self.executor.network(self.components.layout.denoiser)
+        scheduler, timesteps = scheduled(self.components.scheduler, schedule, num_inference_steps)
         try:
             denoise = network.denoiser(cond, uncond, guidance_scale)
             given = (denoise, scheduler, noise, num_inference_steps, callback, generator)
-            return self.executor.sample(*given, sigmas)
+            return self.executor.sample(*given, sigmas, timesteps, shortcuts)
         except ReducioError:
             raise
         except (ValueError, ZeroDivisionError) as error:

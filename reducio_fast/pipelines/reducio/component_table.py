@@ -12,6 +12,7 @@ from ...checkpoints.model_folder import Loading
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...system.errors import ReducioError
 from ..call import validation
+from ..call.quality import resolve
 from ..execution.components import Components
 from . import encoders
 from .encoders import SemanticEncoder
@@ -103,6 +104,7 @@ def check_settings(parts: Components) -> None:
         validation.check_multiple(name, parts[name], parts["vae"].config.spatial_factor)
     if not isinstance(parts["clean_caption"], bool):
         raise ReducioError(f"clean_caption: must be True or False, is {parts['clean_caption']!r}")
+    resolve(parts["sampling"], None, {})
 
 
 def check_components(parts: Components) -> None:

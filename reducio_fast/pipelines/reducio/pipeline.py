@@ -20,12 +20,13 @@ from ...compile import gc_pause
 from ...media import aspect_buckets, image_files
 from ...memory.dry_run import DryRun
 from ...reference import ReducioDiT, ReducioVAE, initial_latent
-from ...reference.reducio.config import GUIDANCE_SCALE, NUM_FRAMES, NUM_INFERENCE_STEPS
+from ...reference.reducio.config import GUIDANCE_SCALE, NUM_FRAMES
 from ...system import devices, torch_state
 from ...system.errors import ReducioError
 from ...system.paths import expanded
 from ..call import validation
 from ..call.output import ReducioOutput, stack, to_output
+from ..call.quality import Quality, resolve
 from ..call.request import Arguments, ClipRequest, Embeds, Request, SamplingInputs
 from ..call.state import CallState, Stage
 from ..execution.components import Components
@@ -33,6 +34,7 @@ from ..execution.decoding import TiledDecoder
 from ..execution.drawing import check_content_kwargs
 from ..execution.executor import Executor
 from ..execution.sampling import Sampler
+from ..execution.schedules import scheduled, trial_timesteps
 from ..video_pipeline import VideoPipeline
 from .component_table import LOADERS, check_components, check_settings
 from .conditioner import Conditioner
@@ -53,7 +55,8 @@ class ReducioPipeline(VideoPipeline):
 
     clean_caption: put prompts through PixArt's caption cleaning, for a model trained on PixArt's captions; the
         published recipe does. content_scaling_factor: multiplies the content latent; 1, as the release extracts it,
-        although Stable Diffusion itself has 0.18215.
+        although Stable Diffusion itself has 0.18215. sampling: what calls of this model have for `quality` and the
+        arguments beside it, unless they say otherwise: {"quality": "balanced", "cache_threshold": 0.1}.
     """
 
     layout = REDUCIO
@@ -75,6 +78,7 @@ class ReducioPipeline(VideoPipeline):
         sample_width: int = 256,
         clean_caption: bool = False,
         content_scaling_factor: float = 1.0,
+        sampling: dict[str, Any] | None = None,
         backend: str = "auto",
         compile: bool | None = None,
     ) -> None:
@@ -187,7 +191,7 @@ class ReducioPipeline(VideoPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int = NUM_FRAMES,
-        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_inference_steps: int | None = None,
         guidance_scale: float = GUIDANCE_SCALE,
         seed: int | None = 0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -205,6 +209,11 @@ class ReducioPipeline(VideoPipeline):
         semantic_embeds: Tensor | None = None,
         content_latents: Tensor | None = None,
         content_kwargs: dict[str, Any] | None = None,
+        quality: str | None = None,
+        schedule: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_reuse: int | None = None,
+        cache_threshold: float | None = None,
     ) -> ReducioOutput | tuple[Any]:
         """Make a clip of a prompt, or of each prompt in a list, or `num_videos_per_prompt` of each.
 
@@ -214,7 +223,7 @@ class ReducioPipeline(VideoPipeline):
         negative_prompt: what guidance leads away from. None or "" is the model's null text.
         height, width: pixels, multiples of 32. By default the aspect bucket of the image (see `buckets`), without one
             the size the model was made for.
-        num_inference_steps: of the second stage.
+        num_inference_steps: of the second stage; None: the quality's, 20 for "exact".
         guidance_scale: 1 or less switches guidance off.
         seed: clip i takes seed + i; None draws one at random. generator: instead of seeds, one a clip.
         latents: the initial noise [N, 16, T/f, H/32, W/32], without N for a single clip; the seeds still serve the
@@ -232,6 +241,13 @@ class ReducioPipeline(VideoPipeline):
             "guidance_scale": 7.0, "height": 768, "width": 1344}; by default its own steps and guidance, at the size
             nearest to the clip's shape that it was made for.
         return_dict: False returns the tuple `(frames,)` alone.
+        quality: "exact", the default, "balanced" or "draft": presets of the arguments below and of both stages' steps,
+            each of which an argument of its own overrides; what they cost and lose is in docs/quality.md.
+        schedule: where the steps lie: "own" (as the scheduler says), "quadratic", "lu" or "exponential".
+        guidance_interval: shares of the steps between which guidance works; outside of it a step is half the work.
+        guidance_reuse: of as many guided steps one computes both halves of guidance; 1 means each.
+        cache_threshold: above 0, the blocks behind the first are left out of a step where the first one's output has
+            changed by less than this share; the fast path alone follows it.
 
         Raises ReducioError before any work for an argument that does not fit, and later where values stop being finite.
         """
@@ -260,9 +276,8 @@ class ReducioPipeline(VideoPipeline):
             "num_videos_per_prompt", inputs.num_videos_per_prompt, validation.MAX_VIDEOS
         )
         validation.check_size(config, height, width, inputs.num_frames)
-        max_steps = self.scheduler.config.num_train_timesteps
-        validation.check_sampling(inputs.num_inference_steps, max_steps, inputs.guidance_scale, inputs.output_type)
-        validation.check_times(self.scheduler, inputs.num_inference_steps)
+        chosen = self._quality(inputs)
+        content_kwargs = check_content_kwargs(self.text_to_image, inputs.content_kwargs)
         names = inputs.callback_on_step_end_tensor_inputs
         validation.check_callback(inputs.callback_on_step_end, names, self._callback_tensor_inputs)
         shape, count = config.latent_shape(height, width), len(prompts) * per_prompt
@@ -280,17 +295,35 @@ class ReducioPipeline(VideoPipeline):
             height=height,
             width=width,
             latent_shape=shape,
-            num_inference_steps=inputs.num_inference_steps,
+            num_inference_steps=chosen.num_inference_steps,
             guidance_scale=inputs.guidance_scale,
             output_type=inputs.output_type,
             fps=self.fps,
             callback_on_step_end=inputs.callback_on_step_end,
             callback_tensor_inputs=tuple(names),
-            content_kwargs=check_content_kwargs(self.text_to_image, inputs.content_kwargs),
+            content_kwargs=self.content.first_stage.with_steps(chosen.content_steps, content_kwargs),
             progress=inputs.progress,
+            schedule=chosen.schedule,
+            shortcuts=chosen.shortcuts,
         )
         self.conditioner.check(request)
         return request
+
+    def _quality(self, inputs: Arguments) -> Quality:
+        """What the call's arguments and the model's own setting make of its sampling. Raises ReducioError."""
+        scale = inputs.guidance_scale
+        scale_is_number = isinstance(scale, int | float)
+        names = ("num_inference_steps", "schedule", "guidance_interval", "guidance_reuse", "cache_threshold")
+        arguments = {name: getattr(inputs, name) for name in names}
+        chosen = resolve(self.sampling, inputs.quality, arguments, scale if scale_is_number else None)
+        steps, max_steps = chosen.num_inference_steps, self.scheduler.config.num_train_timesteps
+        validation.check_sampling(steps, max_steps, scale, inputs.output_type)
+        scheduler, timesteps = scheduled(self.scheduler, chosen.schedule, steps)
+        if chosen.schedule != "own" or 2 * steps > max_steps:
+            validation.check_times(scheduler, trial_timesteps(scheduler, steps, timesteps))
+        if chosen.cache_threshold and (why := self.executor.reason_without_cache()):
+            raise ReducioError(f"cache_threshold: {chosen.cache_threshold} needs the fast path; {why}")
+        return chosen
 
     @torch_state.inference()
     def encode_prompt(

@@ -1,0 +1,111 @@
+"""How much work a clip is worth: presets, and the single settings that they are made of.
+
+Each setting comes from the argument of the call, else from the call's preset, else from the model folder's `sampling`,
+else from "exact". What the presets cost and lose is measured by `benchmarks/quality_presets.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from ...reference.reducio.config import NUM_INFERENCE_STEPS
+from ...reference.sampler import Shortcuts
+from ...system.errors import ReducioError
+
+SCHEDULES = ("own", "quadratic", "lu", "exponential")
+# Guidance above this makes the equation stiff: 8 quadratic steps, nearer to the solution than 20 equal ones at 4.5, are
+# twice as far at 7.5, and 12 are nearer again (24 prompts of the default model).
+STRONG_GUIDANCE, STRONG_STEPS = 5.5, 12
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """num_inference_steps, of both stages: `content_steps` None leaves the first stage its own. schedule: of SCHEDULES,
+    where the steps lie. The rest as in `reference.sampler.Shortcuts`."""
+
+    num_inference_steps: int = NUM_INFERENCE_STEPS
+    schedule: str = "own"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_reuse: int = 1
+    cache_threshold: float = 0.0
+    content_steps: int | None = None
+
+    @property
+    def shortcuts(self) -> Shortcuts:
+        return Shortcuts(self.guidance_interval, self.guidance_reuse, self.cache_threshold)
+
+
+PRESETS = {
+    "exact": Quality(),
+    "balanced": Quality(num_inference_steps=10, schedule="quadratic", content_steps=10),
+    "draft": Quality(num_inference_steps=6, schedule="quadratic", guidance_reuse=2, content_steps=6),
+}
+SETTINGS = tuple(f.name for f in dataclasses.fields(Quality))
+
+
+def resolve(
+    sampling: Any, quality: Any, arguments: Mapping[str, Any], guidance_scale: float | None = None
+) -> Quality:
+    """The quality of a call. `sampling`: the model's own setting, a dict of `quality` and of SETTINGS, or None.
+    `arguments`: those of the call by name, None where left out. Raises ReducioError."""
+    own = _checked_setting(sampling)
+    name = own.get("quality", "exact") if quality is None else quality
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ReducioError(f"quality: must be one of {', '.join(PRESETS)}, is {name!r}")
+    chosen = dataclasses.asdict(PRESETS[name])
+    if quality is None:
+        chosen |= {key: value for key, value in own.items() if key != "quality"}
+    steps_are_a_presets = quality is not None or "num_inference_steps" not in own
+    chosen |= {key: value for key, value in arguments.items() if value is not None}
+    check = Quality(**(chosen | {"guidance_interval": _interval(chosen["guidance_interval"])}))
+    _check(check)
+    strong = guidance_scale is not None and guidance_scale > STRONG_GUIDANCE
+    if strong and steps_are_a_presets and arguments.get("num_inference_steps") is None:
+        check = dataclasses.replace(check, num_inference_steps=max(check.num_inference_steps, STRONG_STEPS))
+    return check
+
+
+def _checked_setting(sampling: Any) -> dict[str, Any]:
+    if sampling is None:
+        return {}
+    known = ("quality", *SETTINGS)
+    if not isinstance(sampling, Mapping):
+        raise ReducioError(f"sampling: must be a dict of {', '.join(known)}, is {sampling!r}")
+    if unknown := [name for name in sampling if name not in known]:
+        raise ReducioError(f"sampling: unknown {unknown[0]}; known are {', '.join(known)}")
+    return dict(sampling)
+
+
+def _interval(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check(quality: Quality) -> None:
+    if quality.schedule not in SCHEDULES:
+        raise ReducioError(f"schedule: must be one of {', '.join(SCHEDULES)}, is {quality.schedule!r}")
+    interval = quality.guidance_interval
+    if not (
+        isinstance(interval, tuple)
+        and len(interval) == 2
+        and all(_is_number(x) for x in interval)
+        and 0 <= interval[0] <= interval[1] <= 1
+    ):
+        raise ReducioError(
+            f"guidance_interval: must be two shares of the steps from 0 to 1, the smaller first, is {interval!r}"
+        )
+    if not isinstance(quality.guidance_reuse, int) or isinstance(quality.guidance_reuse, bool) or quality.guidance_reuse < 1:
+        raise ReducioError(f"guidance_reuse: must be a whole number of at least 1, is {quality.guidance_reuse!r}")
+    if not _is_number(quality.cache_threshold) or not 0 <= quality.cache_threshold < math.inf:
+        raise ReducioError(f"cache_threshold: must be a number of at least 0, is {quality.cache_threshold!r}")
+    if quality.content_steps is not None and (
+        not isinstance(quality.content_steps, int) or isinstance(quality.content_steps, bool) or quality.content_steps < 2
+    ):
+        raise ReducioError(f"content_steps: must be a whole number of at least 2, is {quality.content_steps!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(float(value))

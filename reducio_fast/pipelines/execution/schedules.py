@@ -1,0 +1,54 @@
+"""Where the steps of a clip lie: a scheduler's own schedule, or another that the same scheduler can follow."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+from ...reference.sampler import quadratic_timesteps
+from ...system.errors import ReducioError
+
+# diffusers' fields that choose another spacing; at most one may be set.
+SPACINGS = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
+FIELDS = {"lu": "use_lu_lambdas", "exponential": "use_exponential_sigmas"}
+
+
+def scheduled(scheduler: Any, schedule: str, steps: int) -> tuple[Any, list[int] | None]:
+    """A scheduler and, where they are not its own, the timesteps to set on it. schedule: of `call.quality.SCHEDULES`.
+
+    "quadratic": timesteps that crowd towards the end. "lu": equal steps of the logarithm of signal to noise (DPM-Solver,
+    arXiv 2206.00927, diffusers' `use_lu_lambdas`). "exponential": of the logarithm of sigma. Raises ReducioError for
+    one that the scheduler does not know.
+    """
+    if schedule == "own":
+        return scheduler, None
+    config = scheduler.config
+    if schedule not in (able := known(scheduler)):
+        raise ReducioError(f"schedule: a {type(scheduler).__name__} cannot follow {schedule!r}; it can {', '.join(able)}")
+    changes = {name: name == FIELDS.get(schedule) for name in SPACINGS if name in config}
+    if any(config[name] != value for name, value in changes.items()):
+        scheduler = type(scheduler).from_config(config, **changes)
+    timesteps = quadratic_timesteps(steps, config["num_train_timesteps"]) if schedule == "quadratic" else None
+    return scheduler, timesteps
+
+
+def known(scheduler: Any) -> list[str]:
+    """The schedules that it can follow."""
+    config = dict(scheduler.config)
+    able = ["own"]
+    if config.get("use_flow_sigmas") or "num_train_timesteps" not in config:
+        return able
+    if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters and "prediction_type" in config:
+        able.append("quadratic")
+    return [*able, *(name for name, field in FIELDS.items() if field in config)]
+
+
+def trial_timesteps(scheduler: Any, steps: int, timesteps: list[int] | None) -> Any:
+    """The timesteps that the steps would have, on a copy."""
+    trial = copy.deepcopy(scheduler)
+    if timesteps is None:
+        trial.set_timesteps(steps)
+    else:
+        trial.set_timesteps(timesteps=timesteps)
+    return trial.timesteps
