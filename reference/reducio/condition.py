@@ -54,6 +54,7 @@ def denoiser(model: Any, cond: Condition, uncond: Condition | None = None, guida
     model: called as `ReducioDiT` is; a variance that it predicts is dropped. `uncond` defaults to
     `cond.without_text(model.null_text)`. Raises ValueError where the two conditions differ in shape.
     """
+
     def told(condition: Condition) -> Denoiser:
         def predict(x: Tensor, timestep: Tensor) -> Tensor:
             text, mask, semantic, content = condition.text, condition.text_mask, condition.semantic, condition.content

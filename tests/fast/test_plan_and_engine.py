@@ -22,7 +22,6 @@ from reducio_fast.fast.reducio.dit import FastReducioDiT
 from reducio_fast.fast.reducio.vae import FastReducioVAE
 from reducio_fast.measurement.accuracy_rule import relative_error
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
-from reducio_fast.system.errors import ReducioError
 from tiny_networks import DIT, VAE, assert_right, lively, plan
 
 pytestmark = pytest.mark.slow

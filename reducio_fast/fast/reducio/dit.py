@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ...compile.compiled_blocks import Regional
 from ...compile.graphs import Graphs
-from ...reference import ReducioDiT
+from ...reference import DiTConfig, ReducioDiT
 from ...reference.reducio.condition import Condition, join
 from ...reference.reducio.dit import NORM_EPS, Attention, DiTBlock, Grid, JointCondition, LatentTransformer
 from ...reference.sampler import Denoiser, Guided

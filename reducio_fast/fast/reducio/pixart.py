@@ -35,7 +35,9 @@ class FastPixArt(FastTransformer):
         for name, value in (("timestep", timestep), ("size", size)):
             if value is not None and value.ndim and bool((value != value[:1]).any()):
                 raise ValueError(f"{name} differs between the items of the batch: {value.tolist()}")
-        return self.predict(latent, timestep.flatten()[:1], self.prepare(text, mask), None if size is None else size[:1])
+        return self.predict(
+            latent, timestep.flatten()[:1], self.prepare(text, mask), None if size is None else size[:1]
+        )
 
     @torch.no_grad()
     def predict(self, latent: Tensor, timestep_1: Tensor, prepared: Prepared, size_12: Tensor | None = None) -> Tensor:
