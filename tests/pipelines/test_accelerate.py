@@ -15,6 +15,7 @@ from PIL import Image
 
 from reducio_fast import ReducioError, accelerate
 from reducio_fast.pipelines.peers.models import PEERS, build_random
+from tiny_pixart import pixart
 from tiny_svd import lively_svd, unet_config, unet_inputs
 
 pytestmark = pytest.mark.slow
@@ -168,8 +169,6 @@ def test_a_pipeline_of_another_kind() -> None:
 @pytest.mark.parametrize("sample_size", [8, 128])
 def test_pixart(sample_size: int) -> None:
     """The picture stays, whatever the network is told; what the twin does not take runs as before."""
-    from test_first_stage import pixart
-
     drawer = pixart(sample_size)
     drawer.set_progress_bar_config(disable=True)
     call = {"height": 64, "width": 48, "num_inference_steps": 2, "use_resolution_binning": False, "output_type": "np"}

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from reducio_fast.checkpoints import networks
 from reducio_fast.checkpoints.diffusers_folders import find_text_to_image, load_text_to_image
@@ -22,16 +21,10 @@ from reducio_fast.pipelines.execution.executor import Executor
 from reducio_fast.pipelines.execution.plain_engine import PlainEngine
 from reducio_fast.pipelines.reducio.encoders import clean_caption
 from reducio_fast.system.errors import ReducioError
+from tiny_pixart import autoencoder, pixart, randomise, t5
 
 PROMPT = "a red circle"
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-
-
-def randomise(network: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for tensor in network.parameters():
-            tensor.normal_(0, 0.1)
-    return network.requires_grad_(False).eval()
 
 
 def clip_tokenizer() -> Any:
@@ -51,21 +44,6 @@ def clip_text(projection: bool = False) -> Any:
     return randomise((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
 
 
-def t5() -> tuple[Any, Any]:
-    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
-
-    config = T5Config(vocab_size=384, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
-    return ByT5Tokenizer(), randomise(T5EncoderModel(config))
-
-
-def autoencoder(channels: int = 4, **words: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    sizes = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    return randomise(AutoencoderKL(**blocks, **sizes, latent_channels=channels, **words))
-
-
 def unet(**words: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
@@ -75,22 +53,6 @@ def unet(**words: Any) -> Any:
     }
     sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
     return randomise(UNet2DConditionModel(sample_size=8, **blocks, **sizes, **words))
-
-
-def pixart(sample_size: int = 8) -> Any:
-    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
-
-    drawer = PixArtTransformer2DModel(
-        sample_size=sample_size,
-        num_attention_heads=2,
-        attention_head_dim=12 if sample_size == 128 else 8,  # a size has a third of the channels
-        num_layers=1,
-        in_channels=4,
-        out_channels=8,
-        caption_channels=16,
-        cross_attention_dim=24 if sample_size == 128 else 16,
-    )
-    return PixArtAlphaPipeline(*t5(), autoencoder(), randomise(drawer), DPMSolverMultistepScheduler())
 
 
 def sdxl() -> Any:
@@ -334,8 +296,9 @@ WORDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("words", WORDS)
-@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize(
+    ("words", "scheduler"), [*((w, "DPMSolverMultistepScheduler") for w in WORDS), ("as it is", "DDIMScheduler")]
+)
 def test_twins_draw_what_diffusers_draws(words: str, scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers
 

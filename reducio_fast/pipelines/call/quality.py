@@ -42,14 +42,12 @@ class Quality:
 PRESETS = {
     "exact": Quality(),
     "balanced": Quality(num_inference_steps=10, schedule="quadratic", content_steps=10),
-    "draft": Quality(num_inference_steps=6, schedule="quadratic", guidance_reuse=2, content_steps=6),
+    "draft": Quality(num_inference_steps=6, schedule="quadratic", content_steps=6),
 }
 SETTINGS = tuple(f.name for f in dataclasses.fields(Quality))
 
 
-def resolve(
-    sampling: Any, quality: Any, arguments: Mapping[str, Any], guidance_scale: float | None = None
-) -> Quality:
+def resolve(sampling: Any, quality: Any, arguments: Mapping[str, Any], guidance_scale: float | None = None) -> Quality:
     """The quality of a call. `sampling`: the model's own setting, a dict of `quality` and of SETTINGS, or None.
     `arguments`: those of the call by name, None where left out. Raises ReducioError."""
     own = _checked_setting(sampling)
@@ -97,12 +95,18 @@ def _check(quality: Quality) -> None:
         raise ReducioError(
             f"guidance_interval: must be two shares of the steps from 0 to 1, the smaller first, is {interval!r}"
         )
-    if not isinstance(quality.guidance_reuse, int) or isinstance(quality.guidance_reuse, bool) or quality.guidance_reuse < 1:
+    if (
+        not isinstance(quality.guidance_reuse, int)
+        or isinstance(quality.guidance_reuse, bool)
+        or quality.guidance_reuse < 1
+    ):
         raise ReducioError(f"guidance_reuse: must be a whole number of at least 1, is {quality.guidance_reuse!r}")
     if not _is_number(quality.cache_threshold) or not 0 <= quality.cache_threshold < math.inf:
         raise ReducioError(f"cache_threshold: must be a number of at least 0, is {quality.cache_threshold!r}")
     if quality.content_steps is not None and (
-        not isinstance(quality.content_steps, int) or isinstance(quality.content_steps, bool) or quality.content_steps < 2
+        not isinstance(quality.content_steps, int)
+        or isinstance(quality.content_steps, bool)
+        or quality.content_steps < 2
     ):
         raise ReducioError(f"content_steps: must be a whole number of at least 2, is {quality.content_steps!r}")
 

@@ -117,7 +117,7 @@ class FirstStage:
             return kwargs
         if "quadratic" not in known(pipeline.scheduler):
             return kwargs
-        _, timesteps = scheduled(pipeline.scheduler, "quadratic", steps)
+        _, timesteps = scheduled(pipeline.scheduler, "quadratic", steps)  # of the scheduler's own order
         return kwargs | {"num_inference_steps": steps, "timesteps": timesteps}
 
     def draw(
@@ -168,6 +168,7 @@ class FirstStage:
             and isinstance(asked["max_sequence_length"], int)
             and asked["max_sequence_length"] > 0
             and not asked["use_resolution_binning"]
+            and (asked["timesteps"] is None or "quadratic" in known(pipeline.scheduler))
         )
         if not followed:
             raise ReducioError("these arguments are for diffusers' own call")
