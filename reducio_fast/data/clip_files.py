@@ -1,4 +1,4 @@
-"""Random clips of a curated manifest, read from the videos themselves: what an autoencoder is trained on."""
+"""Random clips of a curated manifest, read from the video files: the training data of an autoencoder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..media.pixels import to_unit
 from ..system.errors import ReducioError
 from .curation import manifest
 
-TRIES = 8  # videos that cannot be read, in a row, before it is said
+TRIES = 8  # consecutive clips that cannot be used before `ClipFiles.draw` raises
 
 
 class ClipFiles:
-    """The clips of a manifest. Raises `ReducioError` where it holds none."""
+    """The readable clips of the manifest at `path`. Raises `ReducioError` if it has none."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -28,7 +28,10 @@ class ClipFiles:
             raise ReducioError(f"{path} holds no clip that could be read")
 
     def take_last(self, count: int) -> ClipFiles | None:
-        """The last clips, as files of their own, which this one loses; None for a count of 0."""
+        """Move the last `count` clips into a new `ClipFiles` and return it; None for a count of 0.
+
+        Raises `ReducioError` if no clip would be left here.
+        """
         if not count:
             return None
         if count >= len(self.rows):
@@ -38,8 +41,12 @@ class ClipFiles:
         return taken
 
     def draw(self, rng: np.random.Generator, count: int, rate: float, size: int, least_area: float) -> Tensor:
-        """A clip float32 [3, T, size, size] in [-1, 1]: every round(fps / rate)-th frame from a random one on, a random
-        square crop of at least `least_area` of the largest one, mirrored in half of the cases."""
+        """Draw a random clip of `count` frames, float32 [3, T, size, size] in [-1, 1].
+
+        The clip takes every round(fps / rate)-th frame from a random start, a random square crop whose area is at
+        least the share `least_area` of the largest square, and is mirrored with probability 1/2. Raises `ReducioError`
+        after `TRIES` consecutive clips that are too short or cannot be read.
+        """
         reason = "too short"
         for _ in range(TRIES):
             row = self.rows[rng.integers(len(self.rows))]
@@ -59,7 +66,7 @@ class ClipFiles:
 
 
 def read_frames(video: str, first: int, step: int, count: int) -> np.ndarray:
-    """Frames `first`, `first + step`, ...: uint8 [T, H, W, 3], fewer where the video ends."""
+    """Frames `first`, `first + step`, ... as uint8 [T, H, W, 3]; T is below `count` if the video ends earlier."""
     frames, last = [], first + step * (count - 1)
     for number, (frame, _) in enumerate(ffmpeg.frames(Path(video), start=first), start=first):
         if (number - first) % step == 0:
@@ -70,7 +77,7 @@ def read_frames(video: str, first: int, step: int, count: int) -> np.ndarray:
 
 
 def crop(frames_THWC: np.ndarray, rng: np.random.Generator, size: int, least_area: float) -> Tensor:
-    """One square for all frames, resized with antialias."""
+    """Cut one random square out of all frames and resize it with antialiasing: float32 [3, T, size, size]."""
     height, width = frames_THWC.shape[1:3]
     side = max(1, round(min(height, width) * rng.uniform(least_area, 1.0) ** 0.5))
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
