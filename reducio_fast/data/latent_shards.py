@@ -181,7 +181,7 @@ def join_index(folder: Path, shards: Sequence[Shard]) -> dict[str, int]:
         parquet.write_table(table, temporary)
     about = read_about(folder)
     if len(table) != about.count:
-        raise ReducioError(f"{folder}: {about.count} clips went in and {len(table)} came out; run extract again")
+        raise ReducioError(f"{folder}: the index has {len(table)} rows for {about.count} clips; run extract again")
     return {"clips": len(table), "errors": len(table) - table.column("error").null_count}
 
 

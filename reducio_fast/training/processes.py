@@ -101,7 +101,7 @@ def _group(device: torch.device) -> Iterator[Processes]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise ReducioError(
-            f"WORLD_SIZE={world_size}: the processes cannot meet: {str(error).splitlines()[0]}"
+            f"WORLD_SIZE={world_size}: cannot join the process group: {str(error).splitlines()[0]}"
         ) from error
     try:
         groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]

@@ -78,7 +78,7 @@ def run_ablation(
         for variant, changes in ablation.variants.items():
             figures = train([*changes, f"loop.seed={seed}"], out / variant / f"seed-{seed}")
             if ablation.figure not in figures:
-                raise ReducioError(f"ablation {name}: the recipe needs held_out, the clips that are compared on")
+                raise ReducioError(f"ablation {name}: the recipe needs held_out, the number of clips to compare on")
             rows.append({"variant": variant, "seed": seed, **figures})
             _write(rows, out / TABLE)
     return rows

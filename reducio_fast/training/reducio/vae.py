@@ -62,7 +62,7 @@ class VAERecipe:
             raise ReducioError("a recipe needs `model` (a preset) or `start` (a folder)")
         if self.loop.parallel != "ddp":
             raise ReducioError(
-                "loop.parallel: the adaptive weight needs the whole last layer, which ddp alone leaves in place"
+                "loop.parallel: the adaptive weight needs the whole last layer, which only ddp does not shard"
             )
         if self.discriminator_norm not in ("batch", "group"):
             raise ReducioError(f"discriminator_norm={self.discriminator_norm!r}: must be batch or group")
