@@ -150,10 +150,10 @@ def parse_caption(caption: str) -> Scene:
         raise ReducioError(
             f"caption={caption!r} is not of the world; expected the form {Scene('red', 'circle', 'right').caption()!r}"
         )
-    words = match.groupdict(default="")
-    if ("moving" in text.split()) != (words["motion"] in DIRECTIONS):
+    attributes = match.groupdict(default="")
+    if ("moving" in text.split()) != (attributes["motion"] in DIRECTIONS):
         raise ReducioError(f"caption={caption!r}: 'moving' goes with a direction, one of {', '.join(DIRECTIONS)}")
-    return Scene(**words)
+    return Scene(**attributes)
 
 
 # --- shapes: signed distance in the units of x, y and r, negative inside; y points down, r broadcasts against x and y
