@@ -59,12 +59,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("base", metavar="BASE_PYTHON")
-    parser.add_argument("head", metavar="HEAD_PYTHON")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--clips", type=int, default=5)
+    parser.add_argument("base", metavar="BASE_PYTHON", help="interpreter of the base's environment")
+    parser.add_argument("head", metavar="HEAD_PYTHON", help="interpreter of the environment to compare with it")
+    parser.add_argument("--turns", type=int, default=5, help="processes of each Python (default: 5)")
+    parser.add_argument("--clips", type=int, default=5, help="warm clips per process (default: 5)")
     parser.add_argument("--backend", choices=("auto", "reference", "fast"), default="fast")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON row to write")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     for python in (arguments.base, arguments.head):

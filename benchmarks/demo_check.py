@@ -77,7 +77,7 @@ def check(page: Page, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--picture", type=Path, required=True)
+    parser.add_argument("--picture", type=Path, required=True, help=".png file of the screenshot")
     parser.add_argument("--port", type=int, default=7861)
     parser.add_argument("--browser", default=shutil.which("chromium") or shutil.which("google-chrome"))
     args = parser.parse_args()

@@ -35,7 +35,7 @@ class ClipFiles:
         if not count:
             return None
         if count >= len(self.rows):
-            raise ReducioError(f"held_out={count}: {self.path} holds {len(self.rows)} clips")
+            raise ReducioError(f"held_out={count}: must be smaller; {self.path} holds {len(self.rows)} clips")
         taken = ClipFiles(self.path)
         taken.rows, self.rows = self.rows[-count:], self.rows[:-count]
         return taken

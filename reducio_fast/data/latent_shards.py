@@ -286,7 +286,7 @@ class EpochOrder:
 
     def __init__(self, counts: Mapping[str, int], batch: int, seed: int) -> None:
         self.counts, self.batch, self.seed = dict(sorted(counts.items())), batch, seed
-        self.length = sum(-(-count // batch) for count in self.counts.values())  # steps an epoch
+        self.length = sum(-(-count // batch) for count in self.counts.values())  # steps per epoch
 
     def rows(self, step: int) -> tuple[str, list[int]]:
         """The bucket of a step, and the step's rows in the order of the global batch."""

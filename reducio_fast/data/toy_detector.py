@@ -21,7 +21,7 @@ from .toy_world import COLOURS, DIRECTIONS, SHAPES, Scene, silhouette
 # An object's colour must differ from the background's mean by this much (RGB units) and by this many standard
 # deviations of the background in that direction; smaller differences are texture or noise.
 _MIN_CONTRAST, _MIN_DEVIATIONS = 55.0, 3.5
-_MIN_AREA, _MAX_AREA = 0.004, 0.6  # of the frame
+_MIN_AREA, _MAX_AREA = 0.004, 0.6  # limits of the object's area, as shares of the frame
 _MIN_PRESENCE = 0.7  # share of the frames in which the object must be visible
 # Half of the motion in the slowest clips: they move by 13% of the frame or change the radius by 0.32 in its logarithm.
 _MIN_TRAVEL, _MIN_GROWTH = 0.06, 0.15
@@ -140,7 +140,7 @@ def _background_statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     border = pixels[:, edge].reshape(-1, 3)
     distance = np.square(border - np.median(border, axis=0)).sum(-1)
     border = border[distance <= np.quantile(distance, 0.8)]
-    covariance = np.cov(border.T.astype(np.float64)) * 1.5 + np.eye(3) * 64.0  # 1.5 makes up for the trimmed tail
+    covariance = np.cov(border.T.astype(np.float64)) * 1.5 + np.eye(3) * 64.0  # 1.5 compensates for the trimmed tail
     return border.mean(0), np.linalg.inv(covariance).astype(np.float32)
 
 

@@ -166,5 +166,5 @@ def run_vbench(
         raise ReducioError(f"vbench ended with {done.returncode}: {first_line(done.stderr.strip().splitlines()[-1:])}")
     results = sorted((folder / "vbench").glob("*eval_results.json"))
     if not results:
-        raise ReducioError(f"vbench left no *eval_results.json in {folder / 'vbench'}")
+        raise ReducioError(f"vbench wrote no *eval_results.json in {folder / 'vbench'}")
     return json.loads(results[-1].read_text(encoding="utf-8"))

@@ -104,7 +104,7 @@ def frames(path: Path, start: int = 0) -> Generator[tuple[np.ndarray, float], No
             assert process.stdout is not None
             while process.stdout.readline() == b"P6\n":
                 width, height = (int(n) for n in process.stdout.readline().split())
-                process.stdout.readline()  # 255
+                process.stdout.readline()  # the maximum value, 255
                 data = process.stdout.read(3 * width * height)
                 if len(data) < 3 * width * height:
                     break

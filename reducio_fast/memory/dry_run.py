@@ -189,7 +189,8 @@ class FusedAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]
         mask = (kwargs or {}).get("attn_mask")
-        wide = mask.to(q.dtype) if mask is not None and mask.dtype == torch.bool else None  # noqa: F841 alive below
+        # SDPA converts a boolean mask to q's dtype; this copy is counted until the return.
+        wide = mask.to(q.dtype) if mask is not None and mask.dtype == torch.bool else None  # noqa: F841
         # Strides of [B, L, N, D], as the kernels write it, so that a view as [B, L, N * D] needs no copy.
         shape = (*q.shape[:-3], q.shape[-2], q.shape[-3], v.shape[-1])
         out = q.new_empty(shape).transpose(-3, -2)

@@ -48,7 +48,7 @@ def resolve_device(device: Any) -> torch.device:
 
 
 def triton_missing() -> str | None:
-    """Why the kernels cannot be imported, in one line; None where they can."""
+    """The reason why the kernels cannot be imported, in one line; None if they can."""
     try:
         import triton
     except ImportError as error:

@@ -46,7 +46,7 @@ def profile_stages(*kinds: str) -> Iterator[None]:
     """
     global _marks
     if "markers" in kinds and not torch.cuda.is_available():
-        raise RuntimeError("markers: this build of torch has no GPU, hence neither NVTX nor roctx")
+        raise RuntimeError("markers: torch has no GPU here, so neither NVTX nor roctx is available")
     before, _marks = _marks, frozenset(kinds)
     try:
         yield

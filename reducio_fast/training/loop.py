@@ -304,7 +304,7 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # at rate 0
+    optimizer.step()  # changes no weight: the learning rate is 0
     optimizer.zero_grad(set_to_none=True)
     for entry in optimizer.state.values():
         entry["step"].zero_()
@@ -353,5 +353,5 @@ def _check(name: str, found: Path, config: LoopConfig, conditions: dict[str, int
         if made.get(key) != value and key not in harmless and not accept_changes:
             raise ReducioError(
                 f"train {name}: checkpoint {found} was made with {key}={made.get(key)}, this run has {key}={value}; "
-                "the weights would not be those of one run: --accept-changes goes on, --no-resume starts anew"
+                "the weights would not be those of one run: --accept-changes resumes anyway, --no-resume starts anew"
             )

@@ -100,7 +100,7 @@ def _posterior_table(device: torch.device) -> tuple[Tensor, ...]:
     kept = np.cumprod(1 - betas)
     before = np.append(1.0, kept[:-1])
     variance = betas * (1 - before) / (1 - kept)
-    clipped = np.log(np.append(variance[1], variance[1:]))  # the first is zero
+    clipped = np.log(np.append(variance[1], variance[1:]))  # the variance of step 0 is zero
     rows = (
         np.log(betas),
         clipped,

@@ -47,7 +47,7 @@ class VAERecipe:
     outlier_weight: float = 1.0  # on pixels more than three standard deviations above their frame's mean
     discriminator_start: int = 5000  # first step with the adversarial losses
     discriminator_weight: float = 0.05  # factor on the adaptive weight
-    discriminator_rate: float = 0.1  # of the generator's learning rate
+    discriminator_rate: float = 0.1  # factor on the autoencoder's learning rate
     discriminator_norm: str = "batch"
     discriminator_width: int = 64
     threads: int | None = None
