@@ -1,9 +1,9 @@
-"""Two installations of this package in turns, such as a base commit's and this one's: one JSON row.
+"""Compares two installations of this package, such as a base commit's and this one's, in turns: one JSON row.
 
     python -P benchmarks/compare_commits.py BASE_PYTHON HEAD_PYTHON [--turns 5] [--clips 5] [--out row.json]
 
-Each turn starts a fresh process of either Python, which imports, loads the default model, makes a first clip and then
-warm ones. Ratios are base over head within a turn, so above 1 the head is faster. Use a quiet machine.
+Each turn starts a new process of either Python, which imports the package, loads the default model, generates a first
+clip and then warm clips. Ratios are base over head within a turn; above 1 the head is faster. Use an idle machine.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("base", metavar="BASE_PYTHON")
-    parser.add_argument("head", metavar="HEAD_PYTHON")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--clips", type=int, default=5)
+    parser.add_argument("base", metavar="BASE_PYTHON", help="interpreter of the base's environment")
+    parser.add_argument("head", metavar="HEAD_PYTHON", help="interpreter of the environment to compare with it")
+    parser.add_argument("--turns", type=int, default=5, help="processes of each Python (default: 5)")
+    parser.add_argument("--clips", type=int, default=5, help="warm clips per process (default: 5)")
     parser.add_argument("--backend", choices=("auto", "reference", "fast"), default="fast")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON row to write")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     for python in (arguments.base, arguments.head):
-        measure(python, arguments.backend, 1)  # files are in memory from here on
+        measure(python, arguments.backend, 1)  # fills the system's file cache
     turns = [
         {name: measure(getattr(arguments, name), arguments.backend, arguments.clips) for name in ("base", "head")}
         for _ in range(arguments.turns)

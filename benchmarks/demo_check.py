@@ -1,8 +1,8 @@
-"""The demo in a real browser, headless: `python -P benchmarks/demo_check.py --picture docs/demo.png`.
+"""Tests the demo in a headless browser: `python -P benchmarks/demo_check.py --picture docs/demo.png`.
 
-Starts `reducio-fast demo`, makes a clip side by side with the reference and takes the picture, stops another one
-half-way, makes a third after that, and makes a mistake. Exit status 1 where anything is not as it should be. Needs
-`pip install ".[demo]" playwright` and a Chromium, the system's (`--browser`), since not every machine can download one.
+Starts `reducio-fast demo`, generates a clip side by side with the reference and takes a screenshot, cancels a second
+clip, generates a third one, and submits an empty prompt. The exit status is 1 if a check fails. Needs
+`pip install ".[demo]" playwright` and the system's Chromium (`--browser`), since not every machine can download one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
-SECONDS = 300_000  # milliseconds a clip may take on a busy machine
+TIMEOUT_MS = 300_000  # milliseconds: enough for a clip on a busy machine
 
 
 def start(port: int) -> tuple[subprocess.Popen[str], str]:
@@ -28,15 +28,15 @@ def start(port: int) -> tuple[subprocess.Popen[str], str]:
     found = re.match(r"(http://\S+)", line)
     if found is None:
         server.kill()
-        raise SystemExit(f"demo_check: the server said {line!r} in place of its address")
+        raise SystemExit(f"demo_check: the server printed {line!r} instead of its address")
     return server, found[1]
 
 
 def wait_for_status(page: Page, pattern: str) -> None:
     status = page.locator("#status textarea")
-    expect(status).to_have_value(re.compile(pattern), timeout=SECONDS)
+    expect(status).to_have_value(re.compile(pattern), timeout=TIMEOUT_MS)
     page.wait_for_timeout(1000)
-    expect(status).to_have_value(re.compile(pattern))  # and stays so
+    expect(status).to_have_value(re.compile(pattern))  # the status must not change again
     print("status:", status.input_value())
 
 
@@ -52,32 +52,32 @@ def check(page: Page, picture: Path) -> None:
     page.goto(page.url)
     generate(page, "a red circle moving right on a black background", 8, True)
     progress = page.get_by_text(re.compile(r"step \d+ of 8"))
-    expect(progress.first).to_be_visible(timeout=SECONDS)
+    expect(progress.first).to_be_visible(timeout=TIMEOUT_MS)
     print("progress:", progress.first.inner_text().strip())
     for name in ("#fast video", "#reference video"):
-        expect(page.locator(name)).to_have_count(1, timeout=SECONDS)
-        page.wait_for_function("name => document.querySelector(name).readyState >= 2", arg=name, timeout=SECONDS)
+        expect(page.locator(name)).to_have_count(1, timeout=TIMEOUT_MS)
+        page.wait_for_function("name => document.querySelector(name).readyState >= 2", arg=name, timeout=TIMEOUT_MS)
     wait_for_status(page, "^Same seed")
     sizes = page.evaluate("() => [...document.querySelectorAll('video')].map(v => [v.videoWidth, v.videoHeight])")
     assert sizes == [[128, 128], [128, 128]], sizes
     page.screenshot(path=picture, full_page=True)
 
     generate(page, "a blue star growing on a gray background", 50, False)
-    expect(page.get_by_text(re.compile(r"step \d+ of 50")).first).to_be_visible(timeout=SECONDS)
+    expect(page.get_by_text(re.compile(r"step \d+ of 50")).first).to_be_visible(timeout=TIMEOUT_MS)
     page.locator("#cancel").click()
     wait_for_status(page, "^Cancelled")
 
     generate(page, "a blue star growing on a gray background", 2, False)
     wait_for_status(page, r"^fast: [\d.]+ s\.$")
 
-    generate(page, " ", 2, False)  # a mistake: our own line, as a message on the page
-    expect(page.get_by_text("describe the clip").first).to_be_visible(timeout=SECONDS)
-    print("mistake: shown")
+    generate(page, " ", 2, False)  # an empty prompt shows our error message on the page
+    expect(page.get_by_text("describe the clip").first).to_be_visible(timeout=TIMEOUT_MS)
+    print("error message: shown")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--picture", type=Path, required=True)
+    parser.add_argument("--picture", type=Path, required=True, help=".png file of the screenshot")
     parser.add_argument("--port", type=int, default=7861)
     parser.add_argument("--browser", default=shutil.which("chromium") or shutil.which("google-chrome"))
     args = parser.parse_args()

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything worth knowing from a short visit to a GPU: benchmarks/gpu_visit.sh OUT [--dry-run]
+# Runs all tests and measurements of a short visit to a GPU: benchmarks/gpu_visit.sh OUT [--dry-run]
 #
-# Parts, each a file under OUT, each with seconds of its own, together at most TOTAL (600): tests.json, parity.json,
-# first_measurements.json, bench-1024.json, tune.json with tables/, profile.json with profile.trace.json.gz,
-# bench-1024-compiled.json, and, in a second call of ten minutes, bench-svd.json. A part whose file is there is skipped, so call again to go on; remove a file to do its part
-# again. A part that fails leaves OUT/PART.log and the others go on; the exit status is then 1.
+# Each part writes a file under OUT and has its own time limit; all parts together take at most TOTAL (600) seconds:
+# tests.json, parity.json, first_measurements.json, bench-1024.json, tune.json with tables/, profile.json with
+# profile.trace.json.gz, bench-1024-compiled.json, and, in a second call of ten minutes, bench-svd.json.
+# A part whose file exists is skipped, so call again to continue, and remove a file to repeat its part. A part that
+# fails leaves OUT/PART.log; the other parts still run, and the exit status is 1.
 # Needs torch, triton, numpy and safetensors; pytest for the tests. The package need not be installed.
-# --dry-run: the same parts on narrow shapes on a CPU; those that need a GPU leave a file that says so.
+# --dry-run runs the same parts with narrow shapes on a CPU; parts that need a GPU write a file that says so.
 set -uo pipefail
 
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ] || { [ $# -gt 1 ] && [ "$2" != "--dry-run" ]; }; then
@@ -22,7 +23,7 @@ total=${TOTAL:-600}
 began=$SECONDS
 failed=0
 
-# Not installed: a folder of links stands in for setup.py's map of root folders into one package.
+# If the package is not installed, a folder of links replaces setup.py's mapping of root folders into one package.
 if ! (cd / && "$python" -P -c "import reducio_fast.triton_kernels" 2>/dev/null); then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
@@ -33,7 +34,7 @@ if ! (cd / && "$python" -P -c "import reducio_fast.triton_kernels" 2>/dev/null);
 fi
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
-# part NAME SECONDS COMMAND...: runs it with the seconds it has, unless NAME.json is there. COMMAND writes that file.
+# part NAME SECONDS COMMAND...: runs COMMAND, which writes NAME.json, for at most SECONDS, unless NAME.json exists.
 part() {
     local name=$1 seconds=$2 left=$((total - (SECONDS - began))) start=$SECONDS status
     shift 2
@@ -57,7 +58,7 @@ part() {
     [ "$status" -eq 0 ] || failed=1
 }
 
-# A part that no CPU can do.
+# needs_gpu NAME: marks a part that cannot run on a CPU as skipped.
 needs_gpu() {
     [ -s "$out/$1.json" ] || echo "{\"skipped\": \"$1 needs a GPU\"}" >"$out/$1.json"
     echo "$1: skipped, it needs a GPU"
@@ -75,20 +76,20 @@ print(json.dumps({"rows": rows, "wrong": sum(not row["right"] for row in rows)})
 END
 }
 
-# The report of pytest as JSON. Without diffusers the one file that compares with its schedulers cannot be collected.
+# Writes pytest's report as JSON. Without diffusers, pytest cannot collect the file that compares with its schedulers.
 tests() {
-    local where=(tests/triton_kernels) words=(-q -p no:cacheprovider)
-    "$python" -c "import diffusers" 2>/dev/null || words+=(--ignore=tests/triton_kernels/test_guidance_dpm_step.py)
+    local where=(tests/triton_kernels) options=(-q -p no:cacheprovider)
+    "$python" -c "import diffusers" 2>/dev/null || options+=(--ignore=tests/triton_kernels/test_guidance_dpm_step.py)
     [ -n "$dry" ] && where=(tests/triton_kernels/test_ada_layer_norm.py)
     cd "$root" || return
-    "$python" -m pytest "${words[@]}" --junit-xml="$out/tests.xml" "${where[@]}"
+    "$python" -m pytest "${options[@]}" --junit-xml="$out/tests.xml" "${where[@]}"
     local status=$?
-    "$python" - "$out" "${words[*]} ${where[*]}" <<'END' && rm -f "$out/tests.xml"
+    "$python" - "$out" "${options[*]} ${where[*]}" <<'END' && rm -f "$out/tests.xml"
 import json, sys, xml.etree.ElementTree as tree
 
-out, words = sys.argv[1:]
+out, arguments = sys.argv[1:]
 suite = tree.parse(f"{out}/tests.xml").getroot().find("testsuite")
-row = {"benchmark": "tests", "pytest": words} | {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
+row = {"benchmark": "tests", "pytest": arguments} | {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
 row["seconds"] = float(suite.get("time"))
 row["failed"] = [f"{c.get('classname')}::{c.get('name')}" for c in suite.iter("testcase")
                  if c.find("failure") is not None or c.find("error") is not None]
@@ -97,7 +98,7 @@ END
     return $status
 }
 
-# to_json NAME COMMAND...: what a command prints, kept only if it is whole.
+# to_json NAME COMMAND...: writes the output of COMMAND to NAME.json if it is valid JSON.
 to_json() {
     local name=$1 status
     shift

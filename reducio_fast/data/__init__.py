@@ -1,1 +1,1 @@
-"""Clips to learn from: the toy world, photographs, real video; curation of more, and latents on disk."""
+"""Training data: clips of the toy world, of photographs and of real video; curation of videos; latents on disk."""

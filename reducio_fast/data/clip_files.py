@@ -1,4 +1,4 @@
-"""Random clips of a curated manifest, read from the videos themselves: what an autoencoder is trained on."""
+"""Random clips of a curated manifest, read from the video files: the training data of an autoencoder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..media.pixels import to_unit
 from ..system.errors import ReducioError
 from .curation import manifest
 
-TRIES = 8  # videos that cannot be read, in a row, before it is said
+TRIES = 8  # consecutive clips that cannot be used before `ClipFiles.draw` raises
 
 
 class ClipFiles:
-    """The clips of a manifest. Raises `ReducioError` where it holds none."""
+    """The readable clips of the manifest at `path`. Raises `ReducioError` if it has none."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -28,11 +28,14 @@ class ClipFiles:
             raise ReducioError(f"{path} holds no clip that could be read")
 
     def take_last(self, count: int) -> ClipFiles | None:
-        """The last clips, as files of their own, which this one loses; None for a count of 0."""
+        """Move the last `count` clips into a new `ClipFiles` and return it; None for a count of 0.
+
+        Raises `ReducioError` if no clip would be left here.
+        """
         if not count:
             return None
         if count >= len(self.rows):
-            raise ReducioError(f"held_out={count}: {self.path} holds {len(self.rows)} clips")
+            raise ReducioError(f"held_out={count}: must be smaller; {self.path} holds {len(self.rows)} clips")
         taken = ClipFiles(self.path)
         taken.rows, self.rows = self.rows[-count:], self.rows[:-count]
         return taken
@@ -46,9 +49,13 @@ class ClipFiles:
         least_area: float,
         mirror: bool = True,
     ) -> Tensor:
-        """A clip float32 [3, T, H, W] in [-1, 1]: every round(fps / rate)-th frame from a random one on, a random crop
-        of the shape of `size` (H and W, or both), of at least `least_area` of the largest one, and with `mirror`
-        mirrored in half of the cases."""
+        """Draw a random clip of `count` frames, float32 [3, T, H, W] in [-1, 1].
+
+        The clip takes every round(fps / rate)-th frame from a random start and a random crop. The crop has the shape of
+        `size` (one number, or H and W) and at least the share `least_area` of the largest crop's area. `mirror`: half of
+        the clips are mirrored. Raises `ReducioError` after `TRIES` consecutive clips that are too short or cannot be
+        read.
+        """
         reason = "too short"
         for _ in range(TRIES):
             row = self.rows[rng.integers(len(self.rows))]
@@ -68,7 +75,7 @@ class ClipFiles:
 
 
 def read_frames(video: str, first: int, step: int, count: int) -> np.ndarray:
-    """Frames `first`, `first + step`, ...: uint8 [T, H, W, 3], fewer where the video ends."""
+    """Frames `first`, `first + step`, ... as uint8 [T, H, W, 3]; T is below `count` if the video ends earlier."""
     frames, last = [], first + step * (count - 1)
     for number, (frame, _) in enumerate(ffmpeg.frames(Path(video), start=first), start=first):
         if (number - first) % step == 0:
@@ -85,7 +92,7 @@ def crop(
     least_area: float,
     mirror: bool = True,
 ) -> Tensor:
-    """One rectangle for all frames, resized with antialias."""
+    """Cut one random rectangle out of all frames and resize it with antialiasing: float32 [3, T, H, W]."""
     rows, columns = (size, size) if isinstance(size, int) else size
     height, width = frames_THWC.shape[1:3]
     scale = min(height / rows, width / columns) * rng.uniform(least_area, 1.0) ** 0.5

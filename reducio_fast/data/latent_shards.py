@@ -1,13 +1,13 @@
 """Latents and conditions on disk: written once, read by row.
 
-    latents.json                          what all files share, checksums of the encoders first
-    index.parquet                         a row a clip: where it lies, its checksum, or why it is not there
-    text/shard-00000.safetensors          `text` [sum of L, C] and `offsets` [n + 1]: a caption once, without padding
+    latents.json                          settings of the whole folder, with checksums of the encoders
+    index.parquet                         one row per clip: its shard, row and checksum, or the error of its extraction
+    text/shard-00000.safetensors          `text` [sum of L, C] and `offsets` [n + 1]: each caption once, without padding
     256x256/shard-00000.safetensors       `latent` [N, C, t, h, w], `content` [N, 4, H/8, W/8], `semantic` [N, S, C]
-    256x256/shard-00000.parquet           that shard's rows of the index; written last, so it marks the shard as whole
+    256x256/shard-00000.parquet           the shard's rows of the index; written last, so it marks the shard as complete
 
-Which clip goes where follows from the list of clips alone, so shards can be made in any order, by any process, and a
-stopped extraction goes on with those that are missing. Padded, the text of T5-XXL would be three times the rest.
+The list of clips alone determines the shard of each clip, so any process can write shards in any order, and a stopped
+extraction resumes with the missing shards. With padding, T5-XXL's text would be three times as large as all the rest.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ TENSORS = ("latent", "content", "semantic")
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What every file of a folder has in common. `encoders`: component -> SHA-256 of its files."""
+    """Settings that all files of a folder share. `encoders` maps a component to the SHA-256 of its files."""
 
     encoders: dict[str, str]
     clips: str  # SHA-256 of the list of clips
-    count: int  # of clips
-    captions: int  # distinct ones
+    count: int  # number of clips
+    captions: int  # number of distinct captions
     caption_channels: int
     shard_size: int
     seed: int
@@ -56,13 +56,13 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A clip to be extracted: frames `start`, `start + step`, ... of a video; `caption` is the number of its text."""
+    """A clip to encode: frames `start`, `start + step`, ... of a video; `caption` is the index of its text."""
 
     id: str
     video: str
     start: int
     step: int
-    fps: float  # after the step
+    fps: float  # of the clip: the video's frame rate divided by `step`
     bucket: Size
     caption: int
     motion: float | None = None
@@ -70,14 +70,14 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The clips of one file."""
+    """The clips of one shard file, all of one bucket."""
 
     bucket: Size
     number: int
     clips: tuple[Clip, ...]
 
     def path(self, folder: Path) -> Path:
-        """Without suffix."""
+        """Path of the shard's files without their suffix."""
         return folder / bucket_name(self.bucket) / f"shard-{self.number:05d}"
 
 
@@ -86,7 +86,7 @@ def bucket_name(bucket: Size) -> str:
 
 
 def plan(clips: Sequence[Clip], shard_size: int) -> list[Shard]:
-    """Clips by bucket, in the order of their ids."""
+    """Group the clips by bucket and split each group, sorted by id, into shards of at most `shard_size` clips."""
     by_bucket = defaultdict(list)
     for clip in sorted(clips, key=lambda clip: clip.id):
         by_bucket[clip.bucket].append(clip)
@@ -98,7 +98,7 @@ def plan(clips: Sequence[Clip], shard_size: int) -> list[Shard]:
 
 
 def write_shard(folder: Path, shard: Shard, samples: Mapping[str, dict[str, Tensor] | str]) -> None:
-    """Writes a shard and its part of the index. `samples`: clip id -> its tensors, or the reason why there are none."""
+    """Write a shard and its part of the index. `samples` maps a clip's id to its tensors, or to an error message."""
     pyarrow, parquet = pyarrow_modules()
     rows, kept = [], list[dict[str, Tensor]]()
     for clip in shard.clips:
@@ -120,7 +120,7 @@ def write_shard(folder: Path, shard: Shard, samples: Mapping[str, dict[str, Tens
 
 
 def write_text(folder: Path, number: int, texts: Sequence[Tensor]) -> None:
-    """Embeddings [L, C] of captions, one after the other."""
+    """Write the embeddings [L, C] of captions, concatenated along L, with their offsets."""
     path = folder / TEXT / f"shard-{number:05d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     offsets = torch.tensor([0, *np.cumsum([len(text) for text in texts]).tolist()])
@@ -129,12 +129,12 @@ def write_text(folder: Path, number: int, texts: Sequence[Tensor]) -> None:
 
 
 def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
-    """Shards that are not whole yet."""
+    """Shards that are not completely written yet."""
     return [shard for shard in shards if not shard.path(folder).with_suffix(".parquet").is_file()]
 
 
 def write_about(folder: Path, about: About) -> None:
-    """Opens a folder for these clips and encoders. Raises `ReducioError` where it holds others."""
+    """Write `latents.json`. Raises `ReducioError` if the folder was started with other clips, encoders or settings."""
     path = folder / ABOUT
     if path.is_file():
         found = read_about(folder)
@@ -151,7 +151,7 @@ def write_about(folder: Path, about: About) -> None:
 
 
 def read_about(folder: Path) -> About:
-    """What a folder holds. Raises `ReducioError` for no latents, damaged ones, and those of another version."""
+    """Read `latents.json`. Raises `ReducioError` if it is missing, damaged or of another version."""
     path = folder / ABOUT
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -170,7 +170,10 @@ def read_about(folder: Path) -> About:
 
 
 def join_index(folder: Path, shards: Sequence[Shard]) -> dict[str, int]:
-    """Writes `index.parquet` from the parts of all shards: as many rows as clips. -> counts of `clips` and `errors`."""
+    """Write `index.parquet` from the parts of all shards; return the counts of `clips` and `errors`.
+
+    Raises `ReducioError` if the number of rows differs from the number of clips in `latents.json`.
+    """
     pyarrow, parquet = pyarrow_modules()
     tables = [_read_parquet(shard.path(folder).with_suffix(".parquet")) for shard in shards]
     table = pyarrow.concat_tables(tables) if tables else _schema().empty_table()
@@ -178,12 +181,12 @@ def join_index(folder: Path, shards: Sequence[Shard]) -> dict[str, int]:
         parquet.write_table(table, temporary)
     about = read_about(folder)
     if len(table) != about.count:
-        raise ReducioError(f"{folder}: {about.count} clips went in and {len(table)} came out; run extract again")
+        raise ReducioError(f"{folder}: the index has {len(table)} rows for {about.count} clips; run extract again")
     return {"clips": len(table), "errors": len(table) - table.column("error").null_count}
 
 
 def sample_checksum(sample: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a clip's tensors, in the order of `TENSORS`."""
+    """SHA-256 of a clip's tensors, read in the order of `TENSORS`."""
     digest = hashlib.sha256()
     for name in TENSORS:
         if name in sample:
@@ -192,7 +195,7 @@ def sample_checksum(sample: Mapping[str, Tensor]) -> str:
 
 
 def files_checksum(folder: Path) -> str:
-    """SHA-256 of a component: the names and contents of its weights and configuration."""
+    """SHA-256 over the names and contents of a component's .safetensors and .json files."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
@@ -201,10 +204,10 @@ def files_checksum(folder: Path) -> str:
 
 
 class LatentDataset:
-    """The clips of a folder, by bucket. Files are mapped, not read: a row costs its own bytes.
+    """The clips of a folder, by bucket. Files are memory-mapped, so reading a row costs only the row's bytes.
 
-    Raises `ReducioError` for a folder that is not whole or damaged, and, where `encoders` are given, for latents that
-    other encoders made.
+    Raises `ReducioError` if the folder is incomplete or damaged, or if its latents come from encoders other than
+    `encoders` (component -> SHA-256, see `files_checksum`).
     """
 
     def __init__(self, folder: str | os.PathLike[str], encoders: Mapping[str, str] | None = None) -> None:
@@ -237,7 +240,7 @@ class LatentDataset:
         return table.slice(range(len(table))[index], 1).to_pylist()[0]
 
     def take_last(self, bucket: str, count: int) -> list[dict[str, Any]]:
-        """Samples of a bucket's last clips, which the dataset no longer has afterwards."""
+        """Samples of a bucket's last clips, which are removed from the dataset."""
         table = self._tables[bucket]
         if count >= len(table):
             raise ReducioError(f"held_out={count}: bucket {bucket} has {len(table)} clips")
@@ -246,19 +249,19 @@ class LatentDataset:
         return samples
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Conditions of `TENSORS` that `sample` does not read from now on."""
+        """Do not read these entries of `TENSORS` in later calls of `sample`."""
         self._left_out = set(names)
 
     def __len__(self) -> int:
         return sum(self.counts.values())
 
     def sample(self, bucket: str, index: int, check: bool = False) -> dict[str, Any]:
-        """Tensors of a clip in float32, its `text` [L, C], and `fps`, `motion`, `id`. `check` compares its checksum."""
+        """A clip's tensors in float32, its `text` [L, C], and `fps`, `motion`, `id`. `check` verifies its checksum."""
         row = self.row(bucket, index)
         path = self.folder / bucket / f"shard-{row['shard']:05d}.safetensors"
         try:
             file = _opened(str(path))
-            names = [name for name in TENSORS if name in file.keys()]  # noqa: SIM118 - no dictionary
+            names = [name for name in TENSORS if name in file.keys()]  # noqa: SIM118 - not a dict
             tensors = {name: file.get_slice(name)[row["row"]] for name in names if check or name not in self._left_out}
         except (OSError, SafetensorError, IndexError) as error:
             raise ReducioError(
@@ -278,7 +281,7 @@ class LatentDataset:
         }
 
     def text(self, caption: int) -> Tensor:
-        """Embedding of a caption, float32 [L, C]."""
+        """Embedding of the caption with index `caption`, float32 [L, C]."""
         number, place = divmod(caption, self.about.shard_size)
         path = self.folder / TEXT / f"shard-{number:05d}.safetensors"
         try:
@@ -290,18 +293,18 @@ class LatentDataset:
 
 
 class EpochOrder:
-    """Which rows a step trains on, from the step's number alone: an epoch visits each clip, a batch is of one bucket.
+    """Maps the number of a step to its rows. An epoch visits every clip; all clips of a batch are of one bucket.
 
-    The last batch of a bucket is filled up from the start of its permutation, so no clip is left out and every process
-    finds a row for each place of the batch.
+    The last batch of a bucket is filled up with rows from the start of the bucket's permutation, so no clip is left
+    out and all batches have the same size.
     """
 
     def __init__(self, counts: Mapping[str, int], batch: int, seed: int) -> None:
         self.counts, self.batch, self.seed = dict(sorted(counts.items())), batch, seed
-        self.length = sum(-(-count // batch) for count in self.counts.values())  # steps an epoch
+        self.length = sum(-(-count // batch) for count in self.counts.values())  # steps per epoch
 
     def rows(self, step: int) -> tuple[str, list[int]]:
-        """The bucket of a step, and its rows in the order of the global batch."""
+        """The bucket of a step, and the step's rows in the order of the global batch."""
         epoch, place = divmod(step, self.length)
         bucket, rows = _epoch(tuple(self.counts.items()), self.batch, self.seed, epoch)[place]
         return bucket, rows.tolist()
@@ -313,7 +316,7 @@ def _epoch(counts: tuple[tuple[str, int], ...], batch: int, seed: int, epoch: in
     batches = []
     for bucket, count in counts:
         order = rng.permutation(count)
-        order = np.resize(order, -(-count // batch) * batch)  # repeats from the start
+        order = np.resize(order, -(-count // batch) * batch)  # np.resize repeats the array from its start
         batches += [(bucket, rows) for rows in order.reshape(-1, batch)]
     return [batches[i] for i in rng.permutation(len(batches))]
 

@@ -1,6 +1,6 @@
-"""Optical flow of a clip, as the target from which an encoder learns to see motion.
+"""Optical flow of a clip: the training target of a motion encoder.
 
-Dense inverse search (Kroeger et al. 2016) as OpenCV has it: one millisecond a pair of 128x128 frames on one core.
+OpenCV's dense inverse search (Kroeger et al. 2016) takes one millisecond per pair of 128x128 frames on one core.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from ..system.errors import ReducioError
 
 
 def flows(frames_THWC: np.ndarray, content: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each frame's pixels are in frame `content`, and in the next frame (the last one's are zero).
+    """Flow from each frame to frame `content`, and from each frame to the next one (zero for the last frame).
 
-    Both float32 [T, H, W, 2], x then y, in pixels: frame[t] at p is about frame[content] at p + flow[t] at p.
+    Both are float32 [T, H, W, 2], x then y, in pixels: frame[t] at p matches frame[content] at p + flow[t] at p.
+    Raises `ReducioError` if OpenCV is not installed.
     """
     cv2, search = _dense_inverse_search()
     gray = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames_THWC]

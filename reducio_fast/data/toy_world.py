@@ -1,10 +1,11 @@
 """The toy world of the default model: one coloured shape that moves on a plain or textured background.
 
-Everything is drawn on the fly with numpy, from a `numpy.random.Generator`, so a data set is a seed. A `Scene` names
-what a caption says; `render` draws one clip of it with a random size, position, exact tint and texture. Shapes are
-upright and drawn from signed distances, one pixel of anti-aliasing, so a clip means the same at every resolution.
+numpy draws every clip on the fly from a `numpy.random.Generator`, so a seed defines a data set. A `Scene` holds the
+attributes that a caption names; `render` draws one clip of it with a random size, position, exact tint and texture.
+Shapes are upright and drawn from signed distances with one pixel of anti-aliasing, so a clip shows the same scene at
+every resolution.
 
-Coordinates are fractions of the frame: x to the right, y down, (0, 0) the upper left corner of the upper left pixel.
+Coordinates are fractions of the frame: x to the right, y down; (0, 0) is the upper left corner of the upper left pixel.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up"
 _PACE = {"": 1.0, "slowly": 0.5, "fast": 1.5}
 _TEXTURED_SHARE = 0.4
 _PORTRAIT_CENTRE, _PORTRAIT_RADIUS = (0.48, 0.52), (0.15, 0.18)
-_MARGIN = 0.03  # the shape keeps this far from the frame's edge, so that no silhouette is ever cut
+_MARGIN = 0.03  # distance of the shape from the frame's edge, so that no silhouette is cut
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a caption says about a clip. Raises `ReducioError` for a word the world does not have."""
+    """The attributes of a clip that a caption names. Raises `ReducioError` for a value that is not in `ATTRIBUTES`."""
 
     colour: str
     shape: str
@@ -66,7 +67,7 @@ class Scene:
             raise ReducioError("colour='white' cannot be seen on background='white'; change one of the two")
 
     def caption(self) -> str:
-        """The scene in words, e.g. "a red circle moving right fast on a black background"."""
+        """The scene as a caption, e.g. "a red circle moving right fast on a black background"."""
         article = "an" if self.colour[0] in "aeiou" else "a"
         action = f"moving {self.motion}" if self.motion in DIRECTIONS else self.motion
         pace = f" {self.speed}" if self.speed else ""
@@ -88,10 +89,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """Where the shape is: `centres` [T, 2] (x, y) and `radii` [T] in fractions of the frame, `alpha` [T, H, W] in 0..1.
+    """The shape's `centres` [T, 2] (x, y) and `radii` [T] in fractions of the frame, and `alpha` [T, H, W] in 0..1.
 
-    `radii` is the nominal size: half the diameter of the circle, and of about equal visual weight for other shapes.
-    The centre is the circle's or square's centre, the centroid of the triangle and of the star.
+    `radii` is the nominal size: the circle's radius; the other shapes are scaled to about the same visual weight.
+    The centre is the centre of the circle or square and the centroid of the triangle or star.
     """
 
     centres: np.ndarray
@@ -100,13 +101,14 @@ class Truth:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether this (colour, shape, motion) is kept from training: one in eight, whatever the pace and background."""
+    """Whether training excludes this (colour, shape, motion): one in eight, independent of pace and background."""
     return _combination_held_out(scene.colour, scene.shape, scene.motion)
 
 
 def _combination_held_out(colour: str, shape: str, motion: str) -> bool:
-    # By place in the tables, so that the held-out set is balanced, which a random hash of 24 in 192 is not: 3 of every
-    # colour, 6 of every shape, 4 of every motion, and no two of them share two attributes. New names go to the end.
+    # Chosen by index in the tables, so that the held-out set is balanced: 3 of every colour, 6 of every shape, 4 of
+    # every motion, and no two combinations share two attributes. A random hash that picks 24 of 192 is not balanced.
+    # New names must be appended at the end of their table.
     place = tuple(COLOURS).index(colour) + 6 * SHAPES.index(shape) + 5 * MOTIONS.index(motion)
     return place % 8 == 7
 
@@ -120,7 +122,7 @@ _COMBINATIONS: dict[bool, list[tuple[str, str, str]]] = {
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-    """Draw a scene, uniformly over the training combinations (or the held-out ones), 40% of them textured."""
+    """Draw a scene, uniformly over the training (or held-out) combinations; 40% have a textured background."""
     combinations = _COMBINATIONS[held_out]
     colour, shape, motion = combinations[rng.integers(len(combinations))]
     speed = SPEEDS[rng.integers(len(SPEEDS))]
@@ -138,17 +140,20 @@ _CAPTION = re.compile(
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene a caption describes, whatever its case and spacing. Raises `ReducioError` if it is not of the world."""
+    """The scene that a caption describes; case and spacing do not matter.
+
+    Raises `ReducioError` if the caption has another form or names an unknown attribute.
+    """
     text = " ".join(caption.lower().split()).rstrip(".")
     match = _CAPTION.fullmatch(text)
     if match is None:
         raise ReducioError(
             f"caption={caption!r} is not of the world; expected the form {Scene('red', 'circle', 'right').caption()!r}"
         )
-    words = match.groupdict(default="")
-    if ("moving" in text.split()) != (words["motion"] in DIRECTIONS):
+    attributes = match.groupdict(default="")
+    if ("moving" in text.split()) != (attributes["motion"] in DIRECTIONS):
         raise ReducioError(f"caption={caption!r}: 'moving' goes with a direction, one of {', '.join(DIRECTIONS)}")
-    return Scene(**words)
+    return Scene(**attributes)
 
 
 # --- shapes: signed distance in the units of x, y and r, negative inside; y points down, r broadcasts against x and y
@@ -163,12 +168,13 @@ def _square(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    # Equilateral, circumradius 1.25 r; the largest distance to its three sides (exact but for the rounding of corners).
+    # Equilateral, circumradius 1.25 r: the largest distance to the three sides, which is exact except near the corners.
     return np.maximum(0.8660254 * np.abs(x) - 0.5 * y, y) - 0.625 * r
 
 
 def _star(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    # Five points at 1.2 r, inner corners at 0.45 of that: fold the plane onto half a point, then one edge's distance.
+    # Five points at 1.2 r, inner corners at 0.45 of that. Fold the plane onto half a point, then measure the distance
+    # to one edge.
     outer = 1.2 * r
     cos36, sin36 = 0.80901699, 0.58778525
     x, y = np.abs(x), -y
@@ -187,7 +193,7 @@ _DISTANCE: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]]
     "triangle": _triangle,
     "star": _star,
 }
-# How far each shape reaches from its centre, in radii: to either side, upwards, downwards.
+# Extent of each shape from its centre, in radii: to either side, upwards, downwards.
 _REACH: dict[str, tuple[float, float, float]] = {
     "circle": (1.0, 1.0, 1.0),
     "square": (0.9, 0.9, 0.9),
@@ -218,7 +224,7 @@ def silhouette(shape: str, centres: np.ndarray, radii: np.ndarray, size: int) ->
 
 
 def _muted(rng: np.random.Generator) -> np.ndarray:
-    """A dull, darkish colour [3], far from the eight colours of the shapes."""
+    """A dull, dark colour [3], far from the eight colours of the shapes."""
     value, saturation, hue = rng.uniform(60.0, 125.0), rng.uniform(0.05, 0.3), rng.uniform(0.0, 2.0 * np.pi)
     wave = 0.5 + 0.5 * np.cos(hue + np.array([0.0, 2.0, 4.0]) * np.pi / 3.0)
     return value * (1.0 - saturation * wave)
@@ -233,7 +239,7 @@ def _upsample(coarse: np.ndarray, size: int) -> np.ndarray:
 
 
 def _texture(texture: str, rng: np.random.Generator, size: int) -> np.ndarray:
-    """A pattern [size, size] in about -1..1, of the same look at every size."""
+    """A pattern [size, size] in about -1..1 that looks the same at every size."""
     if texture == "noisy":
         octaves = ((5, 0.6), (9, 0.5), (17, 0.4), (33, 0.3))
         layers = [weight * _upsample(rng.uniform(-1.0, 1.0, (n, n)), size) for n, weight in octaves]
@@ -275,8 +281,8 @@ def background_image(name: str, rng: np.random.Generator, size: int = 128) -> np
 def _trajectory(
     scene: Scene, rng: np.random.Generator, num_frames: int, portrait: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Centres [T, 2] and radii [T]: constant velocity or relative growth, the whole shape always in the frame."""
-    # Time is 0 at the centre frame, whose size is the one drawn at random, and passes 1 unit over the clip.
+    """Centres [T, 2] and radii [T] at constant velocity or relative growth; the whole shape is always in the frame."""
+    # Time is 0 at the centre frame, for which the radius is drawn, and advances by 1 over the clip.
     time = (np.arange(num_frames) - (num_frames - 1) // 2) / max(num_frames - 1, 1)
     side, above, below = _REACH[scene.shape]
     pace = _PACE[scene.speed]
@@ -295,7 +301,7 @@ def _trajectory(
     largest = min(room[0] / (2.0 * side), room[1] / (above + below)) / radii.max()
     radii = radii * min(radius, largest)
     drift = travel * time[:, None]
-    # Where the centre may lie at time 0 for every frame's extent, left/top and right/bottom, to be inside.
+    # Bounds of the centre at time 0 (left/top, right/bottom) that keep the shape inside the frame at all times.
     reach_low = np.array([side, above]) * radii[:, None] - drift
     reach_high = np.array([side, below]) * radii[:, None] + drift
     low, high = _MARGIN + reach_low.max(0), 1.0 - _MARGIN - reach_high.max(0)
@@ -308,7 +314,7 @@ def _trajectory(
 def render_with_truth(
     scene: Scene, rng: np.random.Generator, size: int = 128, num_frames: int = 16, portrait: bool = False
 ) -> tuple[np.ndarray, Truth]:
-    """The clip of `render`, uint8 [T, size, size, 3], and where its shape is."""
+    """The clip of `render`, uint8 [T, size, size, 3], and the `Truth` about its shape."""
     if size < 16 or num_frames < 1:
         raise ReducioError(f"a clip needs size >= 16 and num_frames >= 1, got size={size}, num_frames={num_frames}")
     background = background_image(scene.background, rng, size)
@@ -319,12 +325,12 @@ def render_with_truth(
 
 
 def _tint(colour: str, rng: np.random.Generator) -> np.ndarray:
-    """A colour as one clip shows it [3]: near its name's."""
+    """A random RGB colour [3] near the named one; each clip draws its own."""
     return np.asarray(COLOURS[colour], np.float32) + rng.uniform(-6.0, 6.0, 3).astype(np.float32)
 
 
 def _paint(background: np.ndarray, tint: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colour `tint` over a background [H, W, 3] where `alpha` [T, H, W] says, uint8 [T, H, W, 3]."""
+    """Blend the colour `tint` over a background [H, W, 3] by `alpha` [T, H, W]: uint8 [T, H, W, 3]."""
     frames = np.repeat(np.rint(background).astype(np.uint8)[None], len(alpha), axis=0)
     covered = np.nonzero(alpha)
     mix = alpha[covered][:, None]
@@ -334,9 +340,9 @@ def _paint(background: np.ndarray, tint: np.ndarray, alpha: np.ndarray) -> np.nd
 
 
 def portrait(scene: Scene, rng: np.random.Generator, size: int = 128) -> np.ndarray:
-    """The scene as a still, uint8 [size, size, 3]: the shape near the middle and of medium size.
+    """A still image of the scene, uint8 [size, size, 3], with the shape of medium size near the middle.
 
-    From there every motion, at any pace, stays in the frame to both sides of the centre frame.
+    From this position every motion, at any pace, stays inside the frame before and after the centre frame.
     """
     background = background_image(scene.background, rng, size)
     tint = _tint(scene.colour, rng)
@@ -349,8 +355,8 @@ def render(
 ) -> np.ndarray:
     """Draw one clip of a scene, uint8 [T, size, size, 3].
 
-    At the default pace a move covers 26-32% of the frame and growth is about twofold over the clip; "slowly" is half
-    and "fast" one and a half times that (of the logarithm, for growth). The shape never leaves the frame. Raises
-    `ReducioError` for a size below 16 and for no frames.
+    At the default pace a move covers 26-32% of the frame and growth is about twofold over the clip; "slowly" is 0.5
+    times and "fast" 1.5 times that (for growth, of its logarithm). The shape never leaves the frame. `portrait` draws
+    size and position as the function `portrait` does. Raises `ReducioError` for a size below 16 and for no frames.
     """
     return render_with_truth(scene, rng, size, num_frames, portrait)[0]

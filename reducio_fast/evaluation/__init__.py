@@ -1,1 +1,1 @@
-"""Whether a clip, or a model, is good: the toy world's report, reconstruction, the metrics of the paper's tables."""
+"""Quality of clips and models: the toy world's report, reconstruction, and the metrics of the paper's tables."""

@@ -1,8 +1,7 @@
-"""Networks that judge whole clips, each from a file that the user names: none is downloaded.
+"""Networks that score whole clips, loaded from files that the user names; nothing is downloaded.
 
-LPIPS   lpips' own class; its linear heads are in the wheel, the trunk's weights are torchvision's state dict
 FVD     a TorchScript file that maps clips [B, 3, 16, 224, 224] in [-1, 1] to features [B, C] (I3D, 400 logits)
-IS      the same, of class logits (C3D for UCF-101)
+IS      a TorchScript file with the same input and class logits as output (C3D for UCF-101)
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ CLIP_SIZE, CLIP_FRAMES = 224, 16
 
 
 class ClipNetwork(nn.Module):
-    """A TorchScript network on whole clips, as torchmetrics' classes want one: `num_features`, one row a clip."""
+    """A TorchScript network on clips with the interface that torchmetrics expects: `num_features`, one row per clip.
+
+    Raises `ReducioError` if the file is not TorchScript or does not map a clip to one row of features.
+    """
 
     def __init__(self, path: str | os.PathLike[str], device: str = "cpu") -> None:
         super().__init__()
@@ -47,7 +49,10 @@ class ClipNetwork(nn.Module):
 
 
 def prepare(clip: np.ndarray) -> Tensor:
-    """uint8 [T, H, W, 3] -> float32 [1, 3, 16, 224, 224] in [-1, 1]: 16 frames, evenly chosen and resized."""
+    """uint8 [T, H, W, 3] -> float32 [1, 3, 16, 224, 224] in [-1, 1]: 16 evenly spaced frames, resized.
+
+    Raises `ReducioError` for fewer than 16 frames.
+    """
     if len(clip) < CLIP_FRAMES:
         raise ReducioError(f"a clip of {len(clip)} frames: {CLIP_FRAMES} are needed")
     places = np.linspace(0, len(clip) - 1, CLIP_FRAMES).round().astype(int)
@@ -57,7 +62,7 @@ def prepare(clip: np.ndarray) -> Tensor:
 
 
 class FrechetDistance:
-    """Between features of real and of other clips: torchmetrics' class, which sums in float64."""
+    """Frechet distance between features of real and generated clips, by torchmetrics, which accumulates in float64."""
 
     def __init__(self, network: ClipNetwork) -> None:
         self.network, self.counts = network, [0, 0]
@@ -68,14 +73,17 @@ class FrechetDistance:
         self.counts[0 if real else 1] += 1
 
     def compute(self) -> float:
-        """Falls with the number of clips: state it too. Raises `ReducioError` for fewer than two of a kind."""
+        """The distance. It falls with the number of clips, so report that number with it.
+
+        Raises `ReducioError` for fewer than two real or two generated clips.
+        """
         if min(self.counts) < 2:
             raise ReducioError(f"a Frechet distance needs two clips of each kind, there are {self.counts}")
         return float(self.metric.compute())
 
 
 def inception_score(network: ClipNetwork, clips: list[np.ndarray], splits: int = 1) -> tuple[float, float]:
-    """Mean and deviation over splits, of class logits."""
+    """Inception score: mean and standard deviation over `splits`. `network` returns class logits."""
     metric = _torchmetrics("inception").InceptionScore(network, splits=splits)
     for clip in clips:
         metric.update(prepare(clip).to(network.device))
@@ -84,7 +92,8 @@ def inception_score(network: ClipNetwork, clips: list[np.ndarray], splits: int =
 
 
 def _torchmetrics(module: str) -> Any:
-    """By module: without torch-fidelity, whose networks are not used here, the package hides these classes."""
+    """Import a module of torchmetrics.image. Without torch-fidelity, whose networks are not used here, the package
+    does not export these classes."""
     try:
         return importlib.import_module(f"torchmetrics.image.{module}")
     except ImportError as error:

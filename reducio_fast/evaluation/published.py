@@ -1,4 +1,4 @@
-"""Figures of the Reducio paper (arXiv 2411.13552) beside which a report puts its own."""
+"""Figures of the Reducio paper (arXiv 2411.13552), which a report prints beside its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GENERATION: Mapping[str, float] = {"FVD UCF-101": 318.50, "FVD MSR-VTT": 291.0, 
 
 
 def autoencoder_table(name: str, factor: str, channels: int, scores: Mapping[str, float | None]) -> list[str]:
-    """Lines of Table 1 with a row of one's own; LPIPS as the release computes it, of images in 0..1."""
+    """Lines of the paper's Table 1 plus a row with `scores`; LPIPS is of images in 0..1, as in the release."""
     columns = ("model", "factor", "z", "PSNR", "SSIM", "LPIPS", "rFVD")
     own = (name, factor, channels, scores["psnr"], scores["ssim"], scores.get("lpips_0_1"), scores.get("rfvd"))
     rows: list[Sequence[object]] = [columns, *(row[:7] for row in AUTOENCODERS), own]

@@ -1,4 +1,4 @@
-"""How well an autoencoder keeps a clip."""
+"""Reconstruction quality of a video autoencoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from ..system.errors import ReducioError
 
 @torch.no_grad()
 def reconstruct(vae: ReducioVAE, frames: np.ndarray) -> np.ndarray:
-    """A clip through the autoencoder, uint8 [T, H, W, 3] in and out: posterior mode, own content frame."""
+    """Encode and decode a clip, uint8 [T, H, W, 3] in and out, with the posterior's mode and the clip's content frame.
+
+    Raises `ReducioError` if the output is not finite.
+    """
     weight = next(vae.parameters())
     video = to_unit(frames, weight.device, weight.dtype).transpose(0, 1)[None]
     tiled = vae.config.needs_tiling(*frames.shape[1:3])
@@ -24,20 +27,18 @@ def reconstruct(vae: ReducioVAE, frames: np.ndarray) -> np.ndarray:
     features = vae.encode_content(video[:, :, vae.config.content_frame], tiled=tiled)
     output = vae.decode(latent, features, tiled=tiled)[0].float()
     if not torch.isfinite(output).all():
-        raise ReducioError(
-            f"the autoencoder gives values that are not finite in {weight.dtype}; use float32 or bfloat16"
-        )
+        raise ReducioError(f"the autoencoder's output is not finite in {weight.dtype}; use float32 or bfloat16")
     return to_bytes(output.transpose(0, 1)).cpu().numpy()
 
 
 def reconstruction_scores(vae: ReducioVAE, clips: Iterable[np.ndarray]) -> dict[str, Any]:
-    """Reconstruction of clips, uint8 [T, H, W, 3] with T the model's, against repeating their content frame.
+    """Reconstruction of clips, uint8 [T, H, W, 3] with the model's T, compared with repeating their content frame.
 
-    All figures are means over clips. `psnr` and `ssim` are per frame, then the mean over frames, as the Reducio-VAE
-    release has them. Repeating the content frame is exact in that one frame, so `psnr_moving`, `repeat_psnr_moving` and
-    their difference `gain_db` leave it out of both. `pooled_psnr`, `repeat_pooled_psnr` and `pooled_gain_db` are of the
-    squared error over all frames; `worst_gain_db` is the least pooled gain of a clip. `content_psnr` is of the content
-    frame itself, which the decoder was given (at most 60 dB, where it comes back to the bit).
+    All figures are means over clips. `psnr` and `ssim` are computed per frame and averaged over frames, as in the
+    Reducio-VAE release. A repeated content frame is exact in that one frame, so `psnr_moving`, `repeat_psnr_moving` and
+    their difference `gain_db` exclude it. `pooled_psnr`, `repeat_pooled_psnr` and `pooled_gain_db` use the squared
+    error over all frames; `worst_gain_db` is the smallest pooled gain of a clip. `content_psnr` is the PSNR of the
+    content frame, which is an input of the decoder (capped at 60 dB, since an exact copy would be infinite).
     """
     rows = []
     for clip in clips:

@@ -1,7 +1,7 @@
-"""How often the default model shows what the prompt says, and how well its autoencoder keeps a clip: one report.
+"""Report on the default model: how often a clip shows what its prompt says, and the autoencoder's reconstruction.
 
-Prompts are scenes whose (colour, shape, motion) was kept from training; clips are such scenes, and photographs that
-were kept from it too. The answers come from `detector.detect`, which knows nothing of the model.
+Prompts are captions of held-out scenes, i.e. (colour, shape, motion) that training excludes; clips to reconstruct are
+held-out scenes and held-out photographs. `toy_detector.detect`, which is independent of the model, reads the clips.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..system.errors import ReducioError
 from .reconstruction import reconstruction_scores
 
 ATTRIBUTES = ("colour", "motion", "shape")
-# Separate streams of random numbers for one seed, so that asking for fewer prompts leaves the clips as they are.
+# Separate random streams of one seed, so that the number of prompts does not change the clips.
 _PROMPTS, _SCENES, _PHOTOS = 1, 2, 3
 
 
@@ -33,13 +33,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a model on held-out prompts and clips of the toy world; prompt i is generated with seed + i.
 
-    model: None for the embedded one, a folder or hub id, or a loaded `ReducioPipeline`. Returns plain data:
+    `model` is None for the embedded model, a folder, a hub id, or a loaded `ReducioPipeline`. Returns plain data:
 
     - `prompts`, `seed`, and for each of `colour`, `motion`, `shape` and for `all` three together: `right` (a count),
       `share` and `interval`, its 95% Wilson score interval;
-    - `failures`: one line a clip that shows something else than its prompt;
-    - `vae`: `scenes` and `photos`, each as `reconstruction_scores` returns it. `photos` is {"skipped": reason} where
-      the packages that carry the pictures are not installed.
+    - `failures`: one line per clip that does not match its prompt;
+    - `vae`: `scenes` and `photos`, each as `reconstruction_scores` returns it. `photos` is {"skipped": reason} if the
+      packages that contain the pictures are not installed.
 
     Raises `ReducioError` for counts below 1 and a model that cannot be loaded.
     """
@@ -66,13 +66,13 @@ def evaluate(
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[toy_world.Scene]:
-    """The scenes whose captions `evaluate` prompts with."""
+    """The scenes whose captions are the prompts of `evaluate`."""
     rng = np.random.default_rng([seed, _PROMPTS])
     return [toy_world.sample_scene(rng, held_out=True) for _ in range(count)]
 
 
 def tally(scenes: list[toy_world.Scene], seen: list[Detection], seed: int = 0) -> dict[str, Any]:
-    """Shares with intervals, and the list of failures, of what was seen against what was asked for."""
+    """Compare the detections with the scenes: shares of matches with intervals, and the list of failures."""
     right = dict.fromkeys((*ATTRIBUTES, "all"), 0)
     failures = []
     for i, (scene, found) in enumerate(zip(scenes, seen, strict=True)):
@@ -100,7 +100,7 @@ def wilson_interval(right: int, trials: int, z: float = 1.959964) -> tuple[float
 
 
 def _photos_missing() -> str | None:
-    """Why the held-out photographs cannot be loaded; None where they can."""
+    """The reason why the held-out photographs cannot be loaded; None if they can."""
     try:
         for name in photos.HELD_OUT_PHOTOS:
             photos.load_photo(name)
@@ -110,7 +110,7 @@ def _photos_missing() -> str | None:
 
 
 def _photo_clips(count: int, seed: int, size: int, num_frames: int) -> Iterator[np.ndarray]:
-    """Held-out pictures in turn, so that each counts alike, under random camera moves."""
+    """Clips of the held-out pictures in turn, for equal weights, under random camera moves."""
     rng = np.random.default_rng([seed, _PHOTOS])
     for i in range(count):
         name = photos.HELD_OUT_PHOTOS[i % len(photos.HELD_OUT_PHOTOS)]

@@ -1,6 +1,6 @@
-"""How good an autoencoder, or a folder of generated clips, is on real video: the columns of the paper's tables.
+"""Scores of an autoencoder on real video and of generated clips: the columns of the paper's tables.
 
-What needs a network is measured where its file is given, and is None where not.
+A score that needs a network is None if the network's file is not given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .reconstruction import reconstruct, reconstruction_scores
 
 
 def windows(path: str, size: int, length: int) -> Iterator[np.ndarray]:
-    """Neighbouring clips of `length` frames within the shots of a video, scaled and cropped to squares of `size`."""
+    """Consecutive clips of `length` frames within the shots of a video, scaled and cropped to squares of `size`."""
     frames, fps = read_video(path)
     finder = ShotFinder(fps or 24.0)
     for frame in frames:
@@ -49,8 +49,9 @@ def evaluate_autoencoder(
 ) -> dict[str, Any]:
     """Reconstruction of real video at each size: the columns of Table 1, and the gain over repeating the content frame.
 
-    Returns, by size and video, what `reconstruction_scores` returns with `content_psnr`; by size also means over all
-    clips, `lpips` and `lpips_0_1`, `rfvd` and the number of `clips` it is of.
+    Returns for each size `videos`, the `reconstruction_scores` of each video, and `all`: means of `psnr`, `ssim`,
+    `lpips` and `lpips_0_1` over all clips, `rfvd`, and the number of `clips`. Raises `ReducioError` if no shot is long
+    enough.
     """
     perceptual = None if lpips is None else Perceptual(lpips)
     result: dict[str, Any] = {}
@@ -86,11 +87,12 @@ def evaluate_clips(
     captions: dict[str, str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Generated clips, by themselves and beside real ones.
+    """Scores of generated clips, alone and compared with real ones.
 
-    Returns `clips`, `motion` (mean flow from frame to frame, in percent of the short side; a still has none), and,
-    where what they need is given, `real_motion`, `fvd` with `real_clips`, `inception_score`, `clip_similarity` (mean
-    over clips of the mean over frames, with the captions by file name).
+    Returns `clips` (their number) and `motion` (mean flow between consecutive frames in percent of the short side; 0
+    for a still). With `real` also `real_clips` and `real_motion`, with `fvd` and `real` also `fvd`, with `classifier`
+    `inception_score`, with `clip_model` `clip_similarity` (mean over clips of the mean over frames; `captions` by file
+    name). Raises `ReducioError` for `fvd` without `real` and for a clip without a caption.
     """
     made = [read_video(source.path)[0] for source in tqdm(find_sources(generated), "read", disable=not progress)]
     names = [Path(source.path).name for source in find_sources(generated)]
@@ -114,23 +116,23 @@ def evaluate_clips(
 
 
 def motion_of(clip: np.ndarray) -> float:
-    """From frame to frame over the whole clip: of one second, curation's two frames a second would see two."""
+    """Motion between consecutive frames; curation's rate of two frames a second leaves two of a one-second clip."""
     return scores.motion([scores.small_gray(frame) for frame in clip]) or 0.0
 
 
 def clip_similarity(
     model: str | os.PathLike[str], clips: Sequence[np.ndarray], names: Sequence[str], captions: dict[str, str]
 ) -> float:
-    """Mean cosine between frames and captions."""
+    """Mean cosine similarity between frames and captions."""
     scorer = scores.ClipScorer(Path(model))
     lacking = [name for name in names if name not in captions]
     if lacking:
-        raise ReducioError(f"captions: none for {lacking[0]}")
-    of_clips = []
+        raise ReducioError(f"captions: none given for {lacking[0]}")
+    clip_means = []
     for clip, name in zip(clips, names, strict=True):
-        of_frames = [scorer(frame, captions[name])["clip_similarity"] for frame in clip]
-        of_clips.append(float(np.mean([value for value in of_frames if value is not None])))
-    return float(np.mean(of_clips))
+        similarities = [scorer(frame, captions[name])["clip_similarity"] for frame in clip]
+        clip_means.append(float(np.mean([value for value in similarities if value is not None])))
+    return float(np.mean(clip_means))
 
 
 def run_vbench(
@@ -141,10 +143,11 @@ def run_vbench(
     dimensions: Sequence[str],
     count: int = 5,
 ) -> dict[str, Any]:
-    """Draws `count` clips a prompt under VBench's names, `{prompt}-{index}.mp4`, and runs VBench on them.
+    """Generate `count` clips per prompt under VBench's names, `{prompt}-{index}.mp4`, and run VBench on them.
 
-    python: interpreter of another environment, where vbench is installed: it needs versions of transformers and
-    numpy that this project cannot share. The seed of a clip is its index.
+    `python` is the interpreter of another environment in which vbench is installed, because vbench needs versions of
+    transformers and numpy that conflict with this project's. The seed of a clip is its index. Raises `ReducioError` if
+    vbench cannot run or fails.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,5 +166,5 @@ def run_vbench(
         raise ReducioError(f"vbench ended with {done.returncode}: {first_line(done.stderr.strip().splitlines()[-1:])}")
     results = sorted((folder / "vbench").glob("*eval_results.json"))
     if not results:
-        raise ReducioError(f"vbench left no *eval_results.json in {folder / 'vbench'}")
+        raise ReducioError(f"vbench wrote no *eval_results.json in {folder / 'vbench'}")
     return json.loads(results[-1].read_text(encoding="utf-8"))

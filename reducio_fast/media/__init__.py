@@ -1,1 +1,1 @@
-"""Clips and images as files and arrays: read, write, cut, compare."""
+"""Clips and images as files and arrays: reading, writing, cropping, comparison."""

@@ -1,4 +1,4 @@
-"""The resize of a picture for a CLIP tower, as Reducio-VAE's and Stability's code have it (kornia's `resize`)."""
+"""Antialiased resize of an image for a CLIP tower, as in Reducio-VAE's and Stability's code (kornia's `resize`)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 def blur_and_resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """image [B, C, H, W] -> [B, C, *size]: a Gaussian blur along each axis that shrinks, then bicubic interpolation
-    whose corners are those of the image.
+    """image [B, C, H, W] -> [B, C, *size]: a Gaussian blur if the image shrinks, then bicubic interpolation with
+    aligned corners.
 
-    Not torch's `antialias=True`, which with aligned corners shifts the picture: by 1.8 pixels of 1024.
+    torch's `antialias=True` is not used, because with aligned corners it shifts the image, by 1.8 pixels of 1024.
     """
     factors = [before / after for before, after in zip(image.shape[-2:], size, strict=True)]
     if max(factors) > 1:
@@ -21,7 +21,7 @@ def blur_and_resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _blur(image: Tensor, axis: int, sigma: float) -> Tensor:
-    """Along one axis of [B, C, H, W], with the border mirrored."""
+    """Gaussian blur along one axis of [B, C, H, W], with mirrored borders."""
     reach = int(max(4 * sigma, 3)) // 2
     distance = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
     kernel = torch.exp(-(distance**2) / (2 * sigma**2))

@@ -1,7 +1,7 @@
-"""Aspect buckets: the 40 frame sizes around 256, 512 and 1024 pixels that Reducio's clips come in.
+"""Aspect buckets: the 40 frame sizes of Reducio's clips around each of 256, 512 and 1024 pixels.
 
-The tables are PixArt-alpha's; which bucket a picture goes to follows the latent extraction of the Reducio-VAE release:
-the next one towards the square, so that a picture loses a strip of its longer side and never one of its shorter side.
+The tables are PixArt-alpha's. As in the latent extraction of the Reducio-VAE release, an image goes to the next bucket
+towards the square, so that the crop removes a strip of its longer side and nothing of its shorter side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..system.errors import ReducioError
 Size = tuple[int, int]  # height, width
 
 BASES = (256, 512, 1024)
-# The wide half at 1024, flattest first. Its transposes are the tall half, but for 704x1344, which has none.
+# The wide half of the table at 1024, widest first. The tall half is its transpose, without that of 704x1344.
 _WIDE_1024: tuple[Size, ...] = (
     (512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600),
     (640, 1536), (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152),
@@ -25,11 +25,11 @@ _TABLE_1024: tuple[Size, ...] = (*_WIDE_1024, (1024, 1024), *_TALL_1024)
 
 
 def buckets(base: int, factor: int = 1) -> list[Size]:
-    """The (height, width) pairs of a table, flattest first: 40, less those that are no multiple of `factor`.
+    """The (height, width) pairs of a table, widest first: those of the 40 whose sides are multiples of `factor`.
 
-    `factor` is the VAE's spatial factor, 32 in the release. At 1024 and 512 all 40 remain, at 256 eleven: the other 29
-    are multiples of 16, and the release floors them (144x448 comes back as 128x448). Raises ReducioError for another
-    base.
+    `factor` is the VAE's spatial factor, 32 in the release. At 1024 and 512 all 40 remain, at 256 eleven. The other 29
+    have sides that are multiples of 16 only, and the release rounds them down (a clip of 144x448 becomes 128x448).
+    Raises ReducioError for another base.
     """
     if base not in BASES:
         raise ReducioError(f"size: must be one of {', '.join(map(str, BASES))}, is {base!r}")
@@ -44,27 +44,27 @@ def is_bucket(height: int, width: int) -> bool:
 
 
 def towards_square(height: int, width: int, table: Sequence[Size]) -> Size:
-    """The bucket of `table` with a picture's own H / W, else the next one nearer to the square; the release's rule."""
+    """The bucket of `table` with the image's H / W, else the next one nearer to the square (the release's rule)."""
     ratios = [h / w for h, w in table]
     ratio = height / width
-    # Beyond the last bucket of either end is that bucket.
+    # An image wider or taller than all buckets goes to the last bucket of that end.
     index = bisect_left(ratios, ratio) if ratio <= 1 else bisect_right(ratios, ratio) - 1
     return table[index]
 
 
 def nearest(height: int, width: int, table: Sequence[Size]) -> Size:
-    """The bucket of `table` whose H / W is nearest to a picture's; the rule of PixArt's loader and of diffusers."""
+    """The bucket of `table` whose H / W is nearest to the image's (the rule of PixArt's loader and of diffusers)."""
     return min(table, key=lambda bucket: abs(bucket[0] / bucket[1] - height / width))
 
 
 def choose_size(
     height: int | None, width: int | None, model_size: Size, pictures: Sequence[Size] = (), factor: int = 32
 ) -> Size:
-    """(height, width) of a call's clips: what is asked for, else the bucket of the pictures, else `model_size`.
+    """(height, width) of a call's clips: the requested size, else the bucket of the pictures, else `model_size`.
 
-    `pictures` are the sizes of the content frames that a user gives. Buckets are those around the model's own size; a
-    model that is not made for one of the tables (a square of 256, 512 or 1024) keeps its own. Raises ReducioError where
-    the pictures of one call belong to different buckets.
+    `pictures` are the sizes of the user's content frames. The buckets are those of the model's size; a model whose size
+    is not a square of 256, 512 or 1024 always uses its own size. Raises ReducioError if the pictures of one call belong
+    to different buckets.
     """
     if (
         height is not None

@@ -1,4 +1,4 @@
-"""Clips through the ffmpeg program: decoded as they are to be shown, encoded as H.264."""
+"""Decodes and encodes clips with the ffmpeg program: rotation and pixel aspect applied on reading, H.264 on writing."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ..system.paths import printable
 
 LOG = logging.getLogger("reducio_fast")
 
-# Of the rates that ffmpeg prints with two decimals, those that are no decimal number.
+# Exact NTSC frame rates, by the rounded value that ffmpeg prints.
 NTSC = {
     rate: Fraction(nominal * 1000, 1001) for rate, nominal in ((23.98, 24), (29.97, 30), (59.94, 60), (119.88, 120))
 }
-# Frames a second up to which a clip of uneven frames is read at its finest time step. Beyond it the step is a clock's
-# (1000 a second in many screen recordings) and no rate at which pictures come.
+# A clip with variable frame durations is read at its finest time step, up to this many frames a second. A finer step is
+# the resolution of a clock (1000 a second in many screen recordings) and not a frame rate.
 FINEST_RATE = 120
-# Pixels that are not square are stretched to their longer side. ffmpeg applies the turn that the container asks for
-# before its filters, and a quarter turn makes wide pixels tall.
+# Stretches non-square pixels to squares of their longer side. ffmpeg applies the container's rotation before its
+# filters, and a rotation by 90 degrees turns wide pixels into tall ones.
 SQUARE_PIXELS = "scale=w='if(gte(sar,1),trunc(iw*sar+0.5),iw)':h='if(gte(sar,1),ih,trunc(ih/sar+0.5))',setsar=1"
 
-# As ffmpeg lists the streams of a file.
+# Lines in ffmpeg's list of a file's streams.
 VIDEO, COVER = re.compile(r"\s*Stream #0:\d+.*: Video: "), re.compile(r"\((attached pic|timed thumbnails)\)")
 
 
 def program() -> str:
-    """The path of ffmpeg. Raises ReducioError where there is none."""
+    """The path of ffmpeg. Raises ReducioError if there is none."""
     import imageio_ffmpeg
 
     try:
@@ -44,13 +44,15 @@ def program() -> str:
 
 
 def url(path: Path) -> str:
-    """The name of a file for ffmpeg, to which `10:30.mp4` would be a protocol and `-y.mp4` an option."""
+    """A file name for ffmpeg, which would read `10:30.mp4` as a protocol and `-y.mp4` as an option."""
     return f"file:{path}"
 
 
 def probe(path: Path) -> Fraction:
-    """Frames a second at which a file's first video that is no cover picture is read: a constant rate, at which the
-    clip lasts as long as what it shows. Raises ReducioError for a file that holds no video."""
+    """Constant frame rate at which to read a file's first video stream that is not a cover image.
+
+    At this rate the clip keeps its duration. Raises ReducioError for a file without a video.
+    """
     command = [program(), "-hide_banner", "-nostdin", "-i", url(path)]
     process = _start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     text = process.communicate()[1].decode(errors="replace")
@@ -65,12 +67,12 @@ def probe(path: Path) -> Fraction:
         LOG.warning("%s: is in high dynamic range, which is read without tone mapping", printable(path))
     mean, finest = _rate(line, "fps"), _rate(line, "tbr")
     if finest is None or (mean is not None and finest > max(FINEST_RATE, 1.1 * float(mean))):
-        return mean or Fraction(25)  # what ffmpeg takes for a stream without times
+        return mean or Fraction(25)  # ffmpeg's default for a stream without timestamps
     return finest
 
 
 def _rate(line: str, unit: str) -> Fraction | None:
-    """`23.98 fps`, `1k tbr`."""
+    """Parse a rate in a line of ffmpeg, such as `23.98 fps` or `1k tbr`; None if there is none or it is 0."""
     match = re.search(rf"([\d.]+)(k?) {unit}\b", line)
     if match is None:
         return None
@@ -78,54 +80,55 @@ def _rate(line: str, unit: str) -> Fraction | None:
 
 
 def frames(path: Path, start: int = 0) -> Generator[tuple[np.ndarray, float], None, None]:
-    """Each frame uint8 [H, W, 3] from number `start` on, with the rate of the clip. Closing the generator ends ffmpeg.
+    """Yield each frame, uint8 [H, W, 3], from number `start` on, with the clip's rate. Closing it ends ffmpeg.
 
-    What lies before is not decoded, but for what lies behind the last key frame. Where frames are held for uneven
-    times the first one may be its neighbour.
+    ffmpeg seeks to the last key frame before `start`, so earlier frames are not decoded. In a clip with variable frame
+    durations the first frame may be a neighbour of frame `start`.
 
-    Raises ReducioError where nothing can be read; what is cut off or damaged is read as far as it goes, with a warning.
+    Raises ReducioError if no frame can be read. Of a truncated or damaged clip all readable frames are returned, with a
+    warning.
     """
     rate = probe(path)
     command = [program(), *"-hide_banner -nostdin -loglevel error".split()]
-    if start:  # half a frame early: rounding must not skip the one that is meant
+    if start:  # seek half a frame early, so that rounding does not skip frame `start`
         command += ["-ss", f"{float((start - Fraction(1, 2)) / rate):.6f}"]
     command += ["-i", url(path), "-map", "0:V:0"]
-    # The filter, not the option -r, which loses the last frame where frames are held for uneven times (ffmpeg 7.0).
+    # The fps filter instead of the option -r, which loses the last frame of variable-rate clips (ffmpeg 7.0).
     command += ["-vf", f"fps={rate},{SQUARE_PIXELS}"]
-    # Netpbm, since each frame says how large it is.
+    # PPM images, because each frame's header holds its size.
     command += "-f image2pipe -c:v ppm -pix_fmt rgb24 pipe:1".split()
     count = 0
-    with tempfile.TemporaryFile() as complaints:
-        process = _start(command, stdout=subprocess.PIPE, stderr=complaints, bufsize=1 << 20)
+    with tempfile.TemporaryFile() as stderr:
+        process = _start(command, stdout=subprocess.PIPE, stderr=stderr, bufsize=1 << 20)
         try:
             assert process.stdout is not None
             while process.stdout.readline() == b"P6\n":
                 width, height = (int(n) for n in process.stdout.readline().split())
-                process.stdout.readline()  # 255
+                process.stdout.readline()  # the maximum value, 255
                 data = process.stdout.read(3 * width * height)
                 if len(data) < 3 * width * height:
                     break
                 count += 1
                 yield np.frombuffer(data, np.uint8).reshape(height, width, 3), float(rate)
             process.wait()
-            complaints.seek(0)
-            said = complaints.read().decode(errors="replace").strip()
+            stderr.seek(0)
+            text = stderr.read().decode(errors="replace").strip()
         finally:
             process.kill()
             process.communicate()
     if count == 0:
-        raise ReducioError(f"the clip {printable(path)} cannot be read: {first_line(said or 'it holds no frame')}")
-    if said or process.returncode:
-        LOG.warning("%s: is cut off or damaged, %d frames could be read (%s)", printable(path), count, first_line(said))
+        raise ReducioError(f"the clip {printable(path)} cannot be read: {first_line(text or 'it holds no frame')}")
+    if text or process.returncode:
+        LOG.warning("%s: is cut off or damaged, %d frames could be read (%s)", printable(path), count, first_line(text))
 
 
 def encode(clip: np.ndarray, path: Path, fps: float) -> None:
-    """Write uint8 [T, H, W, 3], height and width even, as H.264. Raises OSError with ffmpeg's own reason.
+    """Write uint8 [T, H, W, 3], with even height and width, as H.264. Raises OSError with ffmpeg's message.
 
-    ffmpeg is run directly because imageio's writer does not look at its exit status: a full disk would go unnoticed.
+    ffmpeg runs directly, because imageio's writer ignores its exit status and so does not report a full disk.
     """
     height, width = clip.shape[1:3]
-    # BT.709 is stated and used: untagged files are decoded as BT.601 or BT.709 depending on player and size.
+    # Convert to BT.709 and tag the file so: players decode untagged files as BT.601 or BT.709, depending on the size.
     colours = "-vf scale=out_color_matrix=bt709:out_range=tv -colorspace bt709 -color_primaries bt709 -color_trc bt709"
     command = [program(), *"-nostdin -loglevel error -y -f rawvideo -pix_fmt rgb24".split()]
     command += ["-s", f"{width}x{height}", "-r", f"{fps:.6f}", "-i", "pipe:0", *colours.split()]

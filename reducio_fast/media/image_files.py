@@ -1,4 +1,4 @@
-"""Images as uint8 [H, W, 3] in RGB: read, convert, scale and cut."""
+"""Images as uint8 [H, W, 3] in RGB: reading, conversion, scaling and cropping."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ T = TypeVar("T")
 
 
 def read_images(image: Any, count: int) -> list[np.ndarray | None]:
-    """Content frames, uint8 [h, w, 3], one a clip: None for those to be drawn."""
+    """Content frames, uint8 [h, w, 3], one per clip; None for frames that the first stage must generate.
+
+    Raises ReducioError if the number of images differs from `count`, and as `read_image` does.
+    """
     if image is None:
         return [None] * count
     if isinstance(image, np.ndarray) and image.ndim == 4:
-        image = list(image)  # `out.content` of a list, given back
+        image = list(image)  # `out.content` of a call with a list of prompts
     if not isinstance(image, list | tuple):
         return [read_image(image)] * count
     if len(image) != count:
@@ -29,11 +32,12 @@ def read_images(image: Any, count: int) -> list[np.ndarray | None]:
 
 
 def fit_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 3] scaled, anti-aliased, until it covers height x width, and its centre cut out."""
+    """Scale an image, uint8 [h, w, 3], with antialiasing until it covers height x width, then crop the centre."""
     return cover_crop(image[None], height, width)[0]
 
 
-# 33.5 million: a square of 5792. A 420 kB PNG of 12000x12000 takes 1.9 GB, and a clip has at most 16384 a side.
+# 33.5 million pixels, a square of 5792: decoding a 420 kB PNG of 12000x12000 takes 1.9 GB, and a clip has at most 16384
+# pixels a side.
 MAX_PIXELS = 2**25
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -41,7 +45,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 def cover_crop(
     frames: np.ndarray, height: int, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> np.ndarray:
-    """Scale uint8 [T, H, W, 3], anti-aliased, until it covers height x width, aspect kept, and cut the centre out."""
+    """Scale uint8 [T, H, W, 3] with antialiasing until it covers height x width, keep the aspect, crop the centre."""
     h, w = frames.shape[1:3]
     if (h, w) == (height, width):
         return frames
@@ -52,10 +56,10 @@ def cover_crop(
 def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
     """An image file, PIL image or array as RGB uint8 [H, W, 3].
 
-    Any PIL mode is converted: transparency is laid on white, 16-bit values are scaled to 8 bits, and the camera's
+    Any PIL mode is converted: transparency is composited on white, 16-bit values are scaled to 8 bits, and the camera's
     rotation tag is applied. Arrays are uint8, uint16, bool, or floats in [0, 1], of shape [H, W], [H, W, 1], [H, W, 3]
-    or [H, W, 4]. An image whose scale its mode and values do not tell is refused, and so is one of 0 and 1 of 255.
-    Raises ReducioError for anything else, and for a missing or broken file.
+    or [H, W, 4]. Raises ReducioError for anything else, for a missing or broken file, for values whose scale is
+    ambiguous, and for 8-bit images that hold only 0 and 1.
     """
     if isinstance(image, np.ndarray):
         return to_rgb(_image_from_array(image))
@@ -83,12 +87,14 @@ def decode_image(load: Callable[[], T], source: str) -> T:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """RGB uint8 [H, W, 3] of any mode. Raises ReducioError for an image that is empty, has more than MAX_PIXELS or has
-    values whose scale cannot be told."""
+    """Convert a PIL image of any mode to RGB uint8 [H, W, 3].
+
+    Raises ReducioError for an image that is empty, has more than MAX_PIXELS or has values of ambiguous scale.
+    """
     if 0 in image.size:
         raise ReducioError(f"the image is empty, of {image.width}x{image.height} pixels")
     if image.format == "JPEG" and image.width * image.height > MAX_PIXELS:
-        # Its decoder can leave out every second, or all but every fourth or eighth pixel, before they take memory.
+        # The JPEG decoder can reduce the image by 2, 4 or 8 while it decodes, before the pixels take memory.
         shares = (n for n in (2, 4, 8) if image.width * image.height <= n * n * MAX_PIXELS)
         share = next(shares, 8)
         image.draft(None, (image.width // share, image.height // share))
@@ -99,13 +105,13 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_bytes(np.asarray(image), sixteen_bits=image.mode.startswith("I;16")))
-    elif image.mode == "L" and image.format != "JPEG":  # a JPEG is a photograph, the others may be a mask of 0 and 1
+    elif image.mode == "L" and image.format != "JPEG":  # other formats may hold a mask of 0 and 1
         _check_scale(np.asarray(image))
     elif image.mode == "LAB":
-        from PIL import ImageCms  # Pillow converts Lab in no other way
+        from PIL import ImageCms  # Pillow's only conversion of Lab
 
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image  # None: only of in-place work
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image  # None only if inPlace
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -113,10 +119,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _to_bytes(values: np.ndarray, sixteen_bits: bool) -> np.ndarray:
-    """Grey values of a mode that Pillow would clip at 255, as bytes on the scale that mode and values tell.
+    """Convert gray values of a mode that Pillow would clip at 255 to bytes; mode and values determine the scale.
 
-    Floats are of [0, 1] or [0, 255]. Integers are of 16 bits where the largest is above 12 bits, and of 8 bits where it
-    is at most 255 and the mode does not say 16. What lies between would come out nearly black on one of the scales.
+    Floats are in [0, 1] or [0, 255]. Integers count as 16-bit if the largest is at least 2^12, and as 8-bit if it is at
+    most 255 and the mode is not a 16-bit one. Raises ReducioError for values between, which would be nearly black on
+    one of the two scales.
     """
     floats = np.issubdtype(values.dtype, np.floating)
     values = values.astype(np.float64)

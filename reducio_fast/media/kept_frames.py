@@ -1,4 +1,4 @@
-"""Finished frames that could not be written where they should go are kept in the cache folder."""
+"""Saves finished frames in the cache folder if the output cannot be written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .video_files import write_video
 
 
 def keep_frames(clips: Sequence[np.ndarray], fps: float, name: str) -> str:
-    """Write clips, uint8 [T, H, W, 3] each, as PNGs; returns the end of an error line that says where they are."""
+    """Write clips, uint8 [T, H, W, 3] each, as PNGs; return the end of an error message that names their folder."""
     folder = root() / "frames" / f"clip-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}-{name}"
     folders = [folder if len(clips) == 1 else folder / str(i) for i in range(len(clips))]
     try:

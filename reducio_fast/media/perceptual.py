@@ -1,6 +1,7 @@
-"""LPIPS: how different two images look to a network. Its weights are a file that the user names.
+"""LPIPS, the perceptual distance of two images, with weights from a file that the user names.
 
-lpips' own class; its linear heads are in the wheel, the trunk's weights are torchvision's state dict.
+The network is the lpips package's class. Its wheel contains the linear heads; the trunk's weights are a state dict of
+torchvision.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ TRUNKS = ("alex", "vgg", "squeeze")
 
 
 class Perceptual:
-    """LPIPS a frame. The release feeds it images in 0..1 although it expects -1..1: both are given."""
+    """LPIPS per frame. The release passes images in 0..1 although LPIPS expects -1..1, so both values are computed.
+
+    Raises `ReducioError` if lpips is not installed or the file does not hold the weights of `net`.
+    """
 
     def __init__(self, trunk: str | os.PathLike[str], net: str = "alex", device: str = "cpu") -> None:
         if net not in TRUNKS:
@@ -35,14 +39,14 @@ class Perceptual:
 
     @torch.no_grad()
     def __call__(self, clip: np.ndarray, other: np.ndarray) -> dict[str, float]:
-        """Of two clips uint8 [T, H, W, 3]: means over frames, `lpips` and, as the release computes it, `lpips_0_1`."""
+        """Means over the frames of two clips, uint8 [T, H, W, 3]: `lpips`, and the release's variant `lpips_0_1`."""
         a, b = (to_unit(x, self.device) for x in (clip, other))
         halves = [(x + 1) / 2 for x in (a, b)]
         return {"lpips": float(self.model(a, b).mean()), "lpips_0_1": float(self.model(*halves).mean())}
 
 
 def _trunk_weights(path: Path, net: nn.Module) -> dict[str, Tensor]:
-    """torchvision's `features.N.*` under the names that lpips gives its slices."""
+    """Load torchvision's `features.N.*` under the names of lpips' slices."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -50,9 +54,9 @@ def _trunk_weights(path: Path, net: nn.Module) -> dict[str, Tensor]:
             stored = load_file(path)
         else:
             stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle, a zip, a safetensors header: each fails in its own way
+    except Exception as error:  # pickle, zip and safetensors raise different errors
         raise ReducioError(f"LPIPS trunk {path}: {first_line(error)}") from error
-    # lpips cuts `features` into slices and keeps the numbers: slice2.4.weight is features.4.weight.
+    # lpips splits `features` into slices and keeps the layer numbers: slice2.4.weight is features.4.weight.
     wanted = {name: "features." + name.split(".", 1)[1] for name in net.state_dict()}
     lacking = [source for source in wanted.values() if source not in stored]
     if lacking:

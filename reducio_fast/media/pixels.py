@@ -1,4 +1,4 @@
-"""Bytes 0..255 and the values in [-1, 1] that networks read and write."""
+"""Converts between bytes 0..255 and the values in [-1, 1] of the networks."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def to_unit(
 
 
 def to_bytes(values: Tensor) -> Tensor:
-    """[..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]; values beyond are clamped."""
+    """[..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]; values outside are clamped."""
     return ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)

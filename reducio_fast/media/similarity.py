@@ -1,4 +1,4 @@
-"""PSNR and SSIM of clips, as the Reducio-VAE release measures: per frame on 0..1, then the mean over frames."""
+"""PSNR and SSIM of clips as in the Reducio-VAE release: computed per frame on 0..1, then averaged over frames."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _K1, _K2 = 0.01, 0.03
 
 
 def _clips(a: np.ndarray, b: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Both clips as float64 [T, C, H, W] in 0..1: uint8 is divided by 255, floats are taken as they are, clamped."""
+    """Both clips as float64 [T, C, H, W] in 0..1: uint8 is divided by 255, floats are clamped."""
     clips = []
     for name, array in (("a", np.asarray(a)), ("b", np.asarray(b))):
         if array.ndim != 4:
@@ -28,12 +28,12 @@ def _clips(a: np.ndarray, b: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def psnr_of_error(squared_error: Tensor, span: float = 1.0) -> Tensor:
-    """PSNR in dB of mean squared errors between values that span `span`: 1 for 0..1, 2 for -1..1."""
+    """PSNR in dB of mean squared errors of values with the range `span`: 1 for 0..1, 2 for -1..1."""
     return -10.0 * torch.log10(squared_error / span**2)
 
 
 def psnr_per_frame(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of every frame, [T]; infinite where two frames are equal, NaN where one has NaN.
+    """Peak signal-to-noise ratio in dB of every frame, [T]; infinite if two frames are equal, NaN if one contains NaN.
 
     Clips are [T, H, W, C], uint8 in 0..255 or floating in 0..1 (clamped).
     """
@@ -43,12 +43,12 @@ def psnr_per_frame(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over frames of the PSNR in dB. One pair of equal frames makes it infinite."""
+    """Mean over frames of the PSNR in dB; infinite if any two frames are equal."""
     return float(psnr_per_frame(a, b).mean())
 
 
 def pooled_psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """PSNR in dB of the squared error over the whole clip, finite as long as one frame differs."""
+    """PSNR in dB of the squared error over the whole clip; infinite only if the clips are equal."""
     x, y = _clips(a, b)
     return float(psnr_of_error((x - y).square().mean()))
 
@@ -56,14 +56,14 @@ def pooled_psnr(a: np.ndarray, b: np.ndarray) -> float:
 def ssim_per_frame(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Structural similarity of every frame, [T]: Gaussian window 11, sigma 1.5, mean over channels, no padding.
 
-    Frames are first average-pooled by round(min(H, W) / 256), so that the window means the same at every resolution.
-    Clips as in `psnr_per_frame`; both sides must be at least 11 pixels. Source: Wang et al. 2004.
+    Frames are first average-pooled by round(min(H, W) / 256), so that the window covers a similar area at every
+    resolution. Clips as in `psnr_per_frame`. Raises ValueError for sides below 11 pixels. Source: Wang et al. 2004.
     """
     x, y = _clips(a, b)
     height, width = x.shape[-2:]
     if min(height, width) < _WINDOW:
         raise ValueError(f"SSIM needs frames of at least {_WINDOW}x{_WINDOW}, got {height}x{width}")
-    # Half to even, as Python rounds: 128 / 256 is 0, hence the floor of 1.
+    # Python rounds half to even, so a side of 128 gives round(0.5) = 0; the minimum is 1.
     pool = max(1, round(min(height, width) / 256))
     frames, channels = x.shape[:2]
     x, y = (F.avg_pool2d(clip, pool).flatten(0, 1)[:, None] for clip in (x, y))

@@ -1,7 +1,7 @@
 """Read and write clips: .mp4, .gif, .webp or a folder of images, always as uint8 [T, H, W, 3] in RGB.
 
-Outputs are written under a temporary name beside their place and renamed when complete, so a crash, a full disk or
-Ctrl-C leaves either the whole file or none.
+Outputs are written under a temporary name in their folder and renamed when complete, so a crash, a full disk or Ctrl-C
+leaves either the complete file or none.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from . import ffmpeg
 from .image_files import IMAGE_SUFFIXES, decode_image, read_image, to_rgb
 
 FILE_SUFFIXES = (".mp4", ".gif", ".webp")
-Frames = Generator[tuple[np.ndarray, float | None], None, None]  # frames of a clip, each with its rate
-# Browsers show a frame of a .gif or .webp whose delay is 10 ms or less for 100 ms; so does the reader here.
+Frames = Generator[tuple[np.ndarray, float | None], None, None]  # frames of a clip, each with the clip's rate
+# Browsers show a frame of a .gif or .webp with a delay of 10 ms or less for 100 ms, so the reader does the same.
 SHORTEST_DELAY, REPLACED_BY = 10, 100
-MAX_GIF_FPS = 50  # its delays are whole hundredths of a second
-MAX_WEBP_FPS = 90  # its delays are whole milliseconds
-TRIAL_RATE, TRIAL_SIDE = 16.0, 32  # of the clip that `check_output_path` writes: frames a second, pixels
+MAX_GIF_FPS = 50  # delays of a .gif are whole hundredths of a second
+MAX_WEBP_FPS = 90  # delays of a .webp are whole milliseconds
+TRIAL_RATE, TRIAL_SIDE = 16.0, 32  # frames a second and side in pixels of the clip that `check_output_path` writes
 
 
 def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None) -> tuple[np.ndarray, float | None]:
     """Frames `start` to `start + count` of a clip, uint8 [T, H, W, 3], and its frames per second (None for a folder).
 
-    Frames come as they are to be shown: turned, and with square pixels. Fewer come back where the clip ends earlier;
-    `count=None` reads to the end. A clip whose frames are held for uneven times is read at a constant rate: frames held
-    longer are repeated. Raises ReducioError where there is nothing to read, or what is there is broken; what was cut
-    off is read as far as it goes, with a warning.
+    Rotation is applied and pixels are square. Fewer frames are returned if the clip ends earlier; `count=None` reads to
+    the end. A clip with variable frame durations is read at a constant rate, and frames of longer duration are
+    repeated. Of a truncated clip all readable frames are returned, with a warning. Raises ReducioError if there is
+    nothing to read or no frame can be read.
     """
     path = Path(path)
     if start < 0 or (count is not None and count < 1):
@@ -56,7 +56,7 @@ def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None
         frames_fps = ffmpeg.frames(path)
     stop = None if count is None else start + count
     fps, frames = None, list[np.ndarray]()
-    with contextlib.closing(frames_fps):  # ends ffmpeg at once where the clip goes on
+    with contextlib.closing(frames_fps):  # ends ffmpeg at once if the clip continues
         for frame, fps in islice(frames_fps, start, stop):  # noqa: B007 - the last rate is the clip's rate
             if frames and frame.shape != frames[0].shape:
                 raise ReducioError(
@@ -69,10 +69,10 @@ def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None
 
 
 def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float) -> Path:
-    """Write uint8 [T, H, W, 3] as .mp4 (H.264), .gif, .webp or, where `path` has no suffix, a folder of numbered PNGs.
+    """Write uint8 [T, H, W, 3] as .mp4 (H.264), .gif, .webp or, if `path` has no suffix, a folder of numbered PNGs.
 
-    PNGs are exact; the others are lossy. Raises ReducioError for frames of another shape or type, a path that
-    `check_output_path` refuses, an odd size in an .mp4, or a failed write; nothing half-written stays behind.
+    PNGs are lossless, the other formats lossy. Raises ReducioError for frames of another shape or type, a path that
+    `check_output_path` refuses, an odd size of an .mp4, or a failed write, which leaves no partial file.
     """
     path = check_output_path(path, trial=False)
     frames = np.asarray(frames)
@@ -95,12 +95,12 @@ def check_output_path(
     width: int | None = None,
     trial: bool = True,
 ) -> Path:
-    """Check before any work whether a clip can be written to `path`; returns it as a Path.
+    """Check before any work whether a clip can be written to `path`; return it as a Path.
 
-    Two black frames of `height` x `width` (32x32 where they are not known yet) are written at `fps` into the folder for
-    temporary files: encoder, size and rate are then known to do; 0.1 s for .mp4. `trial` False leaves that out, where
-    the clip is written at once. An empty file in the output folder shows that it can be written. Raises ReducioError
-    for an unknown suffix, a folder of frames that already holds something, and whatever the write would meet.
+    Tests encoder, size and rate by writing two black frames of `height` x `width` (32x32 if unknown) at `fps` into the
+    folder for temporary files, which takes 0.1 s for .mp4; `trial=False` skips this if the clip is written right away.
+    Tests the output folder by creating an empty temporary file. Raises ReducioError for an unknown suffix, a folder of
+    frames that is not empty, and every error that the write would raise.
     """
     path = _check_name(path)
     if trial:
@@ -142,7 +142,7 @@ def _writer(path: Path) -> Callable[[np.ndarray, Path, float], None]:
 
 
 def _cannot_write(path: Path, error: Exception) -> ReducioError:
-    """Whatever an encoder raised: Pillow's raise OSError, ValueError, struct.error and more."""
+    """Convert an encoder's error; Pillow's encoders raise OSError, ValueError, struct.error and more."""
     if isinstance(error, ReducioError):
         return error
     reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
@@ -150,9 +150,11 @@ def _cannot_write(path: Path, error: Exception) -> ReducioError:
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Two clips of one shape [T, H, W, 3] as one [T, H, 2W, 3]."""
+    """Join two clips of equal shape [T, H, W, 3] into one [T, H, 2W, 3]."""
     if left.shape != right.shape:
-        raise ReducioError(f"clips side by side need one shape; they are {list(left.shape)} and {list(right.shape)}")
+        raise ReducioError(
+            f"clips side by side must have one shape; they are {list(left.shape)} and {list(right.shape)}"
+        )
     return np.concatenate([left, right], axis=2)
 
 
@@ -160,7 +162,7 @@ def _folder_frames(path: Path) -> Frames:
     def number_aware(file: Path) -> list[tuple[int, int | str]]:
         return [(0, int(s)) if s.isdigit() else (1, s) for s in re.split(r"(\d+)", file.name.lower()) if s]
 
-    # A hidden file is no frame: macOS puts `._00001.png` beside each, which holds no picture.
+    # Hidden files are skipped: macOS writes a file `._00001.png` without an image beside each frame.
     images = (f for f in entries(path) if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
     files = sorted((f for f in images if is_file(f)), key=number_aware)
     if not files:
@@ -170,14 +172,14 @@ def _folder_frames(path: Path) -> Frames:
 
 
 def _animation_frames(path: Path) -> Frames:
-    """Frames of a .gif or .webp. Encoders merge equal neighbours into one long frame; repeating undoes that."""
+    """Frames of a .gif or .webp. Encoders merge equal consecutive frames into one of long duration; it is repeated."""
 
     def durations() -> list[int]:  # milliseconds
         with Image.open(path) as clip:
             held = []
             for index in range(getattr(clip, "n_frames", 1)):
                 clip.seek(index)
-                clip.load()  # WebP knows a frame's delay only once it is decoded
+                clip.load()  # Pillow sets the delay of a WebP frame only when it decodes the frame
                 held.append(clip.info.get("duration", 0))
             return held
 
@@ -209,9 +211,9 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
 def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
     if fps > MAX_GIF_FPS:
         raise ReducioError(f"a .gif holds at most {MAX_GIF_FPS} frames a second; fps is {fps:g}")
-    # One palette for all frames, since a palette of each frame's own makes still areas flicker; and no dither, since
-    # its grain changes from frame to frame and costs 1 to 3 dB. The palette is drawn from at most 2^18 pixels: k-means
-    # over sixteen frames of 1024x1024 would take most of a minute.
+    # One palette for all frames, because a palette per frame makes still areas flicker. No dither, because its grain
+    # changes from frame to frame and costs 1 to 3 dB. The palette is computed from at most 2^18 pixels: k-means over
+    # sixteen frames of 1024x1024 would take most of a minute.
     pixels = frames.reshape(-1, 3)
     sample = Image.fromarray(np.ascontiguousarray(pixels[None, :: -(-len(pixels) // 2**18)]))
     palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1)

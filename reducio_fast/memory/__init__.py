@@ -1,1 +1,1 @@
-"""How much memory a stage needs, how to make it fit, and where its weights are meanwhile."""
+"""Memory of the stages: forecasts, the choice of a way that fits, and offloading of weights."""

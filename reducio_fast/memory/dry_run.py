@@ -1,11 +1,11 @@
 """Measures how much memory a function needs by running it on tensors that have shapes and no contents.
 
-`DryRun` runs the very code that it forecasts, on torch's meta device, and counts storages as they come and go: so the
-answer follows every change of that code, and nothing has to be loaded or multiplied. What no tensor shows is added by
-rule: the copies that a convolution library makes in a layout of its own.
+`DryRun` runs the real code on torch's meta device and counts storages as they are allocated and freed. So the forecast
+follows every change of that code, without weights and without arithmetic. Rules add the memory that is not visible as a
+tensor: the copies that a convolution library makes in its own layout.
 
-Measured against the allocator's own record of real runs (`torch.profiler`, whose memory events see what operators
-allocate inside), not against the process's resident size, which the C library's free lists blur.
+Tests compare it with the allocator's record of real runs (`torch.profiler`, whose memory events include allocations
+inside operators), not with the process's resident size, which the C library's free lists distort.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 _T = TypeVar("_T")
 
 META = torch.device("meta")
-# Up to so many values N*C*T*H, torch convolves on a CPU by unfolding: every tap gets a copy of the input. Above, and
-# for batches, by oneDNN (aten/src/ATen/native/Convolution.cpp, use_mkldnn).
+# Up to this many values N*C*T*H, torch convolves on a CPU by unfolding, which copies the input once per tap. Larger
+# inputs and batches use oneDNN (aten/src/ATen/native/Convolution.cpp, use_mkldnn).
 UNFOLDED = 20480
 
 
 class DryRun(TorchDispatchMode):
-    """While it is entered, `live` and `peak` count the bytes of all storages made inside, in their own dtypes.
+    """While active, `live` and `peak` count the bytes of all storages allocated inside, in their dtypes.
 
-    Numbers asked of a tensor are 1 and conditions hold, so that checks of values pass; nothing is nonzero twice.
-    `unfolding` counts convolutions as torch itself runs them on a CPU; on a GPU and in oneDNN on channels-last tensors
-    there is no unfolding.
+    Reading a value of a tensor gives 1 or True, so that checks of values pass; `nonzero` returns no index. `unfolding`
+    counts convolutions as torch runs them on a CPU; a GPU, and oneDNN on channels-last tensors, do not unfold.
     """
 
     def __init__(self, unfolding: bool = False) -> None:
@@ -58,7 +57,7 @@ class DryRun(TorchDispatchMode):
         self._functions.__exit__(*error)
 
     def peak_of(self, function: Callable[..., _T], *args: Any) -> tuple[_T, int]:
-        """Result, and the most bytes alive at once during the call beyond those alive before it."""
+        """The function's result, and the greatest number of bytes alive during the call, minus those alive before."""
         before, outer = self.live, self.peak
         self.peak = before
         result = function(*args)
@@ -72,18 +71,18 @@ class DryRun(TorchDispatchMode):
                 x.untyped_storage()._counted = True  # type: ignore[attr-defined]
 
     def remember(self, *modules: nn.Module) -> None:
-        """Run modules of one class once a set of argument shapes; later calls only make outputs of the same form.
+        """Run modules of one class once per set of argument shapes; later calls only return outputs of the same form.
 
-        What a network of 28 equal blocks, or a clip of 16 tiles, needs is then known after one of them.
+        A network of 28 equal blocks, or a clip of 16 tiles, then costs one run of a block or a tile.
         """
         for module in modules:
             module.forward = self._remembered(type(module), module.forward)
 
     def opaque(self, function: Callable[..., _T]) -> Callable[..., _T]:
-        """`function` as one kernel: it allocates what it returns, whatever its twin in plain torch makes on the way."""
+        """`function` as a fused kernel: count only its result, not the intermediate tensors of its plain torch twin."""
 
         def call(*args: Any, **kwargs: Any) -> _T:
-            # By shapes: a decoder asks for one norm of one size a dozen times, and its twin is what takes the time.
+            # Cached by shapes: a decoder calls the same norm with the same size a dozen times, and the twin is slow.
             leaves = tree_leaves((args, tuple(sorted(kwargs.items()))))
             key = (function, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves))
             paused, self._paused = self._paused, True
@@ -107,7 +106,7 @@ class DryRun(TorchDispatchMode):
             return torch.empty((0, args[0].ndim), dtype=torch.int64, device=META)
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default and args[0].ndim == 4 and args[0].stride(1) == 1:
-            # Of channels-last images a real convolution makes channels-last ones; without contents torch forgets it.
+            # A real convolution of channels-last images returns channels-last; on the meta device it does not.
             N, K, H, W = out.shape
             out = out.new_empty((N, H, W, K)).permute(0, 3, 1, 2)
         if not self._paused:
@@ -143,7 +142,7 @@ class DryRun(TorchDispatchMode):
         return call
 
     def _inside_convolution(self, x: Tensor, weight: Tensor, out: Tensor) -> int:
-        """The most bytes that a convolution holds at once, its result included."""
+        """Peak bytes that a convolution allocates, including its result."""
         result = out.numel() * out.element_size()
         taps = math.prod(weight.shape[2:])
         if self.unfolding and x.dtype == torch.float32 and x.shape[0] == 1 and math.prod(x.shape[:4]) <= UNFOLDED:
@@ -151,7 +150,7 @@ class DryRun(TorchDispatchMode):
         if x.stride(1) == 1 or not x.is_contiguous() or taps == 1:
             return result
         # Channels-first tensors are copied to blocks of 16 channels (oneDNN) or to channels-last (cuDNN's and MIOpen's
-        # matrix kernels), convolved, and copied back, when the first copy is gone.
+        # matrix kernels), convolved and copied back; the first copy is freed before the copy back.
         block = 16 * x.element_size()
         source = x.shape[0] * -(-x.shape[1] // 16) * block * math.prod(x.shape[2:])
         blocked = out.shape[0] * -(-out.shape[1] // 16) * block * math.prod(out.shape[2:])
@@ -176,9 +175,9 @@ def _of_form(form: Any) -> Any:
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device torch spells attention out, with all its L x S weights; on a real one it is fused.
+    """Treats attention as fused on the meta device, where torch would allocate all its L x S weights.
 
-    `tell(q, k, v, out)` hears of each call.
+    Calls `tell(q, k, v, out)`, if given, for each attention.
     """
 
     def __init__(self, tell: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> None:
@@ -190,8 +189,9 @@ class FusedAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]
         mask = (kwargs or {}).get("attn_mask")
-        wide = mask.to(q.dtype) if mask is not None and mask.dtype == torch.bool else None  # noqa: F841 alive below
-        # Heads outside, as the kernels write it: what follows may look at it as [B, L, N * D] without a copy.
+        # SDPA converts a boolean mask to q's dtype; this copy is counted until the return.
+        wide = mask.to(q.dtype) if mask is not None and mask.dtype == torch.bool else None  # noqa: F841
+        # Strides of [B, L, N, D], as the kernels write it, so that a view as [B, L, N * D] needs no copy.
         shape = (*q.shape[:-3], q.shape[-2], q.shape[-3], v.shape[-1])
         out = q.new_empty(shape).transpose(-3, -2)
         if self._tell is not None:
@@ -200,7 +200,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def without_weights(value: _T, *networks: nn.Module, keep: tuple[Any, ...] = ()) -> _T:
-    """A copy of `value` in which each weight of the networks is its shape on the meta device; `keep` are not copied."""
+    """A deep copy of `value` with the networks' weights on the meta device; objects in `keep` are not copied."""
     memo: dict[int, Any] = {id(each): each for each in keep}
     for network in networks:
         for p in network.parameters():
@@ -211,7 +211,7 @@ def without_weights(value: _T, *networks: nn.Module, keep: tuple[Any, ...] = ())
 
 
 def weight_bytes(*networks: nn.Module) -> int:
-    """Of all weights and buffers, those that networks share counted once."""
+    """Bytes of all weights and buffers of the networks; shared ones count once."""
     storages = {}
     for network in networks:
         for x in (*network.parameters(), *network.buffers()):
@@ -221,14 +221,15 @@ def weight_bytes(*networks: nn.Module) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What can still be allocated; None where the machine does not say (a CPU without /proc)."""
+    """Bytes that can still be allocated; None if the system does not report it (a CPU without /proc)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # torch keeps freed memory for its next tensors.
+        # torch's allocator keeps freed memory and reuses it.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     lines = _read(Path("/proc/meminfo")).splitlines()
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    # A container has less than its machine. Its file cache counts as used there, and goes when memory is asked for.
+    # A container may have a lower limit than the machine. Its used memory includes the file cache, which the kernel
+    # frees on demand.
     group = Path("/sys/fs/cgroup")
     limit, used, stat = (_read(group / name) for name in ("memory.max", "memory.current", "memory.stat"))
     if available and limit.strip().isdigit() and used.strip().isdigit():

@@ -1,4 +1,4 @@
-"""How to make a clip in the memory that is free: the first of several ways whose forecast fits."""
+"""Chooses how to generate a clip in the free memory: the first of several ways whose forecast fits."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 from ..system.errors import ReducioError
 from .forecast import Forecast
 
-HEADROOM = 0.9  # share of the free memory that is used: forecasts leave out workspaces and an allocator's rounding
-SMALLER = (3 / 4, 1 / 2, 1 / 4)  # of the sides, tried for "what would fit"
+HEADROOM = 0.9  # usable share of the free memory: forecasts exclude workspaces and the allocator's rounding
+SMALLER = (3 / 4, 1 / 2, 1 / 4)  # factors on both sides, tried to suggest a size that fits
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What was chosen for a call: the way in which the last stage works, and whether weights are offloaded."""
+    """The choice for a call: how the last stage decodes, and whether weights are offloaded."""
 
     decoding: Any
     offload: bool = False
 
 
 def room(free: int, resident: int) -> int:
-    """Bytes that a clip may use: weights that are on the device already are part of its forecast."""
+    """Bytes that a clip may use. `resident` weights are added, because the forecast includes them."""
     return int(free * HEADROOM) + resident
 
 
 def fit(ways: Iterable[Any], forecast: Callable[[Any], Forecast], room: int, offloads: Sequence[bool]) -> Fit | None:
-    """The first way whose forecast is within `room` bytes; None where none is. `offloads`: tried in this order."""
+    """The first way whose forecast is within `room` bytes, or None. The values of `offloads` are tried in order."""
     ways = list(ways)
     for offload in offloads:
         for way in ways:
@@ -39,7 +39,7 @@ def fit(ways: Iterable[Any], forecast: Callable[[Any], Forecast], room: int, off
 def refuse(
     needed: Forecast, forecast: Callable[[int, int], Forecast], factor: int, room: int, offload: bool, device: str
 ) -> ReducioError:
-    """The error that says how much is missing and which smaller size would fit. `factor`: sizes are multiples of it."""
+    """The error about missing memory, with a smaller size that would fit. Sizes are multiples of `factor`."""
     worst = max(needed.stages, key=lambda s: (s.weights if offload else needed.weights) + (s.activations or 0))
     weights = worst.weights if offload else needed.weights
     peak = needed.peak(offload)

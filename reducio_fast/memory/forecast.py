@@ -1,8 +1,8 @@
-"""What a clip will need, stage by stage, before its first step.
+"""Forecasts the memory of a clip, stage by stage, before its first step.
 
-A forecast is a dry run of the stages' own code on tensors without contents (`dry_run`), for whatever runs them: the
-reference, or the fast twins. On a GPU a kernel of ours counts as what it returns. Forecasts count tensors: an
-allocator's rounding and a vendor library's workspaces come on top, so `fit` uses only a share of what is free.
+A forecast is a dry run (`dry_run`) of the stages' code, in the reference or in the fast twins, on the meta device. On a
+GPU one of our kernels counts as its result. Forecasts count tensors only. The allocator's rounding and workspaces of
+vendor libraries come on top, so `fit` uses only a share of the free memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .dry_run import weight_bytes
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage to be tried without contents: `run()` returns its peak in bytes, None where it does not run so."""
+    """A stage to run on the meta device: `run()` returns its peak in bytes, or None if it cannot run there."""
 
     name: str
     networks: Sequence[nn.Module]
@@ -28,9 +28,9 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """Bytes: of the networks that the stage runs, and the most that is alive beside all weights while it runs.
+    """Bytes of a stage: `weights` of the networks that it runs, and its peak of `activations`.
 
-    `activations` is None where a foreign component does not run on tensors without contents.
+    `activations` is None if a foreign component does not run on the meta device.
     """
 
     stage: str
@@ -40,8 +40,8 @@ class StageMemory:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of one clip, decoded in the way `decoding`. `weights` are all networks' together, packed copies of the fast
-    twins included."""
+    """The forecast of one clip, decoded in the way `decoding`. `weights` are the bytes of all networks, including the
+    packed copies of the fast twins."""
 
     height: int
     width: int
@@ -50,25 +50,25 @@ class Forecast:
     stages: tuple[StageMemory, ...]
 
     def peak(self, offload: bool = False) -> int:
-        """The most bytes at once; with `offload`, only the networks of the stage at work are on the device."""
+        """Peak in bytes; with `offload`, only the networks of the running stage are on the device."""
         return max((s.weights if offload else self.weights) + (s.activations or 0) for s in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The forecast as plain data for JSON, with both peaks."""
         return dataclasses.asdict(self) | {"peak": self.peak(), "peak_with_offload": self.peak(offload=True)}
 
 
 def forecast(
     stages: Sequence[Stage], networks: Sequence[nn.Module], height: int, width: int, way: Hashable
 ) -> Forecast:
-    """Run the stages in order, within an entered `DryRun`. `networks` are all of the model's."""
+    """Run the stages in order, inside an active `DryRun`. `networks` are all networks of the model."""
     rows = tuple(StageMemory(s.name, weight_bytes(*s.networks), s.run()) for s in stages)
     everything = weight_bytes(*networks, *(n for s in stages for n in s.networks))
     return Forecast(height, width, way, everything, rows)
 
 
 def in_another_way(earlier: Forecast, last: Stage, way: Hashable) -> Forecast:
-    """The forecast of the same clip, whose `last` stage works in another way: that stage alone is run."""
+    """The forecast of the same clip with another way of decoding: only the `last` stage is run again."""
     peak = last.run()
     rows = tuple(s if s.stage != last.name else dataclasses.replace(s, activations=peak) for s in earlier.stages)
     return dataclasses.replace(earlier, decoding=way, stages=rows)

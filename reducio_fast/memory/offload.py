@@ -1,7 +1,7 @@
-"""Model offload: weights live on the CPU, and on the device only while the stage that needs them runs.
+"""Model offload: weights stay on the CPU, and are on the device only while the stage that needs them runs.
 
-What a stage reads is copied to the device before it and dropped after it: nothing is copied back, since nothing here
-writes weights. A write that a callback makes to a network in the middle of its own stage is therefore lost.
+The weights of a stage are copied to the device before it and freed after it. They are not copied back, because stages
+do not write weights; so a callback's write to a network during that network's stage is lost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Offload:
-    """`device` is where stages run. Tests use a CPU, with copies of the weights."""
+    """Offloading to the CPU for stages that run on `device`. Tests use a CPU as the device, with copied weights."""
 
     device: torch.device
 
@@ -34,4 +34,4 @@ class Offload:
             yield
         finally:
             for x, data in home:
-                x.data = data  # the same memory as before: the engine sees that nothing has changed
+                x.data = data  # the same memory as before, so that the engine detects no change

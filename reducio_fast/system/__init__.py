@@ -1,1 +1,1 @@
-"""This machine and this process: errors, devices, variables, clocks, the cache folder, files written whole."""
+"""Services for all rooms: errors, devices, environment variables, clocks, the cache folder, atomic file writes."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: every file of this package is written through here."""
+"""Atomic writes of files and folders; all files of this package are written through this module."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 from .errors import ReducioError, write_failure
 
-NAME_KEPT = 20  # characters of a name that its temporary one has too: with all of them it might be too long
+NAME_KEPT = 20  # characters of a name that its temporary name repeats; the full name could become too long
 
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a name beside `path` under which the block writes a file or a folder.
+    """Yield a temporary name beside `path` under which the block writes a file or a folder.
 
-    It takes the name `path` when the block ends well and vanishes when it fails, so a crash, a full disk or Ctrl-C
-    leaves the whole of it or none. The name keeps the suffix, by which encoders choose a format; missing parent folders
-    are made. Where `path` is a link, what it points to is written. Where it is an empty folder, which may be a mount
-    point or the current one, a folder's contents move into it. A file gets the permissions of the user's umask
-    (safetensors 0.8 writes 0600). Raises OSError where it cannot be written.
+    After the block the result is renamed to `path`; if the block fails, it is deleted. So a crash, a full disk or
+    Ctrl-C leaves either the complete result or nothing. The temporary name keeps the suffix, by which encoders choose a
+    format; missing parent folders are created. If `path` is a link, its target is written. If it is an empty folder
+    (perhaps a mount point or the current folder), the contents of the new folder are moved into it. A file gets the
+    permissions of the user's umask (safetensors 0.8 writes 0600). Raises OSError if the write fails.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +48,11 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(target: Path, mark: str, kind: str) -> Iterator[Path]:
-    """Yield an empty folder that takes the name `target` when the block ends well and vanishes when it fails.
+    """Yield an empty folder that is renamed to `target` after the block, or deleted if the block fails.
 
-    An earlier folder of that name is replaced if it holds the file `mark`, as folders of this `kind` do; anything else
-    that is not empty is left alone (ReducioError). A folder that cannot be renamed itself (a mount point, the current
-    folder, one whose parent may not be written) keeps its place, and its contents are exchanged.
+    An existing folder `target` is replaced if it holds the file `mark`, which all folders of this `kind` have. For a
+    folder that cannot be renamed (a mount point, the current folder, or a child of a read-only folder) the contents are
+    exchanged instead. Raises ReducioError if `target` is anything else that is not empty, or cannot be written.
     """
     target = Path(os.path.realpath(target))
     try:
@@ -63,7 +63,7 @@ def new_folder(target: Path, mark: str, kind: str) -> Iterator[Path]:
         work = _temporary(target, inside=in_place)
         fresh, old = work / "new", work / "old"
         work.mkdir(mode=0o700)
-        fresh.mkdir()  # within a private one: this one has the permissions of the user's umask
+        fresh.mkdir()  # inside the private folder `work`, with the permissions of the user's umask
     except OSError as error:
         raise ReducioError(f"save_directory: cannot write {target} ({error.strerror})") from error
     try:
@@ -97,13 +97,13 @@ def _temporary(path: Path, inside: bool) -> Path:
 
 
 def _is_fixed(folder: Path) -> bool:
-    """Whether another folder cannot take this one's name."""
+    """Whether another folder cannot be renamed to this folder's name."""
     is_current = folder == Path(os.path.realpath(os.curdir))
     return is_current or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def _move_children(source: Path, target: Path, but: Path | None = None) -> None:
-    """Move all that `source` holds into `target`, or leave all where it was (OSError)."""
+    """Move the contents of `source` into `target`; on OSError move everything back and raise."""
     moved: list[Path] = []
     try:
         for child in sorted(source.iterdir()):
@@ -124,7 +124,7 @@ def _remove(path: Path) -> None:
 
 
 def share(path: Path, mode: int) -> None:
-    """Make a file, or each file of a folder, as readable and writable as `mode` is."""
+    """Give a file, or each file of a folder, the read and write permissions of `mode`."""
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file():
             file.chmod(mode & 0o666)

@@ -1,4 +1,4 @@
-"""The user's cache folder, and whether the compilers of this process keep their files there too."""
+"""The user's cache folder, and whether Inductor and Triton keep their files there too."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _our_own_process = False
 
 
 def root() -> Path:
-    """The user's cache folder, whether or not it exists yet. Without a home it is in the folder for temporary files."""
-    base = os.environ.get("XDG_CACHE_HOME", "")  # the XDG specification: relative paths are to be ignored
+    """The user's cache folder, which may not exist yet. Without a home folder it is below the temporary folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "")  # relative paths are ignored, as the XDG specification demands
     try:
         if (chosen := environment_variables.read(VARIABLE)) is not None:
             return Path(chosen).expanduser().absolute()
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "reducio-fast"
-    except RuntimeError as error:  # the user id, or the NAME of ~NAME, is in no user database
+    except RuntimeError as error:  # the user database has no entry for the user id or for the NAME of ~NAME
         return _elsewhere(str(error))
 
 
 @functools.cache
 def _elsewhere(reason: str) -> Path:
-    """Called once a reason, so there is one warning."""
+    """Cache folder below the temporary folder. `functools.cache` limits the warning to one per reason."""
     folder = Path(tempfile.gettempdir()) / f"reducio-fast-{os.getuid()}"
     LOG.warning("cache: %s; files go to %s", reason, folder)
     return folder
@@ -39,8 +39,10 @@ def _elsewhere(reason: str) -> Path:
 
 @contextmanager
 def for_compilers() -> Iterator[None]:
-    """Inside, Inductor and Triton may be told to keep their files in our folder too, by their environment variables.
-    For the command line, whose process is its own: a library must not change that of its caller."""
+    """Inside, the environment variables of Inductor and Triton may be set so that their files go to our folder too.
+
+    Only the command line uses this, because it owns its process; a library must not change its caller's environment.
+    """
     global _our_own_process
     before, _our_own_process = _our_own_process, True
     try:
@@ -50,5 +52,5 @@ def for_compilers() -> Iterator[None]:
 
 
 def is_for_compilers() -> bool:
-    """Whether this is within `for_compilers`, or the user has named the folder by our variable."""
+    """Whether `for_compilers` is active or the user has set `REDUCIO_CACHE_DIR`."""
     return _our_own_process or environment_variables.read(VARIABLE) is not None

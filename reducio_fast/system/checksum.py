@@ -1,7 +1,7 @@
-"""Whether weights hold the same values as before: a checksum of their contents.
+"""Checksums of tensors, which detect changes of weights, and of files.
 
-A tensor's address and `_version` do not tell: a write through `.data`, a NumPy view, a fused optimizer or
-`torch._foreach_*` on `.data` changes values and leaves both as they were.
+A tensor's address and `_version` do not detect all changes: a write through `.data`, a NumPy view, a fused optimizer or
+`torch._foreach_*` on `.data` changes values but neither of the two.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Columns of the folded bytes on a GPU. A prime, so that no row of a weight matrix is a whole number of columns long:
-# two rows that change places then change the checksum.
+# Columns of the folded bytes on a GPU. It is prime, so the length of a weight matrix's row is no multiple of it, and an
+# exchange of two rows changes the checksum.
 COLUMNS = 1021
 
 
 def checksums(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """One number a tensor, equal for equal bytes; other bytes of the same shape give another but for one in 2^32.
+    """One number per tensor, equal for equal bytes; different bytes of the same shape collide with probability 2^-32.
 
-    It costs one read of the tensors: 3 GB/s for one core of an EPYC (CRC-32), the memory's bandwidth on a GPU, where
-    all numbers come to the host in one copy. Tensors without contents (on the meta device) count as 0.
+    The cost is one read of the tensors: 3 GB/s on one core of an EPYC (CRC-32), memory bandwidth on a GPU, from which
+    one copy brings all numbers to the host. Tensors on the meta device have the checksum 0.
     """
     with torch.inference_mode(False):
         on_host = {i: zlib.crc32(_bytes(x).numpy().data) for i, x in enumerate(tensors) if x.device.type == "cpu"}
@@ -39,8 +39,8 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _folded(data: Tensor) -> Tensor:
-    """A sum modulo 2^64 in which each column of 8-byte words has an odd factor of its own: it changes with every change
-    of one word, and with nearly every exchange of two."""
+    """A weighted sum modulo 2^64 with a distinct odd factor for each column of 8-byte words. Every change of a single
+    word changes it, and so does nearly every exchange of two words."""
     words = data[: data.numel() // 8 * 8].view(torch.int64)
     rest = data[words.numel() * 8 :].to(torch.int64)
     rows = words.numel() // COLUMNS
@@ -49,12 +49,12 @@ def _folded(data: Tensor) -> Tensor:
 
 
 def _factors(count: int, device: torch.device) -> Tensor:
-    """Odd numbers that are spread over 64 bits: multiples of 2^64 over the golden ratio."""
+    """Odd numbers spread over 64 bits: multiples of 2^64 divided by the golden ratio."""
     return torch.arange(1, count + 1, device=device) * -7046029254386353131 | 1
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file, read in blocks of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

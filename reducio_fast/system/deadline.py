@@ -1,8 +1,8 @@
 """Runs jobs in order until a deadline.
 
-Nothing can interrupt a compiler from outside. So with a deadline the work is done in a thread of its own: when the time
-is up the caller gets an answer at once, and the thread ends at its next check. Until then it may still be compiling, so
-the caller of `run` must not share with it what it is working on.
+A compiler cannot be interrupted from outside. With a deadline the jobs therefore run in a separate thread: at the
+deadline `run` returns at once, and the thread ends at its next check. Until then it may still be compiling, so the
+caller must not use the objects that the jobs modify.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-POLL = 0.02  # seconds between two looks at the clock
+POLL = 0.02  # seconds between two checks of the clock
 Check = Callable[[], None]
 
 
 class DeadlinePassed(Exception):
-    """Raised inside a job by its check, once the time is up."""
+    """Raised inside a job by its check after the deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`run` gets a check to call wherever it can stop: it raises `DeadlinePassed` when the time is up."""
+    """A named job. `run` receives a check to call wherever it can stop; the check raises `DeadlinePassed`."""
 
     name: str
     run: Callable[[Check], object]
@@ -31,7 +31,7 @@ class Job:
 
 @dataclass(slots=True)
 class Outcome:
-    """`seconds` of each job that was finished, in order; `left` names the others."""
+    """`seconds` of each finished job, in order; `left` names the unfinished jobs."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     left: tuple[str, ...] = ()
@@ -48,9 +48,9 @@ def run(
     on_done: Callable[[str], object] = lambda name: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Run the jobs in order; `deadline` is in seconds from now, None waits for all. An error of a job is raised here.
+    """Run the jobs in order until `deadline`, in seconds from now; None waits for all. Raises the error of a job.
 
-    `on_done(name)` follows each finished job, for a progress bar.
+    `on_done(name)` is called after each finished job, for a progress bar.
     """
     start, outcome, stopped, ended = clock(), Outcome(), threading.Event(), threading.Event()
     failure: list[BaseException] = []
@@ -65,7 +65,7 @@ def run(
                 check()
                 began = clock()
                 job.run(check)
-                check()  # a job that was finished too late counts as left: the caller has gone on
+                check()  # a job that ends after the deadline counts as unfinished, because `run` has returned
                 outcome.seconds[job.name] = clock() - began
                 on_done(job.name)
         except DeadlinePassed:
@@ -84,8 +84,8 @@ def run(
             while not ended.wait(POLL) and clock() - start < deadline:
                 pass
         finally:
-            stopped.set()  # also where Ctrl-C ends the wait
+            stopped.set()  # also if Ctrl-C ends the wait
     if failure:
         raise failure[0]
-    done = dict(outcome.seconds)  # a copy: the thread may still be at its last line
+    done = dict(outcome.seconds)  # a copy, because the thread may still run its last lines
     return Outcome(done, tuple(job.name for job in jobs if job.name not in done))

@@ -1,4 +1,4 @@
-"""Devices and dtypes a user may name, and whether Triton is here."""
+"""Resolves the devices and dtypes that a user names, and checks for Triton."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def resolve_dtype(dtype: Any, torch_dtype: Any, device: torch.device) -> torch.dtype:
-    """The dtype asked for by either name; by default float32 on a CPU, bfloat16 elsewhere."""
+    """The dtype given by either argument; by default float32 on a CPU, bfloat16 elsewhere.
+
+    Raises ReducioError if the two differ or the dtype is not in `DTYPES`.
+    """
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise ReducioError(f"dtype={dtype} and torch_dtype={torch_dtype} differ; they are two words for one thing")
+        raise ReducioError(f"dtype={dtype} and torch_dtype={torch_dtype} differ; give only one of them")
     asked = torch_dtype if dtype is None else dtype
     if asked is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -26,13 +29,13 @@ def resolve_dtype(dtype: Any, torch_dtype: Any, device: torch.device) -> torch.d
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 of a floating-point tensor of less than 16 bits, any other as it is: torch stores the narrow dtypes, and
-    computes little with them (no `isfinite`, no sum)."""
+    """Convert a floating-point tensor of less than 16 bits to float32; return any other unchanged. torch stores the
+    narrow dtypes but has few operators for them (no `isfinite`, no sum)."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 2 else tensor
 
 
 def resolve_device(device: Any) -> torch.device:
-    """The device asked for; by default a GPU where there is one."""
+    """The given device; by default a GPU if there is one. Raises ReducioError if the device cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -45,7 +48,7 @@ def resolve_device(device: Any) -> torch.device:
 
 
 def triton_missing() -> str | None:
-    """Why the kernels cannot be imported, in one line; None where they can."""
+    """The reason why the kernels cannot be imported, in one line; None if they can."""
     try:
         import triton
     except ImportError as error:

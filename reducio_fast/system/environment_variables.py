@@ -1,6 +1,6 @@
-"""Every environment variable of ours, in one table, read here and nowhere else.
+"""All environment variables of this package, in one table; only this module reads them.
 
-None of them changes a number that a model computes. A variable that is set to nothing counts as not set.
+None of them changes the numbers that a model computes. A variable with an empty value counts as not set.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Variable:
     name: str
-    default: str  # in words
+    default: str  # a description
     choices: str
     effect: str
 
@@ -32,5 +32,5 @@ VARIABLES: dict[str, Variable] = {
 
 
 def read(name: str) -> str | None:
-    """The value of one of our variables, None where it is not set. KeyError for a name the table does not list."""
+    """The value of a variable of `VARIABLES`, None if it is not set. Raises KeyError for another name."""
     return os.environ.get(VARIABLES[name].name) or None

@@ -1,7 +1,6 @@
-"""What `reducio-fast env` prints: versions, devices and CPU features, to be pasted into a bug report.
+"""The report of `reducio-fast env` for bug reports: versions, devices and CPU features.
 
-A broken installation is just where this is needed, so every probe that fails yields its error as the value, never an
-exception.
+The report must also work with a broken installation, so a probe that fails yields its error as the value.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ PACKAGES = (
     "imageio-ffmpeg", "nvidia-ml-py",
 )  # fmt: skip
 OPTIONAL_PACKAGES = ("flash-attn", "amd-aiter", "xformers", "torchao", "accelerate", "scikit-image", "scikit-learn")
-# Repositories that full-size models are built from, each with a file that shows whether the hub's cache has it.
+# Repositories with components of full-size models. Each has a file whose presence shows that the hub's cache holds it.
 PUBLISHED = {
     "google/flan-t5-xxl": "model.safetensors.index.json",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "open_clip_model.safetensors",
@@ -30,13 +29,13 @@ PUBLISHED = {
     "PixArt-alpha/PixArt-XL-2-1024-MS": "model_index.json",
     "stabilityai/stable-diffusion-xl-base-1.0": "model_index.json",
 }
-# What decides how fast a CPU runs a convolution or a bfloat16 matrix product.
+# CPU features that determine the speed of convolutions and bfloat16 matrix products.
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 ARM_FEATURES = ("asimd", "asimdhp", "sve", "sve2", "bf16", "i8mm")
 
 
 def describe() -> dict[str, Any]:
-    """Everything as plain JSON types. Never raises."""
+    """The report as plain JSON types. Never raises."""
     return {
         "reducio_fast": _version("reducio-fast"),
         "python": platform.python_version(),
@@ -55,7 +54,7 @@ def describe() -> dict[str, Any]:
 def _try(probe: Callable[[], Any]) -> Any:
     try:
         return probe()
-    except Exception as error:  # a bug report needs the failure itself
+    except Exception as error:  # a bug report needs the error message
         return f"unavailable: {type(error).__name__}: {error}"
 
 
@@ -88,7 +87,7 @@ def _torch_build() -> dict[str, Any]:
     return {
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        backend: torch.backends.cudnn.version(),  # on ROCm builds this is MIOpen's
+        backend: torch.backends.cudnn.version(),  # on ROCm builds MIOpen's version
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
     }
@@ -122,14 +121,14 @@ def _nvidia_driver() -> str:
 
 
 def _hub_cache() -> str:
-    """Which of the published encoders and first stages are here already; uses no network."""
+    """The published encoders and first stages that the hub's cache holds; uses no network."""
     hub = importlib.import_module("huggingface_hub")
     found = [name for name, file in PUBLISHED.items() if isinstance(hub.try_to_load_from_cache(name, file), str)]
     return ", ".join(found) or "no published encoder or first stage"
 
 
 def _variables() -> dict[str, str]:
-    """Our environment variables, each with its value or, in words, its default."""
+    """The package's environment variables, each with its value or a description of its default."""
     return {v.name: read(v.name) or f"not set: {v.default}" for v in VARIABLES.values()}
 
 

@@ -1,4 +1,4 @@
-"""What is at a path, told in one line where the system does not say."""
+"""Checks of paths whose errors are one-line `ReducioError`s."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from .errors import ReducioError
 
 
 def status(path: str | os.PathLike[str], argument: str | None = None) -> os.stat_result | None:
-    """`os.stat`, links followed; None where there is nothing. Raises ReducioError where that cannot be told: a folder
-    on the way that may not be entered, a name that is too long or holds a zero, links in a circle, a broken disk."""
+    """`os.stat` with links followed; None if the path does not exist.
+
+    Raises ReducioError if the path cannot be accessed: a parent folder without permission, a name that is too long or
+    contains a zero byte, a circle of links, a broken disk.
+    """
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -20,32 +23,32 @@ def status(path: str | os.PathLike[str], argument: str | None = None) -> os.stat
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         before = f"{argument}: " if argument else ""
-        raise ReducioError(f"{before}{printable(path)} cannot be looked at ({reason})") from error
+        raise ReducioError(f"{before}{printable(path)} cannot be accessed ({reason})") from error
 
 
 def is_file(path: str | os.PathLike[str], argument: str | None = None) -> bool:
-    """Raises ReducioError as `status` does."""
+    """Whether the path is a regular file. Raises ReducioError as `status` does."""
     found = status(path, argument)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def is_folder(path: str | os.PathLike[str], argument: str | None = None) -> bool:
-    """Raises ReducioError as `status` does."""
+    """Whether the path is a folder. Raises ReducioError as `status` does."""
     found = status(path, argument)
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def expanded(path: str | os.PathLike[str], argument: str | None = None) -> Path:
-    """With `~` and `~NAME` replaced. Raises ReducioError where that user has no home."""
+    """The path with `~` and `~NAME` expanded. Raises ReducioError if that user has no home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         before = f"{argument}: " if argument else ""
-        raise ReducioError(f"{before}{printable(path)} cannot be looked at ({error})") from error
+        raise ReducioError(f"{before}{printable(path)} cannot be expanded ({error})") from error
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, in order of names. Raises ReducioError where it may not be listed."""
+    """The entries of a folder, sorted by name. Raises ReducioError if the folder cannot be listed."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
@@ -53,9 +56,9 @@ def entries(folder: Path) -> list[Path]:
 
 
 def check_output_folder(path: Path) -> None:
-    """Raise ReducioError where the folder that `path` will be written to does not exist or takes no file.
+    """Raise ReducioError if the folder that will hold `path` does not exist or is not writable.
 
-    Of a link it is the folder of what it points to; of a folder, itself.
+    For a link the folder is that of its target; for a folder it is `path` itself.
     """
     folder = path
     if not is_folder(path):
@@ -69,6 +72,6 @@ def check_output_folder(path: Path) -> None:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path for a message: short, on one line, and with no bytes that a terminal cannot show."""
+    """A path for a message: shortened to one line, without bytes that a terminal cannot print."""
     text = os.fspath(path).encode("utf-8", "replace").decode().replace("\0", "\\0")
     return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"

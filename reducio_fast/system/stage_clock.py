@@ -1,4 +1,4 @@
-"""Stages of a clip: seconds per stage, and named ranges on a profiler's time line."""
+"""Times the stages of a clip and marks them as named ranges on a profiler's time line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Timings = dict[str, float]
 
 
 class Stopwatch:
-    """Seconds per stage, each under the stage's name on a profiler's time line."""
+    """Measures seconds per stage, and marks each stage with its name on a profiler's time line."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, Timings()
@@ -22,12 +22,12 @@ class Stopwatch:
         start = clock(self.device)
         with annotate(name):
             yield
-            end = clock(self.device)  # within the range: it then covers the kernels, which outlive their launch
+            end = clock(self.device)  # synchronise inside the range, so that it covers the kernels, not only launches
         self.seconds[name] = self.seconds.get(name, 0.0) + end - start
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once all that was launched on `device` has ended."""
+    """Time in seconds after all work launched on `device` has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -40,13 +40,13 @@ _marks: frozenset[str] = frozenset()
 
 @contextmanager
 def profile_stages(*kinds: str) -> Iterator[None]:
-    """Within it stages are marked: "trace" for torch.profiler, "markers" for nsys and ncu (NVTX) or rocprofv3 (roctx).
+    """Inside, stages are marked: "trace" for torch.profiler, "markers" for nsys and ncu (NVTX) or rocprofv3 (roctx).
 
-    Raises RuntimeError for markers where torch was built without a GPU's libraries.
+    Raises RuntimeError for "markers" if torch has no GPU.
     """
     global _marks
     if "markers" in kinds and not torch.cuda.is_available():
-        raise RuntimeError("markers: this build of torch has no GPU, hence neither NVTX nor roctx")
+        raise RuntimeError("markers: torch has no GPU here, so neither NVTX nor roctx is available")
     before, _marks = _marks, frozenset(kinds)
     try:
         yield
@@ -55,7 +55,7 @@ def profile_stages(*kinds: str) -> Iterator[None]:
 
 
 def annotate(name: str) -> AbstractContextManager[None]:
-    """A range of this name around the work inside."""
+    """A named profiler range around the block; nothing outside of `profile_stages`."""
     return _range(name) if _marks else nullcontext()
 
 
@@ -64,7 +64,7 @@ def _range(name: str) -> Iterator[None]:
     markers = "markers" in _marks
     with torch.profiler.record_function(name) if "trace" in _marks else nullcontext():
         if markers:
-            torch.cuda.nvtx.range_push(name)  # HIP builds of torch put roctx under this name
+            torch.cuda.nvtx.range_push(name)  # HIP builds of torch call roctx here
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Settings of torch that a caller may have changed for its own work, and that would change ours."""
+"""Isolates the package's computations from torch settings that the caller has changed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 @contextmanager
 def inference() -> Iterator[None]:
-    """Inside, torch is as it is after its import, but without gradients: new tensors are float32 on the CPU, there is
-    no autocast, and tensors are no inference tensors, which cannot be written to later. Also a decorator.
+    """Inside, torch has its initial settings, but no gradients: new tensors are float32 on the CPU, autocast is off,
+    and tensors are not inference tensors, which could not be written to later. Also usable as a decorator.
 
-    The default dtype is the one of these that torch keeps for the whole process and not for a thread: it is touched
-    only where the caller has changed it. What stays as the caller has it: the number of threads, the precision of
-    float32 products, deterministic algorithms and the backends' switches.
+    The default dtype is the only one of these settings that is global to the process instead of local to the thread, so
+    it is set only if the caller has changed it. The caller's number of threads, precision of float32 products,
+    deterministic algorithms and backend flags stay in effect.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -24,7 +24,7 @@ def inference() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         if (default := torch.get_default_device()).type != "cpu":
-            # Under a default device torch's MultiheadAttention leaves its fused path (last bits differ), so it goes.
+            # Unset: with a default device torch's MultiheadAttention does not use its fused path (last bits differ).
             stack.callback(torch.set_default_device, default)
             torch.set_default_device(None)
         if torch.get_default_device().type != "cpu":  # the caller is inside a `with torch.device(...)`

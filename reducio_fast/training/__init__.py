@@ -1,1 +1,1 @@
-"""Recipes and the loop that runs them: `reducio` trains both networks, `tiny` makes the embedded model."""
+"""Training recipes and the loop that runs them: `reducio` trains both networks, `tiny` makes the embedded model."""

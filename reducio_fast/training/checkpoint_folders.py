@@ -1,8 +1,8 @@
 """Checkpoints of a run: folders `step-N` in torch's distributed format, and `latest`, which names the one to resume.
 
-A folder is written under another name, made durable and renamed; only then `latest` points to it and the oldest goes.
-So a process that is killed, or a disk that fills, at any moment leaves the last checkpoint whole. Weights load on
-another number of processes than wrote them. The format holds a pickle: load only what your own runs wrote.
+A folder is written under a temporary name, flushed to disk and renamed; only then is `latest` updated and the oldest
+folder removed. So a killed process or a full disk leaves the last checkpoint intact at any moment. A checkpoint can be
+loaded by another number of processes than wrote it. The format contains a pickle: load only checkpoints of your own.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ..system.errors import ReducioError, first_line
 from .processes import Processes
 
 LATEST, RUN = "latest", "run.json"
-# A damaged file raises whatever pickle, zip or torch meet first; torch's own exception is no `Exception`.
+# A damaged file raises many types of error in pickle, zip or torch; `CheckpointException` is not an `Exception`.
 _FAILURES = (Exception, CheckpointException)
-_SPARE = 1.1  # what a checkpoint takes beyond its tensors: an optimizer's counters, the index
+_SPARE = 1.1  # size of a checkpoint relative to its tensors: it also holds the optimizer's counters and the index
 
 
 class CheckpointFolder:
-    """Where the checkpoints of one run lie; the `keep` newest stay.
+    """The checkpoints of one run, in the folder `path`; the `keep` newest are kept.
 
-    With `in_background` a save returns once the tensors are copied, and is published by the next call or by `finish`.
+    With `in_background`, `save` returns as soon as the tensors are copied; the next call or `finish` publishes it.
     """
 
     def __init__(self, name: str, path: Path, processes: Processes, keep: int = 2, in_background: bool = False) -> None:
@@ -44,12 +44,12 @@ class CheckpointFolder:
         self._pending: tuple[Future[Any], Callable[[], None]] | None = None
         if processes.first:
             path.mkdir(parents=True, exist_ok=True)
-            for left in path.glob("step-*.tmp"):  # of a run that was killed while it saved
+            for left in path.glob("step-*.tmp"):  # left by a run that was killed during a save
                 shutil.rmtree(left, ignore_errors=True)
         processes.barrier()
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None where there is none yet."""
+        """The checkpoint that `latest` names; None if there is none yet. Raises `ReducioError` if it is incomplete."""
         pointer = self.path / LATEST
         if not pointer.is_file():
             return None
@@ -61,7 +61,7 @@ class CheckpointFolder:
         return folder
 
     def clear(self) -> None:
-        """Forget every checkpoint."""
+        """Delete all checkpoints."""
         if self.processes.first:
             (self.path / LATEST).unlink(missing_ok=True)
             for folder in self.path.glob("step-*"):
@@ -69,7 +69,10 @@ class CheckpointFolder:
         self.processes.barrier()
 
     def save(self, step: int, tensors: dict[str, Any], run: dict[str, Any]) -> None:
-        """Writes `tensors`, a nested state dict, and `run`, plain data. Raises `ReducioError` for want of room."""
+        """Write `tensors`, a nested state dict, and `run`, data for JSON.
+
+        Raises `ReducioError` if the disk has too little space.
+        """
         self.finish()
         folder = self.path / f"step-{step:08d}"
         temporary = folder.with_name(folder.name + ".tmp")
@@ -81,7 +84,7 @@ class CheckpointFolder:
                 with written_whole(temporary / RUN) as path:
                     path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
                 _make_durable(temporary)
-                shutil.rmtree(folder, ignore_errors=True)  # of a run that went back and came here again
+                shutil.rmtree(folder, ignore_errors=True)  # left by an earlier run that had passed this step
                 temporary.rename(folder)
                 with written_whole(self.path / LATEST) as path:
                     path.write_text(folder.name + "\n", encoding="utf-8")
@@ -92,7 +95,7 @@ class CheckpointFolder:
         writer = dcp.FileSystemWriter(temporary)
         group = self.processes.checkpoints
         with self._room_needed(temporary), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that one process alone saves without a group
+            warnings.simplefilter("ignore", UserWarning)  # torch warns that a single process saves without a group
             if self.in_background:
                 future = dcp.async_save(tensors, storage_writer=writer, process_group=group)
                 assert isinstance(future, Future)
@@ -102,7 +105,7 @@ class CheckpointFolder:
             publish()
 
     def finish(self) -> None:
-        """Waits for a save in the background and publishes it."""
+        """Wait for a save in the background and publish it."""
         if self._pending is not None:
             (future, publish), self._pending = self._pending, None
             with self._room_needed():
@@ -110,7 +113,10 @@ class CheckpointFolder:
                 publish()
 
     def load(self, folder: Path, tensors: dict[str, Any]) -> None:
-        """Fills `tensors`, which have the names and shapes of what was saved."""
+        """Load a checkpoint into `tensors`, a nested state dict with the saved names and shapes.
+
+        Raises `ReducioError` if the checkpoint belongs to another model or is damaged.
+        """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
@@ -131,7 +137,7 @@ class CheckpointFolder:
             ) from error
 
     def _others(self) -> str:
-        """What a user may do about a checkpoint that is damaged."""
+        """Advice for the error about a damaged checkpoint: which other checkpoint to resume from."""
         whole = [
             p.name for p in sorted(self.path.glob("step-*[0-9]")) if (p / RUN).is_file() and (p / ".metadata").is_file()
         ]
@@ -152,7 +158,7 @@ class CheckpointFolder:
 
     @contextlib.contextmanager
     def _room_needed(self, temporary: Path | None = None) -> Iterator[None]:
-        """Turns a write that found no space into one line, and takes away what it left."""
+        """Turn an error about missing disk space into a one-line `ReducioError` and delete the partial checkpoint."""
         try:
             yield
         except _FAILURES as error:
@@ -165,7 +171,7 @@ class CheckpointFolder:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was caused by. torch's `CheckpointException` has those of each process in `failures`."""
+    """An error and its causes. torch's `CheckpointException` holds the errors of each process in `failures`."""
     while error is not None:
         for inner, *_ in getattr(error, "failures", {}).values():
             yield from _causes(inner)
@@ -174,11 +180,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _no_room_reason(error: BaseException) -> str:
-    """The system's own words where an error is about space; else nothing."""
+    """The operating system's message if the error is about missing disk space, else an empty string."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return os.strerror(cause.errno)
-        if "PytorchStreamWriter failed" in str(cause):  # torch's zip writer keeps no number of the system's error
+        if "PytorchStreamWriter failed" in str(cause):  # torch's zip writer drops the errno
             return first_line(cause)
     return ""
 
@@ -194,7 +200,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _make_durable(folder: Path) -> None:
-    """Names of the files reach the disk before the folder gets its own; their contents torch has synchronised."""
+    """Flush the folder's directory entries to disk before it is renamed; torch has flushed the files' contents."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -1,9 +1,9 @@
 """The training loop of every recipe: one process or many, resumable to the byte, logged.
 
-A recipe hands over a model and a function `loss_fn(step, micro, rng) -> (loss, figures)` that draws its own batch.
-Nothing random is state: what a batch holds depends on (seed, step, micro) alone, where `micro` counts the batches of a
-step over all processes. So a run that was stopped and resumed equals one that was not, and one process that
-accumulates two batches equals two processes, weight for weight.
+A recipe passes a model and a function `loss_fn(step, micro, rng) -> (loss, figures)` that draws its own batch. There is
+no random state: a batch depends only on (seed, step, micro), where `micro` numbers the batches of a step over all
+processes. So a run that was stopped and resumed ends with the same weights as an uninterrupted one, and one process
+that accumulates two batches ends with the same weights as two processes, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Figures = Mapping[str, "float | Tensor"]
 LossFunction = Callable[[int, int, np.random.Generator], "tuple[Tensor, Figures]"]
 
 CHECKPOINTS, DECAYS = "checkpoints", ("cosine", "linear")
-# These change when a run stops or what it prints, never a weight: a resumed run may differ in them.
+# Settings that do not affect the weights, only when a run stops or what it logs: a resumed run may change them.
 _HARMLESS = frozenset(
     {"max_seconds", "log_every", "checkpoint_every", "keep_checkpoints", "background_checkpoints", "tensorboard"}
 )
@@ -47,27 +47,27 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopConfig:
-    """How one stage is trained, in optimizer steps; with `ema_decay=0` the averaged weights are the weights."""
+    """Settings of one training run; lengths are in optimizer steps. `ema_decay=0` turns weight averaging off."""
 
     steps: int
     learning_rate: float
     warmup_steps: int = 50
     final_rate: float = 0.02  # the rate ends at this fraction of learning_rate
-    decay: str = "cosine"  # or "linear": how it gets there after the warm-up
+    decay: str = "cosine"  # or "linear": shape of the learning rate's decay after the warm-up
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     autocast: bool = True  # bfloat16 autocast around the loss function
     seed: int = 0
-    max_bad_steps: int = 10  # consecutive non-finite steps before the run gives up
+    max_bad_steps: int = 10  # consecutive non-finite steps after which the run raises an error
     log_every: int = 20
     checkpoint_every: int = 500
     max_seconds: float | None = None  # stop (resumable) after this much wall clock in one call
-    micro_batches: int = 1  # batches of a step over all processes, which share them evenly
-    parallel: str = "ddp"  # or "fsdp": parameters, optimizer and averages too are spread over the processes
+    micro_batches: int = 1  # batches per step, summed over all processes, which share them evenly
+    parallel: str = "ddp"  # or "fsdp": also shards parameters, optimizer state and averaged weights
     keep_checkpoints: int = 2
-    background_checkpoints: bool = False  # training goes on while one is written: from some 10 GB on it pays
+    background_checkpoints: bool = False  # write checkpoints while training continues: worthwhile above about 10 GB
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class LoopConfig:
             raise ReducioError(f"LoopConfig: ema_decay must be in [0, 1), got {self.ema_decay}")
 
     def rate(self, step: int) -> float:
-        """Learning rate of `step` (0-based): linear warm-up, then down to `final_rate` of the peak."""
+        """Learning rate of `step` (0-based): linear warm-up, then decay to `final_rate` times the peak."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -94,7 +94,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What `run` left behind; `averaged` is the model's state dict with the averaged weights, whole, on its device."""
+    """Result of `run`; `averaged` is the model's full (unsharded) state dict with averaged weights, on its device."""
 
     step: int
     finished: bool
@@ -103,14 +103,14 @@ class Outcome:
     last: dict[str, float]  # the last logged figures
 
     def figures(self, world_size: int) -> dict[str, float]:
-        """What a command prints: steps, wall time, what a step costs in all processes together, the last figures."""
+        """Figures for a command to print: steps, wall time, process-seconds per step, and the last logged figures."""
         a_step = self.seconds / max(1, self.step)
         times = {"seconds_a_step": a_step, "process_seconds_a_step": a_step * world_size}
         return {"steps": self.step, "seconds": self.seconds, **self.last, **times}
 
 
 class _Losses(nn.Module):
-    """The model and its loss as one module, so that whatever spreads a module over processes sees a forward pass."""
+    """The model and its loss as one module, so that DDP and FSDP can hook its forward pass."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
@@ -133,19 +133,19 @@ def run(
     blocks: Iterable[nn.Module] = (),
     rate_of: Callable[[str], float] | None = None,
 ) -> Outcome:
-    """Trains `model` in place until `config.steps`, and writes `checkpoints/` and `log.csv` into `folder`.
+    """Train `model` in place until `config.steps`, and write `checkpoints/` and `log.csv` into `folder`.
 
     Args:
         loss_fn: called as `loss_fn(step, micro, rng)` with the 0-based step, the 0-based number of the batch among the
             step's over all processes, and a numpy generator that depends on `(config.seed, step, micro)` alone; torch's
             global generator is seeded the same way. Returns a scalar loss and figures to log (scalars or 0-d tensors).
-            A step's gradient is the mean over its batches. Parameters that require no gradient are left alone.
-        processes: this process's place in the run, from `processes.joined`; None is one process on the CPU.
+            A step's gradient is the mean over its batches. Parameters that require no gradient do not change.
+        processes: this process and its group, from `processes.joined`; None means one process on the CPU.
         resume: continue from the checkpoint in `folder` if there is one; False starts anew and replaces it.
-        accept_changes: resume although the configuration, or the number of processes or threads, changed (the run is
-            then no longer reproducible in one go).
+        accept_changes: resume although the configuration, or the number of processes or threads, changed (an
+            uninterrupted run can then no longer reproduce the weights).
         blocks: parts of the model that "fsdp" gathers one by one.
-        rate_of: the factor on the learning rate of a parameter, by its name in `model`; None is 1 for all.
+        rate_of: maps a parameter's name in `model` to a factor on its learning rate; None means 1 for all.
 
     Raises:
         ReducioError: the loss or the gradient stayed non-finite for `max_bad_steps` steps; the checkpoint belongs to
@@ -209,7 +209,7 @@ def run(
                 with accumulating(losses, last=micro == own[-1]):
                     with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
                         part, figures = losses(state.step, micro, rng)
-                    # Divided before it is summed, as processes do it: else a sum of two would differ in its last bit.
+                    # Divide before the sum, as DDP does across processes; otherwise the last bit of a sum differs.
                     (part / len(own)).backward()
                 loss += part.detach() / len(own)
                 for key, value in figures.items():
@@ -225,7 +225,7 @@ def run(
                 _average(average, losses, config.ema_decay, state.step)
                 state.add({"loss": loss, **sums, "gradient": norm})
             else:
-                # The weights are still good: one freak batch is skipped, a run that diverged is not prolonged.
+                # The weights are still finite: a single bad batch is skipped, but a diverged run must stop.
                 bad += 1
                 if bad >= config.max_bad_steps:
                     checkpoints.finish()
@@ -263,7 +263,7 @@ def run(
 
 @dataclass(slots=True)
 class _State:
-    """Everything beside tensors that a resumed run needs, including the sums of the log row that is under way."""
+    """All data that a resumed run needs besides tensors, including the sums of the unfinished log row."""
 
     step: int = 0
     seconds: float = 0.0
@@ -280,7 +280,7 @@ class _State:
         self.count += 1
 
     def flush(self) -> dict[str, float]:
-        """Means since the last row (nothing when every step since was skipped)."""
+        """Means since the last row; the previous means if all steps since then were skipped."""
         if self.count:
             self.last = {key: total / self.count for key, total in self.sums.items()}
         self.sums, self.count = {}, 0
@@ -290,7 +290,7 @@ class _State:
 def _groups(
     named: list[tuple[str, nn.Parameter]], weight_decay: float, rate_of: Callable[[str], float] | None
 ) -> list[dict[str, Any]]:
-    """By factor on the rate and by decay. Biases, gains and single vectors are not decayed: it regularises nothing."""
+    """Parameter groups by learning-rate factor and weight decay. Weight decay skips biases, gains and vectors."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         factor = 1.0 if rate_of is None else rate_of(name.removeprefix("module.").removeprefix("model."))
@@ -299,11 +299,12 @@ def _groups(
 
 
 def _allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the state of every parameter, also of those that take no step for long: a checkpoint names them all."""
+    """Create the optimizer state of all parameters now: a checkpoint must contain the state of every parameter,
+    including those that get no gradient until a later phase."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # at rate 0
+    optimizer.step()  # changes no weight: the learning rate is 0
     optimizer.zero_grad(set_to_none=True)
     for entry in optimizer.state.values():
         entry["step"].zero_()
@@ -311,7 +312,7 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def _average(average: dict[str, Tensor], losses: nn.Module, decay: float, step: int) -> None:
-    # Early on the average would be mostly the initialisation: the decay grows from 0.1 towards its value.
+    # The decay grows from 0.1 to its value; with the full decay the early average would be mostly the initialisation.
     weight = 1 - min(decay, (1 + step) / (10 + step)) if decay else 1.0
     current = get_model_state_dict(losses)
     floating = [key for key, value in current.items() if value.is_floating_point()]
@@ -321,7 +322,7 @@ def _average(average: dict[str, Tensor], losses: nn.Module, decay: float, step: 
 
 
 def _own(x: Tensor) -> Tensor:
-    """This process's part of a parameter that is spread; a buffer is whole in each."""
+    """This process's shard of a sharded parameter; an unsharded tensor unchanged."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
@@ -330,7 +331,7 @@ def _plain(config: LoopConfig) -> dict[str, Any]:
 
 
 def _tensors(losses: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict[str, Any]:
-    """What a checkpoint holds, by names that do not depend on how the model is spread."""
+    """The tensors of a checkpoint, under names that do not depend on how the model is sharded."""
     return {
         "model": get_model_state_dict(losses),
         "optimizer": get_optimizer_state_dict(losses, optimizer),
@@ -339,18 +340,18 @@ def _tensors(losses: nn.Module, optimizer: torch.optim.Optimizer, average: dict[
 
 
 def _check(name: str, found: Path, config: LoopConfig, conditions: dict[str, int], accept_changes: bool) -> None:
-    """Raises `ReducioError` where a checkpoint was made in a way that this run would not continue to the byte."""
+    """Raise `ReducioError` if resuming from the checkpoint would change the weights of an uninterrupted run."""
     try:
         saved = json.loads((found / checkpoint_folders.RUN).read_text(encoding="utf-8"))
         made = {**saved["config"], **saved["conditions"]}
     except (OSError, ValueError, KeyError) as error:
         raise ReducioError(f"train {name}: cannot read checkpoint {found}: {error}") from error
     wanted = {**_plain(config), **conditions}
-    # Sums of two do not depend on who adds them.
+    # A sum of at most two batches is the same for any number of processes.
     harmless = _HARMLESS | ({"world_size"} if config.micro_batches <= 2 else frozenset())
     for key, value in wanted.items():
         if made.get(key) != value and key not in harmless and not accept_changes:
             raise ReducioError(
                 f"train {name}: checkpoint {found} was made with {key}={made.get(key)}, this run has {key}={value}; "
-                "the weights would not be those of one run: --accept-changes goes on, --no-resume starts anew"
+                "the weights would not be those of one run: --accept-changes resumes anyway, --no-resume starts anew"
             )

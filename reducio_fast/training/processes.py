@@ -1,6 +1,7 @@
-"""The processes of one run, as torchrun starts them: who they are, how a model is split over them, when they meet.
+"""The processes of one run under torchrun: ranks, process groups, and the distribution of a model over them.
 
-Alone, a run is one process and none of this does anything. Under `torchrun --nproc-per-node N` the same code runs in N.
+Without torchrun a run has one process, and the collectives here do nothing. `torchrun --nproc-per-node N` runs the same
+code in N processes.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 from ..system.errors import ReducioError
 
 PARALLEL = ("ddp", "fsdp")
-TIMEOUT = timedelta(minutes=10)  # a process that was killed leaves the others in a collective for so long at most
+TIMEOUT = timedelta(minutes=10)  # of a collective: the longest wait for a process that was killed
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among those of the run. `device` is the one it computes on."""
+    """This process's rank, the number of processes, the `device` it computes on, and its process groups."""
 
     rank: int
     world_size: int
     device: torch.device
-    # Two groups of their own: collectives of a save in the background and of the loop beside it, in one group, would
-    # meet each other's and wait for ever.
+    # Separate gloo groups for checkpoints and for the loop: in one group the collectives of a background save would
+    # pair with those of the loop and deadlock.
     checkpoints: Any = None
     control: Any = None
 
@@ -46,7 +47,7 @@ class Processes:
             dist.barrier(self.control)
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """Means over the processes, which all name the same values."""
+        """Means of the values over all processes; all must pass the same names."""
         if self.world_size == 1 or not values:
             return values
         summed = torch.tensor(list(values.values()), dtype=torch.float64)
@@ -54,11 +55,11 @@ class Processes:
         return dict(zip(values, (summed / self.world_size).tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether the flag is true in any process."""
         return flag if self.world_size == 1 else self.mean({"flag": float(flag)})["flag"] > 0
 
     def all_finite(self, loss: Tensor, norm: Tensor) -> bool:
-        """Whether both are finite, in every process: all skip a step or none does."""
+        """Whether both are finite in every process, so that all processes skip a step together."""
         fine = torch.isfinite(loss.detach()) & torch.isfinite(norm)
         if self.world_size > 1:
             flag = fine.to(torch.int32).cpu()
@@ -69,11 +70,14 @@ class Processes:
 
 @contextlib.contextmanager
 def joined(device: str | torch.device = "cpu", threads: int | None = None) -> Iterator[Processes]:
-    """This process's place in the run, while the group lives. `device` "cuda" is the GPU of the process's local rank.
+    """Join the process group of the run and yield this process's `Processes`; leave the group at the end.
 
-    threads: of this process's operators meanwhile; None leaves them as they are.
+    Args:
+        device: "cuda" means the GPU of the process's local rank.
+        threads: torch's number of CPU threads inside the block; None does not change it.
 
-    Raises `ReducioError` where torchrun's variables are set and the group cannot be formed.
+    Raises:
+        ReducioError: torchrun's variables are set and the group cannot be formed.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -97,7 +101,7 @@ def _group(device: torch.device) -> Iterator[Processes]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise ReducioError(
-            f"WORLD_SIZE={world_size}: the processes cannot meet: {str(error).splitlines()[0]}"
+            f"WORLD_SIZE={world_size}: cannot join the process group: {str(error).splitlines()[0]}"
         ) from error
     try:
         groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
@@ -107,10 +111,10 @@ def _group(device: torch.device) -> Iterator[Processes]:
 
 
 def spread(module: nn.Module, parallel: str, processes: Processes, blocks: Iterable[nn.Module] = ()) -> nn.Module:
-    """`module` with its gradients ("ddp") or its parameters too ("fsdp") spread over the processes.
+    """Wrap `module` for data parallelism: "ddp" averages gradients, "fsdp" also shards parameters.
 
-    `blocks` are gathered one by one in "fsdp"; what is in none of them stays whole while the module runs. One process
-    shards as well: the code that a cluster runs is the code that a test runs.
+    "fsdp" gathers the `blocks` one by one; parameters outside of them are gathered for the module's whole pass. "fsdp"
+    shards with a single process too, so that a test runs the same code as a cluster.
     """
     if parallel == "fsdp":
         mesh = None if dist.is_initialized() else _alone(processes.device)
@@ -118,13 +122,13 @@ def spread(module: nn.Module, parallel: str, processes: Processes, blocks: Itera
             fully_shard(block, mesh=mesh)
         return fully_shard(module, mesh=mesh)
     if processes.world_size > 1:
-        # A phase, or a batch without images, may leave a part unused: it then takes no step, as in one process.
+        # A phase, or a batch without images, may not use all parameters; these get no step, as with one process.
         return DistributedDataParallel(module, find_unused_parameters=True)
     return module
 
 
 def _alone(device: torch.device) -> Any:
-    """A mesh of this process alone."""
+    """A device mesh of this process alone."""
     with contextlib.suppress(ValueError):  # already initialised by an earlier stage
         store = dist.HashStore()
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
@@ -132,7 +136,7 @@ def _alone(device: torch.device) -> Any:
 
 
 def accumulating(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Around a backward pass: gradients are exchanged in the `last` one of a step only."""
+    """Context of a backward pass that exchanges gradients between processes only for the `last` batch of a step."""
     if isinstance(module, DistributedDataParallel):
         return contextlib.nullcontext() if last else module.no_sync()
     if hasattr(module, "set_requires_gradient_sync"):

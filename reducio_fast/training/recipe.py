@@ -1,5 +1,4 @@
-"""A recipe of stages: what each gets handed (where to write, how to train, where to note the figures it reached), and
-the loop that runs them in order."""
+"""A recipe of stages: the loop that runs them in order, and their context (output folder, training loop, figures)."""
 
 from __future__ import annotations
 
@@ -21,10 +20,10 @@ from .processes import Processes, joined
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Where and how a stage runs: `out` holds the components and `out/runs/<stage>` checkpoint, log and figures."""
+    """Settings of a stage's run: `out` holds the components, `out/runs/<stage>` the checkpoints, log and figures."""
 
     out: Path
-    data: Path  # holds, or gets, what is downloaded to train on
+    data: Path  # folder of the downloaded training data
     resume: bool = True
     accept_changes: bool = False
     progress: bool = True
@@ -38,7 +37,7 @@ class Context:
         return self.out / "runs" / stage
 
     def train(self, stage: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig) -> Outcome:
-        """`loop.run` in this stage's folder; the model then holds the averaged weights, in evaluation mode."""
+        """Run `loop.run` in this stage's folder; then load the averaged weights into the model, in evaluation mode."""
         folder = self.run_folder(stage)
         outcome = run(
             stage, model, loss_fn, config, folder, self.processes, self.resume, self.accept_changes, self.progress
@@ -47,7 +46,7 @@ class Context:
         return outcome
 
     def record(self, stage: str, figures: dict[str, float]) -> dict[str, float]:
-        """Keeps the figures a stage reached beside its log."""
+        """Write a stage's final figures into `figures.json` beside its log."""
         text = json.dumps({k: round(v, 5) for k, v in figures.items()}, indent=2) + "\n"
         with written_whole(self.run_folder(stage) / "figures.json") as path:
             path.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Recipes as files: TOML whose keys are the fields of a dataclass, so that a mistyped one is refused and not ignored.
+"""Recipes as TOML files whose keys are the fields of a dataclass; an unknown key is an error.
 
-A recipe is named by its file, or, of those that ship with the package, by its name alone: "dit-256".
+A recipe is named by the path of its file; a recipe that ships with the package also by its name, e.g. "dit-256".
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def shipped() -> dict[str, Path]:
 
 
 def load(recipe_class: type[_Recipe], name: str, changes: list[str] | None = None) -> _Recipe:
-    """The recipe of a file, or of a shipped name. `changes`: "key=value" or "table.key=value", in TOML's notation.
+    """Load a recipe by file or shipped name. `changes` are "key=value" or "table.key=value" in TOML's notation.
 
-    Raises `ReducioError` for no such file, what is no TOML, an unknown key and a value of another type.
+    Raises `ReducioError` if the file does not exist or is not TOML, for an unknown key or a value of the wrong type.
     """
     known = shipped()
     path = known.get(name, Path(name))
@@ -53,7 +53,10 @@ def load(recipe_class: type[_Recipe], name: str, changes: list[str] | None = Non
 
 
 def configured(config: _Recipe, changes: dict[str, Any]) -> _Recipe:
-    """A network's configuration with a recipe's `config` table over it. Raises `ReducioError` for what does not fit."""
+    """A network's configuration with the fields of a recipe's `config` table replaced.
+
+    Raises `ReducioError` for an unknown field or an invalid value.
+    """
     try:
         return dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
@@ -82,7 +85,7 @@ def _build(recipe_class: type[_Recipe], values: dict[str, Any], where: str) -> _
 
 
 def _convert(wanted: Any, value: Any, where: str) -> Any:
-    """A TOML value as a field's type: tables as dataclasses, arrays as tuples, integers where floats are wanted."""
+    """Convert a TOML value to a field's type: tables to dataclasses, arrays to tuples, integers to floats."""
     if dataclasses.is_dataclass(wanted):
         if not isinstance(value, dict):
             raise ReducioError(f"{where}={value!r} must be a table")

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: `log.csv` always, TensorBoard's event files where they are asked for."""
+"""Logs of a training run: always `log.csv`, and TensorBoard's event files on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG, TENSORBOARD = "log.csv", "tensorboard"
 
 
 class RunLog:
-    """Rows of figures by step. Cut back to the resumed step, so that no step appears twice."""
+    """Rows of figures by step. Rows after the step `keep_until` of the resumed checkpoint are removed."""
 
     def __init__(self, folder: Path, keep_until: int, tensorboard: bool = False) -> None:
         self.path = folder / LOG
@@ -28,7 +28,7 @@ class RunLog:
         self.events = _events(folder / TENSORBOARD, keep_until) if tensorboard else None
 
     def write(self, row: Mapping[str, float]) -> None:
-        """A row. A column that earlier rows lack (a phase that measures more) is empty in them."""
+        """Append a row. A column that earlier rows lack, e.g. of a later phase, is empty in them."""
         self.rows.append(dict(row))
         if set(row) <= set(self.columns):
             with self.path.open("a", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Curation: shots of clips whose cuts are known, scores that order clips, parts that are whole or absent."""
+"""Curation: shots of clips with known cuts, scores that order clips, parts that are written atomically."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pictures() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory, pictures: list[np.ndarray]) -> Path:
-    """Cut: two shots. Still: nothing moves. Written: a line of text. Broken: cut off, and no video at all."""
+    """Videos with two shots (cut), without motion (still), with a line of text (written), and two unreadable files."""
     folder = tmp_path_factory.mktemp("videos")
     write_video(np.concatenate(pictures[:2]), folder / "cut.mp4", 24)
     write_video(pictures[2], folder / "still.mp4", 24)
@@ -64,7 +64,7 @@ def test_hard_cuts_and_fades(pictures: list[np.ndarray]) -> None:
     found = shots_of(np.concatenate([a, slow, b]))
     assert len(found) == 2, found
     (start, end), (again, last) = found
-    assert (start, last) == (0, 104) and 40 <= end < again <= 64  # what lies in the fade is in no shot
+    assert (start, last) == (0, 104) and 40 <= end < again <= 64  # no shot contains the frames of the fade
 
 
 def test_cuts_of_three_rates_are_one_cut() -> None:
@@ -74,7 +74,7 @@ def test_cuts_of_three_rates_are_one_cut() -> None:
 
 
 def test_motion_is_measured_in_percent_of_the_short_side() -> None:
-    """A texture that moves by 4 of 128 pixels between two frames: 3.1%; a still: nothing."""
+    """A texture that moves by 4 of 128 pixels between two frames scores 3.1%, a still 0."""
     wide = photos.load_photo("gravel")[:128]
     frames = [scores.small_gray(wide[:, 4 * i : 4 * i + 128]) for i in range(4)]
     moved = scores.motion(frames)
@@ -102,7 +102,7 @@ def test_the_manifest_does_not_depend_on_order_or_interruption(videos: Path, tmp
     assert "cannot be read" in by_name["broken.mp4"][0]["error"] and by_name["words.mp4"][0]["error"]
     assert by_name["still.mp4"][0]["motion"] < 0.05 < min(row["motion"] for row in by_name["cut.mp4"])
     assert by_name["still.mp4"][0]["text_area"] == 0 and 0.03 < by_name["written.mp4"][0]["text_area"] < 0.4
-    # Another folder, one process, in two goes: the same bytes.
+    # A run into another folder, in one process and two calls, gives the same bytes.
     other = curate.Settings(str(tmp_path / "b"))
     for name in ("written.mp4", "cut.mp4"):
         curate.curate([videos / name], other, {"cut.mp4": "a person"}, workers=0, progress=False)
@@ -126,7 +126,7 @@ def test_on_ray_the_rows_are_those_of_the_local_run(videos: Path, tmp_path: Path
 def test_a_worker_that_dies_takes_only_its_video_along(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a Python error but the end of the process, as of a decoder that crashes."""
+    """The worker process exits without a Python error, as it does when a decoder crashes."""
     fatal = tmp_path / "sitecustomize.py"
     fatal.write_text(
         "import os, sys\n"
@@ -194,7 +194,7 @@ def test_the_command_and_its_page(videos: Path, tmp_path: Path, capsys: pytest.C
     assert "still.mp4" not in {Path(row["video"]).name for row in kept}
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 1 and page.count("<figure") == 4 and "broken.mp4" in page and "not measured" in page
-    # Other thresholds look at no video again.
+    # A run with other thresholds reads no video again.
     assert main(["curate", "-o", str(tmp_path / "out"), "--no-progress"]) == 0
     assert len(manifest.read(tmp_path / "out" / "clips.parquet")) == 4
 

@@ -1,4 +1,4 @@
-"""The training data: the toy world says what it draws, keeps its held-out scenes apart, and photographs really move."""
+"""The training data: clips match their captions, held-out scenes are separate, and photographs move."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_held_out_scenes_stay_apart():
         assert set(counts) == set(names) and set(counts.values()) == {len(held_out) // len(names)}
     for pair in ((0, 1), (0, 2), (1, 2)):
         assert max(Counter(tuple(c[i] for i in pair) for c in held_out).values()) == 1
-    # A change of the split would let an older bundle be tested on what it was trained on.
+    # The split must not change: an older bundle would be tested on scenes that it was trained on.
     assert sorted(held_out)[:3] == [
         ("blue", "circle", "right"),
         ("blue", "square", "down"),
@@ -102,7 +102,7 @@ def test_labels_index_the_attributes():
 
 
 def _corners(shape: str, x: float, y: float, r: float) -> np.ndarray:
-    """Corners (row, column) of the shape as geometry has them, independently of the signed distances."""
+    """Corners (row, column) of the shape, computed without the signed distances."""
     if shape == "square":
         offsets = 0.9 * np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]])
     else:
@@ -116,10 +116,10 @@ def _corners(shape: str, x: float, y: float, r: float) -> np.ndarray:
 def test_silhouettes_cover_what_a_polygon_fill_covers(shape):
     x, y, r, size, fine = 0.43, 0.55, 0.21, 96, 8
     alpha = toy_world.silhouette(shape, np.array([[x, y]]), np.array([r]), size)[0]
-    # skimage samples at pixel corners: half a fine pixel moves them to the centres.
+    # skimage samples at pixel corners; a shift by half a fine pixel moves the samples to pixel centres.
     filled = polygon2mask((size * fine, size * fine), _corners(shape, x, y, r) * size * fine - 0.5)
     expected = block_reduce(filled.astype(np.float32), (fine, fine), np.mean)
-    assert np.abs(alpha - expected).max() < 0.3  # at a sharp corner; along edges far less
+    assert np.abs(alpha - expected).max() < 0.3  # reached at a sharp corner; the error along edges is far smaller
     assert np.abs(alpha - expected).mean() < 0.002
     assert abs(alpha.sum() / expected.sum() - 1) < 0.02
 
@@ -154,7 +154,7 @@ def test_motion_is_what_the_caption_says(motion, speed, pace):
     rng = np.random.default_rng(2)
     for shape in toy_world.SHAPES:
         _, truth = toy_world.render_with_truth(Scene("red", shape, motion, speed, "black"), rng, 64)
-        # Measured on the pixels, not read from the truth.
+        # Measure area and centre on the pixels instead of reading the truth's radii and centres.
         area = truth.alpha.sum((1, 2))
         grid = np.arange(64) + 0.5
         x, y = (truth.alpha.sum(1) * grid).sum(1) / area / 64, (truth.alpha.sum(2) * grid).sum(1) / area / 64
@@ -221,7 +221,7 @@ def test_photo_clips_are_deterministic(size):
 
 
 def test_camera_moves_are_smooth_visible_and_stay_inside(monkeypatch):
-    # A picture whose red is its x and whose green its y: every frame says where it looks.
+    # In this picture red is the x coordinate and green the y coordinate, so every frame shows the position of its view.
     side = 251
     ramp = torch.zeros(1, 3, side, side)
     ramp[0, 0], ramp[0, 1] = torch.arange(float(side)), torch.arange(float(side))[:, None]
@@ -229,7 +229,7 @@ def test_camera_moves_are_smooth_visible_and_stay_inside(monkeypatch):
     moves = []
     for seed in range(60):
         clip = photos.render(np.random.default_rng(seed), 64, held_out=True).astype(float)[..., :2]
-        # Along a row x never turns back, as it would where the view left the picture and met its mirror image.
+        # Along a row x never decreases. It would if the view left the picture and showed its mirror image.
         assert np.diff(clip[..., 0], axis=2).min() >= 0 and np.diff(clip[..., 1], axis=1).min() >= 0
         view = np.linalg.norm(clip[:, 0, -1] - clip[:, 0, 0], axis=-1).max()
         corners = clip[:, [0, 0, -1, -1], [0, -1, 0, -1]]

@@ -1,4 +1,4 @@
-"""The judges: metrics against scikit-image, the detector against clips of known truth, the report against both."""
+"""Metrics compared with scikit-image, the detector with clips of known content, and the report with both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from reducio_fast.system.errors import ReducioError
 
 
 def _pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A photograph's clip and a spoilt copy of it."""
+    """A clip of a photograph and a blurred, noisy copy of it."""
     rng = np.random.default_rng(seed)
     clip = photos.render(rng, max(height, width), 3, held_out=True, name="coffee")[:, :height, :width]
     spoilt = gaussian_filter(clip.astype(float), (0, 1, 1, 0)) + rng.normal(0, 6, clip.shape)
@@ -146,7 +146,7 @@ def test_detector_finds_nothing_in_noise_or_in_a_flash():
     rng = np.random.default_rng(14)
     assert not detect(rng.integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)).found
     clip = toy_world.render(Scene("red", "circle", "up", "", "black"), rng, 64)
-    clip[4:] = clip[0, 0, 0]  # an object that is there in a quarter of the frames
+    clip[4:] = clip[0, 0, 0]  # the object is visible in a quarter of the frames
     assert not detect(clip).found
 
 
@@ -188,7 +188,7 @@ def test_detector_names_only_the_colours_of_the_world(rgb, name):
 
 
 def test_detector_does_not_name_a_shape_the_world_lacks():
-    # Two bars that cross: an X.
+    # Two crossing bars form an X.
     clip = np.zeros((16, 64, 64, 3), np.uint8)
     rows, columns = np.mgrid[:64, :64]
     for t in range(16):
@@ -209,7 +209,7 @@ def test_detector_refuses_what_is_not_a_clip():
 
 
 class StillVAE:
-    """Keeps the content frame and nothing else: what a reconstruction must beat."""
+    """An autoencoder that repeats the content frame: the baseline of a reconstruction."""
 
     config = VAEConfig()
 
@@ -231,7 +231,7 @@ class StillVAE:
 
 
 class PerfectVAE(StillVAE):
-    """Keeps the whole clip, but for a constant error of one level in 255."""
+    """An autoencoder that reproduces the clip with a constant error of one level in 255."""
 
     def encode(self, video, tiled):
         return SimpleNamespace(mode=lambda: video)
@@ -241,7 +241,7 @@ class PerfectVAE(StillVAE):
 
 
 class DrawnPipeline:
-    """Draws what the prompt says, but every fourth clip in another colour and every eighth played backwards."""
+    """Draws the prompt's scene, but every fourth clip in another colour and every eighth clip backwards."""
 
     sample_height = sample_width = 64
 

@@ -1,4 +1,4 @@
-"""Metrics that need networks: their arithmetic against scipy and lpips, with small networks of our own."""
+"""Metrics that need networks: their arithmetic compared with scipy and lpips, on small networks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 class Means(nn.Module):
-    """Features of a clip: means over a coarse grid, mixed."""
+    """Features of a clip: linear combinations of the means over a coarse grid."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AlexNet's weights, random, under torchvision's names."""
+    """Random weights of AlexNet under torchvision's names."""
     torch.manual_seed(1)
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     weights = {"features." + k.split(".", 1)[1]: v for k, v in model.net.state_dict().items()}
@@ -95,7 +95,7 @@ def test_lpips_is_that_of_its_package(trunk: Path) -> None:
     with torch.no_grad():
         x, y = to_unit(a), to_unit(b)
         assert scores["lpips"] == pytest.approx(float(own(x, y).mean()), rel=1e-6)
-        # The package's own word for "these are in 0..1"; the release does without it, which is the second column.
+        # `normalize=True` tells lpips that images are in 0..1; the release omits it, which gives `lpips_0_1`.
         assert scores["lpips"] == pytest.approx(float(own((x + 1) / 2, (y + 1) / 2, normalize=True).mean()), rel=1e-5)
         assert scores["lpips_0_1"] == pytest.approx(float(own((x + 1) / 2, (y + 1) / 2).mean()), rel=1e-6)
     assert scores["lpips"] != scores["lpips_0_1"] and Perceptual(trunk)(a, a)["lpips"] == 0
@@ -135,9 +135,9 @@ def test_windows_lie_within_shots(videos: Path) -> None:
 def test_an_autoencoder_on_real_video(videos: Path, network: Path, trunk: Path, tmp_path: Path, capsys) -> None:
     model = lively(ReducioVAE(VAEConfig(**VAE, output="warp")))
     for parameter in (*model.decoder.conv_out.parameters(), *model.warp.flow.parameters()):
-        parameter.data.zero_()  # so that it repeats the content frame, and every figure is known
+        parameter.data.zero_()  # the output repeats the content frame, so every figure is known
     save_model(model, tmp_path / "vae")
-    words = [
+    argv = [
         "evaluate",
         "autoencoder",
         "--model",
@@ -149,7 +149,7 @@ def test_an_autoencoder_on_real_video(videos: Path, network: Path, trunk: Path, 
         "--size",
         "96",
     ]
-    assert main([*words, "--lpips", str(trunk), "--fvd", str(network), "--json", "--no-progress"]) == 0
+    assert main([*argv, "--lpips", str(trunk), "--fvd", str(network), "--json", "--no-progress"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {"64", "96"}
     for entry in result.values():
@@ -157,7 +157,7 @@ def test_an_autoencoder_on_real_video(videos: Path, network: Path, trunk: Path, 
         assert abs(entry["videos"]["cut.mp4"]["pooled_gain_db"]) < 0.05
         assert entry["videos"]["cut.mp4"]["content_psnr"] > 50 and entry["all"]["clips"] == 4
         assert entry["all"]["rfvd"] > 0 and entry["all"]["lpips"] > 0
-    assert main([*words, "--no-progress"]) == 0
+    assert main([*argv, "--no-progress"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["cut.mp4", "3"] for line in lines)
     assert any(line.startswith("Reducio (ft4)") and "35.88" in line for line in lines)
@@ -185,7 +185,7 @@ def test_generated_clips_beside_real_ones(videos: Path, network: Path, capsys) -
 
 
 def test_vbench_runs_elsewhere_on_its_own_names(tmp_path: Path) -> None:
-    """An interpreter of another environment; here one that has a package called vbench, which counts the clips."""
+    """VBench runs in another interpreter; this one has a stand-in package called vbench, which counts the clips."""
 
     class Pipe:
         def __call__(self, prompt: str, seed: int, progress: bool):
@@ -195,11 +195,11 @@ def test_vbench_runs_elsewhere_on_its_own_names(tmp_path: Path) -> None:
     package.mkdir()
     (package / "vbench.py").write_text(
         "import json, os, sys\n"
-        "words = sys.argv\n"
-        "folder, out = words[words.index('--videos_path') + 1], words[words.index('--output_path') + 1]\n"
+        "argv = sys.argv\n"
+        "folder, out = argv[argv.index('--videos_path') + 1], argv[argv.index('--output_path') + 1]\n"
         "os.makedirs(out, exist_ok=True)\n"
         "names = sorted(n for n in os.listdir(folder) if n.endswith('.mp4'))\n"
-        "json.dump({'names': names, 'dimension': words[words.index('--dimension') + 1]},\n"
+        "json.dump({'names': names, 'dimension': argv[argv.index('--dimension') + 1]},\n"
         "          open(os.path.join(out, 'x_eval_results.json'), 'w'))\n"
     )
     python = tmp_path / "python"

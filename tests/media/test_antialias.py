@@ -28,7 +28,7 @@ def test_where_nothing_shrinks_it_is_bicubic() -> None:
 
 
 def test_a_ramp_is_not_shifted() -> None:
-    """By less than a fifth of a pixel of 1024; torch's antialias shifts it by 1.8."""
+    """The shift is below a fifth of a pixel of 1024; torch's antialias shifts by 1.8 pixels."""
     ramp = torch.linspace(0, 1, 1024).expand(1, 1, 1024, 1024)
     small = blur_and_resize(ramp, (224, 224))[0, 0, 112]
     torch.testing.assert_close(small[4:-4], torch.linspace(0, 1, 224)[4:-4], rtol=0, atol=2e-4)

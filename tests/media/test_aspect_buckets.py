@@ -1,4 +1,4 @@
-"""Aspect buckets: the tables against diffusers' own, the choice of one, and the sizes that the VAE cannot have."""
+"""Aspect buckets: the tables compared with diffusers', the choice of a bucket, and sizes that the VAE cannot decode."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIDES = st.integers(1, 5000)
 
 @pytest.mark.parametrize("base", BASES)
 def test_the_40_sizes_contain_those_of_diffusers(base: int):
-    """diffusers leaves seven of PixArt's 40 out: the transposes at the flat end."""
+    """diffusers' tables lack seven of PixArt's 40 sizes at both ends of the aspect ratio."""
     ours = buckets(base)
     assert len(ours) == len(set(ours)) == 40 and ours == sorted(ours, key=lambda s: s[0] / s[1])
     theirs = {(int(h), int(w)) for h, w in PEERS[base].values()}
@@ -44,7 +44,7 @@ def test_the_40_sizes_contain_those_of_diffusers(base: int):
 def test_sizes_of_the_256_table_that_the_vae_cannot_represent_are_refused():
     assert buckets(512, 32) == buckets(512) and buckets(1024, 32) == buckets(1024)
     legal = buckets(256, 32)
-    # What the release's extraction script lists, commented out, as the sizes that its encoder does not floor.
+    # The release's extraction script lists these, in a comment, as the sizes that its encoder does not round down.
     wide = [(128, 512), (128, 480), (160, 384), (192, 320), (224, 288)]
     assert legal == [*wide, (256, 256), *((w, h) for h, w in reversed(wide[2:])), (480, 128), (512, 128)]
     refused = [size for size in buckets(256) if size not in legal]
@@ -56,7 +56,7 @@ def test_sizes_of_the_256_table_that_the_vae_cannot_represent_are_refused():
             check_size(VAEConfig(), height, width, 16)
     for size in (*legal, *buckets(512), *buckets(1024)):
         check_size(VAEConfig(), *size, 16)
-    # The content tokens of the 1024 model are dealt out in groups, so its SD latent (H/8) must be divisible as well.
+    # The content tokens of the 1024 model come in groups, so the side of its SD latent (H/8) must also be divisible.
     config = DIT_PRESETS["reducio-1024"]
     cell = 8 * config.content_patch_size * config.content_stride
     assert all(h % cell == 0 and w % cell == 0 for h, w in buckets(1024))
@@ -68,7 +68,7 @@ def test_the_bucket_is_the_next_one_towards_the_square(height: int, width: int, 
     table = buckets(base, 32)
     chosen = towards_square(height, width, table)
     h, w = chosen
-    # By cross multiplication: no rounding. The ends of the table are nearer to the square than what lies beyond them.
+    # Cross multiplication avoids rounding. The ends of the table are nearer to the square than any image beyond them.
     if height <= width:
         better = [b for b in table if b[0] * width >= height * b[1]]
         assert chosen == better[0] and h <= w
@@ -81,7 +81,7 @@ def test_the_bucket_is_the_next_one_towards_the_square(height: int, width: int, 
 @given(height=st.integers(100, 4000), width=st.integers(100, 4000), base=st.sampled_from(BASES))
 @settings(max_examples=100, deadline=None)
 def test_the_nearest_ratio_as_diffusers_chooses_it(height: int, width: int, base: int):
-    """diffusers compares with ratios rounded to two places, so next to the middle between two buckets it may differ."""
+    """diffusers rounds ratios to two decimals, so its choice may differ near the middle between two buckets."""
     table = [(int(h), int(w)) for h, w in PEERS[base].values()]
     ours = nearest(height, width, table)
     theirs = PixArtImageProcessor.classify_height_width_bin(height, width, PEERS[base])
@@ -90,14 +90,14 @@ def test_the_nearest_ratio_as_diffusers_chooses_it(height: int, width: int, base
 
 
 def test_a_picture_is_scaled_to_cover_its_bucket_and_cut_in_the_middle():
-    """A picture three times as wide as high fits its bucket, 576x1728, and loses nothing."""
+    """A picture three times as wide as high fits its bucket of 576x1728 exactly and is not cropped."""
     columns = np.broadcast_to(np.linspace(0, 255, 3000), (1000, 3000))
     picture = np.repeat(columns[..., None], 3, -1).round().astype(np.uint8)
     size = towards_square(1000, 3000, buckets(1024, 32))
     assert size == (576, 1728)
     whole = cover_crop(picture[None], *size)[0]
     assert whole[:, 0].max() <= 1 and whole[:, -1].min() >= 254
-    # Flatter than any: 200x3000 becomes 512x2048, and of its columns the middle 800 stay.
+    # Wider than all buckets: 200x3000 becomes 512x2048, which keeps the middle 800 columns.
     ends = cover_crop(picture[None, :200], *towards_square(200, 3000, buckets(1024, 32)))[0]
     assert ends.shape == (512, 2048, 3)
     assert abs(int(ends[0, 0, 0]) - 255 * 1100 / 3000) < 2 and abs(int(ends[0, -1, 0]) - 255 * 1900 / 3000) < 2
@@ -134,8 +134,8 @@ def test_the_pipeline_takes_the_bucket_of_the_image(pipe: ReducioPipeline, monke
 
 
 def test_whole_frames_or_tiles_as_asked(pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch):
-    """The rule: whole frames up to what one tile reads, tiles above. Whatever lies within one stride is one tile."""
-    narrow = VAEConfig(  # of three levels, so 4 pixels a latent cell; a tile reads 20 pixels
+    """Frames up to the size that one tile reads are decoded whole, larger ones in tiles; one stride is one tile."""
+    narrow = VAEConfig(  # three levels give 4 pixels per latent cell; a tile reads 20 pixels
         base_channels=8, channel_multipliers=(1, 1, 1), content_base_channels=8, content_channel_multipliers=(1, 1),
         fusion_levels=(None, 1, None), norm_groups=4, num_heads=2, fusion_head_dim=8, num_res_blocks=1, tile_size=16,
     )  # fmt: skip
@@ -155,8 +155,8 @@ def test_whole_frames_or_tiles_as_asked(pipe: ReducioPipeline, monkeypatch: pyte
 def test_size_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     asked = []
 
-    def generate(**words):
-        asked.append((words["height"], words["width"]))
+    def generate(**kwargs):
+        asked.append((kwargs["height"], kwargs["width"]))
         raise ReducioError("far enough")
 
     monkeypatch.setattr("reducio_fast.pipelines.generate.generate", generate)

@@ -1,4 +1,4 @@
-"""What a container says about display and time: a clip looks and lasts as players show it."""
+"""Display and time metadata of containers: a clip is read with the look and the duration that players show."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_wide_pixels_of_a_turned_clip_make_it_tall(tmp_path: Path) -> None:
 
 
 def pictures(folder: Path, durations: list[float], suffix: str) -> Path:
-    """A clip of uneven frames: frame i is of grey 20 * i and lasts `durations[i]` seconds."""
+    """A clip with variable frame durations: frame i has the gray value 20 * i and lasts `durations[i]` seconds."""
     lines = []
     for i, seconds in enumerate(durations):
         Image.new("RGB", (32, 32), (20 * i,) * 3).save(folder / f"{i}.png")
@@ -65,7 +65,7 @@ def test_uneven_frames_last_as_long_as_they_are_shown(tmp_path: Path, durations:
     clip, fps = read_video(pictures(tmp_path, durations, suffix))
     assert fps is not None and fps <= 120
     grey = clip[:, 16, 16, 1].astype(float)
-    for i, seconds in enumerate(durations[:-1]):  # a container does not say how long its last frame lasts
+    for i, seconds in enumerate(durations[:-1]):  # a container does not store the duration of its last frame
         shown = (np.abs(grey - 20 * i) < 8).sum() / fps
         assert shown == pytest.approx(seconds, abs=1.01 / fps), f"frame {i} of {grey}"
 
@@ -105,7 +105,7 @@ def test_a_cover_picture_is_not_the_clip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", ["10le", "12le"])
 @pytest.mark.slow
 def test_ten_bits_are_read_as_eight(tmp_path: Path, pixels: str, picture: str, bits: str) -> None:
-    """Of 4:2:0 a plain colour: at hard edges ffmpeg interpolates the chroma of the two depths in other ways."""
+    """4:2:0 uses a plain colour, because at hard edges ffmpeg interpolates the chroma of the two depths differently."""
     clips = []
     for depth in ("", bits):
         path = tmp_path / f"{depth}.mkv"
@@ -171,7 +171,7 @@ def test_readers_agree_with_writers(tmp_path_factory: pytest.TempPathFactory, fp
 def test_other_files_among_frames_are_left_alone(tmp_path: Path) -> None:
     for i in range(3):
         Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "._0.png").write_bytes(b"\x00\x05\x16\x07")  # macOS
+    (tmp_path / "._0.png").write_bytes(b"\x00\x05\x16\x07")  # as macOS writes beside each file
     (tmp_path / "Thumbs.db").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "old.png").mkdir()

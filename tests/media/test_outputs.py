@@ -1,4 +1,4 @@
-"""An output is proven before the work by what the write itself will do, and finished frames outlive a failed write."""
+"""An output path is tested with a trial write before any work, and finished frames survive a failed write."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_rates_and_sizes_that_the_format_cannot_hold_are_found_out_before_the_wo
 
 
 def test_an_empty_folder_is_filled_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mount point cannot be renamed, nor the current folder."""
+    """A mount point and the current folder cannot be renamed."""
     folder = tmp_path / "vol"
     folder.mkdir()
     inode = folder.stat().st_ino
@@ -164,7 +164,7 @@ def test_frames_are_kept_where_the_write_fails(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", ["c.mp4", "c.gif", "c.webp", "frames"])
 def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path: Path, name: str) -> None:
-    """The limit on a file's size stands for the disk: Python ignores the signal, and each write fails with EFBIG."""
+    """A limit on file sizes simulates a full disk: Python ignores the signal, and each write fails with EFBIG."""
     noise = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), np.uint8)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))

@@ -1,4 +1,4 @@
-"""Bytes and values in [-1, 1]: one pair of functions for the whole package."""
+"""Conversion between bytes and values in [-1, 1], which the whole package shares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips and images: what is written comes back, what cannot be read or written is refused in one line."""
+"""Clips and images: written clips are read back, and unreadable or unwritable files give one-line errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reducio_fast.system.errors import ReducioError
 
 
 def panning(height: int = 80, width: int = 112, frames: int = 16) -> np.ndarray:
-    """A photograph under a moving window, uint8 [frames, height, width, 3]."""
+    """A moving window over a photograph, uint8 [frames, height, width, 3]."""
     photo = astronaut()
     return np.stack([photo[40 + t : 40 + t + height, 150 + 3 * t : 150 + 3 * t + width] for t in range(frames)])
 
@@ -34,11 +34,11 @@ def test_folder_of_pngs_is_exact(tmp_path: Path) -> None:
     assert fps is None
 
 
-# The bound of .gif is its 256 colours, that of .webp and .mp4 their quality setting and chroma at half resolution.
+# 256 colours limit the PSNR of .gif; the quality setting and chroma at half resolution limit .webp and .mp4.
 @pytest.mark.parametrize(("suffix", "bound"), [(".mp4", 34), (".MP4", 34), (".webp", 33), (".gif", 30)])
 @pytest.mark.parametrize("fps", [16, 24, 7.5])
 def test_round_trip(tmp_path: Path, suffix: str, bound: float, fps: float) -> None:
-    clip = panning()  # 80 and 112 are no multiples of 32, and 112 none of what encoders round to
+    clip = panning()  # 80 and 112 are not multiples of the sizes to which encoders round
     path = video_files.write_video(clip, tmp_path / f"clip{suffix}", fps)
     assert left_behind(tmp_path) == [path.name]
     back, read_fps = video_files.read_video(path)
@@ -169,7 +169,7 @@ def test_check_output_path(tmp_path: Path) -> None:
     assert video_files.check_output_path(tmp_path / "c.mp4") == tmp_path / "c.mp4"
     (tmp_path / "empty").mkdir()
     video_files.check_output_path(tmp_path / "empty")
-    video_files.check_output_path(f"{tmp_path / 'take.2'}/")  # the slash says folder, whatever the dot
+    video_files.check_output_path(f"{tmp_path / 'take.2'}/")  # the slash marks a folder in spite of the dot
     assert left_behind(tmp_path) == ["empty"]
 
     (tmp_path / "file").write_text("")
@@ -206,7 +206,7 @@ def test_side_by_side() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 128), (160, 96), (80, 112)])
 def test_cover_crop_keeps_aspect_and_centre(height: int, width: int) -> None:
-    """A disc in the middle stays a disc in the middle."""
+    """A disc in the middle remains a disc in the middle."""
     y, x = np.mgrid[:80, :112]
     disc = np.where((y - 39.5) ** 2 + (x - 55.5) ** 2 < 20**2, 255, 0).astype(np.uint8)
     out = image_files.cover_crop(np.repeat(disc[None, :, :, None], 3, 3), height, width)
@@ -267,7 +267,7 @@ def test_half_transparent_is_mixed_with_white() -> None:
 def test_rotation_tag_is_applied(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 2), "red")
     exif = image.getexif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
+    exif[0x0112] = 6  # display rotated by 90 degrees
     image.save(tmp_path / "r.jpg", exif=exif)
     assert image_files.read_image(str(tmp_path / "r.jpg")).shape == (4, 2, 3)
 

@@ -1,5 +1,5 @@
-"""Memory: forecasts against what the allocator records, the choice of a way that fits, what out-of-memory leads to, and
-weights that are on the device for their stage only.
+"""Memory: forecasts compared with the allocator's record, the choice of a way that fits, handling of out-of-memory
+errors, and offloaded weights that are on the device only during their stage.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 PROMPT = "a red circle moving right"
 GREY = np.full((64, 64, 3), 128, np.uint8)
 CALL = {"image": GREY, "height": 64, "width": 64, "num_inference_steps": 1, "progress": False}
-# Tiles of 64 pixels on a factor of 8: small frames are decoded in several, and 32 is half a tile.
+# Tiles of 64 pixels at a spatial factor of 8: small frames are decoded in several tiles, and 32 pixels are half a tile.
 VAE = dict(
     channel_multipliers=(1, 1, 2, 2), content_channel_multipliers=(1, 1, 2), norm_groups=4, num_heads=2,
     fusion_head_dim=8, num_res_blocks=1, temporal_factor=2, fusion_levels=(None, 1, 2, None), tile_size=64,
@@ -54,12 +54,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def bare(embedded: dict[str, Any]) -> dict[str, Any]:
-    """Without the stages that make conditions of an image."""
+    """The embedded model's components without the first stage and the image encoders."""
     return embedded | dict.fromkeys(("text_to_image", "image_encoder", "content_encoder"))
 
 
 def pipeline(parts: dict[str, Any], backend: str, vae: dict | None = None, dit: dict | None = None) -> ReducioPipeline:
-    """The embedded model, with networks of other widths where configurations are given."""
+    """The embedded model, with networks of another width if configurations are given."""
     torch.manual_seed(0)
     changed = {}
     if vae is not None and dit is not None:
@@ -73,7 +73,7 @@ def pipeline(parts: dict[str, Any], backend: str, vae: dict | None = None, dit: 
 
 
 def measured(tmp_path: Path, function: Any, *args: Any) -> tuple[Any, int]:
-    """Result, and the most bytes that torch's CPU allocator had given out at once, inside operators too."""
+    """The function's result, and the peak bytes allocated by torch's CPU allocator, including inside operators."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = function(*args)
     record.export_chrome_trace(str(tmp_path / "trace.json"))
@@ -112,9 +112,9 @@ def test_forecast_is_within_15_percent_of_what_is_allocated(
     expected = {stage.stage: stage.activations for stage in pipe.forecast(*size).stages}
     frame = np.zeros((*size, 3), np.uint8)
     for stage in ("dit.step", "vae.decode"):
-        pipe.executor.networks_of(stage)  # packs the weights, which belong to no stage
+        pipe.executor.networks_of(stage)  # packs the weights first, so that no stage allocates them
     found = {}
-    text, mask = pipe.conditioner.encode_text(PROMPT * 5)  # as long as the model reads: what is not read costs nothing
+    text, mask = pipe.conditioner.encode_text(PROMPT * 5)  # fills the model's caption length
     assert mask.all()
     (semantic, image), found["image.encode"] = measured(tmp_path, pipe.conditioner.encode_image, frame, Embeds())
     cond = Condition(text, mask, semantic, image)
@@ -133,18 +133,18 @@ def test_forecast_is_within_15_percent_of_what_is_allocated(
 def test_first_stage_and_text_are_forecast_too(embedded: dict, tmp_path: Path) -> None:
     pipe = pipeline(embedded, "reference")
     expected = {stage.stage: stage.activations for stage in pipe.forecast(64, 64).stages}
-    words = (pipe.text_to_image, PROMPT, "", 64, 64, torch.Generator().manual_seed(0), False)
+    arguments = (pipe.text_to_image, PROMPT, "", 64, 64, torch.Generator().manual_seed(0), False)
     with torch.no_grad():
-        _, drawing = measured(tmp_path, drawing_stage.draw_image, *words)
+        _, drawing = measured(tmp_path, drawing_stage.draw_image, *arguments)
         _, text = measured(tmp_path, pipe.conditioner.encode_text, PROMPT)
     assert 0.85 <= expected["content.generate"] / drawing <= 1.15
     assert 0.85 <= expected["text.encode"] / text <= 1.15
 
 
 def test_forecast_of_kernels_on_a_gpu_needs_none(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels allocate what they return, weights are offloaded, tiles go together as far as memory reaches."""
+    """Kernels allocate only their results, weights are offloaded, and batches of tiles grow with the free memory."""
     widths = {"base_channels": 32, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2}
-    pipe, size = pipeline(bare, "fast", *widths), (256, 256)  # 16 tiles, 9 of them of one shape
+    pipe, size = pipeline(bare, "fast", *widths), (256, 256)  # 16 tiles, 9 of which have the same shape
     on_cpu = pipe.forecast(*size)
     pipe.executor.offload = Offload(torch.device("cuda"))
     one, two, four = (pipe.forecast(*size, Decoding(True, 64, n)).peak(True) for n in (1, 2, 4))
@@ -200,7 +200,7 @@ def test_smaller_tiles_are_chosen_where_they_fit(
 
 
 class Scarce:
-    """A decoder that finds no memory for the first `failures` calls, and notes what it was asked for."""
+    """A decoder whose first `failures` calls raise an out-of-memory error; it records the shapes of all calls."""
 
     def __init__(self, decoder: torch.nn.Module, failures: int, error: Exception) -> None:
         self.run, self.failures, self.error, self.shapes = decoder.forward, failures, error, []
@@ -249,10 +249,10 @@ def test_another_error_of_the_decoder_is_no_reason_to_try_again(
 def test_latents_survive_a_decode_without_memory(
     embedded: dict, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error names a file, and the command makes of it the very frames that the call would have returned."""
+    """The error names a file, and the command decodes it into the frames that the call would have returned."""
     pipe = pipeline(embedded, "fast")
-    words = CALL | {"prompt": [PROMPT, PROMPT], "image": [GREY, GREY], "seed": 3}
-    expected = pipe(**words).frames
+    kwargs = CALL | {"prompt": [PROMPT, PROMPT], "image": [GREY, GREY], "seed": 3}
+    expected = pipe(**kwargs).frames
     decoder, calls = pipe.executor.network("vae").decoder, []
     forward = decoder.forward
 
@@ -265,11 +265,11 @@ def test_latents_survive_a_decode_without_memory(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "forward", second_clip_fails)
         with pytest.raises(ReducioError, match="out of memory at 64x64; the latents are kept") as caught:
-            pipe(**words)
+            pipe(**kwargs)
     (file,) = (cache / "latents").iterdir()
     assert f"reducio-fast decode {file} --out clip.mp4" in str(caught.value)
     argv = ["decode", str(file), "--out", str(tmp_path / "clip"), "--backend", "fast", "--device", "cpu"]
-    argv += ["--dtype", "float32", "--json"]  # that of the call
+    argv += ["--dtype", "float32", "--json"]  # the dtype of the call
     assert main.main(argv) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["seeds"] == [3, 4] and told["fps"] == pipe.fps
@@ -295,7 +295,7 @@ def test_offloaded_weights_leave_home_for_their_stage_only(
 ) -> None:
     pipe = pipeline(embedded, backend)
     expected = pipe(PROMPT, **CALL).frames
-    pipe.enable_model_cpu_offload(device="cpu")  # copies, on a machine without a second device
+    pipe.enable_model_cpu_offload(device="cpu")  # copies the weights, since there is no second device
     networks = {"text_encoder": pipe.text_encoder, "transformer": pipe.transformer, "vae": pipe.vae}
     fast = backend == "fast"
     if fast:
@@ -325,7 +325,7 @@ def test_offloaded_weights_leave_home_for_their_stage_only(
     assert home == {name: [p.data_ptr() for p in network.parameters()] for name, network in networks.items()}
     if fast:
         for name, twin in twins.items():
-            assert pipe.executor.network(name.removeprefix("fast ")) is twin  # nothing was packed again
+            assert pipe.executor.network(name.removeprefix("fast ")) is twin  # weights were not packed again
             assert twin.graphs is None
 
     with pytest.raises(ReducioError, match="call disable_model_cpu_offload"):

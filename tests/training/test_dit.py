@@ -1,4 +1,4 @@
-"""Extraction, latents on disk and the transformer's recipe: nothing lost, nothing stale, every draw by its place."""
+"""Extraction, latents on disk and the transformer's recipe: no lost or stale clips, reproducible random draws."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOOP = LoopConfig(steps=4, learning_rate=1e-4, warmup_steps=1, log_every=2, chec
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest of two videos of 24 frames a second, square and wide, and of one that went away since."""
+    """A manifest of two videos at 24 frames a second, square and wide, and of one whose file has been deleted."""
     folder = tmp_path_factory.mktemp("clips")
     rng, rows = np.random.default_rng(1), []
     for name, caption in (("square", "a cat"), ("wide", "a flower"), ("gone", "a cat")):
@@ -64,7 +64,7 @@ def latents(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_goes_in_comes_out(clips: Path, latents: Path) -> None:
-    """Each whole chunk of 16 frames: its latent is the encoder's, its checksum holds; what cannot be read says why."""
+    """Each complete chunk of 16 frames has the encoder's latent and a valid checksum; other clips have an error."""
     dataset = LatentDataset(latents, extract.encoder_checksums(embedded_model()))
     assert len(dataset) == 4 and dataset.counts == {"128x128": 4} and dataset.about.captions == 2
     pipe = ReducioPipeline.from_pretrained(embedded_model(), device="cpu", dtype="float32")
@@ -88,7 +88,7 @@ def test_a_stopped_extraction_gives_the_same_bytes(clips: Path, latents: Path, t
     again = tmp_path / "latents"
     shutil.copytree(latents, again)
     (again / "index.parquet").unlink()
-    (again / "128x128" / "shard-00001.parquet").unlink()  # as if it was killed while the second shard was written
+    (again / "128x128" / "shard-00001.parquet").unlink()  # as if killed while it wrote the second shard
     (again / "128x128" / "shard-00001.safetensors").write_bytes(b"half")
     with pytest.raises(ReducioError, match="has no index.parquet: the extraction was stopped; run it again"):
         LatentDataset(again)
@@ -115,7 +115,7 @@ def test_stale_and_damaged_latents_are_refused(clips: Path, latents: Path, tmp_p
     with pytest.raises(ReducioError, match="has version 9, this reads 1; run reducio-fast extract again"):
         LatentDataset(broken)
     (broken / "latents.json").write_text(json.dumps(about))
-    shard = broken / "128x128" / "shard-00001.safetensors"  # the first has none: its video is gone
+    shard = broken / "128x128" / "shard-00001.safetensors"  # the first has no tensors: its video is deleted
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
@@ -158,7 +158,7 @@ def test_an_epoch_visits_every_clip_in_batches_of_one_bucket() -> None:
     assert first == [EpochOrder({"c": 1, "b": 4, "a": 5}, 2, 3).rows(step) for step in range(6)]
 
 
-# ---- what is predicted -----------------------------------------------------------------------------------------------
+# ---- training objectives ---------------------------------------------------------------------------------------------
 
 
 def test_noised_latents_and_targets_are_those_of_diffusers() -> None:
@@ -187,7 +187,7 @@ def test_noised_latents_and_targets_are_those_of_diffusers() -> None:
 
 
 def test_the_variational_bound_is_a_divergence_of_normals() -> None:
-    """Against torch.distributions, with the posterior worked out from the betas; at step 0 the bin's probability."""
+    """Compared with torch.distributions and a posterior computed from the betas; step 0 uses the bin's probability."""
     objective = Objective("epsilon", True)
     betas = np.linspace(1e-4, 0.02, 1000)
     kept = np.cumprod(1 - betas)
@@ -216,7 +216,7 @@ def test_the_variational_bound_is_a_divergence_of_normals() -> None:
         clean[:1], clean[:1], torch.zeros(1), torch.zeros_like(clean[:1]), torch.tensor([0])
     )
     assert exact > 0
-    # The bound alone reaches the variance, the error alone the mean.
+    # Only the bound has a gradient for the variance, only the error one for the mean.
     output = torch.randn(3, 32, 4, 2, 2, requires_grad=True)
     objective.loss(lambda x, t: output, clean, noise, (step + 0.5) / 1000)[0].backward()
     mean_only = torch.autograd.grad((output[:, :16] - noise).square().flatten(1).mean(1).mean(), output)[0]
@@ -267,8 +267,8 @@ def test_what_a_batch_holds_does_not_depend_on_its_parts(latents: Path) -> None:
 @pytest.mark.parametrize("objective", ["epsilon", "rectified-flow"])
 def test_a_trained_transformer_generates(latents: Path, tmp_path: Path, objective: str) -> None:
     recipe = small_recipe(objective=objective, held_out=1, gradient_checkpointing=objective == "epsilon")
-    words = {"learn_sigma": objective == "epsilon", "clip_conditioning": objective == "epsilon"}
-    recipe = replace(recipe, config=recipe.config | words)
+    changes = {"learn_sigma": objective == "epsilon", "clip_conditioning": objective == "epsilon"}
+    recipe = replace(recipe, config=recipe.config | changes)
     figures = dit.train_dit(latents, tmp_path, recipe, progress=False)
     assert figures["steps"] == 4 and np.isfinite(figures["loss"]) and figures["held_out_error"] > 0
     pipe = ReducioPipeline.from_pretrained(tmp_path / "model", device="cpu")
@@ -279,7 +279,7 @@ def test_a_trained_transformer_generates(latents: Path, tmp_path: Path, objectiv
 
 
 def test_a_transformer_of_one_image_condition(latents: Path, tmp_path: Path) -> None:
-    """It is saved without the other one's encoder, whose part of the network no step moved."""
+    """It is saved without the encoder of the other condition, and the layers of that condition keep their weights."""
     recipe = small_recipe(image_conditions=("semantic",), held_out=1)
     figures = dit.train_dit(latents, tmp_path, recipe, progress=False)
     assert figures["held_out_error"] > 0
@@ -309,7 +309,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 
 
 def test_the_next_stage_starts_from_the_last(tmp_path: Path) -> None:
-    """256 to 1024: all weights are taken, the embeddings of the frame's size begin silent, another width is refused."""
+    """From 256 to 1024: all weights are loaded, new size embeddings start at 0, and another width is an error."""
     from reducio_fast.checkpoints.networks import save_model
 
     torch.manual_seed(0)
@@ -390,20 +390,20 @@ autocast = false
 def test_the_command_alone_and_under_torchrun(
     latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two processes and one that accumulates: the same bytes in the model folder."""
+    """Two processes, and one process that accumulates, write the same bytes into the model folder."""
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    words = ["train", "dit", "--recipe", str(tmp_path / "recipe.toml"), "--latents", str(latents), "--no-progress"]
+    argv = ["train", "dit", "--recipe", str(tmp_path / "recipe.toml"), "--latents", str(latents), "--no-progress"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29741"]
     subprocess.run(
-        [*torchrun, "-m", "reducio_fast", *words, "-o", str(tmp_path / "two")], check=True, capture_output=True
+        [*torchrun, "-m", "reducio_fast", *argv, "-o", str(tmp_path / "two")], check=True, capture_output=True
     )
-    assert main([*words, "-o", str(tmp_path / "one"), "--json", "--price", "2.5"]) == 0
+    assert main([*argv, "-o", str(tmp_path / "one"), "--json", "--price", "2.5"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["price_a_step"] == pytest.approx(result["process_seconds_a_step"] / 3600 * 2.5)
     files = [tmp_path / n / "model" / "transformer" / "diffusion_pytorch_model.safetensors" for n in ("one", "two")]
     assert hashlib.sha256(files[0].read_bytes()).digest() == hashlib.sha256(files[1].read_bytes()).digest()
     assert load_file(files[0])["proj_out.weight"].abs().sum() > 0
-    assert main([*words[:2], "-o", str(tmp_path)]) == 2
+    assert main([*argv[:2], "-o", str(tmp_path)]) == 2
     assert "train dit needs --recipe" in capsys.readouterr().err
     assert main(["train", "tiny", "-o", str(tmp_path), "--latents", "x"]) == 2
     assert "takes no --latents, which is of train dit" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Several processes: torchrun's variables, DDP and FSDP2 on gloo, byte for byte what one process computes.
+"""Several processes: torchrun's variables, DDP and FSDP2 on gloo; results equal those of one process to the byte.
 
-Each run is a process of its own, as torchrun starts it: a group cannot be formed twice in one.
+Each run is started in new processes, as by torchrun, because a process can form its group only once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# A small transformer of ours, latents drawn from the generator that the loop hands over. argv: folder, parallel,
-# micro-batches, steps, and what to do besides.
+# Trains a small transformer on latents drawn from the loop's generator. argv: folder, parallel, micro-batches, steps,
+# and further options.
 SCRIPT = textwrap.dedent(
     """
     import os, sys
@@ -110,7 +110,7 @@ def test_two_processes_one_with_accumulation_and_a_killed_run_give_the_same_byte
     assert log[0][0].startswith("step,loss,mean,gradient") and len(log[0]) == len(log[1]) == 5
     for a, b in zip(log[0][1:], log[1][1:], strict=True):
         assert [float(x) for x in a.split(",")] == pytest.approx([float(x) for x in b.split(",")], rel=1e-6)
-    # Killed at step 8, resumed from the checkpoint of step 5: on two processes, and on one that accumulates.
+    # A run that was killed at step 8 resumes from step 5 on two processes, and on one process that accumulates.
     killed = tmp_path / "killed"
     finished(start(killed, parallel, 2, extra=("die=8",)), fails=True)
     assert (killed / "checkpoints" / "latest").read_text().strip() == "step-00000005"
@@ -147,7 +147,7 @@ def test_what_would_change_the_bytes_is_refused_or_accepted_by_name(tmp_path: Pa
 
 
 def test_a_file_size_limit_leaves_the_last_checkpoint_loading(tmp_path: Path) -> None:
-    """As a full disk: the write fails in the middle, nothing half-written stays, the run goes on when there is room."""
+    """Like a full disk: the write fails midway and leaves no partial checkpoint; the run resumes without the limit."""
     folder = tmp_path / "run"
     finished(start(folder, "ddp", 1, steps=5))
     before = {p.name: p.read_bytes() for p in (folder / "checkpoints" / "step-00000005").iterdir()}
@@ -165,7 +165,7 @@ def test_a_file_size_limit_leaves_the_last_checkpoint_loading(tmp_path: Path) ->
 
 
 def test_a_process_that_is_killed_ends_its_group(tmp_path: Path) -> None:
-    """torchrun takes the others down: none waits in a collective until its time-out."""
+    """torchrun ends the other processes, so none waits in a collective until its timeout."""
     process = start(tmp_path / "run", "ddp", 2, steps=100_000)
     log = tmp_path / "run" / "log.csv"
     deadline = time.monotonic() + 120

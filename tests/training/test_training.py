@@ -1,4 +1,4 @@
-"""The training loop and stage one of the recipe: exact resumption, honest failures, folders their libraries read."""
+"""The training loop and stage one of the recipe: exact resumption, error messages, folders that libraries can read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFIG = LoopConfig(steps=60, learning_rate=2e-2, warmup_steps=10, log_every=7, 
 
 
 class Regression:
-    """A small problem with everything that could spoil exact resumption: dropout, buffers, an average, log sums."""
+    """A small problem with all state that exact resumption must restore: dropout, buffers, an average, log sums."""
 
     def __init__(self, fail_at: int | None = None, bad: tuple[int, ...] = ()) -> None:
         torch.manual_seed(0)
@@ -51,8 +51,8 @@ class Regression:
         loss = (self.model(x) - x.sum(1, keepdim=True)).square().mean()
         return loss * float("nan") if step in self.bad else loss, {"batch_mean": float(x.mean())}
 
-    def run(self, folder: Path, config: LoopConfig = CONFIG, **words):
-        return run("regression", self.model, self.loss, config, folder, progress=False, **words)
+    def run(self, folder: Path, config: LoopConfig = CONFIG, **kwargs):
+        return run("regression", self.model, self.loss, config, folder, progress=False, **kwargs)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -74,7 +74,7 @@ def test_the_loss_falls_and_is_logged(tmp_path: Path) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: str) -> None:
     whole = Regression()
     expected = whole.run(tmp_path / "whole")
-    if stop == "killed":  # at step 40: falls back to the checkpoint of step 25 and its log row of step 28 to 35 must go
+    if stop == "killed":  # killed at step 40, resumed from step 25: the log rows of steps 28 to 35 must be removed
         with pytest.raises(KeyboardInterrupt):
             Regression(fail_at=40).run(tmp_path / "parts")
         assert int(rows(tmp_path / "parts")[-1]["step"]) == 35
@@ -155,7 +155,7 @@ def test_reworded_captions_say_what_their_labels_say() -> None:
         for name, known in toy_world.ATTRIBUTES.items():
             if labels[name] == len(known):
                 silent[name] += 1
-                # "white" may still be there as the other of colour and background.
+                # The text may still contain "white", as the colour or as the background.
                 assert getattr(scene, name) not in words or getattr(scene, name) == "white"
             else:
                 assert known[labels[name]] == getattr(scene, name)
@@ -185,15 +185,14 @@ def test_normalised_latents_decode_to_the_same_image() -> None:
         torch.testing.assert_close(model.decode(after).sample, expected, atol=1e-5, rtol=1e-4)
 
 
-# --- the stages, a step or two each, and the bundle
-# ----------------------------------------------------------------------
+# --- the stages, one or two steps each, and the bundle ----------------------------------------------------------------
 
 STAGE_ONE = ("text", "semantic", "content", "text_to_image")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stage one after a thousandth of the recipe, with a video model of random weights beside it."""
+    """Stage one trained for a thousandth of the recipe's steps, and a video model with random weights."""
     out = tmp_path_factory.mktemp("tiny")
     figures = recipe.train(out, STAGE_ONE, scale=0.001, progress=False)
     assert list(figures) == list(STAGE_ONE)
@@ -251,7 +250,7 @@ def test_the_bundle_is_float16_without_duplicates(exported: Path) -> None:
     ]
     for path in exported.rglob("*.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o644, path
-        # The content encoder's second middle block never runs: its weights take one byte.
+        # The content encoder's second middle block never runs, so its weights are stored in one byte each.
         dead = torch.float8_e4m3fn, "encoder_2d.mid.block_2."
         for name, value in load_file(path).items():
             assert value.dtype == (dead[0] if name.startswith(dead[1]) else torch.float16), (path, name)
@@ -267,7 +266,7 @@ def test_the_pipeline_draws_from_the_bundle(exported: Path) -> None:
 
 
 def test_training_sees_the_condition_the_pipeline_gives(exported: Path) -> None:
-    """Embeddings cut to the caption's length steer the transformer as the pipeline's, padded to 120, do."""
+    """Embeddings cut to the caption's length give the same output as the pipeline's, which are padded to 120."""
     pixart = ReducioPipeline.from_pretrained(exported, device="cpu").text_to_image
     caption = "a green star growing on a striped background"
     padded, mask, silent, silent_mask = pixart.encode_prompt(caption, clean_caption=False, device="cpu")

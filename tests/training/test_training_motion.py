@@ -1,4 +1,4 @@
-"""The video stages of the recipe: phases train what they say, flows point where they should, pools in any order."""
+"""The video stages of the recipe: each phase trains its networks, flows are correct, pools may be made in any order."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PHASE = video_autoencoder.Phase(until=1.0, size=32, batch=1, video_share=0.0)
 
 @pytest.fixture
 def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Photographs that packages carry alone, and a film of noise with one shot."""
+    """Use only photographs of installed packages, and a film of noise with one shot."""
     film = np.random.default_rng(0).integers(0, 256, (40, *real_video.KEPT_SIZE, 3), np.uint8)
     monkeypatch.setattr(real_video, "footage", lambda folder: film)
     monkeypatch.setattr(real_video, "SHOTS", ((2, 36),))
@@ -85,7 +85,7 @@ def test_a_decoder_starts_by_repeating_the_content_frame() -> None:
 
 
 def test_flows_of_a_batch_point_to_the_content_frame(no_downloads: None) -> None:
-    """A photograph under a camera move: the content frame, sampled where the flow says, is each frame."""
+    """A photograph under a camera move: the content frame, sampled at p + flow, reproduces each frame."""
     phase = replace(PHASE, size=128, batch=2, photo_share=1.0)
     settings = vae_settings(phase, parallax_share=0.0)
     batch = video_autoencoder.draw_batch(np.random.default_rng(4), settings, phase, "")
@@ -114,7 +114,7 @@ def test_clips_are_of_three_kinds_and_crops_of_the_full_size(monkeypatch: pytest
     sizes = []
 
     def flat(value: int):
-        return lambda *arguments, **words: (
+        return lambda *arguments, **kwargs: (
             sizes.append(next(a for a in arguments if isinstance(a, int)))
             or np.full((16, 128, 128, 3), value, np.uint8)
         )
@@ -159,7 +159,7 @@ def test_a_film_that_is_another_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def components(tmp_path: Path) -> Path:
-    """The encoders a motion stage needs, random and narrow, in their own formats."""
+    """The components that the motion stage needs, narrow and with random weights, in their own formats."""
     torch.manual_seed(0)
     save_model(ReducioVAE(VAE), tmp_path / "vae")
     AutoencoderKL(

@@ -1,4 +1,4 @@
-"""The autoencoder's recipe: the release's losses, a discriminator that joins on schedule, resumed to the byte."""
+"""The autoencoder's recipe: the release's losses, a discriminator that starts on schedule, exact resumption."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def test_clips_are_random_crops_within_their_shot(clips: Path, tmp_path: Path) -
 
 
 def test_the_discriminator_has_the_published_layers() -> None:
-    """Kernels, strides and widths of the release; every layer but first and last is normalised."""
-    judge = PatchDiscriminator()
-    convolutions = [m for m in judge.modules() if isinstance(m, nn.Conv3d)]
+    """Kernels, strides and widths equal the release's; all layers except the first and last are normalised."""
+    discriminator = PatchDiscriminator()
+    convolutions = [m for m in discriminator.modules() if isinstance(m, nn.Conv3d)]
     assert [tuple(c.kernel_size) for c in convolutions] == [(4, 4, 4), (4, 4, 4), (3, 4, 4), (1, 4, 4), (1, 4, 4)]
     assert [c.stride[0] for c in convolutions] == [2, 2, 2, 1, 1]
     assert [c.out_channels for c in convolutions] == [64, 128, 256, 512, 1]
-    assert sum(isinstance(m, nn.BatchNorm3d) for m in judge.modules()) == 3
+    assert sum(isinstance(m, nn.BatchNorm3d) for m in discriminator.modules()) == 3
     logits = PatchDiscriminator(8, "group")(torch.randn(2, 3, 16, 64, 64))
     assert logits.shape == (2, 1, 2, 6, 6)
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
@@ -118,7 +118,7 @@ def test_each_loss_reaches_its_own_network(clips: Path) -> None:
         own[weight] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in own[0.0].items():
         same = torch.equal(gradient, own[0.05][name])
-        # What the generator wants of the judge does not move the judge; it does move the generator.
+        # The adversarial loss has no gradient for the discriminator, only for the autoencoder.
         assert same or not name.startswith("discriminator."), name
     assert any(not torch.equal(g, own[0.05][n]) for n, g in own[0.0].items() if n.startswith("vae.decoder"))
     assert all(own[0.0][n].norm() > 0 for n in own[0.0] if n.startswith("discriminator.") and n.endswith("weight"))
@@ -132,21 +132,21 @@ def test_it_resumes_to_the_byte_with_a_discriminator_on_schedule(clips: Path, tm
     torch.manual_seed(4)
     trunk = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).net.state_dict()
     torch.save({"features." + k.split(".", 1)[1]: v for k, v in trunk.items()}, tmp_path / "alexnet.pth")
-    words = {"lpips": tmp_path / "alexnet.pth", "progress": False}
-    whole = vae.train_vae(clips, tmp_path / "whole", recipe(), **words)
+    kwargs = {"lpips": tmp_path / "alexnet.pth", "progress": False}
+    whole = vae.train_vae(clips, tmp_path / "whole", recipe(), **kwargs)
     assert whole["steps"] == 4 and all(np.isfinite(v) for v in whole.values())
     assert {"lpips", "adversarial", "discriminator", "adaptive"} <= set(whole)
     header, *rows = (tmp_path / "whole" / "runs" / "vae" / "log.csv").read_text().splitlines()
     place = header.split(",").index("discriminator")
     assert [bool(row.split(",")[place]) for row in rows] == [False] * 2 + [True] * 2
-    vae.train_vae(clips, tmp_path / "parts", recipe(loop=replace(LOOP, max_seconds=0.0)), **words)
-    figures = vae.train_vae(clips, tmp_path / "parts", recipe(), **words)
+    vae.train_vae(clips, tmp_path / "parts", recipe(loop=replace(LOOP, max_seconds=0.0)), **kwargs)
+    figures = vae.train_vae(clips, tmp_path / "parts", recipe(), **kwargs)
     for name, value in whole.items():
         assert "second" in name or figures[name] == value, name
     files = [tmp_path / n / "vae" / "diffusion_pytorch_model.safetensors" for n in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert load_model(ReducioVAE, VAEConfig, tmp_path / "whole" / "vae").config.base_channels == CONFIG["base_channels"]
-    # The next stage starts from it; another width is refused.
+    # A later stage can start from these weights; another width is an error.
     again = vae.build_vae(recipe(model=None, config={}, start=str(tmp_path / "whole")))
     assert again.config == load_model(ReducioVAE, VAEConfig, tmp_path / "whole" / "vae").config
     with pytest.raises(ReducioError, match="has other weights than the recipe's"):
@@ -182,7 +182,7 @@ def test_recipes_and_the_command(clips: Path, tmp_path: Path, capsys: pytest.Cap
         + "".join(f"{k} = {json.dumps(v)}\n" for k, v in CONFIG.items())
         + "[loop]\nsteps = 2\nlearning_rate = 1e-4\nautocast = false\n"
     )
-    words = [
+    argv = [
         "train",
         "vae",
         "--recipe",
@@ -192,9 +192,9 @@ def test_recipes_and_the_command(clips: Path, tmp_path: Path, capsys: pytest.Cap
         "-o",
         str(tmp_path / "out"),
     ]
-    assert main([*words, "--no-progress", "--json"]) == 0
+    assert main([*argv, "--no-progress", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2 and (tmp_path / "out" / "vae" / "config.json").is_file()
-    assert main([*words, "--latents", "x"]) == 2 and "train vae takes no --latents" in capsys.readouterr().err
+    assert main([*argv, "--latents", "x"]) == 2 and "train vae takes no --latents" in capsys.readouterr().err
     with pytest.raises(ReducioError, match="the adaptive weight needs the whole last layer"):
         recipe(loop=replace(LOOP, parallel="fsdp"))
 
@@ -202,7 +202,7 @@ def test_recipes_and_the_command(clips: Path, tmp_path: Path, capsys: pytest.Cap
 def test_an_ablation_trains_each_variant_and_compares_held_out_clips(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One thing differs between the runs; a second call trains nothing again and gives the same table."""
+    """The runs differ in one setting; a second call trains nothing and returns the same table."""
     sizes = [
         "channel_multipliers=[1, 1, 1, 1, 1, 1]",
         "base_channels=8",
@@ -210,9 +210,9 @@ def test_an_ablation_trains_each_variant_and_compares_held_out_clips(
         "fusion_head_dim=8",
     ]
     changes = [f"config.{change}" for change in sizes] + ["loop.steps=2", "loop.checkpoint_every=2", "held_out=1"]
-    words = ["train", "vae", "--recipe", "ablation-vae", "--clips", str(clips), "--no-progress"]
-    words += [word for change in changes for word in ("--set", change)]
-    command = [*words, "--ablation", "latent-channels", "--seeds", "2", "-o", str(tmp_path)]
+    argv = ["train", "vae", "--recipe", "ablation-vae", "--clips", str(clips), "--no-progress"]
+    argv += [word for change in changes for word in ("--set", change)]
+    command = [*argv, "--ablation", "latent-channels", "--seeds", "2", "-o", str(tmp_path)]
     assert main(command) == 0
     assert "latent-channels, held_out_psnr" in capsys.readouterr().out
     with (tmp_path / "ablation.csv").open() as file:
@@ -233,5 +233,5 @@ def test_an_ablation_trains_each_variant_and_compares_held_out_clips(
         (["--ablation", "fusion", "--set", "held_out=0"], "the recipe needs held_out"),
         (["--ablation", "fusion", "--set", "held_out=2"], "held_out=2: .* holds 2 clips"),
     ):
-        assert main([*words, "-o", str(tmp_path / "other"), *more]) == 2
+        assert main([*argv, "-o", str(tmp_path / "other"), *more]) == 2
         assert re.search(message, capsys.readouterr().err)

@@ -1,1 +1,1 @@
-"""From raw videos to a list of clips: shots, motion, text, scores; thresholds afterwards, by percentile."""
+"""Curation of raw videos into a list of clips: detects shots, measures scores, then selects clips by percentile."""

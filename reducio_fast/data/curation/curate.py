@@ -1,7 +1,7 @@
-"""The whole of curation: each video once through the reader, its shots and their scores into a part of the manifest.
+"""Runs the curation: reads each video once and writes its shots and their scores into a part of the manifest.
 
-`curate_video` is a plain function of a path and settings. A pool of processes runs it on one machine, Ray Data on many:
-both write the same parts, so both give the same manifest.
+`curate_video` is a plain function of a path and settings. A pool of processes runs it on one machine, Ray Data on many.
+Both write the same parts and so produce the same manifest.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from .on_ray import map_on_ray
 from .shots import ShotFinder
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-SAMPLED = 2.0  # frames a second that motion is measured on, and among which a shot's first, middle and last are chosen
-DETECTION_SIDE = 144  # pixels of the short side that cuts are looked for at
+SAMPLED = 2.0  # frames a second that are kept: they measure motion and supply a shot's first, middle and last picture
+DETECTION_SIDE = 144  # pixels of the short side of the frames in which cuts are searched
 THUMBNAIL = (80, 144)
-VIDEOS_A_WORKER = 16  # then it is replaced: decoders and detectors are known to keep memory
+VIDEOS_A_WORKER = 16  # videos after which a worker is replaced, because decoders and detectors leak memory
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a worker needs to know; travels to it as it is."""
+    """Settings of a worker; pickled and sent to it."""
 
     out: str
-    text: bool = True  # looking for text is half of the work
+    text: bool = True  # measure `text_area`: half of the computation
     clip_weights: str | None = None
     aesthetic_head: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A video to look at, by the name it has in the manifest, and its caption."""
+    """A video to curate, named by its path in the manifest, and its caption."""
 
     path: str
     caption: str | None = None
@@ -52,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did: parts that were there, made, and of these with an error."""
+    """Counts of a run: `kept` parts existed before, `made` parts are new, `broken` of the new ones hold an error."""
 
     kept: int
     made: int
@@ -60,9 +60,9 @@ class Outcome:
 
 
 def find_sources(inputs: Sequence[str | os.PathLike[str]], captions: Mapping[str, str] | None = None) -> list[Source]:
-    """Videos named, or anywhere in the folders named, sorted. `captions`: by file name or by path.
+    """The named videos and all videos below the named folders, sorted. Keys of `captions` are paths or file names.
 
-    Raises `ReducioError` for a path that does not exist and where there is no video at all.
+    Raises `ReducioError` for a path that does not exist, or if there is no video at all.
     """
     found = set()
     for given in map(Path, inputs):
@@ -86,11 +86,11 @@ def curate(
     ray: str | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Makes the parts of the manifest that are not there yet, in `settings.out`.
+    """Write the missing parts of the manifest into `settings.out`.
 
     Args:
-        workers: processes on this machine; None is one a core. 0 runs in this process.
-        ray: address of a Ray cluster ("local" starts one here) to run on instead.
+        workers: processes on this machine; None means one per core, 0 runs in this process.
+        ray: address of a Ray cluster to run on instead; "local" starts one on this machine.
     """
     from tqdm import tqdm
 
@@ -108,7 +108,7 @@ def curate(
 
 
 def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool]:
-    """One result a video. A worker that dies takes its video along: that one is a row with the reason."""
+    """Yield one result per video. A video whose worker dies becomes a row with an error."""
     remaining = list(todo)
     recycled: Any = {"max_tasks_per_child": VIDEOS_A_WORKER} if sys.version_info >= (3, 11) else {}
     while remaining:
@@ -124,7 +124,8 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
         remaining = [source for source in remaining if source not in done]
         if not suspects:
             return
-        # Any of the videos under way may have ended it: alone in a pool, only the guilty one does so again.
+        # Any video that was in progress may have killed the worker. Each of them runs again in a pool of its own,
+        # where only the video that caused the crash crashes again.
         for source in suspects[:workers]:
             try:
                 with ProcessPoolExecutor(1, get_context("spawn")) as alone:
@@ -136,7 +137,7 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
 
 
 def curate_video(source: Source, settings: Settings) -> bool:
-    """Writes a video's part; False where the video could not be read, which the part then says."""
+    """Write a video's part. Returns False if the video could not be read; the part then holds the error."""
     try:
         rows = list(_clips(source, settings))
     except (ReducioError, OSError) as error:
@@ -157,10 +158,10 @@ def _write_error(source: Source, settings: Settings, reason: str) -> None:
 
 
 def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
-    """A row a shot. Frames are decoded once; two a second are kept as JPEG until it is known which are needed."""
+    """Yield one row per shot. Frames are decoded once; two a second are kept as JPEG until all shots are found."""
     cv2 = scores.opencv()
     finder: ShotFinder | None = None
-    kept: list[tuple[int, np.ndarray, np.ndarray]] = []  # number, gray and small, JPEG
+    kept: list[tuple[int, np.ndarray, np.ndarray]] = []  # (frame number, small gray frame, JPEG)
     fps, height, width, every = 0.0, 0, 0, 1
     for number, (frame, rate) in enumerate(ffmpeg.frames(Path(source.path))):
         if finder is None:
@@ -170,7 +171,7 @@ def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
         if number % every == 0:
             jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
             kept.append((number, scores.small_gray(frame), jpeg))
-    assert finder is not None, "the reader raises where there is no frame"
+    assert finder is not None, "ffmpeg.frames raises if there is no frame"
     digest = file_sha256(source.path)
     scorer = _clip_scorer(settings.clip_weights, settings.aesthetic_head)
     for start, end in finder.shots():
@@ -211,7 +212,7 @@ _scorers: dict[tuple[str, str | None], scores.ClipScorer] = {}
 
 
 def _clip_scorer(weights: str | None, head: str | None) -> scores.ClipScorer | None:
-    """One a process: loading takes longer than scoring a video."""
+    """The process's scorer, cached because loading it takes longer than scoring a video."""
     if weights is None:
         return None
     if (weights, head) not in _scorers:

@@ -1,7 +1,7 @@
-"""The list of clips: a Parquet part a source video, written whole or not at all; the list is their union.
+"""The list of clips: one Parquet part per source video, written atomically; the list is the union of the parts.
 
-So it depends neither on the order in which videos were looked at nor on who did it, and a stopped run goes on with the
-videos that have no part. A video that cannot be read is a row with its reason.
+So the list depends neither on the order in which the videos were processed nor on the process that did it, and a
+stopped run resumes with the videos that have no part. A video that cannot be read is a row with an error message.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..parquet import pyarrow_modules
 
 VERSION = "1"
 PARTS, THUMBNAIL = "parts", "thumbnail"
-# Column -> type. `start` and `end` count frames as this project's reader gives them; `motion` is in percent of the
-# short side in half a second, `text_area` a share of the frame. A row with `error` has no scores.
+# Column -> type. `start` and `end` are frame numbers of `media.ffmpeg.frames`; `motion` is in percent of the short side
+# per half second, `text_area` is a share of the frame. A row with `error` has no scores.
 COLUMNS: dict[str, str] = {
     "id": "string",
     "video": "string",
@@ -41,7 +41,7 @@ COLUMNS: dict[str, str] = {
 
 
 def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """A manifest of these rows; what a row does not name is null."""
+    """Write a manifest of these rows; columns that a row lacks are null."""
     pyarrow, parquet = pyarrow_modules()
     complete = [{name: row.get(name) for name in COLUMNS} for row in rows]
     with written_whole(path) as temporary:
@@ -49,8 +49,7 @@ def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def part_path(folder: str | os.PathLike[str], video: str) -> Path:
-    """The file of a video's rows. Its name is a hash of the video's path, so that a look at the folder tells whether
-    the video is done."""
+    """Path of a video's part. Its name is a hash of the video's path, so a check for it reads no video."""
     name = hashlib.sha256(os.fsencode(os.path.abspath(video))).hexdigest()[:20]
     return Path(folder) / PARTS / f"part-{name}.parquet"
 
@@ -58,7 +57,7 @@ def part_path(folder: str | os.PathLike[str], video: str) -> Path:
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a manifest file, or of all parts of a folder, sorted by id, without the pictures (`thumbnails`).
 
-    Raises `ReducioError` for what is no manifest, damaged or of another version, with what to run again.
+    Raises `ReducioError`, with the command to run, if there is no manifest or it is damaged or of another version.
     """
     path = Path(path)
     if path.is_dir():

@@ -1,6 +1,6 @@
-"""A function over many tasks on a Ray cluster: Ray Data hands them out.
+"""Maps a function over many tasks on a Ray cluster; Ray Data schedules them.
 
-Results are files that the function writes where every machine sees them; rows come back in any order.
+The function writes its output as files on a file system that all machines share; its return values arrive in any order.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ _Task = TypeVar("_Task")
 
 
 def map_on_ray(tasks: Sequence[_Task], function: Callable[[_Task], Any], address: str) -> Iterator[Any]:
-    """`function` of each task, one CPU each, in any order. `address` "local" starts a cluster on this machine."""
+    """Yield `function(task)` of each task, in any order; a task uses one CPU.
+
+    `address` "local" starts a cluster on this machine. Raises `ReducioError` without Ray, or if there is no cluster.
+    """
     try:
-        # Before the import: else it writes a token into the home folder and reports its use.
+        # Must be set before the import; otherwise Ray writes a token into the home folder and sends usage statistics.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray

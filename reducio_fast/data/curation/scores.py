@@ -1,7 +1,7 @@
-"""What is measured of a shot: motion, text in the picture, and, where weights are given, what CLIP makes of it.
+"""Scores of a shot: motion, area of text, and, if weights are given, CLIP similarity and aesthetic score.
 
-Scores, no verdicts: thresholds are percentiles of the whole list, chosen afterwards, so that another threshold never
-decodes a video again.
+This module only measures. The selection applies thresholds, percentiles of the whole list, afterwards, so a change of
+a threshold does not decode a video again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import numpy as np
 
 from ...system.errors import ReducioError
 
-SURE = 0.85  # of the recogniser: real text read 0.99, a face that it took for a letter 0.75
+SURE = 0.85  # least confidence of the text recogniser: real text scored 0.99, a face mistaken for a letter 0.75
 MOTION_SIDE = 128  # pixels of the short side at which flow is measured
 
 
 def motion(gray: Sequence[np.ndarray]) -> float | None:
     """Mean length of Farneback's optical flow between neighbouring frames, uint8 [h, w], in percent of the short side.
 
-    Frames are half a second apart: from one frame to the next a slow pan is nothing. None for fewer than two frames.
+    The frames are half a second apart, because a slow pan barely moves between consecutive frames. None for fewer than
+    two frames.
     """
     cv2 = opencv()
     if len(gray) < 2:
@@ -37,8 +38,8 @@ def motion(gray: Sequence[np.ndarray]) -> float | None:
 def text_area(frames: Sequence[np.ndarray]) -> float:
     """The largest share of a frame, uint8 [H, W, 3], that text covers, 0..1.
 
-    RapidOCR's detector finds boxes and its recogniser reads them: what cannot be read is no text. The detector alone
-    took a whole frame of two real clips for one letter (scores of 0.5 to 0.74).
+    RapidOCR's detector finds boxes and its recogniser reads them; boxes that it cannot read do not count. In two real
+    clips the detector alone reported a whole frame as one letter (scores of 0.5 to 0.74).
     """
     return max((_text_share(frame) for frame in frames), default=0.0)
 
@@ -50,7 +51,7 @@ def _text_share(frame: np.ndarray) -> float:
 
 
 def polygon_area(corners: np.ndarray) -> float:
-    """Of a polygon [n, 2], by the shoelace formula."""
+    """Area of a polygon with corners [n, 2], by the shoelace formula."""
     x, y = corners[:, 0], corners[:, 1]
     return 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
 
@@ -75,7 +76,7 @@ def small_gray(frame: np.ndarray) -> np.ndarray:
 
 
 class ClipScorer:
-    """open_clip on the middle frame: how well it fits a caption, and LAION's aesthetic score from a linear head.
+    """Scores the middle frame with open_clip: similarity to a caption, and LAION's aesthetic score by a linear head.
 
     `weights`: a folder in open_clip's format; `head`: safetensors with `weight` [1, C] and `bias` [1], or None.
     """
@@ -117,5 +118,5 @@ def opencv() -> Any:
         import cv2
     except ImportError as error:
         raise ReducioError('curation needs OpenCV; pip install "reducio-fast[curate]"') from error
-    cv2.setNumThreads(1)  # a worker a core: threads within would only wait for each other
+    cv2.setNumThreads(1)  # there is one worker per core, so more threads would only compete for the cores
     return cv2

@@ -1,4 +1,4 @@
-"""Which clips are kept: thresholds by percentile of the list itself, or as values; and a page that shows it."""
+"""Selects clips by thresholds (values, or percentiles of the list) and writes an HTML report of the selection."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Threshold:
 
     @classmethod
     def parse(cls, text: str) -> Threshold:
-        """From "motion.min=20%" or "text_area.max=0.05"."""
+        """Parse "motion.min=20%" or "text_area.max=0.05". Raises `ReducioError` for another form."""
         name, _, amount = text.partition("=")
         score, _, side = name.partition(".")
         if score not in SCORES or side not in SIDES:
@@ -44,7 +44,7 @@ class Threshold:
         return cls(score, side, value, amount.endswith("%"))
 
     def value(self, rows: Sequence[Mapping[str, Any]]) -> float:
-        """The threshold in the score's own unit. Raises `ReducioError` where no clip has the score."""
+        """The threshold in the unit of the score. Raises `ReducioError` if no clip has the score."""
         known = [row[self.score] for row in rows if row[self.score] is not None]
         if not known:
             raise ReducioError(f"threshold on {self.score}: no clip of the manifest has that score")
@@ -57,7 +57,10 @@ class Threshold:
 def select(
     rows: Sequence[dict[str, Any]], thresholds: Sequence[Threshold], shortest: int = 1
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The clips that pass, and how many each threshold alone drops. A clip without a score passes its thresholds."""
+    """The clips that pass all thresholds, and how many clips each threshold drops on its own.
+
+    A clip without a score passes the thresholds on that score. `shortest` is the least length in frames.
+    """
     clips = [row for row in rows if row["error"] is None]
     drops = {"unreadable": len(rows) - len(clips)}
     passed = {row["id"]: row["end"] - row["start"] >= shortest for row in clips}
@@ -77,8 +80,7 @@ def write_report(
     folder: Path, rows: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]], drops: Mapping[str, int],
     thresholds: Sequence[Threshold],
 ) -> None:  # fmt: skip
-    """Writes `report.html` into a manifest's folder, one page without scripts: counts, a histogram of each score with
-    its thresholds, pictures of clips."""
+    """Write `report.html` into a manifest's folder: counts, a histogram per score with its thresholds, thumbnails."""
     clips = [row for row in rows if row["error"] is None]
     chosen = {row["id"] for row in kept}
     parts = ["<!doctype html><meta charset=utf-8><title>Curation</title>", _STYLE, "<h1>Curation</h1>"]
@@ -106,7 +108,7 @@ _STYLE = (
     "<style>body{font:14px sans-serif;max-width:75em;margin:2em auto}td,th{text-align:left;padding-right:2em}"
     "figure{display:inline-block;margin:2px;width:144px}figcaption{font-size:11px}</style>"
 )
-_SHOWN = 96  # clips a contact sheet
+_SHOWN = 96  # clips on a contact sheet
 
 
 def _histogram(values: np.ndarray, lines: Sequence[float], bins: int = 40) -> str:
@@ -126,7 +128,7 @@ def _histogram(values: np.ndarray, lines: Sequence[float], bins: int = 40) -> st
 
 
 def _contact_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> str:
-    """Evenly chosen by motion, from the stillest to the liveliest."""
+    """HTML of at most `_SHOWN` clips, spaced evenly in the order of their motion."""
     ordered = sorted(rows, key=lambda row: (row["motion"] or 0.0, row["id"]))
     places = np.unique(np.linspace(0, len(ordered) - 1, min(_SHOWN, len(ordered))).round().astype(int))
     shown = [ordered[i] for i in places]

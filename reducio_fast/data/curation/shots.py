@@ -1,7 +1,7 @@
-"""Where a video is cut, by PySceneDetect at three frame rates, as Stable Video Diffusion's curation does it.
+"""Finds the shots of a video with PySceneDetect at three frame rates, as Stable Video Diffusion's curation does.
 
-A hard cut shows at every rate; a fade shows only where frames lie far apart. Three detectors look at each rate:
-content (colours jump), adaptive (more than their neighbours do) and threshold (through black).
+A hard cut is visible at every rate; a fade is visible only between frames that lie far apart. Three detectors run at
+each rate: content (a jump in colour), adaptive (a jump larger than those around it) and threshold (a fade to black).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 
 from ...system.errors import ReducioError
 
-STRIDES = (1, 3, 6)  # of 24 to 30 frames a second: each, 8 to 10, 4 to 5
-MERGED = 12  # frames: at stride 6 a hard cut is found up to 10 frames late
-SHORTEST = 15  # frames, PySceneDetect's own: what is shorter is a flash
+STRIDES = (1, 3, 6)  # at 24 to 30 frames a second: every frame, 8 to 10 and 4 to 5 frames a second
+MERGED = 12  # frames within which cuts count as one: at stride 6 a hard cut is found up to 10 frames late
+SHORTEST = 15  # frames, PySceneDetect's default: a shorter shot is a flash
 
 
 class ShotFinder:
-    """Takes the frames of one video in turn, small and uint8 [h, w, 3] in RGB; then says where the shots are."""
+    """Finds the shots of one video: call `add` with each small frame, uint8 [h, w, 3] in RGB, then `shots`."""
 
     def __init__(self, fps: float) -> None:
         try:
@@ -43,7 +43,7 @@ class ShotFinder:
         self.count += 1
 
     def shots(self) -> list[tuple[int, int]]:
-        """First frame and the one after the last of each shot, in order."""
+        """(first frame, frame after the last) of each shot, in order."""
         if self.count == 0:
             return []
         for stride, detectors in self._detectors.items():
@@ -61,8 +61,9 @@ class ShotFinder:
 def join_cuts(cuts: dict[int, set[int]], count: int) -> list[tuple[int, int]]:
     """Shots of a video of `count` frames from the cuts found at each stride.
 
-    Cuts within `MERGED` frames are one, at the place that the finest stride gives it. What a coarser stride alone has
-    seen is a fade somewhere between two of its frames: both are ends of a shot, and what lies between is in none.
+    Cuts within `MERGED` frames count as one, at the position found with the finest stride. A cut that only a coarser
+    stride finds is a fade between two frames of that stride: one shot ends at the first of them, the next starts at
+    the second, and no shot contains the frames between.
     """
     gaps: list[tuple[int, int]] = []
     for stride in sorted(cuts):

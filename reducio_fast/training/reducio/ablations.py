@@ -1,7 +1,7 @@
-"""The paper's ablations: a recipe trained once for every variant and seed, with one thing changed between variants.
+"""The paper's ablations: trains a recipe once for every variant and seed; variants differ in one setting.
 
-Each run lies in a folder of its own, `VARIANT/seed-N`, and resumes like any other; its `log.csv` is the curve. The
-table of all runs is `ablation.csv`.
+Each run has its own folder `VARIANT/seed-N` and can be resumed; its `log.csv` is the training curve. `ablation.csv` is
+the table of all runs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ TABLE = "ablation.csv"
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
-    """`variants`: name -> changes of a recipe, as `--set` takes them. `figure`: of held-out clips, that is compared."""
+    """An ablation. `variants` maps a name to changes of the recipe, in the notation of `--set`."""
 
-    model: str  # whose recipe it changes: "dit" or "vae"
-    figure: str
-    paper: str  # what the paper found
+    model: str  # "dit" or "vae": the kind of recipe
+    figure: str  # name of the compared figure, measured on held-out clips
+    paper: str  # result of the paper
     variants: Mapping[str, tuple[str, ...]]
 
 
@@ -64,28 +64,28 @@ ABLATIONS: dict[str, Ablation] = {
 def run_ablation(
     name: str, train: Callable[[list[str], Path], dict[str, float]], out: Path, seeds: int
 ) -> list[dict[str, Any]]:
-    """Trains all variants, seed by seed, and writes `out/ablation.csv`. Returns its rows.
+    """Train all variants, seed by seed, write `out/ablation.csv` and return its rows.
 
     Args:
         train: called with changes of the recipe and the folder of a run; returns the run's figures.
-        seeds: runs of each variant, with `loop.seed` 0, 1, ...
+        seeds: number of runs per variant, with `loop.seed` 0, 1, ...
 
     Raises:
-        ReducioError: a run reports no figure of held-out clips.
+        ReducioError: the figures of a run lack the compared figure, because the recipe sets no `held_out`.
     """
     ablation, rows = ABLATIONS[name], []
     for seed in range(seeds):
         for variant, changes in ablation.variants.items():
             figures = train([*changes, f"loop.seed={seed}"], out / variant / f"seed-{seed}")
             if ablation.figure not in figures:
-                raise ReducioError(f"ablation {name}: the recipe needs held_out, the clips that are compared on")
+                raise ReducioError(f"ablation {name}: the recipe needs held_out, the number of clips to compare on")
             rows.append({"variant": variant, "seed": seed, **figures})
             _write(rows, out / TABLE)
     return rows
 
 
 def summary(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for people: mean, least and greatest figure of each variant over the seeds, and what the paper found."""
+    """Lines to print: mean and range of each variant's figure over the seeds, and the result of the paper."""
     ablation = ABLATIONS[name]
     lines = [f"{name}, {ablation.figure} (the paper, {ablation.paper})"]
     for variant in ablation.variants:

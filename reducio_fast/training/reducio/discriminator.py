@@ -1,4 +1,4 @@
-"""The 3D patch discriminator of the Reducio-VAE release: is this piece of a clip real?
+"""The 3D patch discriminator of the Reducio-VAE release: classifies each patch of a clip as real or generated.
 
 Letters in shapes: B batch, C channels, T frames, H W rows and columns.
 """
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """Clips [B, 3, T, H, W] -> one logit a patch, [B, 1, T/8, H/8 - 2, W/8 - 2] of a clip whose sides 8 divides.
+    """Clips [B, 3, T, H, W] -> one logit per patch, [B, 1, T/8, H/8 - 2, W/8 - 2] if T, H and W are multiples of 8.
 
-    `norm`: "batch", as the release has it, depends on how a batch is shared by processes; "group" does not.
+    `norm`: "batch" is the release's; its statistics depend on how processes split the batch, those of "group" do not.
     """
 
     def __init__(self, width: int = 64, norm: str = "batch") -> None:
@@ -45,12 +45,12 @@ def _norm(kind: str, channels: int) -> nn.Module:
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Of the discriminator: real logits above 1, generated ones below -1."""
+    """Hinge loss of the discriminator: zero if all real logits are above 1 and all generated ones below -1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, most: float = 1e4) -> Tensor:
-    """By how much the adversarial loss must be scaled for gradients of equal size at the last layer (VQGAN)."""
-    of_pixels = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
-    of_judge = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0]
-    return (of_pixels.norm() / (of_judge.norm() + 1e-4)).clamp(0, most).detach()
+    """Factor that makes the adversarial loss's gradient at the last layer as large as the reconstruction's (VQGAN)."""
+    reconstruction_grad = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
+    adversarial_grad = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0]
+    return (reconstruction_grad.norm() / (adversarial_grad.norm() + 1e-4)).clamp(0, most).detach()

@@ -1,8 +1,8 @@
-"""The transformer's recipe: latents of `extract` in, a model folder that `generate()` loads out.
+"""The transformer's recipe: trains on latents of `extract` and writes a model folder that `generate()` loads.
 
-Every draw (rows, noise, time, dropped captions) depends on the seed, the step and the row's place in the global batch:
-how many processes share the batch, and in how many parts, changes nothing. Letters in shapes: B batch, C channels, T
-frames, H W rows and columns, L text positions, S semantic tokens.
+Every random draw (rows, noise, time, dropped captions) depends on the seed, the step and the row's index in the global
+batch, so the number of processes and of micro-batches does not change it. Letters in shapes: B batch, C channels,
+T frames, H W rows and columns, L text positions, S semantic tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .extract import encoder_checksums
 from .objective import Objective
 
 IMAGE_CONDITIONS = ("semantic", "content")
-# A later stage may add these; they start silent.
+# Embeddings that a later training stage may add; their output starts at zero.
 ADDED_EMBEDDINGS = tuple(
     f"adaln_single.emb.{name}_embedder." for name in ("resolution", "aspect_ratio", "fps", "motion")
 )
@@ -44,21 +44,22 @@ ADDED_EMBEDDINGS = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiTRecipe:
-    """How a transformer is trained. Sizes of the batch are global: processes and micro-batches share it."""
+    """Settings of a transformer's training. `batch` is global: all processes and micro-batches share it."""
 
     loop: LoopConfig
-    batch: int  # clips a step; `loop.micro_batches` parts of it are computed one after the other or side by side
+    batch: int  # clips per step, split into `loop.micro_batches` parts
     model: str | None = None  # a preset of `DIT_PRESETS`; None: the configuration of `start`
-    config: dict[str, Any] = field(default_factory=dict)  # fields of `DiTConfig` over the preset's
-    start: str | None = None  # a folder with the weights to begin with: of `convert`, or of the stage before
+    config: dict[str, Any] = field(default_factory=dict)  # fields of `DiTConfig` that replace the preset's
+    start: str | None = None  # folder with the initial weights, written by `convert` or by the previous stage
     objective: str = "epsilon"
-    condition_drop: float = 0.1  # of the captions, replaced by the null text: what guidance leads away from
-    image_drop: float = 0.0  # of the content frames, with their captions
-    clip_drop: float = 0.1  # of the frame rates and motions, told apart, where config.clip_conditioning is true
-    gradient_checkpointing: bool = False  # activations of a block are computed again on the way back
-    threads: int | None = None  # of each process; they decide how sums are rounded
-    held_out: int = 0  # clips of the first bucket kept from training, whose error is reported at the end
-    # Of the content frame: OpenCLIP's tokens, the content latent. A model of one is saved without the other's encoder.
+    condition_drop: float = 0.1  # share of captions replaced by the null text, for classifier-free guidance
+    image_drop: float = 0.0  # share of content frames that are dropped together with their captions
+    clip_drop: float = 0.1  # share of frame rates, and of motions, dropped if config.clip_conditioning is true
+    gradient_checkpointing: bool = False  # recompute the activations of a block in the backward pass
+    threads: int | None = None  # CPU threads of each process; their number affects the rounding of sums
+    held_out: int = 0  # clips of the first bucket excluded from training; their error is reported at the end
+    # Conditions from the content frame: OpenCLIP tokens and content latent. A model trained with one of them is saved
+    # without the encoder of the other.
     image_conditions: tuple[str, ...] = IMAGE_CONDITIONS
 
     def __post_init__(self) -> None:
@@ -84,14 +85,14 @@ class Batch:
     latent: Tensor  # [B, C, T, H, W]
     noise: Tensor
     time: Tensor  # [B] in 0..1
-    text: Tensor  # [B, L, C], where dropped the null text
+    text: Tensor  # [B, L, C]; the null text for dropped captions
     mask: Tensor  # bool [B, L]
     semantic: Tensor | None  # [B, S, C]
     content: Tensor | None  # [B, 4, H/8, W/8]
-    clip: Tensor  # [B, 2], frame rate and motion, NaN where dropped or not known
+    clip: Tensor  # [B, 2], frame rate and motion; NaN if dropped or unknown
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """The batch with all tensors on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{name: None if x is None else x.to(device, non_blocking=True) for name, x in moved.items()})
 
@@ -106,16 +107,18 @@ def train_dit(
     accept_changes: bool = False,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Trains a transformer and writes `out/model`, with the encoders and the autoencoder of `model` beside it.
+    """Train a transformer and write `out/model`: the transformer with the encoders and the autoencoder of `model`.
 
     Args:
-        latents: folder that `extract` made with the encoders of `model`.
-        out: gets `runs/dit` (checkpoints, log) and `model`; under torchrun the same for all processes.
-        model: model folder; None is the embedded one.
+        latents: folder that `extract` wrote with the encoders of `model`.
+        out: output folder, with `runs/dit` (checkpoints, log) and `model`; under torchrun the same for all processes.
+        model: model folder; None means the embedded model.
 
-    Returns the last logged figures, with `steps`, `seconds`, seconds a step and, of held-out clips, `held_out_error`.
+    Returns:
+        The last logged figures, `steps`, `seconds`, seconds per step and, with held-out clips, `held_out_error`.
 
-    Raises `ReducioError`, among others, for latents that other encoders made.
+    Raises:
+        ReducioError: the latents come from other encoders or do not fit the network, or see `loop.run`.
     """
     folder = Path(model) if model is not None else embedded_model()
     if not (folder / MODEL_INDEX).is_file():
@@ -159,7 +162,7 @@ def build_network(recipe: DiTRecipe) -> ReducioDiT:
     network = ReducioDiT(configured(base, recipe.config))
     for name, part in (("semantic", network.semantic_projection), ("content", network.content_embedding)):
         if name not in recipe.image_conditions:
-            part.requires_grad_(False)  # no gradient reaches it, and processes would wait for one
+            part.requires_grad_(False)  # it gets no gradient, and DDP would wait for one
     if first is not None:
         _start_from(network, first, folder)
     if recipe.gradient_checkpointing:
@@ -168,7 +171,7 @@ def build_network(recipe: DiTRecipe) -> ReducioDiT:
 
 
 def _start_from(network: ReducioDiT, other: ReducioDiT, folder: Path) -> None:
-    """Takes the weights of the stage before. The embeddings that a stage adds, as 1024 does for sizes, start silent."""
+    """Load the weights of the previous stage. Embeddings that this stage adds (1024: for sizes) start with output 0."""
     weights, wanted = other.state_dict(), network.state_dict()
     new = [name for name in wanted if name not in weights]
     if not all(name.startswith(ADDED_EMBEDDINGS) for name in new) or any(
@@ -185,7 +188,7 @@ def _start_from(network: ReducioDiT, other: ReducioDiT, folder: Path) -> None:
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Lets blocks keep their inputs alone for the backward pass, and compute the rest again."""
+    """Make blocks keep only their inputs for the backward pass and recompute their activations there."""
     for block in blocks:
         forward = block.forward
         block.forward = lambda *inputs, _forward=forward: (  # type: ignore[method-assign]
@@ -226,7 +229,7 @@ class Trainer:
 
 
 class Drops(NamedTuple):
-    """What a clip is not told. A dropped content frame takes its caption along."""
+    """The dropped conditions of a clip. Dropping the content frame also drops the caption."""
 
     caption: bool = False
     image: bool = False
@@ -237,9 +240,9 @@ class Drops(NamedTuple):
 def collate(
     samples: list[dict[str, Any]], noises: list[Tensor], times: list[float], null_text: Tensor, drops: list[Drops]
 ) -> Batch:
-    """Samples of one bucket as a batch.
+    """Stack samples of one bucket into a batch.
 
-    A dropped caption leaves as many null tokens as it had of its own, as in PixArt-alpha.
+    The same number of null tokens replaces the tokens of a dropped caption, as in PixArt-alpha.
     """
     longest = max(1, *(len(sample["text"]) for sample in samples))
     text = torch.zeros(len(samples), longest, null_text.shape[1])
@@ -270,12 +273,12 @@ def collate(
 
 
 def predict(network: ReducioDiT, batch: Batch, noisy: Tensor, timestep: Tensor) -> Tensor:
-    """The network's whole output."""
+    """All output channels of the network, including a learned variance."""
     return network(noisy, timestep, batch.text, batch.mask, batch.semantic, batch.content, clip=batch.clip)
 
 
 def _take_held_out(dataset: LatentDataset, recipe: DiTRecipe) -> Batch | None:
-    """Takes the last clips of the first bucket out of a dataset, with noise and times that never change."""
+    """Remove the last clips of the first bucket from the dataset; return them with fixed noise and times."""
     if not recipe.held_out:
         return None
     samples = dataset.take_last(next(iter(dataset.counts)), recipe.held_out)
@@ -288,7 +291,7 @@ def _take_held_out(dataset: LatentDataset, recipe: DiTRecipe) -> Batch | None:
 
 @torch.no_grad()
 def held_out_error(network: ReducioDiT, objective: Objective, batch: Batch) -> float:
-    """Mean squared error on clips never trained on."""
+    """Mean squared error of the prediction on the held-out clips."""
     parts = objective.loss(lambda x, t: predict(network, batch, x, t), batch.latent, batch.noise, batch.time)[1]
     return float(parts["error"].mean())
 
@@ -307,7 +310,7 @@ def _check_fits(config: DiTConfig, dataset: LatentDataset) -> None:
 
 
 def export(config: DiTConfig, outcome: Outcome, recipe: DiTRecipe, model: Path, target: Path) -> ReducioDiT:
-    """Writes `model` with the averaged weights and the fitting scheduler in the place of its own. -> the network."""
+    """Write a copy of `model` with the averaged weights and the objective's scheduler; return the network."""
     from ...pipelines.reducio.pipeline import ReducioPipeline
 
     network = ReducioDiT(config)

@@ -1,8 +1,8 @@
-"""Latents and conditions of a curated list of clips, as the released extraction defines them.
+"""Encodes a curated list of clips into latents and conditions, as the released extraction does.
 
-Of each 16-frame chunk: the motion latent (a draw from the posterior, layer-normed), the content autoencoder's latent
-and the semantic tokens of the centre frame; of each distinct caption its embedding. All encoders are frozen while the
-transformer trains, so each clip is encoded once.
+Each 16-frame chunk yields the motion latent (a sample of the posterior, layer-normed) and, from its centre frame, the
+content autoencoder's latent and the semantic tokens; each distinct caption yields its embedding. The encoders are
+frozen during the transformer's training, so each clip is encoded only once.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from ...reference import ReducioVAE, VAEConfig
 from ...system.errors import ReducioError, first_line
 
 ENCODERS = ("vae", "content_encoder", "image_encoder", "text_encoder", "tokenizer")
-RATE = 16.0  # frames a second that the release trains at: every round(fps / 16)-th frame of a video
+RATE = 16.0  # the release's training frame rate: every round(fps / 16)-th frame of a video is used
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractSettings:
-    """What an extraction writes, and where. Plain data: it travels to other machines."""
+    """Settings of an extraction. Plain data, since Ray pickles it for other machines."""
 
     model: str
     out: str
-    size: int = 256  # 256, 512 or 1024 with their aspect buckets, or any other multiple of 32: squares alone
+    size: int = 256  # 256, 512 or 1024 with their aspect buckets; any other multiple of 32 gives squares only
     shard_size: int = 256
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "float32"  # that the encoders run in
+    dtype: str = "float32"  # of the encoders
     caption_length: int = 120
 
 
@@ -64,17 +64,19 @@ def extract(
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, int]:
-    """Writes the latents of a manifest's clips into `out`; goes on where a stopped run left off.
+    """Write the latents of a manifest's clips into `out`; resume a stopped extraction.
 
     Args:
-        clips: a manifest, as `reducio-fast curate` and `select` write it.
-        model: folder whose encoders are used; None is the embedded one.
+        clips: a manifest written by `reducio-fast curate` or `select`.
+        model: model folder with the encoders; None means the embedded model.
         ray: address of a Ray cluster to run on.
         settings: see `ExtractSettings`.
 
-    Returns counts: `clips`, `errors` (clips whose video could not be read again), `shards` made now.
+    Returns:
+        Counts: `clips`, `errors` (clips that could not be decoded or encoded), `shards` (written by this call).
 
-    Raises `ReducioError` for a manifest or a model that cannot be read, and a folder of other clips or encoders.
+    Raises:
+        ReducioError: the manifest or the model cannot be read, or `out` holds latents of other clips or encoders.
     """
     folder = Path(model) if model is not None else embedded_model()
     if not (folder / MODEL_INDEX).is_file():
@@ -109,7 +111,7 @@ def extract(
 
 
 def chunks_of(rows: Sequence[dict[str, Any]], num_frames: int, table: Sequence[Size]) -> tuple[list[str], list[Clip]]:
-    """The distinct captions, sorted, and every whole chunk of every clip, at about `RATE` frames a second."""
+    """The distinct captions, sorted, and all complete chunks of all clips, at about `RATE` frames a second."""
     rows = [row for row in rows if row["error"] is None]
     captions = sorted({row["caption"] or "" for row in rows})
     number = {caption: i for i, caption in enumerate(captions)}
@@ -143,7 +145,7 @@ def _table(size: int, config: VAEConfig) -> list[Size]:
 
 
 class Encoders:
-    """The frozen networks, once a process."""
+    """The frozen encoders of a model folder."""
 
     def __init__(self, settings: ExtractSettings, config: VAEConfig) -> None:
         folder, dtype, device = Path(settings.model), getattr(torch, settings.dtype), settings.device
@@ -160,7 +162,10 @@ class Encoders:
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray, clip_id: str) -> dict[str, Tensor]:
-        """A chunk uint8 [T, H, W, 3] -> its tensors, float16. The draws depend on the seed and the clip's id alone."""
+        """Encode a chunk, uint8 [T, H, W, 3], into float16 tensors. Sampling depends only on the seed and the id.
+
+        Raises `ReducioError` if a value does not fit float16.
+        """
         video = to_unit(frames, self.device, self.dtype).transpose(0, 1)[None]
         tiled = self.config.needs_tiling(*frames.shape[1:3])
         generator = torch.Generator("cpu").manual_seed((self.settings.seed << 32) + zlib.crc32(clip_id.encode()))
@@ -175,19 +180,19 @@ class Encoders:
 
 
 def encode_captions(encoders: Encoders, captions: Sequence[str], out: Path, shard_size: int) -> None:
-    """Writes the text shards that are not there yet."""
+    """Write the missing text shards."""
     for number in range(-(-len(captions) // shard_size)):
         if (out / latent_shards.TEXT / f"shard-{number:05d}.safetensors").is_file():
             continue
         texts = []
         for caption in captions[number * shard_size : (number + 1) * shard_size]:
-            text, mask = encoders.text([caption])  # one by one: an embedding's bytes depend on no other's
+            text, mask = encoders.text([caption])  # one by one, so that no other caption affects an embedding's bytes
             texts.append(text[0, mask[0]].half().cpu())
         latent_shards.write_text(out, number, texts)
 
 
 def write_clips(encoders: Encoders, shard: Shard, out: Path) -> int:
-    """Encodes and writes a shard; each video is decoded once. -> its number of clips."""
+    """Encode and write a shard, decoding each video once; return the shard's number of clips."""
     samples: dict[str, dict[str, Tensor] | str] = {}
     by_video = defaultdict(list)
     for clip in shard.clips:
@@ -209,7 +214,7 @@ def write_clips(encoders: Encoders, shard: Shard, out: Path) -> int:
 
 
 def _read(video: str, clips: Sequence[Clip], count: int) -> Any:
-    """Each clip with its frames uint8 [T, H, W, 3], as soon as its last frame has come."""
+    """Decode a video once and yield each clip with its frames, uint8 [T, H, W, 3], as soon as they are complete."""
     waiting = {clip.id: (clip, list[np.ndarray]()) for clip in clips}
     for number, (frame, _) in enumerate(ffmpeg.frames(Path(video))):
         for clip, frames in list(waiting.values()):
@@ -227,14 +232,14 @@ _loaded: dict[ExtractSettings, Encoders] = {}
 
 
 def extract_shard(settings: ExtractSettings, config: VAEConfig, shard: Shard) -> int:
-    """`write_clips` on another machine: the encoders are loaded there, once a process."""
+    """Run `write_clips` on a Ray worker, which loads the encoders once per process."""
     if settings not in _loaded:
         _loaded[settings] = Encoders(settings, config)
     return write_clips(_loaded[settings], shard, Path(settings.out))
 
 
 def encoder_checksums(model: str | os.PathLike[str]) -> dict[str, str]:
-    """What a folder of latents has to state to fit `model`."""
+    """Checksums (component -> SHA-256) of the encoders of `model`; latents made with them state the same values."""
     folder = Path(model)
     assert set(ENCODERS) <= set(REDUCIO.names)
     return {name: latent_shards.files_checksum(folder / name) for name in ENCODERS if (folder / name).is_dir()}

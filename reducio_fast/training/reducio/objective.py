@@ -1,6 +1,6 @@
-"""What the transformer is trained to predict: noise with a learned variance (PixArt-alpha), velocity, or a flow.
+"""Training objectives of the transformer: noise with a learned variance (PixArt-alpha), velocity, or rectified flow.
 
-Noising is diffusers' schedulers'. Letters in shapes: B batch, C channels, T frames, H W rows and columns.
+diffusers' schedulers add the noise. Letters in shapes: B batch, C channels, T frames, H W rows and columns.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ...system.errors import ReducioError
 
 OBJECTIVES = ("epsilon", "v_prediction", "rectified-flow")
 STEPS = 1000
-# PixArt-alpha's linear betas; it keeps a rest of signal at the last step (no zero terminal SNR).
+# PixArt-alpha's linear betas. Some signal remains at the last step (no zero terminal SNR).
 BETAS = {"num_train_timesteps": STEPS, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy [B, C, T, H, W], timestep [B]) -> the network's whole output
 
 
 class Objective:
-    """Loss of a batch. `learn_sigma`: the network's second half of channels is the variance; with "epsilon" only."""
+    """Loss of a batch. `learn_sigma`: the second half of the output channels is the variance; only with "epsilon"."""
 
     def __init__(self, name: str, learn_sigma: bool) -> None:
         if name not in OBJECTIVES:
@@ -38,7 +38,7 @@ class Objective:
         self.noiser = DDPMScheduler(**BETAS, prediction_type="epsilon" if name == "rectified-flow" else name)
 
     def scheduler(self) -> Any:
-        """The sampler that a model trained so is saved with."""
+        """The diffusers scheduler to save with a model that was trained with this objective."""
         if self.name == "rectified-flow":
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS)
         return DPMSolverMultistepScheduler(
@@ -46,16 +46,16 @@ class Objective:
         )
 
     def draw_time(self, rng: np.random.Generator) -> float:
-        """A time in 0..1: uniform, or, for a flow, logit-normal (Stable Diffusion 3): most of them in between."""
+        """Draw a time in 0..1: uniform; for rectified flow logit-normal (Stable Diffusion 3), densest in the middle."""
         if self.name == "rectified-flow":
             return 1 / (1 + math.exp(-rng.normal()))
         return (rng.integers(STEPS) + 0.5) / STEPS
 
     def loss(self, predict: Predict, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over a batch of latents [B, C, T, H, W] at times [B] in 0..1, and its parts a clip [B]."""
+        """Mean loss over a batch of latents [B, C, T, H, W] at times [B] in 0..1, and its parts per clip [B]."""
         if self.name == "rectified-flow":
             t = time.to(clean.dtype)[:, None, None, None, None]
-            # The timestep that diffusers' flow schedulers hand to the network is sigma times the number of steps.
+            # diffusers' flow schedulers pass sigma times the number of steps to the network as its timestep.
             output = predict((1 - t) * clean + t * noise, time * STEPS).float()
             error = _per_clip((output - (noise - clean)).square())
             return error.mean(), {"error": error.detach()}
@@ -68,17 +68,17 @@ class Objective:
             return error.mean(), {"error": error.detach()}
         predicted, variance = output.chunk(2, dim=1)
         error = _per_clip((predicted - target).square())
-        # The bound teaches the variance alone: the mean is taken as it is.
+        # The bound trains only the variance: the predicted mean is detached.
         bound = self.variational_bound(clean, noisy, predicted.detach(), variance, step)
         return (error + bound).mean(), {"error": error.detach(), "bound": bound.detach()}
 
     def variational_bound(
         self, clean: Tensor, noisy: Tensor, predicted: Tensor, variance: Tensor, step: Tensor
     ) -> Tensor:
-        """Bits an element of a clip [B] by which p(x[t-1] | x[t]) misses the true posterior (Nichol and Dhariwal 2021).
+        """KL divergence of p(x[t-1] | x[t]) from the true posterior, in bits per element [B] (Nichol, Dhariwal 2021).
 
-        `variance` in about -1..1 chooses between the posterior's and the forward process's, in logarithms. At t = 0,
-        where there is nothing before, it is the likelihood of the clean value, in bins of 1/127.5.
+        `variance` in about -1..1 interpolates between the logarithms of the posterior's and the forward process's
+        variance. At t = 0 the value is the negative log likelihood of the clean latent, in bins of width 2/255.
         """
         table = _posterior_table(clean.device)
         shape = (-1, 1, 1, 1, 1)
@@ -94,12 +94,13 @@ class Objective:
 
 
 def _posterior_table(device: torch.device) -> tuple[Tensor, ...]:
-    """By step: log of beta and of the posterior's variance, its mean's weights of x[0] and x[t], signal and noise."""
+    """Per step: log of beta and of the posterior's variance, the posterior mean's weights of x[0] and x[t], and the
+    scales of signal and noise."""
     betas = np.linspace(BETAS["beta_start"], BETAS["beta_end"], STEPS, dtype=np.float64)
     kept = np.cumprod(1 - betas)
     before = np.append(1.0, kept[:-1])
     variance = betas * (1 - before) / (1 - kept)
-    clipped = np.log(np.append(variance[1], variance[1:]))  # the first is zero
+    clipped = np.log(np.append(variance[1], variance[1:]))  # the variance of step 0 is zero
     rows = (
         np.log(betas),
         clipped,
@@ -112,7 +113,7 @@ def _posterior_table(device: torch.device) -> tuple[Tensor, ...]:
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log of the probability that a normal variable falls into x's bin, half a bin being 1/255."""
+    """Log of the probability that a normal variable falls into x's bin, [x - 1/255, x + 1/255]."""
     normal = torch.distributions.Normal(0.0, 1.0)
     scale = (-log_scale).exp()
     upper, lower = (normal.cdf(scale * (x - mean + shift)) for shift in (1 / 255, -1 / 255))

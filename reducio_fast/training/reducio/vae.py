@@ -1,7 +1,7 @@
 """The autoencoder's recipe: the release's losses and schedule, on clips of a curated manifest.
 
-Generator and discriminator take their step at once, on the same clips: the release steps one after the other, the
-second with the first one's new weights. Letters in shapes: B batch, C channels, T frames, H W rows and columns.
+Autoencoder and discriminator update at the same time on the same clips. The release updates them in turn, so there the
+second update uses the new weights of the first. Letters in shapes: B batch, C channels, T frames, H W rows and columns.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from .discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VAERecipe:
-    """How an autoencoder is trained. Weights of losses are the release's where they have a default."""
+    """Settings of an autoencoder's training. The default weights of the losses are the release's."""
 
     loop: LoopConfig
-    batch: int  # clips a step; `loop.micro_batches` share it
-    size: int = 256  # pixels a side of the crops
-    least_area: float = 0.5  # of the frame, that a crop shows
+    batch: int  # clips per step, split into `loop.micro_batches` parts
+    size: int = 256  # side of the square crops, in pixels
+    least_area: float = 0.5  # least area of a crop, as a share of the frame's largest square
     rate: float = 16.0  # frames a second: every round(fps / rate)-th frame
     model: str | None = None  # a preset of `VAE_PRESETS`; None: the configuration of `start`
-    config: dict[str, Any] = field(default_factory=dict)  # fields of `VAEConfig` over the preset's
-    start: str | None = None  # a folder with the weights to begin with
+    config: dict[str, Any] = field(default_factory=dict)  # fields of `VAEConfig` that replace the preset's
+    start: str | None = None  # folder with the initial weights
     lpips_weight: float = 0.1
     kl_weight: float = 1e-6
-    outlier_weight: float = 1.0  # on pixels further than three deviations above their frame's mean
-    discriminator_start: int = 5000  # step from which the discriminator counts
-    discriminator_weight: float = 0.05  # of the adaptive one
-    discriminator_rate: float = 0.1  # of the generator's learning rate
+    outlier_weight: float = 1.0  # on pixels more than three standard deviations above their frame's mean
+    discriminator_start: int = 5000  # first step with the adversarial losses
+    discriminator_weight: float = 0.05  # factor on the adaptive weight
+    discriminator_rate: float = 0.1  # factor on the autoencoder's learning rate
     discriminator_norm: str = "batch"
     discriminator_width: int = 64
     threads: int | None = None
-    held_out: int = 0  # clips at the manifest's end kept from training, whose PSNR is reported at the end
+    held_out: int = 0  # last clips of the manifest, excluded from training; their PSNR is reported at the end
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.batch % self.loop.micro_batches:
@@ -62,14 +62,14 @@ class VAERecipe:
             raise ReducioError("a recipe needs `model` (a preset) or `start` (a folder)")
         if self.loop.parallel != "ddp":
             raise ReducioError(
-                "loop.parallel: the adaptive weight needs the whole last layer, which ddp alone leaves in place"
+                "loop.parallel: the adaptive weight needs the whole last layer, which only ddp does not shard"
             )
         if self.discriminator_norm not in ("batch", "group"):
             raise ReducioError(f"discriminator_norm={self.discriminator_norm!r}: must be batch or group")
 
 
 class Trained(nn.Module):
-    """What a checkpoint of this recipe holds."""
+    """The autoencoder and the discriminator: all weights of a checkpoint."""
 
     def __init__(self, vae: ReducioVAE, recipe: VAERecipe) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Trained(nn.Module):
 
 
 class Losses:
-    """Loss of a batch; `perceptual` is LPIPS with the trunk that the user names, None where none was named."""
+    """Loss of a batch. `perceptual` is LPIPS with the weights that the user names; None means no perceptual loss."""
 
     def __init__(self, model: Trained, recipe: VAERecipe, clips: ClipFiles, perceptual: nn.Module | None) -> None:
         self.model, self.recipe, self.clips, self.perceptual = model, recipe, clips, perceptual
@@ -102,14 +102,14 @@ class Losses:
         figures |= {"kl": kl.detach(), "outliers": outliers.detach()}
         loss = reconstruction + recipe.kl_weight * kl + recipe.outlier_weight * outliers
         if step >= recipe.discriminator_start:
-            judge = self.model.discriminator
-            # The generator's loss must not move the judge: it is judged by a copy of its weights.
-            fixed = {name: p.detach() for name, p in judge.named_parameters()} | dict(judge.named_buffers())
-            adversarial = -functional_call(judge, fixed, (restored,)).mean()
+            discriminator = self.model.discriminator
+            # The adversarial loss must not train the discriminator, so it is computed with detached weights.
+            fixed = {k: p.detach() for k, p in discriminator.named_parameters()} | dict(discriminator.named_buffers())
+            adversarial = -functional_call(discriminator, fixed, (restored,)).mean()
             weight = adaptive_weight(reconstruction, adversarial, vae.decoder.conv_out.weight)
-            judged = hinge_loss(judge(video), judge(restored.detach()))
-            loss = loss + recipe.discriminator_weight * weight * adversarial + judged
-            figures |= {"adversarial": adversarial.detach(), "discriminator": judged.detach(), "adaptive": weight}
+            hinge = hinge_loss(discriminator(video), discriminator(restored.detach()))
+            loss = loss + recipe.discriminator_weight * weight * adversarial + hinge
+            figures |= {"adversarial": adversarial.detach(), "discriminator": hinge.detach(), "adaptive": weight}
         return loss, figures
 
     def draw(self, step: int, micro: int) -> Tensor:
@@ -122,7 +122,7 @@ class Losses:
 
 
 def outlier_loss(clip_BCTHW: Tensor, deviations: float = 3.0) -> Tensor:
-    """Mean excess of pixels over their frame's mean plus so many deviations: single bright dots."""
+    """Mean excess of pixels over their frame's mean plus `deviations` standard deviations; penalises bright dots."""
     mean = clip_BCTHW.mean((-2, -1), keepdim=True)
     deviation = clip_BCTHW.std((-2, -1), keepdim=True)
     return F.relu(clip_BCTHW - mean - deviations * deviation).mean()
@@ -138,20 +138,20 @@ def train_vae(
     accept_changes: bool = False,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Trains an autoencoder and writes `out/vae`. Returns the last logged figures, with `steps` and `seconds`.
+    """Train an autoencoder and write `out/vae`. Returns the last logged figures, with `steps` and `seconds`.
 
     Args:
         clips: a manifest of `reducio-fast curate`.
-        recipe: with `held_out`, the figures have the PSNR of those clips, and how much it is above that of repeating
-            the content frame: `held_out_psnr`, `held_out_gain`.
-        lpips: torchvision's AlexNet weights; None trains without the perceptual loss.
+        recipe: with `held_out`, the figures include `held_out_psnr`, the PSNR of those clips in dB, and
+            `held_out_gain`, its difference to the PSNR of a clip that repeats the content frame.
+        lpips: file with torchvision's AlexNet weights; None trains without the perceptual loss.
     """
     files = ClipFiles(clips)
     held_out = files.take_last(recipe.held_out)
     with joined(device, recipe.threads) as processes:
         torch.manual_seed(recipe.loop.seed)
         model = Trained(build_vae(recipe), recipe)
-        # They never run; without gradient, weight decay leaves them alone as well.
+        # These layers never run. Without a gradient, weight decay does not change them either.
         for module in (model.vae.encoder_2d.mid.block_2, model.vae.encoder_2d.norm_out):
             module.requires_grad_(False)
         perceptual = None
@@ -181,7 +181,7 @@ def train_vae(
 
 @torch.no_grad()
 def held_out_scores(vae: ReducioVAE, clips: ClipFiles, recipe: VAERecipe) -> dict[str, float]:
-    """Mean PSNR of as many crops as there are clips, the same for every training, and its gain over a still."""
+    """Mean PSNR in dB of `recipe.held_out` crops, equal for all runs, and its gain over repeating the content frame."""
     vae.eval()
     scores, config = [], vae.config
     for i in range(recipe.held_out):

@@ -1,1 +1,1 @@
-"""The recipe of the embedded model, one file a component."""
+"""The recipe of the embedded model, one file per component."""

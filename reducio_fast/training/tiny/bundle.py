@@ -1,4 +1,4 @@
-"""The last stage: the trained components as one model folder in float16, small enough to ship inside the package."""
+"""The last stage: writes the trained components as one float16 model folder, small enough to ship in the package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUNDLE = "bundle"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleSettings:
-    """The model's own settings, and how large the folder may get: it stays in the repository's history for ever."""
+    """Settings of the model, and the folder's maximum size, since every version stays in the repository's history."""
 
     fps: int = 16
     size: int = 128
@@ -32,7 +32,7 @@ class BundleSettings:
 
 
 def export(context: Context, settings: BundleSettings) -> dict[str, float]:
-    """Writes `bundle/` from the components in `context.out`. Figures: its bytes and files.
+    """Write `bundle/` from the components in `context.out`. Figures: the number of its bytes and of its files.
 
     Raises:
         ReducioError: a component is missing or damaged, a weight does not fit float16, or the folder is too large.
@@ -53,13 +53,13 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
         ("content_encoder", "diffusers", "AutoencoderKL"),
     ):
         parts[name] = load_foreign(library, class_name, out / name, dtype, "cpu")
-    # The sentinels behind the 256 bytes serve T5's pre-training; no caption holds one.
+    # The sentinel tokens after the 256 bytes are for T5's pre-training; no caption contains one.
     parts["tokenizer"] = ByT5Tokenizer(extra_ids=0)
     parts["text_encoder"].resize_token_embeddings(len(parts["tokenizer"]))
-    parts["text_encoder"].to(dtype)  # `wo` too, which is kept in float32 to run, not to be stored
+    parts["text_encoder"].to(dtype)  # also `wo`, which transformers keeps in float32 when it runs
     shared = REDUCIO.shared(parts)
     parts["text_to_image"] = load_text_to_image(out / "text_to_image", shared, dtype, "cpu")
-    for name in ("content_encoder", "text_to_image"):  # else its config tells where it lay on this machine
+    for name in ("content_encoder", "text_to_image"):  # their config would contain this machine's path
         network = parts[name].transformer if name == "text_to_image" else parts[name]
         network.register_to_config(_name_or_path=name)
     networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
@@ -68,7 +68,7 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
             if not torch.isfinite(value).all():
                 raise ReducioError(f"export: {name} has values that do not fit {dtype} in {key}")
 
-    # Kept for the names of the released checkpoints and never run: one byte a weight is enough.
+    # This block never runs; it exists because released checkpoints contain it. One byte per weight is enough.
     parts["vae"].encoder_2d.mid.block_2.to(torch.float8_e4m3fn)
     folder = out / BUNDLE
     write_model(folder, parts, REDUCIO)

@@ -1,4 +1,4 @@
-"""The content autoencoder of the tiny model: diffusers' own class at tiny width, saved in diffusers' format.
+"""The content autoencoder of the tiny model: diffusers' class with few channels, saved in diffusers' format.
 
 Images are B 3 H W in [-1, 1]; latents are B 4 H/8 W/8.
 """
@@ -28,15 +28,11 @@ def to_image(frames: np.ndarray) -> Tensor:
     return to_unit(np.ascontiguousarray(frames))
 
 
-# --- content autoencoder
-# -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContentSettings:
-    """An f8 autoencoder with 4 latent channels, trained in phases: what it lacks at first is steps, not pixels.
+    """An f8 autoencoder with 4 latent channels, trained in phases of growing size: many cheap steps come first.
 
-    Group norm and the middle attention must meet the real size at the end.
+    The last phase has the full size, because the statistics of group norm and of the middle attention depend on it.
     """
 
     loop: LoopConfig
@@ -53,7 +49,7 @@ class ContentSettings:
             "block_out_channels": (16, 32, 64, 64),
             "layers_per_block": 1,
             "latent_channels": 4,
-            # 4 channels a group at full resolution, as in SD's: with fewer a flat colour is normalised away.
+            # 4 channels per group at full resolution, as in Stable Diffusion: fewer would normalise a flat colour away.
             "norm_num_groups": 4,
             "sample_size": FRAME_SIZE,
         }
@@ -62,10 +58,10 @@ class ContentSettings:
 
 @torch.no_grad()
 def start_as_identity(model: AutoencoderKL) -> None:
-    """An initialisation under which the autoencoder nearly hands colours through, from the first step on.
+    """Initialise the autoencoder so that it nearly reproduces colours from the first step.
 
-    Residual branches start at zero and the convolutions between them as the identity plus a little noise. Trained from
-    diffusers' own initialisation the first 500 steps go into finding that out.
+    Residual branches start at zero, the convolutions between them as the identity plus a little noise. From diffusers'
+    own initialisation, training needs the first 500 steps to reach this state.
     """
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -79,13 +75,13 @@ def start_as_identity(model: AutoencoderKL) -> None:
             nn.init.dirac_(module.weight).add_(noise)
     model.quant_conv.bias[
         model.config.latent_channels :
-    ] = -3.0  # log variance: the decoder meets little noise at first
+    ] = -3.0  # log variance, so that the decoder sees little noise at first
 
 
 def normalize_latents(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Folds (z - mean) / std, one value a channel, into the 1x1 convolutions around the latent; images stay equal.
+    """Fold (z - mean) / std, per channel, into the 1x1 convolutions around the latent; decoded images do not change.
 
-    diffusers' pipelines know one scaling factor for all channels and no offset: such latents need neither.
+    diffusers' pipelines support one scaling factor for all channels and no offset; normalised latents need neither.
     """
     to_latent, from_latent, channels = model.quant_conv, model.post_quant_conv, len(mean)
     to_latent.bias[:channels] = (to_latent.bias[:channels] - mean) / std
@@ -96,7 +92,7 @@ def normalize_latents(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 
 def train_content(context: Context, settings: ContentSettings) -> dict[str, float]:
-    """Trains and saves `content_encoder/`, with latents of mean 0 and deviation 1 over the world."""
+    """Train and save `content_encoder/`; its latents of held-out scenes have mean 0 and standard deviation 1."""
     torch.manual_seed(settings.loop.seed)
     model = AutoencoderKL(**settings.model)
     start_as_identity(model)
@@ -105,7 +101,7 @@ def train_content(context: Context, settings: ContentSettings) -> dict[str, floa
         if rng.random() < settings.photo_share:
             return photos.render(rng, size, num_frames=1)[0]
         _, frame, truth = draw_still(rng)
-        # A crop is taken around the shape, off centre by up to its own half: mere background is soon learnt.
+        # Crop around the shape, off centre by up to half the crop: crops of pure background teach little.
         wanted = truth.centres[0] * FRAME_SIZE - size / 2 + rng.uniform(-size / 2, size / 2, 2)
         left, top = np.clip(wanted, 0, FRAME_SIZE - size).astype(int)
         return frame[top : top + size, left : left + size]
@@ -145,5 +141,5 @@ def train_content(context: Context, settings: ContentSettings) -> dict[str, floa
 
 @torch.inference_mode()
 def encode(model: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
-    """The mode of the posterior, B 4 H/8 W/8, unscaled: what the video model takes as the content latent."""
+    """The mode of the posterior, B 4 H/8 W/8, unscaled: the content latent of the video model."""
     return torch.cat([model.encode(part).latent_dist.mode() for part in images.split(batch)])

@@ -1,4 +1,4 @@
-"""The small image tower: trained to name what a frame shows."""
+"""The image encoder of the tiny model: a small CLIP tower, trained to classify and locate the shape in a frame."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ..recipe import Context
 def draw_still(
     rng: np.random.Generator, held_out: bool = False, size: int = 128
 ) -> tuple[toy_world.Scene, np.ndarray, toy_world.Truth]:
-    """A scene and its content frame: uint8 [size, size, 3], with a `Truth` of that one frame.
+    """A random scene and its content frame, uint8 [size, size, 3], with the `Truth` of that frame.
 
-    Three frames stand for the clip: their middle one is distributed like the middle of sixteen, at a sixth of the cost.
+    Renders three frames instead of sixteen: the middle frame has the same distribution, at a sixth of the cost.
     """
     scene = toy_world.sample_scene(rng, held_out)
     frames, truth = toy_world.render_with_truth(scene, rng, size, num_frames=3)
@@ -34,14 +34,14 @@ def draw_still(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SemanticSettings:
-    """An open_clip visual tower, taught what is in the content frame and where."""
+    """Settings of an open_clip visual tower that learns what the content frame shows and where."""
 
     loop: LoopConfig
     batch: int = 64
-    judged: int = 512  # held-out frames that are read at the end
+    judged: int = 512  # held-out frames evaluated at the end
     frame_size: int = 128  # stills are drawn at the size of a content frame and then reduced, as in the pipeline
-    max_noise: float = 0.04  # of the 0..1 range
-    blurred_share: float = 0.25  # generated content frames are softer than drawn ones
+    max_noise: float = 0.04  # greatest standard deviation of added noise, for pixels in 0..1
+    blurred_share: float = 0.25  # share of frames that are blurred, since generated content frames are softer
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "embed_dim": 128,
@@ -58,10 +58,10 @@ class SemanticSettings:
 
 
 class FrameReader(nn.Module):
-    """The tower with the heads it is trained through. Only the patch tokens are asked: the motion model sees no others.
+    """The tower with its training heads, which read only the patch tokens, because the motion model uses only these.
 
-    Their mean tells colour, shape and background; each single one tells how much of its patch the shape covers, and
-    where in the frame the shape is and how large (x, y, radius in fractions of the frame).
+    The tokens' mean predicts colour, shape and background. Each token predicts how much of its patch the shape covers,
+    and the shape's position and size (x, y, radius in fractions of the frame).
     """
 
     def __init__(self, tower: VisionTransformer, width: int) -> None:
@@ -80,13 +80,13 @@ VISIBLE = ("colour", "shape", "background")  # the attributes that a single fram
 
 
 def preprocess(frames: Tensor, encoder: SemanticEncoder) -> Tensor:
-    """B 3 H W in 0..1 to the tower's input, as the pipeline does it."""
+    """Convert frames B 3 H W in 0..1 to the tower's input, as the pipeline does."""
     x = blur_and_resize(frames, encoder.visual.image_size)
     return (x - encoder.mean) / encoder.std
 
 
 def train_semantic(context: Context, settings: SemanticSettings) -> dict[str, float]:
-    """Trains and saves `image_encoder/` in open_clip's format, visual tower only (`visual.*`)."""
+    """Train and save `image_encoder/` in open_clip's format, visual tower only (`visual.*`)."""
     torch.manual_seed(settings.loop.seed)
     normal = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
     encoder = SemanticEncoder({"model_cfg": settings.model, "preprocess_cfg": normal})
@@ -111,8 +111,7 @@ def train_semantic(context: Context, settings: SemanticSettings) -> dict[str, fl
         frames[:soft] = F.interpolate(blurred, frames.shape[-2:], mode="bilinear", align_corners=False)
         images = preprocess(frames, encoder)
         images = images + torch.rand(len(images), 1, 1, 1) * settings.max_noise / 0.27 * torch.randn_like(images)
-        # Exact maths instead of the fused kernel: its backward pass on a CPU takes longer than all the rest of this
-        # step.
+        # The unfused attention: on a CPU the fused kernel's backward pass takes longer than the rest of this step.
         with sdpa_kernel(SDPBackend.MATH):
             logits, covers, places = reader(images.to(context.device))
         figures = {name: F.cross_entropy(logits[name], labels[name].to(context.device)) for name in VISIBLE}

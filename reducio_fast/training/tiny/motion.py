@@ -1,7 +1,7 @@
 """The motion diffusion transformer of the tiny model, trained on latents and conditions that are encoded once.
 
-The conditions come from the very encoder objects the pipeline uses. Letters in shapes: B batch, C channels, T frames,
-H W rows and columns, L text positions, S semantic tokens.
+The pipeline's encoder classes compute the conditions. Letters in shapes: B batch, C channels, T frames, H W rows and
+columns, L text positions, S semantic tokens.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ TINY_DIT = DiTConfig(
     learn_sigma=False,
     position_base_size=4,  # 128 pixels are 4 x 4 latent cells
 )
-# Velocity instead of noise: at the first steps a noise prediction's error is multiplied by 150.
+# Velocity instead of noise: the first sampling steps multiply the error of a noise prediction by 150.
 NOISE_SCHEDULE = {**BETAS, "prediction_type": "v_prediction"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MotionSettings:
-    """How the transformer is trained."""
+    """Settings of the transformer's training."""
 
     loop: LoopConfig
     pool: int = 6144  # encoded clips
-    held_out_pool: int = 128  # of scenes never trained on, for the figures
+    held_out_pool: int = 128  # encoded clips of held-out scenes, for the figures
     shard: int = 128  # samples in one file of the pool
     batch: int = 32
-    text_drop: float = 0.1  # prompts replaced by the null text, for classifier-free guidance
-    # Content frames passed once through the content autoencoder, because at inference stage one decodes them from it.
+    text_drop: float = 0.1  # share of prompts replaced by the null text, for classifier-free guidance
+    # Share of content frames that pass through the content autoencoder, since at inference stage one decodes them.
     decoded_share: float = 0.5
-    portrait_share: float = 0.0  # of the clips: around a content frame as stage one draws it, else anywhere
+    portrait_share: float = 0.0  # share of clips whose content frame is a portrait, as stage one draws it
     size: int = 128
     config: DiTConfig = field(default_factory=lambda: TINY_DIT)
 
     def shards(self, held_out: bool) -> range:
-        """Numbers of the files that hold the pool."""
+        """Numbers of the pool's files."""
         count = self.held_out_pool if held_out else self.pool
         return range(-(-count // self.shard))
 
 
 class Encoders:
-    """The trained components that make a sample: the VAE and the three condition encoders."""
+    """The trained VAE and the three trained condition encoders, which encode a sample."""
 
     def __init__(self, out: Path) -> None:
         self.vae = load_model(ReducioVAE, VAEConfig, out / "vae").eval()
@@ -76,7 +76,10 @@ class Encoders:
 
     @torch.no_grad()
     def encode(self, frames_BTHWC: np.ndarray, decoded: np.ndarray) -> dict[str, Tensor]:
-        """Clips uint8 and a flag [B] (use the decoded content frame) -> what the transformer needs of them."""
+        """Encode clips, uint8 [B, T, H, W, 3], into the transformer's latents and image conditions.
+
+        `decoded` [B] marks the clips whose content frame passes through the content autoencoder first.
+        """
         video = as_video(frames_BTHWC)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = self.vae.encode(video)
@@ -90,7 +93,7 @@ class Encoders:
 
     @torch.no_grad()
     def content_frame(self, video_BCTHW: Tensor, decoded: np.ndarray) -> Tensor:
-        """The centre frames [B, 3, H, W]; where `decoded` [B], as stage one's decoder would have drawn them."""
+        """The centre frames [B, 3, H, W]; those marked in `decoded` [B] pass through the content autoencoder."""
         frame = video_BCTHW[:, :, self.vae.config.content_frame].clone()
         if decoded.any():
             chosen = torch.from_numpy(decoded)
@@ -99,7 +102,7 @@ class Encoders:
 
 
 def pool_clip(settings: MotionSettings, held_out: bool, index: int) -> tuple[str, np.ndarray, bool]:
-    """Sample `index` of a pool: its caption, its clip, and whether its content frame is a decoded one."""
+    """Sample `index` of a pool: its caption, its clip, and whether its content frame is to be decoded."""
     rng = np.random.default_rng((settings.loop.seed, int(held_out), index))
     scene = toy_world.sample_scene(rng, held_out)
     portrait = settings.portrait_share > 0 and rng.random() < settings.portrait_share
@@ -112,7 +115,7 @@ def shard_path(folder: Path, held_out: bool, shard: int) -> Path:
 
 
 def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, shard: int, folder: Path) -> None:
-    """Draw and encode one file of the pool. Sample i depends on (seed, held_out, i) alone, so order does not matter."""
+    """Draw and encode one file of the pool. Sample i depends only on (seed, held_out, i), not on the order of files."""
     path = shard_path(folder, held_out, shard)
     if path.is_file():
         return
@@ -129,12 +132,12 @@ def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, s
 
 
 def _as_bytes(texts: list[str], width: int = 128) -> Tensor:
-    """Strings as uint8 [B, width], padded with zeros: safetensors hold no text."""
+    """Strings as uint8 [B, width], padded with zeros, because safetensors files hold only tensors."""
     return torch.stack([torch.tensor(list(text.encode().ljust(width, b"\0")), dtype=torch.uint8) for text in texts])
 
 
 class Pool:
-    """Encoded samples in memory. Captions are encoded once each; `batch` returns model inputs for chosen samples."""
+    """Encoded samples in memory. Each distinct caption is encoded once; `batch` returns the model's inputs."""
 
     def __init__(self, folder: Path, settings: MotionSettings, held_out: bool, encoders: Encoders) -> None:
         files = [load_tensors(shard_path(folder, held_out, shard)) for shard in settings.shards(held_out)]
@@ -153,14 +156,14 @@ class Pool:
     def batch(self, index: Tensor, device: str) -> dict[str, Tensor]:
         rows = {key: value[index].to(device).float() for key, value in self.tensors.items()}
         mask = self.mask[self.caption[index]]
-        length = int(mask.sum(1).max())  # no caption of the batch is longer, and padding is masked anyway
+        length = int(mask.sum(1).max())  # longest caption of the batch: text beyond it is masked padding
         rows["text"] = self.text[self.caption[index], :length].to(device).float()
         rows["text_mask"] = mask[:, :length].to(device)
         return rows
 
 
 def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]:
-    """Trains and saves `transformer/` and `scheduler/`. Figures: velocity error on held-out scenes, by noise level."""
+    """Train and save `transformer/` and `scheduler/`. Figures: velocity error on held-out scenes by noise level."""
     torch.manual_seed(settings.loop.seed)
     encoders, folder = Encoders(context.out), context.run_folder("motion") / "pool"
     for held_out in (True, False):
@@ -170,7 +173,7 @@ def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]
     model, noiser = ReducioDiT(settings.config), DDPMScheduler(**NOISE_SCHEDULE)
 
     def velocity_error(rows: dict[str, Tensor], timestep: Tensor, drop: Tensor) -> Tensor:
-        """Mean squared error of the velocity for each item [B]."""
+        """Mean squared error of the velocity for each clip [B]."""
         latent = rows["mean"] + (0.5 * rows["logvar"]).exp() * torch.randn_like(rows["mean"])
         latent = encoders.vae.normalize_latent(latent)
         noise = torch.randn_like(latent)
@@ -184,7 +187,7 @@ def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]
 
     def loss_fn(step: int, _micro: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         rows = pool.batch(torch.from_numpy(rng.integers(len(pool), size=settings.batch)), context.device)
-        # One timestep in each of B equal slices: the same uniform draw with less variance from step to step.
+        # One timestep in each of B equal intervals: uniform like independent draws, but the loss varies less.
         place = (torch.arange(settings.batch) + torch.rand(settings.batch)) / settings.batch
         timestep = (place * noiser.config.num_train_timesteps).long().to(context.device)
         drop = (torch.rand(settings.batch) < settings.text_drop).to(context.device)

@@ -1,8 +1,8 @@
-"""The recipe of the embedded default model: `train("out")` makes `out/bundle`, the folder that the package ships.
+"""The recipe of the embedded default model: `train("out")` writes `out/bundle`, the folder that the package ships.
 
-Six are trained, from nothing; the last one packs. The stages run in order; each can be run alone once those it needs
-have left their components in the output folder, and
-each resumes from its checkpoint. Schedules are here; what a stage trains, and on what, is in its settings' defaults.
+Six stages train a component from scratch; the last stage packs them. The stages run in order. A stage can run alone
+once the components that it needs are in the output folder, and each resumes from its checkpoint. This file holds the
+schedules; the defaults of a stage's settings define its networks and data.
 """
 
 from __future__ import annotations
@@ -90,19 +90,18 @@ def train(
     data: str | os.PathLike[str] | None = None,
     accept_changes: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Runs the recipe, or the named stages of it in the recipe's order, and returns the figures each stage reached.
+    """Run the recipe, or the named stages in the recipe's order, and return the final figures of each stage.
 
     Args:
-        out: folder for components, checkpoints and logs; made if absent.
+        out: folder for components, checkpoints and logs; created if absent.
         scale: multiplies the number of steps of every stage (the shipped weights are scale 1; a trial run is 0.01).
         resume: continue where an earlier call stopped; False starts the named stages anew.
-        data: folder of the film and the photographs that are downloaded to train on (`data.real_video`, `data.photos`);
-            `out/data` when None.
+        data: folder of the downloaded film and photographs (`data.real_video`, `data.photos`); None means `out/data`.
         accept_changes: resume although the number of threads changed.
 
     Raises:
-        ReducioError: an unknown stage, a stage whose forerunners have not run, a scale that is not above 0, or a
-            checkpoint made with another scale.
+        ReducioError: a stage is unknown or needs a component that is missing, `scale` is not above 0, or a checkpoint
+            was made with another scale.
     """
     return run_stages(
         STAGES,

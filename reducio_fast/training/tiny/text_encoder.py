@@ -1,4 +1,4 @@
-"""The small text encoder: trained to name what a caption says."""
+"""The text encoder of the tiny model, trained to classify the attributes that a caption names."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CAPTION_LENGTH = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSettings:
-    """A byte-level T5 encoder, taught to know the attributes a caption names."""
+    """Settings of a byte-level T5 encoder that learns the attributes of a caption."""
 
     loop: LoopConfig
     batch: int = 64
-    judged: int = 512  # held-out captions of each kind that are read at the end
-    clean_share: float = 0.5  # captions exactly as the world writes them; the others are reworded
+    judged: int = 512  # held-out captions of each kind (clean, reworded) evaluated at the end
+    clean_share: float = 0.5  # share of captions in the form of `Scene.caption`; the others are reworded
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "vocab_size": 384,  # ByT5's: 3 special tokens, 256 bytes, 125 sentinels
@@ -42,12 +42,12 @@ class TextSettings:
 
 
 class CaptionReader(nn.Module):
-    """The encoder with one linear head per attribute on the mean over the caption. Only the encoder is kept."""
+    """The encoder with one linear head per attribute on the mean over the caption. Only the encoder is saved."""
 
     def __init__(self, encoder: T5EncoderModel) -> None:
         super().__init__()
         self.encoder = encoder
-        # One class more than the world has: "the caption does not say".
+        # One more class than the attribute has values: the caption does not name the attribute.
         self.heads = nn.ModuleDict(
             {name: nn.Linear(encoder.config.d_model, len(known) + 1) for name, known in toy_world.ATTRIBUTES.items()}
         )
@@ -60,16 +60,16 @@ class CaptionReader(nn.Module):
 
 
 def reword(scene: toy_world.Scene, rng: np.random.Generator) -> tuple[str, dict[str, int]]:
-    """A caption as people type it (parts left out, other case, a typo), with labels for what it still says."""
+    """A caption as users type it (omissions, other case, a typo), with labels of the attributes that it still names."""
     text, labels = scene.caption(), scene.labels()
-    silent = {name: len(known) for name, known in toy_world.ATTRIBUTES.items()}
+    unnamed = {name: len(known) for name, known in toy_world.ATTRIBUTES.items()}
     if rng.random() < 0.2:
         text = text[: text.index(" on a")]
-        labels["background"] = silent["background"]
+        labels["background"] = unnamed["background"]
     if rng.random() < 0.12:
         action = f" moving {scene.motion}" if scene.motion in toy_world.DIRECTIONS else f" {scene.motion}"
         text = text.replace(f"{action} {scene.speed}".rstrip(), "", 1)
-        labels |= {"motion": silent["motion"], "speed": silent["speed"]}
+        labels |= {"motion": unnamed["motion"], "speed": unnamed["speed"]}
     elif scene.motion in toy_world.DIRECTIONS and rng.random() < 0.3:
         phrases = [f" {scene.motion}", f" moves {scene.motion}", f" going {scene.motion}"]
         if scene.motion in ("left", "right"):
@@ -77,7 +77,7 @@ def reword(scene: toy_world.Scene, rng: np.random.Generator) -> tuple[str, dict[
         text = text.replace(f" moving {scene.motion}", phrases[rng.integers(len(phrases))], 1)
     if rng.random() < 0.1:
         text = text.replace(f"{scene.colour} ", "", 1)
-        labels["colour"] = silent["colour"]
+        labels["colour"] = unnamed["colour"]
     if rng.random() < 0.3:
         text = text.split(" ", 1)[1] if text.startswith(("a ", "an ")) else text
     if rng.random() < 0.3:
@@ -85,7 +85,7 @@ def reword(scene: toy_world.Scene, rng: np.random.Generator) -> tuple[str, dict[
     if rng.random() < 0.2:
         text = text.replace(" ", " " * int(rng.integers(2, 4)), int(rng.integers(1, 4)))
     if rng.random() < 0.15:
-        # One letter lost, but not from the short words that are all that tells two attributes apart ("up").
+        # Drop one letter, but not of a short word: "up" without a letter is no longer recognisable.
         place = int(rng.integers(len(text)))
         word_length = len(text[: place + 1].split(" ")[-1]) + len(text[place + 1 :].split(" ")[0])
         if word_length > 4:
@@ -96,14 +96,14 @@ def reword(scene: toy_world.Scene, rng: np.random.Generator) -> tuple[str, dict[
 
 
 def tokenize(tokenizer: ByT5Tokenizer, texts: list[str], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, L], padded to the longest of the batch, or to `pad_to`; cut at `CAPTION_LENGTH`."""
+    """Ids and mask [B, L], padded to the longest text or to `pad_to` tokens, and cut at `CAPTION_LENGTH`."""
     padding = {"padding": "longest"} if pad_to is None else {"padding": "max_length"}
     batch = tokenizer(texts, max_length=pad_to or CAPTION_LENGTH, truncation=True, return_tensors="pt", **padding)
     return batch.input_ids, batch.attention_mask
 
 
 def train_text(context: Context, settings: TextSettings) -> dict[str, float]:
-    """Trains and saves `text_encoder/` and `tokenizer/`. Figures: shares of held-out captions that are read rightly."""
+    """Train and save `text_encoder/` and `tokenizer/`. Figures: accuracy of each attribute on held-out captions."""
     torch.manual_seed(settings.loop.seed)
     tokenizer = ByT5Tokenizer()
     reader = CaptionReader(T5EncoderModel(T5Config(**settings.model)))

@@ -31,15 +31,15 @@ from .text_encoder import reword, tokenize
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextToImageSettings:
-    """PixArt at tiny width: 8 x 8 tokens of 2 x 2 latent pixels, no learned variance, v-prediction."""
+    """Settings of a narrow PixArt: 8 x 8 tokens of 2 x 2 latent pixels, no learned variance, v-prediction."""
 
     loop: LoopConfig
     batch: int = 64
     pool: int = 16_000  # scenes drawn and encoded once
-    reworded_share: float = 0.15  # of the captions
-    silent_share: float = 0.1  # of a batch, with the empty prompt: what guidance steers away from
-    max_snr: float = 5.0  # the loss of nearly clean latents is capped: their detail is the autoencoder's noise
-    prompts: int = 64  # held-out prompts judged at the end
+    reworded_share: float = 0.15  # share of captions that are reworded
+    silent_share: float = 0.1  # share of a batch with the empty prompt, for classifier-free guidance
+    max_snr: float = 5.0  # caps the loss weight of nearly clean latents, whose detail is the autoencoder's noise
+    prompts: int = 64  # held-out prompts evaluated at the end
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "sample_size": 16,
@@ -68,13 +68,13 @@ class TextToImageSettings:
 
 @dataclass(slots=True)
 class Captions:
-    """Text conditions of distinct captions: bfloat16 [n, L, D] and lengths [n]; the last one is the empty prompt."""
+    """Embeddings of distinct captions, bfloat16 [n, L, D], and their lengths [n]; the last is the empty prompt."""
 
     text: Tensor
     lengths: Tensor
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] and mask [B, L], cut to the longest of the batch: what lies behind is masked anyway."""
+        """Embeddings [B, L, D] and mask [B, L], cut to the longest caption of the batch: the rest is masked padding."""
         lengths = self.lengths[index]
         longest = int(lengths.max())
         return self.text[index, :longest], torch.arange(longest)[None] < lengths[:, None]
@@ -82,7 +82,7 @@ class Captions:
 
 @torch.no_grad()
 def initialize(model: PixArtTransformer2DModel) -> None:
-    """PixArt-alpha's own initialisation: Xavier, and nothing from cross-attention or to the output at first."""
+    """PixArt-alpha's initialisation: Xavier; the output layers of cross-attention and of the network start at zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -99,10 +99,10 @@ def initialize(model: PixArtTransformer2DModel) -> None:
 
 
 def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict[str, float]:
-    """Trains and saves `text_to_image/`: transformer, scheduler, index; the rest is shared with the model around it.
+    """Train and save `text_to_image/`: transformer, scheduler, index; the model shares its other components.
 
-    It learns portraits, the shape near the middle: a model this small that has to place a shape anywhere draws blobs,
-    one that knows the place draws the shape. The motion stage learns every place.
+    It trains on portraits, with the shape near the middle: trained on shapes at any position, a model of this size
+    draws blobs. The motion stage trains on all positions.
     """
     tokenizer = ByT5Tokenizer.from_pretrained(context.out / "tokenizer")
     with quiet_transformers():
@@ -114,7 +114,7 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
     torch.manual_seed(settings.loop.seed)
     model = PixArtTransformer2DModel(**settings.model)
     initialize(model)
-    # Plain matrix products: on a CPU the fused kernel's backward pass makes the step three times as long.
+    # Attention as plain matrix products: on a CPU the fused kernel's backward pass makes a step three times as long.
     model.set_attn_processor(AttnProcessor())
     scheduler = DPMSolverMultistepScheduler(**settings.scheduler)
     steps, silent = scheduler.config.num_train_timesteps, len(captions.lengths) - 1
@@ -127,7 +127,7 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
         clean = latents[index].float()
         captioned = torch.where(torch.rand(settings.batch) < settings.silent_share, silent, caption_index[index])
         text, mask = captions.take(captioned)
-        # One timestep from each of B equal slices: the same distribution as independent draws, a calmer loss.
+        # One timestep from each of B equal intervals: distributed like independent draws, but the loss varies less.
         times = ((torch.arange(settings.batch) + torch.rand(1)) * steps / settings.batch).long()
         noise = torch.randn_like(clean)
         a, s = signal[times][:, None, None, None], noise_level[times][:, None, None, None]
@@ -149,20 +149,20 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
 
 
 def judge(pipeline: PixArtAlphaPipeline, settings: TextToImageSettings, batch: int = 16) -> dict[str, float]:
-    """Shares of held-out prompts whose content frame has the named colour and shape, by the analytic detector."""
+    """Shares of held-out prompts whose content frame has the named colour and shape, measured by `toy_detector`."""
     rng = np.random.default_rng((settings.loop.seed, 1 << 40))
     scenes = [toy_world.sample_scene(rng, held_out=True) for _ in range(settings.prompts)]
     right = []
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
         frames = draw(pipeline, [scene.caption() for scene in part], range(start, start + len(part)))
-        # The detector reads clips: a still is a clip in which nothing moves.
+        # The detector needs a clip of two frames, so the still is repeated.
         right += [detect(np.stack([frame, frame])).matches(scene) for frame, scene in zip(frames, part, strict=True)]
     return {f"{name}_right": sum(one[name] for one in right) / len(right) for name in ("colour", "shape")}
 
 
 def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.ndarray:
-    """Content frames, uint8 [B, H, W, 3], with the arguments that the video pipeline uses (20 steps, guidance 4.5)."""
+    """Draw content frames, uint8 [B, H, W, 3], with the video pipeline's arguments (20 steps, guidance 4.5)."""
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     kwargs = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **PIPELINE_KWARGS}
@@ -171,7 +171,7 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.
 
 
 def _encode_pool(context: Context, settings: TextToImageSettings, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
-    """Scaled latents float16 [n, 4, h, w] and captions of the scenes to train on, kept on disk for a resumed run."""
+    """Scaled latents, float16 [n, 4, h, w], and captions of the training scenes, cached on disk for a resumed run."""
     path = context.run_folder("text_to_image") / "pool.safetensors"
     weights = (context.out / "content_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
     key = f"{zlib.crc32(weights):08x} {settings.pool} {settings.reworded_share} {settings.loop.seed} portraits"
@@ -184,7 +184,7 @@ def _encode_pool(context: Context, settings: TextToImageSettings, vae: Autoencod
     for _ in tqdm(range(settings.pool), desc="text_to_image: scenes", disable=not context.progress, mininterval=2.0):
         scene = toy_world.sample_scene(rng)
         frame = toy_world.portrait(scene, rng)
-        # PixArt's pipeline lowers the case of every prompt.
+        # PixArt's pipeline converts every prompt to lower case.
         captions.append(reword(scene, rng)[0].lower() if rng.random() < settings.reworded_share else scene.caption())
         frames.append(frame)
         if len(frames) == 32 or len(captions) == settings.pool:
@@ -201,7 +201,7 @@ def _encode_pool(context: Context, settings: TextToImageSettings, vae: Autoencod
 def _embed(
     context: Context, tokenizer: ByT5Tokenizer, text_encoder: T5EncoderModel, captions: list[str]
 ) -> tuple[Captions, Tensor]:
-    """The distinct captions as text conditions, the empty prompt last, and which of them each caption is."""
+    """Embeddings of the distinct captions, the empty prompt last, and the index of each caption among them."""
     distinct = sorted(set(captions))
     rows, lengths = [], []
     for start in range(0, len(distinct) + 1, 64):

@@ -1,8 +1,7 @@
-"""The video autoencoder of the tiny model, in one loop: the encoder learns to see motion, the decoder then to draw it.
+"""The video autoencoder of the tiny model. One loop first trains the encoder on motion, then encoder and decoder.
 
 Frames grow from 64 to 256 pixels a side. Clips are real video, photographs under camera moves, and scenes of the toy
-world. Letters in shapes:
-B batch, T frames, H W rows and columns, C channels.
+world. Letters in shapes: B batch, T frames, H W rows and columns, C channels.
 """
 
 from __future__ import annotations
@@ -27,32 +26,32 @@ from ..loop import LoopConfig
 from ..recipe import Context
 
 TINY_VAE = VAEConfig(
-    base_channels=16,  # 16 wide at full resolution: narrower is slower, vector units of a CPU hold 16 floats
+    base_channels=16,  # fewer channels are slower: the vector registers of a CPU hold 16 floats
     channel_multipliers=(1, 1, 2, 4, 4, 4),
     content_base_channels=16,
     content_channel_multipliers=(1, 1, 2, 4),
-    # Adding aligns content and video in space from the first step. Attention, at H/4 and H/8 as in the release, finds
-    # what a flow cannot bring: a surface that turns or is uncovered.
+    # Addition aligns content and video in space from the first step. Attention, at H/4 and H/8 as in the release,
+    # handles what a flow cannot represent: a surface that turns or is uncovered.
     fusion=("attn", "add", "add+attn", "add+attn", "attn", "attn"),
     fusion_levels=(None, 1, 2, 3, None, None),
     fusion_position="sincos",
     output="warp",
-    # None at full resolution: six convolutions there are 40% of the work and hardly help a latent this small.
+    # No residual blocks at full resolution: six convolutions there are 40% of the computation and hardly help.
     num_res_blocks=(0, 1, 1, 1, 1, 1),
-    # Large groups: a norm removes the mean of each group, and with two channels in one the brightness goes with it.
+    # Large groups, because a group norm removes the mean of each group: groups of two channels lose the brightness.
     norm_groups=2,
     num_heads=4,
     fusion_head_dim=16,
 )
 START_LOGVAR = -6.0
-FULL_SIZE = 128  # pixels a side at which smaller clips are drawn, whatever is cropped from them
+FULL_SIZE = 128  # least pixels a side at which clips are drawn; smaller clips are crops of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A part of the run, until this share of the steps: what a batch holds and what is learnt from it.
+    """A part of the run, which ends at the share `until` of the steps: contents of a batch and active losses.
 
-    The shares are of the clips; what is left are scenes.
+    `video_share` and `photo_share` are shares of the clips; the remaining clips are scenes of the toy world.
     """
 
     until: float
@@ -60,13 +59,14 @@ class Phase:
     batch: int
     video_share: float = 0.3
     photo_share: float = 0.35
-    decodes: bool = True  # else the encoder learns alone, from optical flow
-    flow_weight: float = 0.3  # on the errors of the flows
+    decodes: bool = True  # False trains the encoder alone, on optical flow
+    flow_weight: float = 0.3  # weight of the flow losses
 
 
-# The encoder first: against "repeat the content frame" a decoder gains nothing by a flow that is wrong, so that trained
-# together neither moved in 700 steps, nor did an encoder that was told the flow of the latent's cells alone in 400.
-# Told the motion from frame to frame at H/4 as well (1024 places a frame instead of 4), it begins to see after 350.
+# The encoder trains first. A wrong flow is no better for the decoder than a repeated content frame, so encoder and
+# decoder trained together did not learn motion in 700 steps. An encoder with only the flow of the latent's cells as its
+# target did not in 400. With the motion between frames at H/4 as a second target (1024 positions a frame instead of
+# 4), the encoder starts to learn motion after 350 steps.
 PHASES = (
     Phase(until=0.25, size=64, batch=8, video_share=0.15, photo_share=0.65, decodes=False, flow_weight=1.0),
     Phase(until=0.45, size=64, batch=4),
@@ -77,18 +77,18 @@ PHASES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VAESettings:
-    """What the autoencoder is trained on, and towards what."""
+    """Data and losses of the autoencoder's training."""
 
     loop: LoopConfig
     phases: tuple[Phase, ...] = PHASES
-    parallax_share: float = 0.2  # of the photographs
-    portrait_share: float = 0.5  # of the scenes: clips as they are generated, around a content frame that is a portrait
-    # Added to the weight of pixels that change, whose mean weight in a clip stays 1: in a scene they are few, and
-    # without it their outlines stay blurred longest. Under a camera move all pixels change, and nothing does.
+    parallax_share: float = 0.2  # share of the photographs with a second picture in front
+    portrait_share: float = 0.5  # share of the scenes whose content frame is a portrait, as in generated clips
+    # Added to the loss weight of moving pixels; the mean weight of a clip stays 1. In a scene few pixels move, and
+    # without it their outlines stay blurred longest. Under a camera move all pixels move and the weights are equal.
     moving_weight: float = 4.0
-    # Standard deviation, at most, of noise on the normalised latent: a generated one is never exact.
+    # Greatest standard deviation of noise added to the normalised latent, because a generated latent is never exact.
     latent_noise: float = 0.1
-    kl_weight: float = 1e-6  # on the KL summed over a latent, as in the release
+    kl_weight: float = 1e-6  # weight of the KL divergence summed over a latent, as in the release
     config: VAEConfig = field(default_factory=lambda: TINY_VAE)
 
     def phase(self, step: int) -> Phase:
@@ -97,10 +97,10 @@ class VAESettings:
 
 @torch.no_grad()
 def initialize(vae: ReducioVAE) -> None:
-    """Start as a chain of variance-preserving convolutions with silent residual branches, drawing the content frame.
+    """Initialise variance-preserving convolutions and zero residual branches; the decoder returns the content frame.
 
-    PyTorch's default shrinks the signal by 1.7 at every convolution, so that after six levels the branches' noise is
-    all there is. A posterior as wide as the prior would hide what is left: it starts narrow.
+    PyTorch's default shrinks the signal by 1.7 at every convolution, so that after six levels only the noise of the
+    branches remains. The posterior starts narrow, because one as wide as the prior would hide the signal.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -116,16 +116,16 @@ def initialize(vae: ReducioVAE) -> None:
     if vae.warp is not None:
         nn.init.zeros_(vae.decoder.conv_out.weight)
         nn.init.normal_(vae.warp.flow.weight, std=0.02)
-    # A picture is mostly its mean: of random filters' output 95% is, and what moves drowns in it. Most of the first
-    # filters therefore see brightness alone, and its differences in space and time; the next layer hands them on. With
-    # this the encoder begins to see motion after 100 steps instead of 400.
+    # 95% of a random filter's output comes from the mean of the picture, which hides motion. So three quarters of the
+    # first filters respond only to differences of brightness in space and time, and the next layer passes these on.
+    # With this the encoder starts to learn motion after 100 steps instead of 400.
     first, down = vae.encoder_3d.conv_in.weight, vae.encoder_3d.down[0].downsample.conv.weight
     band = first[: 3 * len(first) // 4]
     band.copy_(band.mean(1, keepdim=True))
     band.sub_(band.mean((2, 3, 4), keepdim=True)).mul_(6)
     noise = 0.3 * down
     nn.init.dirac_(down).add_(noise)
-    for module in vae.encoder_3d.modules():  # motion is a product of two frames: nothing linear in them shows it
+    for module in vae.encoder_3d.modules():  # motion is not a linear function of the frames: branches must be active
         if isinstance(module, ResBlock):
             nn.init.normal_(module.conv2.weight, std=0.5 / math.sqrt(module.conv2.weight[0].numel()))
     nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], START_LOGVAR)
@@ -149,7 +149,7 @@ def draw_clip(rng: np.random.Generator, settings: VAESettings, phase: Phase, dat
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Clips [B, 3, T, H, W] in [-1, 1], and flows [B, 2, T, H, W] in pixels: to the content frame, to the next."""
+    """Clips [B, 3, T, H, W] in [-1, 1]; flows [B, 2, T, H, W] in pixels to the content frame and to the next frame."""
 
     video: Tensor
     to_content: Tensor
@@ -159,11 +159,11 @@ class Batch:
 def draw_batch(
     rng: np.random.Generator, settings: VAESettings, phase: Phase, data: str, device: str | torch.device = "cpu"
 ) -> Batch:
-    """A batch of `phase`.
+    """Draw a batch of `phase`.
 
-    Frames below `FULL_SIZE` are crops, with the flow of the whole: a latent cell spans 32 pixels, and a shape larger
-    than a cell changes the mean colour of cells as it moves. Drawn smaller, it would move within one cell; and of what
-    leaves a crop, the flow is known.
+    Frames below `FULL_SIZE` are crops, and the flow is computed before the crop, so it is also known for pixels that
+    leave the crop. A latent cell spans 32 pixels: a shape drawn at full size is larger than a cell and changes the mean
+    colour of several cells when it moves; drawn smaller, it would move within one cell.
     """
     videos, flows = [], ([], [])
     for _ in range(phase.batch):
@@ -180,9 +180,9 @@ def draw_batch(
 
 
 class Trained(nn.Module):
-    """The autoencoder, and a head that reads the motion to the next frame from the encoder's features at H/4.
+    """The autoencoder, and a head that predicts the motion to the next frame from the encoder's features at H/4.
 
-    The head is not kept. What a checkpoint of this stage holds.
+    Checkpoints of this stage contain both; the saved model does not contain the head.
     """
 
     LEVEL = 2
@@ -199,7 +199,10 @@ class Trained(nn.Module):
         self._features = output
 
     def flow_loss(self, z: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared errors of the coarse flow in `z` and of the motion to the next frame, and what was wanted."""
+        """Weighted squared errors of the coarse flow in `z` and of the motion to the next frame.
+
+        The figures also hold the mean squares of both targets (`flow_wanted`, `motion_wanted`).
+        """
         config, warp = self.vae.config, self.vae.warp
         cell, fine = config.spatial_factor, 2**self.LEVEL
         wanted = F.avg_pool3d(batch.to_content, (1, cell, cell)) / cell
@@ -216,12 +219,12 @@ class Trained(nn.Module):
         return COARSE_WEIGHT * coarse + MOTION_WEIGHT * motion, {k: v.detach() for k, v in figures.items()}
 
 
-# In squared cells and squared pixels; so weighted, both begin near 0.5 on a batch of photographs.
+# The errors are in squared cells and squared pixels; with these weights both start near 0.5 on photographs.
 COARSE_WEIGHT, MOTION_WEIGHT = 30.0, 1.0
 
 
 def train_vae(context: Context, settings: VAESettings) -> dict[str, float]:
-    """Trains and saves `vae/`. Loss: absolute plus squared error of the pixels, squared error of flows, weighted KL."""
+    """Train and save `vae/`. Loss: absolute plus squared error of pixels, squared error of flows, weighted KL."""
     data = str(context.data)
     photos.require_wallpapers(data)
     real_video.footage(data)
@@ -230,7 +233,7 @@ def train_vae(context: Context, settings: VAESettings) -> dict[str, float]:
     vae, frame = model.vae, settings.config.content_frame
     if context.device.type == "cpu":
         _channels_last(model)
-    # They never run; without gradient, weight decay leaves them alone as well.
+    # These layers never run. Without a gradient, weight decay does not change them either.
     for module in (vae.encoder_2d.mid.block_2, vae.encoder_2d.norm_out):
         module.requires_grad_(False)
 
@@ -264,7 +267,7 @@ def train_vae(context: Context, settings: VAESettings) -> dict[str, float]:
 
 
 def _channels_last(model: nn.Module) -> None:
-    """Convolutions with their channels last, which a CPU runs up to twice as fast backward as well as forward."""
+    """Convert convolutions to channels-last, which a CPU runs up to twice as fast, forward and backward."""
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)
@@ -273,6 +276,6 @@ def _channels_last(model: nn.Module) -> None:
 
 
 def _moving(video_BCTHW: Tensor) -> Tensor:
-    """1 where a pixel differs visibly from its own median over time, else 0: [B, 1, T, H, W]."""
+    """1 if a pixel differs visibly from its median over time, else 0: [B, 1, T, H, W]."""
     away = (video_BCTHW - video_BCTHW.median(2, keepdim=True).values).abs().amax(1, keepdim=True)
     return (away > 0.1).to(video_BCTHW.dtype)
