@@ -119,6 +119,6 @@ SVD = Layout(
             source="a diffusers pipeline's folder or hub id",
         ),
     ),
-    settings=(),
+    settings=("sample_height", "sample_width"),
     denoiser="unet",
 )

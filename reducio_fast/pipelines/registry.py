@@ -61,6 +61,8 @@ def find(model: str | os.PathLike[str] | None) -> Model:
         return _of_folder(_find_folder(weights))
     if (folder := _own_folder(model)) is not None:
         return _of_folder(folder)
+    if model == strict_files.SVD_TINY:
+        return _of_folder(strict_files.embedded_model(strict_files.SVD_TINY))
     source = peers.find(model)
     if source is None:
         return _of_folder(strict_files.embedded_model() if model is None else _find_folder(model))
@@ -126,7 +128,7 @@ def _random(weights: str) -> Model:
         pipe = SVDPipeline.from_diffusers(built, backend, compile)
         pipe.executor.choose_dtype(dtype is None)
         if tiny:
-            pipe.usual_size = TINY_SIZE
+            pipe.sample_height, pipe.sample_width = TINY_SIZE
             pipe.unet.config = dataclasses.replace(pipe.unet.config, num_frames=TINY_FRAMES)
         for name, part in parts.items():
             setattr(pipe, name, part)
@@ -176,7 +178,7 @@ def _check_call(family: Any, kwargs: dict[str, Any]) -> None:
 
 def call_defaults(model: str | os.PathLike[str] | None) -> dict[str, Any]:
     """Arguments of a call of this model that have a default, with their defaults. Loads nothing."""
-    if isinstance(model, str) and model.partition(":")[0] in WORDS:
+    if isinstance(model, str) and (model.partition(":")[0] in WORDS or model == strict_files.SVD_TINY):
         return _defaults(SVDPipeline.__call__)
     if (folder := _own_folder(model)) is not None:
         return _defaults(FAMILIES[str(_family_of(folder))].__call__)

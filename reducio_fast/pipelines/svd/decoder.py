@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoints import hub, networks
+from ...checkpoints.strict_files import SVD_TINY, embedded_model
 from ...media.pixels import to_bytes
 from ...reference.svd.config import TemporalVAEConfig
 from ...reference.svd.vae import TemporalVAE
@@ -105,10 +106,13 @@ def decode_latents(
     backend: str = "auto",
 ) -> np.ndarray:
     """[N, T, 4, H/8, W/8] -> uint8 [N, T, H, W, 3], with nothing loaded but the autoencoder of `model`: a folder or a
-    hub id, with or without "svd:" in front. Raises ReducioError for another model or other latents."""
+    hub id, with or without "svd:" in front, or svd-tiny. Raises ReducioError for another model or other latents."""
     place = devices.resolve_device(device)
     name = str(model).removeprefix("svd:") if str(model) != "svd" else HUB_ID
-    folder = hub.find_model(name, files=("vae/*",), ignored=("*/*.fp16.*",))
+    if name == SVD_TINY:
+        folder = embedded_model(SVD_TINY)
+    else:
+        folder = hub.find_model(name, files=("vae/*",), ignored=("*/*.fp16.*",))
     resolved = devices.resolve_dtype(dtype, None, place)
     vae = networks.load_model(TemporalVAE, TemporalVAEConfig, folder / "vae", resolved, place)
     shape = (None, vae.config.latent_channels, None, None)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...checkpoints import hub, model_folder
 from ...checkpoints.layouts import SVD
+from ...checkpoints.strict_files import SVD_TINY, embedded_model
 from ...compile import gc_pause
 from ...media import image_files
 from ...memory.dry_run import DryRun
@@ -65,7 +66,6 @@ class SVDPipeline(VideoPipeline):
     """
 
     layout = SVD
-    usual_size = (published.HEIGHT, published.WIDTH)
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -76,13 +76,20 @@ class SVDPipeline(VideoPipeline):
         image_encoder: Any,
         feature_extractor: Any,
         text_to_image: Any = None,
+        sample_height: int = published.HEIGHT,
+        sample_width: int = published.WIDTH,
         *,
         backend: str = "auto",
         compile: bool | None = None,
     ) -> None:
-        parts = Components(SVD, locals())
+        """sample_height, sample_width: pixels of a clip where a call names none."""
+        parts = Components(self.layout, locals())
         check_components(parts)
         self._assemble(parts, Executor(parts, backend, compile))
+
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        return self.sample_height, self.sample_width
 
     def _assemble(self, parts: Components, executor: Executor) -> None:
         super().__init__(
@@ -123,14 +130,17 @@ class SVDPipeline(VideoPipeline):
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
         folder = cls.find_folder(model, variant)
         with gc_pause.paused(), torch.random.fork_rng(devices=[]):
-            parts = model_folder.read_model(folder, components, SVD, LOADERS, dtype, device, variant)
+            parts = model_folder.read_model(folder, components, cls.layout, LOADERS, dtype, device, variant)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free)
         return pipe
 
     @staticmethod
     def find_folder(model: str | os.PathLike[str], variant: str | None = None) -> Path:
-        """A folder itself, or the local copy of a hub repository, of whose copies of the weights one is fetched."""
+        """A folder itself, the embedded one by its name, or the local copy of a hub repository, of whose copies of the
+        weights one is fetched."""
+        if str(model) == SVD_TINY:
+            return embedded_model(SVD_TINY)
         weights = "*/*.safetensors" if variant is None else f"*/*.{variant}.safetensors"
         other = ("*/*.fp16.*",) if variant is None else ()
         return hub.find_model(model, files=(*FILES, weights), ignored=other)
@@ -143,7 +153,9 @@ class SVDPipeline(VideoPipeline):
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the folder that `from_pretrained`, and diffusers' own, reads; each weight in the dtype it has."""
         target = expanded(save_directory, "save_directory")
-        model_folder.write_model(target, self.parts.as_dict(), SVD)
+        sizes = {name: self.parts[name] for name in self.layout.settings}
+        usual = {"sample_height": published.HEIGHT, "sample_width": published.WIDTH}
+        model_folder.write_model(target, self.parts.as_dict() | ({} if sizes == usual else sizes), self.layout)
 
     @torch_state.inference()
     def __call__(
