@@ -278,7 +278,7 @@ class VideoUNet(nn.Module):
 
     def denoiser(
         self,
-        cond: sampler.ImageCondition,
+        cond: sampler.ImageCondition | sampler.EndConditions,
         uncond: sampler.ImageCondition | None = None,
         guidance_scale: float | Tensor = 1.0,
     ) -> Callable[[Tensor, Tensor], Tensor]:

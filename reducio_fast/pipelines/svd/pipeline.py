@@ -28,7 +28,7 @@ from ...media import image_files
 from ...memory.dry_run import DryRun
 from ...reference import initial_latent
 from ...reference.svd import config as published
-from ...reference.svd.sampler import align_your_steps
+from ...reference.svd.sampler import EndConditions, align_your_steps
 from ...reference.svd.unet import VideoUNet
 from ...reference.svd.vae import TemporalVAE
 from ...system import devices, torch_state
@@ -36,7 +36,7 @@ from ...system.errors import ReducioError
 from ...system.paths import expanded
 from ..call import validation
 from ..call.output import ReducioOutput, stack, to_output
-from ..call.request import ClipRequest, Embeds, SamplingInputs
+from ..call.request import Embeds, SamplingInputs
 from ..call.state import CallState, Stage
 from ..execution.components import Components
 from ..execution.drawing import check_content_kwargs, draw_image
@@ -48,7 +48,7 @@ from .conditioner import ImageConditioner
 from .decoder import ClipDecoder
 from .dry_runs import DryStages
 from .from_diffusers import networks_of
-from .request import SVDArguments, SVDRequest
+from .request import SVDArguments, SVDClipRequest, SVDRequest
 
 LOG = logging.getLogger("reducio_fast")
 
@@ -187,6 +187,7 @@ class SVDPipeline(VideoPipeline):
         progress: bool = True,
         image_fit: str = "stretch",
         content_kwargs: dict[str, Any] | None = None,
+        last_image: Any = None,
     ) -> ReducioOutput | tuple[Any]:
         """Make a clip of an image, or of each image in a list, or `num_videos_per_prompt` of each.
 
@@ -207,6 +208,7 @@ class SVDPipeline(VideoPipeline):
         latents: the initial noise [N, T, 4, H/8, W/8], without N for a single clip.
         output_type, callback_on_step_end, return_dict: as in `ReducioPipeline`.
         image_fit: "stretch" squeezes the picture into the clip's shape, as diffusers does; "crop" cuts it.
+        last_image: what the clip ends with: one, or one an image. Each step then costs twice (arXiv 2403.14611).
 
         Raises ReducioError before any work for an argument that does not fit.
         """
@@ -275,10 +277,14 @@ class SVDPipeline(VideoPipeline):
             latents = validation.check_latents(inputs.latents, shape, count, is_list)
         self._warn(inputs, frames, trained)
         embeds = [Embeds()] * len(images)
-        per_clip = ([x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds))
+        last = self._last_images(inputs.last_image, len(images))
+        per_clip = [[x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds, last)]
         scales = (float(inputs.min_guidance_scale), float(most))
         return SVDRequest(
-            clips=[ClipRequest(*clip) for clip in zip(*per_clip, generators, latents, strict=True)],
+            clips=[
+                SVDClipRequest(*clip, last_image)
+                for *clip, last_image in zip(*per_clip[:4], generators, latents, per_clip[4], strict=True)
+            ],
             is_list=is_list,
             height=height,
             width=width,
@@ -295,7 +301,10 @@ class SVDPipeline(VideoPipeline):
             guidance_per_frame=torch.linspace(*scales, frames) if scales[1] > 1 else torch.ones(frames),
             sigmas=None if sigmas is None else [float(sigma) for sigma in sigmas],
             num_frames=frames,
-            motion_bucket_id=inputs.motion_bucket_id,
+            # The weights were trained on the number of frames that follow the first one within a second.
+            time_ids=torch.tensor(
+                [inputs.fps - 1, inputs.motion_bucket_id, inputs.noise_aug_strength], dtype=torch.float64
+            ),
             noise_aug_strength=inputs.noise_aug_strength,
             decode_chunk_size=chunk,
             crops=inputs.image_fit == "crop",
@@ -318,6 +327,15 @@ class SVDPipeline(VideoPipeline):
         return [""] * count, [""] * count, image_files.read_images(inputs.image, count), is_list
 
     @staticmethod
+    def _last_images(last_image: Any, count: int) -> list[np.ndarray | None]:
+        """One for all clips, or one an image."""
+        if isinstance(last_image, list | tuple) and len(last_image) != count:
+            raise ReducioError(
+                f"last_image: {len(last_image)} given for {count} images; give one for all or one an image"
+            )
+        return image_files.read_images(last_image, count)
+
+    @staticmethod
     def _warn(inputs: SVDArguments, frames: int, trained: int) -> None:
         """Of what runs, but outside of what the weights were trained on."""
         if frames != trained:
@@ -329,7 +347,7 @@ class SVDPipeline(VideoPipeline):
             if not low <= value <= high:
                 LOG.warning("%s: %g, SVD was trained on %d to %d", name, value, low, high)
 
-    def _sampling_inputs(self, clip: ClipRequest, call: CallState, stage: Stage) -> SamplingInputs:
+    def _sampling_inputs(self, clip: Any, call: CallState, stage: Stage) -> SamplingInputs:
         request: Any = call.request
         if (picture := clip.image) is None:
             with stage(call.timings, "content.generate"):
@@ -338,11 +356,13 @@ class SVDPipeline(VideoPipeline):
                 picture = draw_image(
                     self.text_to_image, *texts, *size, clip.generator, shown, request.content_kwargs, call.content_step
                 )
-        noise = initial_latent((1, 3, request.height, request.width), [clip.generator])
+        ends = [picture] if clip.last_image is None else [picture, clip.last_image]
+        noises = [initial_latent((1, 3, request.height, request.width), [clip.generator]) for _ in ends]
         with stage(call.timings, "image.encode"):
-            cond = self.conditioner(picture, noise, request)
+            conditions = [self.conditioner(*end, request) for end in zip(ends, noises, strict=True)]
+        cond: Any = conditions[0] if len(conditions) == 1 else EndConditions(*conditions)
         # Drawn in the dtype that the weights have, since half-precision numbers are drawn otherwise; kept in float32.
-        start = _noise(request.latent_shape, clip.generator, cond.embeds.dtype)
+        start = _noise(request.latent_shape, clip.generator, conditions[0].embeds.dtype)
         return SamplingInputs(self.conditioner.fit(picture, request), start, cond)
 
     @torch_state.inference()
