@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,3 +123,6 @@ SVD = Layout(
     settings=("sample_height", "sample_width"),
     denoiser="unet",
 )
+
+# Of the same components; its autoencoder is one of images. The name is that of published conversions to diffusers.
+SV3D = dataclasses.replace(SVD, pipeline="StableVideo3DDiffusionPipeline")

@@ -24,6 +24,7 @@ from .peers import pipeline as peers
 from .peers.models import PEERS, build_random
 from .reducio.pipeline import ReducioPipeline
 from .svd.decoder import HUB_ID
+from .svd.orbit import SV3DPipeline
 from .svd.pipeline import SVDPipeline
 
 
@@ -46,7 +47,7 @@ class Model:
     needs_prompt: bool = True
 
 
-FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline)}
+FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline, SV3DPipeline)}
 TINY_SIZE, TINY_FRAMES = (64, 64), 4  # of a call on small random weights
 # Words for a model of ours, beside folders and hub ids: `WORD` alone, `WORD:FOLDER_OR_HUB_ID`, `WORD:random`.
 WORDS = {"svd": HUB_ID}
@@ -172,7 +173,8 @@ def _check_call(family: Any, kwargs: dict[str, Any]) -> None:
     """Refuse, by name, what is neither an argument of the family's call nor of its loading."""
     call = list(inspect.signature(family.__call__).parameters)[1:]
     if unknown := sorted(set(kwargs) - {*call, *load_arguments(family)}):
-        name = "Reducio" if family is ReducioPipeline else "Stable Video Diffusion"
+        names = {ReducioPipeline: "Reducio", SVDPipeline: "Stable Video Diffusion", SV3DPipeline: "Stable Video 3D"}
+        name = names[family]
         raise ReducioError(f"{unknown[0]}: no argument of a {name} model; known are {', '.join(call)}")
 
 

@@ -28,7 +28,7 @@ from ...reference.svd.sampler import (
     needs_guidance,
     towards_last,
 )
-from ...reference.svd.unet import VideoUNet, check_inputs, sinusoid
+from ...reference.svd.unet import VideoUNet, check_inputs, embed_numbers, sinusoid
 from ..packed_layers import frozen
 from ..plan import Plan
 from .layers import Conv, Norm, SpatioTemporalRes, UpConv, folded, spatial_share
@@ -302,7 +302,7 @@ class FastVideoUNet(nn.Module):
         flat = added.flatten(0, -2)
         same = bool((flat == flat[:1]).all())
         ids = flat[:1] if same else flat
-        told = sinusoid(ids, config.addition_time_embed_dim).flatten(-2).to(self.dtype)
+        told = embed_numbers(config, ids).to(self.dtype)
         more = self.add_embedding.linear_2(F.silu(self.add_embedding.linear_1(told)))
         if not same and added.ndim == 2:
             more = more.repeat_interleave(frames, 0)

@@ -7,14 +7,13 @@ diffusers draws them.
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
 import math
 import numbers
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ...checkpoints import hub, model_folder
 from ...checkpoints.layouts import SVD
+from ...checkpoints.model_folder import Loaders
 from ...checkpoints.strict_files import SVD_TINY, embedded_model
 from ...compile import gc_pause
 from ...media import image_files
@@ -66,6 +66,8 @@ class SVDPipeline(VideoPipeline):
     """
 
     layout = SVD
+    loaders: ClassVar[Loaders] = LOADERS
+    decoder_class: ClassVar[type[ClipDecoder]] = ClipDecoder
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -98,7 +100,7 @@ class SVDPipeline(VideoPipeline):
             content=None,
             conditioner=ImageConditioner(parts, executor),
             sampler=Sampler(parts, executor),
-            decoder=ClipDecoder(parts, executor),
+            decoder=self.decoder_class(parts, executor),
         )
 
     def _dry_stages(self, dry: DryRun) -> DryStages:
@@ -130,7 +132,7 @@ class SVDPipeline(VideoPipeline):
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
         folder = cls.find_folder(model, variant)
         with gc_pause.paused(), torch.random.fork_rng(devices=[]):
-            parts = model_folder.read_model(folder, components, cls.layout, LOADERS, dtype, device, variant)
+            parts = model_folder.read_model(folder, components, cls.layout, cls.loaders, dtype, device, variant)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free)
         return pipe
@@ -229,7 +231,9 @@ class SVDPipeline(VideoPipeline):
         the call. Raises ReducioError."""
         call = inspect.signature(self.__call__).bind(**arguments)
         call.apply_defaults()
-        inputs = SVDArguments(**call.arguments)
+        return self._request(SVDArguments(**call.arguments))
+
+    def _request(self, inputs: SVDArguments) -> SVDRequest:
         prompts, negatives, images, is_list = self._pictures(inputs)
         height, width = (
             usual if side is None else side
@@ -249,7 +253,7 @@ class SVDPipeline(VideoPipeline):
                 raise ReducioError(f"sigmas: {sigmas!r} is no schedule; known is {ALIGN_YOUR_STEPS}, or a list")
             sigmas = align_your_steps(validation.check_count("num_inference_steps", steps))
         elif sigmas is not None:
-            _check_sigmas(sigmas)
+            validation.check_sigmas(sigmas)
             steps = len(sigmas) - 1
         max_steps = self.scheduler.config.num_train_timesteps
         most = inputs.max_guidance_scale if inputs.guidance_scale is None else inputs.guidance_scale
@@ -387,15 +391,3 @@ class SVDPipeline(VideoPipeline):
 
 def _noise(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     return torch.randn((1, *shape), generator=generator, device=generator.device, dtype=dtype).float()
-
-
-def _check_sigmas(sigmas: Any) -> None:
-    if not isinstance(sigmas, list | tuple | np.ndarray | Tensor) or len(sigmas) < 2:
-        raise ReducioError(f"sigmas: must be a list of at least two numbers, is {sigmas!r}")
-    try:
-        values = [float(sigma) for sigma in sigmas]
-    except (TypeError, ValueError):
-        raise ReducioError(f"sigmas: must be numbers, are {sigmas!r}") from None
-    falls = all(before > after for before, after in itertools.pairwise(values))
-    if not falls or values[-1] < 0 or not math.isfinite(values[0]):
-        raise ReducioError(f"sigmas: must fall from step to step and end with 0 or more, are {values}")
