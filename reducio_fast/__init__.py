@@ -1,9 +1,9 @@
 """Reducio, fast: text and an image in, a short clip out.
 
-`generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline` and `SVDPipeline` give access
-to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder alone, `accelerate` runs
-a loaded diffusers pipeline on the fast networks. `ReducioError` is raised for bad input, with a message of one line.
-All are loaded at first use: importing this package loads no torch.
+`generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline`, `SVDPipeline` and
+`SV3DPipeline` give access to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder
+alone, `accelerate` runs a loaded diffusers pipeline on the fast networks. `ReducioError` is raised for bad input,
+with a message of one line. All are loaded at first use: importing this package loads no torch.
 """
 
 from __future__ import annotations
@@ -15,13 +15,24 @@ if TYPE_CHECKING:
     from .pipelines.generate import generate
     from .pipelines.reducio.diffusers_bridge import ReducioVAE
     from .pipelines.reducio.pipeline import ReducioPipeline
+    from .pipelines.svd.orbit import SV3DPipeline
     from .pipelines.svd.pipeline import SVDPipeline
     from .system.errors import ReducioError
 
-__all__ = ["ReducioError", "ReducioPipeline", "ReducioVAE", "SVDPipeline", "__version__", "accelerate", "generate"]
+__all__ = [
+    "ReducioError",
+    "ReducioPipeline",
+    "ReducioVAE",
+    "SV3DPipeline",
+    "SVDPipeline",
+    "__version__",
+    "accelerate",
+    "generate",
+]
 
 _IN_PIPELINES = {
     "ReducioPipeline": "reducio.pipeline",
+    "SV3DPipeline": "svd.orbit",
     "SVDPipeline": "svd.pipeline",
     "accelerate": "accelerate",
     "generate": "generate",

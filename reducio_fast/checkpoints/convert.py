@@ -4,7 +4,7 @@ published                                           becomes
 Reducio-VAE release, reducio-ft4-fs32-attn23.ckpt   vae: the same names, less the losses of its training
 PixArt-alpha, .pth or diffusers folder              transformer: where the training of a Reducio-DiT starts
 SD 2.1 or SDXL VAE, diffusers folder or LDM names   content_encoder
-Stability's file of a whole SVD model               a model folder (see `convert_svd`)
+Stability's file of a whole SVD or SV3D             a model folder (see `convert_svd`)
 
 Pickles are read by torch's restricted unpickler, which makes tensors and plain values and calls nothing. Names and
 shapes are compared with the configured network, built on the meta device, before a byte is written.

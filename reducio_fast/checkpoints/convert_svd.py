@@ -1,4 +1,5 @@
-"""A single file of Stability AI's -> a model folder in diffusers' layout, which `SVDPipeline` and diffusers read."""
+"""A single file of Stability AI's -> a model folder in diffusers' layout: of SVD, which `SVDPipeline` and diffusers
+read, or of SV3D, which `SV3DPipeline` reads."""
 
 from __future__ import annotations
 
@@ -11,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reference.svd.config import TemporalVAEConfig, VideoUNetConfig
+from ..reference.svd.config import FrameVAEConfig, TemporalVAEConfig, VideoUNetConfig
 from ..reference.svd.unet import VideoUNet
-from ..reference.svd.vae import TemporalVAE
+from ..reference.svd.vae import FrameVAE, TemporalVAE
 from ..system.atomic_files import new_folder
 from ..system.errors import ReducioError
 from . import published_svd
-from .layouts import SVD
+from .layouts import SV3D, SVD
 from .model_card import write_card
 from .networks import published_class
 from .strict_files import CONFIG, INDEX, WEIGHTS, check_fit, report, save_tensors, version, write_json
 
-# Frames of a clip, which no tensor shows, by what follows in the name of the file.
+# Frames of a clip, which no tensor shows.
 PRESETS = {"svd": 14, "svd-xt": 25}
+SV3D_FRAMES, SV3D_SIDE = 21, 576  # of an orbit
 COMPONENTS = ("unet", "vae", "image_encoder")
 
 
@@ -74,19 +76,24 @@ def convert_single_file(
     config = dict(config or {})
     if unknown := sorted(set(config) - set(COMPONENTS)):
         raise ReducioError(f"config: {unknown[0]!r} is no component; known are {', '.join(COMPONENTS)}")
-    frames = frames_of(path, preset)
     split, left_out = published_svd.split(tensors)
+    orbits = not published_svd.is_temporal(split["vae"])
+    if orbits and preset is not None:
+        raise ReducioError(f"preset: {path} is an SV3D, whose tensors say all; {preset!r} given")
+    frames = SV3D_FRAMES if orbits else frames_of(path, preset)
+    layout = SV3D if orbits else SVD
     if split[""]:
         report(path, [], list(split[""]), [])
-    for name, needed in (("vae", "decoder.conv_out.weight"), ("image_encoder", "proj")):
+    for name, needed in (("vae", "decoder.conv_in.weight"), ("image_encoder", "proj")):
         if needed not in split[name]:
             raise ReducioError(f"{path}: has no {name}; only files with all networks make a model folder")
     parts = {
-        "vae": _vae(path, split["vae"], config.get("vae", {})),
+        "vae": _vae(path, split["vae"], config.get("vae", {}), orbits),
         "unet": _unet(path, split["unet"], {"num_frames": frames, **config.get("unet", {})}),
         "image_encoder": _image_encoder(path, split["image_encoder"], config.get("image_encoder", {})),
     }
-    index: dict[str, Any] = {"_class_name": SVD.pipeline, "_reducio_fast_version": version()}
+    index: dict[str, Any] = {"_class_name": layout.pipeline, "_reducio_fast_version": version()}
+    index |= {"sample_height": SV3D_SIDE, "sample_width": SV3D_SIDE} if orbits else {}
     index |= {name: [part.library, part.class_name] for name, part in parts.items()}
     index |= {"scheduler": ["diffusers", published_svd.SCHEDULER["_class_name"]]}
     index |= {"feature_extractor": ["transformers", published_svd.FEATURE_EXTRACTOR["image_processor_type"]]}
@@ -103,11 +110,11 @@ def convert_single_file(
             (folder / name).mkdir()
             write_json(folder / name / file, values)
         write_json(folder / INDEX, index)
-        write_card(folder, {name: part.network for name, part in parts.items()}, {}, out.name, SVD)
+        write_card(folder, {name: part.network for name, part in parts.items()}, {}, out.name, layout)
     tensors_written = [t for part in parts.values() for t in part.tensors.values()]
     return {
         "source": str(path),
-        "component": SVD.pipeline,
+        "component": layout.pipeline,
         "path": str(out),
         "tensors": len(tensors_written),
         "parameters": sum(t.numel() for t in tensors_written),
@@ -146,9 +153,14 @@ def _unet(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Par
     return _ours(network, _fitted(path, "unet", network, published_svd.unet_names(tensors)))
 
 
-def _vae(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Part:
+def _vae(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], orbits: bool) -> Part:
     fields = _read(path, "vae", published_svd.vae_config, tensors) | config
-    network = _network("vae", TemporalVAE, TemporalVAEConfig, fields)
+    if orbits:
+        levels = len(fields["block_out_channels"])
+        fields = {"up_block_types": ["UpDecoderBlock2D"] * levels, "use_post_quant_conv": False} | fields
+        network = _network("vae", FrameVAE, FrameVAEConfig, fields)
+    else:
+        network = _network("vae", TemporalVAE, TemporalVAEConfig, fields)
     return _ours(network, _fitted(path, "vae", network, published_svd.vae_names(tensors)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,9 @@ SVD = Layout(
             source="a diffusers pipeline's folder or hub id",
         ),
     ),
-    settings=(),
+    settings=("sample_height", "sample_width"),
     denoiser="unet",
 )
+
+# Of the same components; its autoencoder is one of images. The name is that of published conversions to diffusers.
+SV3D = dataclasses.replace(SVD, pipeline="StableVideo3DDiffusionPipeline")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .layouts import REDUCIO, Layout
+from .layouts import REDUCIO, SVD, Layout
 from .networks import pipeline_networks
 
 CARD = "README.md"
@@ -56,12 +56,12 @@ _SVD_TEXT = """
 A [Stable Video Diffusion](https://arxiv.org/abs/2311.15127) model: an image in, a clip of {frames} frames out. The
 weights' licence is that of what they were made from: name it here.
 
-With reducio-fast (`pip install reducio-fast`), or with diffusers' `StableVideoDiffusionPipeline`:
+With reducio-fast (`pip install reducio-fast`){also}:
 
 ```python
-from reducio_fast import SVDPipeline
+from reducio_fast import {pipeline}
 
-pipe = SVDPipeline.from_pretrained("{title}")  # this folder, or its hub id
+pipe = {pipeline}.from_pretrained("{title}")  # this folder, or its hub id
 pipe("photo.png").save("clip.mp4")
 ```
 
@@ -98,7 +98,10 @@ def write_card(
         frames = components["vae"].config.num_frames
         text = _CARD_TEXT.format(title=title, frames=frames, height=height, width=width, fps=fps, rows=rows)
     else:
-        text = _SVD_TEXT.format(title=title, frames=components["unet"].config.num_frames, rows=rows)
+        is_svd = layout is SVD
+        also = f", or with diffusers' `{layout.pipeline}`" if is_svd else ""
+        words = {"pipeline": "SVDPipeline" if is_svd else "SV3DPipeline", "also": also, "title": title, "rows": rows}
+        text = _SVD_TEXT.format(frames=components["unet"].config.num_frames, **words)
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..reference import ReducioDiT, ReducioVAE
 from ..reference.svd.unet import VideoUNet
-from ..reference.svd.vae import TemporalVAE
+from ..reference.svd.vae import FrameVAE, TemporalVAE
 from ..system.errors import ReducioError
 from . import published_names
 from .strict_files import (
@@ -49,6 +49,7 @@ PUBLISHED: dict[type[nn.Module], tuple[str, str]] = {
     ReducioDiT: ("reducio_fast", "ReducioDiT"),
     VideoUNet: ("diffusers", "UNetSpatioTemporalConditionModel"),
     TemporalVAE: ("diffusers", "AutoencoderKLTemporalDecoder"),
+    FrameVAE: ("diffusers", "AutoencoderKL"),
 }
 
 

@@ -3,7 +3,7 @@
 A file of Stability's holds all networks:
 
     model.diffusion_model.*                                 the U-Net
-    first_stage_model.decoder.*                             the decoder: over time in SVD, of single frames in SV3D
+    first_stage_model.decoder.*                             the decoder: over time in SVD, of frames in SV3D
     conditioner.embedders.N.encoder.{encoder,quant_conv}.*  the autoencoder that encodes the picture
     conditioner.embedders.0.open_clip.model.visual.*        the image encoder, in open_clip's layout
 

@@ -44,10 +44,16 @@ def version() -> str:
     return importlib.metadata.version("reducio-fast")
 
 
-def embedded_model() -> Path:
-    """Folder of the small model inside the package; ReducioError where an installation came without."""
-    folder = Path(str(resources.files("reducio_fast"))) / "models" / "tiny"
+SVD_TINY = "svd-tiny"  # the name of the embedded Stable Video Diffusion
+
+
+def embedded_model(name: str = "tiny") -> Path:
+    """Folder of a small model inside the package; ReducioError where an installation came without."""
+    folder = Path(str(resources.files("reducio_fast"))) / "models" / name
     if not (folder / INDEX).is_file():
+        if name == SVD_TINY:
+            made = f"`reducio-fast train {SVD_TINY} --out DIR` makes it, in DIR/bundle"
+            raise ReducioError(f"model: this installation has no {SVD_TINY} ({folder}); {made}")
         raise ReducioError(f"model: none named, and this installation has no embedded one ({folder})")
     return folder
 

@@ -30,10 +30,10 @@ def run(arguments: argparse.Namespace) -> Printed:
     height, width = kept.content.shape[1:3]
     check_output_path(arguments.out, kept.fps, height, width)
 
-    from ..checkpoints.layouts import SVD
+    from ..checkpoints.layouts import SV3D, SVD
     from ..pipelines.call.output import ReducioOutput
 
-    decode = decode_svd if kept.pipeline == SVD.pipeline else decode_reducio
+    decode = decode_svd if kept.pipeline in (SVD.pipeline, SV3D.pipeline) else decode_reducio
     started = time.perf_counter()
     frames = decode(kept, arguments)
     seconds, is_list = time.perf_counter() - started, len(frames) > 1

@@ -32,6 +32,7 @@ SVD_OWN: dict[str, Callable[[str], Any]] = {
     "max_guidance_scale": float,
     "sigmas": sigmas,
     "image_fit": str,
+    "last_image": str,
     "variant": str,
 }
 

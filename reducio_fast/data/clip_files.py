@@ -52,8 +52,8 @@ class ClipFiles:
         """Draw a random clip of `count` frames, float32 [3, T, H, W] in [-1, 1].
 
         The clip takes every round(fps / rate)-th frame from a random start and a random crop. The crop has the shape of
-        `size` (one number, or H and W) and at least the share `least_area` of the largest crop's area. `mirror`: half of
-        the clips are mirrored. Raises `ReducioError` after `TRIES` consecutive clips that are too short or cannot be
+        `size` (one number, or H and W) and at least the share `least_area` of the largest crop's area. `mirror`: half
+        of the clips are mirrored. Raises `ReducioError` after `TRIES` consecutive clips that are too short or cannot be
         read.
         """
         reason = "too short"

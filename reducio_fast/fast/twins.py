@@ -14,14 +14,14 @@ from ..reference import ReducioDiT, ReducioVAE
 from ..reference.reducio.image_vae import ImageVAE
 from ..reference.reducio.pixart import PixArt
 from ..reference.svd.unet import VideoUNet
-from ..reference.svd.vae import TemporalVAE
+from ..reference.svd.vae import FrameVAE, TemporalVAE
 from ..system.devices import DTYPES
 from .reducio.dit import FastReducioDiT
 from .reducio.image_vae import FastImageVAE
 from .reducio.pixart import FastPixArt
 from .reducio.vae import FastReducioVAE
 from .svd.unet import FastVideoUNet
-from .svd.vae import FastTemporalVAE
+from .svd.vae import FastFrameVAE, FastTemporalVAE
 
 # A twin is built from (network, plan) and has: `graphs`, through which it runs; `graph_names`, under which it captures;
 # `compiled_on_cpu`, whether compiling its blocks gains anything there.
@@ -32,6 +32,7 @@ TWINS: dict[type[nn.Module], Any] = {
     ImageVAE: FastImageVAE,
     VideoUNet: FastVideoUNet,
     TemporalVAE: FastTemporalVAE,
+    FrameVAE: FastFrameVAE,
 }
 
 # What `nn.Module.__call__` runs beside `forward`.

@@ -25,6 +25,7 @@ from .peers import pipeline as peers
 from .peers.models import PEERS, build_random
 from .reducio.pipeline import ReducioPipeline
 from .svd.decoder import HUB_ID
+from .svd.orbit import SV3DPipeline
 from .svd.pipeline import SVDPipeline
 
 
@@ -47,7 +48,7 @@ class Model:
     needs_prompt: bool = True
 
 
-FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline)}
+FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline, SV3DPipeline)}
 TINY_SIZE, TINY_FRAMES = (64, 64), 4  # of a call on small random weights
 # Words for a model of ours, beside folders and hub ids: `WORD` alone, `WORD:FOLDER_OR_HUB_ID`, `WORD:random`.
 WORDS = {"svd": HUB_ID}
@@ -62,6 +63,8 @@ def find(model: str | os.PathLike[str] | None) -> Model:
         return _of_folder(_find_folder(weights))
     if (folder := _own_folder(model)) is not None:
         return _of_folder(folder)
+    if model == strict_files.SVD_TINY:
+        return _of_folder(strict_files.embedded_model(strict_files.SVD_TINY))
     source = peers.find(model)
     if source is None:
         return _of_folder(strict_files.embedded_model() if model is None else _find_folder(model))
@@ -127,7 +130,7 @@ def _random(weights: str) -> Model:
         pipe = SVDPipeline.from_diffusers(built, backend, compile)
         pipe.executor.choose_dtype(dtype is None)
         if tiny:
-            pipe.usual_size = TINY_SIZE
+            pipe.sample_height, pipe.sample_width = TINY_SIZE
             pipe.unet.config = dataclasses.replace(pipe.unet.config, num_frames=TINY_FRAMES)
         for name, part in parts.items():
             setattr(pipe, name, part)
@@ -171,13 +174,14 @@ def _check_call(family: Any, kwargs: dict[str, Any]) -> None:
     """Refuse, by name, what is neither an argument of the family's call nor of its loading."""
     call = list(inspect.signature(family.__call__).parameters)[1:]
     if unknown := sorted(set(kwargs) - {*call, *load_arguments(family)}):
-        name = "Reducio" if family is ReducioPipeline else "Stable Video Diffusion"
+        names = {ReducioPipeline: "Reducio", SVDPipeline: "Stable Video Diffusion", SV3DPipeline: "Stable Video 3D"}
+        name = names[family]
         raise ReducioError(f"{unknown[0]}: no argument of a {name} model; known are {', '.join(call)}")
 
 
 def call_defaults(model: str | os.PathLike[str] | None) -> dict[str, Any]:
     """Arguments of a call of this model that have a default, with their defaults. Loads nothing."""
-    if isinstance(model, str) and model.partition(":")[0] in WORDS:
+    if isinstance(model, str) and (model.partition(":")[0] in WORDS or model == strict_files.SVD_TINY):
         return _defaults(SVDPipeline.__call__)
     if (folder := _own_folder(model)) is not None:
         return _defaults(FAMILIES[str(_family_of(folder))].__call__)

@@ -30,7 +30,7 @@ class VideoUNetConfig(DictMixin):
     down_block_types: tuple[str, ...] = (ATTENTION_DOWN,) * 3 + (PLAIN_DOWN,)
     up_block_types: tuple[str, ...] = (PLAIN_UP,) + (ATTENTION_UP,) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    addition_time_embed_dim: int = 256
+    addition_time_embed_dim: int | tuple[int, ...] = 256  # of each number that the network is told; or one a number
     projection_class_embeddings_input_dim: int = 768
     layers_per_block: int | tuple[int, ...] = 2
     cross_attention_dim: int | tuple[int, ...] = 1024
@@ -58,6 +58,11 @@ class VideoUNetConfig(DictMixin):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries, block_out_channels {levels}")
+        if sum(time_id_widths(self)) != self.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"projection_class_embeddings_input_dim is {self.projection_class_embeddings_input_dim}, numbers are "
+                f"embedded in {self.addition_time_embed_dim} channels"
+            )
         for channels, heads in zip(self.block_out_channels, self.per_level("num_attention_heads"), strict=True):
             if channels % NORM_GROUPS or channels % heads:
                 raise ValueError(
@@ -74,6 +79,12 @@ class VideoUNetConfig(DictMixin):
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         values = DictMixin.to_dict(self)
         return {n: v for n, v in values.items() if not n.endswith("_eps") or v != defaults[n]}
+
+
+def time_id_widths(config: Any) -> tuple[int, ...]:
+    """Channels that embed each of the numbers a U-Net is told, of this configuration or of diffusers'."""
+    width = config.addition_time_embed_dim
+    return width if isinstance(width, tuple) else (width,) * (config.projection_class_embeddings_input_dim // width)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +111,47 @@ class TemporalVAEConfig(DictMixin):
             )
         if bad := [c for c in self.block_out_channels if c % NORM_GROUPS]:
             raise ValueError(f"block_out_channels: {bad[0]} is no multiple of {NORM_GROUPS} norm groups")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels a latent cell: 8."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FrameVAEConfig(DictMixin):
+    """Stable Diffusion's autoencoder of images (diffusers' `AutoencoderKL`), which SV3D decodes its frames with. Fields
+    below `scaling_factor` can have one value alone; defaults are those of SV3D's file, without a post_quant_conv."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    sample_size: int = 768
+    use_post_quant_conv: bool = True
+    force_upcast: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: float | None = None
+    latents_std: float | None = None
+    act_fn: str = "silu"
+    norm_num_groups: int = NORM_GROUPS
+    use_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        fixed = ("shift_factor", "latents_mean", "latents_std", "act_fn", "norm_num_groups", "use_quant_conv")
+        for name in (*fixed, "mid_block_add_attention"):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {fields[name].default!r}")
+        levels = len(self.block_out_channels)
+        for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if getattr(self, name) != (known,) * levels:
+                raise ValueError(f"{name}: {getattr(self, name)} must be {known} for each of {levels} levels")
 
     @property
     def spatial_factor(self) -> int:

@@ -34,6 +34,14 @@ class ImageCondition:
         return ImageCondition(*(getattr(self, f.name).to(device, dtype) for f in dataclasses.fields(self)))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class EndConditions:
+    """Of clips that are given both ends: the picture of the first frame, and that of the last."""
+
+    first: ImageCondition
+    last: ImageCondition
+
+
 # Of ten steps, made for SVD by Align Your Steps (arXiv 2404.14507).
 ALIGN_YOUR_STEPS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
 
@@ -64,10 +72,39 @@ def needs_guidance(scale: float | Tensor) -> bool:
     return float(scale.max()) > 1 if isinstance(scale, Tensor) else scale > 1
 
 
+def towards_last(first: Tensor, last: Tensor) -> Tensor:
+    """Two predictions [B, T, ...] of the same frames as one: at the first frame the first, at the last frame the last,
+    and between them what lies on the straight line."""
+    share = torch.linspace(0, 1, first.shape[1], device=first.device, dtype=first.dtype)
+    return torch.lerp(first, last, share.view(-1, *[1] * (first.ndim - 2)))
+
+
+def two_ended(
+    first: Callable[[Tensor, Tensor], Tensor], last: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A denoiser from two that continue a picture each: one forwards in time, the other from the end backwards.
+
+    Time-reversal fusion (arXiv 2403.14611): weights that animate a first frame make, of a clip turned round, one that
+    ends there. Both see one latent, so what each step makes of their predictions is one clip with both ends. Every
+    scheduler's step is linear in the prediction: fusing it is fusing the steps.
+    """
+
+    def predict(latent: Tensor, timestep: Tensor) -> Tensor:
+        return towards_last(first(latent, timestep), last(latent.flip(1), timestep).flip(1))
+
+    return predict
+
+
 def denoiser(
-    unet: Any, cond: ImageCondition, uncond: ImageCondition | None = None, guidance_scale: float | Tensor = 1.0
+    unet: Any,
+    cond: ImageCondition | EndConditions,
+    uncond: ImageCondition | None = None,
+    guidance_scale: float | Tensor = 1.0,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """`(latent [B, T, 4, h, w], timestep) -> v` in the latent's dtype, the U-Net computing in its own."""
+    if isinstance(cond, EndConditions):
+        first, last = (denoiser(unet, end, uncond, guidance_scale) for end in (cond.first, cond.last))
+        return two_ended(first, last)
     guides = needs_guidance(guidance_scale)
     told = join(cond.without_image() if uncond is None else uncond, cond) if guides else cond
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import sampler
-from .config import ATTENTION_DOWN, ATTENTION_UP, NORM_GROUPS, VideoUNetConfig
+from .config import ATTENTION_DOWN, ATTENTION_UP, NORM_GROUPS, VideoUNetConfig, time_id_widths
 from .layers import Attention, Blend, Downsample, SpatioTemporalResBlock, Upsample
 
 MAX_PERIOD = 10000
@@ -29,6 +29,12 @@ def sinusoid(values: Tensor, channels: int) -> Tensor:
     )
     angles = values.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def embed_numbers(config: Any, numbers: Tensor) -> Tensor:
+    """Numbers that a network of this config, ours or diffusers', is told: [..., n] -> float32 [..., sum of widths]."""
+    each = zip(numbers.unbind(-1), time_id_widths(config), strict=True)
+    return torch.cat([sinusoid(number, width) for number, width in each], dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -241,8 +247,7 @@ class VideoUNet(nn.Module):
         """timestep [] or [B], added_time_ids [B, n] or, one a frame, [B, T, n] -> [B * T, E]."""
         channels = self.config.block_out_channels[0]
         time = self.time_embedding(sinusoid(timestep.expand(batch), channels).to(self.dtype))
-        ids = sinusoid(added_time_ids, self.config.addition_time_embed_dim).flatten(-2).to(self.dtype)
-        added = self.add_embedding(ids)
+        added = self.add_embedding(embed_numbers(self.config, added_time_ids).to(self.dtype))
         added = added[:, None].expand(-1, frames, -1) if added.ndim == 2 else added
         return (time[:, None] + added).flatten(0, 1)
 
@@ -278,7 +283,7 @@ class VideoUNet(nn.Module):
 
     def denoiser(
         self,
-        cond: sampler.ImageCondition,
+        cond: sampler.ImageCondition | sampler.EndConditions,
         uncond: sampler.ImageCondition | None = None,
         guidance_scale: float | Tensor = 1.0,
     ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -291,7 +296,7 @@ def check_inputs(config: Any, sample: Tensor, encoder_hidden_states: Tensor, add
     if sample.ndim != 5 or sample.shape[2] != config.in_channels:
         raise ValueError(f"sample has shape {tuple(sample.shape)}, must be [B, T, {config.in_channels}, H, W]")
     batch, frames = sample.shape[:2]
-    ids = config.projection_class_embeddings_input_dim // config.addition_time_embed_dim
+    ids = len(time_id_widths(config))
     if added_time_ids.shape not in ((batch, ids), (batch, frames, ids)):
         raise ValueError(
             f"added_time_ids has shape {tuple(added_time_ids.shape)}, must be [{batch}, {ids}] or "

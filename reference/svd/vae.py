@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import NORM_GROUPS, TemporalVAEConfig
+from .config import NORM_GROUPS, FrameVAEConfig, TemporalVAEConfig
 from .layers import Attention, Downsample, SpatialResBlock, SpatioTemporalResBlock, Upsample
 
 EPS, TEMPORAL_EPS = 1e-6, 1e-5
@@ -54,7 +54,7 @@ class EncoderMiddle(nn.Module):
 class Encoder(nn.Module):
     """Images [N, 3, H, W] -> mean and log-variance, [N, 2 * latent channels, H/8, W/8]."""
 
-    def __init__(self, config: TemporalVAEConfig) -> None:
+    def __init__(self, config: TemporalVAEConfig | FrameVAEConfig) -> None:
         super().__init__()
         channels = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -165,3 +165,66 @@ class TemporalVAE(nn.Module):
         pieces = [z] if chunk is None else z.split(chunk)
         decoded = [self.decoder(p, frames if chunk is None else len(p)) for p in pieces]
         return torch.cat(decoded).unflatten(0, (batch, frames))
+
+
+class FrameDecoderLevel(nn.Module):
+    def __init__(self, channels: int, out_channels: int, layers: int, last: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            SpatialResBlock(channels if i == 0 else out_channels, out_channels, EPS) for i in range(layers)
+        )
+        self.upsamplers = None if last else nn.ModuleList([Upsample(out_channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        return x if self.upsamplers is None else self.upsamplers[0](x)
+
+
+class FrameDecoder(nn.Module):
+    """Latents [N, 4, H/8, W/8] -> images [N, 3, H, W], each by itself."""
+
+    def __init__(self, config: FrameVAEConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = EncoderMiddle(channels[0])
+        self.up_blocks = nn.ModuleList(
+            FrameDecoderLevel(channels[max(i - 1, 0)], width, config.layers_per_block + 1, i == len(channels) - 1)
+            for i, width in enumerate(channels)
+        )
+        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, channels[-1], EPS)
+        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class FrameVAE(nn.Module):
+    """Stable Diffusion's autoencoder of images, behind the methods of `TemporalVAE`: frames are decoded one by one."""
+
+    def __init__(self, config: FrameVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+        self.decoder = FrameDecoder(config)
+
+    dtype = TemporalVAE.dtype
+    encode = TemporalVAE.encode
+
+    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+        """[B, T, 4, H/8, W/8] -> frames [B, T, 3, H, W], not clamped; `chunk` frames at once, which changes nothing."""
+        if latents.ndim != 5 or latents.shape[2] != self.config.latent_channels:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, must be [B, T, {self.config.latent_channels}, h, w]"
+            )
+        z = latents.flatten(0, 1)
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        decoded = [self.decoder(piece) for piece in z.split(chunk or 1)]
+        return torch.cat(decoded).unflatten(0, latents.shape[:2])

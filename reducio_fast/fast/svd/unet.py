@@ -20,8 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...compile.graphs import Graphs
-from ...reference.svd.sampler import ImageCondition, guidance_per_frame, join, needs_guidance
-from ...reference.svd.unet import VideoUNet, check_inputs, sinusoid
+from ...reference.svd.sampler import (
+    EndConditions,
+    ImageCondition,
+    guidance_per_frame,
+    join,
+    needs_guidance,
+    towards_last,
+)
+from ...reference.svd.unet import VideoUNet, check_inputs, embed_numbers, sinusoid
 from ..packed_layers import UpConv, frozen
 from ..plan import Plan
 from .layers import Conv, Norm, SpatioTemporalRes, folded, spatial_share
@@ -295,7 +302,7 @@ class FastVideoUNet(nn.Module):
         flat = added.flatten(0, -2)
         same = bool((flat == flat[:1]).all())
         ids = flat[:1] if same else flat
-        told = sinusoid(ids, config.addition_time_embed_dim).flatten(-2).to(self.dtype)
+        told = embed_numbers(config, ids).to(self.dtype)
         more = self.add_embedding.linear_2(F.silu(self.add_embedding.linear_1(told)))
         if not same and added.ndim == 2:
             more = more.repeat_interleave(frames, 0)
@@ -341,9 +348,14 @@ class FastVideoUNet(nn.Module):
 
     @torch.no_grad()
     def denoiser(
-        self, cond: ImageCondition, uncond: ImageCondition | None = None, guidance_scale: float | Tensor = 1.0
-    ) -> FastVideoDenoiser:
+        self,
+        cond: ImageCondition | EndConditions,
+        uncond: ImageCondition | None = None,
+        guidance_scale: float | Tensor = 1.0,
+    ) -> FastVideoDenoiser | TwoEndedDenoiser:
         """As the reference's, for `fast.sampler.sample`: constants of the condition are made here, once."""
+        if isinstance(cond, EndConditions):
+            return TwoEndedDenoiser(*(self.denoiser(end, uncond, guidance_scale) for end in (cond.first, cond.last)))
         guides = needs_guidance(guidance_scale)
         told = join(cond.without_image() if uncond is None else uncond, cond) if guides else cond
         told = told.to(self.conv_in.bias.device, self.dtype)
@@ -392,6 +404,36 @@ class FastVideoDenoiser:
             return prediction
         without, with_image = prediction.chunk(2)
         return without + self.scale * (with_image - without)
+
+
+class EndInputs(NamedTuple):
+    first: StepInputs
+    last: StepInputs
+
+
+@dataclass(slots=True)
+class TwoEndedDenoiser:
+    """`reference.svd.sampler.two_ended` of two denoisers of one twin, one after the other: no more memory than one."""
+
+    first: FastVideoDenoiser
+    last: FastVideoDenoiser
+    guidance_scale: float = 1.0
+
+    @property
+    def graphs(self) -> Graphs | None:
+        return self.first.graphs
+
+    @property
+    def update(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return self.first.update
+
+    def schedule(self, timesteps: Tensor, latent: Tensor) -> list[EndInputs]:
+        schedules = (self.first.schedule(timesteps, latent), self.last.schedule(timesteps, latent))
+        return [EndInputs(*pair) for pair in zip(*schedules, strict=True)]
+
+    def predict(self, latent: Tensor, inputs: EndInputs) -> Tensor:
+        last = self.last.predict(latent.flip(1), inputs.last).flip(1)
+        return towards_last(self.first.predict(latent, inputs.first), last)
 
 
 def _res_blocks(model: Any) -> list[Any]:

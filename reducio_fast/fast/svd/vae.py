@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...reference.svd.vae import TemporalVAE
+from ...reference.svd.vae import FrameVAE, TemporalVAE
 from ..packed_layers import UpConv, frozen
 from ..plan import Plan
-from .layers import Conv, Norm, SpatioTemporalRes, TimeConv
+from .layers import Conv, Norm, SpatialRes, SpatioTemporalRes, TimeConv
 
 Clip = Tensor | list[Tensor]  # [T, H, W, C], or frames [H, W, C]
 
@@ -136,3 +136,54 @@ def _each(x: Clip, run: Callable[[Tensor], Tensor]) -> Any:
     while x:
         results.append(run(x.pop(0)[None])[0])
     return results
+
+
+class FastFrameVAE(nn.Module):
+    """The twin of SV3D's `FrameVAE`: the same layers in space, frame by frame. Evaluation only."""
+
+    compiled_on_cpu = False
+    graph_names = ("vae.decode",)
+
+    def __init__(self, model: FrameVAE, plan: Plan) -> None:
+        super().__init__()
+        self.config = model.config
+        self.reference = (model,)  # in a tuple: else its weights would count as this module's
+        decoder = model.decoder
+        self.post_quant_conv = None if model.post_quant_conv is None else Conv(model.post_quant_conv)
+        self.conv_in = Conv(decoder.conv_in)
+        self.middle = nn.ModuleList(
+            SpatialRes(block, plan, f"decoder.mid_block.resnets.{i}")
+            for i, block in enumerate(decoder.mid_block.resnets)
+        )
+        self.attention = FrameAttention(decoder.mid_block.attentions[0], plan, "decoder.mid_block.attentions.0")
+        self.levels = nn.ModuleList(
+            nn.ModuleList(
+                SpatialRes(block, plan, f"decoder.up_blocks.{i}.resnets.{j}") for j, block in enumerate(level.resnets)
+            )
+            for i, level in enumerate(decoder.up_blocks)
+        )
+        self.up = nn.ModuleList(UpConv(level.upsamplers[0].conv) for level in decoder.up_blocks[:-1])
+        self.norm_out = Norm(decoder.conv_norm_out, plan, "decoder.conv_norm_out")
+        self.conv_out = Conv(decoder.conv_out)
+        self.graphs = None
+
+    dtype = FastTemporalVAE.dtype
+    encode = FastTemporalVAE.encode
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+        """As the reference's, [B, T, 4, h, w] -> [B, T, 3, H, W]."""
+        pieces = latents.flatten(0, 1).to(self.dtype).split(chunk or 1)
+        decoded = [self._decode(z.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2) for z in pieces]
+        return torch.cat(decoded).unflatten(0, latents.shape[:2])
+
+    def _decode(self, x_NHWC: Tensor) -> Tensor:
+        x = x_NHWC if self.post_quant_conv is None else self.post_quant_conv(x_NHWC)
+        x = self.middle[0](self.conv_in(x))
+        x = self.middle[1](self.attention(x))
+        for index, level in enumerate(self.levels):
+            for block in level:
+                x = block(x)
+            if index < len(self.up):
+                x = self.up[index](x)
+        return self.conv_out(self.norm_out(x[:, None])[:, 0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -233,3 +235,16 @@ def _is_integer(value: Any) -> bool:
 def _brief(value: Any) -> str:
     text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def check_sigmas(sigmas: Any) -> None:
+    """A schedule of noise levels: numbers that fall from step to step."""
+    if not isinstance(sigmas, list | tuple | np.ndarray | Tensor) or len(sigmas) < 2:
+        raise ReducioError(f"sigmas: must be a list of at least two numbers, is {sigmas!r}")
+    try:
+        values = [float(sigma) for sigma in sigmas]
+    except (TypeError, ValueError):
+        raise ReducioError(f"sigmas: must be numbers, are {sigmas!r}") from None
+    falls = all(before > after for before, after in itertools.pairwise(values))
+    if not falls or values[-1] < 0 or not math.isfinite(values[0]):
+        raise ReducioError(f"sigmas: must fall from step to step and end with 0 or more, are {values}")

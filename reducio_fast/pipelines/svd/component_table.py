@@ -6,21 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 from ...checkpoints import diffusers_folders, hub, networks, published_svd, strict_files
-from ...checkpoints.layouts import SVD
+from ...checkpoints.layouts import SV3D, SVD
 from ...checkpoints.model_folder import OURS, Loading
-from ...reference.svd.config import TemporalVAEConfig, VideoUNetConfig
+from ...reference.svd.config import FrameVAEConfig, TemporalVAEConfig, VideoUNetConfig, time_id_widths
 from ...reference.svd.consistency import CONFIG_FILE, ConsistencyConfig, ConsistencyScheduler
 from ...reference.svd.unet import VideoUNet
-from ...reference.svd.vae import TemporalVAE
+from ...reference.svd.vae import FrameVAE, TemporalVAE
 from ...system.errors import ReducioError
 from ..execution.components import Components
 
-TIME_IDS = 3  # fps - 1, motion bucket, noise augmentation
+# How many numbers a U-Net is told: fps - 1, motion bucket, noise augmentation; in SV3D the augmentation, and in SV3D_p
+# also the camera's polar angle and azimuth, a frame.
+TIME_IDS, ORBIT_IDS = (3,), (1, 3)
 IMAGE_ENCODER, FEATURE_EXTRACTOR = "CLIPVisionModelWithProjection", "CLIPImageProcessor"
 
 
 def load_vae(loading: Loading) -> TemporalVAE:
     return _load(TemporalVAE, TemporalVAEConfig, loading)
+
+
+def load_frame_vae(loading: Loading) -> FrameVAE:
+    return _load(FrameVAE, FrameVAEConfig, loading)
 
 
 def load_unet(loading: Loading) -> VideoUNet:
@@ -106,6 +112,8 @@ LOADERS = {
     "text_to_image": load_text_to_image,
 }
 
+ORBIT_LOADERS = LOADERS | {"vae": load_frame_vae}
+
 
 def _refuse_source(loading: Loading) -> None:
     if loading.source is not None:
@@ -117,7 +125,9 @@ def _refuse_source(loading: Loading) -> None:
 
 def check_components(parts: Components) -> None:
     """Raise ReducioError for networks that cannot work together: at once, not by a shape error within a clip."""
-    for name, network_class in (("unet", VideoUNet), ("vae", TemporalVAE)):
+    orbits = parts.layout is SV3D
+    networks_needed: tuple[tuple[str, type], ...] = (("unet", VideoUNet), ("vae", FrameVAE if orbits else TemporalVAE))
+    for name, network_class in networks_needed:
         if not isinstance(parts[name], network_class):
             raise ReducioError(
                 f"{name}: is a {type(parts[name]).__name__}, must be a {network_class.__name__} "
@@ -127,13 +137,13 @@ def check_components(parts: Components) -> None:
         if parts[name] is None and name not in SVD.optional:
             raise ReducioError(f"{name}: None given, an SVD model needs one")
     unet, vae, encoder = parts["unet"].config, parts["vae"].config, parts["image_encoder"]
-    ids = unet.projection_class_embeddings_input_dim / unet.addition_time_embed_dim
+    ids, known = len(time_id_widths(unet)), ORBIT_IDS if orbits else TIME_IDS
     width = getattr(getattr(encoder, "config", None), "projection_dim", unet.per_level("cross_attention_dim")[0])
     for needs, needed, source, given in (
         ("out_channels", unet.out_channels, "vae latents", vae.latent_channels),
         ("in_channels", unet.in_channels, "latents and image latents", 2 * vae.latent_channels),
         ("cross_attention_dim", unet.per_level("cross_attention_dim")[0], "image_encoder", width),
-        ("added_time_ids", ids, "a call", TIME_IDS),
+        ("added_time_ids", ids, "a call", ids if ids in known else known[-1]),
     ):
         if needed != given:
             raise ReducioError(f"unet has {needs}={needed:g}, {source} gives {given}")

@@ -34,9 +34,7 @@ class ImageConditioner:
         embeds = self.embed(seen)
         image = to_unit(fitted, noise.device, torch.float32)[None] + request.noise_aug_strength * noise
         latents = self.encode(image).to(embeds.dtype)
-        # The weights were trained on the number of frames that follow the first one within a second.
-        ids = [request.fps - 1, request.motion_bucket_id, request.noise_aug_strength]
-        return ImageCondition(embeds, latents, torch.tensor([ids], dtype=embeds.dtype, device=embeds.device))
+        return ImageCondition(embeds, latents, request.time_ids[None].to(embeds.device, embeds.dtype))
 
     @staticmethod
     def fit(picture: np.ndarray, request: SVDRequest) -> np.ndarray:

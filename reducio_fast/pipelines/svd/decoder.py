@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checkpoints import hub, networks
-from ...media.pixels import to_bytes
-from ...reference.svd.config import TemporalVAEConfig
-from ...reference.svd.vae import TemporalVAE
+from ...checkpoints import hub, networks, strict_files
+from ...checkpoints.strict_files import SVD_TINY, embedded_model
+from ...media.pixels import to_bytes, to_unit
+from ...reference.svd.config import FrameVAEConfig, TemporalVAEConfig
+from ...reference.svd.vae import FrameVAE, TemporalVAE
 from ...system import devices, torch_state
 from ...system.errors import ReducioError
 from ..call import validation
@@ -53,7 +54,7 @@ class ClipDecoder:
         self.frames, self.chunk = components["unet"].config.num_frames, None
 
     @property
-    def config(self) -> TemporalVAEConfig:
+    def config(self) -> TemporalVAEConfig | FrameVAEConfig:
         return self.components["vae"].config
 
     @property
@@ -82,18 +83,32 @@ class ClipDecoder:
         self, latent: Tensor, frame: np.ndarray | None, output_type: str = "pt", decoding: ClipDecoding | None = None
     ) -> Tensor:
         """[1, T, 4, H/8, W/8] -> float32 [3, T, H, W] in [-1, 1]; where bytes are wanted, uint8 [T, H, W, 3]."""
-        video = self.decode(latent, decoding or self.default(0, 0))
+        video = self.finish(self.decode(latent, decoding or self.default(0, 0)), frame)
         if not torch.isfinite(video).all():
             raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
         if output_type == "pt":
             return video.clamp(-1, 1).transpose(0, 1)
         return to_bytes(video)
 
+    def finish(self, video: Tensor, frame: np.ndarray | None) -> Tensor:
+        """The decoded clip as it is given out."""
+        return video
+
     def decode(self, latent: Tensor, decoding: ClipDecoding) -> Tensor:
         """float32 [T, 3, H, W], not clamped."""
         vae = self.executor.network("vae")
         scaled = latent.to(self.executor.device, vae.dtype) / self.config.scaling_factor
         return vae.decode(scaled, decoding.chunk)[0].float()
+
+
+class OrbitDecoder(ClipDecoder):
+    """Of SV3D: its last frame, where the camera is back where it began, is the picture itself, as Stability's script
+    returns it."""
+
+    def finish(self, video: Tensor, frame: np.ndarray | None) -> Tensor:
+        if frame is None:
+            return video
+        return torch.cat([video[:-1], to_unit(frame, video.device, video.dtype)[None]])
 
 
 @torch_state.inference()
@@ -105,12 +120,18 @@ def decode_latents(
     backend: str = "auto",
 ) -> np.ndarray:
     """[N, T, 4, H/8, W/8] -> uint8 [N, T, H, W, 3], with nothing loaded but the autoencoder of `model`: a folder or a
-    hub id, with or without "svd:" in front. Raises ReducioError for another model or other latents."""
+    hub id, with or without "svd:" in front, or svd-tiny. Raises ReducioError for another model or other latents."""
     place = devices.resolve_device(device)
     name = str(model).removeprefix("svd:") if str(model) != "svd" else HUB_ID
-    folder = hub.find_model(name, files=("vae/*",), ignored=("*/*.fp16.*",))
+    if name == SVD_TINY:
+        folder = embedded_model(SVD_TINY)
+    else:
+        folder = hub.find_model(name, files=("vae/*",), ignored=("*/*.fp16.*",))
     resolved = devices.resolve_dtype(dtype, None, place)
-    vae = networks.load_model(TemporalVAE, TemporalVAEConfig, folder / "vae", resolved, place)
+    stated = strict_files.read_json(folder / "vae" / strict_files.CONFIG).get("_class_name")
+    is_frames = stated == networks.published_class(FrameVAE)[1]
+    classes: Any = (FrameVAE, FrameVAEConfig) if is_frames else (TemporalVAE, TemporalVAEConfig)
+    vae = networks.load_model(*classes, folder / "vae", resolved, place)
     shape = (None, vae.config.latent_channels, None, None)
     clips = validation.check_tensor(latents, shape, len(latents), True, "latents")
     network: Any = vae

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ...memory.dry_run import META, DryRun, without_weights
 from ...memory.forecast import Stage
+from ...reference.svd.config import time_id_widths
 from ...reference.svd.sampler import ImageCondition
 from ..execution.components import Components
 from ..execution.executor import Executor
 from ..execution.sampling import Sampler
-from .component_table import TIME_IDS
 from .conditioner import CLIP_SIZE
 from .decoder import ClipDecoder, ClipDecoding
 
@@ -75,7 +75,7 @@ class DryStages:
         cond = ImageCondition(
             torch.empty((1, 1, width_of_embeds), dtype=self.dtype, device=META),
             self._latent(height, width, 1).to(self.dtype),
-            torch.empty((1, TIME_IDS), dtype=self.dtype, device=META),
+            torch.empty((1, len(time_id_widths(unet))), dtype=self.dtype, device=META),
         )
         noise, generator = self._latent(height, width, 1, frames), torch.Generator()
         scale = 3.0  # guided: twice the batch of a call without

@@ -7,14 +7,13 @@ diffusers draws them.
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
 import math
 import numbers
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,12 +21,14 @@ from torch import Tensor
 
 from ...checkpoints import hub, model_folder
 from ...checkpoints.layouts import SVD
+from ...checkpoints.model_folder import Loaders
+from ...checkpoints.strict_files import SVD_TINY, embedded_model
 from ...compile import gc_pause
 from ...media import image_files
 from ...memory.dry_run import DryRun
 from ...reference import initial_latent
 from ...reference.svd import config as published
-from ...reference.svd.sampler import align_your_steps
+from ...reference.svd.sampler import EndConditions, align_your_steps
 from ...reference.svd.unet import VideoUNet
 from ...reference.svd.vae import TemporalVAE
 from ...system import devices, torch_state
@@ -35,7 +36,7 @@ from ...system.errors import ReducioError
 from ...system.paths import expanded
 from ..call import validation
 from ..call.output import ReducioOutput, stack, to_output
-from ..call.request import ClipRequest, Embeds, SamplingInputs
+from ..call.request import Embeds, SamplingInputs
 from ..call.state import CallState, Stage
 from ..execution.components import Components
 from ..execution.drawing import check_content_kwargs
@@ -48,7 +49,7 @@ from .conditioner import ImageConditioner
 from .decoder import ClipDecoder
 from .dry_runs import DryStages
 from .from_diffusers import networks_of
-from .request import SVDArguments, SVDRequest
+from .request import SVDArguments, SVDClipRequest, SVDRequest
 
 LOG = logging.getLogger("reducio_fast")
 
@@ -66,7 +67,8 @@ class SVDPipeline(VideoPipeline):
     """
 
     layout = SVD
-    usual_size = (published.HEIGHT, published.WIDTH)
+    loaders: ClassVar[Loaders] = LOADERS
+    decoder_class: ClassVar[type[ClipDecoder]] = ClipDecoder
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -77,13 +79,20 @@ class SVDPipeline(VideoPipeline):
         image_encoder: Any,
         feature_extractor: Any,
         text_to_image: Any = None,
+        sample_height: int = published.HEIGHT,
+        sample_width: int = published.WIDTH,
         *,
         backend: str = "auto",
         compile: bool | None = None,
     ) -> None:
-        parts = Components(SVD, locals())
+        """sample_height, sample_width: pixels of a clip where a call names none."""
+        parts = Components(self.layout, locals())
         check_components(parts)
         self._assemble(parts, Executor(parts, backend, compile))
+
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        return self.sample_height, self.sample_width
 
     def _assemble(self, parts: Components, executor: Executor) -> None:
         super().__init__(
@@ -92,7 +101,7 @@ class SVDPipeline(VideoPipeline):
             content=FirstStage(lambda: parts["text_to_image"], executor),
             conditioner=ImageConditioner(parts, executor),
             sampler=Sampler(parts, executor),
-            decoder=ClipDecoder(parts, executor),
+            decoder=self.decoder_class(parts, executor),
         )
 
     def _dry_stages(self, dry: DryRun) -> DryStages:
@@ -124,14 +133,17 @@ class SVDPipeline(VideoPipeline):
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
         folder = cls.find_folder(model, variant)
         with gc_pause.paused(), torch.random.fork_rng(devices=[]):
-            parts = model_folder.read_model(folder, components, SVD, LOADERS, dtype, device, variant)
+            parts = model_folder.read_model(folder, components, cls.layout, cls.loaders, dtype, device, variant)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free)
         return pipe
 
     @staticmethod
     def find_folder(model: str | os.PathLike[str], variant: str | None = None) -> Path:
-        """A folder itself, or the local copy of a hub repository, of whose copies of the weights one is fetched."""
+        """A folder itself, the embedded one by its name, or the local copy of a hub repository, of whose copies of the
+        weights one is fetched."""
+        if str(model) == SVD_TINY:
+            return embedded_model(SVD_TINY)
         weights = "*/*.safetensors" if variant is None else f"*/*.{variant}.safetensors"
         other = ("*/*.fp16.*",) if variant is None else ()
         return hub.find_model(model, files=(*FILES, weights), ignored=other)
@@ -144,7 +156,9 @@ class SVDPipeline(VideoPipeline):
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the folder that `from_pretrained`, and diffusers' own, reads; each weight in the dtype it has."""
         target = expanded(save_directory, "save_directory")
-        model_folder.write_model(target, self.parts.as_dict(), SVD)
+        sizes = {name: self.parts[name] for name in self.layout.settings}
+        usual = {"sample_height": published.HEIGHT, "sample_width": published.WIDTH}
+        model_folder.write_model(target, self.parts.as_dict() | ({} if sizes == usual else sizes), self.layout)
 
     @torch_state.inference()
     def __call__(
@@ -176,6 +190,7 @@ class SVDPipeline(VideoPipeline):
         progress: bool = True,
         image_fit: str = "stretch",
         content_kwargs: dict[str, Any] | None = None,
+        last_image: Any = None,
     ) -> ReducioOutput | tuple[Any]:
         """Make a clip of an image, or of each image in a list, or `num_videos_per_prompt` of each.
 
@@ -196,6 +211,7 @@ class SVDPipeline(VideoPipeline):
         latents: the initial noise [N, T, 4, H/8, W/8], without N for a single clip.
         output_type, callback_on_step_end, return_dict: as in `ReducioPipeline`.
         image_fit: "stretch" squeezes the picture into the clip's shape, as diffusers does; "crop" cuts it.
+        last_image: what the clip ends with: one, or one an image. Each step then costs twice (arXiv 2403.14611).
 
         Raises ReducioError before any work for an argument that does not fit.
         """
@@ -216,7 +232,9 @@ class SVDPipeline(VideoPipeline):
         the call. Raises ReducioError."""
         call = inspect.signature(self.__call__).bind(**arguments)
         call.apply_defaults()
-        inputs = SVDArguments(**call.arguments)
+        return self._request(SVDArguments(**call.arguments))
+
+    def _request(self, inputs: SVDArguments) -> SVDRequest:
         prompts, negatives, images, is_list = self._pictures(inputs)
         height, width = (
             usual if side is None else side
@@ -236,7 +254,7 @@ class SVDPipeline(VideoPipeline):
                 raise ReducioError(f"sigmas: {sigmas!r} is no schedule; known is {ALIGN_YOUR_STEPS}, or a list")
             sigmas = align_your_steps(validation.check_count("num_inference_steps", steps))
         elif sigmas is not None:
-            _check_sigmas(sigmas)
+            validation.check_sigmas(sigmas)
             steps = len(sigmas) - 1
         max_steps = self.scheduler.config.num_train_timesteps
         most = inputs.max_guidance_scale if inputs.guidance_scale is None else inputs.guidance_scale
@@ -264,10 +282,14 @@ class SVDPipeline(VideoPipeline):
             latents = validation.check_latents(inputs.latents, shape, count, is_list)
         self._warn(inputs, frames, trained)
         embeds = [Embeds()] * len(images)
-        per_clip = ([x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds))
+        last = self._last_images(inputs.last_image, len(images))
+        per_clip = [[x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds, last)]
         scales = (float(inputs.min_guidance_scale), float(most))
         return SVDRequest(
-            clips=[ClipRequest(*clip) for clip in zip(*per_clip, generators, latents, strict=True)],
+            clips=[
+                SVDClipRequest(*clip, last_image)
+                for *clip, last_image in zip(*per_clip[:4], generators, latents, per_clip[4], strict=True)
+            ],
             is_list=is_list,
             height=height,
             width=width,
@@ -284,7 +306,10 @@ class SVDPipeline(VideoPipeline):
             guidance_per_frame=torch.linspace(*scales, frames) if scales[1] > 1 else torch.ones(frames),
             sigmas=None if sigmas is None else [float(sigma) for sigma in sigmas],
             num_frames=frames,
-            motion_bucket_id=inputs.motion_bucket_id,
+            # The weights were trained on the number of frames that follow the first one within a second.
+            time_ids=torch.tensor(
+                [inputs.fps - 1, inputs.motion_bucket_id, inputs.noise_aug_strength], dtype=torch.float64
+            ),
             noise_aug_strength=inputs.noise_aug_strength,
             decode_chunk_size=chunk,
             crops=inputs.image_fit == "crop",
@@ -307,6 +332,15 @@ class SVDPipeline(VideoPipeline):
         return [""] * count, [""] * count, image_files.read_images(inputs.image, count), is_list
 
     @staticmethod
+    def _last_images(last_image: Any, count: int) -> list[np.ndarray | None]:
+        """One for all clips, or one an image."""
+        if isinstance(last_image, list | tuple) and len(last_image) != count:
+            raise ReducioError(
+                f"last_image: {len(last_image)} given for {count} images; give one for all or one an image"
+            )
+        return image_files.read_images(last_image, count)
+
+    @staticmethod
     def _warn(inputs: SVDArguments, frames: int, trained: int) -> None:
         """Of what runs, but outside of what the weights were trained on."""
         if frames != trained:
@@ -318,7 +352,7 @@ class SVDPipeline(VideoPipeline):
             if not low <= value <= high:
                 LOG.warning("%s: %g, SVD was trained on %d to %d", name, value, low, high)
 
-    def _sampling_inputs(self, clip: ClipRequest, call: CallState, stage: Stage) -> SamplingInputs:
+    def _sampling_inputs(self, clip: Any, call: CallState, stage: Stage) -> SamplingInputs:
         request: Any = call.request
         if (picture := clip.image) is None:
             with stage(call.timings, "content.generate"):
@@ -326,11 +360,13 @@ class SVDPipeline(VideoPipeline):
                 texts, shown = (clip.prompt, clip.negative_prompt), not call.progress.disable
                 given = (clip.generator, shown, request.content_kwargs, call.content_step)
                 picture = self.content.draw(*texts, *size, *given)
-        noise = initial_latent((1, 3, request.height, request.width), [clip.generator])
+        ends = [picture] if clip.last_image is None else [picture, clip.last_image]
+        noises = [initial_latent((1, 3, request.height, request.width), [clip.generator]) for _ in ends]
         with stage(call.timings, "image.encode"):
-            cond = self.conditioner(picture, noise, request)
+            conditions = [self.conditioner(*end, request) for end in zip(ends, noises, strict=True)]
+        cond: Any = conditions[0] if len(conditions) == 1 else EndConditions(*conditions)
         # Drawn in the dtype that the weights have, since half-precision numbers are drawn otherwise; kept in float32.
-        start = _noise(request.latent_shape, clip.generator, cond.embeds.dtype)
+        start = _noise(request.latent_shape, clip.generator, conditions[0].embeds.dtype)
         return SamplingInputs(self.conditioner.fit(picture, request), start, cond)
 
     @torch_state.inference()
@@ -355,15 +391,3 @@ class SVDPipeline(VideoPipeline):
 
 def _noise(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     return torch.randn((1, *shape), generator=generator, device=generator.device, dtype=dtype).float()
-
-
-def _check_sigmas(sigmas: Any) -> None:
-    if not isinstance(sigmas, list | tuple | np.ndarray | Tensor) or len(sigmas) < 2:
-        raise ReducioError(f"sigmas: must be a list of at least two numbers, is {sigmas!r}")
-    try:
-        values = [float(sigma) for sigma in sigmas]
-    except (TypeError, ValueError):
-        raise ReducioError(f"sigmas: must be numbers, are {sigmas!r}") from None
-    falls = all(before > after for before, after in itertools.pairwise(values))
-    if not falls or values[-1] < 0 or not math.isfinite(values[0]):
-        raise ReducioError(f"sigmas: must fall from step to step and end with 0 or more, are {values}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..call.request import Request
+import numpy as np
+from torch import Tensor
+
+from ..call.request import ClipRequest, Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +41,23 @@ class SVDArguments:
     return_dict: Any
     image_fit: Any
     content_kwargs: Any
+    last_image: Any
+
+
+@dataclass(frozen=True, slots=True)
+class SVDClipRequest(ClipRequest):
+    """`last_image`: what the clip ends with, uint8 [h, w, 3]; None where that is open."""
+
+    last_image: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SVDRequest(Request):
-    """`latent_shape` is [T, 4, H/8, W/8], `guidance_scale` that of the last frame."""
+    """`latent_shape` is [T, 4, H/8, W/8], `guidance_scale` the highest of a frame. `time_ids`: what the network is told
+    in numbers, float64 [n] or, a frame, [T, n]."""
 
     num_frames: int
-    motion_bucket_id: float
+    time_ids: Tensor
     noise_aug_strength: float
     decode_chunk_size: int | None
     crops: bool  # the picture, instead of stretching it to the clip's shape

@@ -1,0 +1,170 @@
+"""An image of an object -> the views of a camera that goes round it: SV3D (arXiv 2403.12008), of SVD's parts.
+
+Two published models: SV3D_u orbits at the height of the picture, SV3D_p on a path of the caller's, whose polar angle
+and azimuth its U-Net is told a frame. The frames are decoded one by one, by Stable Diffusion's autoencoder of images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...checkpoints.layouts import SV3D
+from ...checkpoints.model_folder import Loaders
+from ...reference.svd import config as published
+from ...reference.svd.config import time_id_widths
+from ...reference.svd.vae import FrameVAE
+from ...system import torch_state
+from ...system.errors import ReducioError
+from ..call.output import ReducioOutput
+from .component_table import ORBIT_LOADERS
+from .decoder import ClipDecoder, OrbitDecoder
+from .pipeline import SVDPipeline
+from .request import SVDArguments, SVDRequest
+
+LOG = logging.getLogger("reducio_fast")
+
+SIDE, STEPS, MAX_GUIDANCE_SCALE, NOISE_AUG_STRENGTH, ELEVATION = 576, 50, 2.5, 1e-5, 10.0
+
+
+def triangle(frames: int, least: float, most: float) -> Tensor:
+    """Guidance of each frame [T]: the least where the picture is seen, at both ends, and the most from behind."""
+    place = torch.linspace(0, 1, frames)
+    return least + 2 * (place - (place + 0.5).floor()).abs() * (most - least)
+
+
+def camera_path(frames: int, elevations: Any, azimuths: Any) -> Tensor:
+    """Polar angle and azimuth in radians, [T, 2]; azimuths count from that of the last frame, where the picture is.
+
+    elevations: degrees above the horizon, one or one a frame. azimuths: degrees, one a frame; None is once round.
+    """
+    elevations = _angles(
+        "elevations", [elevations] * frames if isinstance(elevations, numbers.Real) else elevations, frames
+    )
+    turn = np.linspace(0, 360, frames + 1)[1:] % 360
+    azimuths = turn if azimuths is None else _angles("azimuths", azimuths, frames)
+    path = np.stack([np.deg2rad(90 - elevations), np.deg2rad((azimuths - azimuths[-1]) % 360)], axis=1)
+    return torch.from_numpy(path)
+
+
+def _angles(name: str, values: Any, frames: int) -> np.ndarray:
+    try:
+        angles = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ReducioError(f"{name}: must be degrees, are {values!r}") from None
+    if angles.shape != (frames,) or not np.isfinite(angles).all():
+        raise ReducioError(f"{name}: must be {frames} finite numbers, one a frame, are {values!r}")
+    return angles
+
+
+class SV3DPipeline(SVDPipeline):
+    """A loaded SV3D. Its components are those of an `SVDPipeline`, with an autoencoder of images as `vae`."""
+
+    layout = SV3D
+    loaders: ClassVar[Loaders] = ORBIT_LOADERS
+    decoder_class: ClassVar[type[ClipDecoder]] = OrbitDecoder
+
+    def __init__(
+        self,
+        vae: FrameVAE,
+        unet: Any,
+        scheduler: Any,
+        image_encoder: Any,
+        feature_extractor: Any,
+        text_to_image: Any = None,
+        sample_height: int = SIDE,
+        sample_width: int = SIDE,
+        *,
+        backend: str = "auto",
+        compile: bool | None = None,
+    ) -> None:
+        parts: Any = (vae, unet, scheduler, image_encoder, feature_extractor, text_to_image)
+        super().__init__(*parts, sample_height, sample_width, backend=backend, compile=compile)
+
+    @torch_state.inference()
+    def __call__(  # type: ignore[override]
+        self,
+        image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = STEPS,
+        sigmas: Sequence[float] | str | None = None,
+        min_guidance_scale: float = published.MIN_GUIDANCE_SCALE,
+        max_guidance_scale: float = MAX_GUIDANCE_SCALE,
+        elevations: float | Sequence[float] | None = None,
+        azimuths: Sequence[float] | None = None,
+        noise_aug_strength: float = NOISE_AUG_STRENGTH,
+        decode_chunk_size: int | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "np",
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+        *,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = 0,
+        progress: bool = True,
+        image_fit: str = "stretch",
+        content_kwargs: dict[str, Any] | None = None,
+        fps: int = published.FPS,
+    ) -> ReducioOutput | tuple[Any]:
+        """Make the views of an object round it; the last one is the picture itself.
+
+        image: the object in the middle, on white or with a transparent background, which becomes white.
+        height, width: pixels; the weights know 576x576. num_frames: of the weights, 21.
+        min_guidance_scale, max_guidance_scale: at the picture and at its back; between them it rises and falls evenly.
+        elevations: of the camera, degrees above the horizon, one or one a frame (SV3D_p alone, there 10 by default).
+        azimuths: degrees, one a frame; by default once round in equal steps (SV3D_p alone).
+        fps: of the clip as it is saved; the network is not told. All others are as in `SVDPipeline`.
+
+        Raises ReducioError before any work for an argument that does not fit.
+        """
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        out = self.run(self.check_inputs(**arguments))
+        return out if return_dict else (out.frames,)
+
+    def check_inputs(self, **arguments: Any) -> SVDRequest:
+        call = inspect.signature(self.__call__).bind(**arguments)
+        call.apply_defaults()
+        values = dict(call.arguments)
+        elevations, azimuths = values.pop("elevations"), values.pop("azimuths")
+        path = self._path(values, elevations, azimuths)
+        usual = {"motion_bucket_id": published.MOTION_BUCKET_ID, "last_image": None}
+        request = self._request(SVDArguments(**usual, **values))
+        told = torch.full((request.num_frames, 1), request.noise_aug_strength, dtype=torch.float64)
+        scales = (float(values["min_guidance_scale"]), request.guidance_scale)
+        frames = request.num_frames
+        return dataclasses.replace(
+            request,
+            time_ids=told[0] if path is None else torch.cat([told, path], dim=1),
+            guidance_per_frame=triangle(frames, *scales) if scales[1] > 1 else torch.ones(frames),
+        )
+
+    def _path(self, values: dict[str, Any], elevations: Any, azimuths: Any) -> Tensor | None:
+        """What the network is told of the camera; None where it is told nothing."""
+        if len(time_id_widths(self.unet.config)) == 1:
+            if elevations is not None or azimuths is not None:
+                name = "elevations" if elevations is not None else "azimuths"
+                raise ReducioError(f"{name}: these weights (SV3D_u) stay at the picture's height; SV3D_p takes a path")
+            return None
+        frames = values["num_frames"]
+        frames = frames if isinstance(frames, int) and frames > 0 else self.unet.config.num_frames
+        return camera_path(frames, ELEVATION if elevations is None else elevations, azimuths)
+
+    def _warn(self, inputs: SVDArguments, frames: int, trained: int) -> None:  # type: ignore[override]
+        """Of what runs, but outside of what the weights were trained on."""
+        if frames != trained:
+            LOG.warning("num_frames: %d, these weights were made for %d", frames, trained)

@@ -1,0 +1,102 @@
+"""Clips that are given their first and their last frame, on unchanged weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from reducio_fast import ReducioError
+from reducio_fast.cli.main import main
+from reducio_fast.fast.svd.unet import FastVideoUNet
+from reducio_fast.pipelines.svd.pipeline import SVDPipeline
+from reducio_fast.reference.svd.sampler import EndConditions, ImageCondition
+from tiny_networks import plan
+from tiny_svd import CALL, QUIET, seeded, unets
+
+TIME = torch.tensor(0.3)
+
+
+@pytest.fixture(scope="module")
+def ends() -> tuple[ImageCondition, ImageCondition]:
+    draw = seeded(2)
+    ids = torch.tensor([[6.0, 127.0, 0.02]])
+    return tuple(  # type: ignore[return-value]
+        ImageCondition(torch.randn(1, 1, 24, generator=draw), torch.randn(1, 4, 4, 4, generator=draw), ids)
+        for _ in range(2)
+    )
+
+
+def test_each_end_is_what_its_picture_alone_gives(ends: tuple[ImageCondition, ImageCondition]):
+    """At the first frame a step is that of the first picture; at the last, that of the last one in a clip turned
+    round; between them it is neither's."""
+    unet, _ = unets(32, 64)
+    x, scale = torch.randn(1, 5, 4, 4, 4, generator=seeded(3)), torch.linspace(1, 3, 5)
+    both = unet.denoiser(EndConditions(*ends), None, scale)(x, TIME)
+    first, last = (unet.denoiser(end, None, scale) for end in ends)
+    forwards, backwards = first(x, TIME), last(x.flip(1), TIME).flip(1)
+    torch.testing.assert_close(both[:, 0], forwards[:, 0])
+    torch.testing.assert_close(both[:, -1], backwards[:, -1])
+    torch.testing.assert_close(both[:, 2], (forwards[:, 2] + backwards[:, 2]) / 2)
+    assert (both[:, 2] - forwards[:, 2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["reference", "fast"])
+def test_turning_everything_round_turns_the_clip_round(ends: tuple[ImageCondition, ImageCondition], fast: bool):
+    """The other end first and the noise backwards: the same clip backwards, through whole sampling."""
+    from reducio_fast import reference
+    from reducio_fast.fast import sampler as fast_sampler
+    from reducio_fast.pipelines.svd.component_table import euler_scheduler
+
+    network: Any = unets(32, 64)[0]
+    network = FastVideoUNet(network, plan()) if fast else network
+    sample = fast_sampler.sample if fast else reference.sample
+    noise, scale = torch.randn(1, 4, 4, 4, 4, generator=seeded(3)), torch.linspace(1, 3, 4)
+
+    def clip(first: ImageCondition, last: ImageCondition, start: Tensor) -> Tensor:
+        return sample(network.denoiser(EndConditions(first, last), None, scale), euler_scheduler(), start, 3)
+
+    there, back = clip(*ends, noise), clip(*ends[::-1], noise.flip(1))
+    torch.testing.assert_close(back.flip(1), there, rtol=1e-3, atol=1e-3)
+    assert (there - clip(ends[0], ends[0], noise)).abs().max() > 0.1
+    if fast:
+        plain = reference.sample(
+            unets(32, 64)[0].denoiser(EndConditions(*ends), None, scale), euler_scheduler(), noise, 3
+        )
+        torch.testing.assert_close(there, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_the_call(pipe: SVDPipeline, fast: SVDPipeline, picture: Image.Image, tmp_path: Path):
+    other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    call = CALL | QUIET | {"seed": 1, "output_type": "latent"}
+    ours, twins = (p(picture, last_image=other, **call).frames for p in (pipe, fast))
+    torch.testing.assert_close(twins, ours, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(ours, pipe(picture, **call).frames)
+    pair = pipe([picture, other], last_image=[other, picture], **call).frames
+    assert torch.equal(pair[0], ours), "a clip's bytes do not depend on its list"
+    still = call | {"noise_aug_strength": 0.0, "latents": torch.randn(4, 4, 32, 32, generator=seeded(1))}
+    there = pipe(picture, last_image=other, **still).frames
+    back = pipe(other, last_image=picture, **still | {"latents": still["latents"].flip(0)}).frames
+    torch.testing.assert_close(back.flip(0), there, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ReducioError, match="last_image: 2 given for 1 images"):
+        pipe(picture, last_image=[other, other], **call)
+    with pytest.raises(ReducioError, match="no such image file: nowhere.png"):
+        pipe(picture, last_image="nowhere.png", **call)
+    for name, image in (("a", picture), ("b", other)):
+        image.save(tmp_path / f"{name}.png")
+    words = [
+        "generate",
+        "--model",
+        "svd:random-tiny",
+        "--image",
+        f"{tmp_path}/a.png",
+        "--last-image",
+        f"{tmp_path}/b.png",
+    ]
+    assert main([*words, "--num-inference-steps", "1", "--device", "cpu", "-o", str(tmp_path / "clip.gif")]) == 0
+    assert np.asarray(Image.open(tmp_path / "clip.gif").convert("RGB")).shape == (64, 64, 3)
