@@ -65,6 +65,7 @@ class SVDPipeline(VideoPipeline):
     """
 
     layout = SVD
+    configs = {"vae": published.TemporalVAEConfig, "unet": published.VideoUNetConfig}
     usual_size = (published.HEIGHT, published.WIDTH)
     _callback_tensor_inputs = ("latents",)
 
@@ -84,7 +85,7 @@ class SVDPipeline(VideoPipeline):
         check_components(parts)
         self._assemble(parts, Executor(parts, backend, compile))
 
-    def _assemble(self, parts: Components, executor: Executor) -> None:
+    def _assemble(self, parts: Components, executor: Any) -> None:
         super().__init__(
             parts,
             executor,
