@@ -48,6 +48,7 @@ setup(
     # py.typed lets type checkers read our types; the embedded default model has one folder a component, at any depth.
     package_data={
         "reducio_fast": ["py.typed", "models/tiny/**", "models/svd-tiny/**"],
+        "reducio_fast.server": ["page.html"],
         "reducio_fast.training": ["recipes/*.toml"],
         "reducio_fast.triton_kernels": ["tables/*.json"],
     },

@@ -52,11 +52,7 @@ def load_text_to_image(
     Components are loaded one by one rather than by the pipeline's `from_pretrained`: strictly, and without importing
     what they do not need.
     """
-    index = read_json(folder / INDEX)
-    class_name = index.get("_class_name")
-    cls = getattr(importlib.import_module("diffusers"), str(class_name), None)
-    if cls is None or not hasattr(cls, "from_pretrained"):
-        raise ReducioError(f"{folder / INDEX}: names the pipeline {class_name!r}, which diffusers does not have")
+    index, cls = read_json(folder / INDEX), _pipeline_class(folder)
     components: dict[str, Any] = {}
     for name, value in index.items():
         if name.startswith("_"):
@@ -76,7 +72,21 @@ def load_text_to_image(
     try:
         return cls(**components)
     except (TypeError, ValueError) as error:
-        raise ReducioError(f"{folder / INDEX}: {class_name} cannot be built: {error}") from error
+        raise ReducioError(f"{folder / INDEX}: {cls.__name__} cannot be built: {error}") from error
+
+
+def without_parts(folder: Path) -> Any:
+    """An object of the pipeline's class that holds nothing: the arguments of its call can be asked for."""
+    cls = _pipeline_class(folder)
+    return cls.__new__(cls)
+
+
+def _pipeline_class(folder: Path) -> Any:
+    class_name = read_json(folder / INDEX).get("_class_name")
+    cls = getattr(importlib.import_module("diffusers"), str(class_name), None)
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        raise ReducioError(f"{folder / INDEX}: names the pipeline {class_name!r}, which diffusers does not have")
+    return cls
 
 
 def save_text_to_image(pipeline: Any, folder: Path, shared: dict[str, Any]) -> None:

@@ -15,12 +15,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ..system import atomic_files
 from ..system.errors import ReducioError
+from ..system.paths import is_file
 from . import diffusers_folders, model_card, networks, strict_files
 from .layouts import Layout
 
@@ -95,6 +97,32 @@ def read_model(
             Loading(folder / name, library, class_name, source, layout, parts, loaded, dtype, device, variant)
         )
     return parts
+
+
+def read_facts(folder: Path, layout: Layout, configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Components and settings of a model folder as far as its JSON files tell them, for checks without weights.
+
+    A network of `configs` is an object with its `config`, a diffusers pipeline one of its class without parts, any
+    other network one with its configuration's entries as attributes of `config`; schedulers and tokenizers are loaded.
+    """
+    index = strict_files.read_json(folder / strict_files.INDEX)
+    facts: dict[str, Any] = {name: index[name] for name in layout.settings if name in index}
+    for name in layout.names:
+        entry, place = _entry(index, name, folder, layout), folder / name
+        if entry is None:
+            facts[name] = None
+        elif name in configs:
+            facts[name] = SimpleNamespace(config=networks.read_config(configs[name], place))
+        elif is_file(place / strict_files.INDEX):
+            facts[name] = diffusers_folders.without_parts(place)
+        elif name == "scheduler":
+            facts[name] = networks.load_foreign(*entry, place, torch.float32, "cpu")
+        else:
+            path = place / networks.CONFIG
+            facts[name] = SimpleNamespace(
+                config=SimpleNamespace(**strict_files.read_json(path) if is_file(path) else {})
+            )
+    return facts
 
 
 def _entry(index: dict[str, Any], name: str, folder: Path, layout: Layout) -> tuple[str, str] | None:

@@ -118,15 +118,11 @@ def load_model(
     fit it.
     """
     folder = Path(folder)
-    values = read_json(folder / CONFIG)
     published = published_class(model_class)[1]
-    stated = values.get("_class_name", published)
+    stated = read_json(folder / CONFIG).get("_class_name", published)
     if stated != published:
         raise ReducioError(f"{folder / CONFIG}: describes a {stated}, not a {published}")
-    try:
-        config = config_class.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ReducioError(f"{folder / CONFIG}: {error}") from error
+    config = read_config(config_class, folder)
     if weights is None:
         check_component(folder)
     files = weight_files(folder, variant) if weights is None else [weights]
@@ -137,6 +133,16 @@ def load_model(
     tensors = {published_names.current_name(name): tensor for name, tensor in stored}
     where = files[0] if len(files) == 1 else folder
     return build(lambda: model_class(config), tensors, where, device)
+
+
+def read_config(config_class: Any, folder: Path) -> Any:
+    """The validated configuration of one of our networks, from its component folder. Raises ReducioError."""
+    try:
+        return config_class.from_dict(read_json(folder / CONFIG))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ReducioError):
+            raise
+        raise ReducioError(f"{folder / CONFIG}: {error}") from error
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:

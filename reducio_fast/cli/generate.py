@@ -89,14 +89,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help=f"{SAMPLING_HELP[name]} (Reducio)")
     for name, value_type in SVD_OWN.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help="of Stable Video Diffusion")
+    options.add_encoding(parser)
     options.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> Printed:
+    from ..media.ffmpeg import encoder
     from ..media.image_files import read_image
     from ..media.video_files import TRIAL_RATE, check_output_path
 
     check_output_path(arguments.out, trial=False)
+    encoder(arguments.encoding)
     # A broken file is refused now, not after the model has loaded.
     picture = None if arguments.image is None else read_image(arguments.image).shape[:2]
     if arguments.size is not None:
@@ -127,7 +130,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     }
     started = time.perf_counter()
     out = generate(**{k: v for k, v in kwargs.items() if v is not None}, progress=arguments.progress)
-    out.save(arguments.out)
+    out.save(arguments.out, encoding=arguments.encoding)
     timings = {**out.timings, "total": time.perf_counter() - started}  # the total includes loading
 
     frames, height, width = out.frames.shape[:3]
@@ -136,9 +139,12 @@ def run(arguments: argparse.Namespace) -> Printed:
     config |= {"num_frames": frames, "height": height, "width": width, "seed": out.seed}
     config["model"] = config["model"] or "the embedded default"
     result = {"path": arguments.out, "fps": out.fps, "seed": out.seed, "config": config, "timings": timings}
+    result["encoder"] = out.encoder
     lines = [f"  {name:<20} {value}" for name, value in config.items() if value is not None]
     lines += ["seconds"] + [f"  {name:<20} {seconds:.2f}" for name, seconds in timings.items()]
-    lines += [f"wrote {arguments.out}: {frames} frames of {height}x{width} at {out.fps:g} frames a second"]
+    lines += [
+        f"wrote {arguments.out}: {frames} frames of {height}x{width} at {out.fps:g} frames a second ({out.encoder})"
+    ]
     return result, lines
 
 

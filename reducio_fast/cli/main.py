@@ -36,6 +36,7 @@ from . import (
     parity,
     profile,
     reconstruct,
+    serve,
     train,
     warmup,
 )
@@ -54,6 +55,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "demo": demo,
+    "serve": serve,
     "compile-check": compile_check,
     "convert": convert,
     "parity": parity,

@@ -7,6 +7,7 @@ import argparse
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "fast")
 WHERE = "PATH"
+ENCODINGS = ("quality", "fast", "hardware", "auto")
 CLIP_HELP = ".mp4, .gif, .webp or a new folder for PNGs"
 
 
@@ -61,3 +62,7 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
     help = "a clip of the default model, or full-size random weights at so many pixels (default: default)"
     parser.add_argument("workload", nargs="?", choices=WORKLOADS, default="default", help=help)
+
+
+def add_encoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoding", choices=ENCODINGS, default="quality", help="of .mp4 (default: quality)")

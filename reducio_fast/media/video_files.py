@@ -68,11 +68,12 @@ def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None
     return np.stack(frames), fps
 
 
-def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float) -> Path:
+def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float, encoding: str = "quality") -> Path:
     """Write uint8 [T, H, W, 3] as .mp4 (H.264), .gif, .webp or, if `path` has no suffix, a folder of numbered PNGs.
 
-    PNGs are lossless, the other formats lossy. Raises ReducioError for frames of another shape or type, a path that
-    `check_output_path` refuses, an odd size of an .mp4, or a failed write, which leaves no partial file.
+    PNGs are lossless, the other formats lossy. `encoding` chooses the encoder of an .mp4, see `ffmpeg.ENCODINGS`.
+    Raises ReducioError for frames of another shape or type, a path that `check_output_path` refuses, an odd size of an
+    .mp4, or a failed write, which leaves no partial file.
     """
     path = check_output_path(path, trial=False)
     frames = np.asarray(frames)
@@ -80,9 +81,10 @@ def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float) -> Path
         raise ReducioError(f"frames must be uint8 [T, H, W, 3]; they are {frames.dtype} {list(frames.shape)}")
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
         raise ReducioError(f"fps must be a positive number; it is {fps!r}")
+    by = ffmpeg.encoder(encoding)
     try:
         with written_whole(path) as temporary:
-            _writer(path)(frames, temporary, fps)
+            _writer(path, by)(frames, temporary, fps)
     except Exception as error:
         raise _cannot_write(path, error) from error
     return path
@@ -137,8 +139,10 @@ def _check_name(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _writer(path: Path) -> Callable[[np.ndarray, Path, float], None]:
-    return {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp}.get(path.suffix.lower(), _write_folder)
+def _writer(path: Path, by: ffmpeg.Encoder = ffmpeg.SOFTWARE["quality"]) -> Callable[[np.ndarray, Path, float], None]:
+    return {".mp4": partial(_write_mp4, by=by), ".gif": _write_gif, ".webp": _write_webp}.get(
+        path.suffix.lower(), _write_folder
+    )
 
 
 def _cannot_write(path: Path, error: Exception) -> ReducioError:
@@ -201,11 +205,11 @@ def _animation_frames(path: Path) -> Frames:
                 yield frame, fps
 
 
-def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
+def _write_mp4(frames: np.ndarray, path: Path, fps: float, by: ffmpeg.Encoder) -> None:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ReducioError(f"an .mp4 needs an even height and width; they are {height} and {width}")
-    ffmpeg.encode(frames, path, fps)
+    ffmpeg.encode(frames, path, fps, by)
 
 
 def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:

@@ -46,6 +46,8 @@ class Model:
     files: Hashable = None
     fps: float | None = None
     needs_prompt: bool = True
+    # A pipeline for `check_inputs` alone, without weights; None for peers, whose calls check themselves.
+    checker: Callable[[], Any] | None = None
 
 
 FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline, SV3DPipeline)}
@@ -117,6 +119,7 @@ def _of_folder(folder: Path) -> Model:
         files=folder_state(folder),
         fps=_fps(folder) if family is ReducioPipeline else _defaults(family.__call__)["fps"],
         needs_prompt=family is ReducioPipeline,
+        checker=lambda: family.without_weights(folder),
     )
 
 
@@ -144,6 +147,7 @@ def _random(weights: str) -> Model:
         check_call=lambda backend, kwargs: _check_call(SVDPipeline, kwargs),
         fps=_defaults(SVDPipeline.__call__)["fps"],
         needs_prompt=False,
+        checker=lambda: load(torch.float32, torch.device("meta"), "reference"),
     )
 
 

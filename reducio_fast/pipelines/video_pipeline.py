@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints import model_folder
 from ..checkpoints.layouts import Layout
 from ..memory.dry_run import DryRun
 from ..memory.forecast import Forecast
@@ -47,6 +49,7 @@ class VideoPipeline:
     """
 
     layout: Layout
+    configs: dict[str, Any]  # of the networks that a call's arguments are checked against
     usual_size: Any  # height and width of a call that names none
 
     if TYPE_CHECKING:
@@ -72,9 +75,22 @@ class VideoPipeline:
         self.content, self.conditioner, self.sampler, self.decoder = content, conditioner, sampler, decoder
         self.adapters = Adapters(parts, executor)
         self.call: CallState | None = None
+        self.listener: Callable[[str, int], None] | None = None  # told of each stage and step; may raise to end a call
         self.rescue_folder: Path | None = None  # where latents go when decoding fails; None: the cache folder
         self._progress_bar_config: dict[str, Any] = {}
         self.fitter = Fitter(parts, executor, decoder, self._dry_stages)
+
+    @classmethod
+    def without_weights(cls, folder: Path) -> Self:
+        """A pipeline for `check_inputs` alone, which reads no weights: a front process checks calls with it.
+
+        Raises ReducioError for a folder whose index or configurations do not fit.
+        """
+        defaults = {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values()}
+        facts = model_folder.read_facts(folder, cls.layout, cls.configs)
+        pipe = cls.__new__(cls)
+        pipe._assemble(Components(cls.layout, {name: defaults.get(name) for name in cls.layout.settings} | facts), None)
+        return pipe
 
     # ---- a call ----
 
@@ -83,7 +99,7 @@ class VideoPipeline:
         """Make the clips of a checked request, one after the other."""
         with self.executor.exclusive():
             size = request.height, request.width
-            self.call = CallState(request)
+            self.call = CallState(request, listener=self.listener)
             try:
                 decoding = self.fitter.settle(*size)
                 self.executor.warn_of_compiling(*size, usual=size == self.usual_size)
@@ -277,14 +293,14 @@ class VideoPipeline:
         other.decoder.tiling = self.decoder.tiling
         return other
 
-    def _assemble(self, parts: Components, executor: Executor) -> None:
+    def _assemble(self, parts: Components, executor: Any) -> None:
         """Build the family's stages on these parts."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         """What makes an equal pipeline in `copy.deepcopy` and `pickle`: components, settings, adapters and the choices
         that methods have made. Locks, twins, graphs and forecasts are made again by the copy."""
-        rebuilt = ("content", "conditioner", "sampler", "decoder", "adapters", "fitter", "call")
+        rebuilt = ("content", "conditioner", "sampler", "decoder", "adapters", "fitter", "call", "listener")
         others = {name: value for name, value in vars(self).items() if name not in rebuilt}
         return others | {"vae_tiling": self.vae_tiling, "merge": self.adapters.merge}
 

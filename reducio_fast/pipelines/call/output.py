@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...media import ffmpeg
 from ...media.kept_frames import keep_frames
 from ...media.pixels import to_bytes
 from ...media.video_files import check_output_path, write_video
@@ -37,6 +38,7 @@ class ReducioOutput:
     timings: dict[str, float]
     output_type: str = "np"
     is_list: bool = False
+    encoder: str = ""  # what `save` wrote with: "libx264", "h264_nvenc", "gif" ...
     interrupted: bool = False  # a callback ended the call: later prompts of the list have no clip
 
     @property
@@ -55,15 +57,18 @@ class ReducioOutput:
         frames = np.stack([as_array(clip) for clip in clips]).astype(np.float32) / 255
         return frames if self.is_list else frames[0]
 
-    def save(self, path: str | os.PathLike[str]) -> Path | list[Path]:
+    def save(self, path: str | os.PathLike[str], encoding: str = "quality") -> Path | list[Path]:
         """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; of a list, clip i as NAME-i.SUFFIX.
 
+        encoding: of an .mp4. "quality" and "fast" encode H.264 on the CPU at one quality, "fast" in a third of the CPU
+            time; "hardware" uses a hardware encoder and raises if none works; "auto" uses one if it works, else "fast".
+            `encoder` names the one that was used.
         Raises ReducioError where that fails; frames that were not written are then kept in the cache folder, as PNGs,
         and the error says where: after `generate(...).save(path)` no variable holds them.
         """
         if self.output_type == "latent":
             raise ReducioError("save: output_type='latent' holds no frames; make them with pipe.decode(latents, image)")
-        start, name = time.perf_counter(), Path(path)
+        start, name, by = time.perf_counter(), Path(path), ffmpeg.encoder(encoding)
         clips, paths = [self.frames], [name]
         if self.is_list:
             clips = self.frames
@@ -74,12 +79,13 @@ class ReducioOutput:
                 check_output_path(each, trial=False)  # all of them before the first is written
             with annotate("video.write"):
                 for each, frames in zip(paths, clips, strict=True):
-                    write_video(as_array(frames), each, self.fps)
+                    write_video(as_array(frames), each, self.fps, encoding)
                     written += 1
         except ReducioError as error:
             left = [as_array(clip) for clip in list(clips)[written:]]
             label = f"seed{self.seeds[written]}" if self.seeds else f"clip{written}"
             raise ReducioError(f"{error}; {keep_frames(left, self.fps, label)}") from error
+        self.encoder = by.name if name.suffix.lower() == ".mp4" else name.suffix.lower().removeprefix(".") or "png"
         self.timings["video.write"] = self.timings.get("video.write", 0.0) + time.perf_counter() - start
         return paths if self.is_list else name
 

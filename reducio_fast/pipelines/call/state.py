@@ -31,6 +31,7 @@ class CallState:
     interrupted: bool = False  # the clip at work is the last one, and ends with the step that it has reached
     stage: str = ""  # the one at work: "content.generate", "dit.step" ...
     step: int = 0  # steps that it has done, of those stages that have any
+    listener: Callable[[str, int], None] | None = None  # told of the two; what it raises ends the call
     timestep: Tensor | None = None  # of the step that a callback is called for
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     # Latents and content frames of the clips so far, small enough to keep: decoding may run out of memory.
@@ -77,9 +78,15 @@ class CallState:
     @contextmanager
     def at(self, run: Stage, timings: dict[str, float], stage: str) -> Iterator[None]:
         """`run(timings, stage)` around the block, during which this stage is the one at work."""
-        self.stage, self.step = stage, 0
+        self.tell(stage, 0)
         with run(timings, stage):
             yield
+
+    def tell(self, stage: str, step: int) -> None:
+        """Note that `step` steps of a stage are done, and say so to the listener."""
+        self.stage, self.step = stage, step
+        if self.listener is not None:
+            self.listener(stage, step)
 
     def rescue_latents(self, folder: Path | None, pipeline: str) -> str:
         """Save what was sampled and not yet decoded; returns the end of an error line that names the file."""
@@ -88,7 +95,7 @@ class CallState:
 
     def content_step(self, step: int) -> None:
         """After a step of the first stage: raise StopSampling where the call was asked to end."""
-        self.step = step + 1
+        self.tell(self.stage, step + 1)
         if self.interrupted:
             raise StopSampling
 

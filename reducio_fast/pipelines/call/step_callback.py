@@ -23,7 +23,8 @@ class StepCallback:
 
     def __call__(self, step: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
         self.call.progress.update()
-        self.call.timestep, self.call.step = timestep, step + 1
+        self.call.timestep = timestep
+        self.call.tell(self.call.stage, step + 1)
         request = self.call.request
         if request.callback_on_step_end is None:
             self.stop_if_asked(latent)

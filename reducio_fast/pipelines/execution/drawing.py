@@ -85,7 +85,9 @@ def draw_image(
         raise ReducioError(f"content frame: {type(pipeline).__name__}: {first_line(error)}") from error
     image = np.asarray(images[0])
     if not np.isfinite(image).all():
-        raise ReducioError(f"content frame of {prompt!r}: the text-to-image stage returned values that are not finite")
+        raise ReducioError(
+            f"content frame of {prompt[:60]!r}: the text-to-image stage returned values that are not finite"
+        )
     return fit_image((image.clip(0, 1) * 255).round().astype(np.uint8), height, width)
 
 

@@ -19,7 +19,7 @@ from ...checkpoints.layouts import REDUCIO
 from ...compile import gc_pause
 from ...media import aspect_buckets, image_files
 from ...memory.dry_run import DryRun
-from ...reference import ReducioDiT, ReducioVAE, initial_latent
+from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent
 from ...reference.reducio.config import GUIDANCE_SCALE, NUM_FRAMES
 from ...system import devices, torch_state
 from ...system.errors import ReducioError
@@ -60,6 +60,7 @@ class ReducioPipeline(VideoPipeline):
     """
 
     layout = REDUCIO
+    configs = {"vae": VAEConfig, "transformer": DiTConfig}
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
     def __init__(
@@ -88,7 +89,7 @@ class ReducioPipeline(VideoPipeline):
         check_settings(parts)
         self._assemble(parts, Executor(parts, backend, compile))
 
-    def _assemble(self, parts: Components, executor: Executor) -> None:
+    def _assemble(self, parts: Components, executor: Any) -> None:
         super().__init__(
             parts,
             executor,

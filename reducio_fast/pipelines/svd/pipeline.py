@@ -69,6 +69,7 @@ class SVDPipeline(VideoPipeline):
     layout = SVD
     loaders: ClassVar[Loaders] = LOADERS
     decoder_class: ClassVar[type[ClipDecoder]] = ClipDecoder
+    configs: ClassVar[dict[str, Any]] = {"vae": published.TemporalVAEConfig, "unet": published.VideoUNetConfig}
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -94,7 +95,7 @@ class SVDPipeline(VideoPipeline):
     def usual_size(self) -> tuple[int, int]:
         return self.sample_height, self.sample_width
 
-    def _assemble(self, parts: Components, executor: Executor) -> None:
+    def _assemble(self, parts: Components, executor: Any) -> None:
         super().__init__(
             parts,
             executor,

@@ -1,0 +1,251 @@
+"""The worker: a loaded model that makes clips, told as events. It lives in the server's process or in a Ray replica."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import io
+import logging
+import os
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..system.errors import ReducioError, is_out_of_memory
+from .errors import without_paths
+from .files import CLIP, CONTENT, SPRITESHEET, THUMBNAIL
+
+LOG = logging.getLogger("reducio_fast")
+
+Event = dict[str, Any]
+# Percent of a clip that is done when a stage begins and when it ends. The first stage has no steps where the caller
+# gave the picture, and the encoders are quick.
+SPANS = {"content.generate": (2, 40), "text.encode": (40, 41), "image.encode": (41, 42), "dit.step": (42, 88)}
+DECODING, ENCODING = 88, 97
+THUMBNAIL_SIDE, SPRITE_SIDE = 320, 160
+
+
+class Stopped(Exception):
+    """Raised between two steps of a clip that is no longer wanted."""
+
+
+class Clips:
+    """Makes one clip at a time, and writes the file of the last one beside it.
+
+    model, dtype, device, backend, compile: as in `generate`. encoding: a word of `media.ffmpeg`. warm: make a clip of
+    two steps at once, so that the first caller does not wait for compilers. threads: of torch on a CPU, whose number
+    changes the bytes; None keeps torch's own. Loading happens in the constructor and may take minutes.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        backend: str = "auto",
+        compile: bool | None = None,
+        encoding: str = "quality",
+        warm: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        import torch
+
+        from ..pipelines import registry
+        from ..system import devices
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        found, where = registry.find(model), devices.resolve_device(device)
+        free = dtype is None and bool(found.load_arguments)
+        kwargs = {"compile": compile} if "compile" in found.load_arguments else {}
+        resolved = None if free else devices.resolve_dtype(dtype, None, where)
+        self.pipe = found.load(resolved, where, backend, **kwargs)
+        self.defaults, self.encoding, self.where = found.call_defaults, encoding, where
+        self._rescue = tempfile.TemporaryDirectory(prefix="reducio-serve-")
+        self.pipe.rescue_folder = Path(self._rescue.name)
+        # The clip runs in a thread, so that the event loop can answer, and hear a cancel, meanwhile.
+        self._maker = ThreadPoolExecutor(1, "clip")
+        self._writers = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), "encode")
+        self._turn: asyncio.Lock | None = None
+        if warm and hasattr(self.pipe, "warmup"):
+            self.pipe.warmup(progress=False)
+
+    async def make(self, request: dict[str, Any], picture: bytes | None) -> AsyncIterator[Event]:
+        """Make the clip of `request["call"]` and tell of it.
+
+        Events: {"stage", "step", "percent"} as the clip goes on, the first one when it begins; then one of {"files":
+        bytes by suffix, "result": {...}} or {"error": {"code", "message"}}. Closing the generator, or cancelling its
+        task, ends the clip at its next step; when that returns the clip has stopped.
+        """
+        loop, events, stop = asyncio.get_running_loop(), asyncio.Queue[Event | None](), threading.Event()
+        self._turn = self._turn or asyncio.Lock()
+
+        def tell(event: Event | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        async with self._turn:
+            work = loop.run_in_executor(self._maker, self._clip, request, picture, stop, tell)
+            work.add_done_callback(lambda done: events.put_nowait(None))
+            try:
+                while (event := await events.get()) is not None:
+                    yield event
+            finally:
+                stop.set()
+                await _settled(work)
+        if (error := work.exception()) is not None:
+            yield {"error": self._told(error)}
+            return
+        output, peak, seconds = work.result()
+        yield {"stage": "video.write", "step": 0, "percent": ENCODING}
+        try:
+            files, result = await loop.run_in_executor(self._writers, self._encode, output)
+        except Exception as error:
+            yield {"error": self._told(error)}
+            return
+        yield {"files": files, "result": result | {"peak_bytes": peak, "seconds_of_clip": round(seconds, 4)}}
+
+    def _clip(
+        self, request: dict[str, Any], picture: bytes | None, stop: threading.Event, tell: Callable[[Event], None]
+    ) -> tuple[Any, int, float]:
+        from .requests import open_picture
+
+        start = time.perf_counter()
+        call = request["call"] | {"seed": request["seed"]}
+        steps = call.get("num_inference_steps") or self.defaults.get("num_inference_steps") or 1
+        sigmas = call.get("sigmas")
+        steps = len(sigmas) - 1 if isinstance(sigmas, list) else steps
+        # What the first stage does by itself is not known before it has; PixArt's default is 20.
+        drawing = (call.get("content_kwargs") or {}).get("num_inference_steps", 20)
+
+        def listen(stage: str, step: int) -> None:
+            if stop.is_set():
+                raise Stopped
+            begin, end = SPANS.get(stage, (DECODING, DECODING))
+            share = min(1.0, step / {"dit.step": steps, "content.generate": drawing}.get(stage, 1))
+            tell({"stage": stage, "step": step, "percent": int(begin + share * (end - begin))})
+
+        tell({"stage": "", "step": 0, "percent": 0})
+        image = {} if picture is None else {"image": open_picture(picture)}
+        own = hasattr(self.pipe, "listener")
+        if own:
+            self.pipe.listener = listen
+        else:  # a peer, which tells of its denoising steps alone
+
+            def after_step(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+                listen("dit.step", step + 1)
+                return {}
+
+            image["callback_on_step_end"] = after_step
+        try:
+            output = self.pipe(**call, **image, progress=False)
+        finally:
+            if own:
+                self.pipe.listener = None
+            for left in Path(self._rescue.name).iterdir():  # of a decode without memory: the caller makes it again
+                left.unlink(missing_ok=True)
+            _give_back_memory()
+        return output, self._peak_bytes(), time.perf_counter() - start
+
+    def _encode(self, output: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """The files of a clip by suffix, and what is told of it."""
+        import numpy as np
+        from PIL import Image
+
+        frames = np.asarray(output.frames)
+        with tempfile.TemporaryDirectory(prefix="reducio-serve-") as scratch:
+            clip = Path(scratch) / f"clip{CLIP}"
+            output.save(clip, encoding=self.encoding)
+            files = {CLIP: clip.read_bytes()}
+        pictures = [Image.fromarray(np.asarray(frame)) for frame in frames]
+        small = pictures[len(pictures) // 2].copy()
+        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        files[THUMBNAIL] = _saved(small, "WEBP", quality=85)
+        files[SPRITESHEET] = _saved(_sheet(pictures), "JPEG", quality=85)
+        if output.content is not None:
+            files[CONTENT] = _saved(Image.fromarray(np.asarray(output.content)), "PNG", compress_level=1)
+        count, height, width = frames.shape[:3]
+        result = {
+            "seed": output.seed,
+            "fps": output.fps,
+            "frames": int(count),
+            "size": f"{width}x{height}",
+            "timings": {name: round(seconds, 4) for name, seconds in output.timings.items()},
+            "encoder": output.encoder,
+        }
+        return files, result
+
+    def _told(self, error: BaseException) -> dict[str, str]:
+        """What the client is told of an exception; the log has the rest."""
+        if isinstance(error, Stopped):
+            return {"code": "stopped", "message": "the clip was stopped"}
+        cause = error.__cause__ if isinstance(error, ReducioError) else error
+        if cause is not None and is_out_of_memory(cause):
+            line = str(error).partition(";")[0] if isinstance(error, ReducioError) else "out of memory"
+            return {"code": "out_of_memory", "message": without_paths(line)}
+        if isinstance(error, ReducioError):
+            return {"code": "invalid_value", "message": without_paths(" ".join(str(error).split()))}
+        LOG.error("a clip failed", exc_info=error)
+        return {"code": "internal_error", "message": f"internal error ({type(error).__name__}); the log has the rest"}
+
+    def _peak_bytes(self) -> int:
+        import torch
+
+        if self.where.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.where))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def describe(self) -> dict[str, Any]:
+        """What runs the clips: device, threads and, of our own families, why each network runs as it does."""
+        import torch
+
+        report = dict(getattr(self.pipe, "report", {}))
+        return {"device": str(self.where), "threads": torch.get_num_threads(), "report": report}
+
+
+async def _settled(work: asyncio.Future[Any]) -> None:
+    """Wait until a thread's work has ended, however often the waiting task is cancelled meanwhile."""
+    cancelled = False
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError:
+            cancelled = True
+    if not work.cancelled():
+        work.exception()  # looked at: asyncio complains of exceptions that nothing asks for
+    if cancelled:
+        raise asyncio.CancelledError
+
+
+def _saved(image: Any, format: str, **kwargs: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **kwargs)
+    return buffer.getvalue()
+
+
+def _sheet(pictures: list[Any]) -> Any:
+    """All frames side by side, four in a row, from left to right and down."""
+    from PIL import Image
+
+    width, height = pictures[0].size
+    share = min(1.0, SPRITE_SIDE / max(width, height))
+    cell = max(1, round(width * share)), max(1, round(height * share))
+    sheet = Image.new("RGB", (4 * cell[0], -(-len(pictures) // 4) * cell[1]))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture.resize(cell), (i % 4 * cell[0], i // 4 * cell[1]))
+    return sheet
+
+
+def _give_back_memory() -> None:
+    """glibc keeps what clips of mixed sizes fragment: 0.77 GB after fifty sizes of the default model on a CPU, all of
+    which this returns to the system."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # another C library, such as musl
+            return

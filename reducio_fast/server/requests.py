@@ -1,0 +1,288 @@
+"""What a client may ask of a clip: fields of a form or of JSON, checked and turned into the arguments of a call."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from ..media.image_files import read_image
+from ..system.errors import ReducioError
+from .errors import ApiError, bad_request
+
+MAX_DRAWN_SEED = 2**32  # a seed that the server draws stays easy to type
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one server takes. `sizes`: (height, width); None: the model's own and the aspect buckets."""
+
+    queue: int = 64
+    queue_per_key: int = 16
+    body_bytes: int = 20_000_000
+    prompt_characters: int = 4000
+    steps: int = 100
+    frames: int = 64
+    sizes: tuple[tuple[int, int], ...] | None = None
+    job_seconds: float = 600
+    keep_seconds: float = 24 * 3600
+    keep_bytes: int = 10 * 10**9
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ReducioError(f"{name}: must be text, is {_brief(value)}")
+    return value
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,20}", value.strip()):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ReducioError(f"{name}: must be a whole number, is {_brief(value)}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    raise ReducioError(f"{name}: must be a number, is {_brief(value)}")
+
+
+def _schedule(name: str, value: Any) -> Any:
+    """Numbers, as a list or with commas between them, or the name of a schedule."""
+    if isinstance(value, str) and "," in value:
+        value = value.split(",")
+    return [_number(name, each) for each in value] if isinstance(value, list) else _text(name, value)
+
+
+def _words(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ReducioError(f"{name}: must be an object, is {_brief(value)}")
+    plain = {key: _plain(each) for key, each in value.items()}
+    for key, each in plain.items():
+        if not isinstance(each, str | int | float | bool):
+            raise ReducioError(f"{name}: {key} must be a number, text or true or false, is {_brief(each)}")
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """A form's text as the number or truth value that it spells."""
+    if not isinstance(value, str):
+        return value
+    for spelled, meant in (("true", True), ("false", False)):
+        if value.lower() == spelled:
+            return meant
+    try:
+        return int(value) if re.fullmatch(r"[+-]?\d{1,20}", value) else float(value)
+    except ValueError:
+        return value
+
+
+# Arguments of a call that a client may give, where the family has them. Tensors, callbacks and output types are not.
+FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "prompt": _text,
+    "negative_prompt": _text,
+    "seed": _whole,
+    "num_frames": _whole,
+    "num_inference_steps": _whole,
+    "guidance_scale": _number,
+    "min_guidance_scale": _number,
+    "max_guidance_scale": _number,
+    "sigmas": _schedule,
+    "fps": _whole,
+    "motion_bucket_id": _whole,
+    "noise_aug_strength": _number,
+    "decode_chunk_size": _whole,
+    "image_fit": _text,
+    "content_kwargs": _words,
+}
+WIRE = ("model", "size", "seconds", "input_reference")  # of OpenAI's videos API
+
+
+@dataclass(slots=True)
+class Asked:
+    """A checked request. `call`: arguments of the pipeline's call, plain data that JSON keeps; `picture`: the bytes of
+    the image that came with it."""
+
+    call: dict[str, Any]
+    size: str
+    model: str
+    seconds: str
+    seed_drawn: bool
+    picture: bytes | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """What the file of jobs keeps."""
+        import hashlib
+
+        digest = None if self.picture is None else hashlib.sha256(self.picture).hexdigest()
+        return {
+            "call": {n: v for n, v in self.call.items() if not (n == "seed" and self.seed_drawn)},
+            "seed": self.call["seed"],
+            "seed_drawn": self.seed_drawn,
+            "size": self.size,
+            "model": self.model,
+            "seconds": self.seconds,
+            "picture": digest,
+        } | self.more
+
+
+class Checker:
+    """Checks requests for one model without its weights: `pipeline` is `registry.Model.checker()`, None for a peer,
+    whose call checks itself when it runs. Safe to call from several threads."""
+
+    def __init__(
+        self, name: str, pipeline: Any, defaults: Mapping[str, Any], limits: Limits, fps: float | None
+    ) -> None:
+        self.name, self.pipeline, self.limits = name, pipeline, limits
+        self.fields = {n: parse for n, parse in FIELDS.items() if n in defaults or n in ("prompt", "seed")}
+        self.defaults, self.fps = defaults, fps
+        self.seconds = "1"
+        if pipeline is not None:
+            own = pipeline.usual_size
+            self.sizes = limits.sizes or _served(own)
+            frames = getattr(getattr(pipeline, "unet", pipeline.vae).config, "num_frames", None)
+            if frames and fps:
+                self.seconds = f"{max(1, round(frames / fps))}"
+        else:
+            own = (defaults.get("height", 512), defaults.get("width", 512))
+            self.sizes = limits.sizes or (own,)
+        self.own = own
+
+    def __call__(self, fields: Mapping[str, Any], picture: bytes | None, more: dict[str, Any] | None = None) -> Asked:
+        """Raises ApiError 400 with the line that the command line has for it."""
+        try:
+            return self._check(fields, picture, more or {})
+        except ReducioError as error:
+            raise bad_request(str(error)) from error
+
+    def _check(self, fields: Mapping[str, Any], picture: bytes | None, more: dict[str, Any]) -> Asked:
+        known = (*self.fields, *WIRE)
+        if unknown := sorted(str(name) for name in fields if name not in known):
+            raise ReducioError(f"{unknown[0][:60]}: no field of a clip; known are {', '.join(known)}")
+        if (model := fields.get("model")) not in (None, "", self.name):
+            raise ReducioError(f"model: {_brief(model)} is not served here; {self.name} is")
+        # What is null or empty in a form was not given, but for the prompt.
+        call = {n: v for n, v in fields.items() if n in self.fields and v is not None and (v != "" or n == "prompt")}
+        call = {name: self.fields[name](name, value) for name, value in call.items()}
+        self._check_limits(call)
+        height, width = self._size(fields.get("size"), picture is not None)
+        drawn = "seed" not in call
+        if drawn:
+            call["seed"] = random.SystemRandom().randrange(MAX_DRAWN_SEED)
+        if height is not None:
+            call |= {"height": height, "width": width}
+        image = None if picture is None else open_picture(picture)
+        if self.pipeline is not None:
+            request = self.pipeline.check_inputs(**call, **({} if image is None else {"image": image}))
+            height, width = request.height, request.width
+            if (height, width) not in self.sizes:
+                self._refuse_size(f"{width}x{height}")
+        call |= {"height": height, "width": width}
+        seconds = str(fields.get("seconds") or self.seconds)
+        if seconds not in (self.seconds, f"{self.seconds}.0"):
+            raise ReducioError(f"seconds: {_brief(seconds)} asked for, this model makes clips of {self.seconds}")
+        return Asked(call, f"{width}x{height}", self.name, self.seconds, drawn, picture, more)
+
+    def _check_limits(self, call: dict[str, Any]) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if len(call.get(name, "")) > self.limits.prompt_characters:
+                most = self.limits.prompt_characters
+                raise ReducioError(f"{name}: has {len(call[name])} characters, {most} are the most")
+        steps = [("num_inference_steps", call.get("num_inference_steps"))]
+        steps += [("content_kwargs: num_inference_steps", call.get("content_kwargs", {}).get("num_inference_steps"))]
+        for name, value in (*steps, ("sigmas", len(call["sigmas"]) if isinstance(call.get("sigmas"), list) else None)):
+            if isinstance(value, int | float) and value > self.limits.steps:
+                raise ReducioError(f"{name}: {value} asked for, {self.limits.steps} are the most")
+        for name in ("height", "width"):
+            if isinstance(side := call.get("content_kwargs", {}).get(name), int | float) and side > 2048:
+                raise ReducioError(f"content_kwargs: {name} is {side}, 2048 is the most")
+        if call.get("num_frames", 1) > self.limits.frames:
+            raise ReducioError(f"num_frames: {call['num_frames']} asked for, {self.limits.frames} are the most")
+
+    def _size(self, size: Any, has_picture: bool) -> tuple[int | None, int | None]:
+        """(height, width) of `WIDTHxHEIGHT`, as OpenAI writes it; without one the call's own choice."""
+        if size in (None, "", "auto"):
+            return (None, None) if self.pipeline is not None else self.own
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size) if isinstance(size, str) else None
+        if match is None:
+            raise ReducioError(f"size: must be WIDTHxHEIGHT such as {self.own[1]}x{self.own[0]}, is {_brief(size)}")
+        height, width = int(match[2]), int(match[1])
+        if (height, width) not in self.sizes:
+            if self.pipeline is not None:  # a size that no clip can have gets the line that says why
+                call = {"prompt": "x"} if "prompt" in self.defaults else {}
+                image = {"image": Image.new("RGB", (64, 64), "gray")} if "prompt" not in call or has_picture else {}
+                self.pipeline.check_inputs(**call, **image, height=height, width=width)
+            self._refuse_size(size)
+        return height, width
+
+    def _refuse_size(self, size: str) -> None:
+        near = sorted(self.sizes, key=lambda s: abs(s[0] * s[1] - self.own[0] * self.own[1]))[:6]
+        sizes = ", ".join(f"{w}x{h}" for h, w in near)
+        more = "" if len(near) == len(self.sizes) else f" and {len(self.sizes) - len(near)} more"
+        raise ReducioError(f"size: {size} is not served here; {sizes}{more} are")
+
+
+def _served(own: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    from ..media.aspect_buckets import BASES, buckets
+
+    return tuple(dict.fromkeys([own, own[::-1], *(size for base in BASES for size in buckets(base, 32))]))
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """A client's picture, decoded once here so that what is wrong with it is told before the job is accepted. Raises
+    ReducioError for bytes that are no picture, and for too many pixels before they take memory."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = "too many pixels" if isinstance(error, Image.DecompressionBombError) else "no picture that is known"
+        raise ReducioError(f"image: input_reference cannot be read: it is {reason}") from error
+    return Image.fromarray(read_image(image))
+
+
+def picture_of_url(value: Any) -> bytes:
+    """The bytes of a `data:` URL, given as text or as {"image_url": text}. Nothing is fetched from anywhere."""
+    url = value.get("image_url") if isinstance(value, dict) else value
+    match = re.fullmatch(r"data:image/[\w.+-]+;base64,(.*)", url, re.DOTALL) if isinstance(url, str) else None
+    if match is None:
+        raise bad_request("input_reference: must be a file or a data:image/...;base64, URL; nothing is fetched")
+    try:
+        return base64.b64decode(match[1], validate=True)
+    except (binascii.Error, ValueError):
+        raise bad_request("input_reference: is no base64") from None
+
+
+def unfold(form: Mapping[str, Any]) -> dict[str, Any]:
+    """`content_kwargs[height]=512` as {"content_kwargs": {"height": "512"}}."""
+    fields: dict[str, Any] = {}
+    for name, value in form.items():
+        if match := re.fullmatch(r"(\w+)\[(\w+)\]", name):
+            inner = fields.setdefault(match[1], {})
+            if not isinstance(inner, dict):
+                raise ApiError(400, f"{match[1]}: is given in two forms", match[1], "invalid_value")
+            inner[match[2]] = value
+        else:
+            fields[name] = value
+    return fields
+
+
+def _brief(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

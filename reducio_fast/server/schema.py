@@ -1,0 +1,138 @@
+"""What the API's bodies look like, for the OpenAPI page and for clients that are generated from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+DESCRIPTION = "Clips over HTTP, in the form of OpenAI's videos API."
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    error: ErrorBody
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """A job. `error` is set where it failed; `timings` are seconds by stage."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: str
+    model: str
+    status: str
+    progress: int
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = None
+    prompt: str | None = None
+    size: str
+    seconds: str
+    seed: int
+    remixed_from_video_id: str | None = None
+    error: JobError | None = None
+    attempts: int
+
+
+class VideoList(BaseModel):
+    object: str
+    data: list[Video]
+    has_more: bool
+    first_id: str | None = None
+    last_id: str | None = None
+
+
+class Deleted(BaseModel):
+    id: str
+    object: str
+    deleted: bool
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    sizes: list[str]
+    fields: list[str]
+
+
+class ModelList(BaseModel):
+    object: str
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: str
+
+
+_STATUSES = {
+    400: "An argument does not fit; the line names it",
+    401: "No key of this server",
+    404: "No such video of yours, or it is not ready",
+    405: "Another method",
+    413: "The body is too large",
+    429: "The queue is full",
+    503: "No room on disk",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error, "description": text} for status, text in _STATUSES.items()
+}
+ERRORS[422] = {"model": Error, "description": "Not used: an argument that does not fit is a 400"}
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "Loading, or ending"}}
+
+
+def _binary(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    schema = {"schema": {"type": "string", "format": "binary"}}
+    return {200: {"description": "Bytes", "content": dict.fromkeys(kinds, schema)}}
+
+
+CONTENT = _binary("video/mp4", "image/webp", "image/jpeg") | {206: {"description": "A range of them"}}
+CONTENT[416] = {"description": "A range that the file does not have"}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Counters", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+
+_FIELDS: dict[str, Any] = {
+    "prompt": {"type": "string", "description": "what the clip shows"},
+    "model": {"type": "string", "description": "the name that /v1/models has; may be left out"},
+    "size": {"type": "string", "description": "WIDTHxHEIGHT, one of those that /v1/models has"},
+    "seconds": {"type": "string", "description": "those of the model's clips; may be left out"},
+    "seed": {"type": "integer", "minimum": 0, "description": "drawn where there is none"},
+    "negative_prompt": {"type": "string"},
+    "num_inference_steps": {"type": "integer", "minimum": 1},
+    "guidance_scale": {"type": "number", "minimum": 0},
+    "content_kwargs": {"type": "object", "description": "of the first stage, such as num_inference_steps"},
+}
+
+
+def _body(required: list[str], file: bool) -> dict[str, Any]:
+    upload = {"input_reference": {"type": "string", "format": "binary", "description": "the content frame"}}
+    url = {"input_reference": {"type": "string", "description": "the content frame as a data: URL"}}
+
+    def schema(more: dict[str, Any]) -> dict[str, Any]:
+        properties = _FIELDS | (more if file else {})
+        return {"schema": {"type": "object", "properties": properties, "required": required}}
+
+    content = {"multipart/form-data": schema(upload), "application/json": schema(url)}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+CREATE = _body(["prompt"], file=True)
+REMIX = _body(["prompt"], file=False)

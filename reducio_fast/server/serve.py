@@ -1,0 +1,234 @@
+"""`reducio-fast serve`: binds the address, loads the model beside the answering server, ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..system import cache_folder
+from ..system.errors import ReducioError
+from .files import JobFiles
+from .keys import Keys
+from .requests import Checker, Limits
+
+if TYPE_CHECKING:
+    from .app import Service
+    from .clips import Clips, Event
+    from .dispatcher import Home
+
+LOG = logging.getLogger("reducio_fast.server")
+DEFAULT_NAME = "reducio-tiny"  # of the embedded model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """A server. model, dtype, device, backend, compile, encoding, threads: of `clips.Clips`. name: of the model, for
+    clients. data: the folder of jobs and clips. grace: seconds that a running clip has when the server is ended. ray:
+    address of a cluster, "local" for one on this machine, None to make clips in this process."""
+
+    model: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    backend: str = "auto"
+    compile: bool | None = None
+    encoding: str = "quality"
+    threads: int | None = None
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: str | None = None
+    data: str | None = None
+    grace: float = 30.0
+    limits: Limits = field(default_factory=Limits)
+    ray: str | None = None
+    replicas: tuple[int, int] = (1, 1)  # least and most
+    gpus: float | None = None  # a replica; None: one where the cluster has any
+
+    @property
+    def worker(self) -> dict[str, Any]:
+        """The arguments of `clips.Clips`."""
+        names = ("model", "dtype", "device", "backend", "compile", "encoding", "threads")
+        return {name: getattr(self, name) for name in names}
+
+
+class LocalHome:
+    """One worker in this process. Two jobs at once: the file of one is written beside the clip of the next."""
+
+    slots = 2
+
+    def __init__(self, clips: Clips) -> None:
+        self.clips = clips
+
+    def make(self, request: dict[str, Any], picture: bytes | None) -> AsyncIterator[Event]:
+        return self.clips.make(request, picture)
+
+
+def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
+    """Bind the address; returns it as a URL, and a function that serves until the process is told to end.
+
+    Raises ReducioError without the extra, for an address that cannot be had or is open to others without keys, for a
+    folder that is in use, and from the second function for a model that is not there.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import multipart  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ReducioError('serve: FastAPI is not installed; pip install "reducio-fast[serve]"') from error
+    if not _is_loopback(settings.host) and settings.api_keys is None:
+        raise ReducioError(f"host: {settings.host} is open to others; name the keys with --api-keys FILE")
+    from ..media.ffmpeg import encoder
+
+    encoder(settings.encoding)
+    keys = Keys(settings.api_keys)
+    listener = _bind(settings.host, settings.port)
+    files = JobFiles(settings.data or cache_folder.root() / "serve")
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run() -> None:
+        from .app import create_app
+
+        started = _Started(settings, keys, files)
+        app = create_app(started.service, settings.limits)
+        config = uvicorn.Config(
+            app, log_config=None, timeout_graceful_shutdown=int(settings.grace) + 10, access_log=False
+        )
+        server = _Server(config)
+        started.server = server
+        try:
+            server.run(sockets=[listener])
+        finally:
+            files.close()
+        if started.failure is not None:
+            raise started.failure
+
+    return url, run
+
+
+class _Started:
+    """What a running server has: the service, and the model that is loaded beside it."""
+
+    def __init__(self, settings: Settings, keys: Keys, files: JobFiles) -> None:
+        self.settings, self.keys, self.files = settings, keys, files
+        self.server: _Server | None = None
+        self.failure: BaseException | None = None
+        self._close_home: Callable[[], None] = lambda: None
+
+    @contextlib.asynccontextmanager
+    async def service(self) -> AsyncIterator[Service]:
+        from .app import Service
+        from .dispatcher import Dispatcher
+        from .jobs import Store
+        from .metrics import Metrics
+
+        store = Store(self.files.jobs)
+        dispatcher = Dispatcher(store, self.files, self.settings.limits, Metrics())
+        service = Service(store, self.files, dispatcher, self.keys, self.settings.limits)
+        dispatcher.start()
+        assert self.server is not None
+        self.server.when_told_to_end(dispatcher.stop)
+        loading = asyncio.create_task(self._load(service))
+        try:
+            yield service
+        finally:
+            loading.cancel()
+            await dispatcher.drain(self.settings.grace)
+            store.close()
+            await asyncio.to_thread(self._close_home)
+
+    async def _load(self, service: Service) -> None:
+        """The checker first, which reads configurations alone: then requests are taken. Then the weights."""
+        try:
+            checker = await asyncio.to_thread(self._checker)
+            service.checker.set_result(checker)
+            home = await asyncio.to_thread(self._home, service)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self.failure = error
+            LOG.error("the model cannot be loaded: %s", error)
+            if not service.checker.done():
+                service.checker.cancel()
+            os.kill(os.getpid(), signal.SIGINT)  # ends uvicorn in its own order
+            return
+        service.dispatcher.open(home)
+        LOG.info("ready: %s", service.described())
+
+    def _checker(self) -> Checker:
+        from ..pipelines import registry
+
+        settings = self.settings
+        found = registry.find(settings.model)
+        name = settings.name or (DEFAULT_NAME if settings.model is None else Path(settings.model).name)
+        pipeline = None if found.checker is None else found.checker()
+        return Checker(name, pipeline, found.call_defaults, settings.limits, found.fps)
+
+    def _home(self, service: Service) -> Home:
+        if self.settings.ray is None:
+            from .clips import Clips
+
+            clips = Clips(**self.settings.worker)
+            service.described = clips.describe
+            return LocalHome(clips)
+        from .on_ray import RayHome
+
+        home = RayHome(self.settings.worker, self.settings.ray, self.settings.replicas, self.settings.gpus)
+        self._close_home = home.close
+        service.described = home.describe
+        return home
+
+
+def _server_class() -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Tells when a signal has come: connections that wait for a clip must be let go before uvicorn's own end."""
+
+        _stop: Callable[[], None] | None = None
+
+        def when_told_to_end(self, stop: Callable[[], None]) -> None:
+            loop = asyncio.get_running_loop()
+            self._stop = lambda: loop.call_soon_threadsafe(stop) and None
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if self._stop is not None:
+                self._stop()
+            super().handle_exit(sig, frame)
+
+    return Server
+
+
+def _Server(config: Any) -> Any:
+    return _server_class()(config)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ReducioError(f"port: {host}:{port} cannot be had ({reason})") from error
+    return listener
