@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .data_prediction import DataHook, data_rows, through_data
+
 
 class StopSampling(Exception):
     """Raised by a callback to end `sample` early with the latent as it is."""
@@ -66,15 +68,18 @@ def sample(
     callback: Callback | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     sigmas: Sequence[float] | None = None,
+    data_hook: DataHook | None = None,
 ) -> Tensor:
     """Denoise `latent`, unit noise [B, ...], and return the latent in its dtype and shape.
 
     `denoise(latent, timestep)` predicts what the scheduler was set up for, in the dtype of the latent.
     `callback(step, timestep, latent)` runs after each step: a tensor replaces the latent; False, or raising
     `StopSampling`, ends the loop. `generator` feeds the schedulers that draw noise at each step. `sigmas`: one more
-    than there are steps, in place of the scheduler's own.
+    than there are steps, in place of the scheduler's own. `data_hook(step, data)` sees the data prediction of each step
+    before the latent moves, and may return another one to move towards.
 
-    Raises ValueError where there is no step to take and, naming the step, where the latent stops being finite.
+    Raises ValueError where there is no step to take, for a hook with a scheduler that `data_rows` does not know and,
+    naming the step, where the latent stops being finite.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
@@ -85,9 +90,12 @@ def sample(
     noise_source = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     latent = latent * getattr(scheduler, "init_noise_sigma", 1.0)
     finite: list[Tensor] = []
+    rows = None if data_hook is None else data_rows(scheduler)
 
     for step, timestep in enumerate(scheduler.timesteps):
         prediction = denoise(scale_input(latent, timestep), timestep)
+        if data_hook is not None and rows is not None:
+            prediction = through_data(data_hook, step, rows[step], latent, prediction)
         latent = scheduler.step(prediction, timestep, latent, **noise_source, return_dict=False)[0]
         latent, go_on = end_step(callback, step, timestep, latent)
         finite.append(torch.isfinite(latent).all())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..compile.compiled_blocks import Regions, adopt, connect
 from ..compile.graphs import Graphs
+from ..reference.data_prediction import DataHook
 from ..reference.sampler import Callback
 from ..system.checksum import checksums
 from ..triton_kernels.registry import OPS
@@ -116,9 +117,10 @@ class Engine:
         callback: Callback | None,
         generator: torch.Generator,
         sigmas: Sequence[float] | None = None,
+        data_hook: DataHook | None = None,
     ) -> Tensor:
         """See `fast.sampler.sample`; no scheduler that it follows draws noise, so `generator` is not read."""
-        return sampler.sample(denoise, scheduler, latent, num_inference_steps, callback, sigmas)
+        return sampler.sample(denoise, scheduler, latent, num_inference_steps, callback, sigmas, data_hook)
 
     def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
         """The dtype in which twins of `stored` weights run on `device`, and why."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.data_prediction import alpha_sigma, data_rows
 from ..reference.sampler import set_timesteps
 from ..triton_kernels.guidance_dpm_step import OP
 
@@ -35,13 +36,8 @@ def dpm_coefficients(scheduler: Any) -> Tensor:
         if config[name] not in known:
             raise ValueError(f"dpm_coefficients: {name}={config[name]!r} is not one of {known}")
 
-    def alpha_sigma(sigma: float) -> tuple[float, float]:
-        if config.get("use_flow_sigmas", False):
-            return 1 - sigma, sigma
-        return 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
-
     def log_snr(sigma: float) -> float:
-        alpha, sigma = alpha_sigma(sigma)
+        alpha, sigma = alpha_sigma(config, sigma)
         return (math.log(alpha) if alpha else -math.inf) - (math.log(sigma) if sigma else -math.inf)
 
     steps = len(sigmas) - 1
@@ -51,17 +47,9 @@ def dpm_coefficients(scheduler: Any) -> Tensor:
         or config["final_sigmas_type"] == "zero"
     )
     rows = []
-    for i in range(steps):
-        alpha, sigma = alpha_sigma(sigmas[i])
-        if config["prediction_type"] == "epsilon":
-            p, q = 1 / alpha, -sigma / alpha
-        elif config["prediction_type"] == "v_prediction":
-            p, q = alpha, -sigma
-        elif config["prediction_type"] == "flow_prediction":
-            p, q = 1.0, -sigmas[i]
-        else:
-            p, q = 0.0, 1.0
-        alpha_next, sigma_next = alpha_sigma(sigmas[i + 1])
+    for i, (p, q) in enumerate(data_rows(scheduler)):
+        sigma = alpha_sigma(config, sigmas[i])[1]
+        alpha_next, sigma_next = alpha_sigma(config, sigmas[i + 1])
         h = log_snr(sigmas[i + 1]) - log_snr(sigmas[i])
         a, b, c = sigma_next / sigma, -alpha_next * math.expm1(-h), 0.0
         if config["solver_order"] == 2 and i > 0 and not (i == steps - 1 and lower_at_end):
@@ -94,19 +82,11 @@ def edm_coefficients(scheduler: Any) -> Tensor:
     Its model input and initial noise are scaled too: see `input_scales`. Raises ValueError for other schedulers, and
     for timesteps that repeat, as those above its table do: diffusers finds a step by its timestep, and skips one then.
     """
-    config, sigmas = _sigmas_of(scheduler, "EulerDiscreteScheduler")
+    sigmas = _sigmas_of(scheduler, "EulerDiscreteScheduler")[1]
     if len(scheduler.timesteps.unique()) < len(scheduler.timesteps):
         raise ValueError(f"edm_coefficients: timesteps repeat ({scheduler.timesteps.tolist()}); is sigma_max too high?")
     rows = []
-    for sigma, following in itertools.pairwise(sigmas):
-        if config["prediction_type"] == "v_prediction":
-            p, q = 1 / (sigma**2 + 1), -sigma / math.sqrt(sigma**2 + 1)
-        elif config["prediction_type"] == "epsilon":
-            p, q = 1.0, -sigma
-        elif config["prediction_type"] == "sample":
-            p, q = 0.0, 1.0
-        else:
-            raise ValueError(f"edm_coefficients: prediction_type={config['prediction_type']!r} is not known")
+    for (p, q), (sigma, following) in zip(data_rows(scheduler), itertools.pairwise(sigmas), strict=True):
         rows.append((p, q, following / sigma, 1 - following / sigma, 0.0))
     return torch.tensor(rows, dtype=torch.float64)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reference import sample
+from ...reference.data_prediction import DataHook
 from ...reference.sampler import Callback, Denoiser
 
 
@@ -31,8 +32,9 @@ class PlainEngine:
         callback: Callback | None,
         generator: torch.Generator,
         sigmas: Sequence[float] | None = None,
+        data_hook: DataHook | None = None,
     ) -> Tensor:
-        return sample(denoise, scheduler, latent, num_inference_steps, callback, generator, sigmas)
+        return sample(denoise, scheduler, latent, num_inference_steps, callback, generator, sigmas, data_hook)
 
     def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
         return stored, "that of the weights"

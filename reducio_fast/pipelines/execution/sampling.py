@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...reference.data_prediction import DataHook
 from ...reference.sampler import Callback
 from ...system.errors import ReducioError
 from .components import Components
@@ -30,10 +31,12 @@ class Sampler:
         generator: torch.Generator,
         callback: Callback | None,
         sigmas: Sequence[float] | None = None,
+        data_hook: DataHook | None = None,
     ) -> Tensor:
         """Unit noise [1, ...] on any device -> the latent, float32, of the last step taken.
 
         guidance_scale: a number, or a tensor of one a frame where the family's denoiser takes that.
+        data_hook: sees, and may replace, the data prediction of each step: see `reference.sample`.
         """
         # The latent stays float32 whatever the networks run in: twenty updates in bfloat16 lose what they add.
         noise = noise.to(self.executor.device)
@@ -41,7 +44,7 @@ class Sampler:
         try:
             denoise = network.denoiser(cond, uncond, guidance_scale)
             engine = self.executor.sampling_engine
-            return engine.sample(denoise, scheduler, noise, num_inference_steps, callback, generator, sigmas)
+            return engine.sample(denoise, scheduler, noise, num_inference_steps, callback, generator, sigmas, data_hook)
         except ReducioError:
             raise
         except (ValueError, ZeroDivisionError) as error:

@@ -38,6 +38,10 @@ class SVDArguments:
     return_dict: Any
     image_fit: Any
     content_kwargs: Any
+    overlap: Any
+    match_colours: Any
+    loop: Any
+    preview_every: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
