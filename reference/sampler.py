@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .data_prediction import DataHook, data_rows, through_data
+
 
 class StopSampling(Exception):
     """Raised by a callback to end `sample` early with the latent as it is."""
@@ -134,6 +136,7 @@ def sample(
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[int] | None = None,
     shortcuts: Shortcuts = NO_SHORTCUTS,
+    data_hook: DataHook | None = None,
 ) -> Tensor:
     """Denoise `latent`, unit noise [B, ...], and return the latent in its dtype and shape.
 
@@ -141,9 +144,11 @@ def sample(
     `callback(step, timestep, latent)` runs after each step: a tensor replaces the latent; False, or raising
     `StopSampling`, ends the loop. `generator` feeds the schedulers that draw noise at each step. `sigmas`, one more
     than there are steps, or `timesteps`, falling: in place of the scheduler's own. `shortcuts` other than none need a
-    `Guided` denoiser where they are about guidance.
+    `Guided` denoiser where they are about guidance. `data_hook(step, data)` sees the data prediction of each step
+    before the latent moves, and may return another one to move towards.
 
-    Raises ValueError where there is no step to take and, naming the step, where the latent stops being finite.
+    Raises ValueError where there is no step to take, for a hook with a scheduler that `data_rows` does not know and,
+    naming the step, where the latent stops being finite.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
@@ -155,10 +160,13 @@ def sample(
     latent = latent * getattr(scheduler, "init_noise_sigma", 1.0)
     finite: list[Tensor] = []
     modes = shortcuts.modes(len(scheduler.timesteps)) if isinstance(denoise, Guided) else None
+    rows = None if data_hook is None else data_rows(scheduler)
 
     for step, timestep in enumerate(scheduler.timesteps):
         scaled = scale_input(latent, timestep)
         prediction = denoise(scaled, timestep) if modes is None else denoise.predict(scaled, timestep, modes[step])
+        if data_hook is not None and rows is not None:
+            prediction = through_data(data_hook, step, rows[step], latent, prediction)
         latent = scheduler.step(prediction, timestep, latent, **noise_source, return_dict=False)[0]
         latent, go_on = end_step(callback, step, timestep, latent)
         finite.append(torch.isfinite(latent).all())

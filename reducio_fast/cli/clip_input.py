@@ -57,7 +57,7 @@ def read(arguments: argparse.Namespace, autoencoder: Any, clips: int = 1) -> Cli
 
     settings, config, fps = autoencoder.settings, autoencoder.config, rate(arguments)
     height, width = arguments.height or settings["sample_height"], arguments.width or settings["sample_width"]
-    check_size(config, height, width, config.num_frames)
+    check_size(config, height, width)
     wanted = clips * config.num_frames
     # As the release: a model of 16 frames a second sees every second frame of a clip of 30.
     step = 1 if arguments.consecutive or fps is None else max(1, round(fps / settings["fps"]))

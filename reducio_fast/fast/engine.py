@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..compile.compiled_blocks import Regions, adopt, connect
 from ..compile.graphs import Graphs
+from ..reference.data_prediction import DataHook
 from ..reference.sampler import NO_SHORTCUTS, Callback, Shortcuts
 from ..system.checksum import checksums
 from ..triton_kernels.registry import OPS
@@ -118,11 +119,11 @@ class Engine:
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[int] | None = None,
         shortcuts: Shortcuts = NO_SHORTCUTS,
+        data_hook: DataHook | None = None,
     ) -> Tensor:
         """See `fast.sampler.sample`."""
-        return sampler.sample(
-            denoise, scheduler, latent, num_inference_steps, callback, generator, sigmas, timesteps, shortcuts
-        )
+        given = (denoise, scheduler, latent, num_inference_steps, callback, generator)
+        return sampler.sample(*given, sigmas, timesteps, shortcuts, data_hook)
 
     def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
         """The dtype in which twins of `stored` weights run on `device`, and why."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..compile.graphs import Graphs
+from ..reference.data_prediction import DataHook, data_rows
 from ..reference.sampler import NO_SHORTCUTS, Callback, Shortcuts, check_finite, end_step
 from ..reference.svd.consistency import fresh_noise
 from .solver_tables import coefficients, draws_noise, input_scales
@@ -84,6 +85,7 @@ def sample(
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[int] | None = None,
     shortcuts: Shortcuts = NO_SHORTCUTS,
+    data_hook: DataHook | None = None,
 ) -> Tensor:
     """Denoise unit noise [B, ...]; arguments, results and errors as in the reference's `sample`.
 
@@ -92,6 +94,7 @@ def sample(
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
     table = coefficients(scheduler, num_inference_steps, sigmas, timesteps)
+    rows, data_of = table.tolist(), None if data_hook is None else data_rows(scheduler)
     weights = None  # of the last two data predictions, where a solver looks back that far
     if table.shape[1] > 5:
         weights, table = table[:, 4:6].float().to(latent.device), table[:, :5].clone()
@@ -145,13 +148,18 @@ def sample(
         earlier = None if weights is None else (older, weights[step])
         given = inputs[step] if mode == "guided" else denoise.conditional(inputs[step])
         keeps = mode == "guided" and "reused" in modes[step + 1 : step + 2]
-        older = previous
+        before, last, older = latent, previous, previous
         arguments = (latent, previous, given, table[step], scale)
         if earlier is None and mode != "reused" and not keeps:
             latent, previous = run(*arguments)
         else:
             latent, previous, *kept = run(*arguments, earlier, difference if mode == "reused" else None, keeps)
             difference = kept[0] if kept else difference
+        if data_hook is not None and data_of is not None:
+            if earlier is not None:
+                last = last * earlier[1][0] + earlier[0] * earlier[1][1]
+            row = (*rows[step][:4], 1.0 if weights is not None else rows[step][4])
+            latent, previous = _through_data(data_hook, step, data_of[step], row, before, last, latent, previous)
         latent, go_on = end_step(callback, step, times[step], latent)
         finite.append(torch.isfinite(latent).all())
         if not go_on:
@@ -159,3 +167,27 @@ def sample(
 
     check_finite(finite, len(table))
     return latent
+
+
+def _through_data(
+    hook: DataHook,
+    step: int,
+    data_row: tuple[float, float],
+    row: Sequence[float],
+    before: Tensor,
+    earlier: Tensor,
+    latent: Tensor,
+    previous: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What the kernel returned from `before` and `earlier`, `latent` and `previous`, with the hook applied: where it
+    answers, the step is taken again, a few hundred thousand multiplications outside of the graph."""
+    p, q, a, b, c = row
+    p_data, q_data = data_row
+    is_data = (p, q) == data_row  # of a flow the kernel's "data prediction" is the velocity
+    data = previous if is_data else p_data * before + q_data * (previous - p * before) / q
+    answer = hook(step, data)
+    if answer is None:
+        return latent, previous
+    new = answer if is_data else p * before + q * (answer - p_data * before) / q_data
+    following = a * before + b * new
+    return (following + c * earlier if c else following), new

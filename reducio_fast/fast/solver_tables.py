@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.data_prediction import alpha_sigma, data_rows
 from ..reference.sampler import set_timesteps
-from ..reference.svd.consistency import ConsistencyScheduler, data_prediction
+from ..reference.svd.consistency import ConsistencyScheduler
 from ..triton_kernels.guidance_dpm_step import OP
 
 
@@ -37,11 +38,8 @@ def dpm_coefficients(scheduler: Any) -> Tensor:
             raise ValueError(f"dpm_coefficients: {name}={config[name]!r} is not one of {known}")
 
     noise = _Noise(config.get("use_flow_sigmas", False))
-    rows = []
-    for step, (a, b, c) in enumerate(_solver_rows(config, sigmas, noise)):
-        p, q = noise.data(config["prediction_type"], sigmas[step])
-        rows.append((p, q, a, b, c))
-    return torch.tensor(rows, dtype=torch.float64)
+    steps = zip(data_rows(scheduler), _solver_rows(config, sigmas, noise), strict=True)
+    return torch.tensor([(*data, *step) for data, step in steps], dtype=torch.float64)
 
 
 def _solver_rows(config: dict[str, Any], sigmas: list[float], noise: _Noise) -> Iterator[tuple[float, float, float]]:
@@ -138,10 +136,9 @@ def unipc_coefficients(scheduler: Any) -> Tensor:
         return -growth * newest, b + slope + growth * newest - b_before, -slope - c_before
 
     rows = []
-    for step in range(steps):
+    for step, (p, q) in enumerate(data_rows(scheduler)):
         a, b, c = predicted(step)
         now, last, older = corrected(step)
-        p, q = noise.data(config["prediction_type"], sigmas[step])
         rows.append((p, q, a, b + a * now, c + a * last, a * older))
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -155,22 +152,11 @@ class _Noise:
     def alpha_sigma(self, sigma: float) -> tuple[float, float]:
         if self.exploding:
             return 1.0, sigma
-        if self.flow:
-            return 1 - sigma, sigma
-        return 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
+        return alpha_sigma(sigma, self.flow)
 
     def log_snr(self, sigma: float) -> float:
         alpha, sigma = self.alpha_sigma(sigma)
         return (math.log(alpha) if alpha else -math.inf) - (math.log(sigma) if sigma else -math.inf)
-
-    def data(self, prediction_type: str, sigma: float) -> tuple[float, float]:
-        """Factors of latent and prediction in the prediction of the data."""
-        alpha, noise = self.alpha_sigma(sigma)
-        if prediction_type == "epsilon":
-            return 1 / alpha, -noise / alpha
-        if prediction_type == "v_prediction":
-            return alpha, -noise
-        return (1.0, -sigma) if prediction_type == "flow_prediction" else (0.0, 1.0)
 
 
 def euler_coefficients(scheduler: Any) -> Tensor:
@@ -191,19 +177,11 @@ def edm_coefficients(scheduler: Any) -> Tensor:
     Its model input and initial noise are scaled too: see `input_scales`. Raises ValueError for other schedulers, and
     for timesteps that repeat, as those above its table do: diffusers finds a step by its timestep, and skips one then.
     """
-    config, sigmas = _sigmas_of(scheduler, "EulerDiscreteScheduler")
+    sigmas = _sigmas_of(scheduler, "EulerDiscreteScheduler")[1]
     if len(scheduler.timesteps.unique()) < len(scheduler.timesteps):
         raise ValueError(f"edm_coefficients: timesteps repeat ({scheduler.timesteps.tolist()}); is sigma_max too high?")
     rows = []
-    for sigma, following in itertools.pairwise(sigmas):
-        if config["prediction_type"] == "v_prediction":
-            p, q = 1 / (sigma**2 + 1), -sigma / math.sqrt(sigma**2 + 1)
-        elif config["prediction_type"] == "epsilon":
-            p, q = 1.0, -sigma
-        elif config["prediction_type"] == "sample":
-            p, q = 0.0, 1.0
-        else:
-            raise ValueError(f"edm_coefficients: prediction_type={config['prediction_type']!r} is not known")
+    for (p, q), (sigma, following) in zip(data_rows(scheduler), itertools.pairwise(sigmas), strict=True):
         rows.append((p, q, following / sigma, 1 - following / sigma, 0.0))
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -224,11 +202,8 @@ def edm_dpm_coefficients(scheduler: Any) -> Tensor:
     ):
         if config[name] not in known:
             raise ValueError(f"edm_dpm_coefficients: {name}={config[name]!r} is not one of {known}")
-    rows = []
-    for i, (a, b, c) in enumerate(_solver_rows(config, sigmas, _Noise(exploding=True))):
-        p, q = data_prediction(sigmas[i], config["sigma_data"])
-        rows.append((p, q if config["prediction_type"] == "v_prediction" else -q, a, b, c))
-    return torch.tensor(rows, dtype=torch.float64)
+    steps = zip(data_rows(scheduler), _solver_rows(config, sigmas, _Noise(exploding=True)), strict=True)
+    return torch.tensor([(*data, *step) for data, step in steps], dtype=torch.float64)
 
 
 def consistency_coefficients(scheduler: ConsistencyScheduler) -> Tensor:
@@ -236,11 +211,8 @@ def consistency_coefficients(scheduler: ConsistencyScheduler) -> Tensor:
 
     In place of the data prediction before, such a step reads fresh noise: see `draws_noise`.
     """
-    config, sigmas = scheduler.config, scheduler.sigmas.tolist()
-    rows = [
-        (*data_prediction(sigma, config.sigma_data), 0.0, 1.0, following * config.s_noise)
-        for sigma, following in itertools.pairwise(sigmas)
-    ]
+    noises = [following * scheduler.config.s_noise for following in scheduler.sigmas.tolist()[1:]]
+    rows = [(p, q, 0.0, 1.0, noise) for (p, q), noise in zip(data_rows(scheduler), noises, strict=True)]
     return torch.tensor(rows, dtype=torch.float64)
 
 

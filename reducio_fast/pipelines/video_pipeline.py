@@ -21,11 +21,11 @@ from ..memory.dry_run import DryRun
 from ..memory.forecast import Forecast
 from ..system import torch_state
 from ..system.deadline import Outcome
-from ..system.errors import ReducioError, is_out_of_memory
-from .call.output import ReducioOutput, to_output
+from ..system.errors import ReducioError
+from . import long_clip, one_clip
+from .call.output import ReducioOutput
 from .call.request import ClipRequest, Request, SamplingInputs
 from .call.state import CallState, Stage
-from .call.step_callback import StepCallback
 from .execution.adapters import Adapters
 from .execution.components import Components, PartAttribute
 from .execution.decoding import Decoding
@@ -94,53 +94,50 @@ class VideoPipeline:
 
     # ---- a call ----
 
-    @torch_state.inference()
     def run(self, request: Request) -> ReducioOutput:
         """Make the clips of a checked request, one after the other."""
-        with self.executor.exclusive():
-            size = request.height, request.width
-            self.call = CallState(request, listener=self.listener)
+        size, call = (request.height, request.width), CallState(request, listener=self.listener)
+        with self.turn(call):
             try:
                 decoding = self.fitter.settle(*size)
                 self.executor.warn_of_compiling(*size, usual=size == self.usual_size)
-                make = functools.partial(self._make_clip, call=self.call, decoding=decoding)
-                return self.call.make_clips(make, request.fps, self._progress_bar_config)
+                make: Any = one_clip.make_clip if request.chain is None else long_clip.make
+                make = functools.partial(make, self, call=call, decoding=decoding)
+                return call.make_clips(make, request.fps, self._progress_bar_config)
             finally:
-                self.call.end()
+                call.end()
 
-    def _make_clip(self, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[np.ndarray | None, Any]:
-        """One clip's content frame, and its frames or latent in the form asked for."""
-        request, timings, stage = call.request, call.timings, functools.partial(call.at, self.executor.stage)
-        inputs = self._sampling_inputs(clip, call, stage)
-        frame, callback = inputs.frame, StepCallback(self, call, inputs.tensors)
-        scale = request.guidance_scale if request.guidance_per_frame is None else request.guidance_per_frame
-        with stage(timings, "dit.step"):
-            latent = self.sampler(
-                inputs.noise if clip.latents is None else clip.latents,
-                inputs.cond,
-                inputs.uncond,
-                scale,
-                request.num_inference_steps,
-                clip.generator,
-                callback,
-                request.sigmas,
-                request.schedule,
-                request.shortcuts,
-            )
-        latent = latent if callback.replaced is None else callback.replaced
-        if request.output_type == "latent":
-            return frame, latent[0]
-        assert frame is not None  # only calls for latents do without
-        call.undecoded.append((latent, frame))
-        try:
-            with stage(timings, "vae.decode"):
-                video = self.decoder(latent, frame, request.output_type, decoding)
-                return frame, to_output(video, request.output_type)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            kept = call.rescue_latents(self.rescue_folder, self.layout.pipeline)
-            raise ReducioError(f"vae.decode: out of memory at {request.height}x{request.width}; {kept}") from error
+    def stream(self, **arguments: Any) -> Iterator[Any]:
+        """Frames of one clip of any length, in order, as soon as each is final; arguments as in a call, by name.
+
+        Each is what `frames[i]` would be: uint8 [H, W, 3], a PIL image, or float32 [3, H, W]. One clip of the model's
+        length is in memory; other threads take turns between two of them. Raises ReducioError at once, also for calls
+        of more than one clip.
+        """
+        request = self.check_inputs(**arguments)
+        if len(request.clips) != 1:
+            raise ReducioError(f"stream: makes one clip, {len(request.clips)} are asked for")
+        if request.loop or request.output_type == "latent":
+            what = "loop=True plays" if request.loop else "output_type='latent' returns"
+            raise ReducioError(f"stream: {what} what is known at the end; call the pipeline itself")
+        return long_clip.stream(self, CallState(request, listener=self.listener))
+
+    @contextmanager
+    def turn(self, call: CallState) -> Iterator[None]:
+        """Work of a call, during which calls of other threads wait."""
+        with torch_state.inference(), self.executor.exclusive():
+            self._prepare(call.request)
+            self.call = call
+            yield
+
+    def _prepare(self, request: Any) -> None:
+        """What the family's parts keep of the call at work."""
+
+    def finished(
+        self, latent: Tensor, frame: np.ndarray, request: Any, output_type: str, decoding: Decoding | None
+    ) -> Tensor:
+        """What the decoder makes of a latent, and what the request asks to be done about it."""
+        return self.decoder(latent, frame, output_type, decoding)
 
     def _sampling_inputs(self, clip: ClipRequest, call: CallState, stage: Stage) -> SamplingInputs:
         """What the family's first stage and encoders make of a clip's request."""

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...media import ffmpeg
+from ...media.contact_sheet import contact_sheet
 from ...media.kept_frames import keep_frames
 from ...media.pixels import to_bytes
 from ...media.video_files import check_output_path, write_video
@@ -57,6 +58,13 @@ class ReducioOutput:
         frames = np.stack([as_array(clip) for clip in clips]).astype(np.float32) / 255
         return frames if self.is_list else frames[0]
 
+    def grid(self, columns: int | None = None) -> np.ndarray:
+        """All clips of a list side by side as one, uint8 [T, rows * H, columns * W, 3], a contact sheet of seeds: see
+        `media.contact_sheet`. Raises ReducioError for latents and where `columns` is no number of clips."""
+        if self.output_type == "latent":
+            raise ReducioError("grid: output_type='latent' holds no frames; use pipe.decode(latents, image)")
+        return contact_sheet([as_array(clip) for clip in (self.frames if self.is_list else [self.frames])], columns)
+
     def save(self, path: str | os.PathLike[str], encoding: str = "quality") -> Path | list[Path]:
         """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; of a list, clip i as NAME-i.SUFFIX.
 
@@ -93,12 +101,33 @@ class ReducioOutput:
 def to_output(video: Tensor, output_type: str) -> Any:
     """float32 [3, T, H, W] in [-1, 1] -> what `ReducioOutput.frames` holds for one clip; but for "pt" also from bytes
     uint8 [T, H, W, 3]."""
+    return from_frames(as_frames(video, output_type), output_type)
+
+
+def as_frames(video: Tensor, output_type: str) -> Tensor:
+    """The same video with the frames in front: for "pt" float32 [T, 3, H, W] in [0, 1], else uint8 [T, H, W, 3]."""
     if output_type == "pt":
         return (video.transpose(0, 1) + 1) / 2
-    if video.dtype != torch.uint8:
-        video = to_bytes(video.transpose(0, 1))
-    frames = video.cpu().numpy()
-    return frames.view(ByteFrames) if output_type == "np" else [_frame_image(frame) for frame in frames]
+    return video if video.dtype == torch.uint8 else to_bytes(video.transpose(0, 1))
+
+
+def from_frames(frames: Tensor, output_type: str) -> Any:
+    """What `as_frames` returned -> what `ReducioOutput.frames` holds for one clip."""
+    if output_type == "pt":
+        return frames
+    array = frames.cpu().numpy()
+    return array.view(ByteFrames) if output_type == "np" else [_frame_image(frame) for frame in array]
+
+
+def there_and_back(frames: Any) -> Any:
+    """A clip that ends where it began: its frames, then all but the last and the first in reverse, so that no frame is
+    shown twice where the loop closes."""
+    back = list(range(len(frames) - 2, 0, -1))
+    if isinstance(frames, list):
+        return [*frames, *(frames[i] for i in back)]
+    if isinstance(frames, Tensor):
+        return torch.cat([frames, frames[back]])
+    return np.concatenate([frames, frames[back]]).view(type(frames))
 
 
 def as_array(frames: Any) -> np.ndarray:

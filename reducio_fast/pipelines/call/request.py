@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...reference.sampler import NO_SHORTCUTS, Shortcuts
+
+if TYPE_CHECKING:
+    from .chain import Chain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,13 @@ class Arguments:
     guidance_interval: Any
     guidance_reuse: Any
     cache_threshold: Any
+    direction: Any
+    match_colours: Any
+    motion_strength: Any
+    motion_latents: Any
+    keep_content: Any
+    loop: Any
+    preview_every: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +69,20 @@ class Embeds:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """Part of a clip's latent that is known: where `mask` (which broadcasts) is True, sampling ends on `latent`."""
+
+    mask: Tensor
+    latent: Tensor
+
+    def to(self, device: torch.device) -> Hold:
+        return Hold(self.mask.to(device), self.latent.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class ClipRequest:
-    """What is asked of one clip of a call, checked. `latents`: its initial noise, float32 [1, C, T/f, H/32, W/32]."""
+    """What is asked of one clip of a call, checked. `latents`: its initial noise, float32 [1, C, T/f, H/32, W/32].
+    `motion`: its latent, which is then not sampled. `hold`: the part of it that another clip has given."""
 
     prompt: str  # "" where only `embeds.text` was given
     negative_prompt: str  # "" for none
@@ -68,6 +90,8 @@ class ClipRequest:
     embeds: Embeds
     generator: torch.Generator
     latents: Tensor | None
+    motion: Tensor | None = None
+    hold: Hold | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +115,16 @@ class Request:
     sigmas: Sequence[float] | None = None  # one more than there are steps, in place of the scheduler's own
     schedule: str = "own"  # of `quality.SCHEDULES`
     shortcuts: Shortcuts = NO_SHORTCUTS
+    chain: Chain | None = None  # of clips that make one longer clip
+    motion_strength: float = 1.0
+    keep_content: bool = False
+    loop: bool = False
+    preview_every: int | None = None
+
+    @property
+    def previews(self) -> bool:
+        """Whether the callback is given frames."""
+        return self.preview_every is not None or "frames" in self.callback_tensor_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +140,4 @@ class SamplingInputs:
     cond: Any
     uncond: Any = None
     tensors: dict[str, Tensor | None] = field(default_factory=dict)
+    follow: Embeds = field(default_factory=Embeds)  # that hold for a clip which continues this one

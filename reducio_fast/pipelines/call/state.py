@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ...checkpoints.saved_latents import rescue
 from ...reference.sampler import StopSampling
 from ...system.errors import ReducioError
-from .output import ReducioOutput, stack
+from .output import ReducioOutput, stack, there_and_back
 from .request import ClipRequest, Request
 
 Stage = Callable[..., AbstractContextManager[None]]  # stage(timings, NAME) around the work of a stage
@@ -41,7 +41,8 @@ class CallState:
     def show_progress(self, config: dict[str, Any]) -> Iterator[None]:
         """A progress bar over the steps of all clips, where the request says so; `config` are arguments for tqdm."""
         silent = not self.request.progress or os.environ.get("RANK", "0") != "0"  # of torchrun's ranks, one prints
-        total = len(self.request.clips) * self.request.num_inference_steps
+        chain = self.request.chain
+        total = len(self.request.clips) * self.request.num_inference_steps * (1 if chain is None else chain.clips)
         with tqdm(total=total, **({"desc": "dit.step", "disable": silent} | config)) as self.progress:
             yield
 
@@ -59,9 +60,12 @@ class CallState:
                 except StopSampling:  # in the first stage; the second ends with a latent
                     break
                 contents += [] if content is None else [content]
-                frames.append(clip_frames)
+                frames.append(there_and_back(clip_frames) if request.loop else clip_frames)
                 if self.interrupted:
                     break
+        if len(frames) > 1 and self.interrupted and len(frames[-1]) < len(frames[0]):
+            frames.pop()  # a long clip that was interrupted between its parts does not fit into the list
+            contents.pop()
         if not frames:
             raise ReducioError("interrupted while the content frame was drawn: there is no clip")
         return ReducioOutput(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,10 +15,16 @@ from .state import CallState
 
 class StepCallback:
     """The sampler's callback for one clip. `pipeline` is what the user's callback receives as its first argument;
-    `embeds` are tensors that it may ask for beside the latents."""
+    `embeds` are tensors that it may ask for beside the latents; `preview(step)` gives the frames."""
 
-    def __init__(self, pipeline: Any, call: CallState, embeds: dict[str, Tensor | None]) -> None:
-        self.pipeline, self.call, self.embeds = pipeline, call, embeds
+    def __init__(
+        self,
+        pipeline: Any,
+        call: CallState,
+        embeds: dict[str, Tensor | None],
+        preview: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.pipeline, self.call, self.embeds, self.preview = pipeline, call, embeds, preview
         self.replaced: Tensor | None = None  # a replacement that came together with the request to stop
         self.error: Exception | None = None  # raised by the user's own code, which passes on unchanged
 
@@ -29,8 +36,9 @@ class StepCallback:
         if request.callback_on_step_end is None:
             self.stop_if_asked(latent)
             return None
-        tensors = {"latents": latent} | self.embeds
-        handed = {name: tensors[name] for name in request.callback_tensor_inputs}
+        tensors = {"latents": latent, "frames": None if self.preview is None else self.preview(step)} | self.embeds
+        asked = (*request.callback_tensor_inputs, *(["frames"] if self.preview is not None else []))
+        handed = {name: tensors[name] for name in asked}
         try:
             answer = request.callback_on_step_end(self.pipeline, step, timestep, dict(handed))
         except Exception as error:
@@ -40,7 +48,7 @@ class StepCallback:
         self.stop_if_asked(new)
         return None if new is latent else new
 
-    def check_answer(self, answer: Any, latent: Tensor, handed: dict[str, Tensor | None]) -> Tensor:
+    def check_answer(self, answer: Any, latent: Tensor, handed: dict[str, Any]) -> Tensor:
         """The latent to go on with."""
         if answer is None:
             return latent

@@ -65,16 +65,12 @@ def _check_encodable(name: str, texts: Sequence[str]) -> None:
             raise ReducioError(f"{name}: holds {wrong!r}, which is no character; is {_brief(text)}") from None
 
 
-def check_size(config: VAEConfig, height: Any, width: Any, num_frames: Any) -> None:
+def check_size(config: VAEConfig, height: Any, width: Any) -> None:
     check_multiple("height", height, config.spatial_factor)
     check_multiple("width", width, config.spatial_factor)
     for name, value in (("height", height), ("width", width)):
         if value > MAX_SIDE:
             raise ReducioError(f"{name}: {value} is above the largest side, {MAX_SIDE}")
-    if num_frames != config.num_frames:
-        raise ReducioError(
-            f"num_frames: {num_frames!r} asked for, this model makes clips of {config.num_frames} frames"
-        )
 
 
 def check_count(name: str, value: Any, most: int | None = None) -> int:

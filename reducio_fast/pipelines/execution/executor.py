@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...media import aspect_buckets
 from ...memory.dry_run import DryRun, weight_bytes
 from ...memory.offload import Offload
+from ...reference.data_prediction import DataHook
 from ...reference.sampler import NO_SHORTCUTS, Callback, Shortcuts
 from ...system import cache_folder, devices
 from ...system.errors import ReducioError, first_line, is_out_of_memory
@@ -257,6 +258,7 @@ class Executor:
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[int] | None = None,
         shortcuts: Shortcuts = NO_SHORTCUTS,
+        data_hook: DataHook | None = None,
     ) -> Tensor:
         """See `reference.sample`: by the fast sampler where a twin denoises and it follows the scheduler, else by the
         reference's, which follows any. Raises ValueError as they do."""
@@ -268,7 +270,7 @@ class Executor:
                 raise ValueError(f"cache_threshold={shortcuts.cache_threshold} needs the fast sampler: {why}")
             engine, denoise = self._plain, denoise.plain()
         given = (denoise, scheduler, latent, num_inference_steps, callback, generator)
-        return engine.sample(*given, sigmas, timesteps, shortcuts)
+        return engine.sample(*given, sigmas, timesteps, shortcuts, data_hook)
 
     def networks_of(self, stage: str) -> list[nn.Module]:
         """What has to be on the device while a stage runs, packed weights of twins included."""

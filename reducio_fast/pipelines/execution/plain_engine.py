@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reference import sample
+from ...reference.data_prediction import DataHook
 from ...reference.sampler import NO_SHORTCUTS, Callback, Denoiser, Shortcuts
 
 
@@ -33,9 +34,10 @@ class PlainEngine:
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[int] | None = None,
         shortcuts: Shortcuts = NO_SHORTCUTS,
+        data_hook: DataHook | None = None,
     ) -> Tensor:
         given = (denoise, scheduler, latent, num_inference_steps, callback, generator)
-        return sample(*given, sigmas, timesteps, shortcuts)
+        return sample(*given, sigmas, timesteps, shortcuts, data_hook)
 
     def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
         return stored, "that of the weights"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...reference.data_prediction import DataHook
 from ...reference.sampler import NO_SHORTCUTS, Callback, Shortcuts
 from ...system.errors import ReducioError
 from .components import Components
@@ -33,11 +34,13 @@ class Sampler:
         sigmas: Sequence[float] | None = None,
         schedule: str = "own",
         shortcuts: Shortcuts = NO_SHORTCUTS,
+        data_hook: DataHook | None = None,
     ) -> Tensor:
         """Unit noise [1, ...] on any device -> the latent, float32, of the last step taken.
 
         guidance_scale: a number, or a tensor of one a frame where the family's denoiser takes that. schedule: see
-        `schedules.scheduled`.
+        `schedules.scheduled`. data_hook: sees, and may replace, the data prediction of each step: see
+        `reference.sample`.
         """
         # The latent stays float32 whatever the networks run in: twenty updates in bfloat16 lose what they add.
         noise = noise.to(self.executor.device)
@@ -46,7 +49,7 @@ class Sampler:
         try:
             denoise = network.denoiser(cond, uncond, guidance_scale)
             given = (denoise, scheduler, noise, num_inference_steps, callback, generator)
-            return self.executor.sample(*given, sigmas, timesteps, shortcuts)
+            return self.executor.sample(*given, sigmas, timesteps, shortcuts, data_hook)
         except ReducioError:
             raise
         except (ValueError, ZeroDivisionError) as error:

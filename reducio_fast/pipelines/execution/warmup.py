@@ -66,7 +66,7 @@ def _check_sizes(pipe: Any, sizes: Sequence[int | Size] | None) -> list[Size]:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ReducioError(f"sizes: must be a list of (height, width) or of whole numbers, has {pair!r}")
         height, width = pair
-        validation.check_size(pipe.vae.config, height, width, pipe.vae.config.num_frames)
+        validation.check_size(pipe.vae.config, height, width)
     return list(dict.fromkeys((int(height), int(width)) for height, width in pairs))
 
 

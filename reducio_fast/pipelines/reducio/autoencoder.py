@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ...checkpoints.layouts import VIDEO_AUTOENCODER
 from ...checkpoints.vae_alone import load_vae
-from ...media.pixels import to_unit
 from ...reference import ReducioVAE, VAEConfig
 from ...system import devices, torch_state
 from ..call.output import to_output
 from ..execution.components import Components
 from ..execution.decoding import TiledDecoder
 from ..execution.executor import Executor
+from .motion import Motion
 
 
 class VideoAutoencoder:
@@ -31,6 +31,7 @@ class VideoAutoencoder:
         self.components = Components(VIDEO_AUTOENCODER, {"vae": vae} | settings)
         self.executor = Executor(self.components, backend)
         self.decoder = TiledDecoder(self.components, self.executor)
+        self.motion = Motion(self.components, self.executor, self.decoder)
 
     @classmethod
     def load(
@@ -62,15 +63,19 @@ class VideoAutoencoder:
         """uint8 [T, H, W, 3] with T the model's -> motion latent, float32 [1, 16, T/f, H/32, W/32], as the denoiser
         makes it: the posterior's mode, normalised."""
         with self.executor.exclusive():
-            vae = self.executor.network("vae")
-            dtype = next(vae.parameters()).dtype
-            video = to_unit(clip, self.executor.device, dtype).transpose(0, 1)[None]
-            tiled = self.decoder.default(*clip.shape[1:3]).tiled
-            return vae.normalize_latent(vae.encode(video, tiled=tiled).mode()).float()
+            return self.motion.encode(clip)
 
     @torch_state.inference()
-    def decode(self, latent: Tensor, content: np.ndarray, output_type: str = "np") -> Any:
+    def decode(
+        self,
+        latent: Tensor,
+        content: np.ndarray,
+        output_type: str = "np",
+        motion_strength: float = 1.0,
+        keep_content: bool = False,
+    ) -> Any:
         """One latent [1, 16, T/f, H/32, W/32] and its content frame, uint8 [H, W, 3] -> frames, as
-        `ReducioOutput.frames` has them."""
+        `ReducioOutput.frames` has them; the last two as in `ReducioPipeline`."""
         with self.executor.exclusive():
-            return to_output(self.decoder(latent, content, output_type), output_type)
+            video = self.motion.decode(latent, content, output_type, None, motion_strength, keep_content)
+            return to_output(video, output_type)

@@ -97,6 +97,8 @@ class Conditioner:
                     raise ReducioError("image: None given, and this model has no text-to-image stage to draw one")
                 if not clip.prompt:
                     raise ReducioError("image: None given, and without a prompt there is nothing to draw one from")
+            if clip.motion is not None:  # nothing is sampled
+                continue
             texts = [] if clip.embeds.text is not None else [clip.prompt]
             if clip.embeds.negative_text is None and clip.negative_prompt.strip() and request.guidance_scale > 1:
                 texts.append(clip.negative_prompt)

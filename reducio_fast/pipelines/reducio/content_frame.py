@@ -65,4 +65,5 @@ def needs_frame(components: Components, clip: ClipRequest, request: Request) -> 
     """Whether anything reads the content frame: the decoder, or an encoder whose result is not given."""
     semantic = clip.embeds.semantic is None and components["image_encoder"] is not None
     latent = clip.embeds.content is None and components["content_encoder"] is not None
-    return semantic or latent or request.output_type != "latent"
+    steered = request.motion_strength != 1 or request.previews
+    return semantic or latent or steered or request.output_type != "latent"

@@ -24,14 +24,13 @@ from ...reference.reducio.config import GUIDANCE_SCALE, NUM_FRAMES
 from ...system import devices, torch_state
 from ...system.errors import ReducioError
 from ...system.paths import expanded
-from ..call import validation
+from ..call import steering, validation
 from ..call.output import ReducioOutput, stack, to_output
 from ..call.quality import Quality, resolve
 from ..call.request import Arguments, ClipRequest, Embeds, Request, SamplingInputs
 from ..call.state import CallState, Stage
 from ..execution.components import Components
-from ..execution.decoding import TiledDecoder
-from ..execution.drawing import check_content_kwargs
+from ..execution.decoding import Decoding, TiledDecoder
 from ..execution.executor import Executor
 from ..execution.sampling import Sampler
 from ..execution.schedules import scheduled, trial_timesteps
@@ -41,6 +40,8 @@ from .conditioner import Conditioner
 from .content_frame import ContentFrame
 from .dry_runs import DryStages
 from .encoders import SemanticEncoder
+from .motion import Motion, read_motion
+from .request import request_of
 
 StepCallback = Callable[["ReducioPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
@@ -61,7 +62,7 @@ class ReducioPipeline(VideoPipeline):
 
     layout = REDUCIO
     configs = {"vae": VAEConfig, "transformer": DiTConfig}
-    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "frames")
 
     def __init__(
         self,
@@ -98,6 +99,7 @@ class ReducioPipeline(VideoPipeline):
             sampler=Sampler(parts, executor),
             decoder=TiledDecoder(parts, executor),
         )
+        self.motion = Motion(parts, executor, self.decoder)
 
     def _dry_stages(self, dry: DryRun) -> DryStages:
         return DryStages(self.parts, self.executor, self.decoder.tiling, dry)
@@ -113,11 +115,19 @@ class ReducioPipeline(VideoPipeline):
         noise = initial_latent((1, *request.latent_shape), [clip.generator])
         with stage(call.timings, "content.generate"):
             frame = self.content(clip, request, not call.progress.disable, call.content_step)
+        if clip.motion is not None:
+            return SamplingInputs(frame, noise, None)
         cond = self.conditioner(clip, frame, call.timings)
         guides = request.guidance_scale > 1
         uncond = self.conditioner.without_prompt(cond, clip, call.timings) if guides else None
         embeds = {"prompt_embeds": cond.text, "negative_prompt_embeds": None if uncond is None else uncond.text}
-        return SamplingInputs(frame, noise, cond, uncond, embeds)
+        negative = None if uncond is None else (uncond.text, uncond.text_mask)
+        return SamplingInputs(frame, noise, cond, uncond, embeds, Embeds((cond.text, cond.text_mask), negative))
+
+    def finished(
+        self, latent: Tensor, frame: Any, request: Request, output_type: str, decoding: Decoding | None
+    ) -> Tensor:
+        return self.motion.decode(latent, frame, output_type, decoding, request.motion_strength, request.keep_content)
 
     @classmethod
     @torch_state.inference()
@@ -215,6 +225,13 @@ class ReducioPipeline(VideoPipeline):
         guidance_interval: tuple[float, float] | None = None,
         guidance_reuse: int | None = None,
         cache_threshold: float | None = None,
+        direction: str = "forward",
+        match_colours: bool = False,
+        motion_strength: float = 1.0,
+        motion_latents: Tensor | None = None,
+        keep_content: bool = False,
+        loop: bool = False,
+        preview_every: int | None = None,
     ) -> ReducioOutput | tuple[Any]:
         """Make a clip of a prompt, or of each prompt in a list, or `num_videos_per_prompt` of each.
 
@@ -224,6 +241,7 @@ class ReducioPipeline(VideoPipeline):
         negative_prompt: what guidance leads away from. None or "" is the model's null text.
         height, width: pixels, multiples of 32. By default the aspect bucket of the image (see `buckets`), without one
             the size the model was made for.
+        num_frames: more than the model's 16 are made by clips that continue each other, each adding 8: see `long_clip`.
         num_inference_steps: of the second stage; None: the quality's, 20 for "exact".
         guidance_scale: 1 or less switches guidance off.
         seed: clip i takes seed + i; None draws one at random. generator: instead of seeds, one a clip.
@@ -249,6 +267,15 @@ class ReducioPipeline(VideoPipeline):
         guidance_reuse: of as many guided steps one computes both halves of guidance; 1 means each.
         cache_threshold: above 0, the blocks behind the first are left out of a step where the first one's output has
             changed by less than this share; the fast path alone follows it.
+        direction: of long clips: "forward" from the content frame, or "both" ways (further clips add 8 and 7 in turn).
+        match_colours: each further clip is told its content frame with the mean and spread of colours of the first.
+        motion_strength: 0 stands still, 1 is the motion as generated, up to 4; above 1 it saturates.
+        motion_latents [16, T/f, H/32, W/32]: the motion, from `encode_motion` or another call, for one clip or for all;
+            nothing is sampled then, and no prompt needed beside an image.
+        keep_content: where nothing moves, the content frame's own pixels instead of the decoder's; decodes twice.
+        loop: frames go forward and back again, 2T - 2 of them, so that the last meets the first.
+        preview_every: every so many steps the callback's tensors have `frames`, uint8 [T, H, W, 3], of the clip as it
+            stands (None in other steps), at the cost of a decode each. Naming "frames" asks for them in each step.
 
         Raises ReducioError before any work for an argument that does not fit, and later where values stop being finite.
         """
@@ -263,54 +290,11 @@ class ReducioPipeline(VideoPipeline):
         call = inspect.signature(self.__call__).bind(**arguments)
         call.apply_defaults()
         inputs = Arguments(**call.arguments)
-        config = self.vae.config
-        prompts, negatives, many_prompts = validation.check_prompts(
-            inputs.prompt, inputs.negative_prompt, inputs.prompt_embeds
-        )
-        images = image_files.read_images(inputs.image, len(prompts))
-        sizes = [i.shape[:2] for i in images if i is not None]
-        model_size = (self.sample_height, self.sample_width)
-        height, width = aspect_buckets.choose_size(
-            inputs.height, inputs.width, model_size, sizes, config.spatial_factor
-        )
-        per_prompt = validation.check_count(
-            "num_videos_per_prompt", inputs.num_videos_per_prompt, validation.MAX_VIDEOS
-        )
-        validation.check_size(config, height, width, inputs.num_frames)
-        chosen = self._quality(inputs)
-        content_kwargs = check_content_kwargs(self.text_to_image, inputs.content_kwargs)
-        names = inputs.callback_on_step_end_tensor_inputs
-        validation.check_callback(inputs.callback_on_step_end, names, self._callback_tensor_inputs)
-        shape, count = config.latent_shape(height, width), len(prompts) * per_prompt
-        is_list = many_prompts or per_prompt > 1
-        generators = validation.check_generators(count, inputs.seed, inputs.generator)
-        latents: Sequence[Tensor | None] = [None] * count
-        if inputs.latents is not None:
-            latents = validation.check_latents(inputs.latents, shape, count, is_list)
-        content_size = self.conditioner.content_size(height, width)
-        embeds = validation.check_embeds(self.transformer.config, content_size, len(prompts), many_prompts, inputs)
-        per_clip = ([x for x in each for _ in range(per_prompt)] for each in (prompts, negatives, images, embeds))
-        request = Request(
-            clips=[ClipRequest(*clip) for clip in zip(*per_clip, generators, latents, strict=True)],
-            is_list=is_list,
-            height=height,
-            width=width,
-            latent_shape=shape,
-            num_inference_steps=chosen.num_inference_steps,
-            guidance_scale=inputs.guidance_scale,
-            output_type=inputs.output_type,
-            fps=self.fps,
-            callback_on_step_end=inputs.callback_on_step_end,
-            callback_tensor_inputs=tuple(names),
-            content_kwargs=self.content.first_stage.with_steps(chosen.content_steps, content_kwargs),
-            progress=inputs.progress,
-            schedule=chosen.schedule,
-            shortcuts=chosen.shortcuts,
-        )
+        request = request_of(self, inputs)
         self.conditioner.check(request)
         return request
 
-    def _quality(self, inputs: Arguments) -> Quality:
+    def quality_of(self, inputs: Arguments) -> Quality:
         """What the call's arguments and the model's own setting make of its sampling. Raises ReducioError."""
         scale = inputs.guidance_scale
         scale_is_number = isinstance(scale, int | float)
@@ -341,14 +325,23 @@ class ReducioPipeline(VideoPipeline):
             return self.conditioner.encode_prompts(prompts, negatives)
 
     @torch_state.inference()
-    def decode(self, latents: Tensor, image: Any, output_type: str = "np") -> Any:
+    def decode(
+        self,
+        latents: Tensor,
+        image: Any,
+        output_type: str = "np",
+        motion_strength: float = 1.0,
+        keep_content: bool = False,
+    ) -> Any:
         """Frames of motion latents, as `output_type="latent"` returns them, and their content frames (`out.content`).
 
         latents [16, T/f, H/32, W/32] with one image, or [N, 16, ...] with a list or array of N. Returns what
-        `ReducioOutput` calls `frames`. Raises ReducioError for shapes that do not fit and values that are not finite.
+        `ReducioOutput` calls `frames`. The last two are as in a call. Raises ReducioError for shapes that do not fit
+        and values that are not finite.
         """
         if output_type not in validation.OUTPUT_TYPES[:-1]:
             raise ReducioError(f"output_type: must be one of np, pil, pt, is {output_type!r}")
+        words = (steering.check_strength(motion_strength), steering.check_switch("keep_content", keep_content))
         is_list = isinstance(latents, Tensor) and latents.ndim == 5
         rows, columns = latents.shape[-2:] if isinstance(latents, Tensor) and latents.ndim in (4, 5) else (1, 1)
         factor, count = self.vae.config.spatial_factor, len(latents) if is_list else 1
@@ -362,11 +355,29 @@ class ReducioPipeline(VideoPipeline):
             self.executor.check()
             way = self.fitter.fits.get((height, width))
             decoded = [
-                self.decoder(z, i, output_type, None if way is None else way.decoding)
+                self.motion.decode(z, i, output_type, None if way is None else way.decoding, *words)
                 for z, i in zip(clips, fitted, strict=True)
             ]
             frames = [to_output(clip, output_type) for clip in decoded]
         return stack(frames) if is_list else frames[0]
+
+    @torch_state.inference()
+    def encode_motion(
+        self, video: Any, height: int | None = None, width: int | None = None, start: int = 0, step: int = 1
+    ) -> Tensor:
+        """The motion of a clip [16, T/f, H/32, W/32], for `motion_latents` of a call or for `decode`.
+
+        video: a path, uint8 [T, h, w, 3] or a list of pictures, scaled to cover the size and cropped; its frames
+        `start`, `start + step` ... are read, as many as the model has. height, width: as in a call.
+        """
+        config, model_size = self.vae.config, (self.sample_height, self.sample_width)
+        frames = read_motion(video, config.num_frames, start, step)
+        height, width = aspect_buckets.choose_size(
+            height, width, model_size, [frames.shape[1:3]], config.spatial_factor
+        )
+        validation.check_size(config, height, width)
+        with self.executor.lock, self.executor.placed("vae.decode"):
+            return self.motion.encode(image_files.cover_crop(frames, height, width))[0]
 
     @torch_state.inference()
     def encode_image(
@@ -379,7 +390,7 @@ class ReducioPipeline(VideoPipeline):
         config, model_size = self.vae.config, (self.sample_height, self.sample_width)
         sizes = [each.shape[:2] for each in images]
         height, width = aspect_buckets.choose_size(height, width, model_size, sizes, config.spatial_factor)
-        validation.check_size(config, height, width, config.num_frames)
+        validation.check_size(config, height, width)
         frames = [image_files.fit_image(each, height, width) for each in images]
         with self.executor.lock, self.executor.placed("image.encode"):
             pairs = [self.conditioner.encode_image(frame, Embeds()) for frame in frames]

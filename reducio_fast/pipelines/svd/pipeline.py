@@ -34,7 +34,8 @@ from ...reference.svd.vae import TemporalVAE
 from ...system import devices, torch_state
 from ...system.errors import ReducioError
 from ...system.paths import expanded
-from ..call import validation
+from ..call import steering, validation
+from ..call.chain import svd_joint
 from ..call.output import ReducioOutput, stack, to_output
 from ..call.request import Embeds, SamplingInputs
 from ..call.state import CallState, Stage
@@ -70,7 +71,7 @@ class SVDPipeline(VideoPipeline):
     loaders: ClassVar[Loaders] = LOADERS
     decoder_class: ClassVar[type[ClipDecoder]] = ClipDecoder
     configs: ClassVar[dict[str, Any]] = {"vae": published.TemporalVAEConfig, "unet": published.VideoUNetConfig}
-    _callback_tensor_inputs = ("latents",)
+    _callback_tensor_inputs = ("latents", "frames")
 
     def __init__(
         self,
@@ -192,6 +193,10 @@ class SVDPipeline(VideoPipeline):
         image_fit: str = "stretch",
         content_kwargs: dict[str, Any] | None = None,
         last_image: Any = None,
+        overlap: int | None = None,
+        match_colours: bool = False,
+        loop: bool = False,
+        preview_every: int | None = None,
     ) -> ReducioOutput | tuple[Any]:
         """Make a clip of an image, or of each image in a list, or `num_videos_per_prompt` of each.
 
@@ -211,6 +216,9 @@ class SVDPipeline(VideoPipeline):
         generator: one a clip; or seed: clip i takes seed + i. Drawn are the picture's noise, then the latent's.
         latents: the initial noise [N, T, 4, H/8, W/8], without N for a single clip.
         output_type, callback_on_step_end, return_dict: as in `ReducioPipeline`.
+        overlap: None samples `num_frames` at once. A number makes them of clips of the model's length, each of which
+            begins with so many frames of the one before it: their latents are held, and what follows is sampled.
+        match_colours, loop, preview_every: as in `ReducioPipeline`.
         image_fit: "stretch" squeezes the picture into the clip's shape, as diffusers does; "crop" cuts it.
         last_image: what the clip ends with: one, or one an image. Each step then costs twice (arXiv 2403.14611).
 
@@ -220,13 +228,10 @@ class SVDPipeline(VideoPipeline):
         out = self.run(self.check_inputs(**arguments))
         return out if return_dict else (out.frames,)
 
-    def run(self, request: Any) -> ReducioOutput:
-        """Make the clips of a checked request, one after the other."""
-        with self.executor.lock:
-            if (self.decoder.frames, self.decoder.chunk) != (request.num_frames, request.decode_chunk_size):
-                self.decoder.frames, self.decoder.chunk = request.num_frames, request.decode_chunk_size
-                self.fitter.fits.clear()
-            return super().run(request)
+    def _prepare(self, request: SVDRequest) -> None:
+        if (self.decoder.frames, self.decoder.chunk) != (request.num_frames, request.decode_chunk_size):
+            self.decoder.frames, self.decoder.chunk = request.num_frames, request.decode_chunk_size
+            self.fitter.fits.clear()
 
     def check_inputs(self, **arguments: Any) -> SVDRequest:
         """Arguments of a call, checked before any work and spread over its clips; those left out have the defaults of
@@ -247,7 +252,8 @@ class SVDPipeline(VideoPipeline):
             if side > validation.MAX_SIDE:
                 raise ReducioError(f"{name}: {side} is above the largest side, {validation.MAX_SIDE}")
         trained = self.unet.config.num_frames
-        frames = trained if inputs.num_frames is None else validation.check_count("num_frames", inputs.num_frames)
+        asked = trained if inputs.num_frames is None else validation.check_count("num_frames", inputs.num_frames)
+        frames = asked if inputs.overlap is None else trained
         steps = inputs.num_inference_steps
         sigmas = inputs.sigmas
         if isinstance(sigmas, str):
@@ -281,6 +287,8 @@ class SVDPipeline(VideoPipeline):
         latents: Sequence[Tensor | None] = [None] * count
         if inputs.latents is not None:
             latents = validation.check_latents(inputs.latents, shape, count, is_list)
+        joint = None if inputs.overlap is None else svd_joint(trained, inputs.overlap)
+        steered = steering.check_steering(inputs, joint, asked, "forward", self.scheduler, self.offloading)
         self._warn(inputs, frames, trained)
         embeds = [Embeds()] * len(images)
         last = self._last_images(inputs.last_image, len(images))
@@ -288,7 +296,7 @@ class SVDPipeline(VideoPipeline):
         scales = (float(inputs.min_guidance_scale), float(most))
         return SVDRequest(
             clips=[
-                SVDClipRequest(*clip, last_image)
+                SVDClipRequest(*clip, last_image=last_image)
                 for *clip, last_image in zip(*per_clip[:4], generators, latents, per_clip[4], strict=True)
             ],
             is_list=is_list,
@@ -314,6 +322,7 @@ class SVDPipeline(VideoPipeline):
             noise_aug_strength=inputs.noise_aug_strength,
             decode_chunk_size=chunk,
             crops=inputs.image_fit == "crop",
+            **steered,
         )
 
     def _pictures(self, inputs: SVDArguments) -> tuple[list[str], list[str], list[np.ndarray | None], bool]:

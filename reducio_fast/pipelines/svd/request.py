@@ -42,6 +42,10 @@ class SVDArguments:
     image_fit: Any
     content_kwargs: Any
     last_image: Any
+    overlap: Any
+    match_colours: Any
+    loop: Any
+    preview_every: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,108 @@
+"""A clip longer than the model makes: clips of the model's length, each continuing the one beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...system.errors import ReducioError
+from . import validation
+
+DIRECTIONS = ("forward", "both")
+MAX_FRAMES = 100_000  # an hour and three quarters at 16 frames a second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joint:
+    """How a model's clips fit together.
+
+    frames: of one clip. content: the number of the frame that a clip is told, which is the last (behind) or first
+    (before) frame of its neighbour. steps: of the latent along `time_axis` [1, ...]; `held` of them lie in the overlap.
+    """
+
+    frames: int
+    content: int
+    steps: int
+    held: int
+    time_axis: int
+    overlap: int  # frames that a clip shares with the one before it
+
+    @property
+    def hop(self) -> int:
+        """New frames of a clip that continues behind."""
+        return self.frames - self.overlap
+
+    @property
+    def hop_back(self) -> int:
+        """New frames of a clip that leads up to its neighbour: the ones before its content frame."""
+        return self.content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """So many clips behind the first one and before it."""
+
+    joint: Joint
+    after: int
+    before: int = 0
+    match_colours: bool = False
+
+    @property
+    def clips(self) -> int:
+        return 1 + self.after + self.before
+
+
+def reducio_joint(config: Any) -> Joint:
+    """Of a video autoencoder's clips, whose content frame lies in the middle: half of the latent is carried over."""
+    frames, content = config.num_frames, config.content_frame
+    overlap = content + 1  # the neighbour's last frame becomes number `content`
+    factor = config.temporal_factor
+    return Joint(
+        frames=frames, content=content, steps=frames // factor, held=overlap // factor, time_axis=2, overlap=overlap
+    )
+
+
+def svd_joint(frames: int, overlap: Any) -> Joint:
+    """Of clips that start with their picture: it is the neighbour's frame number `-overlap`."""
+    overlap = validation.check_count("overlap", overlap, frames - 1)
+    return Joint(frames=frames, content=0, steps=frames, held=overlap, time_axis=1, overlap=overlap)
+
+
+def plan(joint: Joint, num_frames: Any, direction: Any, match_colours: Any) -> Chain | None:
+    """The chain that makes `num_frames`; None where that is one clip.
+
+    Raises ReducioError for a number that whole clips do not reach, with the two nearest, and for other values that do
+    not fit.
+    """
+    if direction not in DIRECTIONS:
+        raise ReducioError(f"direction: must be one of {', '.join(DIRECTIONS)}, is {direction!r}")
+    if not isinstance(match_colours, bool):
+        raise ReducioError(f"match_colours: must be True or False, is {match_colours!r}")
+    if direction == "both" and joint.hop_back < 1:
+        raise ReducioError("direction: 'both' needs a model whose content frame lies within the clip; use 'forward'")
+    num_frames = validation.check_count("num_frames", num_frames, MAX_FRAMES)
+
+    def split(further: int) -> tuple[int, int]:
+        """Behind and before."""
+        return (further, 0) if direction == "forward" else (further - further // 2, further // 2)
+
+    def reach(further: int) -> int:
+        after, before = split(further)
+        return joint.frames + after * joint.hop + before * joint.hop_back
+
+    further = 0
+    while reach(further) < num_frames:
+        further += 1
+    if reach(further) != num_frames:
+        if not further:
+            near = f"{joint.frames}, then {reach(1)}"
+        else:
+            near = f"{reach(further - 1)} and {reach(further)}"
+        raise ReducioError(
+            f"num_frames: {num_frames} is not reached by clips of {joint.frames} frames that overlap; "
+            f"the two nearest are {near}"
+        )
+    if not further:
+        return None
+    after, before = split(further)
+    return Chain(joint=joint, after=after, before=before, match_colours=match_colours)

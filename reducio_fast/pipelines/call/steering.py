@@ -1,0 +1,99 @@
+"""Words of a call that lengthen a clip or steer its motion, checked."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from torch import Tensor
+
+from ...reference.data_prediction import KNOWN, family_of
+from ...system.errors import ReducioError
+from . import chain, validation
+
+MAX_STRENGTH = 4.0
+
+
+def check_strength(strength: Any) -> float:
+    """0 stands still, 1 is the clip as generated; above it motion grows and saturates near 1.2 of itself."""
+    if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not 0 <= float(strength) <= MAX_STRENGTH:
+        raise ReducioError(f"motion_strength: must be a number from 0 to {MAX_STRENGTH:g}, is {strength!r}")
+    return float(strength)
+
+
+def check_switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ReducioError(f"{name}: must be True or False, is {value!r}")
+    return value
+
+
+def check_steering(
+    inputs: Any, joint: chain.Joint | None, num_frames: Any, direction: Any, scheduler: Any, offloading: bool
+) -> dict[str, Any]:
+    """The fields of a `Request` that all families share: `chain`, `loop`, `preview_every`. joint None: the family's
+    clips are not to be chained in this call."""
+    check_switch("match_colours", inputs.match_colours)
+    links = None if joint is None else chain.plan(joint, num_frames, direction, inputs.match_colours)
+    every, loop = inputs.preview_every, check_switch("loop", inputs.loop)
+    if every is not None:
+        validation.check_count("preview_every", every)
+        if inputs.callback_on_step_end is None:
+            raise ReducioError("preview_every: given without callback_on_step_end, which receives the frames")
+    previews = every is not None or "frames" in inputs.callback_on_step_end_tensor_inputs
+    if previews and offloading:
+        raise ReducioError(
+            "preview_every: no previews while weights are offloaded; the decoder's are not on the device"
+        )
+    for name, asked in (("num_frames", links is not None), ("preview_every", previews)):
+        if asked and family_of(scheduler) is None:
+            raise ReducioError(
+                f"{name}: needs a scheduler whose data prediction is known ({', '.join(KNOWN)}), "
+                f"this one is a {type(scheduler).__name__}"
+            )
+    if inputs.output_type == "latent":
+        for name, asked in (("num_frames", links is not None), ("loop", loop)):
+            if asked:
+                raise ReducioError(f"output_type: 'latent' is of one clip of the model; {name} asks for more frames")
+    return {"chain": links, "loop": loop, "preview_every": every}
+
+
+def check_motion(inputs: Any, factor: int) -> tuple[int, int] | None:
+    """Height and width of `motion_latents` in pixels; None without them."""
+    motion = inputs.motion_latents
+    if motion is None:
+        return None
+    if inputs.latents is not None:
+        raise ReducioError("latents: initial noise has no use beside motion_latents, which are not sampled")
+    if not isinstance(motion, Tensor) or motion.ndim not in (4, 5):
+        shape = list(motion.shape) if isinstance(motion, Tensor) else type(motion).__name__
+        raise ReducioError(f"motion_latents: must be latents [C, T, H, W] or [N, C, T, H, W], are {shape}")
+    rows, columns = motion.shape[-2:]
+    size = rows * factor, columns * factor
+    for name, given, own in zip(("height", "width"), (inputs.height, inputs.width), size, strict=True):
+        if given is not None and given != own:
+            raise ReducioError(f"motion_latents: are of {size[0]}x{size[1]} pixels, {name} asks for {given}")
+    return size
+
+
+def motion_of_clips(motion: Tensor | None, shape: Any, count: int) -> list[Tensor | None]:
+    """One latent [1, ...] a clip; a single one serves all."""
+    if motion is None:
+        return [None] * count
+    if motion.ndim == 4:
+        motion = motion.expand(count, *motion.shape)
+    return list(validation.check_latents(motion, shape, count, True, "motion_latents"))
+
+
+def prompts_of(inputs: Any) -> tuple[list[str], list[str], bool]:
+    """As `validation.check_prompts`; with motion and pictures given there need not be any."""
+    unprompted = inputs.prompt is None and inputs.prompt_embeds is None
+    if inputs.motion_latents is None or not unprompted:
+        return validation.check_prompts(inputs.prompt, inputs.negative_prompt, inputs.prompt_embeds)
+    image, motion = inputs.image, inputs.motion_latents
+    many = isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
+    if not many and isinstance(motion, Tensor) and motion.ndim == 5:
+        return [""] * len(motion), [""] * len(motion), True
+    count = len(image) if many else 1
+    if not count:
+        raise ReducioError("image: the list is empty")
+    return [""] * count, [""] * count, many

@@ -1,0 +1,67 @@
+"""A Reducio call's arguments -> the request that they become once checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...media import aspect_buckets, image_files
+from ...system.errors import ReducioError
+from ..call import steering, validation
+from ..call.chain import reducio_joint
+from ..call.request import Arguments, ClipRequest, Request
+from ..execution.drawing import check_content_kwargs
+
+
+def request_of(pipe: Any, inputs: Arguments) -> Request:
+    """Checked, and spread over the clips of the call. Raises ReducioError."""
+    config = pipe.vae.config
+    prompts, negatives, many_prompts = steering.prompts_of(inputs)
+    images = image_files.read_images(inputs.image, len(prompts))
+    sizes = [i.shape[:2] for i in images if i is not None]
+    model_size = (pipe.sample_height, pipe.sample_width)
+    height, width = steering.check_motion(inputs, config.spatial_factor) or aspect_buckets.choose_size(
+        inputs.height, inputs.width, model_size, sizes, config.spatial_factor
+    )
+    per_prompt = validation.check_count("num_videos_per_prompt", inputs.num_videos_per_prompt, validation.MAX_VIDEOS)
+    validation.check_size(config, height, width)
+    chosen = pipe.quality_of(inputs)
+    content_kwargs = check_content_kwargs(pipe.text_to_image, inputs.content_kwargs)
+    names = inputs.callback_on_step_end_tensor_inputs
+    validation.check_callback(inputs.callback_on_step_end, names, pipe._callback_tensor_inputs)
+    shape, count = config.latent_shape(height, width), len(prompts) * per_prompt
+    is_list = many_prompts or per_prompt > 1
+    generators = validation.check_generators(count, inputs.seed, inputs.generator)
+    latents: Sequence[Tensor | None] = [None] * count
+    if inputs.latents is not None:
+        latents = validation.check_latents(inputs.latents, shape, count, is_list)
+    motion = steering.motion_of_clips(inputs.motion_latents, shape, count)
+    joint, words = reducio_joint(config), (pipe.scheduler, pipe.offloading)
+    steered = steering.check_steering(inputs, joint, inputs.num_frames, inputs.direction, *words)
+    if steered["chain"] is not None and inputs.motion_latents is not None:
+        raise ReducioError(f"motion_latents: are of {config.num_frames} frames, num_frames is {inputs.num_frames}")
+    content_size = pipe.conditioner.content_size(height, width)
+    embeds = validation.check_embeds(pipe.transformer.config, content_size, len(prompts), many_prompts, inputs)
+    per_clip = ([x for x in each for _ in range(per_prompt)] for each in (prompts, negatives, images, embeds))
+    return Request(
+        clips=[ClipRequest(*clip) for clip in zip(*per_clip, generators, latents, motion, strict=True)],
+        is_list=is_list,
+        height=height,
+        width=width,
+        latent_shape=shape,
+        num_inference_steps=chosen.num_inference_steps,
+        schedule=chosen.schedule,
+        shortcuts=chosen.shortcuts,
+        guidance_scale=inputs.guidance_scale,
+        output_type=inputs.output_type,
+        fps=pipe.fps,
+        callback_on_step_end=inputs.callback_on_step_end,
+        callback_tensor_inputs=tuple(names),
+        content_kwargs=pipe.content.first_stage.with_steps(chosen.content_steps, content_kwargs),
+        progress=inputs.progress,
+        motion_strength=steering.check_strength(inputs.motion_strength),
+        keep_content=steering.check_switch("keep_content", inputs.keep_content),
+        **steered,
+    )

@@ -1,0 +1,243 @@
+"""Clips longer than the model's, more or less motion, motion of another clip, previews, loops: on small random
+networks, for which everything that does not depend on what a model has learnt must hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reducio_fast import ReducioPipeline
+from reducio_fast.media.similarity import pooled_psnr
+from reducio_fast.media.video_files import write_video
+from reducio_fast.system.errors import ReducioError
+
+PROMPT = "a red circle moving right"
+FAST = {"num_inference_steps": 2, "progress": False, "seed": 3}
+SHAPE = (16, 4, 2, 2)
+BACKENDS = ("reference", "fast")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def both(request: pytest.FixtureRequest, folder: Path) -> ReducioPipeline:
+    """The same weights on either backend."""
+    return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend=request.param)
+
+
+@pytest.fixture(scope="module")
+def moving() -> np.ndarray:
+    """A clip of smooth noise that shifts, uint8 [16, 64, 64, 3]."""
+    rng = np.random.default_rng(0)
+    picture = np.array(Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize((96, 96)))
+    return np.stack([picture[8:72, 2 * t : 2 * t + 64] for t in range(16)])
+
+
+def latents_of(pipe: ReducioPipeline, **kwargs) -> list[torch.Tensor]:
+    """What the decoder was given, clip by clip."""
+    seen, decode = [], pipe.decoder.decode
+
+    def watch(latent, *rest):
+        seen.append(latent.clone())
+        return decode(latent, *rest)
+
+    pipe.decoder.decode = watch
+    try:
+        pipe(PROMPT, **FAST, **kwargs)
+    finally:
+        del pipe.decoder.decode
+    return seen
+
+
+def test_half_of_the_latent_is_carried_over(both: ReducioPipeline):
+    first, second, third = latents_of(both, num_frames=32)
+    assert torch.equal(second[:, :, :2], first[:, :, 2:]) and torch.equal(third[:, :, :2], second[:, :, 2:])
+    assert not torch.equal(second[:, :, 2:], first[:, :, 2:])
+    middle, before, after = latents_of(both, num_frames=31, direction="both")
+    assert torch.equal(before[:, :, 2:], middle[:, :, :2]) and torch.equal(after[:, :, :2], middle[:, :, 2:])
+    assert torch.equal(middle, first)
+
+
+def test_backends_agree_on_a_long_clip(folder: Path):
+    clips = [
+        ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend=backend)(
+            PROMPT, num_frames=24, **FAST
+        ).frames
+        for backend in BACKENDS
+    ]
+    assert pooled_psnr(*clips) > 45
+
+
+def test_frames_come_as_they_are_finished(pipe: ReducioPipeline, clip):
+    long = pipe(PROMPT, num_frames=40, **FAST)
+    assert long.frames.shape == (40, 64, 64, 3) and np.array_equal(long.content, clip.content)
+    assert np.array_equal(long.frames[:8], clip.frames[:8]), "those before the overlap are the model's own"
+    assert np.array_equal(pipe(PROMPT, num_frames=40, **FAST).frames, long.frames), "same seed, same bytes"
+    taken = []
+    for frame in pipe.stream(prompt=PROMPT, num_frames=40, **FAST):
+        taken.append(frame)
+        if len(taken) == 8:  # another call takes its turn between two clips
+            assert np.array_equal(pipe(PROMPT, **FAST).frames, clip.frames)
+    assert np.array_equal(np.stack(taken), long.frames)
+    part = pipe.stream(prompt=PROMPT, num_frames=64, **FAST)
+    assert np.array_equal(np.stack([next(part) for _ in range(24)]), long.frames[:24]), "of the longer clip"
+    part.close()
+    assert np.array_equal(np.stack(list(pipe.stream(prompt=PROMPT, **FAST))), clip.frames)
+
+
+def test_other_forms_of_a_long_clip(pipe: ReducioPipeline):
+    long = pipe(PROMPT, num_frames=24, **FAST).frames
+    pictures = pipe(PROMPT, num_frames=24, output_type="pil", **FAST).frames
+    assert len(pictures) == 24 and np.array_equal(np.stack([np.asarray(p) for p in pictures]), long)
+    floats = pipe(PROMPT, num_frames=24, output_type="pt", **FAST).frames
+    assert floats.shape == (24, 3, 64, 64)
+    assert np.abs(floats.permute(0, 2, 3, 1).numpy() * 255 - long).max() < 1.01
+    two = pipe([PROMPT] * 2, num_frames=24, **FAST)
+    assert two.frames.shape == (2, 24, 64, 64, 3) and np.array_equal(two.frames[0], long)
+    for wrong, message in (
+        ({"prompt": [PROMPT, PROMPT]}, "stream: makes one clip, 2 are asked for"),
+        ({"prompt": PROMPT, "loop": True}, "stream: loop=True plays"),
+        ({"prompt": PROMPT, "num_frames": 17}, "num_frames: 17 is not reached"),
+    ):
+        with pytest.raises(ReducioError, match=message):
+            pipe.stream(**wrong)
+
+
+def test_matched_colours_reach_the_next_clip(pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch):
+    told, encode = [], pipe.conditioner.encode_image
+
+    def watch(frame, embeds):
+        told.append(frame)
+        return encode(frame, embeds)
+
+    monkeypatch.setattr(pipe.conditioner, "encode_image", watch)
+    pipe(PROMPT, num_frames=24, match_colours=True, **FAST)
+    first, second = told
+    assert not np.array_equal(first, second)
+    for statistic in (np.mean, np.std):
+        assert np.allclose(statistic(first, (0, 1)), statistic(second, (0, 1)), atol=1.5)
+
+
+def test_interrupted_long_clip_keeps_what_is_finished(pipe: ReducioPipeline):
+    calls = []
+
+    def stop(own, step, timestep, tensors):
+        calls.append(step)
+        own._interrupt = len(calls) == 5  # in the third clip
+
+    out = pipe(PROMPT, num_frames=64, callback_on_step_end=stop, **FAST)
+    assert out.interrupted and np.array_equal(out.frames, pipe(PROMPT, num_frames=24, **FAST).frames)
+    calls.clear()
+    out = pipe([PROMPT] * 2, num_frames=24, callback_on_step_end=lambda *a: stop(*a), **(FAST | {"seed": 5}))
+    assert out.interrupted and out.frames.shape[0] == len(out.seeds)
+
+
+def test_held_part_with_other_schedulers(folder: Path):
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    pipe = ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32")
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(),
+        DPMSolverMultistepScheduler(prediction_type="v_prediction", solver_order=1),
+    ):
+        pipe.scheduler = scheduler
+        for backend in BACKENDS:
+            other = ReducioPipeline(**pipe.components, sample_height=64, sample_width=64, backend=backend)
+            first, second = latents_of(other, num_frames=24)
+            assert torch.equal(second[:, :, :2], first[:, :, 2:])
+    pipe.scheduler = UniPCMultistepScheduler()
+    with pytest.raises(ReducioError, match="num_frames: needs a scheduler .* this one is a UniPCMultistepScheduler"):
+        pipe(PROMPT, num_frames=24, **FAST)
+
+
+def test_strength_lies_between_the_still_and_the_clip(both: ReducioPipeline, clip):
+    plain = both(PROMPT, output_type="latent", **FAST)
+    still = both.encode_motion([plain.content] * 16)
+    assert torch.equal(both(PROMPT, motion_strength=1, output_type="latent", **FAST).frames, plain.frames)
+    assert torch.allclose(both(PROMPT, motion_strength=0, output_type="latent", **FAST).frames, still, atol=1e-4)
+
+    def share(strength: float) -> float:
+        """Where on the way from the still to the clip the latent lies."""
+        way = (plain.frames - still).flatten()
+        moved = both(PROMPT, motion_strength=strength, output_type="latent", **FAST).frames - still
+        return float(moved.flatten() @ way / (way @ way))
+
+    shares = [share(strength) for strength in (0.25, 0.75, 1.5, 4)]
+    assert 0 < shares[0] < shares[1] < 1 < shares[2] < shares[3]
+    frames = both(PROMPT, motion_strength=0.5, **FAST).frames
+    half = both(PROMPT, motion_strength=0.5, output_type="latent", **FAST).frames
+    assert np.array_equal(both.decode(half, plain.content), frames)
+    assert np.array_equal(both.decode(plain.frames, plain.content, motion_strength=0.5), frames)
+
+
+def test_motion_of_another_clip(both: ReducioPipeline, moving: np.ndarray, tmp_path: Path):
+    motion = both.encode_motion(moving)
+    assert motion.shape == SHAPE
+    expected = both.decode(motion, moving[3])
+    assert np.array_equal(both(image=moving[3], motion_latents=motion, progress=False).frames, expected)
+    out = both(image=[moving[3], moving[5]], motion_latents=motion, progress=False)
+    assert out.frames.shape == (2, 16, 64, 64, 3) and np.array_equal(out.frames[0], expected)
+    drawn = both(PROMPT, motion_latents=motion, **FAST)
+    assert np.array_equal(drawn.content, both(PROMPT, **FAST).content)
+    write_video(np.repeat(moving, 2, axis=0), tmp_path / "clip", 8)
+    assert torch.equal(both.encode_motion(tmp_path / "clip", step=2), motion)
+    for wrong, message in (
+        ((moving[:15],), "motion: the clip has 15 frames; the model takes 16"),
+        ((tmp_path / "clip", None, None, 20), "motion: .*clip has 12 frames from number 20 on; the model takes 16"),
+        ((moving.astype(np.float32),), "motion: must be a path, a list of pictures or uint8 .* it is float32"),
+        (([moving[0], moving[1][:32]],), "motion: its pictures differ in size"),
+        ((moving, 100), "height: 100 is not a multiple of 32"),
+    ):
+        with pytest.raises(ReducioError, match=message):
+            both.encode_motion(*wrong)
+    with pytest.raises(ReducioError, match="without a prompt there is nothing to draw one from"):
+        both(motion_latents=motion)
+
+
+def test_content_frame_kept_where_nothing_moves(both: ReducioPipeline, moving: np.ndarray):
+    still = both.encode_motion(np.repeat(moving[7:8], 16, axis=0))
+    kept = both(image=moving[7], motion_latents=still, keep_content=True, progress=False).frames
+    assert (kept == moving[7]).all(), "all of a still clip"
+    assert not (both.decode(still, moving[7]) == moving[7]).all()
+    from reducio_fast.pipelines.reducio.motion import kept_content
+
+    clip, nothing, frame = torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 32, 32), torch.full((3, 32, 32), 0.5)
+    clip[:, :, 8:16, 8:16] = 1.0  # what moves
+    out = kept_content(clip, nothing, frame)
+    assert (out[:, :, 8:16, 8:16] == 1).all() and (out[:, :, 24:] == 0.5).all()
+
+
+def test_previews(both: ReducioPipeline):
+    seen = []
+
+    def watch(own, step, timestep, tensors):
+        seen.append((sorted(tensors), tensors["frames"]))
+
+    words = FAST | {"num_inference_steps": 4}
+    plain = both(PROMPT, **words)
+    out = both(PROMPT, callback_on_step_end=watch, preview_every=2, **words)
+    assert np.array_equal(out.frames, plain.frames), "looking changes nothing"
+    assert [names for names, _ in seen] == [["frames", "latents"]] * 4
+    assert [None if frames is None else frames.shape for _, frames in seen] == [None, (16, 64, 64, 3)] * 2
+    assert np.array_equal(seen[3][1], out.frames), "the last step ends on its data prediction"
+    assert {"preview", "dit.step", "vae.decode"} <= set(out.timings) and all(s >= 0 for s in out.timings.values())
+    seen.clear()
+    both(PROMPT, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["frames"], **words)
+    assert all(names == ["frames"] and frames is not None for names, frames in seen) and len(seen) == 4
+
+
+def test_loops_and_contact_sheets(pipe: ReducioPipeline, clip):
+    out = pipe(PROMPT, loop=True, **FAST)
+    assert np.array_equal(out.frames[:16], clip.frames) and np.array_equal(out.frames[16:], clip.frames[14:0:-1])
+    assert len(pipe(PROMPT, loop=True, output_type="pil", **FAST).frames) == 30
+    assert pipe(PROMPT, loop=True, output_type="pt", **FAST).frames.shape == (30, 3, 64, 64)
+    out = pipe(PROMPT, num_videos_per_prompt=3, **FAST)
+    sheet = out.grid()
+    assert sheet.shape == (16, 128, 128, 3) and np.array_equal(sheet[:, :64, 64:], out.frames[1])
+    assert np.array_equal(sheet[:, 64:, :64], out.frames[2]) and not sheet[:, 64:, 64:].any()
+    assert out.grid(3).shape == (16, 64, 192, 3) and np.array_equal(clip.grid(), clip.frames)
+    for columns in (0, 4, 1.5, True):
+        with pytest.raises(ReducioError, match="columns: must be a whole number from 1 to 3"):
+            out.grid(columns)
