@@ -48,6 +48,7 @@ setup(
     package_data={
         "reducio_fast": ["py.typed", "models/tiny/**"],
         "reducio_fast.training": ["recipes/*.toml"],
+        "reducio_fast.measurement": ["machine_limits.json"],
         "reducio_fast.triton_kernels": ["tables/*.json"],
     },
 )

@@ -134,7 +134,7 @@ def upsamples(s: Session) -> None:
         s.time(what, "ours", functools.partial(torch.ops.reducio_fast.upsample_conv3d, padded, folded, b), flop)
 
 
-def tile(s: Session, compiled: bool) -> None:
+def tile(s: Session, compiled: bool, mode: str | None) -> None:
     """Wall time, launches included: a decoder of hundreds of short kernels is not the sum of their times."""
     config = NARROW[1] if s.narrow else VAEConfig()
     pixels = NARROW[2] if s.narrow else 320
@@ -151,7 +151,7 @@ def tile(s: Session, compiled: bool) -> None:
         "fast": lambda: FastReducioVAE(vae, Plan(s.device, s.dtype)).eval(),
     }
     if compiled:
-        ways["compiled, channels_last_3d"] = lambda: _compiled(vae, s.device)
+        ways[f"compiled, channels_last_3d{f', {mode}' if mode else ''}"] = lambda: _compiled(vae, s.device, mode)
     for way, make in ways.items():
         with torch.no_grad():
             network = make()
@@ -163,9 +163,9 @@ def tile(s: Session, compiled: bool) -> None:
         s.add(found | {"first_s": first, "clip_s": None if s.narrow else spread["median"] * TILES})
 
 
-def _compiled(vae: ReducioVAE, device: torch.device) -> ReducioVAE:
+def _compiled(vae: ReducioVAE, device: torch.device, mode: str | None) -> ReducioVAE:
     network = copy.deepcopy(vae)
-    compile_reference(None, network, device)
+    compile_reference(None, network, device, mode)
     return network
 
 
@@ -174,14 +174,17 @@ def main() -> None:
     parser.add_argument("--out", help="JSON row to write")
     parser.add_argument("--narrow", action="store_true", help="small shapes, for a machine with no GPU")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too")
+    parser.add_argument("--compile-mode", help="of torch.compile (default: max-autotune on a GPU, which takes minutes)")
+    parser.add_argument("--only-tile", action="store_true", help="the fourth measurement alone")
     args = parser.parse_args()
     if not args.narrow and not torch.cuda.is_available():
         parser.error("there is no GPU here; --narrow runs the same code on small shapes")
     s = Session(args.out, args.narrow)
-    convolutions(s)
-    norms(s)
-    upsamples(s)
-    tile(s, args.compiled)
+    if not args.only_tile:
+        convolutions(s)
+        norms(s)
+        upsamples(s)
+    tile(s, args.compiled, args.compile_mode)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from triton.compiler import ASTSource
 from .machine_code import MachineCode, disassemble, disassembler, read_amd, read_nvidia
 from .targets import Target
 
+VERSION: str = triton.__version__
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:

@@ -255,7 +255,9 @@ def _shared_memory_races(loop: list[tuple[str, str]]) -> Iterable[str]:
 
 def _loop(branches: Iterable[tuple[int, int]], ends: list[bool], matrix: list[bool]) -> tuple[int, int]:
     """(first, one past the last) instruction of the first innermost loop that multiplies; (0, 0) where none does."""
-    spans = [(to, at + 1) for to, at in branches if to <= at and not any(ends[to : at + 1]) and any(matrix[to : at + 1])]
+    spans = [
+        (to, at + 1) for to, at in branches if to <= at and not any(ends[to : at + 1]) and any(matrix[to : at + 1])
+    ]
     innermost = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return min(innermost, default=(0, 0))
 

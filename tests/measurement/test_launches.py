@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,15 +71,12 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_compile_check_builds_what_a_clip_launches(dry_run: dict[str, Any]) -> None:
-    """Every launch is among the builds; of convolutions every bfloat16 build is launched, but for causal models' one."""
+    """Every launch is among the builds; of convolutions every bfloat16 build is launched, but a causal model's one."""
     built = {json.dumps(build[1:]): build[0] for build in dry_run["built"]}
     launched = {json.dumps(launch) for launch in dry_run["launched"]}
-    loose = {build for build in launched if json.loads(build)[0] not in ("conv3d_kernel", "upsample_conv3d_kernel")}
-    assert launched - loose - set(built) == set()
+    assert launched - set(built) == set()
     convolutions = {b for b, op in built.items() if op.endswith("conv3d") and '"CAUSAL", "True"' not in b}
     assert convolutions - launched == set()
-    kernels = {json.loads(build)[0] for build in built}
-    assert {json.loads(build)[0] for build in loose} <= kernels
 
 
 def test_statistics_are_taken_where_they_are_read(dry_run: dict[str, Any]) -> None:
@@ -91,7 +87,7 @@ def test_kernels_are_compiled_beforehand(dry_run: dict[str, Any]) -> None:
     first, second = dry_run["cubins"]
     assert len(first) == 2 and first == second
     assert 30 < dry_run["calls"] < 60
-    assert len(dry_run["failures"]) == 1 and "nonsense" in dry_run["failures"][0]
+    assert len(dry_run["failures"]) == 1 and dry_run["failures"][0].startswith("blend_tiles_kernel: TypeError")
 
 
 def test_keys_of_the_published_sizes() -> None:

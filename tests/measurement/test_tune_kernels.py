@@ -156,9 +156,12 @@ def test_a_wrong_result_is_never_the_fastest() -> None:
     )
     assert table["conv3d"]["K<=128"]["num_stages"] == 2
     assert table["plan"] == {"conv3d 128->128": "kernel", "conv3d 512->512": "vendor"}
-    assert next(r for r in rows if r.get("what") == problems[1].what and r["plan"].endswith("512->512"))["seconds"][
-        "kernel"
-    ] == math.inf
+    assert (
+        next(r for r in rows if r.get("what") == problems[1].what and r["plan"].endswith("512->512"))["seconds"][
+            "kernel"
+        ]
+        == math.inf
+    )
 
 
 @pytest.mark.parametrize("broken", ["nothing", "an element", "a NaN", "the third run"])

@@ -293,7 +293,10 @@ class FastAddFusion(nn.Module):
         super().__init__()
         self.conv_context = FastConv(fusion.conv_context, plan, f"{path}.conv_context")
         self.temp_embed = frozen(fusion.temp_embed[0, :, :, 0, 0].T)
-        self.conv, self.norm = FastConv(fusion.conv, plan, f"{path}.conv", stats=True), FastNorm(fusion.norm, plan, f"{path}.norm")
+        self.conv, self.norm = (
+            FastConv(fusion.conv, plan, f"{path}.conv", stats=True),
+            FastNorm(fusion.norm, plan, f"{path}.norm"),
+        )
 
     def forward(self, act: Activation, content: Tensor) -> Activation:
         image = _same_grid(self.conv_context(pad(content, self.conv_context.padding)).x, act.x)
