@@ -50,6 +50,7 @@ setup(
         "reducio_fast": ["py.typed", "models/tiny/**", "models/svd-tiny/**"],
         "reducio_fast.server": ["page.html"],
         "reducio_fast.training": ["recipes/*.toml"],
+        "reducio_fast.measurement": ["machine_limits.json"],
         "reducio_fast.triton_kernels": ["tables/*.json"],
     },
 )

@@ -1,13 +1,12 @@
-"""The first measurements on a new GPU, on which all speed-ups depend: `python -P benchmarks/first_measurements.py`.
+"""What every ratio rests on, measured before anything else on a new GPU: `python -P benchmarks/first_measurements.py`.
 
-1. 3x3x3 convolutions of the five shapes with 81% of the decoder's arithmetic: the vendor's library in both layouts,
-   our kernel.
-2. GroupNorm + SiLU on full-resolution activations: aten in both layouts, our kernel.
-3. Nearest up-sampling and the convolution after it: the vendor's two passes, its folded form, our kernel.
-4. Decoding of one full 320-pixel tile: eager, compiled with channels_last_3d, fast. A 1024x1024 clip costs 14.44 tiles.
+1. 3x3x3 convolutions, the five shapes that hold 81% of the decoder's work: the vendor's library in both layouts, ours.
+2. GroupNorm + SiLU on full-resolution activations: aten in both layouts, ours.
+3. Nearest up-sampling and the convolution after it: vendor's in two passes, its folded form, our kernel.
+4. One full 320-pixel tile decoded: eager, compiled with channels_last_3d, fast. 14.44 of them make a 1024x1024 clip.
 
-The row is written after every measurement, so that a time limit loses no result. `--narrow` runs the same code on small
-shapes, for a machine without a GPU.
+The row is written after every measurement, so that what was done stays when time is up. `--narrow` runs the same code
+on small shapes, for a machine with no GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ CONVS = ((128, 128, 320), (256, 128, 320), (256, 256, 160), (512, 512, 80), (256
 NORMS = ((128, 320), (256, 160))
 UPSAMPLES = ((256, 160),)
 FRAMES = 16
-TILES = 14.44  # number of full tiles with as many pixels as all tiles of a 1024x1024 clip
+TILES = 14.44  # full tiles in a 1024x1024 clip, by pixels
 
 
 class Session:
@@ -54,14 +53,14 @@ class Session:
         return torch.randn(shape, device=self.device, dtype=self.dtype).mul_(scale)
 
     def time(self, what: str, way: str, run: Callable[[], Any], flop: float = 0, bytes_: float = 0) -> None:
-        """Add a line with the seconds and the rate of the useful work, which is equal for all implementations."""
+        """One line: seconds, and the rate of the work that is useful, the same for every way."""
         try:
             with torch.no_grad():
                 if self.device.type == "cuda":
                     seconds = instruments.kernel_seconds(run, self.device)
                 else:
                     seconds = min(instruments.timed(run, self.device, 3))
-        except Exception as error:  # a shape that a library does not support is recorded as skipped
+        except Exception as error:  # a shape that a library does not take is a finding, not the end
             self.add({"what": what, "way": way, "skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
             return
         found = {"what": what, "way": way, "seconds": seconds}
@@ -78,8 +77,8 @@ class Session:
         self.row["rows"].append(found)
         units = (("tflops", "TFLOP/s"), ("gbs", "GB/s"))
         rates = ", ".join(f"{found[name]:.3g} {unit}" for name, unit in units if name in found)
-        text = found.get("skipped") or f"{found['seconds'] * 1e3:.3f} ms" + (f", {rates}" if rates else "")
-        print(f"{found['what']:<44} {found['way']:<34} {text}", flush=True)
+        said = found.get("skipped") or f"{found['seconds'] * 1e3:.3f} ms" + (f", {rates}" if rates else "")
+        print(f"{found['what']:<44} {found['way']:<34} {said}", flush=True)
         if self.out:
             write(self.row, self.out)
 
@@ -104,24 +103,24 @@ def norms(s: Session) -> None:
         what = f"GroupNorm + SiLU, {C} of {FRAMES}x{side}x{side}"
         x, w, b = s.random(1, C, FRAMES, side, side), s.random(C), s.random(C)
         groups = min(32, C // 2)
-        moved = 2.0 * x.numel() * x.element_size()  # bytes of the apply pass alone: one read, one write
+        moved = 2.0 * x.numel() * x.element_size()  # read once, written once: what the apply pass alone needs
         last = x.to(memory_format=torch.channels_last_3d)
         for layout, y in (("channels first", x), ("channels last", last)):
             aten = functools.partial(F.group_norm, y, groups, w, b, 1e-6)
             s.time(what, f"aten, {layout}", lambda aten=aten: F.silu(aten()), bytes_=moved)
         ours = x.permute(0, 2, 3, 4, 1).contiguous()
-        inputs = (ours, w, b, groups, 1e-6, True, False)
+        words = (ours, w, b, groups, 1e-6, True, False)
         op = torch.ops.reducio_fast.group_norm_silu
-        s.time(what, "ours, statistics too", functools.partial(op, *inputs, None, 1, 1, True), bytes_=moved)
+        s.time(what, "ours, statistics too", functools.partial(op, *words, None, 1, 1, True), bytes_=moved)
         if s.device.type == "cuda":
             partials = group_norm_silu.statistics(ours, False)
-            s.time(what, "ours, statistics given", functools.partial(op, *inputs, partials, 1, 1, True), bytes_=moved)
+            s.time(what, "ours, statistics given", functools.partial(op, *words, partials, 1, 1, True), bytes_=moved)
 
 
 def upsamples(s: Session) -> None:
     for C, side in [(16, 4)] if s.narrow else UPSAMPLES:
         what = f"up-sampling conv3d {C}->{C} from {FRAMES}x{side}x{side}"
-        flop = 2.0 * FRAMES * (2 * side) ** 2 * 27 * C * C  # unfolded; the folded form has 12 taps of 27
+        flop = 2.0 * FRAMES * (2 * side) ** 2 * 27 * C * C  # as written; folded it is 12 taps of 27
         x, w, b = s.random(1, C, FRAMES, side, side), s.random(C, C, 3, 3, 3, scale=(27 * C) ** -0.5), s.random(C)
         last = [t.to(memory_format=torch.channels_last_3d) for t in (x, w)]
 
@@ -135,8 +134,8 @@ def upsamples(s: Session) -> None:
         s.time(what, "ours", functools.partial(torch.ops.reducio_fast.upsample_conv3d, padded, folded, b), flop)
 
 
-def tile(s: Session, compiled: bool) -> None:
-    """Time the decoding of one tile by wall clock: the kernels' times alone exclude hundreds of launches."""
+def tile(s: Session, compiled: bool, mode: str | None) -> None:
+    """Wall time, launches included: a decoder of hundreds of short kernels is not the sum of their times."""
     config = NARROW[1] if s.narrow else VAEConfig()
     pixels = NARROW[2] if s.narrow else 320
     torch.manual_seed(0)
@@ -152,7 +151,7 @@ def tile(s: Session, compiled: bool) -> None:
         "fast": lambda: FastReducioVAE(vae, Plan(s.device, s.dtype)).eval(),
     }
     if compiled:
-        ways["compiled, channels_last_3d"] = lambda: _compiled(vae, s.device)
+        ways[f"compiled, channels_last_3d{f', {mode}' if mode else ''}"] = lambda: _compiled(vae, s.device, mode)
     for way, make in ways.items():
         with torch.no_grad():
             network = make()
@@ -164,9 +163,9 @@ def tile(s: Session, compiled: bool) -> None:
         s.add(found | {"first_s": first, "clip_s": None if s.narrow else spread["median"] * TILES})
 
 
-def _compiled(vae: ReducioVAE, device: torch.device) -> ReducioVAE:
+def _compiled(vae: ReducioVAE, device: torch.device, mode: str | None) -> ReducioVAE:
     network = copy.deepcopy(vae)
-    compile_reference(None, network, device)
+    compile_reference(None, network, device, mode)
     return network
 
 
@@ -175,14 +174,17 @@ def main() -> None:
     parser.add_argument("--out", help="JSON row to write")
     parser.add_argument("--narrow", action="store_true", help="small shapes, for a machine with no GPU")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too")
+    parser.add_argument("--compile-mode", help="of torch.compile (default: max-autotune on a GPU, which takes minutes)")
+    parser.add_argument("--only-tile", action="store_true", help="the fourth measurement alone")
     args = parser.parse_args()
     if not args.narrow and not torch.cuda.is_available():
         parser.error("there is no GPU here; --narrow runs the same code on small shapes")
     s = Session(args.out, args.narrow)
-    convolutions(s)
-    norms(s)
-    upsamples(s)
-    tile(s, args.compiled)
+    if not args.only_tile:
+        convolutions(s)
+        norms(s)
+        upsamples(s)
+    tile(s, args.compiled, args.compile_mode)
 
 
 if __name__ == "__main__":

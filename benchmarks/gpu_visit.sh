@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Runs all tests and measurements of a short visit to a GPU: benchmarks/gpu_visit.sh OUT [--dry-run]
+# Everything worth knowing from a short visit to a GPU: benchmarks/gpu_visit.sh OUT [--dry-run]
 #
-# Each part writes a file under OUT and has its own time limit; all parts together take at most TOTAL (600) seconds:
-# tests.json, parity.json, first_measurements.json, bench-1024.json, tune.json with tables/, profile.json with
-# profile.trace.json.gz, bench-1024-compiled.json, and, in a second call of ten minutes, bench-svd.json.
-# A part whose file exists is skipped, so call again to continue, and remove a file to repeat its part. A part that
-# fails leaves OUT/PART.log; the other parts still run, and the exit status is 1.
+# Parts, each OUT/PART.json, each with seconds of its own, together at most TOTAL (600; the parts take 570): kernels
+# compiled by all cores at once, tests, parity, first measurements, tuning (its table goes to the cache folder, which the
+# parts after it read, and to OUT/tables), a clip of the fast path, beside the reference, a profile with its trace, one
+# tile under torch.compile, and, in a second call of ten minutes, Stable Video Diffusion. Parts write their file as they
+# go, "whole": false until the end, so a part whose time is up leaves what it has. A part whose file is there is skipped,
+# so call again to go on; remove a file to do its part again. A part that fails leaves OUT/PART.log and the others go on;
+# the exit status is then 1. All that there is lies in OUT/visit.tar.gz too, after every part.
 # Needs torch, triton, numpy and safetensors; pytest for the tests. The package need not be installed.
-# --dry-run runs the same parts with narrow shapes on a CPU; parts that need a GPU write a file that says so.
+# --dry-run: the same parts on narrow shapes on a CPU; those that need a GPU leave a file that says so.
 set -uo pipefail
 
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ] || { [ $# -gt 1 ] && [ "$2" != "--dry-run" ]; }; then
@@ -23,7 +25,7 @@ total=${TOTAL:-600}
 began=$SECONDS
 failed=0
 
-# If the package is not installed, a folder of links replaces setup.py's mapping of root folders into one package.
+# Not installed: a folder of links stands in for setup.py's map of root folders into one package.
 if ! (cd / && "$python" -P -c "import reducio_fast.triton_kernels" 2>/dev/null); then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
@@ -34,7 +36,7 @@ if ! (cd / && "$python" -P -c "import reducio_fast.triton_kernels" 2>/dev/null);
 fi
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
-# part NAME SECONDS COMMAND...: runs COMMAND, which writes NAME.json, for at most SECONDS, unless NAME.json exists.
+# part NAME SECONDS COMMAND...: runs it with the seconds it has, unless NAME.json is there. COMMAND writes that file.
 part() {
     local name=$1 seconds=$2 left=$((total - (SECONDS - began))) start=$SECONDS status
     shift 2
@@ -48,8 +50,9 @@ part() {
         failed=1
         return
     fi
-    timeout --kill-after=5 "$seconds" "$@" >"$out/$name.log" 2>&1
+    PART_SECONDS=$seconds timeout --kill-after=5 "$seconds" "$@" >"$out/$name.log" 2>&1
     status=$?
+    pack
     if [ -s "$out/$name.json" ]; then
         echo "$name: $((SECONDS - start)) s$([ "$status" -ne 0 ] && echo ", status $status, see $name.log")"
     else
@@ -58,7 +61,10 @@ part() {
     [ "$status" -eq 0 ] || failed=1
 }
 
-# needs_gpu NAME: marks a part that cannot run on a CPU as skipped.
+# One file to take home; a machine may hand back a few files only.
+pack() { (cd "$out" && rm -f visit.tar.gz && tar -czf ../visit.$$.tar.gz . && mv ../visit.$$.tar.gz visit.tar.gz); }
+
+# A part that no CPU can do.
 needs_gpu() {
     [ -s "$out/$1.json" ] || echo "{\"skipped\": \"$1 needs a GPU\"}" >"$out/$1.json"
     echo "$1: skipped, it needs a GPU"
@@ -76,29 +82,69 @@ print(json.dumps({"rows": rows, "wrong": sum(not row["right"] for row in rows)})
 END
 }
 
-# Writes pytest's report as JSON. Without diffusers, pytest cannot collect the file that compares with its schedulers.
-tests() {
-    local where=(tests/triton_kernels) options=(-q -p no:cacheprovider)
-    "$python" -c "import diffusers" 2>/dev/null || options+=(--ignore=tests/triton_kernels/test_guidance_dpm_step.py)
-    [ -n "$dry" ] && where=(tests/triton_kernels/test_ada_layer_norm.py)
-    cd "$root" || return
-    "$python" -m pytest "${options[@]}" --junit-xml="$out/tests.xml" "${where[@]}"
-    local status=$?
-    "$python" - "$out" "${options[*]} ${where[*]}" <<'END' && rm -f "$out/tests.xml"
-import json, sys, xml.etree.ElementTree as tree
+# Compiles what a clip launches, in bfloat16, by all cores but two, into the cache that Triton reads.
+precompile() {
+    "$python" - "$out/precompile.json" <<'END'
+import json, os, sys, time, torch
+from reducio_fast.compile.precompile import precompile
+from reducio_fast.measurement.launches import calls_of, clip_launches
+from reducio_fast.triton_kernels.tables import arch_of
+from triton.runtime import driver
 
-out, arguments = sys.argv[1:]
-suite = tree.parse(f"{out}/tests.xml").getroot().find("testsuite")
-row = {"benchmark": "tests", "pytest": arguments} | {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
-row["seconds"] = float(suite.get("time"))
-row["failed"] = [f"{c.get('classname')}::{c.get('name')}" for c in suite.iter("testcase")
-                 if c.find("failure") is not None or c.find("error") is not None]
+if __name__ == "__main__":
+    start, arch = time.perf_counter(), arch_of(torch.device("cuda", 0))
+    calls = calls_of(clip_launches(arch))
+    target = driver.active.get_current_target()
+    failures = precompile(calls, target, max(1, (os.cpu_count() or 1) - 2))
+    row = {"benchmark": "precompile", "arch": arch, "kernels": len(calls), "failures": failures}
+    json.dump(row | {"seconds": time.perf_counter() - start}, open(sys.argv[1], "w"), indent=2)
+    sys.exit(bool(failures))
+END
+}
+
+# pytest's results as JSON, read from its log: they stand there line by line when its time is up. Without diffusers the
+# one file that compares with its schedulers cannot be collected. Several processes share the GPU where pytest-xdist is.
+tests() {
+    local where=(tests/triton_kernels tests/compile/test_graphs.py tests/compile/test_graphs_of_twins.py tests/measurement/test_profile.py)
+    local words=(-v -p no:cacheprovider)
+    [ -n "$dry" ] && where=(tests/triton_kernels/test_ada_layer_norm.py) || words+=(-m "gpu or not slow")
+    "$python" -c "import diffusers" 2>/dev/null || words+=(--ignore=tests/triton_kernels/test_guidance_dpm_step.py)
+    [ -z "$dry" ] && "$python" -c "import xdist" 2>/dev/null && words+=(-n 12)
+    cd "$root" || return
+    timeout --kill-after=2 $((PART_SECONDS > 20 ? PART_SECONDS - 8 : PART_SECONDS)) \
+        "$python" -m pytest "${words[@]}" "${where[@]}" 2>&1 | tee "$out/tests.lines"
+    local status=${PIPESTATUS[0]}
+    "$python" - "$out" "${words[*]} ${where[*]}" "$status" <<'END' && rm -f "$out/tests.lines"
+import json, re, sys
+
+out, words, status = sys.argv[1:]
+found = re.findall(r"^(?:\[gw.*?\] \[.*?\] (PASSED|FAILED|ERROR|SKIPPED) (\S+::.*?)|(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED))(?: .*)?$",
+                   open(f"{out}/tests.lines").read(), re.M)
+results = {(name or other).strip(): result or late for result, name, other, late in found}
+count = {kind: list(results.values()).count(kind) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+row = {"benchmark": "tests", "pytest": words, "whole": status in "01", "tests": len(results)} | count
+row["failed"] = [name for name, result in results.items() if result in ("FAILED", "ERROR")]
 json.dump(row, open(f"{out}/tests.json", "w"), indent=2)
+END
+    return "$status"
+}
+
+# Settings for the hot shapes, where the parts after this one find them: the cache folder; and a copy to take home.
+tune() {
+    to_json tune reducio bench --tune --limit 80 --json
+    local status=$?
+    "$python" - "$out" <<'END'
+import json, pathlib, shutil, sys
+
+out = pathlib.Path(sys.argv[1])
+table = pathlib.Path(json.loads((out / "tune.json").read_text())["table"])
+(out / "tables").mkdir(exist_ok=True)
+shutil.copy(table, out / "tables" / table.name)
 END
     return $status
 }
 
-# to_json NAME COMMAND...: writes the output of COMMAND to NAME.json if it is valid JSON.
+# to_json NAME COMMAND...: what a command prints, kept only if it is whole.
 to_json() {
     local name=$1 status
     shift
@@ -112,30 +158,35 @@ to_json() {
     return $status
 }
 
-export -f reducio tests to_json narrow_parity
+export -f reducio precompile tests tune to_json narrow_parity
 export out dry root python
 
 if [ -z "$dry" ]; then
     "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo "no GPU here; --dry-run runs the parts on a CPU" >&2; exit 2; }
-    size=1024
-    part tests 100 bash -c tests
-    part parity 60 bash -c "to_json parity reducio parity --full-size --json"
+    bench() { "$python" -m reducio_fast bench "$@" --no-cold; }
+    export -f bench
+    part precompile 60 bash -c precompile
+    part tests 60 bash -c tests
+    part parity 60 "$python" -m reducio_fast parity --full-size --out "$out/parity.json"
     part first_measurements 60 "$python" "$root/benchmarks/first_measurements.py" --no-compiled --out "$out/first_measurements.json"
-    part bench-1024 120 "$python" -m reducio_fast bench $size --ladder --pairs 3 --no-cold --contenders reference,fast --out "$out/bench-1024.json"
-    mkdir -p "$out/tables"
-    part tune 90 bash -c "to_json tune reducio bench --tune --limit 75 --json --out \"$out/tables\""
-    part profile 40 bash -c "to_json profile reducio profile $size --json --out \"$out/profile.trace.json.gz\""
-    part bench-1024-compiled 130 "$python" -m reducio_fast bench $size --pairs 3 --no-cold --contenders compiled,fast --out "$out/bench-1024-compiled.json"
-    part bench-svd 180 "$python" -m reducio_fast bench svd --ladder --pairs 2 --no-cold --dtype float16 --contenders reference,fast --out "$out/bench-svd.json"
+    part tune 100 bash -c tune
+    part bench-1024 60 bash -c "bench 1024 --pairs 3 --contenders fast --out \"$out/bench-1024.json\""
+    part bench-1024-reference 60 bash -c "bench 1024 --pairs 1 --contenders reference,fast --out \"$out/bench-1024-reference.json\""
+    part profile 40 bash -c "to_json profile reducio profile 1024 --json --out \"$out/profile.trace.json.gz\""
+    part compiled-tile 70 "$python" "$root/benchmarks/first_measurements.py" --only-tile --compile-mode default --out "$out/compiled-tile.json"
+    part bench-svd 180 bash -c "bench svd --ladder --pairs 2 --dtype float16 --contenders reference,fast --out \"$out/bench-svd.json\""
 else
+    needs_gpu precompile
     part tests 100 bash -c tests
     part parity 100 bash -c "to_json parity narrow_parity"
     part first_measurements 100 "$python" "$root/benchmarks/first_measurements.py" --narrow --no-compiled --out "$out/first_measurements.json"
-    part bench-1024 100 "$python" -m reducio_fast bench narrow --ladder --pairs 1 --no-cold --contenders reference,fast --note "dry run" --device cpu --out "$out/bench-1024.json"
     needs_gpu tune
+    part bench-1024 100 "$python" -m reducio_fast bench narrow --ladder --pairs 1 --no-cold --contenders reference,fast --note "dry run" --device cpu --out "$out/bench-1024.json"
+    needs_gpu bench-1024-reference
     part profile 100 bash -c "to_json profile reducio profile narrow --device cpu --json --out \"$out/profile.trace.json.gz\""
-    needs_gpu bench-1024-compiled
+    needs_gpu compiled-tile
     needs_gpu bench-svd
 fi
+pack
 echo "took $((SECONDS - began)) of $total s; commit the JSON files to benchmarks/results/, a table to triton_kernels/tables/"
 exit $failed

@@ -17,7 +17,10 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
+from .machine_code import MachineCode, disassemble, disassembler, read_amd, read_nvidia
 from .targets import Target
+
+VERSION: str = triton.__version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,8 @@ class Build:
     shared: int = 0  # bytes a block
     matrix: str = ""  # the matrix instruction seen
     bulk_copy: bool = False
+    warps: int = 0
+    code: MachineCode | None = None  # None where there is no disassembler, or the build failed
     problems: tuple[str, ...] = ()
 
 
@@ -81,6 +86,8 @@ def _judge(variant: Any, target: Target, compiled: Any) -> Build:
         problems.append(f"no {' or '.join(target.matrix_instructions)}")
     if variant.bulk_copy and target.arch in ("sm_90", "gfx942") and not bulk:
         problems.append(f"no {target.bulk_copy}")
+    code = read(target, compiled)
+    problems += code.hazards if code else ()
     return Build(
         variant=variant.name,
         arch=target.arch,
@@ -89,8 +96,18 @@ def _judge(variant: Any, target: Target, compiled: Any) -> Build:
         shared=shared,
         matrix=matrix,
         bulk_copy=bulk,
+        warps=compiled.metadata.num_warps,
+        code=code,
         problems=tuple(problems),
     )
+
+
+def read(target: Target, compiled: Any) -> MachineCode | None:
+    """What `machine_code` finds in the finished kernel; None without a disassembler."""
+    if target.backend == "hip":
+        return read_amd(compiled.asm["amdgcn"], target.mac_per_cycle)
+    tool = disassembler()
+    return None if tool is None else read_nvidia(disassemble(compiled.asm["cubin"], tool), target.mac_per_cycle)
 
 
 def _nvidia(compiled: Any) -> tuple[int, int]:

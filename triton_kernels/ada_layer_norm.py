@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher
+from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_same, check_tensors
 from .tables import arch_of, settings
 
@@ -51,6 +51,7 @@ def ada_layer_norm_kernel(
     tl.store(out_ptr + row * D + d, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@on_device
 def launch(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `ada_layer_norm`."""
     out = torch.empty_like(x_BLD)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher, use_descriptors
+from .launch import TYPES, Variant, launcher, on_device, use_descriptors
 from .shape_checks import check_same, check_shape, check_tensors
 from .tables import OPTIONS, arch_of, settings
 
@@ -187,16 +187,17 @@ def attention_kernel(
     k_0, k_1, v_0, v_1 = k_ptr, k_ptr, v_ptr, v_ptr
     if DESCRIPTORS:
         # Rows from `end` and columns from D on read as zero: what lies there may be NaN, and 0 * NaN would count.
-        k_0 = tl.make_tensor_descriptor(k_ptr, [end, D], [k_stride_s, 1], [BLOCK_S, D0])
-        v_0 = tl.make_tensor_descriptor(v_ptr, [end, D], [v_stride_s, 1], [BLOCK_S, D0])
+        rows = tl.maximum(end, 1)  # a descriptor of none is illegal, even if nothing is read by it
+        k_0 = tl.make_tensor_descriptor(k_ptr, [rows, D], [k_stride_s, 1], [BLOCK_S, D0])
+        v_0 = tl.make_tensor_descriptor(v_ptr, [rows, D], [v_stride_s, 1], [BLOCK_S, D0])
     acc_0 = tl.zeros((BLOCK_L, D0), tl.float32)
     acc_1 = tl.zeros((BLOCK_L, 16), tl.float32)
     if D1:
         q_1 = load_block(q_ptr, first, L, q_stride_l, D0, D1, D, BLOCK_L, ALIGN, True, False)
         acc_1 = tl.zeros((BLOCK_L, D1), tl.float32)
         if DESCRIPTORS:
-            k_1 = tl.make_tensor_descriptor(k_ptr, [end, D], [k_stride_s, 1], [BLOCK_S, D1])
-            v_1 = tl.make_tensor_descriptor(v_ptr, [end, D], [v_stride_s, 1], [BLOCK_S, D1])
+            k_1 = tl.make_tensor_descriptor(k_ptr, [rows, D], [k_stride_s, 1], [BLOCK_S, D1])
+            v_1 = tl.make_tensor_descriptor(v_ptr, [rows, D], [v_stride_s, 1], [BLOCK_S, D1])
     best = tl.full((BLOCK_L,), HIDDEN, tl.float32)
     total = tl.zeros((BLOCK_L,), tl.float32)
     for start in tl.range(0, whole, BLOCK_S):
@@ -278,6 +279,7 @@ def shape_class(D: int, dtype: torch.dtype) -> str:
     return "fp32" if dtype == torch.float32 else str(D)
 
 
+@on_device
 def launch(
     q_BLND: Tensor,
     k_BSND: Tensor,
@@ -411,9 +413,9 @@ def variants(arch: str) -> Iterator[Variant]:
             name=f"{OP} {TYPES[dtype]} {D}{features}",
             kernel=attention_kernel,
             signature={
-                **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{TYPES[dtype]}"),
-                "key_count_ptr": "*i32",
-                "lse_ptr": "*fp32",
+                # The launch's stand-ins too: the output for sums that nobody asked for, queries for counts.
+                **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr"), f"*{TYPES[dtype]}"),
+                "key_count_ptr": "*i32" if features == " counted" else f"*{TYPES[dtype]}",
                 **dict.fromkeys(("L", "S", "N", "frame", *strides, *heads), "i32"),
                 "scale": "fp32",
             },

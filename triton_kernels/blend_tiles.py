@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher
+from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_tensors
 from .tables import arch_of
 from .tables import settings as table_settings
@@ -98,6 +98,7 @@ def overlaps(extents: list[int], overlap: int) -> list[int]:
     return [0, *(min(a, b, overlap) for a, b in zip(extents, extents[1:], strict=False))]
 
 
+@on_device
 def launch(tiles: list[Tensor], columns: int, stride: int, overlap: int, as_uint8: bool = True) -> Tensor:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `blend_tiles`."""
     B, T = tiles[0].shape[:2]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .attention import HIDDEN
-from .launch import TYPES, Variant, launcher
+from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_shape, check_tensors
 from .tables import OPTIONS, arch_of, settings
 
@@ -63,6 +63,7 @@ def frame_attention_kernel(
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@on_device
 def launch(qkv: Tensor, scale: float | None = None) -> Tensor:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `frame_attention`."""
     B, T, L, _, N, D = qkv.shape

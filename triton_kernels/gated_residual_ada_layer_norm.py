@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .ada_layer_norm import norm_and_modulate
-from .launch import TYPES, Variant, launcher
+from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_same, check_tensors
 from .tables import arch_of, settings
 
@@ -61,6 +61,7 @@ def gated_residual_ada_layer_norm_kernel(
     tl.store(out_ptr + start + d, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@on_device
 def launch(
     x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor | None, shift_BD: Tensor, scale_BD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

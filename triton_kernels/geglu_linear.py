@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher
+from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_shape, check_tensors
 from .tables import OPTIONS, arch_of
 from .temporal_conv import product_blocks
@@ -81,6 +81,7 @@ def geglu_linear_kernel(
     tl.store(out_ptr + at, y, mask=(m < M)[:, None] & (k < K)[None, :])
 
 
+@on_device
 def launch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `geglu_linear`."""
     C, K = x.shape[-1], len(weight) // 2

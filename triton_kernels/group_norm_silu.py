@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher
+from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_multiple, check_same, check_shape, check_tensors
 from .tables import Settings, arch_of
 from .tables import settings as table_settings
@@ -157,7 +157,13 @@ def apply_kernel(
     centre = tl.load(centre_ptr + item + c, mask=known, other=0.0)
     y = (x.to(tl.float32) - centre) * scale + shift
     if SILU:
-        y = y / (1.0 + tl.exp(-y))
+        if out_ptr.dtype.element_ty == tl.float32:
+            y = y / (1.0 + tl.exp(-y))
+        else:
+            # 1 / d as the square of 1 / sqrt(d): two instructions and an error of 2^-22, where the division takes
+            # eight and the kernel then waits for instructions, not for memory. d >= 1; of infinity it is 0.
+            root = tl.rsqrt(1.0 + tl.exp(-y))
+            y = y * root * root
     y = tl.where(inside, y, 0.0)
     out_ptr += row_offset(n, out_T * out_H * out_W, (out_t * out_H + out_h) * out_W, C)
     tl.store(out_ptr + (out_w * C + c), y.to(out_ptr.dtype.element_ty), mask=(out_w < out_W) & channel)
@@ -170,6 +176,7 @@ def blocks(part: str, C: int, arch: str) -> Settings:
     return {"BLOCK_R": max(1, entry.pop("ELEMENTS") // BLOCK_C), "BLOCK_C": BLOCK_C, **entry}
 
 
+@on_device
 def statistics(x: Tensor, per_frame: bool = False) -> Tensor:
     """Runs the first kernel: float32 [items, tiles, 3, C]; an item is a clip, or a frame."""
     N, T, H, W, C = x.shape
@@ -183,6 +190,7 @@ def statistics(x: Tensor, per_frame: bool = False) -> Tensor:
     return partials
 
 
+@on_device
 def launch(
     x: Tensor,
     weight: Tensor,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher
+from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_same, check_shape, check_tensors
 from .tables import arch_of
 from .tables import settings as table_settings
@@ -59,6 +59,7 @@ def guidance_dpm_step_kernel(
     tl.store(next_ptr + n, (a * x + b * data + c * previous).to(next_ptr.dtype.element_ty), mask=inside)
 
 
+@on_device
 def launch(prediction: Tensor, x: Tensor, previous: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `guidance_dpm_step`."""
     following, data = torch.empty_like(x), torch.empty_like(x)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -19,11 +21,34 @@ Settings = dict[str, int]  # block sizes by the kernel's own constexpr names, an
 OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
 
 
-@functools.cache
+# Architectures without a table of their own that run the settings of a relative: the same matrix instructions. Blocks
+# that need more shared memory than they have (sm_86, sm_89: 99 KB) are not among sm_80's.
+RELATIVES = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100"}
+
+_pretended: str | None = None
+
+
+@contextmanager
+def pretend(arch: str) -> Iterator[None]:
+    """Within it every GPU is one of `arch`: for looking at launches where there is no GPU."""
+    global _pretended
+    before, _pretended = _pretended, arch
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
 def arch_of(device: torch.device) -> str:
     """Name of a device's table: "sm_90", "gfx942", or the interpreter's for a CPU."""
     if device.type != "cuda":
         return INTERPRETER
+    # A device without a number is the current one, which changes: only numbered ones are remembered.
+    return _pretended or _arch_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _arch_of(device: int) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -45,7 +70,10 @@ def table(arch: str) -> dict[str, dict[str, Settings]]:
     """{op: {key: settings}} for `arch`: its own table over the default one, this machine's over both, by entry."""
     folder = resources.files(__package__) / "tables"
     merged = json.loads((folder / "default.json").read_text(encoding="utf-8"))
-    files = [file for file in (folder / f"{arch}.json", *(f / f"{arch}.json" for f in _tuned_here)) if file.is_file()]
+    shipped = folder / f"{arch}.json"
+    if not shipped.is_file():
+        shipped = folder / f"{RELATIVES.get(arch, arch)}.json"
+    files = [file for file in (shipped, *(f / f"{arch}.json" for f in _tuned_here)) if file.is_file()]
     for file in files:
         try:
             own_table = json.loads(file.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher
+from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_same, check_shape, check_tensors
 from .tables import OPTIONS, Settings, arch_of, settings
 
@@ -107,6 +107,7 @@ def product_blocks(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Se
     return chosen
 
 
+@on_device
 def launch(
     before: Tensor | None,
     frame: Tensor,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher
+from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_shape, check_tensors
 from .tables import arch_of
 from .tables import settings as table_settings
@@ -118,6 +118,7 @@ def warp_frames_kernel(
         tl.store(out_ptr + c, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@on_device
 def launch(mixed: Tensor, coarse: Tensor, image: Tensor, cell: int) -> Tensor:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `warp_frames`."""
     B, T, H, W = mixed.shape[:4]

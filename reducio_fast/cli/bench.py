@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> Printed:
         arguments.cold,
         arguments.note,
         log,
+        (lambda row: bench.write(row, arguments.out)) if arguments.out else (lambda row: None),
     )
     text = lines(row)
     if models:

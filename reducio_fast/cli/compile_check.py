@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Printed:
     from ..measurement.kernel_builds import check
+    from ..measurement.machine_limits import prediction
 
     archs, ops = (text.split(",") if text else None for text in (arguments.targets, arguments.kernels))
     builds = []
@@ -29,7 +30,13 @@ def run(arguments: argparse.Namespace) -> Printed:
         if build.problems and not arguments.json:
             print(f"{build.variant} on {build.arch}: {'; '.join(build.problems)}", file=sys.stderr)
     wrong = [build for build in builds if build.problems]
-    printed = {"builds": [asdict(b) for b in builds], "wrong": len(wrong)}, lines(builds)
+    predictions = [found for found in map(prediction, builds) if found is not None]
+    result = {
+        "builds": [asdict(b) for b in builds],
+        "wrong": len(wrong),
+        "predictions": [asdict(p) for p in predictions],
+    }
+    printed = result, [*lines(builds), *prediction_lines(predictions), *skipped(builds)]
     if wrong:
         first = f"{wrong[0].variant} on {wrong[0].arch}"
         raise Failed(f"{len(wrong)} of {len(builds)} builds are wrong, the first: {first}", printed)
@@ -46,3 +53,27 @@ def lines(builds: list) -> list[str]:
         out.append(f"{b.variant:<44} {b.arch:<7} {b.registers:>9} {b.spilled:>7} {b.shared:>7}  {extras}{mark}")
     wrong = sum(bool(b.problems) for b in builds)
     return [*out, f"{len(builds)} builds, {wrong} wrong"]
+
+
+def prediction_lines(predictions: list) -> list[str]:
+    """One aligned line a hot shape: what a model of the chip makes of the machine code, and what was measured."""
+    if not predictions:
+        return []
+    rows = [f"{'hot shape':<72} {'target':<7} {'predicted':>13} {'measured':>13}"]
+    for p in predictions:
+        rates = [f"{x / 1e12:.0f} TFLOP/s" if x else "-" for x in (p.predicted, p.measured)]
+        rows.append(f"{f'{p.variant}, {p.what}':<72} {p.arch:<7} {rates[0]:>13} {rates[1]:>13}")
+    return rows
+
+
+def skipped(builds: list) -> list[str]:
+    """One line for each check of machine code that was not made, and why."""
+    from ..compile.aot import VERSION
+    from ..measurement.machine_limits import held, limits
+
+    notes = []
+    if any(b.code is None and b.registers for b in builds):
+        notes.append("no nvdisasm here (pip install nvidia-cuda-nvdisasm): NVIDIA's machine code was not read")
+    if not held(VERSION):
+        notes.append(f"limits of counts are those of Triton {limits()['triton']}, not of {VERSION}: not held")
+    return notes

@@ -16,17 +16,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="full-width random weights as well (default: on a GPU)",
     )
+    options.add_out(parser, "FILE", "JSON rows to write, after each comparison", required=False)
 
 
 def run(arguments: argparse.Namespace) -> Printed:
+    from ..measurement.bench import write
     from ..measurement.parity import compare
 
-    rows = compare(model=arguments.model, dtype=arguments.dtype, device=arguments.device, full_size=arguments.full_size)
+    def keep(rows: list[dict[str, Any]], whole: bool = False) -> None:
+        if arguments.out:
+            write(as_json(rows) | {"whole": whole}, arguments.out)
+
+    rows = compare(arguments.model, arguments.dtype, arguments.device, arguments.full_size, keep)
+    keep(rows, whole=True)
     wrong = [row for row in rows if not row["right"]]
-    printed = {"rows": rows, "wrong": len(wrong)}, lines(rows)
+    printed = as_json(rows), lines(rows)
     if wrong:
         raise Failed(f"{len(wrong)} of {len(rows)} comparisons fail, the first: {wrong[0]['what']}", printed)
     return printed
+
+
+def as_json(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"rows": rows, "wrong": sum(not row["right"] for row in rows)}
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:

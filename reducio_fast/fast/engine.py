@@ -18,6 +18,7 @@ from ..compile.graphs import Graphs
 from ..reference.data_prediction import DataHook
 from ..reference.sampler import NO_SHORTCUTS, Callback, Shortcuts
 from ..system.checksum import checksums
+from ..triton_kernels.launch import descriptor_memory
 from ..triton_kernels.registry import OPS
 from . import sampler
 from .plan import Plan, check_attention, default_dtype
@@ -67,6 +68,8 @@ class Engine:
         `device` is where it will run; None: where the weights are. Where the two differ there are no graphs: a graph
         holds addresses, and weights that come to the device for a stage have another one each time.
         """
+        if (device or next(network.parameters()).device).type == "cuda":
+            descriptor_memory()  # in this thread, which is about to run the twin
         network_class, seen = type(network), getattr(self._looks, "seen", None)
         seen = set() if seen is None else seen  # outside of `one_look` each request compares
         places = (self.free_dtype, device, self.attention, *_places(network))

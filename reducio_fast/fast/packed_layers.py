@@ -59,14 +59,14 @@ def as_frames(x_NCHW: Tensor) -> Tensor:
 
 class FastConv(nn.Module):
     """A 3x3x3 (or, of an image, 3x3) convolution at stride 1 over a buffer padded by `padding`: by nothing where the
-    library adds the border."""
+    library adds the border. `stats`: a GroupNorm over the clip reads the result, and wants its statistics."""
 
-    def __init__(self, conv: nn.Conv3d | nn.Conv2d, plan: Plan, path: str) -> None:
+    def __init__(self, conv: nn.Conv3d | nn.Conv2d, plan: Plan, path: str, stats: bool = False) -> None:
         super().__init__()
         self.weight, self.bias = frozen(pack_weight(conv.weight)), conv.bias
         self.padding = padding_of(conv)
         pick = ("conv3d", f"{conv.in_channels}->{conv.out_channels}")
-        self.stats = plan.takes_statistics(*pick) and not getattr(conv, "front", 0)
+        self.stats = stats and plan.takes_statistics(*pick) and not getattr(conv, "front", 0)
         self.run = plan.pick(path, *pick)
         if self.padding.front == self.padding.back and plan.library_pads(*pick):
             self.padding, self.run = DENSE, functools.partial(self.run, pad=True)

@@ -61,12 +61,15 @@ def bench(
     cold: bool = True,
     note: str | None = None,
     log: Callable[[str], None] = lambda line: None,
+    flush: Callable[[Row], None] = lambda row: None,
 ) -> Row:
     """Measure a workload (`names.WORKLOADS`) and return one JSON-ready row.
 
     `contenders` is some of CONTENDERS, by default DEFAULT; `ladder` adds the rungs of the ablation.
     `dtype` None is float32 on a CPU, bfloat16 on a GPU, for all contenders. Raises ReducioError where a library pair is
     known to be broken, where the fast path is wrong, and for names that do not exist.
+
+    `flush` gets the row as far as it is, `whole` False, after each first clip and each turn: time on a GPU may run out.
     """
     if broken := instruments.broken_libraries(torch.__version__, torch.backends.cudnn.version()):
         raise ReducioError(f"bench: {broken}")
@@ -92,22 +95,28 @@ def bench(
         "benchmark": "bench", "workload": name, "what": measured.what, "note": note, "pairs": pairs, "machine": machine,
         "parity": rows, "roof": instruments.roof(device, measured.dtype), "flops": measured.flops,
         "shape": measured.shape,
-        "contenders": {}, "ladder": {}, "cold": {},
+        "contenders": {}, "ladder": {}, "cold": {}, "whole": False,
     }  # fmt: skip
+
+    def flushed(figures: dict[str, Row], part: str = "contenders") -> None:
+        row[part] = figures
+        flush(row)
+
     makers = [functools.partial(measured.contender, each) for each in chosen]
-    row["contenders"] = compare(makers, chosen, measured, pairs, row["roof"], log)
+    row["contenders"] = compare(makers, chosen, measured, pairs, row["roof"], log, flushed)
     if ladder:
         rungs = measured.rungs()
         names = [rung.name for rung in rungs]
         ready = [functools.partial(_same, rung) for rung in rungs]
-        row["ladder"] = compare(ready, names, measured, pairs, row["roof"], log)
+        keep = functools.partial(flushed, part="ladder")
+        row["ladder"] = compare(ready, names, measured, pairs, row["roof"], log, keep)
     if cold:
         for each in chosen:
             if each == "compiled":
                 continue  # compiles for minutes, which `first_s` has measured
             log(f"cold: {each}, in fresh processes")
             row["cold"][each] = first_clips(name, model, dtype, device, each)
-    return row
+    return row | {"whole": True}
 
 
 def compare(
@@ -117,8 +126,10 @@ def compare(
     pairs: int,
     roof: Row,
     log: Callable[[str], None],
+    flush: Callable[[dict[str, Row]], None] = lambda rows: None,
 ) -> dict[str, Row]:
     """{contender: figures}; speed-ups are over the first of them. One that cannot be built says why, and is left out.
+    `flush` gets the figures as far as they are, after each first clip and each turn.
 
     A first clip, which compiles what is to be compiled, and one for the memory come before those that count.
     """
@@ -153,10 +164,32 @@ def compare(
         }
         ready.append(contender)
         log(f"{name}: first clip {first:.2f} s")
+        flush(rows)
 
     totals: dict[str, list[float]] = {c.name: [] for c in ready}
     stages: dict[str, list[dict[str, float]]] = {c.name: [] for c in ready}
     joules: dict[str, list[float]] = {c.name: [] for c in ready}
+    first_name = ready[0].name
+
+    def figures() -> dict[str, Row]:
+        """Of the turns so far."""
+        for contender in ready:
+            mine, name = rows[contender.name], contender.name
+            mine["clip_s"] = spread(totals[name])
+            mine["stages_s"] = {s: spread([turn[s] for turn in stages[name]]) for s in stages[name][0]}
+            mine["speed_up"] = _ratios(totals[first_name], totals[name])
+            mine["stages_speed_up"] = {
+                s: _ratios([t[s] for t in stages[first_name]], [t[s] for t in stages[name]])
+                for s in stages[name][0]
+                if s in stages[first_name][0]
+            }
+            work = measured.flops[contender.algebra]
+            mine["tflops"] = {s: round(work[s] / mine["stages_s"][s]["median"] / 1e12, 4) for s in work}
+            mine["share_of_roof"] = {s: round(rate / roof["matmul_tflops"], 4) for s, rate in mine["tflops"].items()}
+            mine["psnr_db"] = None if name == first_name else _psnr(frames[first_name], frames[name])
+            mine["joules"] = round(statistics.mean(joules[name]), 2) if joules[name] else None
+        return rows
+
     with instruments.nvml(device) as counter:
         for turn in range(pairs):
             for contender in ready:
@@ -173,23 +206,7 @@ def compare(
                     rows[contender.name]["energy_source"] = energy.source
                 stages[contender.name].append(seconds)
             log(f"turn {turn + 1} of {pairs}: " + ", ".join(f"{c.name} {totals[c.name][-1]:.3f} s" for c in ready))
-
-    first_name = ready[0].name
-    for contender in ready:
-        mine, name = rows[contender.name], contender.name
-        mine["clip_s"] = spread(totals[name])
-        mine["stages_s"] = {s: spread([turn[s] for turn in stages[name]]) for s in stages[name][0]}
-        mine["speed_up"] = _ratios(totals[first_name], totals[name])
-        mine["stages_speed_up"] = {
-            s: _ratios([t[s] for t in stages[first_name]], [t[s] for t in stages[name]])
-            for s in stages[name][0]
-            if s in stages[first_name][0]
-        }
-        work = measured.flops[contender.algebra]
-        mine["tflops"] = {s: round(work[s] / mine["stages_s"][s]["median"] / 1e12, 4) for s in work}
-        mine["share_of_roof"] = {s: round(rate / roof["matmul_tflops"], 4) for s, rate in mine["tflops"].items()}
-        mine["psnr_db"] = None if name == first_name else _psnr(frames[first_name], frames[name])
-        mine["joules"] = round(statistics.mean(joules[name]), 2) if joules[name] else None
+            flush(figures())
     return rows
 
 

@@ -23,13 +23,14 @@ from ..checkpoints.hub import find_model
 from ..checkpoints.strict_files import embedded_model
 from ..compile import cache
 from ..media.pixels import to_bytes, to_unit
-from ..reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
+from ..reference import DIT_PRESETS, Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
 from ..reference.reducio.config import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from ..system import cache_folder
 from ..system.devices import resolve_dtype
 from ..system.errors import ReducioError
 from ..system.stage_clock import Stopwatch, Timings
 from .bare_scheduler import scheduler
+from .launches import SEMANTIC_TOKENS
 from .names import WORKLOADS
 from .parity import compare_networks, liven
 from .svd_clip import SVDClip
@@ -39,7 +40,6 @@ PROMPT = "a red circle moving right on a black background"
 STEPS, GUIDANCE = NUM_INFERENCE_STEPS, GUIDANCE_SCALE
 NARROW_STEPS = 3
 FPS = 16.0  # a clip of 16 frames lasts a second
-SEMANTIC_TOKENS = 256  # of OpenCLIP ViT-H at 224 pixels
 
 # The same networks, narrow and small: a CPU takes them through every part of a benchmark in seconds.
 NARROW = (
@@ -320,7 +320,9 @@ def workload(
         )
     if name == "svd":
         return SVDClip(name, resolved, device)
-    return GivenConditions.random(f"full size {name}", DiTConfig(), VAEConfig(), int(name), resolved, device)
+    return GivenConditions.random(
+        f"full size {name}", DIT_PRESETS[f"reducio-{name}"], VAEConfig(), int(name), resolved, device
+    )
 
 
 def count(conditions: GivenConditions) -> dict[str, Flops]:

@@ -1,11 +1,13 @@
 """`reducio-fast compile-check`: every kernel and every table entry, compiled for every GPU target, with no GPU.
 
-What a compiler can tell without the card: registers, spills, shared memory against the target's limit, and whether the
-matrix instruction and the bulk copy that a kernel was written for are in the machine code.
+What a compiler can tell without the card: registers, spills, shared memory against the target's limit, whether the
+matrix instruction and the bulk copy that a kernel was written for are there, and what the machine code shows: known
+hazards, divisions in a loop, and for the hottest kernels counts held to committed limits (`machine_limits`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -48,5 +50,11 @@ def _build(arch: str, op: str, only: str) -> list:
     from ..compile import aot
     from ..compile.targets import TARGETS
     from ..triton_kernels.registry import OPS
+    from .machine_limits import divides, exceeded, held
 
-    return aot.build_all((v for v in OPS[op].variants(arch) if only in v.name), TARGETS[arch])
+    def judged(build: aot.Build) -> aot.Build:
+        found = (*build.problems, *divides(build), *(exceeded(build) if held(aot.VERSION) else ()))
+        return dataclasses.replace(build, problems=found)
+
+    builds = aot.build_all((v for v in OPS[op].variants(arch) if only in v.name), TARGETS[arch])
+    return [judged(build) for build in builds]

@@ -35,12 +35,13 @@ def compare(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     full_size: bool | None = None,
+    flush: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """One row a stage: `what`, `dtype`, `error` and `eager` (relative, against the oracle), `limit`, `right`.
 
     The model is the embedded one unless a folder is named; `dtype` None is what the fast path takes by default here.
     `full_size` adds the full-width networks with random weights, one after the other (7 GB of memory in bfloat16); None
-    does so on a GPU only. Raises ReducioError where the fast path cannot run.
+    does so on a GPU only. `flush` gets the rows so far after each. Raises ReducioError where the fast path cannot run.
     """
     if missing := triton_missing():
         raise ReducioError(f"parity: {missing}")
@@ -54,11 +55,18 @@ def compare(
     dit = load_model(ReducioDiT, DiTConfig, folder / "transformer", torch.float32, device)
     pixels = GPU_PIXELS if device.type == "cuda" else CPU_PIXELS
     name, default_pixels = ("default", 128) if model is None else (folder.name, pixels)
-    rows = list(compare_networks(name, dit, vae, dtype, default_pixels, whole=True))
+    rows: list[Row] = []
+
+    def gather(found: Iterator[Row]) -> None:
+        for row in found:
+            rows.append(row)
+            flush(rows)
+
+    gather(compare_networks(name, dit, vae, dtype, default_pixels, whole=True))
     if full_size if full_size is not None else device.type == "cuda":
         del vae, dit
         for network_class in (ReducioVAE, ReducioDiT):
-            rows += compare_networks("full size", *_full_size(network_class, device), dtype, pixels, whole=False)
+            gather(compare_networks("full size", *_full_size(network_class, device), dtype, pixels, whole=False))
     return rows
 
 

@@ -37,12 +37,12 @@ class Contender:
     algebra: str = "direct"  # whose operations it executes: "direct" as the reference writes them, or "folded"
 
 
-def compile_reference(dit: ReducioDiT | None, vae: ReducioVAE, device: torch.device) -> str:
+def compile_reference(dit: ReducioDiT | None, vae: ReducioVAE, device: torch.device, mode: str | None = None) -> str:
     """torch.compile, in place, as its users are told to: block by block, weights channels-last. Says what it did.
 
     max-autotune on a GPU, without its own graphs: those hand out a tile's memory again before the tile is blended.
     """
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    mode = mode or ("max-autotune-no-cudagraphs" if device.type == "cuda" else "default")
     for network in (vae,) if dit is None else (dit, vae):
         for parameter in network.parameters():
             formats = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -2,8 +2,9 @@
 
 The hot shapes are those of a 1024x1024 clip: a 320-pixel tile of the decoder, a denoising step over 4096 tokens. The
 settings of one kernel and shape class are searched one axis at a time from those in force; a candidate that the
-compiler finds wanting (registers spilled, more shared memory than a block may have) is never launched. Times are of
-graph replays on a cold cache. `search` and `tune` take the clock and the compiler's judgement as functions, so both are
+compiler finds wanting (registers spilled, more shared memory than a block may have, a race in its machine code) is
+never timed, nor is one whose result differs from the vendor's: a compiler's mistake may well be the fastest. Times are
+of graph replays on a cold cache. `search` and `tune` take the clock and both judgements as functions, so they are
 tested with no GPU.
 """
 
@@ -34,6 +35,8 @@ from .hot_shapes import Problem, hot_problems
 
 Settings = dict[str, int]
 NOISE = 0.01  # by how much a candidate must be faster, as a share, to replace the best so far
+RUNS = 3  # of each candidate that are compared with the vendor's result: a race does not show every time
+CLOSE = 0.05  # of an element's size plus the mean one: two bfloat16 roundings and another order of sums stay below 0.02
 THRESHOLD = 0.03  # by how much a vendor's library must be faster than our kernel to take its place in the plan
 
 
@@ -114,6 +117,7 @@ def tune(
     arch: str,
     clock: Callable[[Problem, str], float],
     allowed: Callable[[str, str, tuple[str, ...], list[Settings]], list[bool]],
+    agrees: Callable[[Problem], bool],
     limit_s: float = 120,
     hip: bool = False,
     log: Callable[[str], None] = lambda line: None,
@@ -122,8 +126,9 @@ def tune(
     """(table, rows): settings by op and shape class with a "plan" of who runs what, and one row a group and problem.
 
     `clock(problem, way)` times a way to compute it ("kernel", "vendor", "flash-attn"; inf where it fails) under the
-    settings in force; `allowed(op, key, variants, candidates)` says which candidates the compiler passes. The groups
-    that cost a clip most come first, and each may use half of the time that is left.
+    settings in force; `allowed(op, key, variants, candidates)` says which candidates the compiler passes, `agrees(problem)`
+    whether our kernel computes what the vendor does under the settings in force. The groups that cost a clip most come
+    first, and each may use half of the time that is left.
     """
     end = now() + limit_s
     groups: dict[tuple[str, str], list[Problem]] = {}
@@ -137,7 +142,7 @@ def tune(
 
         def cost(entry: Settings, op: str = op, key: str = key, members: list[Problem] = members) -> float:
             with trial(arch, op, key, entry):
-                return _total(members, clock)
+                return _total(members, clock) if all(map(agrees, members)) else math.inf
 
         variants = tuple(dict.fromkeys(m.variant for m in members))
         result = search(
@@ -156,24 +161,28 @@ def tune(
             f"{op} {key}: {result.before * 1e3:.2f} -> {result.after * 1e3:.2f} ms a clip, {result.tried} tried, "
             f"{result.pruned} not launched"
         )
-    plan, more = choose(problems, arch, table, clock)
+    plan, more = choose(problems, arch, table, clock, agrees)
     for row in more:
         log(f"{row['plan']} ({row['what']}): " + ", ".join(f"{w} {s * 1e6:.0f} us" for w, s in row["seconds"].items()))
     return table | {"plan": plan}, rows + more
 
 
 def choose(
-    problems: Sequence[Problem], arch: str, table: dict[str, Any], clock: Callable[[Problem, str], float]
+    problems: Sequence[Problem],
+    arch: str,
+    table: dict[str, Any],
+    clock: Callable[[Problem, str], float],
+    agrees: Callable[[Problem], bool],
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """({class: who runs it}, one row a problem), under the settings just found: our kernel unless another way is
-    faster by THRESHOLD over all problems of a class."""
+    faster by THRESHOLD over all problems of a class, or our kernel is wrong."""
     rows, totals = [], dict[str, dict[str, float]]()
     for p in problems:
         with trial(arch, p.op, p.key, table[p.op][p.key]):
             ways = ["kernel", "vendor"]
             if p.op == "attention" and not p.plan.startswith("cross") and importlib.util.find_spec("flash_attn"):
                 ways.append("flash-attn")
-            seconds = {way: clock(p, way) for way in ways}
+            seconds = {way: clock(p, way) if way != "kernel" or agrees(p) else math.inf for way in ways}
         name = f"{p.op} {p.plan}".strip()
         for way, each in seconds.items():
             sums = totals.setdefault(name, {})
@@ -278,19 +287,41 @@ def run(
     path = path / f"{arch}.json" if path.is_dir() else path
     ways: dict[Problem, dict[str, Callable[[], Any]]] = {}
 
-    def timed(problem: Problem, way: str) -> float:
+    def ways_of(problem: Problem) -> dict[str, Callable[[], Any]]:
         if problem not in ways:
-            ways[problem] = problem.make(device)
+            made = ways[problem] = problem.make(device)
+            made["expected"] = functools.cache(made.get("expected", made["vendor"]))
+        return ways[problem]
+
+    def timed(problem: Problem, way: str) -> float:
         try:
-            return instruments.kernel_seconds(ways[problem][way], device)
+            return instruments.kernel_seconds(ways_of(problem)[way], device)
         except Exception:  # shared memory exceeded, a shape the vendor does not take: this way cannot win
             return math.inf
 
+    def right(problem: Problem) -> bool:
+        try:
+            return agree(ways_of(problem))
+        except Exception:  # as above
+            return False
+
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         allowed = functools.partial(compiles, pool, arch)
-        table, rows = tune(hot_problems(), arch, timed, allowed, limit_s, torch.version.hip is not None, log)
+        table, rows = tune(hot_problems(), arch, timed, allowed, right, limit_s, torch.version.hip is not None, log)
     write(table, arch, path)
     return {"benchmark": "tune", "machine": instruments.machine(device), "arch": arch, "table": str(path), "rows": rows}
+
+
+def agree(ways: dict[str, Callable[[], Any]]) -> bool:
+    """Whether "kernel" returns what "expected" does, every time, to within CLOSE in each element."""
+    want = _first(ways["expected"]()).float()
+    limit = (want.abs() + want.square().mean().sqrt()) * CLOSE
+    # Not `any > limit`: a NaN is greater than nothing.
+    return all(bool(((_first(ways["kernel"]()).float() - want).abs() <= limit).all()) for _ in range(RUNS))
+
+
+def _first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _passed(now: Callable[[], float], stop: float) -> bool:

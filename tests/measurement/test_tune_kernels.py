@@ -114,7 +114,7 @@ def test_tune_writes_settings_and_a_plan(root: Path, tmp_path: Path) -> None:
         return everything(candidates)
 
     before = tune_kernels.in_force("conv3d", "K<=128", "sm_90")
-    table, rows = tune_kernels.tune(problems, "sm_90", clock, allowed, limit_s=60)
+    table, rows = tune_kernels.tune(problems, "sm_90", clock, allowed, lambda p: True, limit_s=60)
     assert table["conv3d"]["K<=128"]["num_stages"] == 3 and table["conv3d"]["K<=128"]["BLOCK_M"] == 64
     assert table["attention"]["72"]["num_warps"] == 4
     assert table["plan"] == {
@@ -136,6 +136,48 @@ def test_tune_writes_settings_and_a_plan(root: Path, tmp_path: Path) -> None:
     kept = [(op, key) for op, entries in shipped.items() for key in entries if key not in table.get(op, {})]
     assert kept and all(written[op][key] == shipped[op][key] for op, key in kept)  # what was not measured stays
     assert max(map(len, path.read_text().splitlines())) > 60  # an entry a line, as in the tables that ship
+
+
+def test_a_wrong_result_is_never_the_fastest() -> None:
+    """The compiler's mistake is the fastest candidate of one class, and in force already for another."""
+    problems = [problem("conv3d", "K<=128", "128->128", 1), problem("conv3d", "*", "512->512", 1)]
+
+    def stages(p: Problem) -> int:
+        return tune_kernels.in_force(p.op, p.key, "gfx942")["num_stages"]
+
+    def clock(p: Problem, way: str) -> float:
+        return 10.0 if way == "vendor" else 1.0 / stages(p)
+
+    def agrees(p: Problem) -> bool:
+        return stages(p) != 3 and p.plan != "512->512"
+
+    table, rows = tune_kernels.tune(
+        problems, "gfx942", clock, lambda op, key, variants, some: everything(some), agrees, limit_s=60, hip=True
+    )
+    assert table["conv3d"]["K<=128"]["num_stages"] == 2
+    assert table["plan"] == {"conv3d 128->128": "kernel", "conv3d 512->512": "vendor"}
+    assert (
+        next(r for r in rows if r.get("what") == problems[1].what and r["plan"].endswith("512->512"))["seconds"][
+            "kernel"
+        ]
+        == math.inf
+    )
+
+
+@pytest.mark.parametrize("broken", ["nothing", "an element", "a NaN", "the third run"])
+def test_results_are_compared_element_by_element(broken: str) -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    runs = iter(range(100))
+
+    def kernel() -> tuple[torch.Tensor, torch.Tensor]:
+        y, run = (x.float() * 1.004).bfloat16(), next(runs)
+        if broken == "an element" or (broken == "the third run" and run == 2):
+            y[3, 5] += 0.5
+        if broken == "a NaN":
+            y[0, 0] = math.nan
+        return y, torch.empty(0)
+
+    assert tune_kernels.agree({"kernel": kernel, "expected": lambda: x}) == (broken == "nothing")
 
 
 def test_settings_come_back_after_a_failure() -> None:

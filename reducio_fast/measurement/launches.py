@@ -1,0 +1,115 @@
+"""Every kernel launch of a clip, for a GPU that is not here: the networks run on tensors that have no data.
+
+What `compile-check` builds is compared with this, and what a first clip would compile one by one is compiled from it by
+many processes (`compile.precompile`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..compile.precompile import Call
+from ..reference import DIT_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from ..triton_kernels.launch import TYPES, Launch, recording
+
+_Network = TypeVar("_Network", bound=nn.Module)
+
+SEMANTIC_TOKENS = 256  # of OpenCLIP ViT-H at 224 pixels
+
+
+class _Finite(TorchDispatchMode):
+    """Answers yes where a tensor without data is asked: the decoder's check for infinite values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def keys_of(pixels: int) -> int:
+    """How many keys cross-attention has at this size: those of the caption, of the picture's sense and of its content.
+
+    Of the published preset for `pixels`, 256, 512 or 1024."""
+    config = DIT_PRESETS[f"reducio-{pixels}"]
+    cell = 8 * config.content_patch_size * config.content_stride
+    return config.caption_length + SEMANTIC_TOKENS + (pixels // cell) ** 2
+
+
+def clip_launches(
+    arch: str,
+    dit_config: DiTConfig = DIT_PRESETS["reducio-1024"],
+    vae_config: VAEConfig = VAEConfig(),
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Launch]:
+    """What a clip of these networks launches on `arch`, in order, graphs aside: of the first blocks of the transformer,
+    whose others are like them, and of one tile. No kernel is built for a size, so those of a small clip serve all."""
+    from ..fast.plan import Plan
+    from ..fast.reducio.dit import FastReducioDiT
+    from ..fast.reducio.vae import FastReducioVAE
+    from ..triton_kernels.guidance_dpm_step import guidance_dpm_step
+
+    device, pixels = torch.device("cuda", 0), 256
+    dit_config = dataclasses.replace(dit_config, depth=dit_config.content_groups + 1)
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, device=device, dtype=kind)
+
+    with recording(arch) as launches, FakeTensorMode(), _Finite(), torch.no_grad():
+        plan = Plan(device, dtype)
+        with device:
+            vae = FastReducioVAE(_cast(ReducioVAE(vae_config), dtype), plan)
+            dit = FastReducioDiT(_cast(ReducioDiT(dit_config), dtype), plan)
+        latent = empty(1, *vae_config.latent_shape(pixels, pixels), kind=torch.float32)
+        vae.decode(latent.to(dtype), vae.encode_content(empty(1, 3, pixels, pixels)), as_uint8=True)
+        prepared = dit.prepare(
+            empty(2, dit_config.caption_length, dit_config.caption_channels),
+            torch.empty(2, dit_config.caption_length, device=device, dtype=torch.long),
+            empty(2, SEMANTIC_TOKENS, dit_config.semantic_channels),
+            empty(2, dit_config.content_channels, pixels // 8, pixels // 8),
+        )
+        prediction = dit.denoise(latent, dit.modulations(empty(1, kind=torch.float32), latent.shape[2:]), prepared)
+        guidance_dpm_step(prediction.contiguous(), latent, torch.zeros_like(latent), empty(6, kind=torch.float32))
+    return launches
+
+
+def _cast(network: _Network, dtype: torch.dtype) -> _Network:
+    """`network.to(dtype)`, which cannot cast tensors without data in place."""
+    for module in network.modules():
+        for held in (module._parameters, module._buffers):
+            for name, x in held.items():
+                if x is not None and x.is_floating_point():
+                    x = x.detach().to(dtype)
+                    held[name] = nn.Parameter(x, requires_grad=False) if held is module._parameters else x
+    return network
+
+
+def calls_of(launches: Iterable[Launch]) -> list[Call]:
+    """Each build that these launches need, once: tensors become their types, numbers what Triton builds apart."""
+    calls = {}
+    for launch in launches:
+        parameters = {parameter.name: parameter for parameter in launch.kernel.params}
+        arguments = tuple(
+            (name, _kind(value, parameters.get(name))) for name, value in sorted(launch.arguments.items())
+        )
+        function = launch.kernel.fn
+        calls[Call(function.__module__, function.__qualname__, arguments)] = None
+    return list(calls)
+
+
+def _kind(value: Any, parameter: Any) -> Any:
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if parameter is None or parameter.is_constexpr or value is None:  # no parameter: an option of the compiler
+        return value
+    if isinstance(value, float):
+        return 0.5
+    if parameter.do_not_specialize or value == 1 or value >= 2**31:
+        return 2 if parameter.do_not_specialize and value < 2**31 else value
+    return 16 if value % 16 == 0 else 3

@@ -1,0 +1,105 @@
+"""What `compile-check` demands of the machine code of the hottest kernels, and the rate that it predicts for them.
+
+`machine_limits.json` has, for each target and build, counts of `compile.machine_code` that must not be exceeded or not
+fallen short of, and `measured`, TFLOP/s on the card once somebody has measured them. The counts are those of the Triton
+version that the file names: another compiler's registers and instructions differ, so there they are shown and not held.
+Spills, hazards, missing matrix instructions and divisions are wrong with any.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+from ..compile.aot import Build
+from ..triton_kernels.conv3d import blocks_for
+from ..triton_kernels.tables import settings
+from .launches import keys_of
+from .rate_model import CHIPS, attention, blocks_at_once, convolution, rate
+
+
+@functools.cache
+def limits() -> dict[str, Any]:
+    text = (resources.files(__package__) / "machine_limits.json").read_text(encoding="utf-8")
+    data: dict[str, Any] = json.loads(text)
+    return data
+
+
+def held(version: str) -> bool:
+    """Whether the counts are held to their limits with this version of Triton."""
+    return version.split(".")[:2] == limits()["triton"].split(".")
+
+
+def counts(build: Build) -> dict[str, int]:
+    """All numbers that a limit can name; empty where there was no disassembler."""
+    if build.code is None:
+        return {}
+    numbers = {name: value for name, value in asdict(build.code).items() if isinstance(value, int)}
+    numbers |= {"registers": build.registers, "shared": build.shared}
+    return numbers | ({"blocks": blocks_at_once(build)} if build.arch in CHIPS else {})
+
+
+def exceeded(build: Build) -> list[str]:
+    """One line for each limit that a build breaks."""
+    entry, has = limits()["targets"].get(build.arch, {}).get(build.variant, {}), counts(build)
+    if not has or build.problems:
+        return []
+    too_many = [
+        f"{name}: {has[name]}, the limit is {most}"
+        for name, most in entry.get("at most", {}).items()
+        if has[name] > most
+    ]
+    return too_many + [
+        f"{name}: {has[name]}, it must be {least} or more"
+        for name, least in entry.get("at least", {}).items()
+        if has[name] < least
+    ]
+
+
+def divides(build: Build) -> list[str]:
+    """The loop of a convolution must not divide integers by run-time values: some twenty instructions each time."""
+    if build.code is None or not build.variant.startswith(("conv3d", "upsample_conv3d")) or not build.code.division:
+        return []
+    return [f"{build.code.division} instructions of an integer division in the loop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    variant: str
+    arch: str
+    what: str
+    predicted: float | None  # FLOP/s by `rate_model`
+    measured: float | None  # FLOP/s
+
+
+def prediction(build: Build) -> Prediction | None:
+    """Of a hot shape; None for other builds."""
+    entry = limits()["targets"].get(build.arch, {}).get(build.variant)
+    problem = PROBLEMS.get(build.variant)
+    if entry is None or problem is None:
+        return None
+    op, what, numbers = problem
+    if op == "attention":
+        shape = attention(*numbers, settings(op, str(numbers[-1]), build.arch))
+    else:
+        C, K, frames, side, taps, phases = numbers
+        flops, blocks, passes = convolution(C, K, frames, side, taps, blocks_for(op, torch.bfloat16, C, K, build.arch))
+        shape = (flops * phases, blocks * phases, passes)
+    return Prediction(build.variant, build.arch, what, rate(build, *shape), entry.get("measured"))
+
+
+# Of a 1024x1024 clip: op, in words, and what `rate_model` needs: channels, frames, side, taps a phase, phases; or clips,
+# queries, keys, heads, head dim.
+PROBLEMS: dict[str, tuple[str, str, tuple[int, ...]]] = {
+    "conv3d bf16 128->128 k3 residual stats": ("conv3d", "16x320x320", (128, 128, 16, 320, 27, 1)),
+    "conv3d bf16 256->256 k3 residual stats": ("conv3d", "16x160x160", (256, 256, 16, 160, 27, 1)),
+    "upsample_conv3d bf16 256->256 space stats": ("upsample_conv3d", "from 16x160x160", (256, 256, 16, 160, 12, 4)),
+    "attention bf16 72": ("attention", "2x4096 queries and keys", (2, 4096, 4096, 16, 72)),
+    "attention bf16 72 counted": ("attention", "2x4096 queries, content keys", (2, 4096, keys_of(1024), 16, 72)),
+    "attention bf16 64": ("attention", "102400 queries, 6400 keys", (1, 102400, 6400, 4, 64)),
+}

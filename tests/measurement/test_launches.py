@@ -1,0 +1,109 @@
+"""The launches of a full-size clip on GPUs that are not here: what is built, what is read, what can be compiled before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+
+from reducio_fast.measurement.launches import keys_of
+
+pytestmark = pytest.mark.slow
+
+CODE = textwrap.dedent("""
+    import json, os, sys, time
+    from pathlib import Path
+    from torch import Tensor
+    from reducio_fast.compile.precompile import precompile
+    from reducio_fast.compile.targets import TARGETS
+    from reducio_fast.measurement.launches import calls_of, clip_launches
+    from reducio_fast.triton_kernels.registry import OPS
+
+    launches = clip_launches("sm_90")
+
+    def build(kernel, constants, types):
+        constants = {k: v for k, v in constants.items() if not k.startswith(("BLOCK", "num_"))}
+        return [kernel, sorted((k, str(v)) for k, v in constants.items()), sorted(types.items())]
+
+    def launched(launch):
+        constexprs = {p.name for p in launch.kernel.params if p.is_constexpr}
+        constants = {k: v for k, v in launch.arguments.items() if k in constexprs or v is None}
+        types = {k: str(v.dtype).removeprefix("torch.") for k, v in launch.arguments.items() if isinstance(v, Tensor)}
+        return build(launch.kernel.fn.__name__, constants, types)
+
+    names = {"*bf16": "bfloat16", "*fp32": "float32", "*i32": "int32", "*u8": "uint8", "*fp16": "float16"}
+    built = [
+        [op] + build(v.kernel.fn.__name__, v.constants, {k: names[t] for k, t in v.signature.items() if t[0] == "*"})
+        for op, module in OPS.items() for v in module.variants("sm_90") if "bf16" in v.name
+    ]
+
+    # Statistics: written by one launch, by whom are they read?
+    written = {id(l.arguments["stats_ptr"]) for l in launches if l.arguments.get("stats_ptr") is not None}
+    read = {id(l.arguments["partials_ptr"]) for l in launches if l.kernel.fn.__name__ == "finalise_kernel"}
+
+    # Each call compiles in a process of its own, and the next one finds it done.
+    cheap = [call for call in calls_of(launches) if call.kernel in ("blend_tiles_kernel", "guidance_dpm_step_kernel")]
+    seconds = []
+    for _ in range(2):
+        assert precompile(cheap, TARGETS["sm_90"].triton_target, jobs=1) == []
+        seconds.append(sorted(str(p) for p in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
+    broken = [type(cheap[0])(cheap[0].module, cheap[0].kernel, (("nonsense", 1),))]
+    print(json.dumps({
+        "launched": [launched(l) for l in launches], "built": built, "unread": len(written - read),
+        "written": len(written), "cubins": seconds, "calls": len(calls_of(launches)),
+        "failures": precompile(broken, TARGETS["sm_90"].triton_target, jobs=1),
+    }))
+""")
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    # In a process where Triton compiles: here it interprets.
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_compile_check_builds_what_a_clip_launches(dry_run: dict[str, Any]) -> None:
+    """Every launch is among the builds; of convolutions every bfloat16 build is launched, but a causal model's one."""
+    built = {json.dumps(build[1:]): build[0] for build in dry_run["built"]}
+    launched = {json.dumps(launch) for launch in dry_run["launched"]}
+    assert launched - set(built) == set()
+    convolutions = {b for b, op in built.items() if op.endswith("conv3d") and '"CAUSAL", "True"' not in b}
+    assert convolutions - launched == set()
+
+
+def test_statistics_are_taken_where_they_are_read(dry_run: dict[str, Any]) -> None:
+    assert dry_run["written"] > 40 and dry_run["unread"] == 0
+
+
+def test_kernels_are_compiled_beforehand(dry_run: dict[str, Any]) -> None:
+    first, second = dry_run["cubins"]
+    assert len(first) == 2 and first == second
+    assert 30 < dry_run["calls"] < 60
+    assert len(dry_run["failures"]) == 1 and dry_run["failures"][0].startswith("blend_tiles_kernel: TypeError")
+
+
+def test_keys_of_the_published_sizes() -> None:
+    """Against the model itself, on tensors without data."""
+    import torch
+
+    from reducio_fast.reference import DIT_PRESETS, ReducioDiT
+
+    for pixels in (256, 512, 1024):
+        config = DIT_PRESETS[f"reducio-{pixels}"]
+        with torch.device("meta"):
+            network = ReducioDiT(config)
+            condition = network.embed_condition(
+                torch.empty(1, config.caption_length, config.caption_channels),
+                torch.empty(1, config.caption_length, dtype=torch.long),
+                torch.empty(1, 256, config.semantic_channels),
+                torch.empty(1, config.content_channels, pixels // 8, pixels // 8),
+            )
+        assert {tokens.shape[1] for tokens in condition.tokens} == {keys_of(pixels)}
