@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..reference import ReducioDiT, ReducioVAE
+from ..reference.reducio.image_vae import ImageVAE
+from ..reference.reducio.pixart import PixArt
+from ..reference.reducio.text_encoder import T5Encoder
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import TemporalVAE
 from ..system.errors import ReducioError
@@ -48,6 +51,9 @@ PUBLISHED: dict[type[nn.Module], tuple[str, str]] = {
     ReducioDiT: ("reducio_fast", "ReducioDiT"),
     VideoUNet: ("diffusers", "UNetSpatioTemporalConditionModel"),
     TemporalVAE: ("diffusers", "AutoencoderKLTemporalDecoder"),
+    PixArt: ("diffusers", "PixArtTransformer2DModel"),
+    ImageVAE: ("diffusers", "AutoencoderKL"),
+    T5Encoder: ("transformers", "T5EncoderModel"),
 }
 
 

@@ -7,6 +7,7 @@ names.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Callable, Hashable
@@ -23,6 +24,7 @@ from ..system.paths import expanded, is_file, is_folder, status
 from .call.quality import PRESETS
 from .peers import pipeline as peers
 from .peers.models import PEERS, build_random
+from .reducio import light
 from .reducio.pipeline import ReducioPipeline
 from .svd.decoder import HUB_ID
 from .svd.pipeline import SVDPipeline
@@ -45,6 +47,8 @@ class Model:
     files: Hashable = None
     fps: float | None = None
     needs_prompt: bool = True
+    # light(dtype, device, free_dtype): the same without any library's classes; None where the folder needs them.
+    light: Callable[..., Any] | None = None
 
 
 FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline)}
@@ -114,6 +118,7 @@ def _of_folder(folder: Path) -> Model:
         files=folder_state(folder),
         fps=_fps(folder) if family is ReducioPipeline else _defaults(family.__call__)["fps"],
         needs_prompt=family is ReducioPipeline,
+        light=functools.partial(light.load, folder) if family is ReducioPipeline else None,
     )
 
 

@@ -72,8 +72,8 @@ def test_unipc(config: dict[str, Any], steps: int) -> None:
 def test_spacings(config: dict[str, Any], steps: int) -> None:
     timesteps = None if config else quadratic_timesteps(steps)
     made: Callable[[], Any] = lambda: DPMSolverMultistepScheduler(prediction_type="v_prediction", **config)  # noqa: E731
-    given = (steps, noise(), timesteps)
-    torch.testing.assert_close(by_table(made(), *given), by_diffusers(made(), *given), rtol=1e-9, atol=1e-9)
+    given = (steps, noise(), timesteps)  # which diffusers steps in float32
+    torch.testing.assert_close(by_table(made(), *given), by_diffusers(made(), *given), rtol=1e-5, atol=1e-6)
 
 
 def test_what_unipc_cannot_do_linearly_is_refused() -> None:
