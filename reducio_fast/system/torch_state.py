@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from . import cores
+
 
 @contextmanager
 def inference() -> Iterator[None]:
@@ -14,8 +16,9 @@ def inference() -> Iterator[None]:
     no autocast, and tensors are no inference tensors, which cannot be written to later. Also a decorator.
 
     The default dtype is the one of these that torch keeps for the whole process and not for a thread: it is touched
-    only where the caller has changed it. What stays as the caller has it: the number of threads, the precision of
-    float32 products, deterministic algorithms and the backends' switches.
+    only where the caller has changed it. Where torch has more threads than this process may use cores, and no variable of
+    the environment says how many, it keeps to the cores. What stays as the caller has it: the precision of float32
+    products, deterministic algorithms and the backends' switches.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -32,4 +35,8 @@ def inference() -> Iterator[None]:
         if (dtype := torch.get_default_dtype()) != torch.float32:
             stack.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(torch.float32)
+        threads = torch.get_num_threads()
+        if (limit := cores.too_many(threads)) is not None:
+            stack.callback(torch.set_num_threads, threads)
+            torch.set_num_threads(limit)
         yield

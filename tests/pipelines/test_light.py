@@ -1,4 +1,4 @@
-"""A clip in a fresh process without diffusers and transformers: the same bytes, component by component and as a whole."""
+"""A clip in a fresh process without diffusers and transformers: the same bytes, by component and as a whole."""
 
 from __future__ import annotations
 
