@@ -16,8 +16,8 @@ def inference() -> Iterator[None]:
     no autocast, and tensors are no inference tensors, which cannot be written to later. Also a decorator.
 
     The default dtype is the one of these that torch keeps for the whole process and not for a thread: it is touched
-    only where the caller has changed it. Where torch has more threads than this process may use cores, and no variable of
-    the environment says how many, it keeps to the cores. What stays as the caller has it: the precision of float32
+    only where the caller has changed it. Where torch has more threads than this process may use cores, and no variable
+    of the environment says how many, it keeps to the cores. What stays as the caller has it: the precision of float32
     products, deterministic algorithms and the backends' switches.
     """
     with ExitStack() as stack:
