@@ -55,8 +55,9 @@ def __getattr__(name: str) -> Any:
         import importlib
 
         from .compile import gc_pause
+        from .system import cores
 
-        with gc_pause.paused():  # torch is imported here
+        with gc_pause.paused(), cores.sleeping_threads():  # torch is imported here
             return getattr(importlib.import_module(f".pipelines.{_IN_PIPELINES[name]}", __name__), name)
     if name == "ReducioError":
         from .system.errors import ReducioError

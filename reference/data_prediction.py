@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .multistep_schedule import MultistepSchedule
 from .svd.consistency import data_prediction
 
 DataHook = Callable[[int, Tensor], "Tensor | None"]  # (step, data prediction) -> another one, or None to leave it
@@ -28,6 +29,8 @@ KNOWN = (
 
 def family_of(scheduler: Any) -> str | None:
     """Which of KNOWN the scheduler is, or derives from; None for another one."""
+    if isinstance(scheduler, MultistepSchedule):
+        return scheduler.config["_class_name"]
     names = [base.__name__ for base in type(scheduler).__mro__]
     return next((known for known in KNOWN if known in names), None)
 

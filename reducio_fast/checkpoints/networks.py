@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..reference import ReducioDiT, ReducioVAE
+from ..reference.reducio.image_vae import ImageVAE
+from ..reference.reducio.pixart import PixArt
+from ..reference.reducio.text_encoder import T5Encoder
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import FrameVAE, TemporalVAE
 from ..system.errors import ReducioError
@@ -50,6 +53,9 @@ PUBLISHED: dict[type[nn.Module], tuple[str, str]] = {
     VideoUNet: ("diffusers", "UNetSpatioTemporalConditionModel"),
     TemporalVAE: ("diffusers", "AutoencoderKLTemporalDecoder"),
     FrameVAE: ("diffusers", "AutoencoderKL"),
+    PixArt: ("diffusers", "PixArtTransformer2DModel"),
+    ImageVAE: ("diffusers", "AutoencoderKL"),
+    T5Encoder: ("transformers", "T5EncoderModel"),
 }
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from ..system import cache_folder
+from ..system import cache_folder, cores
 from ..system.errors import ReducioError, is_out_of_memory
 from . import (
     bench,
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt shows question marks
     arguments = parser().parse_args(argv)
     try:
-        with _terminated_as_an_exception(), cache_folder.for_compilers():
+        with _terminated_as_an_exception(), cache_folder.for_compilers(), cores.sleeping_threads():
             return _run(arguments)
     except BrokenPipeError:
         # Who reads our output has gone, as in `reducio-fast env | head -1`. Python flushes once more when it ends.

@@ -87,7 +87,7 @@ class Engine:
         self._twins.pop(network_class, None)
         weight = next(network.parameters())
         runs_on = weight.device if device is None else device
-        dtype = default_dtype(runs_on, weight.dtype)[0] if self.free_dtype else weight.dtype
+        dtype = default_dtype(runs_on, weight.dtype, network)[0] if self.free_dtype else weight.dtype
         twin = self._build(network, Plan(runs_on, dtype, attention=self.attention), dtype)
         if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
             twin.graphs = self.graphs
@@ -128,9 +128,10 @@ class Engine:
         given = (denoise, scheduler, latent, num_inference_steps, callback, generator)
         return sampler.sample(*given, sigmas, timesteps, shortcuts, data_hook)
 
-    def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
-        """The dtype in which twins of `stored` weights run on `device`, and why."""
-        return default_dtype(device, stored) if self.free_dtype else (stored, "asked for")
+    def chosen_dtype(self, device: torch.device, network: nn.Module) -> tuple[torch.dtype, str]:
+        """The dtype in which the network's twin runs on `device`, and why."""
+        stored = next(network.parameters()).dtype
+        return default_dtype(device, stored, network) if self.free_dtype else (stored, "asked for")
 
     def set_attention(self, word: str, device: torch.device, dtype: torch.dtype) -> None:
         """Raises ValueError, one line, for a word that is unknown or cannot be followed."""

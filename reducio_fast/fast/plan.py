@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..triton_kernels import conv3d, group_norm_silu
 from ..triton_kernels.launch import FLOATING
 from ..triton_kernels.registry import OPS
 from ..triton_kernels.tables import arch_of, table
+from . import cpu_dtypes
 
 # Names of attention backends, diffusers' where it has one, and the implementation of each; "auto" leaves it open.
 ATTENTION = {"auto": None, "native": "vendor", "flash": "flash-attn", "reducio": "kernel"}
@@ -37,20 +38,14 @@ def check_attention(word: str, device: torch.device, dtype: torch.dtype) -> None
         raise ValueError(f"{word!r} does not take {dtype}; auto and native do")
 
 
-# A CPU that has one of these multiplies bfloat16 faster than float32: on a Xeon with AMX a clip's decoding, 2.6 times.
-BFLOAT16_CPU_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
+def default_dtype(device: torch.device, stored: torch.dtype, network: nn.Module) -> tuple[torch.dtype, str]:
+    """What the twin of a network stored in float32 runs in where no dtype was asked for, and why.
 
-
-def default_dtype(device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
-    """What the twins of networks stored in float32 run in where no dtype was asked for, and why.
-
-    On a GPU, and for weights in any other dtype, that of the weights. An older torch that does not name the features
-    of its CPU gets float32.
+    On a CPU the one in which its products were measured faster. On a GPU, and for weights in any other dtype, that of
+    the weights.
     """
     if device.type == "cpu" and stored == torch.float32:
-        features = getattr(torch.cpu, "get_capabilities", dict)()
-        if feature := next((name for name in BFLOAT16_CPU_FEATURES if features.get(name)), None):
-            return torch.bfloat16, f"this CPU has {feature}"
+        return cpu_dtypes.choose(network)
     return stored, "that of the weights"
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference.data_prediction import alpha_sigma, data_rows
+from ..reference.multistep_schedule import MultistepSchedule
 from ..reference.sampler import set_timesteps
 from ..reference.svd.consistency import ConsistencyScheduler
 from ..triton_kernels.guidance_dpm_step import OP
@@ -246,7 +247,8 @@ def _sigmas_of(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]
     and EDM solvers) scale the noise or the model's input, or step otherwise.
     """
     name = type(scheduler).__name__
-    if wanted not in (base.__name__ for base in type(scheduler).__mro__):
+    ours = isinstance(scheduler, MultistepSchedule) and wanted == scheduler.config["_class_name"]
+    if not ours and wanted not in (base.__name__ for base in type(scheduler).__mro__):
         raise ValueError(f"{OP}: the scheduler is a {name}, coefficients are known for {wanted}")
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise ValueError(f"{OP}: {name} has no steps yet, call set_timesteps first")
@@ -297,6 +299,7 @@ def _of_diffusers(class_name: str) -> Callable[[Any], bool]:
     return knows
 
 
+register(lambda scheduler: isinstance(scheduler, MultistepSchedule), dpm_coefficients)
 register(_of_diffusers("DPMSolverMultistepScheduler"), dpm_coefficients)
 register(_of_diffusers("UniPCMultistepScheduler"), unipc_coefficients)
 register(_of_diffusers("FlowMatchEulerDiscreteScheduler"), euler_coefficients)

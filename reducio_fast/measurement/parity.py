@@ -49,10 +49,10 @@ def compare(
 
     device = resolve_device(device)
     free, dtype = dtype is None, resolve_dtype(dtype, None, device)
-    dtype = default_dtype(device, dtype)[0] if free else dtype
     folder = embedded_model() if model is None else find_model(model)
     vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32, device)
     dit = load_model(ReducioDiT, DiTConfig, folder / "transformer", torch.float32, device)
+    dtype = default_dtype(device, dtype, dit)[0] if free else dtype
     pixels = GPU_PIXELS if device.type == "cuda" else CPU_PIXELS
     name, default_pixels = ("default", 128) if model is None else (folder.name, pixels)
     rows: list[Row] = []

@@ -15,6 +15,7 @@ from ..system import devices
 from ..system.errors import ReducioError
 from . import registry
 from .call.output import ReducioOutput
+from .reducio import light
 
 KEPT_PIPELINES = 2  # enough to compare two models; at full size a third would fill most hosts
 
@@ -49,7 +50,12 @@ def generate(
     settings = [(n, v if getattr(v, "__hash__", None) else (type(v), id(v))) for n, v in load_kwargs.items()]
     key = (*model_entry.key, asked, device, backend, *settings)
     folders = [registry.folder_state(v) for v in load_kwargs.values() if isinstance(v, str | os.PathLike)]
-    pipe = _kept(key, (model_entry.files, *folders), lambda: model_entry.load(asked, device, backend, **load_kwargs))
+    files = (model_entry.files, *folders)
+    pipe = None
+    if model_entry.light is not None and backend != "reference" and not load_kwargs and light.can_follow(kwargs):
+        pipe = _light(key, files, lambda: model_entry.light(resolved, device, asked is None))
+    if pipe is None:
+        pipe = _kept(key, files, lambda: model_entry.load(asked, device, backend, **load_kwargs))
     return pipe(prompt=prompt, image=image, **kwargs)
 
 
@@ -76,6 +82,32 @@ class _Entry:
 
 _entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
 _lock = threading.Lock()  # never held while a model loads: calls of another model go on
+
+
+_need_libraries: set[Hashable] = set()  # models, with the state of their files, that this package cannot read alone
+
+
+def _light(key: tuple[Any, ...], files: Hashable, load: Callable[[], Any]) -> Any:
+    """The kept pipeline of a model that needs no library, or else `load()`; None where it does, or where the libraries'
+    own is there already."""
+    with _lock:
+        if key in _entries or (key, files) in _need_libraries:
+            return None
+    try:
+        return _kept((*key, "light"), files, lambda: _present(load()))
+    except _NeedsLibraries:
+        _need_libraries.add((key, files))
+        return None
+
+
+class _NeedsLibraries(Exception):
+    pass
+
+
+def _present(pipe: Any) -> Any:
+    if pipe is None:
+        raise _NeedsLibraries
+    return pipe
 
 
 def _renew_locks() -> None:

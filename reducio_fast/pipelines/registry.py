@@ -7,6 +7,7 @@ names.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Callable, Hashable
@@ -23,6 +24,7 @@ from ..system.paths import expanded, is_file, is_folder, status
 from .call.quality import PRESETS
 from .peers import pipeline as peers
 from .peers.models import PEERS, build_random
+from .reducio import light
 from .reducio.pipeline import ReducioPipeline
 from .svd.decoder import HUB_ID
 from .svd.orbit import SV3DPipeline
@@ -48,6 +50,8 @@ class Model:
     needs_prompt: bool = True
     # A pipeline for `check_inputs` alone, without weights; None for peers, whose calls check themselves.
     checker: Callable[[], Any] | None = None
+    # light(dtype, device, free_dtype): the same without any library's classes; None where the folder needs them.
+    light: Callable[..., Any] | None = None
 
 
 FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline, SV3DPipeline)}
@@ -120,6 +124,7 @@ def _of_folder(folder: Path) -> Model:
         fps=_fps(folder) if family is ReducioPipeline else _defaults(family.__call__)["fps"],
         needs_prompt=family is ReducioPipeline,
         checker=lambda: family.without_weights(folder),
+        light=functools.partial(light.load, folder) if family is ReducioPipeline else None,
     )
 
 

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from . import cores
+
 
 @contextmanager
 def inference() -> Iterator[None]:
@@ -14,8 +16,9 @@ def inference() -> Iterator[None]:
     and tensors are not inference tensors, which could not be written to later. Also usable as a decorator.
 
     The default dtype is the only one of these settings that is global to the process instead of local to the thread, so
-    it is set only if the caller has changed it. The caller's number of threads, precision of float32 products,
-    deterministic algorithms and backend flags stay in effect.
+    it is set only if the caller has changed it. If torch has more threads than this process may use cores, and no
+    environment variable sets their number, it uses as many as there are cores. The caller's precision of float32
+    products, deterministic algorithms and backend flags stay in effect.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -32,4 +35,8 @@ def inference() -> Iterator[None]:
         if (dtype := torch.get_default_dtype()) != torch.float32:
             stack.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(torch.float32)
+        threads = torch.get_num_threads()
+        if (limit := cores.too_many(threads)) is not None:
+            stack.callback(torch.set_num_threads, threads)
+            torch.set_num_threads(limit)
         yield

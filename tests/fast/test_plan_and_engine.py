@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.machinery
+import json
 import subprocess
 import sys
 import textwrap
 import types
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from diffusers import DDIMScheduler
 
 from reducio_fast import ReducioPipeline
 from reducio_fast.evaluation.toy_report import held_out_scenes
+from reducio_fast.fast import cpu_dtypes
 from reducio_fast.fast.plan import Plan
 from reducio_fast.fast.reducio.dit import FastReducioDiT
 from reducio_fast.fast.reducio.vae import FastReducioVAE
@@ -92,9 +95,13 @@ def test_changed_weights_are_packed_again(bundle: Path) -> None:
     assert np.abs(reference("a red circle", image, **words).frames.astype(int) - second).max() <= 1
 
 
-def test_a_cpu_that_has_bfloat16_computes_in_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_that_multiplies_bfloat16_faster_computes_in_it(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where no dtype was asked for, in the twins alone; a named one holds everywhere."""
+    monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(cpu_dtypes, "_time", lambda name, timer: {"float32": 2.0, "bfloat16": 1.0})
     image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 2, "progress": False}
     prompt, load = "a red circle moving right", partial(ReducioPipeline.from_pretrained, bundle, device="cpu")
 
@@ -103,7 +110,7 @@ def test_a_cpu_that_has_bfloat16_computes_in_it(bundle: Path, monkeypatch: pytes
         return pipe.dtype, pipe.vae.quant_conv.weight.dtype, *(twin.dtype for twin in twins)
 
     pipe, wide, half = load(), [torch.float32] * 2, [torch.bfloat16] * 2
-    assert dtypes(pipe) == (*wide, *half) and pipe.report["vae"].endswith("in bfloat16: this CPU has avx512_bf16")
+    assert dtypes(pipe) == (*wide, *half) and "in bfloat16: its products take 0.50" in pipe.report["vae"]
     latent = pipe(prompt, image, output_type="latent", **words).frames
     named, reference = load(dtype="float32"), load(backend="reference")
     assert dtypes(named) == (*wide, *wide) and named.report["vae"].endswith("in float32: asked for")
@@ -116,6 +123,44 @@ def test_a_cpu_that_has_bfloat16_computes_in_it(bundle: Path, monkeypatch: pytes
     assert torch.equal(pipe(prompt, image, output_type="latent", **words).frames, float32)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
     assert dtypes(load()) == (*wide, *wide)
+
+
+def test_the_table_of_dtypes_is_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each product in both dtypes, by its own time, and the next process reads them."""
+    monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    network = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(64, 32), torch.nn.Conv3d(16, 16, 3))
+    network.append(torch.nn.Conv2d(4, 8, 3)).append(torch.nn.Conv2d(8, 8, 1))
+    assert cpu_dtypes.products_of(network) == {"linear 64->32": 2, "conv3d 16->16": 1, "conv2d 4->8": 1}
+
+    def timed(slow: torch.dtype) -> Any:
+        """A clock on which products in that dtype take three times as long."""
+
+        def seconds(run: Any) -> float:
+            return 3.0 if run().dtype == slow else 1.0
+
+        return seconds
+
+    assert cpu_dtypes.choose(network, timed(torch.float32))[0] == torch.bfloat16
+    dtype, why = cpu_dtypes.choose(network, timed(torch.bfloat16))
+    assert dtype == torch.float32 and why == "its products take 3.00 of float32's time in bfloat16 on this CPU"
+    assert not list(tmp_path.rglob("*.json")), "a clock of one's own keeps nothing"
+
+    chosen = cpu_dtypes.choose(network)
+    (file,) = tmp_path.rglob("*.json")
+    table = json.loads(file.read_text())
+    assert sorted(table) == ["conv2d 4->8", "conv3d 16->16", "linear 64->32"]
+    assert all(0 < seconds < 10 for row in table.values() for seconds in row.values())
+    cpu_dtypes._tables.clear()  # as in another process
+    monkeypatch.setattr(cpu_dtypes, "_time", None)
+    assert cpu_dtypes.choose(network) == chosen
+    cpu_dtypes._tables.clear()
+    file.write_text("{")
+    monkeypatch.setattr(cpu_dtypes, "_time", lambda name, timer: {"float32": 1.0, "bfloat16": 0.95})
+    assert cpu_dtypes.choose(network)[0] == torch.float32, "a damaged table is measured again; 5% is not worth rounding"
+    assert sorted(json.loads(file.read_text())) == sorted(table)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert cpu_dtypes.choose(network) == (torch.float32, "this CPU has no bfloat16")
 
 
 def test_bytes_and_values_are_one_clip(bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from reducio_fast.fast import sampler as fast_sampler
 from reducio_fast.fast.reducio.dit import FastReducioDiT
 from reducio_fast.fast.solver_tables import coefficients
+from reducio_fast.measurement.accuracy_rule import relative_error
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, sample
 from reducio_fast.reference.sampler import Shortcuts, quadratic_timesteps
-from tiny_networks import DIT, lively, plan
+from tiny_networks import DIT, assert_right, lively, plan
 
 UNIPC: list[dict[str, Any]] = [
     {},
@@ -72,8 +74,8 @@ def test_unipc(config: dict[str, Any], steps: int) -> None:
 def test_spacings(config: dict[str, Any], steps: int) -> None:
     timesteps = None if config else quadratic_timesteps(steps)
     made: Callable[[], Any] = lambda: DPMSolverMultistepScheduler(prediction_type="v_prediction", **config)  # noqa: E731
-    given = (steps, noise(), timesteps)
-    torch.testing.assert_close(by_table(made(), *given), by_diffusers(made(), *given), rtol=1e-9, atol=1e-9)
+    given = (steps, noise(), timesteps)  # which diffusers steps in float32
+    torch.testing.assert_close(by_table(made(), *given), by_diffusers(made(), *given), rtol=1e-5, atol=1e-6)
 
 
 def test_what_unipc_cannot_do_linearly_is_refused() -> None:
@@ -110,8 +112,11 @@ def model() -> tuple[Any, Any, Condition]:
     return network, FastReducioDiT(network, plan()), condition
 
 
-def run(sampler: Any, network: Any, cond: Condition, scheduler: Any, steps: int = 6, **words: Any) -> Tensor:
-    latent = torch.randn(1, 16, 4, 2, 2, generator=torch.Generator().manual_seed(2))
+def run(
+    sampler: Any, network: Any, cond: Condition, scheduler: Any, dtype: torch.dtype = torch.float32, steps: int = 6,
+    **words: Any,
+) -> Tensor:  # fmt: skip
+    latent = torch.randn(1, 16, 4, 2, 2, generator=torch.Generator().manual_seed(2)).to(dtype)
     return sampler(network.denoiser(cond, None, 3.0), scheduler, latent, steps, **words)
 
 
@@ -121,12 +126,11 @@ def run(sampler: Any, network: Any, cond: Condition, scheduler: Any, steps: int 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_shortcuts_are_the_references(model: tuple[Any, Any, Condition], shortcuts: Shortcuts, scheduler: Any) -> None:
     reference, twin, cond = model
-    expected = run(sample, reference, cond, scheduler(), shortcuts=shortcuts)
-    torch.testing.assert_close(
-        run(fast_sampler.sample, twin, cond, scheduler(), shortcuts=shortcuts), expected, rtol=1e-3, atol=1e-4
-    )
-    full = run(sample, reference, cond, scheduler())
-    assert not torch.allclose(expected, full, rtol=1e-2, atol=1e-2)
+    eager = run(sample, reference, cond, scheduler(), shortcuts=shortcuts)
+    wide = Condition(cond.text.double(), cond.text_mask, cond.semantic.double(), None)
+    oracle = run(sample, copy.deepcopy(reference).double(), wide, scheduler(), torch.float64, shortcuts=shortcuts)
+    assert_right(run(fast_sampler.sample, twin, cond, scheduler(), shortcuts=shortcuts), eager, oracle)
+    assert relative_error(eager, run(sample, reference, cond, scheduler())) > 0.01
 
 
 def test_a_block_cache_leaves_blocks_out(model: tuple[Any, Any, Condition]) -> None:
@@ -139,10 +143,10 @@ def test_a_block_cache_leaves_blocks_out(model: tuple[Any, Any, Condition]) -> N
     def cached(threshold: float) -> Tensor:
         calls.clear()
         shortcuts = Shortcuts(cache_threshold=threshold)
-        return run(fast_sampler.sample, twin, cond, DPMSolverMultistepScheduler(), 12, shortcuts=shortcuts)
+        return run(fast_sampler.sample, twin, cond, DPMSolverMultistepScheduler(), steps=12, shortcuts=shortcuts)
 
     try:
-        full = run(fast_sampler.sample, twin, cond, DPMSolverMultistepScheduler(), 12)
+        full = run(fast_sampler.sample, twin, cond, DPMSolverMultistepScheduler(), steps=12)
         assert len(calls) == 12 * len(handles)
         tight = cached(1e-9)
         assert torch.equal(tight, full) and len(calls) == 12 * len(handles), "nothing changes so little"

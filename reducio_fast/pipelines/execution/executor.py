@@ -175,7 +175,7 @@ class Executor:
             return f"reference: {self._reason}"
         if name in self._obstacles:
             return f"reference: {self._obstacles[name]}"
-        dtype, why = self.engine.chosen_dtype(self.device, self.components.dtype)
+        dtype, why = self.engine.chosen_dtype(self.device, self.components[name])
         line = f"fast: {self._reason}; in {str(dtype).removeprefix('torch.')}: {why}"
         if name == self.components.layout.denoiser and self._unfollowed is not None:
             line += f"; the reference's sampler steps: {self._unfollowed}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from tqdm.auto import tqdm
 
 from ...checkpoints.networks import pipeline_networks
 from ...media.image_files import fit_image
+from ...reference.reducio.image_vae import ImageVAE, ImageVAEConfig
+from ...reference.reducio.pixart import PixArt, PixArtConfig
 from ...reference.sampler import StopSampling
 from ...system.errors import ReducioError
 from .drawing import call_defaults, draw_image, drawing_size, warn_of_scaling
@@ -36,6 +39,39 @@ FOLLOWED = (
     "timesteps",
 )
 Text = tuple[Tensor, Tensor]  # features [1, L, C] and mask [1, L]
+
+
+@dataclass(slots=True)
+class Parts:
+    """A PixArt-alpha first stage of this package's own networks, where no library was imported. Its call has the
+    arguments and defaults of diffusers' pipeline."""
+
+    transformer: PixArt
+    vae: ImageVAE
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return self.vae.config.spatial_factor
+
+    def __call__(
+        self,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 4.5,
+        height: int | None = None,
+        width: int | None = None,
+        clean_caption: bool = True,
+        use_resolution_binning: bool = True,
+        max_sequence_length: int = 120,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        raise ReducioError("text_to_image: drawn by `FirstStage` alone")
 
 
 class FirstStage:
@@ -79,6 +115,8 @@ class FirstStage:
         pipeline = self.pipeline()
         if self.executor.engine.name != "fast":
             return "the networks run on the reference"
+        if isinstance(pipeline, Parts):
+            return None
         if type(pipeline).__name__ not in PIPELINES or not type(pipeline).__module__.startswith("diffusers."):
             return f"a {type(pipeline).__name__} draws by itself; twins are for {' and '.join(PIPELINES)}"
         if self.executor.offload is not None or any(hasattr(n, "_hf_hook") for n in pipeline_networks(pipeline)):
@@ -91,14 +129,14 @@ class FirstStage:
         return None
 
     def _adopted(self, name: str, theirs: nn.Module) -> Any:
-        from ...reference.reducio.image_vae import ImageVAE, ImageVAEConfig
-        from ...reference.reducio.pixart import PixArt, PixArtConfig
         from .foreign_networks import Adoption
 
         classes = {
             "transformer": ("PixArtTransformer2DModel", PixArt, PixArtConfig),
             "vae": ("AutoencoderKL", ImageVAE, ImageVAEConfig),
         }
+        if type(theirs) in (PixArt, ImageVAE):
+            return theirs
         if type(theirs).__name__ != classes[name][0]:
             raise ReducioError(f"{name} is a {type(theirs).__name__}, its twin is built from {classes[name][0]}")
         adoption = self._adoptions.get(name)
@@ -113,7 +151,7 @@ class FirstStage:
         """Arguments for the pipeline that also say, where it follows them, at how many quadratic steps it draws."""
         pipeline = self.pipeline()
         given = {"num_inference_steps", "timesteps", "sigmas"} & kwargs.keys()
-        if steps is None or given or type(pipeline).__name__ not in PIPELINES:
+        if steps is None or given or not isinstance(pipeline, Parts) and type(pipeline).__name__ not in PIPELINES:
             return kwargs
         if "quadratic" not in known(pipeline.scheduler):
             return kwargs

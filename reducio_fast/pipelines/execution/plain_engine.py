@@ -39,8 +39,8 @@ class PlainEngine:
         given = (denoise, scheduler, latent, num_inference_steps, callback, generator)
         return sample(*given, sigmas, timesteps, shortcuts, data_hook)
 
-    def chosen_dtype(self, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
-        return stored, "that of the weights"
+    def chosen_dtype(self, device: torch.device, network: nn.Module) -> tuple[torch.dtype, str]:
+        return next(network.parameters()).dtype, "that of the weights"
 
     def set_attention(self, word: str, device: torch.device, dtype: torch.dtype) -> None:
         if word not in ("auto", "native"):

@@ -28,6 +28,8 @@ from ...checkpoints.strict_files import (
     write_json,
 )
 from ...media.antialias import blur_and_resize
+from ...reference.reducio.image_vae import ImageVAE
+from ...reference.reducio.vision_tower import VisionTower
 from ...system.errors import ReducioError
 
 logger = logging.getLogger(__name__)
@@ -126,6 +128,8 @@ class ContentEncoder:
         clip needs the mode: then its content latent follows from its content frame alone.
         """
         weight = next(self.vae.parameters())
+        if isinstance(self.vae, ImageVAE) and generator is None:
+            return self.vae.encode(image.to(weight.device, weight.dtype)) * self.scaling_factor
         posterior = self.vae.encode(image.to(weight.device, weight.dtype)).latent_dist
         latent = posterior.mode() if generator is None else posterior.sample(generator)
         return latent * self.scaling_factor
@@ -142,25 +146,15 @@ class SemanticEncoder(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        # Imported here: open_clip brings timm and torchvision along, half a second that only a caller should pay.
-        from open_clip.model import _build_vision_tower
-        from open_clip.transformer import VisionTransformer
-
         self.config = config
         try:
             model, preprocess = config["model_cfg"], config["preprocess_cfg"]
-            tower = _build_vision_tower(model["embed_dim"], model["vision_cfg"], model.get("quick_gelu", False))
+            tower = _tower(model["embed_dim"], model["vision_cfg"], model.get("quick_gelu", False))
             mean, std = (torch.tensor(preprocess[key])[:, None, None] for key in ("mean", "std"))
         except KeyError as error:
             raise ReducioError(f"open_clip configuration: {error} is missing") from error
         except TypeError as error:
             raise ReducioError(f"open_clip configuration: {error}") from error
-        if not isinstance(tower, VisionTransformer) or tower.attn_pool is not None or tower.final_ln_after_pool:
-            raise ReducioError(
-                "open_clip configuration: needs a VisionTransformer that normalises all of its tokens "
-                "(no timm or ResNet tower, no attentional_pool, no final_ln_after_pool)"
-            )
-        tower.output_tokens = True
         self.visual = tower
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -203,6 +197,31 @@ class SemanticEncoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / TOWER_CONFIG, self.config)
         save_tensors(self.state_dict(), folder / TOWER_WEIGHTS)
+
+
+PLAIN_TOWER = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
+
+
+def _tower(embed_dim: int, vision: dict[str, Any], quick_gelu: bool) -> nn.Module:
+    """Ours for a plain vision transformer, whose numbers are open_clip's to the bit; open_clip's for one with options.
+
+    open_clip brings timm, torchvision and transformers along, half a second that a plain one need not pay.
+    """
+    sizes = {name: vision[name] for name in PLAIN_TOWER if name in vision}
+    options = {name: value for name, value in vision.items() if name not in (*PLAIN_TOWER, "output_tokens") and value}
+    if not options and all(isinstance(value, int | float) for value in sizes.values()):
+        return VisionTower(embed_dim, **sizes, quick_gelu=bool(quick_gelu))
+    from open_clip.model import _build_vision_tower
+    from open_clip.transformer import VisionTransformer
+
+    tower = _build_vision_tower(embed_dim, vision, quick_gelu)
+    if not isinstance(tower, VisionTransformer) or tower.attn_pool is not None or tower.final_ln_after_pool:
+        raise ReducioError(
+            "open_clip configuration: needs a VisionTransformer that normalises all of its tokens "
+            "(no timm or ResNet tower, no attentional_pool, no final_ln_after_pool)"
+        )
+    tower.output_tokens = True
+    return tower
 
 
 def find_tower(name: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,146 @@
+"""On a CPU: the dtype in which a twin's products are faster, by a table measured on this machine.
+
+What a processor says of itself does not tell: with AMX bfloat16 doubles the speed of a clip, with avx512_bf16 alone it
+may halve it (Xeon: 0.56 of float32 in linears and convolutions). So each product, by kind and channels, is timed once
+in both dtypes at equal work, a few milliseconds, and kept in the cache folder; a network takes the dtype in which the
+sum of its products is shorter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..system import cache_folder
+from ..system.atomic_files import written_whole
+from ..triton_kernels.conv3d import convolve
+
+LOG = logging.getLogger("reducio_fast")
+DTYPES = (torch.float32, torch.bfloat16)
+WORK = 1e8  # floating-point operations of a timed product: 0.3 to 3 ms
+TURNS = 5
+# bfloat16 rounds, so it has to be worth it: by this much at least.
+GAIN = 0.9
+FEATURES = ("amx_bf16", "avx512_bf16", "bf16")  # without any of these bfloat16 is emulated
+
+Seconds = dict[str, float]  # by dtype
+Timer = Callable[[Callable[[], object]], float]
+_lock = threading.Lock()
+_tables: dict[Path, dict[str, Seconds]] = {}
+
+
+def products_of(network: nn.Module) -> Counter[str]:
+    """The kinds of product that a network is made of, and how many layers have each: "linear 192->768",
+    "conv3d 16->16", "conv2d 16->16"."""
+    found: Counter[str] = Counter()
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            found[f"linear {layer.in_features}->{layer.out_features}"] += 1
+        elif isinstance(layer, nn.Conv2d | nn.Conv3d) and layer.kernel_size[-1] == 3:
+            found[f"conv{len(layer.kernel_size)}d {layer.in_channels}->{layer.out_channels}"] += 1
+    return found
+
+
+def choose(network: nn.Module, timer: Timer | None = None) -> tuple[torch.dtype, str]:
+    """float32 or bfloat16 for the twin of a network in float32, and why.
+
+    timer: seconds of a call, for tests; with one the table is not kept.
+    """
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    if not any(features.get(name) for name in FEATURES):
+        return torch.float32, "this CPU has no bfloat16"
+    products = products_of(network)
+    table = _measured(list(products), timer)
+    wide, narrow = (sum(table[name][_name(dtype)] * count for name, count in products.items()) for dtype in DTYPES)
+    dtype = torch.bfloat16 if narrow < GAIN * wide else torch.float32
+    return dtype, f"its products take {narrow / wide if wide else 1:.2f} of float32's time in bfloat16 on this CPU"
+
+
+def _measured(names: list[str], timer: Timer | None) -> dict[str, Seconds]:
+    """Of these products, and of all others that the table has. Measures what it lacks."""
+    if timer is not None:
+        return {name: _time(name, timer) for name in names}
+    path = table_path()
+    with _lock:
+        table = _tables.setdefault(path, _read(path))
+        missing = [name for name in names if name not in table]
+        if missing:
+            table |= {name: _time(name, _best) for name in missing}
+            _write(path, table)
+        return dict(table)
+
+
+def table_path() -> Path:
+    """Of this processor, torch and number of threads."""
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    what = json.dumps([torch.__version__, torch.get_num_threads(), sorted(features.items(), key=str)], default=str)
+    return cache_folder.root() / "dtypes" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+
+
+def _time(name: str, timer: Timer) -> Seconds:
+    runs = {dtype: _product(name, dtype) for dtype in DTYPES}
+    best = {dtype: float("inf") for dtype in DTYPES}
+    with torch.inference_mode():
+        for run in runs.values():  # weights are packed, code is made
+            run()
+        for _ in range(TURNS):  # in turns: what else the machine does meets both
+            for dtype, run in runs.items():
+                best[dtype] = min(best[dtype], timer(run))
+    return {_name(dtype): seconds for dtype, seconds in best.items()}
+
+
+def _product(name: str, dtype: torch.dtype) -> Callable[[], object]:
+    kind, _, channels = name.partition(" ")
+    fan_in, _, fan_out = channels.partition("->")
+    C, K = int(fan_in), int(fan_out)
+    if kind == "linear":
+        rows = max(32, int(WORK / (2 * C * K)))
+        x, weight = torch.ones(rows, C, dtype=dtype), torch.ones(K, C, dtype=dtype)
+        return lambda: F.linear(x, weight)
+    taps, frames = (27, 4) if kind == "conv3d" else (9, 1)
+    side = max(8, int((WORK / (2 * taps * C * K * frames)) ** 0.5))
+    image = torch.ones(1, frames, side, side, C, dtype=dtype).permute(0, 4, 1, 2, 3)
+    kernel = torch.ones(K, taps // 9, 3, 3, C, dtype=dtype).permute(0, 4, 1, 2, 3)
+    padding = (taps // 27, 1, 1)
+    return lambda: convolve(image, kernel, None, padding)
+
+
+def _best(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _read(path: Path) -> dict[str, Seconds]:
+    """The table of an earlier process; empty where there is none, or a damaged one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            str(name): {_name(dtype): float(seconds[_name(dtype)]) for dtype in DTYPES}
+            for name, seconds in found.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, table: dict[str, Seconds]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as part:
+            part.write_text(json.dumps(table, indent=1, sort_keys=True), encoding="utf-8")
+    except Exception as error:  # a full disk or a folder that cannot be written: the next process measures again
+        LOG.info("cache: %s not written: %s", path, error)

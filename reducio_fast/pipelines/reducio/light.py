@@ -1,0 +1,118 @@
+"""A model folder read with this package's own networks alone: what `generate` needs for a clip in a fresh process.
+
+diffusers, transformers and open_clip are two seconds of imports, and 1600 modules. Where every component of a folder is
+one that this package knows too (a T5 that reads bytes, Stable Diffusion's autoencoder, PixArt, DPM-Solver++), a clip
+needs none of them, and its bytes are the same: tests compare each of these components with the library's to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checkpoints import networks, strict_files
+from ...checkpoints.layouts import REDUCIO
+from ...compile import gc_pause
+from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from ...reference.multistep_schedule import MultistepSchedule
+from ...reference.reducio.image_vae import ImageVAE, ImageVAEConfig
+from ...reference.reducio.pixart import PixArt, PixArtConfig
+from ...reference.reducio.text_encoder import ByteTokenizer, T5Config, T5Encoder
+from ...system import torch_state
+from ...system.errors import ReducioError
+from ..execution.first_stage import Parts
+from .encoders import SemanticEncoder
+from .pipeline import ReducioPipeline
+
+SCHEDULER = "DPMSolverMultistepScheduler"
+# [library, class] of each component that can be read here.
+KNOWN = {
+    "vae": ("reducio_fast", "ReducioVAE"),
+    "transformer": ("reducio_fast", "ReducioDiT"),
+    "scheduler": ("diffusers", SCHEDULER),
+    "text_encoder": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "ByT5Tokenizer"),
+    "image_encoder": ("reducio_fast", "SemanticEncoder"),
+    "content_encoder": ("diffusers", "AutoencoderKL"),
+    "text_to_image": ("reducio_fast", "TextToImage"),
+}
+KNOWN_DRAWER = {name: KNOWN[name] for name in ("scheduler", "text_encoder", "tokenizer")} | {
+    "vae": KNOWN["content_encoder"],
+    "transformer": ("diffusers", "PixArtTransformer2DModel"),
+}
+# Arguments of a call that only the libraries' own objects can follow.
+FOREIGN_ARGUMENTS = ("content_kwargs", "schedule")
+
+
+def can_follow(kwargs: dict[str, Any]) -> bool:
+    """Whether a call with these arguments needs no library's object."""
+    return all(kwargs.get(name) is None for name in FOREIGN_ARGUMENTS)
+
+
+@torch_state.inference()
+def load(folder: Path, dtype: torch.dtype, device: torch.device, free_dtype: bool) -> ReducioPipeline | None:
+    """The pipeline on the fast path; None for a folder that the libraries have to read, or refuse."""
+    try:
+        with gc_pause.paused(), torch.random.fork_rng(devices=[]):
+            parts = _read(folder, dtype, device)
+            pipe = ReducioPipeline(**parts, backend="auto")
+    except (ReducioError, ValueError, KeyError, TypeError):
+        return None
+    if pipe.backend != "fast" or pipe.content.first_stage.obstacle() is not None:
+        return None
+    pipe.executor.choose_dtype(free_dtype)
+    return pipe
+
+
+def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Components and settings. Raises one of the errors above."""
+    index = strict_files.read_json(folder / strict_files.INDEX)
+    if index.get("_class_name") != REDUCIO.pipeline or dtype == torch.float16:  # of T5, some layers stay in float32
+        raise ValueError("another pipeline")
+    _compare(index, KNOWN)
+    known = {*REDUCIO.names, *REDUCIO.settings}
+    if unknown := [name for name in index if name not in known and not name.startswith("_")]:
+        raise ValueError(f"unknown {unknown}")
+    if (folder / "tokenizer" / "spiece.model").exists() or not (folder / "tokenizer").is_dir():
+        raise ValueError("another tokenizer")
+
+    def read(network_class: Any, config_class: Any, name: str) -> Any:
+        return networks.load_model(network_class, config_class, folder / name, dtype, device)
+
+    parts: dict[str, Any] = {name: index[name] for name in REDUCIO.settings if name in index}
+    parts["vae"] = read(ReducioVAE, VAEConfig, "vae")
+    parts["transformer"] = read(ReducioDiT, DiTConfig, "transformer")
+    parts["scheduler"] = MultistepSchedule(strict_files.read_json(folder / "scheduler" / "scheduler_config.json"))
+    parts["text_encoder"] = read(T5Encoder, T5Config, "text_encoder")
+    parts["tokenizer"] = ByteTokenizer()
+    parts["image_encoder"] = SemanticEncoder.from_pretrained(folder / "image_encoder", dtype, device)
+    parts["content_encoder"] = read(ImageVAE, ImageVAEConfig, "content_encoder")
+    parts["text_to_image"] = _read_drawer(folder / "text_to_image", parts, dtype, device)
+    return parts
+
+
+def _read_drawer(folder: Path, parts: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Parts:
+    index = strict_files.read_json(folder / strict_files.INDEX)
+    if index.get("_class_name") != "PixArtAlphaPipeline":
+        raise ValueError("another first stage")
+    _compare(index, KNOWN_DRAWER)
+    shared = REDUCIO.shared(parts)
+    if own := [name for name in ("text_encoder", "tokenizer", "vae") if (folder / name).is_dir()]:
+        raise ValueError(f"{own} of its own")
+    schedule = strict_files.read_json(folder / "scheduler" / "scheduler_config.json")
+    return Parts(
+        transformer=networks.load_model(PixArt, PixArtConfig, folder / "transformer", dtype, device),
+        vae=shared["vae"],
+        text_encoder=shared["text_encoder"],
+        tokenizer=copy.copy(shared["tokenizer"]),
+        scheduler=MultistepSchedule(schedule),
+    )
+
+
+def _compare(index: dict[str, Any], known: dict[str, tuple[str, str]]) -> None:
+    for name, (library, class_name) in known.items():
+        if index.get(name) != [library, class_name]:
+            raise ValueError(f"{name} is {index.get(name)}")

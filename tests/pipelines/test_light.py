@@ -1,0 +1,135 @@
+"""A clip in a fresh process without diffusers and transformers: the same bytes, by component and as a whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reducio_fast import ReducioPipeline, generate
+from reducio_fast.checkpoints.networks import load_foreign
+from reducio_fast.checkpoints.strict_files import embedded_model
+from reducio_fast.pipelines import generate as generating
+from reducio_fast.pipelines.execution.first_stage import Parts
+from reducio_fast.pipelines.reducio import light
+from reducio_fast.reference.multistep_schedule import MultistepSchedule
+
+PROMPT = "a red circle moving right on a black background"
+TEXTS = (PROMPT, "x", "", "é 日 </s> a <pad>  b", "q" * 300, "ends </s>")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ReducioPipeline:
+    loaded = light.load(embedded_model(), torch.float32, torch.device("cpu"), False)
+    assert loaded is not None
+    return loaded
+
+
+def test_a_fresh_process_imports_neither() -> None:
+    code = textwrap.dedent(f"""
+        import sys
+
+        import reducio_fast
+
+        out = reducio_fast.generate({PROMPT!r}, num_inference_steps=2, progress=False)
+        assert out.frames.shape == (16, 128, 128, 3)
+        heavy = ("diffusers", "transformers", "open_clip", "torchvision", "timm", "peft", "scipy")
+        print([name for name in heavy if name in sys.modules], len(sys.modules))
+    """)
+    done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True, cwd="/")
+    found, _, count = done.stdout.strip().rpartition(" ")
+    assert found == "[]" and int(count) < 3000, done.stdout  # 4508 modules with the libraries
+
+
+@torch.no_grad()
+def test_components_are_the_libraries_to_the_bit(pipe: ReducioPipeline) -> None:
+    folder = embedded_model()
+
+    def theirs(library: str, class_name: str, name: str) -> Any:
+        return load_foreign(library, class_name, folder / name, torch.float32, "cpu")
+
+    tokenizer = theirs("transformers", "ByT5Tokenizer", "tokenizer")
+    encoder = theirs("transformers", "T5EncoderModel", "text_encoder")
+    kwargs = {"padding": "max_length", "truncation": True, "max_length": 120, "return_tensors": "pt"}
+    for text in TEXTS:
+        assert list(tokenizer(text).input_ids) == pipe.tokenizer(text).input_ids
+        expected, tokens = tokenizer([text], **kwargs), pipe.tokenizer([text], **kwargs)
+        assert torch.equal(expected.input_ids, tokens.input_ids)
+        assert torch.equal(expected.attention_mask, tokens.attention_mask)
+        given = (tokens.input_ids, tokens.attention_mask)
+        assert torch.equal(encoder(given[0], attention_mask=given[1])[0], pipe.text_encoder(*given)[0])
+    image = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    vae = theirs("diffusers", "AutoencoderKL", "content_encoder")
+    assert torch.equal(vae.encode(image).latent_dist.mode(), pipe.content_encoder.encode(image))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@torch.no_grad()
+def test_the_image_tower_is_open_clips_to_the_bit(pipe: ReducioPipeline, quick: bool) -> None:
+    from open_clip.model import _build_vision_tower
+
+    from reducio_fast.reference.reducio.vision_tower import VisionTower
+
+    sizes = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16, "mlp_ratio": 3.0}
+    torch.manual_seed(0)
+    theirs = _build_vision_tower(24, sizes, quick).eval()
+    ours = VisionTower(24, **sizes, quick_gelu=quick).eval()
+    ours.load_state_dict(theirs.state_dict())
+    theirs.output_tokens = True
+    image = torch.randn(2, 3, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(ours(image), theirs(image), strict=True))
+    assert type(pipe.image_encoder.visual) is VisionTower
+
+
+def test_steps_are_diffusers_to_the_bit() -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    for changes in ({}, {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}):
+        theirs = DPMSolverMultistepScheduler(**changes)
+        ours = MultistepSchedule({"_class_name": "DPMSolverMultistepScheduler", **theirs.config})
+        for words in ({"num_inference_steps": 1}, {"num_inference_steps": 20}, {"timesteps": [999, 500, 3]}):
+            theirs.set_timesteps(**words)
+            ours.set_timesteps(**words)
+            assert torch.equal(ours.sigmas, theirs.sigmas) and torch.equal(ours.timesteps, theirs.timesteps)
+    for name, value in (("use_karras_sigmas", True), ("timestep_spacing", "trailing"), ("beta_schedule", "sigmoid")):
+        with pytest.raises(ValueError, match=name):
+            MultistepSchedule({"_class_name": "DPMSolverMultistepScheduler", **theirs.config, name: value})
+
+
+@pytest.mark.slow
+def test_clips_are_the_same_bytes() -> None:
+    words = {"num_inference_steps": 2, "progress": False}
+    generating.forget()
+    clip = generate(PROMPT, quality="balanced", **words)
+    assert isinstance(generating.kept()[0].text_to_image, Parts)
+    whole = ReducioPipeline.from_pretrained(embedded_model())(PROMPT, quality="balanced", **words)
+    assert np.array_equal(clip.content, whole.content) and np.array_equal(clip.frames, whole.frames)
+    asked = generate(PROMPT, content_kwargs={"num_inference_steps": 3}, **words)
+    assert type(generating.kept()[-1].text_to_image).__name__ == "PixArtAlphaPipeline" and len(generating.kept()) == 2
+    assert not np.array_equal(asked.content, clip.content)
+    generating.forget()
+
+
+def test_a_folder_that_needs_the_libraries(tmp_path: Path) -> None:
+    """Another scheduler, tokenizer or kind of network: the libraries read it, or say what is wrong."""
+    folder = embedded_model()
+    for number, (file, changes) in enumerate((
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}),
+        ("model_index.json", {"tokenizer": ["transformers", "T5Tokenizer"]}),
+        ("text_encoder/config.json", {"feed_forward_proj": "relu"}),
+        ("text_to_image/transformer/config.json", {"norm_type": "layer_norm"}),
+    )):  # fmt: skip
+        changed = tmp_path / str(number)
+        shutil.copytree(folder, changed)
+        values = json.loads((changed / file).read_text())
+        (changed / file).write_text(json.dumps(values | changes))
+        assert light.load(changed, torch.float32, torch.device("cpu"), False) is None
+    assert light.load(tmp_path, torch.float32, torch.device("cpu"), False) is None
