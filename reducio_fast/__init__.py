@@ -2,8 +2,8 @@
 
 `generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline`, `SVDPipeline` and
 `SV3DPipeline` give access to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder
-alone, `accelerate` runs a loaded diffusers pipeline on the fast networks. `ReducioError` is raised for bad input,
-with a message of one line. All are loaded at first use: importing this package loads no torch.
+alone, `accelerate` runs a loaded diffusers pipeline on the fast networks. `ReducioError` is raised for bad input, with
+a message of one line. All are loaded at first use: importing this package loads no torch.
 """
 
 from __future__ import annotations

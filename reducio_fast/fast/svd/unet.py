@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...compile.compiled_blocks import Regional
 from ...compile.graphs import Graphs
 from ...reference.svd.sampler import (
     EndConditions,
@@ -232,8 +233,11 @@ class Level(nn.Module):
         self.up = None if up is None else UpConv(up[0].conv)
 
 
-class FastVideoUNet(nn.Module):
-    """Built from a `VideoUNet`, or from diffusers' class, whose modules have the same names. Evaluation only."""
+class FastVideoUNet(Regional):
+    """Built from a `VideoUNet`, or from diffusers' class, whose modules have the same names. Evaluation only.
+
+    Its res blocks and transformers are what compiles: none of them writes to its arguments.
+    """
 
     compiled_on_cpu = False
     graph_names = ("dit.step",)
@@ -320,12 +324,12 @@ class FastVideoUNet(nn.Module):
         constants, positions = iter(told.constants), iter(told.positions)
 
         def run(level: Level, index: int, x: Tensor) -> Tensor:
-            x = level.blocks[index](x, frames, (next(rows), next(rows)))
+            x = self.block("dit.res", level.blocks[index], x, frames, (next(rows), next(rows)))
             if index >= len(level.transformers):
                 return x
             transformer = level.transformers[index]
             own = [next(constants) for _ in range(2 * len(transformer.spatial))] if told.constants else []
-            return transformer(x, next(positions), own, told.context)
+            return self.block("dit.transformer", transformer, x, next(positions), own, told.context)
 
         x = self.conv_in(torch.cat([noisy, told.image], dim=-1).flatten(0, 1))
         skips = [x]
