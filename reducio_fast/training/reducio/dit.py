@@ -284,7 +284,8 @@ def _take_held_out(dataset: LatentDataset, recipe: DiTRecipe) -> Batch | None:
         return None
     bucket = dataset.buckets[0]
     if len(dataset.rows[bucket]) <= recipe.held_out:
-        raise ReducioError(f"held_out={recipe.held_out}: bucket {bucket} has {len(dataset.rows[bucket])} clips")
+        count = len(dataset.rows[bucket])
+        raise ReducioError(f"held_out={recipe.held_out}: must be smaller; bucket {bucket} holds {count} clips")
     samples = [dataset.sample(bucket, i) for i in range(-recipe.held_out, 0)]
     dataset.rows[bucket] = dataset.rows[bucket][: -recipe.held_out]
     rng = np.random.default_rng((recipe.loop.seed, 1 << 22))
