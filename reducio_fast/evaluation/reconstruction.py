@@ -27,9 +27,7 @@ def reconstruct(vae: ReducioVAE, frames: np.ndarray) -> np.ndarray:
     features = vae.encode_content(video[:, :, vae.config.content_frame], tiled=tiled)
     output = vae.decode(latent, features, tiled=tiled)[0].float()
     if not torch.isfinite(output).all():
-        raise ReducioError(
-            f"the autoencoder's output is not finite in {weight.dtype}; use float32 or bfloat16"
-        )
+        raise ReducioError(f"the autoencoder's output is not finite in {weight.dtype}; use float32 or bfloat16")
     return to_bytes(output.transpose(0, 1)).cpu().numpy()
 
 
