@@ -97,10 +97,10 @@ def detect(frames: np.ndarray) -> Detection:
     alpha = np.where(_dilate(blob, 2), alpha, 0.0)
 
     areas, centres = _moments(alpha, present)
-    motion, sure_motion, travel, growth = _motion(areas, centres)
-    name, sure_colour = _name_colour(np.median(pixels[_core(blob)], axis=0))
-    shape, sure_shape = _name_shape(alpha, areas, centres)
-    confidence = min(sure_motion, sure_colour, sure_shape)
+    motion, motion_confidence, travel, growth = _motion(areas, centres)
+    name, colour_confidence = _name_colour(np.median(pixels[_core(blob)], axis=0))
+    shape, shape_confidence = _name_shape(alpha, areas, centres)
+    confidence = min(motion_confidence, colour_confidence, shape_confidence)
     return Detection(name, shape, motion, confidence, areas, centres, travel, growth)
 
 
@@ -246,16 +246,16 @@ def _motion(areas: np.ndarray, centres: np.ndarray) -> tuple[str | None, float, 
     growth = 0.5 * _slope(np.log(areas))
     # Both are in units of the smallest change that counts as motion.
     moved, grown = float(np.hypot(*travel)) / _MIN_TRAVEL, abs(growth) / _MIN_GROWTH
-    sure = abs(moved - grown) / max(moved, grown, 1e-6)
+    confidence = abs(moved - grown) / max(moved, grown, 1e-6)
     if max(moved, grown) < 1.0:
         return None, 0.0, travel, growth
     if grown > moved:
-        return ("growing" if growth > 0 else "shrinking"), sure, travel, growth
+        return ("growing" if growth > 0 else "shrinking"), confidence, travel, growth
     main, other = sorted((abs(travel[0]), abs(travel[1])), reverse=True)
     if other > main * _MAX_OFF_AXIS:
         return None, 0.0, travel, growth
     name = max(DIRECTIONS, key=lambda d: travel[0] * DIRECTIONS[d][0] + travel[1] * DIRECTIONS[d][1])
-    return name, min(sure, 1.0 - other / main), travel, growth
+    return name, min(confidence, 1.0 - other / main), travel, growth
 
 
 def _name_colour(rgb: np.ndarray) -> tuple[str | None, float]:

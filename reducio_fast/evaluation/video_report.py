@@ -94,24 +94,34 @@ def evaluate_clips(
     `inception_score`, with `clip_model` `clip_similarity` (mean over clips of the mean over frames; `captions` by file
     name). Raises `ReducioError` for `fvd` without `real` and for a clip without a caption.
     """
-    made = [read_video(source.path)[0] for source in tqdm(find_sources(generated), "read", disable=not progress)]
+    generated_clips = [
+        read_video(source.path)[0] for source in tqdm(find_sources(generated), "read", disable=not progress)
+    ]
     names = [Path(source.path).name for source in find_sources(generated)]
-    others = [] if real is None else [read_video(source.path)[0] for source in find_sources(real)]
-    result: dict[str, Any] = {"clips": len(made), "motion": float(np.mean([motion_of(clip) for clip in made]))}
-    if others:
-        result |= {"real_clips": len(others), "real_motion": float(np.mean([motion_of(clip) for clip in others]))}
+    real_clips = [] if real is None else [read_video(source.path)[0] for source in find_sources(real)]
+    result: dict[str, Any] = {
+        "clips": len(generated_clips),
+        "motion": float(np.mean([motion_of(clip) for clip in generated_clips])),
+    }
+    if real_clips:
+        result |= {
+            "real_clips": len(real_clips),
+            "real_motion": float(np.mean([motion_of(clip) for clip in real_clips])),
+        }
     if fvd is not None:
-        if not others:
+        if not real_clips:
             raise ReducioError("fvd needs real clips to compare with")
         distance = FrechetDistance(ClipNetwork(fvd))
-        for clips, is_real in ((others, True), (made, False)):
+        for clips, is_real in ((real_clips, True), (generated_clips, False)):
             for clip in clips:
                 distance.add(clip, is_real)
         result["fvd"] = distance.compute()
     if classifier is not None:
-        result["inception_score"], result["inception_score_deviation"] = inception_score(ClipNetwork(classifier), made)
+        result["inception_score"], result["inception_score_deviation"] = inception_score(
+            ClipNetwork(classifier), generated_clips
+        )
     if clip_model is not None:
-        result["clip_similarity"] = clip_similarity(clip_model, made, names, captions or {})
+        result["clip_similarity"] = clip_similarity(clip_model, generated_clips, names, captions or {})
     return result
 
 

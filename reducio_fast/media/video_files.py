@@ -156,9 +156,7 @@ def _cannot_write(path: Path, error: Exception) -> ReducioError:
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Join two clips of equal shape [T, H, W, 3] into one [T, H, 2W, 3]."""
     if left.shape != right.shape:
-        raise ReducioError(
-            f"clips side by side must have one shape; they are {list(left.shape)} and {list(right.shape)}"
-        )
+        raise ReducioError(f"clips side by side must have one shape, not {list(left.shape)} and {list(right.shape)}")
     return np.concatenate([left, right], axis=2)
 
 

@@ -27,11 +27,11 @@ class Offload:
         for network in networks:
             for x in (*network.parameters(), *network.buffers()):
                 owners[id(x)] = x
-        home = [(x, x.data) for x in owners.values()]
+        originals = [(x, x.data) for x in owners.values()]
         try:
-            for x, data in home:
+            for x, data in originals:
                 x.data = data.to(self.device, copy=True, non_blocking=True)
             yield
         finally:
-            for x, data in home:
+            for x, data in originals:
                 x.data = data  # the same memory as before, so that the engine detects no change

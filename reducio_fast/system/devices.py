@@ -19,12 +19,12 @@ def resolve_dtype(dtype: Any, torch_dtype: Any, device: torch.device) -> torch.d
     """
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
         raise ReducioError(f"dtype={dtype} and torch_dtype={torch_dtype} differ; give only one of them")
-    asked = torch_dtype if dtype is None else dtype
-    if asked is None:
+    requested = torch_dtype if dtype is None else dtype
+    if requested is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    found = DTYPES.get(asked.removeprefix("torch.")) if isinstance(asked, str) else asked
+    found = DTYPES.get(requested.removeprefix("torch.")) if isinstance(requested, str) else requested
     if not isinstance(found, torch.dtype) or found not in DTYPES.values():
-        raise ReducioError(f"dtype: must be one of {', '.join(DTYPES)}, is {asked!r}")
+        raise ReducioError(f"dtype: must be one of {', '.join(DTYPES)}, is {requested!r}")
     return found
 
 

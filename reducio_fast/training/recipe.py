@@ -118,6 +118,6 @@ def _scaled(settings: Any, scale: float) -> Any:
         "steps": max(1, round(loop.steps * scale)),
         "warmup_steps": max(1, round(loop.warmup_steps * min(1.0, scale))),
     }
-    pools = [name for name in ("pool", "held_out_pool", "prompts", "judged") if hasattr(settings, name)]
+    pools = [name for name in ("pool", "held_out_pool", "prompts", "evaluated") if hasattr(settings, name)]
     smaller = {name: max(4, round(getattr(settings, name) * min(1.0, scale))) for name in pools}
     return replace(settings, loop=replace(loop, **fewer), **smaller)

@@ -84,13 +84,13 @@ def _build(recipe_class: type[_Recipe], values: dict[str, Any], where: str) -> _
         raise ReducioError(f"{where}: {first_line(error)}") from error
 
 
-def _convert(wanted: Any, value: Any, where: str) -> Any:
+def _convert(field_type: Any, value: Any, where: str) -> Any:
     """Convert a TOML value to a field's type: tables to dataclasses, arrays to tuples, integers to floats."""
-    if dataclasses.is_dataclass(wanted):
+    if dataclasses.is_dataclass(field_type):
         if not isinstance(value, dict):
             raise ReducioError(f"{where}={value!r} must be a table")
-        return _build(wanted, value, where)  # type: ignore[arg-type]
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+        return _build(field_type, value, where)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(field_type), typing.get_args(field_type)
     if origin in (typing.Union, types.UnionType):
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
     if origin is tuple and isinstance(value, list):
@@ -99,9 +99,9 @@ def _convert(wanted: Any, value: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise ReducioError(f"{where}={value!r} must have {len(kinds)} entries")
         return tuple(_convert(kind, one, where) for kind, one in zip(kinds, value, strict=True))
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if field_type is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    plain = origin or wanted
+    plain = origin or field_type
     if plain is Any or (isinstance(value, plain) and (plain is bool or not isinstance(value, bool))):
         return value
     raise ReducioError(f"{where}={value!r} must be of type {getattr(plain, '__name__', plain)}")

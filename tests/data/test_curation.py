@@ -67,7 +67,7 @@ def test_hard_cuts_and_fades(pictures: list[np.ndarray]) -> None:
     assert (start, last) == (0, 104) and 40 <= end < again <= 64  # no shot contains the frames of the fade
 
 
-def test_cuts_of_three_rates_are_one_cut() -> None:
+def test_cuts_found_at_three_rates_are_merged() -> None:
     assert join_cuts({1: {30}, 3: {33}, 6: {36}}, 100) == [(0, 30), (30, 100)]
     assert join_cuts({1: set(), 3: {51}, 6: {54}}, 100) == [(0, 48), (51, 100)]
     assert join_cuts({1: {0, 100}}, 100) == [(0, 100)]
@@ -123,9 +123,7 @@ def test_on_ray_the_rows_are_those_of_the_local_run(videos: Path, tmp_path: Path
     assert manifest.read(tmp_path / "here") == manifest.read(tmp_path / "ray")
 
 
-def test_a_worker_that_dies_takes_only_its_video_along(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_dies_loses_only_its_video(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker process exits without a Python error, as it does when a decoder crashes."""
     fatal = tmp_path / "sitecustomize.py"
     fatal.write_text(
@@ -199,7 +197,7 @@ def test_the_command_and_its_page(videos: Path, tmp_path: Path, capsys: pytest.C
     assert len(manifest.read(tmp_path / "out" / "clips.parquet")) == 4
 
 
-def test_what_is_wrong_with_a_manifest_is_said(
+def test_errors_of_a_manifest_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ReducioError, match="holds no manifest .* make one with: reducio-fast curate"):

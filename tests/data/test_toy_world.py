@@ -22,7 +22,7 @@ EVERY_SCENE = [
 ]
 
 
-def test_the_world_is_as_large_as_promised():
+def test_the_world_has_the_documented_attributes():
     assert len(toy_world.COLOURS) >= 8 and len(toy_world.SHAPES) >= 4 and len(toy_world.MOTIONS) >= 6
     assert set(toy_world.SPEEDS) == {"", "slowly", "fast"}
     assert set(toy_world.TEXTURED_BACKGROUNDS) == {"noisy", "striped", "checkered"}

@@ -69,7 +69,7 @@ def test_metrics_of_floats_equal_those_of_bytes():
     ],
     ids=["shapes", "no-time-axis", "integers"],
 )
-def test_metrics_refuse_what_they_cannot_compare(a, b):
+def test_metrics_refuse_clips_of_different_shape_or_type(a, b):
     for metric in (psnr, ssim, pooled_psnr):
         with pytest.raises(ValueError, match="shape|uint8"):
             metric(a, b)
@@ -150,7 +150,7 @@ def test_detector_finds_nothing_in_noise_or_in_a_flash():
     assert not detect(clip).found
 
 
-def test_detector_tells_a_still_object_from_a_moving_one():
+def test_detector_distinguishes_still_and_moving_objects():
     rng = np.random.default_rng(15)
     clip = toy_world.render(Scene("red", "star", "right", "", "noisy"), rng)
     still = detect(np.repeat(clip[7:8], 16, 0))
@@ -199,7 +199,7 @@ def test_detector_does_not_name_a_shape_the_world_lacks():
     assert (found.colour, found.shape, found.motion) == ("blue", None, "right")
 
 
-def test_detector_refuses_what_is_not_a_clip():
+def test_detector_refuses_other_arrays():
     for clip in (np.zeros((16, 64, 64, 3)), np.zeros((64, 64, 3), np.uint8), np.zeros((1, 64, 64, 3), np.uint8)):
         with pytest.raises(ValueError, match="frames must be"):
             detect(clip)

@@ -86,7 +86,7 @@ def test_inception_score_equals_its_definition(network: Path) -> None:
     assert inception_score(loaded, made)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_lpips_is_that_of_its_package(trunk: Path) -> None:
+def test_lpips_equals_its_package(trunk: Path) -> None:
     a, b = clips(2, 3)
     own = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     stored = torch.load(trunk, weights_only=True)
@@ -184,7 +184,7 @@ def test_generated_clips_beside_real_ones(videos: Path, network: Path, capsys) -
     assert "paper, FVD UCF-101" in capsys.readouterr().out
 
 
-def test_vbench_runs_elsewhere_on_its_own_names(tmp_path: Path) -> None:
+def test_vbench_runs_in_another_environment(tmp_path: Path) -> None:
     """VBench runs in another interpreter; this one has a stand-in package called vbench, which counts the clips."""
 
     class Pipe:

@@ -21,7 +21,7 @@ def test_equals_diffusers(source: tuple[int, int], size: tuple[int, int]) -> Non
     torch.testing.assert_close(blur_and_resize(image, size), _resize_with_antialiasing(image, size), rtol=0, atol=1e-9)
 
 
-def test_where_nothing_shrinks_it_is_bicubic() -> None:
+def test_enlarging_is_plain_bicubic() -> None:
     image = torch.rand(1, 3, 40, 50)
     plain = F.interpolate(image, (80, 50), mode="bicubic", align_corners=True)
     torch.testing.assert_close(blur_and_resize(image, (80, 50)), plain)

@@ -37,7 +37,7 @@ def test_pixels_come_out_square(tmp_path: Path, sar: str, height: int, width: in
     assert clip.shape == (25, height, width, 3)
 
 
-def test_wide_pixels_of_a_turned_clip_make_it_tall(tmp_path: Path) -> None:
+def test_wide_pixels_of_a_rotated_clip_make_it_tall(tmp_path: Path) -> None:
     plain = source(tmp_path / "plain.mp4", "-vf", "scale=64:48,setsar=2/1", "-pix_fmt", "yuv420p")
     run_ffmpeg("-display_rotation", "90", "-i", plain, "-c", "copy", tmp_path / "turned.mp4")
     assert read_video(tmp_path / "turned.mp4", count=1)[0].shape == (1, 128, 48, 3)
@@ -61,7 +61,7 @@ def pictures(folder: Path, durations: list[float], suffix: str) -> Path:
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
 @pytest.mark.parametrize("durations", [[0.04] * 5 + [2.0] + [0.04] * 5, [0.5, 0.1, 0.1, 1.3], [0.2] * 6])
 @pytest.mark.slow
-def test_uneven_frames_last_as_long_as_they_are_shown(tmp_path: Path, durations: list[float], suffix: str) -> None:
+def test_variable_frame_durations_are_kept(tmp_path: Path, durations: list[float], suffix: str) -> None:
     clip, fps = read_video(pictures(tmp_path, durations, suffix))
     assert fps is not None and fps <= 120
     grey = clip[:, 16, 16, 1].astype(float)
@@ -70,13 +70,13 @@ def test_uneven_frames_last_as_long_as_they_are_shown(tmp_path: Path, durations:
         assert shown == pytest.approx(seconds, abs=1.01 / fps), f"frame {i} of {grey}"
 
 
-def test_a_clock_of_1000_a_second_is_no_rate(tmp_path: Path) -> None:
+def test_timestamps_in_milliseconds_are_not_a_frame_rate(tmp_path: Path) -> None:
     """Screen recorders write the arrival time of each picture in milliseconds."""
     clip, fps = read_video(pictures(tmp_path, [0.033, 0.034, 0.033, 0.041, 0.027, 0.032] * 2, ".webm"))
     assert fps is not None and len(clip) / fps == pytest.approx(0.4, abs=0.08) and len(clip) < 40
 
 
-def test_a_clip_of_1000_frames_a_second_has_them(tmp_path: Path) -> None:
+def test_a_clip_of_1000_frames_a_second_keeps_its_rate(tmp_path: Path) -> None:
     clip, fps = read_video(source(tmp_path / "fast.mp4", rate=1000, seconds=0.05))
     assert (len(clip), fps) == (50, 1000)
 
@@ -104,7 +104,7 @@ def test_a_cover_picture_is_not_the_clip(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("bits", ["10le", "12le"])
 @pytest.mark.slow
-def test_ten_bits_are_read_as_eight(tmp_path: Path, pixels: str, picture: str, bits: str) -> None:
+def test_10_and_12_bits_are_read_as_8(tmp_path: Path, pixels: str, picture: str, bits: str) -> None:
     """4:2:0 uses a plain colour, because at hard edges ffmpeg interpolates the chroma of the two depths differently."""
     clips = []
     for depth in ("", bits):
@@ -119,7 +119,7 @@ def test_ten_bits_are_read_as_eight(tmp_path: Path, pixels: str, picture: str, b
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.ts"])
 @pytest.mark.parametrize("share", [0.4, 0.8])
 @pytest.mark.slow
-def test_a_clip_that_was_cut_off_is_said_to_be(
+def test_a_truncated_clip_gives_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, share: float
 ) -> None:
     path = source(tmp_path / name, "-c:v", "libx264", "-movflags", "+faststart", size="320x240", seconds=4)
@@ -145,7 +145,7 @@ def test_a_file_without_video_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 @pytest.mark.parametrize(("delay", "fps"), [(10, 10), (20, 50), (0, 10), (40, 25)])
-def test_short_delays_are_what_browsers_make_of_them(tmp_path: Path, suffix: str, delay: int, fps: float) -> None:
+def test_short_delays_are_read_as_browsers_show_them(tmp_path: Path, suffix: str, delay: int, fps: float) -> None:
     frames = [Image.new("RGB", (16, 16), (40 * i, 0, 0)) for i in range(4)]
     path = tmp_path / f"clip{suffix}"
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=delay, loop=0)

@@ -23,7 +23,7 @@ NAMES = ("2026-01-02T10:30:00", "-y", "a b", "100%d", "über 红", "x'y\"z", "c"
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
 @pytest.mark.parametrize("name", NAMES)
-def test_any_name_that_the_disk_takes_is_written(
+def test_any_valid_file_name_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suffix: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,7 @@ cat >/dev/null; echo "Unknown encoder 'libx264'" >&2; exit 8
     ("program", "message"),
     [(ENCODER, "Unknown encoder 'libx264'"), ("#!/bin/sh\nexit 3\n", "ffmpeg ended with 3"), (None, "No such file")],
 )
-def test_an_ffmpeg_that_cannot_write_is_found_out_before_the_work(
+def test_an_ffmpeg_that_cannot_write_is_detected_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str | None, message: str
 ) -> None:
     ffmpeg = tmp_path / "ffmpeg"
@@ -90,7 +90,7 @@ def test_an_ffmpeg_that_cannot_write_is_found_out_before_the_work(
     [("c.gif", 60, 32, 32), ("c.gif", 1e-4, 32, 32), ("c.webp", 95, 32, 32), ("c.webp", 16, 32, 16390),
      ("c.mp4", 16, 31, 32), ("c.mp4", 1e-9, 32, 32), ("c.mp4", float("nan"), 32, 32)],
 )  # fmt: skip
-def test_rates_and_sizes_that_the_format_cannot_hold_are_found_out_before_the_work(
+def test_unsupported_rates_and_sizes_are_detected_before_the_work(
     tmp_path: Path, name: str, fps: float, height: int, width: int
 ) -> None:
     with pytest.raises(ReducioError):
@@ -145,7 +145,7 @@ def output() -> ReducioOutput:
     return ReducioOutput(CLIP, CLIP[1], [3], 16, {})
 
 
-def test_frames_are_kept_where_the_write_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_kept_if_the_write_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(ReducioError, match="does not exist; the frames are kept in ") as caught:
         output().save(tmp_path / "none" / "clip.mp4")
@@ -176,7 +176,7 @@ def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path: Path, name: str
     assert os.listdir(tmp_path) == []
 
 
-def test_kept_frames_say_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_folder_of_kept_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path))
     line = kept_frames.keep_frames([CLIP], 16, "seed1")
     assert line.startswith(f"the frames are kept in {tmp_path / 'frames'}") and "\n" not in line

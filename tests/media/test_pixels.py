@@ -18,7 +18,7 @@ def test_every_byte_comes_back(shape: tuple[int, ...]) -> None:
     assert np.array_equal(to_bytes(values).numpy(), frames)
 
 
-def test_all_256_values_and_what_lies_beyond() -> None:
+def test_all_256_values_and_clamping() -> None:
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     assert np.array_equal(to_bytes(to_unit(ramp)).numpy(), ramp)
     beyond = torch.tensor([-3.0, -1.0, 1.0, 3.0]).view(1, 1, 4).expand(3, 1, 4)

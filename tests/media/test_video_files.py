@@ -125,7 +125,7 @@ def test_truncated_gif_is_refused(tmp_path: Path) -> None:
         (np.zeros((2, 32, 32, 3), np.uint8), "absent/c.mp4", 16, "absent does not exist"),
     ],
 )
-def test_writing_refuses_and_leaves_nothing(
+def test_a_refused_write_leaves_no_file(
     tmp_path: Path, frames: np.ndarray, path: str, fps: float, message: str
 ) -> None:
     with pytest.raises(ReducioError, match=message):
@@ -190,7 +190,7 @@ def test_check_output_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that refuses even root: /proc")
-def test_unwritable_folder_is_found_out_by_writing() -> None:
+def test_an_unwritable_folder_is_detected_by_a_trial_write() -> None:
     with pytest.raises(ReducioError, match="/proc/self cannot be written"):
         video_files.check_output_path("/proc/self/c.mp4")
 

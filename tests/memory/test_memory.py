@@ -141,14 +141,14 @@ def test_first_stage_and_text_are_forecast_too(embedded: dict, tmp_path: Path) -
     assert 0.85 <= expected["text.encode"] / text <= 1.15
 
 
-def test_forecast_of_kernels_on_a_gpu_needs_none(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecast_of_gpu_kernels_needs_no_gpu(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels allocate only their results, weights are offloaded, and batches of tiles grow with the free memory."""
     widths = {"base_channels": 32, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2}
     pipe, size = pipeline(bare, "fast", *widths), (256, 256)  # 16 tiles, 9 of which have the same shape
     on_cpu = pipe.forecast(*size)
     pipe.executor.offload = Offload(torch.device("cuda"))
     one, two, four = (pipe.forecast(*size, Decoding(True, 64, n)).peak(True) for n in (1, 2, 4))
-    fresh = Fitter(pipe.parts, pipe.executor, pipe.decoder, pipe.fitter.dry_stages)  # without an earlier forecast
+    fresh = Fitter(pipe.parts, pipe.executor, pipe.decoder, pipe.fitter.dry_stages)  # no earlier forecast
     assert fresh.forecast(*size, Decoding(True, 64, 4)).peak(True) == four
     assert one < on_cpu.peak(True)
     step = two - one
@@ -159,7 +159,7 @@ def test_forecast_of_kernels_on_a_gpu_needs_none(bare: dict, monkeypatch: pytest
     assert pipe.fitter.fit(*size).decoding.tile_size == 32
 
 
-def test_weights_are_counted_once_and_packed_copies_too(embedded: dict) -> None:
+def test_weights_are_counted_once_and_include_packed_copies(embedded: dict) -> None:
     plain = pipeline(embedded, "reference").forecast(64, 64)
     networks = pipeline(embedded, "reference").parts.networks()
     sizes = {x.data_ptr(): x.nbytes for n in networks for x in (*n.parameters(), *n.buffers())}
@@ -169,7 +169,7 @@ def test_weights_are_counted_once_and_packed_copies_too(embedded: dict) -> None:
     assert json.loads(json.dumps(plain.as_dict()))["peak"] == plain.peak()
 
 
-def test_too_little_memory_is_told_before_any_work(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported_before_any_work(bare: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline(bare, "reference")
     needed, smaller = pipe.forecast(256, 256).peak(), pipe.forecast(192, 192).peak()
     free = (needed + smaller) / 2 - pipe.executor.resident_bytes()
@@ -185,7 +185,7 @@ def test_too_little_memory_is_told_before_any_work(bare: dict, monkeypatch: pyte
         pipe(PROMPT, **CALL)
 
 
-def test_smaller_tiles_are_chosen_where_they_fit(
+def test_smaller_tiles_are_chosen_if_they_fit(
     bare: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = pipeline(bare, "fast", {"base_channels": 8, "content_base_channels": 8}, {"hidden_size": 32, "depth": 2})
@@ -219,7 +219,7 @@ class Scarce:
         pytest.param(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), id="host"),
     ],
 )
-def test_decode_out_of_memory_tries_what_needs_less(
+def test_decode_out_of_memory_retries_with_less_memory(
     embedded: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     pipe = pipeline(
@@ -235,9 +235,7 @@ def test_decode_out_of_memory_tries_what_needs_less(
     assert "vae.decode: out of memory, trying again in tiles of 32, 1 at once" in caplog.messages
 
 
-def test_another_error_of_the_decoder_is_no_reason_to_try_again(
-    embedded: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_errors_of_the_decoder_are_not_retried(embedded: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline(embedded, "reference")
     scarce = Scarce(pipe.vae.decoder, 9, RuntimeError("shapes do not fit"))
     monkeypatch.setattr(pipe.vae.decoder, "forward", scarce)
@@ -246,7 +244,7 @@ def test_another_error_of_the_decoder_is_no_reason_to_try_again(
     assert len(scarce.shapes) == 1
 
 
-def test_latents_survive_a_decode_without_memory(
+def test_latents_are_saved_when_the_decode_runs_out_of_memory(
     embedded: dict, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The error names a file, and the command decodes it into the frames that the call would have returned."""
@@ -290,7 +288,7 @@ def test_decode_command_refuses_other_files(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])
-def test_offloaded_weights_leave_home_for_their_stage_only(
+def test_offloaded_weights_are_on_the_device_only_during_their_stage(
     embedded: dict, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     pipe = pipeline(embedded, backend)

@@ -63,7 +63,7 @@ def latents(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_what_goes_in_comes_out(clips: Path, latents: Path) -> None:
+def test_every_chunk_is_extracted(clips: Path, latents: Path) -> None:
     """Each complete chunk of 16 frames has the encoder's latent and a valid checksum; other clips have an error."""
     dataset = LatentDataset(latents, extract.encoder_checksums(embedded_model()))
     assert len(dataset) == 4 and dataset.counts == {"128x128": 4} and dataset.about.captions == 2
@@ -241,7 +241,7 @@ def small_recipe(**changes) -> dit.DiTRecipe:
     return replace(recipe, **changes)
 
 
-def test_what_a_batch_holds_does_not_depend_on_its_parts(latents: Path) -> None:
+def test_a_batch_does_not_depend_on_its_micro_batches(latents: Path) -> None:
     torch.manual_seed(0)
     network = ReducioDiT(DiTConfig(**small_recipe().config))
     batches, names = [], ("latent", "noise", "time", "content", "clip")

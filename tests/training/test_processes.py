@@ -121,7 +121,7 @@ def test_two_processes_one_with_accumulation_and_a_killed_run_give_the_same_byte
     assert weights(killed) == weights(two) == weights(tmp_path / "killed, then alone")
 
 
-def test_checkpoints_in_the_background_are_those_written_at_once(tmp_path: Path) -> None:
+def test_background_checkpoints_equal_synchronous_ones(tmp_path: Path) -> None:
     running = [
         start(tmp_path / name, "fsdp", 2, extra=extra) for name, extra in (("now", ()), ("later", ("background",)))
     ]
@@ -137,7 +137,7 @@ def test_checkpoints_in_the_background_are_those_written_at_once(tmp_path: Path)
     assert weights(tmp_path / "later") == weights(tmp_path / "now")
 
 
-def test_what_would_change_the_bytes_is_refused_or_accepted_by_name(tmp_path: Path) -> None:
+def test_a_changed_number_of_processes_is_refused_unless_accepted(tmp_path: Path) -> None:
     finished(start(tmp_path / "run", "ddp", 1, micro=4, steps=6))
     output = finished(start(tmp_path / "run", "ddp", 2, micro=4, steps=6), fails=True)
     assert "was made with world_size=1, this run has world_size=2" in output and "--accept-changes" in output

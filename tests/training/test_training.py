@@ -265,7 +265,7 @@ def test_the_pipeline_draws_from_the_bundle(exported: Path) -> None:
     assert frames.shape == (2, 128, 128, 3) and frames.dtype == np.uint8 and (frames[0] != frames[1]).any()
 
 
-def test_training_sees_the_condition_the_pipeline_gives(exported: Path) -> None:
+def test_training_and_pipeline_use_the_same_text_condition(exported: Path) -> None:
     """Embeddings cut to the caption's length give the same output as the pipeline's, which are padded to 120."""
     pixart = ReducioPipeline.from_pretrained(exported, device="cpu").text_to_image
     caption = "a green star growing on a striped background"
@@ -303,7 +303,7 @@ def test_a_weight_beyond_float16_is_named(trained: Path, tmp_path: Path) -> None
         bundle.export(Context(out=tmp_path, data=tmp_path), bundle.BundleSettings())
 
 
-def test_mistakes_in_what_to_train_are_named(tmp_path: Path) -> None:
+def test_invalid_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ReducioError, match="stages='txt' is not in the recipe; known: text, semantic, content"):
         recipe.train(tmp_path, ["txt"])
     with pytest.raises(ReducioError, match="scale=0 must be above 0"):

@@ -55,7 +55,7 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos, "WALLPAPERS", {})
 
 
-def test_the_encoder_learns_alone_and_then_with_the_decoder(tmp_path: Path, no_downloads: None) -> None:
+def test_the_encoder_trains_alone_and_then_with_the_decoder(tmp_path: Path, no_downloads: None) -> None:
     weights = {}
     torch.manual_seed(LOOP.seed)
     start = {f"vae.{k}": v for k, v in video_autoencoder.Trained(VAE).vae.state_dict().items()}
@@ -147,7 +147,7 @@ def test_clips_of_the_film_stay_inside_a_shot(no_downloads: None, monkeypatch: p
     assert strides == {1, 2}
 
 
-def test_a_film_that_is_another_is_refused(tmp_path: Path) -> None:
+def test_a_film_with_another_checksum_is_refused(tmp_path: Path) -> None:
     (tmp_path / real_video.TRAILER).write_bytes(b"another film")
     with pytest.raises(
         ReducioError, match=r"is not the trailer of moviepy==2.2.1 \(SHA-256 [0-9a-f]{12}...\); remove it"
@@ -197,7 +197,7 @@ def motion_settings(**changes) -> motion.MotionSettings:
     return replace(settings, **changes)
 
 
-def test_motion_stage_leaves_a_transformer_and_its_scheduler(components: Path) -> None:
+def test_motion_stage_saves_a_transformer_and_its_scheduler(components: Path) -> None:
     figures = motion.train_motion(Context(out=components, data=components, progress=False), motion_settings())
     assert figures["steps"] == 2 and all(np.isfinite(v) for v in figures.values())
     model = load_model(ReducioDiT, DiTConfig, components / "transformer")
@@ -206,7 +206,7 @@ def test_motion_stage_leaves_a_transformer_and_its_scheduler(components: Path) -
     assert model.config.hidden_size == 24
 
 
-def test_pool_files_do_not_depend_on_the_order_they_are_made_in(components: Path) -> None:
+def test_pool_files_do_not_depend_on_their_order(components: Path) -> None:
     encoders, settings = motion.Encoders(components), motion_settings()
     for folder, order in ((components / "a", (0, 1)), (components / "b", (1, 0))):
         for shard in order:

@@ -98,9 +98,9 @@ def test_the_discriminator_has_the_published_layers() -> None:
 def test_the_adaptive_weight_balances_gradients() -> None:
     layer = nn.Linear(4, 3)
     x = torch.randn(5, 4)
-    pixels, judged = layer(x).abs().mean(), 7 * layer(x).mean()
-    weight = adaptive_weight(pixels, judged, layer.weight)
-    gradients = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in (pixels, judged)]
+    pixels, adversarial = layer(x).abs().mean(), 7 * layer(x).mean()
+    weight = adaptive_weight(pixels, adversarial, layer.weight)
+    gradients = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in (pixels, adversarial)]
     torch.testing.assert_close(weight * gradients[1], gradients[0], rtol=1e-3, atol=0)
 
 

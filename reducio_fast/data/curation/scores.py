@@ -15,7 +15,8 @@ import numpy as np
 
 from ...system.errors import ReducioError
 
-SURE = 0.85  # least confidence of the text recogniser: real text scored 0.99, a face mistaken for a letter 0.75
+# Least confidence of the text recogniser: real text scored 0.99, a face mistaken for a letter 0.75.
+MIN_CONFIDENCE = 0.85
 MOTION_SIDE = 128  # pixels of the short side at which flow is measured
 
 
@@ -63,7 +64,7 @@ def _reader() -> Any:
     except ImportError as error:
         raise ReducioError('text in pictures needs rapidocr; pip install "reducio-fast[curate]"') from error
     threads = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
-    return rapidocr.RapidOCR(params={"Global.log_level": "critical", "Global.text_score": SURE, **threads})
+    return rapidocr.RapidOCR(params={"Global.log_level": "critical", "Global.text_score": MIN_CONFIDENCE, **threads})
 
 
 def small_gray(frame: np.ndarray) -> np.ndarray:

@@ -102,8 +102,8 @@ def train_content(context: Context, settings: ContentSettings) -> dict[str, floa
             return photos.render(rng, size, num_frames=1)[0]
         _, frame, truth = draw_still(rng)
         # Crop around the shape, off centre by up to half the crop: crops of pure background teach little.
-        wanted = truth.centres[0] * FRAME_SIZE - size / 2 + rng.uniform(-size / 2, size / 2, 2)
-        left, top = np.clip(wanted, 0, FRAME_SIZE - size).astype(int)
+        corner = truth.centres[0] * FRAME_SIZE - size / 2 + rng.uniform(-size / 2, size / 2, 2)
+        left, top = np.clip(corner, 0, FRAME_SIZE - size).astype(int)
         return frame[top : top + size, left : left + size]
 
     def loss_fn(step: int, _micro: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:

@@ -38,7 +38,7 @@ class SemanticSettings:
 
     loop: LoopConfig
     batch: int = 64
-    judged: int = 512  # held-out frames evaluated at the end
+    evaluated: int = 512  # held-out frames evaluated at the end
     frame_size: int = 128  # stills are drawn at the size of a content frame and then reduced, as in the pipeline
     max_noise: float = 0.04  # greatest standard deviation of added noise, for pixels in 0..1
     blurred_share: float = 0.25  # share of frames that are blurred, since generated content frames are softer
@@ -123,7 +123,7 @@ def train_semantic(context: Context, settings: SemanticSettings) -> dict[str, fl
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     with torch.inference_mode():
         frames, labels, cover, place = batch(
-            np.random.default_rng((settings.loop.seed, 1 << 40)), settings.judged, held_out=True
+            np.random.default_rng((settings.loop.seed, 1 << 40)), settings.evaluated, held_out=True
         )
         logits, covers, places = reader(preprocess(frames, encoder).to(context.device))
         for name in VISIBLE:

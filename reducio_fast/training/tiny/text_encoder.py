@@ -25,7 +25,7 @@ class TextSettings:
 
     loop: LoopConfig
     batch: int = 64
-    judged: int = 512  # held-out captions of each kind (clean, reworded) evaluated at the end
+    evaluated: int = 512  # held-out captions of each kind (clean, reworded) evaluated at the end
     clean_share: float = 0.5  # share of captions in the form of `Scene.caption`; the others are reworded
     model: dict[str, Any] = field(
         default_factory=lambda: {
@@ -127,7 +127,7 @@ def train_text(context: Context, settings: TextSettings) -> dict[str, float]:
     with torch.inference_mode():
         for kind, clean_share in (("clean", 1.0), ("reworded", 0.0)):
             ids, mask, labels = batch(
-                np.random.default_rng((settings.loop.seed, 1 << 40)), settings.judged, clean_share, held_out=True
+                np.random.default_rng((settings.loop.seed, 1 << 40)), settings.evaluated, clean_share, held_out=True
             )
             logits = reader(ids.to(context.device), mask.to(context.device))
             right = torch.stack([logits[name].argmax(-1).cpu() == labels[name] for name in labels])

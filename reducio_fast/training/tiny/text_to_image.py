@@ -37,7 +37,7 @@ class TextToImageSettings:
     batch: int = 64
     pool: int = 16_000  # scenes drawn and encoded once
     reworded_share: float = 0.15  # share of captions that are reworded
-    silent_share: float = 0.1  # share of a batch with the empty prompt, for classifier-free guidance
+    empty_prompt_share: float = 0.1  # share of a batch with the empty prompt, for classifier-free guidance
     max_snr: float = 5.0  # caps the loss weight of nearly clean latents, whose detail is the autoencoder's noise
     prompts: int = 64  # held-out prompts evaluated at the end
     model: dict[str, Any] = field(
@@ -117,7 +117,7 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
     # Attention as plain matrix products: on a CPU the fused kernel's backward pass makes a step three times as long.
     model.set_attn_processor(AttnProcessor())
     scheduler = DPMSolverMultistepScheduler(**settings.scheduler)
-    steps, silent = scheduler.config.num_train_timesteps, len(captions.lengths) - 1
+    steps, empty_prompt = scheduler.config.num_train_timesteps, len(captions.lengths) - 1
     signal, noise_level = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
     # 1 / (SNR + 1) is 1 - alphas_cumprod: this is min(1, (max_snr + 1) / (SNR + 1)), on the squared error of v.
     weights = ((settings.max_snr + 1) * (1 - scheduler.alphas_cumprod)).clamp(max=1)
@@ -125,7 +125,9 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
     def loss_fn(step: int, _micro: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         index = torch.from_numpy(rng.integers(len(latents), size=settings.batch))
         clean = latents[index].float()
-        captioned = torch.where(torch.rand(settings.batch) < settings.silent_share, silent, caption_index[index])
+        captioned = torch.where(
+            torch.rand(settings.batch) < settings.empty_prompt_share, empty_prompt, caption_index[index]
+        )
         text, mask = captions.take(captioned)
         # One timestep from each of B equal intervals: distributed like independent draws, but the loss varies less.
         times = ((torch.arange(settings.batch) + torch.rand(1)) * steps / settings.batch).long()
@@ -144,11 +146,11 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
     pipeline = PixArtAlphaPipeline(tokenizer, text_encoder, vae, model, scheduler)
     shared = {name: getattr(pipeline, name) for name in ("tokenizer", "text_encoder", "vae")}
     save_text_to_image(pipeline, context.out / "text_to_image", shared)
-    figures = {"steps": outcome.step, "seconds": outcome.seconds, **judge(pipeline, settings)}
+    figures = {"steps": outcome.step, "seconds": outcome.seconds, **score_prompts(pipeline, settings)}
     return context.record("text_to_image", figures)
 
 
-def judge(pipeline: PixArtAlphaPipeline, settings: TextToImageSettings, batch: int = 16) -> dict[str, float]:
+def score_prompts(pipeline: PixArtAlphaPipeline, settings: TextToImageSettings, batch: int = 16) -> dict[str, float]:
     """Shares of held-out prompts whose content frame has the named colour and shape, measured by `toy_detector`."""
     rng = np.random.default_rng((settings.loop.seed, 1 << 40))
     scenes = [toy_world.sample_scene(rng, held_out=True) for _ in range(settings.prompts)]

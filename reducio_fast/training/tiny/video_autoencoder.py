@@ -205,16 +205,16 @@ class Trained(nn.Module):
         """
         config, warp = self.vae.config, self.vae.warp
         cell, fine = config.spatial_factor, 2**self.LEVEL
-        wanted = F.avg_pool3d(batch.to_content, (1, cell, cell)) / cell
-        coarse = (warp.coarse_flow(z).float() - wanted).square().mean()
-        moves = F.avg_pool3d(batch.to_next, (1, fine, fine))
+        coarse_target = F.avg_pool3d(batch.to_content, (1, cell, cell)) / cell
+        coarse = (warp.coarse_flow(z).float() - coarse_target).square().mean()
+        motion_target = F.avg_pool3d(batch.to_next, (1, fine, fine))
         assert self._features is not None, "encode a clip first"
-        motion = (self.motion(self._features).float() - moves).square().mean()
+        motion = (self.motion(self._features).float() - motion_target).square().mean()
         figures = {
             "flow": coarse,
-            "flow_wanted": wanted.square().mean(),
+            "flow_wanted": coarse_target.square().mean(),
             "motion": motion,
-            "motion_wanted": moves.square().mean(),
+            "motion_wanted": motion_target.square().mean(),
         }
         return COARSE_WEIGHT * coarse + MOTION_WEIGHT * motion, {k: v.detach() for k, v in figures.items()}
 
