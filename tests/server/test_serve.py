@@ -56,7 +56,9 @@ def message(error: openai.APIStatusError) -> str:
     return error.body["message"]
 
 
-def test_create_poll_download_are_the_bytes_of_generate(client: openai.OpenAI, server: ClipServer, tmp_path: Path) -> None:
+def test_create_poll_download_are_the_bytes_of_generate(
+    client: openai.OpenAI, server: ClipServer, tmp_path: Path
+) -> None:
     video = client.videos.create_and_poll(prompt=PROMPT, extra_body={"seed": 7} | STEPS)
     assert (video.status, video.progress, video.size, video.seed) == ("completed", 100, "128x128", 7)
     assert set(video.timings) >= {"content.generate", "dit.step", "vae.decode", "video.write"} and video.encoder
@@ -72,7 +74,9 @@ def test_create_poll_download_are_the_bytes_of_generate(client: openai.OpenAI, s
 
     subprocess.run([sys.executable, "-P", "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (tmp_path / "same.mp4").read_bytes() == data
-    thumbnail, sheet = (client.videos.download_content(video.id, variant=v).content for v in ("thumbnail", "spritesheet"))
+    thumbnail, sheet = (
+        client.videos.download_content(video.id, variant=v).content for v in ("thumbnail", "spritesheet")
+    )
     assert Image.open(io.BytesIO(thumbnail)).format == "WEBP" and Image.open(io.BytesIO(sheet)).size == (512, 512)
     assert server.get(f"/v1/videos/{video.id}/content")[1] == data
     other = client.post(f"/videos/{video.id}/remix", body={"prompt": "a red circle moving up"} | STEPS, cast_to=object)
