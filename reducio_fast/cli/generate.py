@@ -27,11 +27,6 @@ def degrees(text: str) -> float | list[float]:
     return [float(number) for number in text.split(",")] if "," in text else float(text)
 
 
-def degrees(text: str) -> float | list[float]:
-    """One for all frames, or one a frame with commas."""
-    return [float(number) for number in text.split(",")] if "," in text else float(text)
-
-
 # Arguments of Stable Video Diffusion's own call; `fps` is a setting of our models too.
 SVD_OWN: dict[str, Callable[[str], Any]] = {
     "fps": options.positive,
@@ -43,8 +38,6 @@ SVD_OWN: dict[str, Callable[[str], Any]] = {
     "sigmas": sigmas,
     "image_fit": str,
     "last_image": str,
-    "elevations": degrees,  # these two of SV3D
-    "azimuths": degrees,
     "elevations": degrees,  # these two of SV3D
     "azimuths": degrees,
     "variant": str,
