@@ -22,6 +22,11 @@ def sigmas(text: str) -> str | list[float]:
     return [float(number) for number in text.split(",")] if "," in text else text
 
 
+def degrees(text: str) -> float | list[float]:
+    """One for all frames, or one a frame with commas."""
+    return [float(number) for number in text.split(",")] if "," in text else float(text)
+
+
 # Arguments of Stable Video Diffusion's own call; `fps` is a setting of our models too.
 SVD_OWN: dict[str, Callable[[str], Any]] = {
     "fps": options.positive,
@@ -33,6 +38,8 @@ SVD_OWN: dict[str, Callable[[str], Any]] = {
     "sigmas": sigmas,
     "image_fit": str,
     "last_image": str,
+    "elevations": degrees,  # these two of SV3D
+    "azimuths": degrees,
     "variant": str,
 }
 
