@@ -69,8 +69,8 @@ def test_an_autoencoder_starts_by_handing_flat_pictures_on():
 def shortened() -> dict[str, Stage]:
     """Every stage of the recipe, its networks and its code, at two steps and as few clips as there can be."""
     few = {
-        "autoencoder": {"phases": ((0.5, 1, 1), (1.0, 14, 1)), "judged": 1},
-        "image_encoder": {"batch": 2, "judged": 4},
+        "autoencoder": {"phases": ((0.5, 1, 1), (1.0, 14, 1)), "evaluated": 1},
+        "image_encoder": {"batch": 2, "evaluated": 4},
         "unet": {"batch": 1, "pool": 2, "held_out_pool": 1},
         "export": {"clips": 1, "steps": 1},
     }

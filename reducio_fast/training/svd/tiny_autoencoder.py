@@ -41,7 +41,7 @@ class AutoencoderSettings:
     loop: LoopConfig
     phases: tuple[tuple[float, int, int], ...] = ((0.6, 1, 12), (0.8, 4, 3), (1.0, FRAMES, 1))
     kl_weight: float = 1e-4  # on the KL of a latent's number: keeps latents near zero and smooth enough to model
-    judged: int = 32  # held-out clips that are restored at the end
+    evaluated: int = 32  # held-out clips reconstructed at the end
     config: TemporalVAEConfig = field(default_factory=lambda: TINY_VAE)
 
 
@@ -94,7 +94,7 @@ def train_autoencoder(context: Context, settings: AutoencoderSettings) -> dict[s
     rng = np.random.default_rng((settings.loop.seed, 1 << 40))
     errors, changes, squares = [], [], []
     with torch.inference_mode():
-        for _ in range(settings.judged):
+        for _ in range(settings.evaluated):
             video = batch(rng, 1, FRAMES, held_out=True).to(context.device)
             latents = vae.encode(video[0])
             restored = vae.decode(latents[None]).clamp(-1, 1)

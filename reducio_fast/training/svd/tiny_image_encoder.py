@@ -30,7 +30,7 @@ VISIBLE = ("colour", "shape", "background")  # the attributes that a single fram
 class ImageEncoderSettings:
     loop: LoopConfig
     batch: int = 32
-    judged: int = 256  # held-out pictures that are read at the end
+    evaluated: int = 256  # held-out pictures evaluated at the end
     size: int = SIZE
     model: dict[str, Any] = field(
         default_factory=lambda: {
@@ -94,7 +94,7 @@ def train_image_encoder(context: Context, settings: ImageEncoderSettings) -> dic
     outcome = context.train("image_encoder", reader, loss_fn, settings.loop)
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     with torch.inference_mode():
-        images, labels, place = batch(np.random.default_rng((settings.loop.seed, 1 << 40)), settings.judged, True)
+        images, labels, place = batch(np.random.default_rng((settings.loop.seed, 1 << 40)), settings.evaluated, True)
         logits, places = reader(images.to(context.device))
         for name in VISIBLE:
             figures[f"{name}_right"] = float((logits[name].argmax(-1).cpu() == labels[name]).float().mean())
