@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from .multistep_schedule import MultistepSchedule
-from .svd.consistency import data_prediction
 
 DataHook = Callable[[int, Tensor], "Tensor | None"]  # (step, data prediction) -> another one, or None to leave it
 KNOWN = (
@@ -42,6 +41,12 @@ def alpha_sigma(sigma: float, flow: bool = False) -> tuple[float, float]:
     return 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
 
 
+def edm_weights(sigma: float, sigma_data: float = 1.0) -> tuple[float, float]:
+    """c_skip and c_out of EDM for v: the clean latent is c_skip * latent + c_out * v."""
+    total = sigma**2 + sigma_data**2
+    return sigma_data**2 / total, -sigma * sigma_data / math.sqrt(total)
+
+
 def data_rows(scheduler: Any) -> list[tuple[float, float]]:
     """(p, q) of every step, after `set_timesteps`. Raises ValueError for schedulers and predictions not known here."""
     family = family_of(scheduler)
@@ -49,7 +54,7 @@ def data_rows(scheduler: Any) -> list[tuple[float, float]]:
         raise ValueError(f"the data prediction of a {type(scheduler).__name__} is not known; known are {KNOWN}")
     sigmas = scheduler.sigmas.double().tolist()[:-1]
     if family == "ConsistencyScheduler":
-        return [data_prediction(sigma, scheduler.config.sigma_data) for sigma in sigmas]
+        return [edm_weights(sigma, scheduler.config.sigma_data) for sigma in sigmas]
     config = dict(scheduler.config)
     if family == "FlowMatchEulerDiscreteScheduler":
         return [(1.0, -sigma) for sigma in sigmas]
@@ -64,7 +69,7 @@ def data_rows(scheduler: Any) -> list[tuple[float, float]]:
         raise ValueError(f"prediction_type={prediction!r} is not known for {family}")
     if family == "EDMDPMSolverMultistepScheduler":
         sign = {"v_prediction": 1, "epsilon": -1}[prediction]
-        rows = [data_prediction(sigma, config["sigma_data"]) for sigma in sigmas]
+        rows = [edm_weights(sigma, config["sigma_data"]) for sigma in sigmas]
         return [(p, sign * q) for p, q in rows]
     weights = [alpha_sigma(sigma, config.get("use_flow_sigmas", False)) for sigma in sigmas]
     if prediction == "epsilon":

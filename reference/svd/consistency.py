@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import DictMixin
+from ..data_prediction import edm_weights
 
 CONFIG_FILE = "scheduler_config.json"
 
@@ -85,7 +86,7 @@ class ConsistencyScheduler:
     ) -> tuple[Tensor]:
         """The latent at the next noise level: the clean one that `model_output`, v, predicts, under fresh noise."""
         sigma, following = (float(s) for s in self.sigmas[self._step : self._step + 2])
-        skip, out = data_prediction(sigma, self.config.sigma_data)
+        skip, out = edm_weights(sigma, self.config.sigma_data)
         clean = skip * sample + out * model_output
         if len(self.timesteps) > 1:
             clean = clean + following * self.config.s_noise * fresh_noise(clean, generator)
@@ -98,12 +99,6 @@ class ConsistencyScheduler:
         folder.mkdir(parents=True, exist_ok=True)
         values: dict[str, Any] = {"_class_name": type(self).__name__, **self.config.to_dict()}
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def data_prediction(sigma: float, sigma_data: float = 1.0) -> tuple[float, float]:
-    """c_skip and c_out of EDM for v: the clean latent is c_skip * latent + c_out * v."""
-    total = sigma**2 + sigma_data**2
-    return sigma_data**2 / total, -sigma * sigma_data / math.sqrt(total)
 
 
 def fresh_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
