@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-inference-steps", type=options.positive, help="(default: the model's)")
     parser.add_argument("--guidance-scale", type=float, help="(default: the model's)")
     parser.add_argument("--seed", type=options.not_negative, default=0)
-    options.add_model(parser, ", hub id, or another model: svd, svd:DIR, svd:random, ltx, wan")
+    options.add_model(parser, ", hub id, or another model: svd, svd-tiny, svd:DIR, svd:random, ltx, wan")
     options.add_backend(parser)
     options.add_compile(parser)
     for name, source in NAMED.items():

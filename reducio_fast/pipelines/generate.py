@@ -33,9 +33,10 @@ def generate(
     """Make a clip in one line: `generate("a red circle moving right on a black background").save("clip.mp4")`.
 
     `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move, or
-    another image-to-video model by name ("svd", "ltx", "wan"; "svd" and folders of it take an image). The loaded model
-    is kept, so a second call starts at once, until the files of its folder change. Components and settings by name
-    (`text_to_image=`, `compile=` ...) are those of the family's `from_pretrained`, all other arguments those of a call.
+    another image-to-video model by name ("svd", "svd-tiny", "ltx", "wan"; "svd" and folders of it take an image). The
+    loaded model is kept, so a second call starts at once, until the files of its folder change. Components and settings
+    by name (`text_to_image=`, `compile=` ...) are those of the family's `from_pretrained`, all other arguments those of
+    a call.
     """
     device = devices.resolve_device(device)
     resolved = devices.resolve_dtype(dtype, None, device)

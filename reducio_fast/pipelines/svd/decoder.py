@@ -130,8 +130,9 @@ def decode_latents(
     resolved = devices.resolve_dtype(dtype, None, place)
     stated = strict_files.read_json(folder / "vae" / strict_files.CONFIG).get("_class_name")
     is_frames = stated == networks.published_class(FrameVAE)[1]
-    classes: Any = (FrameVAE, FrameVAEConfig) if is_frames else (TemporalVAE, TemporalVAEConfig)
-    vae = networks.load_model(*classes, folder / "vae", resolved, place)
+    network_class: Any = FrameVAE if is_frames else TemporalVAE
+    config_class = FrameVAEConfig if is_frames else TemporalVAEConfig
+    vae = networks.load_model(network_class, config_class, folder / "vae", resolved, place)
     shape = (None, vae.config.latent_channels, None, None)
     clips = validation.check_tensor(latents, shape, len(latents), True, "latents")
     network: Any = vae

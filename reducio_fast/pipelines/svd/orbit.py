@@ -86,8 +86,18 @@ class SV3DPipeline(SVDPipeline):
         backend: str = "auto",
         compile: bool | None = None,
     ) -> None:
-        parts: Any = (vae, unet, scheduler, image_encoder, feature_extractor, text_to_image)
-        super().__init__(*parts, sample_height, sample_width, backend=backend, compile=compile)
+        super().__init__(
+            vae,
+            unet,
+            scheduler,
+            image_encoder,
+            feature_extractor,
+            text_to_image,
+            sample_height,
+            sample_width,
+            backend=backend,
+            compile=compile,
+        )
 
     @torch_state.inference()
     def __call__(  # type: ignore[override]

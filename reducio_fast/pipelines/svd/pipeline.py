@@ -30,7 +30,7 @@ from ...reference import initial_latent
 from ...reference.svd import config as published
 from ...reference.svd.sampler import EndConditions, align_your_steps
 from ...reference.svd.unet import VideoUNet
-from ...reference.svd.vae import TemporalVAE
+from ...reference.svd.vae import FrameVAE, TemporalVAE
 from ...system import devices, torch_state
 from ...system.errors import ReducioError
 from ...system.paths import expanded
@@ -72,10 +72,12 @@ class SVDPipeline(VideoPipeline):
     decoder_class: ClassVar[type[ClipDecoder]] = ClipDecoder
     configs: ClassVar[dict[str, Any]] = {"vae": published.TemporalVAEConfig, "unet": published.VideoUNetConfig}
     _callback_tensor_inputs = ("latents", "frames")
+    sample_height: int
+    sample_width: int
 
     def __init__(
         self,
-        vae: TemporalVAE,
+        vae: TemporalVAE | FrameVAE,
         unet: VideoUNet,
         scheduler: Any,
         image_encoder: Any,
@@ -291,13 +293,13 @@ class SVDPipeline(VideoPipeline):
         steered = steering.check_steering(inputs, joint, asked, "forward", self.scheduler, self.offloading)
         self._warn(inputs, frames, trained)
         embeds = [Embeds()] * len(images)
-        last = self._last_images(inputs.last_image, len(images))
-        per_clip = [[x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds, last)]
+        per_clip = ([x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds))
+        last = [x for x in self._last_images(inputs.last_image, len(images)) for _ in range(per_image)]
         scales = (float(inputs.min_guidance_scale), float(most))
         return SVDRequest(
             clips=[
-                SVDClipRequest(*clip, last_image=last_image)
-                for *clip, last_image in zip(*per_clip[:4], generators, latents, per_clip[4], strict=True)
+                SVDClipRequest(*clip[:-1], motion=None, hold=None, last_image=clip[-1])
+                for clip in zip(*per_clip, generators, latents, last, strict=True)
             ],
             is_list=is_list,
             height=height,

@@ -19,7 +19,10 @@ from reducio_fast.fast.solver_tables import coefficients, input_scales
 from reducio_fast.pipelines.svd.component_table import dpm_scheduler
 from reducio_fast.pipelines.svd.pipeline import SVDPipeline
 from reducio_fast.reference.svd.consistency import ConsistencyConfig, ConsistencyScheduler
-from tiny_svd import CALL, QUIET, seeded
+from tiny_svd import CALL as USUAL_CALL
+from tiny_svd import QUIET, seeded
+
+CALL = USUAL_CALL | {"height": 16, "width": 16}
 
 
 def stepped(scheduler: Any, table: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -171,6 +174,7 @@ def test_parts_that_are_not_known(folder: Path, parts: dict, message: str):
 
 def test_schedules_that_do_not_fit(pipe: SVDPipeline, picture: Image.Image):
     ours = SVDPipeline(**pipe.components | {"scheduler": ConsistencyScheduler()}, backend="reference")
+    assert ours.forecast(16, 16).peak() > 0
     with pytest.raises(ReducioError, match="num_inference_steps: must be a whole number from 1 to 40"):
         ours(picture, **CALL | {"num_inference_steps": 41}, **QUIET)
     for scheduler in (ConsistencyScheduler(), dpm_scheduler()):

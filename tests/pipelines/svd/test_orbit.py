@@ -101,6 +101,7 @@ def test_the_call(folder: Path, pipe: SV3DPipeline, tmp_path: Path):
     clips = [p(picture, **CALL, seed=1).frames for p in (pipe, fast)]
     assert clips[0].shape == (3, 16, 16, 3) and np.abs(clips[0].astype(int) - clips[1]).max() <= 2
     assert np.array_equal(clips[0][-1], np.asarray(picture.resize((16, 16), Image.Resampling.LANCZOS)))
+    assert all(p.forecast(16, 16).peak() > 0 for p in (pipe, fast))
     latents = CALL | {"output_type": "latent", "seed": 1}
     views = [pipe(picture, **latents, elevations=e, azimuths=a).frames for e, a in ((None, None), (10.0, None))]
     assert torch.equal(*views), "10 degrees is the default"
