@@ -71,8 +71,9 @@ def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None
 def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float, encoding: str = "quality") -> Path:
     """Write uint8 [T, H, W, 3] as .mp4 (H.264), .gif, .webp or, where `path` has no suffix, a folder of numbered PNGs.
 
-    `encoding`: of an .mp4, a word of `ffmpeg.ENCODINGS`. PNGs are exact; the others are lossy. Raises ReducioError for frames of another shape or type, a path that
-    `check_output_path` refuses, an odd size in an .mp4, or a failed write; nothing half-written stays behind.
+    `encoding`: of an .mp4, a word of `ffmpeg.ENCODINGS`. PNGs are exact; the others are lossy. Raises ReducioError for
+    frames of another shape or type, a path that `check_output_path` refuses, an odd size in an .mp4, or a failed write;
+    nothing half-written stays behind.
     """
     path = check_output_path(path, trial=False)
     frames = np.asarray(frames)

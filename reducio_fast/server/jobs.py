@@ -217,7 +217,7 @@ class Store:
             return QUEUED
 
     def recover(self) -> list[Job]:
-        """At the start of a process: every job that the last one had in work, put back. Returns them as they are now."""
+        """At the start of a process: put back every job that the last one had in work. Returns them as they are now."""
         claimed = [job.id for job in self._rows(f"{_SELECT} WHERE claimed = 1 ORDER BY number")]
         for id in claimed:
             self.put_back(id)

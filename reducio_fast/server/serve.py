@@ -80,8 +80,8 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
     """
     try:
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise ReducioError('serve: FastAPI is not installed; pip install "reducio-fast[serve]"') from error

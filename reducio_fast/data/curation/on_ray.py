@@ -6,37 +6,22 @@ Results are files that the function writes where every machine sees them; rows c
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from ...system.errors import ReducioError
+from ...system import ray_cluster
 
 _Task = TypeVar("_Task")
 
 
 def map_on_ray(tasks: Sequence[_Task], function: Callable[[_Task], Any], address: str) -> Iterator[Any]:
     """`function` of each task, one CPU each, in any order. `address` "local" starts a cluster on this machine."""
-    try:
-        # Before the import: else it writes a token into the home folder and reports its use.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ReducioError('--ray needs Ray; pip install "reducio-fast[ray]"') from error
     if not tasks:
         return
+    ray = ray_cluster.connect(address)
     try:
-        ray.init(
-            address=None if address == "local" else address,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ReducioError(f"--ray {address}: no cluster there: {str(error).splitlines()[0]}") from error
-    try:
+        import ray.data
+
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         tasks_by_number = ray.put(list(tasks))

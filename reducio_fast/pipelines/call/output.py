@@ -60,8 +60,10 @@ class ReducioOutput:
     def save(self, path: str | os.PathLike[str], encoding: str = "quality") -> Path | list[Path]:
         """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; of a list, clip i as NAME-i.SUFFIX.
 
-        encoding: of an .mp4. "quality" or "fast": H.264 by the processor, of one quality (the second in a third of the time); "hardware": by a chip, refused where none can; "auto": by a chip where one can, else "fast". `encoder`
-            then says which encoder it was.
+        encoding: of an .mp4. "quality" or "fast": H.264 by the processor, of one quality (the second in a third of the
+            time); "hardware": by a chip, refused where none can; "auto": by a chip where one can, else "fast".
+            `encoder` then says which encoder it was.
+
         Raises ReducioError where that fails; frames that were not written are then kept in the cache folder, as PNGs,
         and the error says where: after `generate(...).save(path)` no variable holds them.
         """
