@@ -138,12 +138,8 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
     for number, row in enumerate(rows):
         path = folder / f"{number:05d}{settings.suffix}"
         if path.is_file():
-            results[number] = before.get(number) or {
-                "number": number,
-                "file": path.name,
-                "seed": row["seed"],
-                "call": row,
-            }
+            unknown = {"number": number, "file": path.name, "seed": row["seed"], "call": row}
+            results[number] = before.get(number, unknown)
         else:
             tasks.append({"number": number, "path": str(path), "call": row})
     kept, errors = len(results), list[tuple[int, str]]()
