@@ -1,6 +1,6 @@
 """One process against two Ray replicas: clips a second and waiting times; then a replica is killed in mid job.
 
-    python benchmarks/serving/replicas.py --clips 40 --out benchmarks/rows/serving.json
+    python benchmarks/serving/replicas.py --clips 40 --out benchmarks/results/serving_replicas.json
 
 Needs the extras [serve], [ray] and [test]. Every job must be completed, the same seed must give the same bytes in both
 homes, and the job of the killed replica must be made on its second attempt; else the status is 1.

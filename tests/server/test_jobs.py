@@ -126,10 +126,10 @@ def test_the_queue_is_bounded_and_keys_make_one_job(tmp_path: Path) -> None:
         store.insert(new_id(), "c", {}, limit=4, limit_of_owner=2)
     assert not full.value.of_owner
     assert store.get(a[0].id, "b") is None and store.get(a[0].id, "a") is not None
-    page, more = store.list("a", None, 1, descending=True)
+    page, more = store.page("a", None, 1, descending=True)
     assert ([job.id for job in page], more) == ([a[1].id], True)
-    assert store.list("a", a[1].id, 5, descending=True) == ([a[0]], False)
-    assert store.list("a", b[0].id, 5, descending=True) == ([], False)
+    assert store.page("a", a[1].id, 5, descending=True) == ([a[0]], False)
+    assert store.page("a", b[0].id, 5, descending=True) == ([], False)
 
 
 def test_old_clips_go_by_age_and_by_size(tmp_path: Path) -> None:

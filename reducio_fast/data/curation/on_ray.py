@@ -20,16 +20,16 @@ def map_on_ray(tasks: Sequence[_Task], function: Callable[[_Task], Any], address
         return
     ray = ray_cluster.connect(address)
     try:
-        import ray.data
+        from ray import data as ray_data
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        ray_data.DataContext.get_current().enable_progress_bars = False
         tasks_by_number = ray.put(list(tasks))
 
         def run(row: dict[str, Any]) -> dict[str, Any]:
             return {"result": function(ray.get(tasks_by_number)[row["id"]])}
 
-        numbers = ray.data.range(len(tasks), override_num_blocks=len(tasks))
+        numbers = ray_data.range(len(tasks), override_num_blocks=len(tasks))
         for row in numbers.map(run, num_cpus=1).iter_rows():
             yield row["result"]
     finally:
