@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from ..system import cache_folder, cores
 from ..system.errors import ReducioError, is_out_of_memory
 from . import (
+    batch,
     bench,
     compile_check,
     convert,
@@ -56,6 +57,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "demo": demo,
     "serve": serve,
+    "batch": batch,
     "compile-check": compile_check,
     "convert": convert,
     "parity": parity,

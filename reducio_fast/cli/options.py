@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..system.errors import ReducioError
+
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "fast")
 WHERE = "PATH"
@@ -66,3 +68,19 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoding", choices=ENCODINGS, default="quality", help="of .mp4 (default: quality)")
+
+
+def add_replicas(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--min-replicas", type=positive, default=1, help="on Ray (default: 1)")
+    parser.add_argument("--max-replicas", type=positive, help="on Ray (default: as --min-replicas)")
+    parser.add_argument("--gpus-per-replica", type=float, help="on Ray (default: 1 where the cluster has any)")
+
+
+def replicas(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Least and most of them."""
+    least, most = arguments.min_replicas, arguments.max_replicas or arguments.min_replicas
+    if most < least:
+        raise ReducioError(f"--max-replicas: must be at least --min-replicas; they are {least} and {most}")
+    if arguments.gpus_per_replica is not None and arguments.gpus_per_replica < 0:
+        raise ReducioError(f"--gpus-per-replica: must be at least 0, is {arguments.gpus_per_replica:g}")
+    return least, most

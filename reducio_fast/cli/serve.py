@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for a clip at the end (default: 30)")
     parser.add_argument("--ray", metavar="ADDRESS", help='make clips on this Ray cluster; "local" starts one here')
-    parser.add_argument("--min-replicas", type=options.positive, default=1, help="on Ray (default: 1)")
-    parser.add_argument("--max-replicas", type=options.positive, default=1, help="on Ray (default: 1)")
-    parser.add_argument("--gpus-per-replica", type=float, help="on Ray (default: 1 where the cluster has any)")
+    options.add_replicas(parser)
 
 
 def run(arguments: argparse.Namespace) -> Printed:
@@ -51,9 +49,7 @@ def run(arguments: argparse.Namespace) -> Printed:
             raise ReducioError(f"--{name.replace('_', '-')}: must be above 0, is {getattr(arguments, name):g}")
     if arguments.grace < 0:
         raise ReducioError(f"--grace: must be at least 0, is {arguments.grace:g}")
-    if arguments.max_replicas < arguments.min_replicas:
-        both = f"{arguments.min_replicas} and {arguments.max_replicas}"
-        raise ReducioError(f"--max-replicas: must be at least --min-replicas; they are {both}")
+    replicas = options.replicas(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     limits = Limits(
@@ -71,7 +67,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     settings = Settings(
         **{name: getattr(arguments, name) for name in names},
         limits=limits,
-        replicas=(arguments.min_replicas, arguments.max_replicas),
+        replicas=replicas,
         gpus=arguments.gpus_per_replica,
     )
     url, arguments.afterwards = serve(settings)

@@ -140,9 +140,12 @@ def _check_name(path: str | os.PathLike[str]) -> Path:
 
 
 def _writer(path: Path, by: ffmpeg.Encoder = ffmpeg.SOFTWARE["quality"]) -> Callable[[np.ndarray, Path, float], None]:
-    return {".mp4": partial(_write_mp4, by=by), ".gif": _write_gif, ".webp": _write_webp}.get(
-        path.suffix.lower(), _write_folder
-    )
+    writers: dict[str, Callable[[np.ndarray, Path, float], None]] = {
+        ".mp4": partial(_write_mp4, by=by),
+        ".gif": _write_gif,
+        ".webp": _write_webp,
+    }
+    return writers.get(path.suffix.lower(), _write_folder)
 
 
 def _cannot_write(path: Path, error: Exception) -> ReducioError:

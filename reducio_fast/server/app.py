@@ -207,7 +207,7 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
         """Your clips, the newest first."""
         if after is not None:
             service().find(after, owner)
-        jobs, more = service().store.list(owner, after, limit, order == "desc")
+        jobs, more = service().store.page(owner, after, limit, order == "desc")
         data = [service().video(job) for job in jobs]
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
         return {"object": "list", "data": data, "has_more": more, "first_id": first, "last_id": last}

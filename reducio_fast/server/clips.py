@@ -98,8 +98,8 @@ class Clips:
             finally:
                 stop.set()
                 await _settled(work)
-        if (error := work.exception()) is not None:
-            yield {"error": self._told(error)}
+        if (failure := work.exception()) is not None:
+            yield {"error": self._told(failure)}
             return
         output, peak, seconds = work.result()
         yield {"stage": "video.write", "step": 0, "percent": ENCODING}
@@ -131,7 +131,7 @@ class Clips:
             tell({"stage": stage, "step": step, "percent": int(begin + share * (end - begin))})
 
         tell({"stage": "", "step": 0, "percent": 0})
-        image = {} if picture is None else {"image": open_picture(picture)}
+        more: dict[str, Any] = {} if picture is None else {"image": open_picture(picture)}
         own = hasattr(self.pipe, "listener")
         if own:
             self.pipe.listener = listen
@@ -141,9 +141,9 @@ class Clips:
                 listen("dit.step", step + 1)
                 return {}
 
-            image["callback_on_step_end"] = after_step
+            more["callback_on_step_end"] = after_step
         try:
-            output = self.pipe(**call, **image, progress=False)
+            output = self.pipe(**call, **more, progress=False)
         finally:
             if own:
                 self.pipe.listener = None

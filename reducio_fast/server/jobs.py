@@ -155,7 +155,7 @@ class Store:
         rows = self._rows(f"{_SELECT} WHERE id = ? AND (? IS NULL OR owner = ?)", id, owner, owner)
         return rows[0] if rows else None
 
-    def list(self, owner: str, after: str | None, limit: int, descending: bool) -> tuple[list[Job], bool]:
+    def page(self, owner: str, after: str | None, limit: int, descending: bool) -> tuple[list[Job], bool]:
         """At most `limit` jobs of an owner behind the job `after`, in order of their creation, and whether there are
         more."""
         order, compare = ("DESC", "<") if descending else ("ASC", ">")

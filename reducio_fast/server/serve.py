@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
-import os
-import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..system import cache_folder
 from ..system.errors import ReducioError
+from .errors import ApiError
 from .files import JobFiles
 from .keys import Keys
 from .requests import Checker, Limits
@@ -80,8 +80,8 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
     """
     try:
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise ReducioError('serve: FastAPI is not installed; pip install "reducio-fast[serve]"') from error
@@ -104,7 +104,7 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
         config = uvicorn.Config(
             app, log_config=None, timeout_graceful_shutdown=int(settings.grace) + 10, access_log=False
         )
-        server = _Server(config)
+        server = _new_server(config)
         started.server = server
         try:
             server.run(sockets=[listener])
@@ -121,7 +121,7 @@ class _Started:
 
     def __init__(self, settings: Settings, keys: Keys, files: JobFiles) -> None:
         self.settings, self.keys, self.files = settings, keys, files
-        self.server: _Server | None = None
+        self.server: Any = None
         self.failure: BaseException | None = None
         self._close_home: Callable[[], None] = lambda: None
 
@@ -159,8 +159,10 @@ class _Started:
             self.failure = error
             LOG.error("the model cannot be loaded: %s", error)
             if not service.checker.done():
-                service.checker.cancel()
-            os.kill(os.getpid(), signal.SIGINT)  # ends uvicorn in its own order
+                service.checker.set_exception(ApiError(503, "the model cannot be loaded", code="not_loaded"))
+                service.checker.exception()  # looked at: asyncio complains of what nothing asks for
+            service.dispatcher.stop()
+            self.server.should_exit = True
             return
         service.dispatcher.open(home)
         LOG.info("ready: %s", service.described())
@@ -189,28 +191,28 @@ class _Started:
         return home
 
 
-def _server_class() -> Any:
+def _new_server(config: Any) -> Any:
+    """A uvicorn server that says when a signal has come: connections that wait for a clip must be let go before its
+    own end. Its class is made here, since uvicorn is not there without the extra."""
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Tells when a signal has come: connections that wait for a clip must be let go before uvicorn's own end."""
-
         _stop: Callable[[], None] | None = None
 
         def when_told_to_end(self, stop: Callable[[], None]) -> None:
             loop = asyncio.get_running_loop()
-            self._stop = lambda: loop.call_soon_threadsafe(stop) and None
+            self._stop = functools.partial(_call, loop, stop)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if self._stop is not None:
                 self._stop()
             super().handle_exit(sig, frame)
 
-    return Server
+    return Server(config)
 
 
-def _Server(config: Any) -> Any:
-    return _server_class()(config)
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    loop.call_soon_threadsafe(function)
 
 
 def _is_loopback(host: str) -> bool:

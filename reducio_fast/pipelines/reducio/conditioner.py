@@ -107,7 +107,8 @@ class Conditioner:
             for text in texts:
                 if self.components["clean_caption"] and not clean_caption(text):
                     raise ReducioError(
-                        f"prompt: nothing is left of {text[:60]!r} after caption cleaning; set pipe.clean_caption=False"
+                        f"prompt: nothing is left of {text[:60]!r} after caption cleaning; "
+                        "set pipe.clean_caption = False"
                     )
 
     def check_text_encoder(self) -> None:

@@ -1,0 +1,299 @@
+"""`reducio-fast batch`: a file of prompts becomes a folder of clips and a manifest, here or on a Ray cluster.
+
+DIR/prompts.jsonl    what each clip was asked for, by number: a second run must ask for the same
+DIR/00000.mp4 ...    each appears whole or not at all; one that is there is not made again
+DIR/manifest.jsonl   one line a prompt, in order: its file, or why there is none
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..system import ray_cluster
+from ..system.atomic_files import written_whole
+from ..system.errors import ReducioError, first_line
+from ..system.paths import check_output_folder, expanded, is_file
+
+if TYPE_CHECKING:
+    from .clips import Clips
+
+FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".mp4", ".gif", ".webp")
+PROMPTS, MANIFEST = "prompts.jsonl", "manifest.jsonl"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """worker: arguments of `clips.Clips`. call: arguments of every clip, over which those of a row go. seed: of the
+    first clip, the next ones count up. ray: address of a cluster; replicas: least and most actors on it; gpus: of an
+    actor."""
+
+    out: str
+    worker: dict[str, Any]
+    call: dict[str, Any]
+    seed: int = 0
+    suffix: str = ".mp4"
+    ray: str | None = None
+    replicas: tuple[int, int] = (1, 1)
+    gpus: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """made, kept, failed: numbers of clips. errors: (number, line) of those that failed."""
+
+    made: int
+    kept: int
+    errors: list[tuple[int, str]]
+
+
+def read_prompts(path: str | Path) -> list[Row]:
+    """The arguments of a call, one dict a clip: of each line of a .txt that is not empty, each object of a .jsonl, each
+    row of a .csv or .parquet with a column `prompt` (or `image`); further names are further arguments.
+
+    Raises ReducioError for a file that cannot be read and a row that is no request; a prompt that no clip can be made
+    of is told in the manifest.
+    """
+    path = expanded(path, "prompts")
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise ReducioError(f"prompts: {path} is of no type that is known; known are {', '.join(FORMATS)}")
+    if not is_file(path, "prompts"):
+        raise ReducioError(f"prompts: no such file: {path}")
+    try:
+        rows = _READERS[suffix](path)
+    except ReducioError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors
+        raise ReducioError(f"prompts: {path} cannot be read: {first_line(error)}") from error
+    if not rows:
+        raise ReducioError(f"prompts: {path} holds none")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not ({"prompt", "image"} & set(row)):
+            raise ReducioError(f"prompts: row {number} of {path} has neither prompt nor image")
+    return rows
+
+
+def _read_lines(path: Path) -> list[Row]:
+    return [{"prompt": line.strip()} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [{"prompt": row} if isinstance(row := json.loads(line), str) else row for line in lines]
+
+
+def _read_csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return [_given(row) for row in csv.DictReader(file)]
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    from ..data.parquet import pyarrow_modules
+
+    return [_given(row) for row in pyarrow_modules()[1].read_table(path).to_pylist()]
+
+
+def _given(row: Row) -> Row:
+    """Without the cells that are empty, but for the prompt's."""
+    return {n: v for n, v in row.items() if isinstance(n, str) and (n == "prompt" or v not in (None, ""))}
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".txt": _read_lines,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], None] = lambda: None) -> Done:
+    """The clips of rows as `read_prompts` gives them. `on_clip` is called after each.
+
+    Raises ReducioError where the folder holds clips of other prompts, and where the model cannot be loaded; what one
+    prompt raises is its line in the manifest.
+    """
+    from ..media.ffmpeg import encoder
+
+    encoder(settings.worker.get("encoding", "quality"))
+    folder = expanded(settings.out, "out")
+    folder.mkdir(parents=True, exist_ok=True)
+    check_output_folder(folder / MANIFEST)
+    rows = [{"seed": settings.seed + number} | settings.call | row for number, row in enumerate(rows)]
+    _check_same(folder, rows)
+    for left in folder.glob(".*"):  # of a run that was killed
+        if left.is_file() and left.suffix in SUFFIXES:
+            left.unlink()
+    before = {row["number"]: row for row in _lines(folder / MANIFEST)}
+    results: dict[int, Row] = {}
+    tasks = []
+    for number, row in enumerate(rows):
+        path = folder / f"{number:05d}{settings.suffix}"
+        if path.is_file():
+            unknown = {"number": number, "file": path.name, "seed": row["seed"], "call": row}
+            results[number] = before.get(number, unknown)
+        else:
+            tasks.append({"number": number, "path": str(path), "call": row})
+    kept, errors = len(results), list[tuple[int, str]]()
+    source = _here(tasks, settings) if settings.ray is None else _on_ray(tasks, settings)
+    try:
+        for result in source:
+            number = result["number"]
+            row = {n: v for n, v in result.items() if v is not None}
+            results[number] = row | {"call": rows[number]}
+            with (folder / MANIFEST).open("a", encoding="utf-8") as file:  # for a run that is killed before its end
+                file.write(f"{json.dumps(results[number])}\n")
+            if "error" in row:
+                errors.append((number, row["error"]))
+            on_clip()
+    finally:
+        with written_whole(folder / MANIFEST) as temporary:
+            lines = [json.dumps(results[number]) for number in sorted(results)]
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return Done(len(tasks) - len(errors), kept, sorted(errors))
+
+
+def _check_same(folder: Path, rows: list[Row]) -> None:
+    """Note what is asked for; refuse a folder whose clips were asked for otherwise. Longer lists go on."""
+    lines = [json.dumps(row, sort_keys=True, default=str) for row in rows]
+    path = folder / PROMPTS
+    known = path.read_text(encoding="utf-8").splitlines() if is_file(path) else []
+    for number, (old, new) in enumerate(zip(known, lines, strict=False)):
+        if old != new:
+            raise ReducioError(f"out: {folder} holds clips of other prompts or settings (number {number} differs)")
+    if len(lines) >= len(known):
+        with written_whole(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _lines(path: Path) -> list[Row]:
+    """The rows of a manifest; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if is_file(path) else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _make(clips: Clips, task: Row) -> Any:
+    """The output of one task; raises what the call does."""
+    from .requests import FIELDS
+
+    call = dict(task["call"])
+    known = (*FIELDS, "image", "height", "width")
+    if unknown := sorted(set(call) - set(known)):
+        raise ReducioError(f"{unknown[0]}: no argument of a prompt; known are {', '.join(known)}")
+    if "image" not in call and "prompt" not in call:
+        raise ReducioError("prompt: None given; describe the clip")
+    call = {n: FIELDS[n](n, v) if n in FIELDS else v for n, v in call.items()}
+    for name in ("height", "width"):
+        if isinstance(call.get(name), str):
+            call[name] = FIELDS["num_frames"](name, call[name])
+    if call.get("prompt") == "" and "image" in call:
+        del call["prompt"]
+    return clips.pipe(**call, progress=False)
+
+
+def _save(output: Any, task: Row, encoding: str) -> Row:
+    output.save(task["path"], encoding=encoding)
+    timings = {name: round(seconds, 4) for name, seconds in output.timings.items()}
+    count, height, width = output.frames.shape[:3]
+    return {
+        "number": task["number"],
+        "file": Path(task["path"]).name,
+        "seed": output.seed,
+        "size": f"{width}x{height}",
+        "frames": int(count),
+        "fps": output.fps,
+        "encoder": output.encoder,
+        "timings": timings,
+    }
+
+
+def _failed(task: Row, error: Exception) -> Row:
+    return {"number": task["number"], "error": first_line(error)}
+
+
+def _here(tasks: list[Row], settings: Settings) -> Iterator[Row]:
+    """One clip after the other; the file of one is written beside the next clip."""
+    from .clips import Clips
+
+    if not tasks:
+        return
+    clips = Clips(**settings.worker, warm=False)
+    with ThreadPoolExecutor(1, "encode") as writer:
+        waiting: list[tuple[Row, Future[Row]]] = []
+        for task in [*tasks, None]:
+            if task is not None:
+                try:
+                    waiting.append((task, writer.submit(_save, _make(clips, task), task, clips.encoding)))
+                except ReducioError as error:
+                    yield _failed(task, error)
+            while waiting and (len(waiting) > 1 or task is None):  # at most two clips are held in memory
+                written, future = waiting.pop(0)
+                try:
+                    yield future.result()
+                except ReducioError as error:
+                    yield _failed(written, error)
+
+
+class _Actor:
+    """A worker of Ray Data. What it returns is text: columns of a table have one type."""
+
+    def __init__(self, worker: dict[str, Any]) -> None:
+        from .clips import Clips
+
+        self.clips = Clips(**worker, warm=False)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        task = json.loads(row["task"])
+        if Path(task["path"]).is_file():  # of an actor that died after it had written it
+            return {"result": json.dumps({"number": task["number"], "file": Path(task["path"]).name})}
+        try:
+            result = _save(_make(self.clips, task), task, self.clips.encoding)
+        except ReducioError as error:
+            result = _failed(task, error)
+        return {"result": json.dumps(result)}
+
+
+def _on_ray(tasks: list[Row], settings: Settings) -> Iterator[Row]:
+    """The folder must be one that every machine of the cluster sees."""
+    if not tasks:
+        return
+    assert settings.ray is not None
+    tasks = [task | {"path": str(Path(task["path"]).absolute())} for task in tasks]
+    ray = ray_cluster.connect(settings.ray)
+    try:
+        import logging
+
+        import ray.data as ray_data
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context = ray_data.DataContext.get_current()
+        context.enable_progress_bars = False
+        gpus = settings.gpus
+        if gpus is None:
+            gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        least, most = settings.replicas
+        items = ray_data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
+        made = items.map(
+            _Actor,
+            fn_constructor_args=(settings.worker,),
+            compute=ray_data.ActorPoolStrategy(min_size=least, max_size=most),
+            num_cpus=1,
+            num_gpus=gpus,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        for row in made.iter_rows():
+            yield json.loads(row["result"])
+    finally:
+        ray.shutdown()

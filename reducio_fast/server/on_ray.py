@@ -1,0 +1,91 @@
+"""The worker's second home: replicas of Ray Serve on a cluster, one a GPU, as many as the queue asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ..system import ray_cluster
+from .clips import Event
+from .dispatcher import WorkerLost
+
+LOG = logging.getLogger("reducio_fast.server")
+APPLICATION = "reducio-fast"
+# A replica that makes a clip may be slow to say how long its queue is; Ray's own 0.1 s fill the log with warnings.
+os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "5")
+# Jobs that a replica has at once: one in the making, and one whose file is written.
+AT_ONCE = 2
+SHUTDOWN_SECONDS = 20
+
+
+class RayHome:
+    """Deploys `clips.Clips` and waits until a replica is ready, which may take minutes.
+
+    worker: arguments of `Clips`. replicas: least and most. gpus: of a replica; None is one where the cluster has any.
+    Raises ReducioError without Ray or where no cluster answers.
+    """
+
+    def __init__(self, worker: dict[str, Any], address: str, replicas: tuple[int, int], gpus: float | None) -> None:
+        self._ray = ray_cluster.connect(address)
+        from ray import serve
+
+        from .clips import Clips
+
+        self._serve = serve
+        if gpus is None:
+            gpus = 1.0 if self._ray.cluster_resources().get("GPU", 0) else 0.0
+        least, most = replicas
+        deployment = serve.deployment(
+            name="clips",
+            ray_actor_options={"num_gpus": gpus, "num_cpus": 1},
+            max_ongoing_requests=AT_ONCE,
+            autoscaling_config={
+                "min_replicas": least,
+                "initial_replicas": least,
+                "max_replicas": most,
+                "target_ongoing_requests": 1,
+            },
+            graceful_shutdown_timeout_s=SHUTDOWN_SECONDS,
+        )(Clips)
+        # No proxy: the jobs' file has one writer, which is the server that has this home.
+        serve.start(proxy_location="Disabled")
+        handle = serve.run(deployment.bind(**worker), name=APPLICATION, route_prefix=None)
+        self._handle = handle.options(stream=True)
+        self._described = handle.describe.remote().result(timeout_s=60)
+        # A few more than the replicas take: the autoscaler sees what is wanted in what waits at its router.
+        self.slots = AT_ONCE * most + 1
+
+    async def make(self, request: dict[str, Any], picture: bytes | None) -> AsyncIterator[Event]:
+        """As `Clips.make`. Raises WorkerLost where the replica died. Closing it cancels the call, whose clip then ends
+        at its next step."""
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException, RequestCancelledError
+
+        response = self._handle.make.remote(request, picture)
+        ended = False
+        try:
+            async for event in response:
+                yield event
+            ended = True
+        except RequestCancelledError:
+            raise asyncio.CancelledError from None
+        except (RayError, RayServeException) as error:
+            ended = True
+            raise WorkerLost(f"{type(error).__name__}") from error
+        finally:
+            if not ended:
+                response.cancel()
+
+    def describe(self) -> dict[str, Any]:
+        """What a replica runs on."""
+        return self._described
+
+    def close(self) -> None:
+        """Take the deployment down, and leave the cluster."""
+        try:
+            self._serve.delete(APPLICATION)
+        finally:
+            self._ray.shutdown()

@@ -1,0 +1,206 @@
+"""The front with workers that fail on purpose: what becomes of a job is the dispatcher's word. Real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+from reducio_fast.server import serve as serving  # noqa: E402
+from reducio_fast.server.dispatcher import WorkerLost  # noqa: E402
+from reducio_fast.server.requests import Limits  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+RESULT = {"timings": {"dit.step": 0.1}, "fps": 16, "frames": 16, "encoder": "none", "seconds_of_clip": 0.1}
+
+
+class Workers:
+    """`script[prompt]` are what the attempts at that prompt come to: "made", "lost", "error", "defect" or "hangs"."""
+
+    slots = 2
+
+    def __init__(self) -> None:
+        self.script: dict[str, list[str]] = {}
+        self.ended: list[str] = []
+
+    async def make(self, request: dict[str, Any], picture: bytes | None) -> AsyncIterator[dict[str, Any]]:
+        prompt = request["call"]["prompt"]
+        what = self.script.get(prompt, [])
+        outcome = what.pop(0) if what else "made"
+        try:
+            yield {"stage": "dit.step", "step": 1, "percent": 50}
+            yield {"stage": "dit.step", "step": 2, "percent": 40}  # a bar does not go back
+            if outcome == "hangs":
+                await asyncio.Event().wait()
+            if outcome == "lost":
+                raise WorkerLost("killed")
+            if outcome == "defect":
+                raise KeyError("a secret")
+            if outcome == "error":
+                yield {"error": {"code": "out_of_memory", "message": "vae.decode: out of memory"}}
+            else:
+                yield {"files": {".mp4": prompt.encode(), ".content.png": b"png"}, "result": RESULT}
+        finally:
+            self.ended.append(prompt)
+
+
+Front = Callable[..., tuple[str, Workers, Callable[[], None]]]
+
+
+@pytest.fixture
+def front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
+    """Starts a server on one folder; returns its address, its workers, and a function that ends it."""
+    ends: list[Callable[[], None]] = []
+
+    def start(loaded: bool = True, **kwargs: Any) -> tuple[str, Workers, Callable[[], None]]:
+        workers, started = Workers(), []
+
+        class Started(serving._Started):
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments)
+                started.append(self)
+
+            def _home(self, service: Any) -> Any:
+                while not loaded and not service.dispatcher.stopping.is_set():
+                    time.sleep(0.01)
+                return workers
+
+        monkeypatch.setattr(serving, "_Started", Started)
+        settings = serving.Settings(port=0, data=str(tmp_path / "data"), grace=0, **kwargs)
+        url, run = serving.serve(settings)
+        thread = threading.Thread(target=run)
+        thread.start()
+
+        def end() -> None:
+            while not started or started[0].server is None:
+                time.sleep(0.01)
+            started[0].server.handle_exit(15, None)
+            thread.join(30)
+            assert not thread.is_alive()
+
+        ends.append(end)
+        return url, workers, end
+
+    yield start
+    for end in ends[-1:]:
+        end()
+
+
+def client_of(url: str, key: str = "none") -> Any:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def test_what_becomes_of_a_job(front: Front) -> None:
+    url, workers, _ = front(limits=Limits(job_seconds=0.5))
+    client = client_of(url)
+    outcomes = {
+        "lost once": (["lost"], "completed", None, 2),
+        "lost twice": (["lost", "lost"], "failed", "worker_lost", 2),
+        "no memory": (["error"], "failed", "out_of_memory", 1),
+        "a defect": (["defect"], "failed", "internal_error", 1),
+        "too long": (["hangs"], "failed", "timeout", 1),
+        "made": ([], "completed", None, 1),
+    }
+    workers.script = {prompt: list(each[0]) for prompt, each in outcomes.items()}
+    ids = {prompt: client.videos.create(prompt=prompt).id for prompt in outcomes}
+    for prompt, (_, status, code, attempts) in outcomes.items():
+        video = client.videos.poll(ids[prompt])
+        assert (video.status, video.error and video.error.code, video.attempts) == (status, code, attempts), prompt
+        assert "secret" not in video.model_dump_json()
+    assert client.videos.download_content(ids["lost once"]).content == b"lost once"
+
+
+def test_a_deleted_job_ends_and_leaves_nothing(front: Front, tmp_path: Path) -> None:
+    url, workers, _ = front()
+    client = client_of(url)
+    workers.script = {"a": ["hangs"], "b": ["hangs"], "c": ["hangs"]}
+    ids = [client.videos.create(prompt=prompt).id for prompt in "abc"]
+    while [client.videos.retrieve(id).status for id in ids] != ["in_progress", "in_progress", "queued"]:
+        time.sleep(0.01)
+    assert client.videos.retrieve(ids[0]).progress == 50 and client.videos.retrieve(ids[2]).queue_position == 0
+    client.videos.delete(ids[2])
+    client.videos.delete(ids[0])
+    assert workers.ended == ["a"]
+    assert client.videos.create_and_poll(prompt="d").status == "completed"
+    client.videos.delete(ids[1])
+    assert [video.prompt for video in client.videos.list()] == ["d"]
+    assert len(list((tmp_path / "data" / "files").iterdir())) == 2  # clip and content of d
+
+
+def test_the_end_puts_jobs_back_and_a_start_takes_them_up(front: Front) -> None:
+    url, workers, end = front()
+    client = client_of(url)
+    workers.script = {"a": ["hangs"]}
+    id = client.videos.create(prompt="a").id
+    picture = io.BytesIO()
+    Image.new("RGB", (128, 128), "red").save(picture, "PNG")
+    while client.videos.retrieve(id).status != "in_progress":
+        time.sleep(0.01)
+    helper = {"headers": {"X-Stainless-Poll-Helper": "true"}}
+    waits = threading.Thread(target=client.get, args=(f"/videos/{id}",), kwargs={"cast_to": object, "options": helper})
+    waits.start()
+    time.sleep(0.2)
+    begun = time.monotonic()
+    end()
+    waits.join()
+    assert time.monotonic() - begun < 5  # whoever waited was let go
+    url, _, _ = front()
+    video = client_of(url).videos.poll(id)
+    assert (video.status, video.attempts) == ("completed", 1)
+    reference = ("x.png", picture.getvalue(), "image/png")
+    other = client_of(url).videos.create_and_poll(prompt="x", input_reference=reference)
+    assert other.status == "completed"
+
+
+def test_keys_see_their_own_jobs(front: Front, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("".join(f"{name}:{hashlib.sha256(name.encode()).hexdigest()}\n" for name in "ab"))
+    url, _, _ = front(loaded=False, api_keys=str(path), host="0.0.0.0", limits=Limits(queue=3, queue_per_key=2))
+    url = url.replace("0.0.0.0", "127.0.0.1")
+    a, b = client_of(url, "a"), client_of(url, "b")
+    ids = [a.videos.create(prompt="x").id for _ in range(2)]  # accepted while the model loads
+    assert a.videos.retrieve(ids[0]).status == "queued"
+    with pytest.raises(openai.RateLimitError, match="2 jobs are open for this key"):
+        a.videos.create(prompt="x")
+    for call in (b.videos.retrieve, b.videos.delete, b.videos.download_content):
+        with pytest.raises(openai.NotFoundError):
+            call(ids[0])
+    with pytest.raises(openai.NotFoundError):
+        b.videos.list(after=ids[0])
+    assert list(b.videos.list()) == [] and len(list(a.videos.list())) == 2
+    b.videos.create(prompt="x")
+    with pytest.raises(openai.RateLimitError, match="3 jobs are open"):
+        b.videos.create(prompt="x")
+    with pytest.raises(openai.AuthenticationError):
+        client_of(url, "c").videos.list()
+
+
+def test_clips_go_when_their_time_is_over(front: Front, tmp_path: Path) -> None:
+    url, _, _ = front(limits=Limits(keep_seconds=0.8))
+    client = client_of(url)
+    id = client.videos.create_and_poll(prompt="x").id
+    deadline = time.monotonic() + 20
+    while list(client.videos.list()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with pytest.raises(openai.NotFoundError):
+        client.videos.download_content(id)
+    assert list((tmp_path / "data" / "files").iterdir()) == []
+
+
+def test_a_model_that_is_not_there_ends_the_server(tmp_path: Path) -> None:
+    from reducio_fast import ReducioError
+
+    url, run = serving.serve(serving.Settings(port=0, data=str(tmp_path / "data"), model=str(tmp_path / "none")))
+    with pytest.raises(ReducioError, match="none"):
+        run()
+    assert url.startswith("http://127.0.0.1:")

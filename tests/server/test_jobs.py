@@ -1,0 +1,256 @@
+"""The file of jobs under crashes at any statement, keys, the folder, and what a batch reads. No model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from reducio_fast import ReducioError
+from reducio_fast.cli.main import main
+from reducio_fast.server import batch
+from reducio_fast.server.errors import ApiError, bad_request, without_paths
+from reducio_fast.server.files import CLIP, PICTURE, JobFiles
+from reducio_fast.server.jobs import COMPLETED, FAILED, KeyReused, QueueFull, Store, new_id
+from reducio_fast.server.keys import Keys
+
+
+class Crash(Exception):
+    pass
+
+
+class Crashing:
+    """A connection that fails at its n-th statement, as a process that is killed there: nothing after it happens."""
+
+    def __init__(self, connection: sqlite3.Connection, statements: int) -> None:
+        self.connection, self.left = connection, statements
+
+    def execute(self, *arguments: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise Crash
+        return self.connection.execute(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+
+OPERATIONS = st.tuples(st.sampled_from(["insert", "claim", "begin", "finish", "fail", "lost", "delete"]),
+                       st.integers(0, 5), st.integers(0, 6))  # fmt: skip
+
+
+@given(st.lists(OPERATIONS, max_size=25))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_crash_loses_or_doubles_a_job(tmp_path: Path, operations: list[tuple[str, int, int]]) -> None:
+    """(operation, which job, statement at which the process dies; 6: it does not). A job that was told to its client
+    stays, in one state; it is handed out at most twice; a clip that was told as completed stays completed."""
+    path = tmp_path / f"{new_id()}.sqlite3"
+    store = Store(path)
+    told: dict[str, str] = {}  # id -> the last state that a client was told
+    claimed: list[str] = []
+    handed_out: dict[str, int] = {}
+    for operation, which, crash_at in operations:
+        connection = store._connection
+        if crash_at < 6:
+            store._connection = Crashing(connection, crash_at)  # type: ignore[assignment]
+        job = claimed[which % len(claimed)] if claimed else None
+        try:
+            if operation == "insert":
+                id, _ = store.insert(new_id(), "owner", {"call": {"prompt": str(which)}})[0].id, None
+                told[id] = "queued"
+            elif operation == "claim" and (got := store.claim()) is not None:
+                assert got.id not in claimed, "handed out twice at once"
+                claimed.append(got.id)
+                handed_out[got.id] = handed_out.get(got.id, 0) + 1
+            elif job is not None and operation == "begin":
+                store.begin(job)
+            elif job is not None and operation == "finish":
+                store.finish(job, {}, 1)
+                told[job] = COMPLETED
+                claimed.remove(job)
+            elif job is not None and operation == "fail":
+                store.fail(job, "code", "line")
+                told[job] = FAILED
+                claimed.remove(job)
+            elif job is not None and operation == "lost":
+                status = store.put_back(job)
+                claimed.remove(job)
+                told[job] = FAILED if status == FAILED else "queued"
+            elif told and operation == "delete":
+                id = sorted(told)[which % len(told)]
+                store.delete(id)
+                del told[id]
+                claimed = [each for each in claimed if each != id]
+        except Crash:
+            connection.close()  # what was not committed is gone
+            store, claimed = Store(path), []
+            store.recover()
+            if operation == "delete":  # the client was told nothing; either is right
+                told = {id: state for id, state in told.items() if store.get(id)}
+    store._connection.close()
+    store = Store(path)
+    store.recover()
+    for id, state in told.items():
+        found = store.get(id)
+        assert found is not None, "lost"
+        if state in (COMPLETED, FAILED):
+            assert found.status == state
+        assert found.status in ("queued", COMPLETED, FAILED) and handed_out.get(id, 0) <= 2
+    order = []
+    while (got := store.claim()) is not None:
+        order.append(got.number)
+    assert order == sorted(set(order))
+    store.close()
+
+
+def test_the_queue_is_bounded_and_keys_make_one_job(tmp_path: Path) -> None:
+    store = Store(tmp_path / "jobs.sqlite3")
+    a = [store.insert(new_id(), "a", {"n": n}, limit=4, limit_of_owner=2)[0] for n in range(2)]
+    with pytest.raises(QueueFull) as full:
+        store.insert(new_id(), "a", {}, limit=4, limit_of_owner=2)
+    assert full.value.of_owner
+    b = [store.insert(new_id(), "b", {"n": 1}, key=f"k{n}", limit=4, limit_of_owner=2)[0] for n in range(2)]
+    again, new = store.insert(new_id(), "b", {"n": 1}, key="k0", limit=4, limit_of_owner=2)
+    assert (again.id, new) == (b[0].id, False)
+    with pytest.raises(KeyReused):
+        store.insert(new_id(), "b", {"n": 2}, key="k0")
+    with pytest.raises(QueueFull) as full:
+        store.insert(new_id(), "c", {}, limit=4, limit_of_owner=2)
+    assert not full.value.of_owner
+    assert store.get(a[0].id, "b") is None and store.get(a[0].id, "a") is not None
+    page, more = store.page("a", None, 1, descending=True)
+    assert ([job.id for job in page], more) == ([a[1].id], True)
+    assert store.page("a", a[1].id, 5, descending=True) == ([a[0]], False)
+    assert store.page("a", b[0].id, 5, descending=True) == ([], False)
+
+
+def test_old_clips_go_by_age_and_by_size(tmp_path: Path) -> None:
+    store = Store(tmp_path / "jobs.sqlite3")
+    ids = []
+    for _ in range(3):
+        ids.append(store.insert(new_id(), "", {})[0].id)
+        store.claim()
+        store.finish(ids[-1], {}, 100)
+    assert store.expired(60, 1000) == [] and {job.id for job in store.expired(-1, 1000)} == set(ids)
+    assert [job.id for job in store.expired(60, 250)] == ids[:1]
+
+
+def test_a_folder_has_one_server_and_is_swept(tmp_path: Path) -> None:
+    files = JobFiles(tmp_path / "data")
+    with pytest.raises(ReducioError, match="is in use by another server"):
+        JobFiles(tmp_path / "data")
+    for id in ("video_a", "video_b", "video_c"):
+        files.write(id, {CLIP: b"clip", PICTURE: b"picture"})
+    (files.folder / ".video_a.12345678.mp4").touch()
+    files.sweep({"video_a": "completed", "video_b": "queued"})
+    assert sorted(p.name for p in files.folder.iterdir()) == [
+        "video_a.mp4", "video_a.picture", "video_b.picture",
+    ]  # fmt: skip
+    files.remove("video_a")
+    assert [p.name for p in files.folder.iterdir()] == ["video_b.picture"]
+    files.close()
+    JobFiles(tmp_path / "data").close()
+
+
+def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"# ours\na:{hashlib.sha256(b'one').hexdigest()}\nb:{hashlib.sha256(b'two').hexdigest()}\n")
+    keys = Keys(path)
+    assert keys.owner("Bearer one") == "a" and keys.owner("bearer two") == "b" and Keys().owner(None) == ""
+    for wrong in (None, "", "Bearer", "Bearer three", "Basic one", f"Bearer {hashlib.sha256(b'one').hexdigest()}"):
+        with pytest.raises(ApiError) as error:
+            keys.owner(wrong)
+        assert error.value.status == 401
+    for text, line in (("a", "line 1 is not NAME:SHA256"), ("", "holds no key"), (path.read_text() * 2, "second time")):
+        path.write_text(text)
+        with pytest.raises(ReducioError, match=line):
+            Keys(path)
+    pytest.importorskip("fastapi")
+    assert main(["serve", "--host", "0.0.0.0", "--data", str(tmp_path / "d")]) == 2
+    assert "0.0.0.0 is open to others; name the keys with --api-keys" in capsys.readouterr().err
+    assert main(["serve", "--api-keys", str(tmp_path / "none"), "--data", str(tmp_path / "d")]) == 2
+    assert main(["serve", "--sizes", "12", "--data", str(tmp_path / "d")]) == 2
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_message_holds_no_path_of_the_server() -> None:
+    line = "vae.decode: out of memory at 64x64; latents are in /root/.cache/reducio-fast/latents/a.safetensors"
+    assert without_paths(line) == "vae.decode: out of memory at 64x64; latents are in a.safetensors"
+    assert without_paths("and/or 1/2 http://a.b/c/d") == "and/or 1/2 http://a.b/c/d"
+    error = bad_request("height: 100 is not a multiple of 32")
+    assert (error.status, error.body["error"]["param"]) == (400, "height")
+
+
+def test_prompts_of_every_format(tmp_path: Path) -> None:
+    rows = [{"prompt": "a red circle", "seed": 3}, {"prompt": 'a "blue", star'}]
+    (tmp_path / "p.txt").write_text("a red circle\n\n  a blue star\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '"plain"\n')
+    (tmp_path / "p.csv").write_text('prompt,seed\na red circle,3\n"a ""blue"", star",\n')
+    pq.write_table(pa.table({"prompt": [r["prompt"] for r in rows], "seed": [3, None]}), tmp_path / "p.parquet")
+    assert batch.read_prompts(tmp_path / "p.txt") == [{"prompt": "a red circle"}, {"prompt": "a blue star"}]
+    assert batch.read_prompts(tmp_path / "p.jsonl") == [*rows, {"prompt": "plain"}]
+    assert batch.read_prompts(tmp_path / "p.csv") == [rows[0] | {"seed": "3"}, rows[1]]
+    assert batch.read_prompts(tmp_path / "p.parquet") == rows
+    for name, text, line in (
+        ("p.doc", "x", "no type that is known"),
+        ("none.txt", None, "no such file"),
+        ("empty.txt", "\n", "holds none"),
+        ("bad.jsonl", "{", "cannot be read"),
+        ("bad.parquet", "x", "cannot be read"),
+        ("bad.csv", "text\nx\n", "row 0 of .* has neither prompt nor image"),
+        ("number.jsonl", "1\n", "row 0 of .* has neither prompt nor image"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(ReducioError, match=line):
+            batch.read_prompts(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_a_batch_goes_on_where_it_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [f"a red circle number {n}" for n in range(8)]
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": p}) + "\n" for p in [*prompts[:3], "", *prompts[4:]])
+    )
+    command = ["batch", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out"), "--num-inference-steps", "1"]
+    command += ["--height", "64", "--width", "64", "--no-progress", "--encoding", "fast", "--json"]
+    made = 0
+
+    def stop() -> None:
+        nonlocal made
+        made += 1
+        if made == 4:
+            raise KeyboardInterrupt  # as Ctrl-C between two clips
+
+    rows = batch.read_prompts(tmp_path / "p.jsonl")
+    worker = {"model": None, "dtype": None, "device": None, "backend": "auto", "compile": None, "encoding": "fast"}
+    call = {"height": 64, "width": 64, "num_inference_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        batch.make_clips(rows, batch.Settings(out=str(tmp_path / "out"), worker=worker, call=call), stop)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.mp4")}
+    assert 3 <= len(before) < 7
+    (tmp_path / "out" / ".00006.12345678.mp4").touch()
+    assert main(command) == 2
+    told = capsys.readouterr()
+    counts = {"made": 7 - len(before), "kept": len(before), "failed": 1}
+    assert json.loads(told.out) == {"path": str(tmp_path / "out")} | counts
+    assert "1 of 8 prompts made no clip, the first is number 3: prompt: is empty" in told.err
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.mp4")}
+    assert len(after) == 7 and before.items() <= after.items()
+    manifest = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in manifest] == list(range(8))
+    assert manifest[3]["error"].startswith("prompt: is empty")
+    assert [row.get("seed") for row in manifest] == [0, 1, 2, None, 4, 5, 6, 7]
+    assert all(row["encoder"] == "libx264" for row in manifest if "timings" in row)
+    assert not list((tmp_path / "out").glob(".*"))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "another"}\n')
+    assert main(command) == 2
+    assert "holds clips of other prompts or settings (number 0 differs)" in capsys.readouterr().err
