@@ -37,6 +37,7 @@ from . import (
     profile,
     reconstruct,
     train,
+    transfer,
     warmup,
 )
 from .printing import Failed, show
@@ -44,6 +45,7 @@ from .printing import Failed, show
 # Each module has `add_arguments(parser)` and `run(arguments)`, which returns what to print; its docstring is the help.
 COMMANDS = {
     "generate": generate,
+    "transfer": transfer,
     "reconstruct": reconstruct,
     "encode": encode,
     "decode": decode,
