@@ -1,9 +1,10 @@
-"""Longer, steered and transferred clips, checked on the default model: `python -P benchmarks/control_check.py [--part P]`.
+"""Longer, steered and transferred clips, checked on the default model: `python -P benchmarks/control_check.py`.
 
-long: 64 frames of held-out prompts: what the detector sees, jumps and PSNR at seams against those within the model's own
-clips. strength: travel of the object against motion_strength. transfer: a scene's motion with another colour, against
-the latent of the recoloured scene itself; and on another background. kept: the content frame kept. `--pictures DIR` writes the pictures of docs/control.md instead, of `--clips DIR`, a
-folder with real .mp4 files, for the last one. Prints one JSON object a part; takes minutes, so it is no test.
+long: 64 frames of held-out prompts: what the detector sees, jumps and PSNR at seams against those within the model's
+own clips. strength: travel of the object against motion_strength. transfer: a scene's motion with another colour,
+against the latent of the recoloured scene itself; and on another background. kept: the content frame kept.
+`--pictures DIR` writes the pictures of docs/control.md instead, with `--clips DIR`, a folder of real .mp4 files, for
+the last one. Prints one JSON object a part; takes minutes, so it is no test.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def transfer(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
         place = toy_world.render(placed, np.random.default_rng(seed), 128, 16)
         backgrounds += detect(pipe.decode(pipe.encode_motion(clip), place[7])).motion == scene.motion
     return {
-        "clips": count, "motion_right": right, "colour_right": colours, "motion_right_on_another_background": backgrounds,
+        "clips": count, "motion_right": right, "colour_right": colours,
+        "motion_right_on_another_background": backgrounds,
         "psnr": float(np.mean(other)), "psnr_of_its_own_latent": float(np.mean(own)),
     }  # fmt: skip
 
