@@ -19,6 +19,11 @@ class Clip(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="INPUT", help=".mp4, .gif, .webp or a folder of images")
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Which frames of it, at what size, by which model."""
     parser.add_argument("--start", type=options.not_negative, default=0, help="first frame to use (default: 0)")
     parser.add_argument(
         "--consecutive", action="store_true", help="every frame (default: every n-th, to come near the model's rate)"

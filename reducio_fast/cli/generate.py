@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts import REDUCIO, SVD
@@ -41,7 +43,10 @@ SVD_OWN: dict[str, Callable[[str], Any]] = {
     "elevations": degrees,  # these two of SV3D
     "azimuths": degrees,
     "variant": str,
+    "overlap": options.positive,
 }
+# Arguments of Reducio's own call.
+REDUCIO_OWN = ("direction", "motion_strength", "keep_content")
 
 
 def interval(text: str) -> tuple[float, ...]:
@@ -75,7 +80,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=options.positive, metavar="N", help="256, 512 or 1024: the aspect bucket of --image, else square"
     )
-    parser.add_argument("--num-frames", type=options.positive, help="(default: the model's)")
+    parser.add_argument(
+        "--num-frames", type=options.positive, help="more than the model's are made by further clips (default: its own)"
+    )
+    parser.add_argument("--direction", choices=("forward", "both"), help="of further clips (default: forward)")
+    parser.add_argument(
+        "--match-colours", action="store_true", default=None, help="hold further clips to the first one's colours"
+    )
+    options.add_steering(parser)
+    parser.add_argument("--loop", action="store_true", default=None, help="and back: the last frame meets the first")
+    parser.add_argument(
+        "--num-videos", type=options.positive, default=1, metavar="N", help="of seeds SEED, SEED + 1 ... (default: 1)"
+    )
+    parser.add_argument("--grid", action="store_true", help="all of them side by side in one clip")
+    parser.add_argument(
+        "--preview-every", type=options.positive, metavar="N", help="every N steps, four frames in PATH-preview.png"
+    )
     parser.add_argument("--num-inference-steps", type=options.positive, help="(default: the model's)")
     parser.add_argument("--guidance-scale", type=float, help="(default: the model's)")
     parser.add_argument("--seed", type=options.not_negative, default=0)
@@ -105,8 +125,10 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..media.image_files import read_image
     from ..media.video_files import TRIAL_RATE, check_output_path
 
-    check_output_path(arguments.out, trial=False)
+    out_path = check_output_path(arguments.out, trial=False)
     encoder(arguments.encoding)
+    if arguments.grid and arguments.num_videos < 2:
+        raise ReducioError(f"--grid: shows several clips, --num-videos is {arguments.num_videos}")
     # A broken file is refused now, not after the model has loaded.
     picture = None if arguments.image is None else read_image(arguments.image).shape[:2]
     if arguments.size is not None:
@@ -134,25 +156,54 @@ def run(arguments: argparse.Namespace) -> Printed:
         "device": arguments.device,
         **{name: getattr(arguments, name) for name in (*NAMED, "clean_caption", *SAMPLING, *SVD_OWN)},
         "content_kwargs": _first_stage(arguments),
+        **{name: getattr(arguments, name) for name in (*REDUCIO_OWN, "match_colours", "loop", "preview_every")},
+        "num_videos_per_prompt": arguments.num_videos if arguments.num_videos > 1 else None,
     }
+    if arguments.preview_every is not None:
+        kwargs["callback_on_step_end"] = Preview(out_path.with_name(f"{out_path.stem}-preview.png"))
     started = time.perf_counter()
     out = generate(**{k: v for k, v in kwargs.items() if v is not None}, progress=arguments.progress)
-    out.save(arguments.out, encoding=arguments.encoding)
+    if arguments.grid:
+        out = dataclasses.replace(out, frames=out.grid(), is_list=False)
+    paths = out.save(arguments.out, encoding=arguments.encoding)
+    paths = paths if isinstance(paths, list) else [paths]
     timings = {**out.timings, "total": time.perf_counter() - started}  # the total includes loading
 
-    frames, height, width = out.frames.shape[:3]
+    frames, height, width = out.frames.shape[-4:-1]
     defaults = registry.call_defaults(arguments.model)
-    config = {name: defaults.get(name) if value is None else value for name, value in kwargs.items()}
+    shown = {name: value for name, value in kwargs.items() if name != "callback_on_step_end"}
+    config = {name: defaults.get(name) if value is None else value for name, value in shown.items()}
     config |= {"num_frames": frames, "height": height, "width": width, "seed": out.seed}
     config["model"] = config["model"] or "the embedded default"
-    result = {"path": arguments.out, "fps": out.fps, "seed": out.seed, "config": config, "timings": timings}
-    result["encoder"] = out.encoder
+    result = {
+        "path": arguments.out,
+        "paths": [str(path) for path in paths],
+        "seeds": out.seeds,
+        "fps": out.fps,
+        "seed": out.seed,
+        "encoder": out.encoder,
+        "config": config,
+        "timings": timings,
+    }
     lines = [f"  {name:<20} {value}" for name, value in config.items() if value is not None]
     lines += ["seconds"] + [f"  {name:<20} {seconds:.2f}" for name, seconds in timings.items()]
-    lines += [
-        f"wrote {arguments.out}: {frames} frames of {height}x{width} at {out.fps:g} frames a second ({out.encoder})"
-    ]
+    shape = f"{frames} frames of {height}x{width} at {out.fps:g} frames a second ({out.encoder})"
+    lines += [f"wrote {path}: {shape}" for path in paths]
     return result, lines
+
+
+class Preview:
+    """The callback of a call: keeps a film strip of the clip as it stands in a file, which ends with the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        from ..media.contact_sheet import film_strip
+        from ..media.image_files import write_image
+
+        if (frames := tensors["frames"]) is not None:
+            write_image(film_strip(frames), self.path)
 
 
 def _first_stage(arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ from . import (
     reconstruct,
     serve,
     train,
+    transfer,
     warmup,
 )
 from .printing import Failed, show
@@ -46,6 +47,7 @@ from .printing import Failed, show
 # Each module has `add_arguments(parser)` and `run(arguments)`, which returns what to print; its docstring is the help.
 COMMANDS = {
     "generate": generate,
+    "transfer": transfer,
     "reconstruct": reconstruct,
     "encode": encode,
     "decode": decode,

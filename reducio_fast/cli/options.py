@@ -55,6 +55,15 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_steering(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--motion-strength", type=float, metavar="X", help="0 still, 1 as generated, up to 4 (default: 1)"
+    )
+    parser.add_argument(
+        "--keep-content", action="store_true", default=None, help="the picture's own pixels where nothing moves"
+    )
+
+
 def add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 

@@ -1,4 +1,4 @@
-"""Several clips as one, side by side."""
+"""Several clips as one, side by side, and a clip as a strip of pictures."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def contact_sheet(clips: Sequence[np.ndarray], columns: int | None = None) -> np
         top, left = i // columns * height, i % columns * width
         sheet[:, top : top + height, left : left + width] = clip
     return sheet
+
+
+def film_strip(frames: np.ndarray, count: int = 4) -> np.ndarray:
+    """`count` frames of uint8 [T, H, W, 3], from the first to the last, side by side: [H, count * W, 3]."""
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    return np.concatenate(list(frames[chosen]), axis=1)

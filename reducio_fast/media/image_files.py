@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError, first_line
 from ..system.paths import is_file, printable
 
@@ -75,6 +76,15 @@ def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
             return to_rgb(opened)
 
     return decode_image(load, f"the image {printable(image)}")
+
+
+def write_image(image: np.ndarray, path: str | os.PathLike[str]) -> None:
+    """uint8 [H, W, 3] into a file whose suffix Pillow knows, whole or not at all. Raises ReducioError."""
+    try:
+        with written_whole(path) as temporary:
+            Image.fromarray(image).save(temporary)
+    except (OSError, ValueError, KeyError) as error:  # Pillow: ValueError for a suffix that it does not know
+        raise ReducioError(f"cannot write {printable(path)}: {first_line(error)}") from error
 
 
 def decode_image(load: Callable[[], T], source: str) -> T:

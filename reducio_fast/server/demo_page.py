@@ -6,8 +6,11 @@ imports gradio.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import os
+import queue
 import shutil
 import tempfile
 import threading
@@ -16,12 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import hub
+from ..checkpoints import hub, strict_files
+from ..media.contact_sheet import film_strip
+from ..media.image_files import cover_crop
 from ..media.similarity import psnr
 from ..pipelines import registry
 from ..pipelines.call import validation
 from ..pipelines.call.output import ReducioOutput
 from ..pipelines.generate import generate
+from ..pipelines.reducio.autoencoder import VideoAutoencoder
+from ..pipelines.reducio.motion import read_motion
 from ..system import devices
 from ..system.errors import ReducioError
 
@@ -59,39 +66,86 @@ def make_clips(
     guidance_scale: float | None = None,
     folder: Path,
     progress: Progress = lambda share, what: None,
+    preview: Callable[[Any], None] | None = None,
     stop: threading.Event | None = None,
     **kwargs: Any,
 ) -> Iterator[Clip]:
-    """The clip of the fast path and, with `both`, that of the reference for the same seed, as they become ready.
+    """The clip of the fast path and, with `both`, that of the reference for the same seed, as they become ready; of
+    several seeds (`num_videos_per_prompt`) one clip that shows them side by side.
 
     They are written to `folder` as .mp4. `kwargs` are those of `generate` (model, dtype, device, height, ...). Setting
-    `stop` raises Cancelled at the end of the step that is running; the models stay loaded. `steps` and `guidance_scale`
-    default to those of the model. Raises ReducioError.
+    `stop` raises Cancelled at the end of the step that is running; the models stay loaded. `preview(picture)` is given
+    a film strip, uint8 [H, 4 W, 3], of the fast path's clip as it stands, every fifth of its steps. `steps` and
+    `guidance_scale` default to those of the model. Raises ReducioError.
     """
     defaults = registry.call_defaults(kwargs.get("model"))
     steps = defaults["num_inference_steps"] if steps is None else steps
     guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+    frames, clips = kwargs.get("num_frames") or 16, kwargs.get("num_videos_per_prompt", 1)
+    total = steps * clips * max(1, frames // 8 - 1)
     fast, _ = validation.resolve_backend("auto")
     paths = {fast: "auto"} | ({"reference": "reference"} if both else {})
     for number, (label, backend) in enumerate(paths.items()):
+        done = itertools.count(1)  # steps of all clips of the call: seeds, and parts of a long clip
 
         def report(step: int, number: int = number, label: str = label) -> None:
-            what = f"{label}: step {step} of {steps}" if step else f"{label}: starting"
-            progress((number + step / steps) / len(paths), what)
+            what = f"{label}: step {step} of {total}" if step else f"{label}: starting"
+            progress((number + step / total) / len(paths), what)
 
-        def step_end(pipe: Any, step: int, *_: Any, report: Callable[[int], None] = report) -> None:
+        def step_end(
+            pipe: Any, step: int, timestep: Any, tensors: dict[str, Any], report: Any = report, done: Any = done
+        ) -> None:
             if stop is not None and stop.is_set():
                 raise Cancelled
-            report(step + 1)
+            report(next(done))
+            if preview is not None and (frames := tensors.get("frames")) is not None:
+                preview(film_strip(frames))
+
+        looks = {"preview_every": max(1, steps // 5)} if preview is not None and number == 0 else {}
 
         report(0)
         out = generate(
             prompt, image, backend=backend, seed=seed, num_inference_steps=steps, guidance_scale=guidance_scale,
-            callback_on_step_end=step_end, progress=False, **kwargs,
+            callback_on_step_end=step_end, progress=False, **looks, **kwargs,
         )  # fmt: skip
+        if out.is_list:
+            out = dataclasses.replace(out, frames=out.grid(), is_list=False)
         path = folder / f"{number}-{label}.mp4"
         out.save(path)
         yield Clip(label, path, out)
+
+
+def events_of(prompt: str, image: Any, previews: bool, **words: Any) -> Iterator[tuple[str, Any]]:
+    """What happens while `make_clips` is at work in a thread of its own: ("progress", (share, what)), ("preview",
+    picture) and ("clip", clip), in their order. A page can show the first two only between two events of its own."""
+    events: queue.Queue[tuple[str, Any]] = queue.Queue()
+    words["progress"] = lambda share, what: events.put(("progress", (share, what)))
+    words["preview"] = (lambda picture: events.put(("preview", picture))) if previews else None
+
+    def work() -> None:
+        try:
+            for clip in make_clips(prompt, image, **words):
+                events.put(("clip", clip))
+            events.put(("end", None))
+        except BaseException as error:  # raised again in the thread that asked
+            events.put(("error", error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while (event := events.get())[0] != "end":
+        if event[0] == "error":
+            raise event[1]
+        yield event
+    thread.join()
+
+
+def motion_of(clip: str, kwargs: dict[str, Any]) -> Any:
+    """Motion latents of a clip on disk, by the autoencoder of the model that the page shows."""
+    source = strict_files.embedded_model() if kwargs.get("model") is None else kwargs["model"]
+    autoencoder = VideoAutoencoder.load(source, kwargs.get("dtype"), kwargs.get("device"))
+    settings, config = autoencoder.settings, autoencoder.config
+    frames = read_motion(clip, config.num_frames)
+    return autoencoder.encode(cover_crop(frames, settings["sample_height"], settings["sample_width"]))[0]
 
 
 def serve(
@@ -127,6 +181,8 @@ def page(kwargs: dict[str, Any]) -> Any:
     except ImportError as error:
         raise ReducioError("demo: gradio is not installed; pip install 'reducio-fast[demo]'") from error
 
+    # Words of our own models; a peer's call has others. SVD's clips have a length of their own, and read no text.
+    steered, own = "loop" in defaults, "motion_strength" in defaults
     stops: dict[str | None, threading.Event] = {}  # by browser session: Cancel stops one's own clip only
     scratch = tempfile.TemporaryDirectory(prefix="reducio-demo-")  # goes with the page, and with the process
     folders: dict[str | None, Path] = {}  # by browser session: of its last clips, which its next click replaces
@@ -138,6 +194,12 @@ def page(kwargs: dict[str, Any]) -> Any:
         steps: float | None,
         guidance: float | None,
         both: bool,
+        negative: str,
+        strength: float,
+        frames: float,
+        videos: float,
+        loop: bool,
+        motion: str | None,
         request: Any,
         bar: Any = gr.Progress(),  # noqa: B008 - how gradio hands a progress bar over
     ) -> Iterator[tuple[Any, ...]]:
@@ -146,14 +208,24 @@ def page(kwargs: dict[str, Any]) -> Any:
         shutil.rmtree(folders.pop(session, Path(scratch.name) / "none"), ignore_errors=True)
         folder = folders[session] = Path(tempfile.mkdtemp(dir=scratch.name))
         clips: list[Clip] = []
+        words = {"num_frames": int(frames), "num_videos_per_prompt": int(videos), "loop": loop} if steered else {}
+        if own:
+            words |= {"motion_strength": strength}
+        if steered or negative:
+            words |= {"negative_prompt": negative or None}
         try:
-            for clip in make_clips(
-                prompt, image, both=both, seed=int(seed or 0), steps=None if steps is None else int(steps),
-                guidance_scale=guidance, folder=folder,
-                progress=lambda share, what: bar(share, desc=what), stop=stop, **kwargs,
-            ):  # fmt: skip
-                clips.append(clip)
-                yield show(clips, "Waiting for the reference." if both and len(clips) == 1 else "")
+            if own and motion is not None:
+                words["motion_latents"] = motion_of(motion, kwargs)
+            given = {"both": both, "seed": int(seed or 0), "steps": None if steps is None else int(steps)}
+            given |= {"guidance_scale": guidance, "folder": folder, "stop": stop} | words | kwargs
+            for kind, news in events_of(prompt, image, previews=steered, **given):
+                if kind == "progress":
+                    bar(news[0], desc=news[1])
+                elif kind == "preview":
+                    yield (*show(clips, "The clip as it stands."), news)
+                else:
+                    clips.append(news)
+                    yield (*show(clips, "Waiting for the reference." if both and len(clips) == 1 else ""), None)
         except Cancelled:
             return
         except ReducioError as error:
@@ -188,7 +260,7 @@ def page(kwargs: dict[str, Any]) -> Any:
     # gradio copies what it shows into a cache of its own; seconds between two looks, and age after which a file goes.
     with gr.Blocks(title="reducio-fast", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         app.unload(leave)
-        gr.Markdown("# reducio-fast\nText, and an image if you have one, becomes a clip of 16 frames.")
+        gr.Markdown("# reducio-fast\nText, and an image if you have one, becomes a clip.")
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(EXAMPLE, label="Prompt", lines=2, elem_id="prompt")
@@ -200,15 +272,25 @@ def page(kwargs: dict[str, Any]) -> Any:
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate")
                     end = gr.Button("Cancel", elem_id="cancel")
-            image = gr.Image(label="Content frame (optional)", type="numpy", height=240)
+            with gr.Column():
+                image = gr.Image(label="Content frame (optional)", type="numpy", height=240)
+                motion = gr.Video(label="Take the motion of this clip (optional)", height=160, visible=own)
+        with gr.Accordion("Longer, steered", open=False, visible=steered):
+            negative = gr.Textbox("", label="Negative prompt: what to lead away from", elem_id="negative")
+            strength = gr.Slider(0, 2, 1, step=0.25, label="Motion: 0 still, 1 as generated", visible=own)
+            frames = gr.Slider(16, 64, 16, step=8, label="Frames", visible=own)
+            videos = gr.Slider(1, 9, 1, step=1, label="Seeds, side by side")
+            loop = gr.Checkbox(False, label="Loop: there and back")
         status = gr.Textbox(label="Status", interactive=False, elem_id="status")
+        strip = gr.Image(label="Preview: four frames of the clip as it stands", interactive=False, visible=steered)
         outputs: list[Any] = [status]
         with gr.Row():
             for title, name in (("Fast path", "fast"), ("Reference", "reference")):
                 with gr.Column():
                     outputs.append(gr.Video(label=title, autoplay=True, loop=True, elem_id=name))
                     outputs.append(gr.Dataframe(headers=["stage", "seconds"], label="Seconds", interactive=False))
-        given = [prompt, image, seed, steps, guidance, both]
+        outputs.append(strip)
+        given = [prompt, image, seed, steps, guidance, both, negative, strength, frames, videos, loop, motion]
         work = start.click(run, given, outputs, concurrency_limit=1, show_progress_on=status)
         end.click(cancel, None, status, cancels=[work], queue=False)
     return app

@@ -152,24 +152,30 @@ def test_held_part_with_other_schedulers(folder: Path):
         pipe(PROMPT, num_frames=24, **FAST)
 
 
-def test_strength_lies_between_the_still_and_the_clip(both: ReducioPipeline, clip):
-    plain = both(PROMPT, output_type="latent", **FAST)
-    still = both.encode_motion([plain.content] * 16)
-    assert torch.equal(both(PROMPT, motion_strength=1, output_type="latent", **FAST).frames, plain.frames)
-    assert torch.allclose(both(PROMPT, motion_strength=0, output_type="latent", **FAST).frames, still, atol=1e-4)
+def test_strength_lies_between_the_still_and_the_clip(both: ReducioPipeline, moving: np.ndarray):
+    motion, still = both.encode_motion(moving), both.encode_motion([moving[7]] * 16)
+
+    def latent(strength: float) -> torch.Tensor:
+        words = {"motion_latents": motion, "motion_strength": strength, "progress": False}
+        return both(image=moving[7], output_type="latent", **words).frames
 
     def share(strength: float) -> float:
         """Where on the way from the still to the clip the latent lies."""
-        way = (plain.frames - still).flatten()
-        moved = both(PROMPT, motion_strength=strength, output_type="latent", **FAST).frames - still
-        return float(moved.flatten() @ way / (way @ way))
+        way = (motion - still).flatten()
+        return float((latent(strength) - still).flatten() @ way / (way @ way))
 
+    assert torch.equal(latent(1), motion) and torch.equal(latent(0), still)
     shares = [share(strength) for strength in (0.25, 0.75, 1.5, 4)]
     assert 0 < shares[0] < shares[1] < 1 < shares[2] < shares[3]
-    frames = both(PROMPT, motion_strength=0.5, **FAST).frames
-    half = both(PROMPT, motion_strength=0.5, output_type="latent", **FAST).frames
-    assert np.array_equal(both.decode(half, plain.content), frames)
-    assert np.array_equal(both.decode(plain.frames, plain.content, motion_strength=0.5), frames)
+    frames = both(image=moving[7], motion_latents=motion, motion_strength=0.5, progress=False).frames
+    assert np.array_equal(both.decode(latent(0.5), moving[7]), frames)
+    assert np.array_equal(both.decode(motion, moving[7], motion_strength=0.5), frames)
+    # What is sampled is moved in the same way.
+    plain = both(PROMPT, output_type="latent", **FAST)
+    assert torch.equal(both(PROMPT, motion_strength=1, output_type="latent", **FAST).frames, plain.frames)
+    assert torch.equal(
+        both(PROMPT, motion_strength=0, output_type="latent", **FAST).frames, both.encode_motion([plain.content] * 16)
+    )
 
 
 def test_motion_of_another_clip(both: ReducioPipeline, moving: np.ndarray, tmp_path: Path):
@@ -221,7 +227,8 @@ def test_previews(both: ReducioPipeline):
     assert np.array_equal(out.frames, plain.frames), "looking changes nothing"
     assert [names for names, _ in seen] == [["frames", "latents"]] * 4
     assert [None if frames is None else frames.shape for _, frames in seen] == [None, (16, 64, 64, 3)] * 2
-    assert np.array_equal(seen[3][1], out.frames), "the last step ends on its data prediction"
+    off = np.abs(seen[3][1].astype(int) - out.frames)
+    assert off.max() <= 1, "the last step ends on its data prediction, but for the rounding of a solver's sum"
     assert {"preview", "dit.step", "vae.decode"} <= set(out.timings) and all(s >= 0 for s in out.timings.values())
     seen.clear()
     both(PROMPT, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["frames"], **words)

@@ -55,8 +55,9 @@ class Motion:
         if strength == 1:
             return latent
         still = self.still(frame).to(latent)
-        moved = still if strength == 0 else still + strength * (latent - still)
-        return self.executor.network("vae").normalize_latent(moved)
+        if strength == 0:
+            return still
+        return self.executor.network("vae").normalize_latent(still + strength * (latent - still))
 
     def decode(
         self,

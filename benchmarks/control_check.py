@@ -1,0 +1,164 @@
+"""Longer, steered and transferred clips, checked on the default model: `python -P benchmarks/control_check.py`.
+
+long: 64 frames of held-out prompts: what the detector sees, jumps and PSNR at seams against those within the model's
+own clips. strength: travel of the object against motion_strength. transfer: a scene's motion with another colour,
+against the latent of the recoloured scene itself; and on another background. kept: the content frame kept.
+`--pictures DIR` writes the pictures of docs/control.md instead, with `--clips DIR`, a folder of real .mp4 files, for
+the last one. Prints one JSON object a part; takes minutes, so it is no test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from reducio_fast import ReducioPipeline
+from reducio_fast.checkpoints.strict_files import embedded_model
+from reducio_fast.data import photos, toy_world
+from reducio_fast.data.toy_detector import detect
+from reducio_fast.evaluation.toy_report import held_out_scenes
+from reducio_fast.media.contact_sheet import film_strip
+from reducio_fast.media.image_files import cover_crop, write_image
+from reducio_fast.media.similarity import psnr, psnr_per_frame
+from reducio_fast.media.video_files import read_video
+
+COLOURS = {"red": "blue", "blue": "yellow", "green": "red"}  # else red
+
+
+def jumps(frames: np.ndarray) -> np.ndarray:
+    """Mean absolute change from frame to frame, in grey levels, [T - 1]."""
+    return np.abs(np.diff(frames.astype(np.float64), axis=0)).mean((1, 2, 3))
+
+
+def long(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
+    """Seams lie where a new clip begins to be seen and where the old one ends: before frame 8 k and 8 k + 8."""
+    # At its slowest what moves stays in sight for four clips, or most of it.
+    scenes = [dataclasses.replace(scene, speed="slowly") for scene in held_out_scenes(count)]
+    right, ratios, losses = 0, [], []
+    for seed, scene in enumerate(scenes):
+        frames = pipe(scene.caption(), seed=seed, num_frames=64, num_inference_steps=8, progress=False).frames
+        right += all(detect(frames).matches(scene).values())
+        step, close = jumps(frames), psnr_per_frame(frames[1:], frames[:-1])
+        at = np.zeros(63, bool)
+        at[[8 * k - 1 for k in range(1, 8)]] = True
+        ratios.append(float(step[at].mean() / step[~at].mean()))
+        losses.append(float(np.mean(close[~at][np.isfinite(close[~at])]) - np.mean(close[at][np.isfinite(close[at])])))
+    return {"prompts": count, "right": right, "seam_jump_ratio": _summary(ratios), "seam_psnr_loss": _summary(losses)}
+
+
+def strength(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
+    levels, monotonic, directions, stills = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), 0, 0, []
+    shares = []
+    for seed, scene in enumerate(held_out_scenes(count)):
+        full = pipe(scene.caption(), seed=seed, num_inference_steps=8, progress=False, output_type="latent")
+        clips = [pipe.decode(full.frames, full.content, motion_strength=level) for level in levels]
+        seen = [detect(clip) for clip in clips]
+        change = [float(jumps(clip).sum()) for clip in clips]
+        monotonic += all(a <= b * 1.02 for a, b in zip(change, change[1:], strict=False))
+        directions += all(found.motion == scene.motion for found in seen[1:])
+        stills.append(float(jumps(clips[0]).mean()))
+        shares.append([value / change[4] for value in change])
+    return {
+        "prompts": count, "monotonic": monotonic, "direction_right_from_0.25": directions,
+        "grey_levels_a_frame_at_0": _summary(stills),
+        "change_of_1": dict(zip(map(str, levels), np.mean(shares, 0).round(2).tolist(), strict=True)),
+    }  # fmt: skip
+
+
+def transfer(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
+    rng, right, colours, own, other, backgrounds = np.random.default_rng(3), 0, 0, [], [], 0
+    for scene in held_out_scenes(count):
+        seed = int(rng.integers(2**31))
+        clip = toy_world.render(scene, np.random.default_rng(seed), 128, 16)
+        recoloured = dataclasses.replace(scene, colour=COLOURS.get(scene.colour, "red"))
+        wanted = toy_world.render(recoloured, np.random.default_rng(seed), 128, 16)
+        moved = pipe.decode(pipe.encode_motion(clip), wanted[7])
+        found = detect(moved)
+        right += found.motion == scene.motion
+        colours += found.colour == recoloured.colour
+        other.append(psnr(moved, wanted))
+        own.append(psnr(pipe.decode(pipe.encode_motion(wanted), wanted[7]), wanted))
+        placed = dataclasses.replace(recoloured, background="gray" if scene.background != "gray" else "black")
+        place = toy_world.render(placed, np.random.default_rng(seed), 128, 16)
+        backgrounds += detect(pipe.decode(pipe.encode_motion(clip), place[7])).motion == scene.motion
+    return {
+        "clips": count, "motion_right": right, "colour_right": colours,
+        "motion_right_on_another_background": backgrounds,
+        "psnr": float(np.mean(other)), "psnr_of_its_own_latent": float(np.mean(own)),
+    }  # fmt: skip
+
+
+def kept(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
+    rng = np.random.default_rng(5)
+    rows: dict[str, list[list[float]]] = {"scenes": [], "photographs": []}
+    clips = [("scenes", toy_world.render(scene, rng, 128, 16)) for scene in held_out_scenes(count)]
+    names = photos.HELD_OUT_PHOTOS[: max(1, count // 4)]
+    clips += [("photographs", photos.render(rng, 128, 16, held_out=True, name=name)) for name in names]
+    for kind, clip in clips:
+        motion = pipe.encode_motion(clip)
+        plain, held = (pipe.decode(motion, clip[7], keep_content=keep) for keep in (False, True))
+        first = [float(min(psnr_per_frame(each[7:8], clip[7:8])[0], 99.0)) for each in (plain, held)]
+        rows[kind].append([psnr(plain, clip), float(np.minimum(psnr_per_frame(held, clip), 99).mean()), *first])
+    names = ("psnr", "psnr_kept", "frame_7", "frame_7_kept")
+    return {kind: dict(zip(names, np.mean(row, 0).round(2).tolist(), strict=True)) for kind, row in rows.items()}
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    return {"mean": round(float(np.mean(values)), 3), "worst": round(float(np.max(values)), 3)}
+
+
+def pictures(pipe: ReducioPipeline, folder: Path, clips: Path | None) -> None:
+    """Film strips, small PNGs."""
+    prompt = "a red circle moving right slowly on a checkered background"
+    words = {"num_inference_steps": 10, "progress": False}
+
+    def save(rows: list[np.ndarray], name: str) -> None:
+        sheet = Image.fromarray(np.concatenate(rows, axis=0))
+        small = sheet.resize((sheet.width * 3 // 4, sheet.height * 3 // 4), Image.Resampling.LANCZOS)
+        write_image(np.asarray(small.quantize(128).convert("RGB")), folder / name)
+
+    save([film_strip(pipe(prompt, num_frames=64, **words).frames, 8)], "control-long.png")
+    one = pipe(prompt, output_type="latent", **words)
+    levels = [pipe.decode(one.frames, one.content, motion_strength=level) for level in (0.0, 0.5, 1.0)]
+    save([film_strip(clip, 8) for clip in levels], "control-strength.png")
+    edited = np.ascontiguousarray(one.content[..., ::-1])
+    save([film_strip(pipe.decode(one.frames, frame), 8) for frame in (one.content, edited)], "control-edit.png")
+    seen: list[np.ndarray] = []
+    pipe(prompt, callback_on_step_end=lambda p, s, t, x: seen.append(x["frames"]), preview_every=1, **words)
+    save([film_strip(seen[step], 8) for step in (1, 4, 9)], "control-preview.png")
+    if clips is not None:
+        rows = []
+        for path in sorted(clips.glob("*.mp4"))[:2]:
+            clip = cover_crop(read_video(path, 0, 16)[0], 128, 128)
+            rows += [film_strip(clip, 8), film_strip(pipe.decode(pipe.encode_motion(clip), clip[7]), 8)]
+            rows.append(film_strip(pipe.decode(pipe.encode_motion(clip), np.ascontiguousarray(clip[7, :, ::-1])), 8))
+        save(rows, "control-real.png")
+
+
+PARTS = {"long": long, "strength": strength, "transfer": transfer, "kept": kept}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS, action="append", help="(default: all)")
+    parser.add_argument("--count", type=int, default=16, help="prompts or clips of a part (default: 16)")
+    parser.add_argument("--backend", choices=("fast", "reference"), default="fast")
+    parser.add_argument("--pictures", type=Path, metavar="DIR")
+    parser.add_argument("--clips", type=Path, metavar="DIR", help="real .mp4 files, for --pictures")
+    arguments = parser.parse_args()
+    pipe = ReducioPipeline.from_pretrained(embedded_model(), device="cpu", dtype="float32", backend=arguments.backend)
+    if arguments.pictures is not None:
+        pictures(pipe, arguments.pictures, arguments.clips)
+        return
+    for part in arguments.part or PARTS:
+        print(json.dumps({part: PARTS[part](pipe, arguments.count)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

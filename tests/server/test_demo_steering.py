@@ -1,0 +1,42 @@
+"""What a click on the demo makes of the words that lengthen and steer a clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reducio_fast.media.video_files import read_video, write_video
+from reducio_fast.server import demo_page
+from reducio_fast.system.errors import ReducioError
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "a red circle moving right on a black background"
+WORDS = {"both": False, "steps": 2, "device": "cpu", "content_kwargs": {"num_inference_steps": 2}}
+
+
+def test_progress_previews_and_a_long_loop(bundle: Path, tmp_path: Path) -> None:
+    words = WORDS | {"folder": tmp_path, "num_frames": 24, "loop": True, "negative_prompt": "blue"}
+    events = list(demo_page.events_of(PROMPT, None, previews=True, motion_strength=0.5, **words))
+    kinds = [kind for kind, _ in events]
+    assert kinds[0] == "progress" and kinds[-1] == "clip" and kinds.count("preview") == 4
+    assert [news[0] for kind, news in events if kind == "progress"][-1] == 1.0, "all steps of both parts are counted"
+    assert next(news for kind, news in events if kind == "preview").shape == (128, 512, 3)
+    assert read_video(events[-1][1].path)[0].shape == (46, 128, 128, 3)
+
+
+def test_seeds_side_by_side_with_the_motion_of_a_clip(bundle: Path, tmp_path: Path) -> None:
+    frames = np.zeros((16, 128, 128, 3), np.uint8)
+    for t, frame in enumerate(frames):
+        frame[48:80, 20 + 4 * t : 52 + 4 * t] = (220, 30, 30)
+    write_video(frames, tmp_path / "motion", 16)
+    motion = demo_page.motion_of(str(tmp_path / "motion"), {"device": "cpu"})
+    (clip,) = demo_page.make_clips(PROMPT, folder=tmp_path, num_videos_per_prompt=2, motion_latents=motion, **WORDS)
+    assert clip.out.frames.shape == (16, 128, 256, 3) and clip.out.seeds == [0, 1]
+
+
+def test_mistakes_reach_the_page(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ReducioError, match="motion_strength"):
+        list(demo_page.events_of(PROMPT, None, previews=True, folder=tmp_path, motion_strength=9, **WORDS))
