@@ -98,19 +98,11 @@ class VideoPipeline:
         inputs = self._sampling_inputs(clip, call, stage)
         frame, callback = inputs.frame, StepCallback(self, call, inputs.tensors)
         scale = request.guidance_scale if request.guidance_per_frame is None else request.guidance_per_frame
+        noise = inputs.noise if clip.latents is None else clip.latents
+        steps = (request.num_inference_steps, clip.generator, callback)
+        placed = (request.sigmas, request.schedule, request.shortcuts)
         with stage(timings, "dit.step"):
-            latent = self.sampler(
-                inputs.noise if clip.latents is None else clip.latents,
-                inputs.cond,
-                inputs.uncond,
-                scale,
-                request.num_inference_steps,
-                clip.generator,
-                callback,
-                request.sigmas,
-                request.schedule,
-                request.shortcuts,
-            )
+            latent = self.sampler(noise, inputs.cond, inputs.uncond, scale, *steps, *placed)
         latent = latent if callback.replaced is None else callback.replaced
         if request.output_type == "latent":
             return frame, latent[0]
