@@ -16,8 +16,9 @@ from torch import Tensor
 
 from reducio_fast import reference as ref
 from reducio_fast.fast import sampler as fast_sampler
+from reducio_fast.fast.packed_layers import UpConv
 from reducio_fast.fast.solver_tables import coefficients
-from reducio_fast.fast.svd.layers import Norm, TemporalRes, TimeConv, UpConv
+from reducio_fast.fast.svd.layers import Norm, TemporalRes, TimeConv
 from reducio_fast.fast.svd.unet import FastVideoUNet, SelfAttention
 from reducio_fast.fast.svd.vae import FastTemporalVAE
 from reducio_fast.memory.dry_run import DryRun
