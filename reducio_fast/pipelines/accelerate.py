@@ -218,11 +218,11 @@ class _PixArt(_Accelerated):
         if self.told is None:
             told = added_cond_kwargs or {}
             self.told = self._tell(twin, encoder_hidden_states, encoder_attention_mask, told.get, hidden_states)
-        unusual = cross_attention_kwargs or attention_mask is not None or not isinstance(timestep, Tensor)
-        if unusual or not self.told or not _is_one(timestep):
+        unusual = cross_attention_kwargs or attention_mask is not None or not self.told
+        if unusual or timestep is None or not _is_one(timestep):
             return self.before(*given, attention_mask, encoder_attention_mask, return_dict)
         prepared, size = self.told
-        out = twin.predict(hidden_states, timestep.reshape(-1)[:1], prepared, size).to(hidden_states.dtype)  # type: ignore[union-attr]
+        out = twin.predict(hidden_states, timestep.reshape(-1)[:1], prepared, size).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
     @staticmethod
@@ -256,8 +256,10 @@ class _ImageVAE(_Accelerated):
         return DecoderOutput(sample=image) if return_dict else (image,)
 
 
-def _is_one(timestep: Tensor) -> bool:
+def _is_one(timestep: Any) -> bool:
     """Whether all items share the timestep; an expanded one need not be read back from the device."""
+    if not isinstance(timestep, Tensor):
+        return False
     return timestep.numel() == 1 or timestep.stride(0) == 0 or bool((timestep == timestep[0]).all())
 
 

@@ -53,8 +53,9 @@ def generate(
     folders = [registry.folder_state(v) for v in load_kwargs.values() if isinstance(v, str | os.PathLike)]
     files = (model_entry.files, *folders)
     pipe = None
-    if model_entry.light is not None and backend != "reference" and not load_kwargs and light.can_follow(kwargs):
-        pipe = _light(key, files, lambda: model_entry.light(resolved, device, asked is None))
+    read = model_entry.light
+    if read is not None and backend != "reference" and not load_kwargs and light.can_follow(kwargs):
+        pipe = _light(key, files, lambda: read(resolved, device, asked is None))
     if pipe is None:
         pipe = _kept(key, files, lambda: model_entry.load(asked, device, backend, **load_kwargs))
     return pipe(prompt=prompt, image=image, **kwargs)

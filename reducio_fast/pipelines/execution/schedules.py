@@ -31,7 +31,7 @@ def scheduled(scheduler: Any, schedule: str, steps: int) -> tuple[Any, list[int]
         raise ReducioError(
             f"schedule: a {type(scheduler).__name__} cannot follow {schedule!r}; it can {', '.join(able)}"
         )
-    changes = {name: name == FIELDS.get(schedule) for name in SPACINGS if name in config}
+    changes: dict[str, Any] = {name: name == FIELDS.get(schedule) for name in SPACINGS if name in config}
     if schedule == "quadratic" and steps <= FIRST_ORDER_STEPS and "solver_order" in config:
         changes["solver_order"] = 1
     if any(config[name] != value for name, value in changes.items()):

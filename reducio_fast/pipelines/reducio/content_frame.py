@@ -53,7 +53,7 @@ class ContentFrame:
         width: int,
         generator: torch.Generator,
         progress: bool,
-        kwargs: dict[str, Any],
+        kwargs: dict[str, Any] | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> np.ndarray:
         """See `FirstStage.draw`."""

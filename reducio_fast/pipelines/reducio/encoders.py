@@ -143,6 +143,7 @@ class SemanticEncoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    visual: Any  # ours, or open_clip's
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -202,7 +203,7 @@ class SemanticEncoder(nn.Module):
 PLAIN_TOWER = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
 
 
-def _tower(embed_dim: int, vision: dict[str, Any], quick_gelu: bool) -> nn.Module:
+def _tower(embed_dim: int, vision: dict[str, Any], quick_gelu: bool) -> Any:
     """Ours for a plain vision transformer, whose numbers are open_clip's to the bit; open_clip's for one with options.
 
     open_clip brings timm, torchvision and transformers along, half a second that a plain one need not pay.

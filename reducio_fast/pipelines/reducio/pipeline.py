@@ -261,7 +261,7 @@ class ReducioPipeline(VideoPipeline):
             nearest to the clip's shape that it was made for.
         return_dict: False returns the tuple `(frames,)` alone.
         quality: "exact", the default, "balanced" or "draft": presets of the arguments below and of both stages' steps,
-            each of which an argument of its own overrides; what they cost and lose is in docs/quality.md.
+            each of which an argument of its own overrides; what they cost and lose is in docs/speed.md.
         schedule: where the steps lie: "own" (as the scheduler says), "quadratic", "lu" or "exponential".
         guidance_interval: shares of the steps between which guidance works; outside of it a step is half the work.
         guidance_reuse: of as many guided steps one computes both halves of guidance; 1 means each.
