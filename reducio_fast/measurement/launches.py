@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..compile.precompile import Call
-from ..reference import DIT_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ..triton_kernels.launch import TYPES, Launch, recording
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -45,7 +45,7 @@ def keys_of(pixels: int) -> int:
 def clip_launches(
     arch: str,
     dit_config: DiTConfig = DIT_PRESETS["reducio-1024"],
-    vae_config: VAEConfig = VAEConfig(),
+    vae_config: VAEConfig = VAE_PRESETS["reducio-ft4"],
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Launch]:
     """What a clip of these networks launches on `arch`, in order, graphs aside: of the first blocks of the transformer,
