@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..compile.precompile import Call
+from ..compile.precompile import Call, precompile
 from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ..triton_kernels.launch import TYPES, Launch, recording
+from ..triton_kernels.tables import arch_of
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -88,6 +89,18 @@ def _cast(network: _Network, dtype: torch.dtype) -> _Network:
                     x = x.detach().to(dtype)
                     held[name] = nn.Parameter(x, requires_grad=False) if held is module._parameters else x
     return network
+
+
+def precompile_clip(
+    device: torch.device, dit_config: DiTConfig, vae_config: VAEConfig, dtype: torch.dtype, jobs: int | None = None
+) -> tuple[int, list[str]]:
+    """Compiles what a clip launches on this GPU, by all cores at once: (kernels, one line for each that failed)."""
+    from triton.runtime import driver
+
+    calls = calls_of(clip_launches(arch_of(device), dit_config, vae_config, dtype))
+    with torch.cuda.device(device):
+        target = driver.active.get_current_target()
+    return len(calls), precompile(calls, target, jobs)
 
 
 def calls_of(launches: Iterable[Launch]) -> list[Call]:
