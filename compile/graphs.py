@@ -173,6 +173,7 @@ class Graphs:
         with self._lock:
             lent = self._lent.get(key)
             if lent is None:
+                self._forget_unread()
                 self._lent[key] = _Lent(list(tensors), weakref.ref(owner))
                 return tensors
             if lent.owner() not in (None, owner):
@@ -205,7 +206,7 @@ class Graphs:
                         "name": graph.name,
                         "hits": graph.hits,
                         "inputs": dict(Counter(_text(x) for x in graph.inputs)),
-                        "buffer_bytes": self._buffer_bytes(graph),
+                        "buffer_bytes": _buffer_bytes(graph),
                     }
                     for graph in self._graphs.values()
                 ],
@@ -275,10 +276,14 @@ class Graphs:
         mine = self._lent_ids()
         return any(x is not tensor and id(x) in mine for x, tensor in zip(graph.inputs, tensors, strict=True))
 
-    def _buffer_bytes(self, graph: _Graph) -> int:
-        """Of its inputs and outputs, without what it reads in place."""
-        mine = self._lent_ids()
-        return sum(_bytes(x) for x in _tensors(graph) if id(x) not in mine)
+    def _forget_unread(self) -> None:
+        """Lets go of lent buffers that have lost their owner and are read by no graph."""
+        read = {id(x) for graph in self._graphs.values() for x in graph.inputs}
+        self._lent = {
+            key: lent
+            for key, lent in self._lent.items()
+            if lent.owner() is not None or any(id(x) in read for x in lent.buffers)
+        }
 
     def _keep_within_bytes(self, newest: tuple[Any, ...]) -> None:
         """Ends the graphs that were not used for longest until the others, the newest among them, fit."""
@@ -288,12 +293,12 @@ class Graphs:
             if device.type != "cuda":
                 return
             most = torch.cuda.get_device_properties(device).total_memory // SHARE
-        total = sum(map(self._buffer_bytes, self._graphs.values()))
+        total = sum(map(_buffer_bytes, self._graphs.values()))
         ended = []
         for key in sorted(self._graphs, key=lambda key: self._graphs[key].used):
             if total <= most or key == newest:
                 break
-            total -= self._buffer_bytes(self._graphs[key])
+            total -= _buffer_bytes(self._graphs[key])
             ended.append(key)
             self._seen.pop(key, None)
         self._end(ended)
@@ -320,7 +325,7 @@ class Graphs:
     def _release(self, names: Collection[str] | None = None) -> None:
         ended = [key for key in self._graphs if names is None or key[0] in names]
         self._resets += bool(ended)
-        self._lent = {} if names is None else {key: lent for key, lent in self._lent.items() if key[0] not in names}
+        self._lent = {key: lent for key, lent in self._lent.items() if names is not None and key[0] not in names}
         self._end(ended)
 
     def _end(self, ended: list[tuple[Any, ...]]) -> None:
@@ -329,6 +334,7 @@ class Graphs:
                 torch.cuda.synchronize(device)  # a graph that still runs must not be freed
         for key in ended:
             del self._graphs[key]
+        self._forget_unread()
         # A pool lives as long as one of its graphs; the next capture then needs a new one.
         places = {key[1] for key in self._graphs}
         self._pools = {place: pool for place, pool in self._pools.items() if place in places}
@@ -397,6 +403,11 @@ def _tensors(graph: _Graph) -> list[Tensor]:
     leaves: list[Any] = []
     flatten(graph.outputs, leaves)
     return [x for x in (*graph.inputs, *leaves) if isinstance(x, Tensor)]
+
+
+def _buffer_bytes(graph: _Graph) -> int:
+    """Of its inputs, what it reads in place among them, and its outputs."""
+    return sum(map(_bytes, _tensors(graph)))
 
 
 def _bytes(x: Tensor) -> int:

@@ -127,7 +127,9 @@ def test_what_is_lent_is_there_once(graphs: Graphs, monkeypatch: pytest.MonkeyPa
         assert torch.equal(graphs("add", torch.add, x, lent), x + lent)
     assert not any(source is lent for source in copies)
     told = graphs.describe()
-    assert told["hits"] == 2 and told["lent_bytes"] == 12 and told["graphs"][0]["buffer_bytes"] == 24  # x and the sum
+    assert (
+        told["hits"] == 2 and told["lent_bytes"] == 12 and told["graphs"][0]["buffer_bytes"] == 36
+    )  # x, the sum, and what is lent
     del first
     second, others = Owner(), numbers(3) + 5
     (again,) = graphs.lend("add", [others], second)
@@ -137,6 +139,15 @@ def test_what_is_lent_is_there_once(graphs: Graphs, monkeypatch: pytest.MonkeyPa
     assert graphs.describe()["hits"] == 3
     graphs.reset(["add"])
     assert graphs.describe()["lent_bytes"] == 0
+
+
+def test_what_is_lent_and_read_by_no_graph_goes(graphs: Graphs) -> None:
+    """A clip of another size each time: its keys and values are not kept for a graph that was never captured."""
+    for size in range(1, 9):
+        owner = Owner()
+        graphs.lend("add", [numbers(size)], owner)
+        assert graphs.describe()["lent_bytes"] == 4 * size
+        del owner
 
 
 def test_what_is_lent_is_never_overwritten(graphs: Graphs) -> None:
