@@ -86,17 +86,14 @@ END
 precompile() {
     "$python" - "$out/precompile.json" <<'END'
 import json, os, sys, time, torch
-from reducio_fast.compile.precompile import precompile
-from reducio_fast.measurement.launches import calls_of, clip_launches
-from reducio_fast.triton_kernels.tables import arch_of
-from triton.runtime import driver
+from reducio_fast.measurement.launches import precompile_clip
+from reducio_fast.reference import DIT_PRESETS, VAE_PRESETS
 
 if __name__ == "__main__":
-    start, arch = time.perf_counter(), arch_of(torch.device("cuda", 0))
-    calls = calls_of(clip_launches(arch))
-    target = driver.active.get_current_target()
-    failures = precompile(calls, target, max(1, (os.cpu_count() or 1) - 2))
-    row = {"benchmark": "precompile", "arch": arch, "kernels": len(calls), "failures": failures}
+    start, model = time.perf_counter(), (DIT_PRESETS["reducio-1024"], VAE_PRESETS["reducio-ft4"])
+    jobs = max(1, (os.cpu_count() or 1) - 2)
+    kernels, failures = precompile_clip(torch.device("cuda", 0), *model, torch.bfloat16, jobs)
+    row = {"benchmark": "precompile", "kernels": kernels, "jobs": jobs, "failures": failures}
     json.dump(row | {"seconds": time.perf_counter() - start}, open(sys.argv[1], "w"), indent=2)
     sys.exit(bool(failures))
 END

@@ -9,10 +9,13 @@ function, `capture_graph` on a GPU, so every rule here is tested with no GPU at 
   one-off shapes cost nothing. A key past `limit` runs eagerly too, and one whose capture has failed: it is not tried
   again;
 - inputs are copied into buffers that the graph reads, unless the buffer holds that very tensor, unchanged, already;
+- what stays over many calls, such as a clip's keys and values, may be put into buffers that graphs read in place
+  (`lend`): then there is one of it, not one for its maker and one for each graph;
 - results are copies, safe to keep. `keep=False` hands out the graph's own buffers, for a caller that has consumed them
   before the next call;
 - all graphs of a stream live in one memory pool, where one's intermediates lie on another's: no more than the largest
-  needs, plus every graph's inputs and outputs. Where memory runs out they go, and the call is made again without them;
+  needs, plus every graph's inputs and outputs. These are bounded in bytes: past it the graph that was not used for
+  longest goes. Where memory runs out all go, and the call is made again without them;
 - a graph reads weights where they lay at capture: after moving or rewriting them, call `reset`.
 """
 
@@ -37,6 +40,7 @@ LIMIT = 32
 # At the limit a key takes the place of the rarest graph once it has come so many times as often as that: what a server
 # sees first does not keep out what it sees most, and keys that take turns do not drive each other out.
 OFTEN = 2
+SHARE = 8  # of a GPU's memory, the inputs and outputs of all graphs may take one part in so many
 REMEMBERED = 1024  # cap on remembered keys, so a server's memory does not grow with the number of sizes
 
 _one_capture_at_a_time = threading.Lock()  # CUDA allows one capture at a time in a process
@@ -93,23 +97,40 @@ class _Graph:
     held: list[tuple[weakref.ref[Tensor], int] | None]
     outputs: Any
     hits: int = 0
+    used: int = 0  # when it was last replayed, in replays of all graphs
+
+
+@dataclass(slots=True)
+class _Lent:
+    """Buffers that graphs read in place, and who has filled them."""
+
+    buffers: list[Tensor]
+    owner: weakref.ref[Any]
 
 
 class Graphs:
     """Calls functions through graphs where it has one. Safe to share between threads.
 
-    `limit`: how many graphs at most; then the rarest gives way to what comes more often. `sightings`: how often a key
-    runs eagerly before it is captured; a warm-up sets 0 meanwhile.
+    `limit`: how many graphs at most; then the rarest gives way to what comes more often. `limit_bytes`: of all graphs'
+    inputs and outputs; None: an eighth of the GPU's memory, and no limit elsewhere. `sightings`: how often a key runs
+    eagerly before it is captured; a warm-up sets 0 meanwhile.
     """
 
-    def __init__(self, capture: Capture = capture_graph, limit: int = LIMIT, sightings: int = 1) -> None:
-        self.limit, self.sightings = limit, sightings
+    def __init__(
+        self,
+        capture: Capture = capture_graph,
+        limit: int = LIMIT,
+        sightings: int = 1,
+        limit_bytes: int | None = None,
+    ) -> None:
+        self.limit, self.sightings, self.limit_bytes = limit, sightings, limit_bytes
         self._capture = capture
         self._lock = threading.RLock()
         self._capturing = False
         self._graphs: dict[tuple[Any, ...], _Graph] = {}  # by (name, place, form, kinds)
         self._pools: dict[Hashable, Pool] = {}
         self._seen: dict[tuple[Any, ...], int | str] = {}  # sightings, or why the capture failed
+        self._lent: dict[tuple[Any, ...], _Lent] = {}  # by (name, place, kinds)
         self._misses: Counter[str] = Counter()
         self._hits, self._resets = 0, 0
 
@@ -134,9 +155,33 @@ class Graphs:
                 if graph is None:
                     reason = self._reason_not_to_capture(key) or self._record(key, fn, leaves)
                     graph = self._graphs.get(key)
+                if graph is not None and self._others(graph, tensors):
+                    reason, graph = "lent to another", None
                 if graph is not None:
                     return self._replay(graph, tensors, keep)
         return self._eagerly(reason, fn, args)
+
+    def lend(self, name: str, tensors: list[Tensor], owner: Any) -> list[Tensor]:
+        """`tensors` in buffers that graphs of `name` read in place, for as long as `owner` lives and does not write.
+
+        The next owner's go into the same buffers. While an earlier owner is alive, or where torch cannot tell of writes
+        (inference mode), the tensors themselves come back: a graph then has copies, or its call runs eagerly.
+        """
+        if not tensors or any(x.is_inference() for x in tensors) or _unfit(tensors) is not None:
+            return tensors
+        key = (name, _place(tensors[0]), kinds(tensors))
+        with self._lock:
+            lent = self._lent.get(key)
+            if lent is None:
+                self._forget_unread()
+                self._lent[key] = _Lent(list(tensors), weakref.ref(owner))
+                return tensors
+            if lent.owner() not in (None, owner):
+                return tensors
+            for buffer, x in zip(lent.buffers, tensors, strict=True):
+                buffer.copy_(x)
+            lent.owner = weakref.ref(owner)
+            return list(lent.buffers)
 
     def reset(self, names: Collection[str] | None = None) -> None:
         """Forget the graphs of these functions (None: of all), what was seen and what failed: weights have changed, or
@@ -150,6 +195,7 @@ class Graphs:
         with self._lock:
             return {
                 "limit": self.limit,
+                "lent_bytes": sum(_bytes(x) for lent in self._lent.values() for x in lent.buffers),
                 "hits": self._hits,
                 "misses": dict(self._misses),
                 "resets": self._resets,
@@ -160,7 +206,7 @@ class Graphs:
                         "name": graph.name,
                         "hits": graph.hits,
                         "inputs": dict(Counter(_text(x) for x in graph.inputs)),
-                        "buffer_bytes": sum(x.numel() * x.element_size() for x in _tensors(graph)),
+                        "buffer_bytes": _buffer_bytes(graph),
                     }
                     for graph in self._graphs.values()
                 ],
@@ -206,7 +252,8 @@ class Graphs:
 
         self._capturing = True
         try:
-            inputs = [leaves[i].detach().clone() for i in where]
+            mine = self._lent_ids()
+            inputs = [leaves[i] if id(leaves[i]) in mine else leaves[i].detach().clone() for i in where]
             replay, outputs = self._capture(flat, inputs, self._pools.setdefault(place, Pool()))
         except Exception as error:  # of any type: the same call without a graph may still succeed
             failure = f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -217,13 +264,51 @@ class Graphs:
             return "capture failed"
         finally:
             self._capturing = False
-        self._graphs[key] = _Graph(name, replay, inputs, [_version(leaves[i]) for i in where], outputs)
+        self._graphs[key] = _Graph(name, replay, inputs, [_version(leaves[i]) for i in where], outputs, used=self._hits)
+        self._keep_within_bytes(key)
         return None
+
+    def _lent_ids(self) -> set[int]:
+        return {id(x) for lent in self._lent.values() for x in lent.buffers}
+
+    def _others(self, graph: _Graph, tensors: list[Tensor]) -> bool:
+        """Whether the graph reads a buffer in place that somebody else's tensor must not be copied into."""
+        mine = self._lent_ids()
+        return any(x is not tensor and id(x) in mine for x, tensor in zip(graph.inputs, tensors, strict=True))
+
+    def _forget_unread(self) -> None:
+        """Lets go of lent buffers that have lost their owner and are read by no graph."""
+        read = {id(x) for graph in self._graphs.values() for x in graph.inputs}
+        self._lent = {
+            key: lent
+            for key, lent in self._lent.items()
+            if lent.owner() is not None or any(id(x) in read for x in lent.buffers)
+        }
+
+    def _keep_within_bytes(self, newest: tuple[Any, ...]) -> None:
+        """Ends the graphs that were not used for longest until the others, the newest among them, fit."""
+        device = newest[1][0]
+        most = self.limit_bytes
+        if most is None:
+            if device.type != "cuda":
+                return
+            most = torch.cuda.get_device_properties(device).total_memory // SHARE
+        total = sum(map(_buffer_bytes, self._graphs.values()))
+        ended = []
+        for key in sorted(self._graphs, key=lambda key: self._graphs[key].used):
+            if total <= most or key == newest:
+                break
+            total -= _buffer_bytes(self._graphs[key])
+            ended.append(key)
+            self._seen.pop(key, None)
+        self._end(ended)
 
     def _replay(self, graph: _Graph, tensors: list[Tensor], keep: bool) -> Any:
         for i, tensor in enumerate(tensors):
             # A clip's condition stays over its steps: at full size 361 MB of keys and values that need no second copy.
             # Asked of the object itself, since its address may have passed to another tensor.
+            if graph.inputs[i] is tensor:  # lent
+                continue
             held, version = graph.held[i], _version(tensor)
             if held is None or version is None or held[0]() is not tensor or held[1] != version[1]:
                 graph.inputs[i].copy_(tensor)
@@ -231,6 +316,7 @@ class Graphs:
         graph.replay()
         graph.hits += 1
         self._hits += 1
+        graph.used = self._hits
         leaves: list[Any] = []
         form = flatten(graph.outputs, leaves)
         copies = (x.clone() if keep and isinstance(x, Tensor) else x for x in leaves)
@@ -239,6 +325,7 @@ class Graphs:
     def _release(self, names: Collection[str] | None = None) -> None:
         ended = [key for key in self._graphs if names is None or key[0] in names]
         self._resets += bool(ended)
+        self._lent = {key: lent for key, lent in self._lent.items() if names is not None and key[0] not in names}
         self._end(ended)
 
     def _end(self, ended: list[tuple[Any, ...]]) -> None:
@@ -247,6 +334,7 @@ class Graphs:
                 torch.cuda.synchronize(device)  # a graph that still runs must not be freed
         for key in ended:
             del self._graphs[key]
+        self._forget_unread()
         # A pool lives as long as one of its graphs; the next capture then needs a new one.
         places = {key[1] for key in self._graphs}
         self._pools = {place: pool for place, pool in self._pools.items() if place in places}
@@ -315,6 +403,15 @@ def _tensors(graph: _Graph) -> list[Tensor]:
     leaves: list[Any] = []
     flatten(graph.outputs, leaves)
     return [x for x in (*graph.inputs, *leaves) if isinstance(x, Tensor)]
+
+
+def _buffer_bytes(graph: _Graph) -> int:
+    """Of its inputs, what it reads in place among them, and its outputs."""
+    return sum(map(_bytes, _tensors(graph)))
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 def _text(x: Tensor) -> str:

@@ -48,6 +48,7 @@ def shifted_gemm(
     TIME: tl.constexpr,  # taps along time: 1 or 3
     SPACE: tl.constexpr,  # taps along each axis of the frame
     DESCRIPTORS: tl.constexpr,  # whether blocks come by bulk copy (sm_90 on)
+    SWAP: tl.constexpr,  # whether products have channels as rows, with bulk copies only
     BLOCK_M: tl.constexpr,  # positions a program
     BLOCK_K: tl.constexpr,  # rows of weights a program
     BLOCK_C: tl.constexpr,  # channels in a step of the loop
@@ -58,7 +59,7 @@ def shifted_gemm(
     the work. The weights are a matrix [w_rows, taps * C].
     """
     TAPS: tl.constexpr = TIME * SPACE * SPACE
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_K if SWAP else BLOCK_M, BLOCK_M if SWAP else BLOCK_K), tl.float32)
     # Taps are the inner loop: neighbours read nearly the same rows, which then are in the cache.
     steps = TAPS * tl.cdiv(C, BLOCK_C) * live
     if DESCRIPTORS:
@@ -74,7 +75,12 @@ def shifted_gemm(
             # Past C this reads the weights of the next tap, against channels of x that the hardware fills with zeros.
             x = x_rows.load([start + shift, c])
             w = w_taps.load([w_row, tap * C + c])
-            acc = tl.dot(x, w.T, acc, input_precision="ieee")
+            if SWAP:
+                acc = tl.dot(w, x.T, acc, input_precision="ieee")
+            else:
+                acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        if SWAP:
+            acc = acc.T
     else:
         last = FRAMES * HEIGHT * WIDTH - 1 - (((TIME - 1) * HEIGHT + SPACE - 1) * WIDTH + SPACE - 1)
         base = tl.minimum(tl.maximum(first, 0), last)
@@ -223,6 +229,16 @@ def conv3d_kernel(
     width = W + 2
     frame = (H + 2) * width
 
+    # Hopper's and Blackwell's matrix units take rows by 64 and up to 256 columns: a layer of 128 channels fills these
+    # with positions only. On sm_90 the loop then reads less shared memory, and what follows it has 52 barriers and not
+    # 82. Without a residual, whose blocks set the layout of the rest, registers are spilled: 144 bytes.
+    SWAP: tl.constexpr = (
+        DESCRIPTORS
+        and residual_ptr is not None
+        and BLOCK_K >= 64
+        and BLOCK_M > BLOCK_K
+        and x_ptr.dtype.element_ty != tl.float32
+    )
     first = q0 - FRONT * frame - HALO * (width + 1)
     live = ((q0 + BLOCK_M > FRONT * frame) & (q0 < (FRONT + T) * frame)).to(tl.int32)
     acc = shifted_gemm(
@@ -241,6 +257,7 @@ def conv3d_kernel(
         TIME,
         3,
         DESCRIPTORS,
+        SWAP,
         BLOCK_M,
         BLOCK_K,
         BLOCK_C,

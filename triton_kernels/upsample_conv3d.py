@@ -102,6 +102,7 @@ def upsample_conv3d_kernel(
         TIME,
         2,
         DESCRIPTORS,
+        False,
         BLOCK_M,
         BLOCK_K,
         BLOCK_C,

@@ -59,6 +59,13 @@ def run(arguments: argparse.Namespace) -> Printed:
         pipe = ReducioPipeline.from_pretrained(
             model, dtype=arguments.dtype, device=arguments.device, compile=arguments.compile
         )
+        if pipe.device.type == "cuda":  # one by one, as clips need them, they take a second and more each
+            from ..measurement.launches import precompile_clip
+
+            count, failures = precompile_clip(pipe.device, pipe.transformer.config, pipe.vae.config, pipe.dtype)
+            lines.append(f"compiled {count - len(failures)} kernels")
+            for failure in failures:  # the clip that needs it will say more
+                LOG.warning("%s", failure)
         outcome = pipe.warmup(sizes, arguments.deadline, arguments.progress)
         result |= {"seconds": outcome.seconds, "left": list(outcome.left)}
         lines += [f"{name:<12} {seconds:.2f} s" for name, seconds in outcome.seconds.items()]

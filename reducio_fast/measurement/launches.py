@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..compile.precompile import Call
-from ..reference import DIT_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from ..compile.precompile import Call, precompile
+from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ..triton_kernels.launch import TYPES, Launch, recording
+from ..triton_kernels.tables import arch_of
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -45,7 +46,7 @@ def keys_of(pixels: int) -> int:
 def clip_launches(
     arch: str,
     dit_config: DiTConfig = DIT_PRESETS["reducio-1024"],
-    vae_config: VAEConfig = VAEConfig(),
+    vae_config: VAEConfig = VAE_PRESETS["reducio-ft4"],
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Launch]:
     """What a clip of these networks launches on `arch`, in order, graphs aside: of the first blocks of the transformer,
@@ -88,6 +89,18 @@ def _cast(network: _Network, dtype: torch.dtype) -> _Network:
                     x = x.detach().to(dtype)
                     held[name] = nn.Parameter(x, requires_grad=False) if held is module._parameters else x
     return network
+
+
+def precompile_clip(
+    device: torch.device, dit_config: DiTConfig, vae_config: VAEConfig, dtype: torch.dtype, jobs: int | None = None
+) -> tuple[int, list[str]]:
+    """Compiles what a clip launches on this GPU, by all cores at once: (kernels, one line for each that failed)."""
+    from triton.runtime import driver
+
+    calls = calls_of(clip_launches(arch_of(device), dit_config, vae_config, dtype))
+    with torch.cuda.device(device):
+        target = driver.active.get_current_target()
+    return len(calls), precompile(calls, target, jobs)
 
 
 def calls_of(launches: Iterable[Launch]) -> list[Call]:

@@ -93,8 +93,8 @@ def prediction(build: Build) -> Prediction | None:
     return Prediction(build.variant, build.arch, what, rate(build, *shape), entry.get("measured"))
 
 
-# Of a 1024x1024 clip: op, in words, and what `rate_model` needs: channels, frames, side, taps a phase, phases; or clips,
-# queries, keys, heads, head dim.
+# Of a 1024x1024 clip: op, in words, and what `rate_model` needs: channels in and out, frames, side, taps a phase and
+# phases; or clips, queries, keys, heads, head dim.
 PROBLEMS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "conv3d bf16 128->128 k3 residual stats": ("conv3d", "16x320x320", (128, 128, 16, 320, 27, 1)),
     "conv3d bf16 256->256 k3 residual stats": ("conv3d", "16x160x160", (256, 256, 16, 160, 27, 1)),

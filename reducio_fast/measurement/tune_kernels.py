@@ -126,9 +126,9 @@ def tune(
     """(table, rows): settings by op and shape class with a "plan" of who runs what, and one row a group and problem.
 
     `clock(problem, way)` times a way to compute it ("kernel", "vendor", "flash-attn"; inf where it fails) under the
-    settings in force; `allowed(op, key, variants, candidates)` returns the candidates that the compiler passes;
-    `agrees(problem)` whether our kernel computes what the vendor does under the settings in force. The groups that cost a clip most come
-    first, and each may use half of the time that is left.
+    settings in force; `allowed(op, key, variants, candidates)` says which candidates the compiler passes;
+    `agrees(problem)` whether our kernel computes what the vendor does under the settings in force. The groups that cost
+    a clip most come first, and each may use half of the time that is left.
     """
     end = now() + limit_s
     groups: dict[tuple[str, str], list[Problem]] = {}

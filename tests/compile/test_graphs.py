@@ -111,6 +111,86 @@ def test_inference_tensors_are_always_copied(graphs: Graphs) -> None:
     assert graphs.describe()["hits"] == 3
 
 
+class Owner:
+    """Whoever has filled buffers that are lent."""
+
+
+def test_what_is_lent_is_there_once(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of one clip after another: one buffer, which no replay and no capture copies."""
+    copies, copy = [], Tensor.copy_
+    monkeypatch.setattr(Tensor, "copy_", lambda self, source: copies.append(source) or copy(self, source))
+    first, values = Owner(), numbers(3)
+    (lent,) = graphs.lend("add", [values], first)
+    assert lent is values
+    for _ in range(3):
+        x = numbers(3)
+        assert torch.equal(graphs("add", torch.add, x, lent), x + lent)
+    assert not any(source is lent for source in copies)
+    told = graphs.describe()
+    assert (
+        told["hits"] == 2 and told["lent_bytes"] == 12 and told["graphs"][0]["buffer_bytes"] == 36
+    )  # x, the sum, and what is lent
+    del first
+    second, others = Owner(), numbers(3) + 5
+    (again,) = graphs.lend("add", [others], second)
+    assert again is lent and torch.equal(again, others)
+    x = numbers(3)
+    assert torch.equal(graphs("add", torch.add, x, again), x + others)
+    assert graphs.describe()["hits"] == 3
+    graphs.reset(["add"])
+    assert graphs.describe()["lent_bytes"] == 0
+
+
+def test_what_is_lent_and_read_by_no_graph_goes(graphs: Graphs) -> None:
+    """A clip of another size each time: its keys and values are not kept for a graph that was never captured."""
+    for size in range(1, 9):
+        owner = Owner()
+        graphs.lend("add", [numbers(size)], owner)
+        assert graphs.describe()["lent_bytes"] == 4 * size
+        del owner
+
+
+def test_what_is_lent_is_never_overwritten(graphs: Graphs) -> None:
+    """Two clips at once: the second's are its own, and its calls do not go through the graph of the first."""
+    first, second, values, others = Owner(), Owner(), numbers(3), numbers(3) + 5
+    (lent,) = graphs.lend("add", [values], first)
+    (own,) = graphs.lend("add", [others], second)
+    assert own is others
+    before, x = values.clone(), numbers(3)
+    graphs("add", torch.add, x, lent), graphs("add", torch.add, x, lent)  # captured
+    for _ in range(3):
+        assert torch.equal(graphs("add", torch.add, x, lent), x + before)
+        assert torch.equal(graphs("add", torch.add, x, own), x + others)
+    assert torch.equal(lent, before) and graphs.describe()["misses"]["lent to another"] == 3
+    with torch.inference_mode():  # no later copy into such a tensor is allowed outside
+        inside = numbers(3)
+        assert graphs.lend("inference", [inside], Owner())[0] is inside
+    assert graphs.describe()["lent_bytes"] == 12
+
+
+def test_bytes_are_bounded(recorder: Recorder) -> None:
+    """Three keys of 80 bytes, inputs and outputs, where two fit: the one that was not used for longest goes."""
+    graphs = Graphs(recorder, limit_bytes=170)
+    keys = [numbers(10), numbers(2, 5), numbers(5, 2)]
+
+    def call(i: int, times: int) -> None:
+        for _ in range(times):
+            assert torch.equal(graphs("double", lambda x: 2 * x, keys[i]), 2 * keys[i])
+
+    call(0, 5)
+    call(1, 2)
+    call(0, 1)
+    call(2, 2)
+    assert sorted(graph["inputs"].popitem()[0] for graph in graphs.describe()["graphs"]) == [
+        "float32 10",
+        "float32 5x2",
+    ]
+    huge = Graphs(recorder, limit_bytes=1)
+    for _ in range(3):
+        huge("double", lambda x: 2 * x, keys[0])
+    assert len(huge.describe()["graphs"]) == 1  # one that does not fit alone is kept: it replaced all others
+
+
 def test_past_the_limit_calls_run_eagerly(recorder: Recorder) -> None:
     graphs = Graphs(recorder, limit=2)
     for size in (1, 2, 3):

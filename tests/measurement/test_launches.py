@@ -1,4 +1,4 @@
-"""The launches of a full-size clip on absent GPUs: what is built, what is read, what can be compiled before."""
+"""The launches of a full-size clip on a GPU that is not here: what is built, read, and compiled beforehand."""
 
 from __future__ import annotations
 

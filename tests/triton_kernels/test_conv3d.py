@@ -115,6 +115,19 @@ def test_descriptor_path(shape, check_kernel, monkeypatch, device):
     check_kernel(combined(op.launch), combined(op.twin), *args)
 
 
+def test_channels_as_rows(check_kernel, monkeypatch, device):
+    """With bulk copies and a residual, narrow layers multiply with channels as rows; a tail along each axis."""
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability() < (9, 0)):
+        pytest.skip("no bulk copies on this GPU")
+    if device.type == "cpu":
+        monkeypatch.setattr(op, "use_descriptors", lambda device: True)
+        wide = {"BLOCK_M": 128, "BLOCK_K": 64, "BLOCK_C": 16, "PIECES": 2, "num_warps": 1}
+        monkeypatch.setattr(op, "settings", lambda *shape: dict(wide))
+    _, padded, weight, bias, residual = inputs(1, 2, 4, 5, 24, 72, 3)
+    args = (padded, op.pack_weight(weight), bias, residual, True, 1, 1, True)
+    check_kernel(combined(op.launch), combined(op.twin), *args)
+
+
 def test_statistics_survive_a_large_mean(check_kernel):
     """Deviations are from the tile's own mean: E[y^2] - E[y]^2 would lose the variance here."""
     _, padded, weight, _, _ = inputs(1, 2, 6, 6, 16, 16, 3)

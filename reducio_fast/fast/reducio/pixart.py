@@ -74,4 +74,4 @@ class FastPixArt(FastTransformer):
             if negative is None:
                 raise ValueError(f"guidance_scale={guidance_scale} needs the negative prompt's text")
             text, mask = torch.cat([negative[0], text]), torch.cat([negative[1], mask])
-        return FastDenoiser(self, self.prepare(text, mask), guidance_scale, size)
+        return self.lent(FastDenoiser(self, self.prepare(text, mask), guidance_scale, size))
