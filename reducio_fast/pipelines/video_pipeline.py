@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class VideoPipeline:
     """
 
     layout: Layout
-    configs: dict[str, Any]  # of the networks that a call's arguments are checked against
+    configs: ClassVar[dict[str, Any]]  # of the networks that a call's arguments are checked against
     usual_size: Any  # height and width of a call that names none
 
     if TYPE_CHECKING:

@@ -298,7 +298,7 @@ class SVDPipeline(VideoPipeline):
         scales = (float(inputs.min_guidance_scale), float(most))
         return SVDRequest(
             clips=[
-                SVDClipRequest(*clip[:-1], motion=None, hold=None, last_image=clip[-1])
+                SVDClipRequest(*clip[:-1], None, None, clip[-1])
                 for clip in zip(*per_clip, generators, latents, last, strict=True)
             ],
             is_list=is_list,
