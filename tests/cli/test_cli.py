@@ -187,8 +187,9 @@ def test_generate_passes_its_words_on(
     def stand_in(**words: object) -> SimpleNamespace:
         seen.update(words)
         frames = np.zeros((16, 64, 96, 3), np.uint8)
-        save = lambda path: write_video(frames, path, 16)  # noqa: E731 - one line of a stand-in
-        return SimpleNamespace(frames=frames, seed=7, fps=16, timings={"dit.step": 0.5}, save=save)
+        save = lambda path, encoding: write_video(frames, path, 16)  # noqa: E731 - one line of a stand-in
+        answers = {"seed": 7, "seeds": [7], "fps": 16, "timings": {"dit.step": 0.5}, "encoder": "gif"}
+        return SimpleNamespace(frames=frames, save=save, **answers)
 
     monkeypatch.setattr(generate, "generate", stand_in)
     argv = "generate x --out c.gif --seed 7 --width 96 --negative-prompt y --dtype bfloat16 --no-progress --json"

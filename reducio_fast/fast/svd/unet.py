@@ -422,6 +422,7 @@ class TwoEndedDenoiser:
     first: FastVideoDenoiser
     last: FastVideoDenoiser
     guidance_scale: float = 1.0
+    graph_name: str = "dit.step"
 
     @property
     def graphs(self) -> Graphs | None:
@@ -438,6 +439,11 @@ class TwoEndedDenoiser:
     def predict(self, latent: Tensor, inputs: EndInputs) -> Tensor:
         last = self.last.predict(latent.flip(1), inputs.last).flip(1)
         return towards_last(self.first.predict(latent, inputs.first), last)
+
+    def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The same for the reference's sampler, which any scheduler steps."""
+        first, last = self.first.plain(), self.last.plain()
+        return lambda latent, timestep: towards_last(first(latent, timestep), last(latent.flip(1), timestep).flip(1))
 
 
 def _res_blocks(model: Any) -> list[Any]:

@@ -173,8 +173,8 @@ class FirstStage:
         pipeline = self.pipeline()
         given = (pipeline, prompt, negative_prompt, height, width, generator, progress, kwargs, on_step)
         try:
-            asked = self.arguments(kwargs or {}, height, width)
             twins = self.twins()
+            asked = self.arguments(kwargs or {}, height, width)
         except ReducioError:
             for network in pipeline_networks(pipeline):  # each time: it may be another, or have a LoRA, since
                 self.executor.engine.adopt("content.block", network)

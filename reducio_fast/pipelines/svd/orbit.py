@@ -152,7 +152,8 @@ class SV3DPipeline(SVDPipeline):
         values = dict(call.arguments)
         elevations, azimuths = values.pop("elevations"), values.pop("azimuths")
         path = self._path(values, elevations, azimuths)
-        usual = {"motion_bucket_id": published.MOTION_BUCKET_ID, "last_image": None}
+        usual: dict[str, Any] = {"motion_bucket_id": published.MOTION_BUCKET_ID, "last_image": None, "overlap": None}
+        usual |= {"match_colours": False, "loop": False, "preview_every": None}
         request = self._request(SVDArguments(**usual, **values))
         told = torch.full((request.num_frames, 1), request.noise_aug_strength, dtype=torch.float64)
         scales = (float(values["min_guidance_scale"]), request.guidance_scale)
