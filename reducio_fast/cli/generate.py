@@ -46,7 +46,7 @@ SVD_OWN: dict[str, Callable[[str], Any]] = {
     "overlap": options.positive,
 }
 # Arguments of Reducio's own call.
-REDUCIO_OWN = ("direction", "motion_strength", "keep_content")
+REDUCIO_OWN = ("direction", "motion_strength", "motion_score", "keep_content")
 
 
 def interval(text: str) -> tuple[float, ...]:
@@ -88,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--match-colours", action="store_true", default=None, help="hold further clips to the first one's colours"
     )
     options.add_steering(parser)
+    parser.add_argument(
+        "--motion-score", type=float, metavar="X", help="how much moves, for a model trained with clip_conditioning"
+    )
     parser.add_argument("--loop", action="store_true", default=None, help="and back: the last frame meets the first")
     parser.add_argument(
         "--num-videos", type=options.positive, default=1, metavar="N", help="of seeds SEED, SEED + 1 ... (default: 1)"

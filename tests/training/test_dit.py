@@ -276,6 +276,23 @@ def test_a_trained_transformer_generates(latents: Path, tmp_path: Path, objectiv
     assert type(pipe.scheduler).__name__ == wanted[objective] and pipe.transformer.config.hidden_size == 48
     clip = [pipe("a cat", seed=1, num_inference_steps=2, progress=False).frames for _ in range(2)]
     assert clip[0].shape == (16, 128, 128, 3) and (clip[0] == clip[1]).all()
+    if not pipe.transformer.config.clip_conditioning:
+        with pytest.raises(ReducioError, match="motion_score: this model was trained without it"):
+            pipe("a cat", motion_score=3.0)
+        return
+    with torch.no_grad():
+        pipe.transformer.adaln_single.emb.motion_embedder.linear_2.weight.normal_(generator=torch.Generator())
+    words = {"seed": 1, "num_inference_steps": 2, "progress": False, "output_type": "latent"}
+    scores = (None, 1.0, 30.0)
+    latents = {backend: [] for backend in ("fast", "reference")}
+    for backend, found in latents.items():
+        parts = ReducioPipeline(**pipe.components, backend=backend)
+        found += [parts("a cat", motion_score=score, **words).frames for score in scores]
+        assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    for one, other in zip(*latents.values(), strict=True):
+        assert (one - other).norm() < 0.05 * other.norm()
+    with pytest.raises(ReducioError, match="motion_score: must be a number of at least 0, is -1"):
+        pipe("a cat", motion_score=-1)
 
 
 def test_a_transformer_of_one_image_condition(latents: Path, tmp_path: Path) -> None:

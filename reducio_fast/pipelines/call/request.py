@@ -52,6 +52,7 @@ class Arguments:
     direction: Any
     match_colours: Any
     motion_strength: Any
+    motion_score: Any
     motion_latents: Any
     keep_content: Any
     loop: Any
@@ -117,6 +118,9 @@ class Request:
     shortcuts: Shortcuts = NO_SHORTCUTS
     chain: Chain | None = None  # of clips that make one longer clip
     motion_strength: float = 1.0
+    clip_condition: tuple[float, float] | None = (
+        None  # frame rate and motion score (NaN: open), where the model has them
+    )
     keep_content: bool = False
     loop: bool = False
     preview_every: int | None = None

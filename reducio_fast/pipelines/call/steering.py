@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -19,6 +20,19 @@ def check_strength(strength: Any) -> float:
     if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not 0 <= float(strength) <= MAX_STRENGTH:
         raise ReducioError(f"motion_strength: must be a number from 0 to {MAX_STRENGTH:g}, is {strength!r}")
     return float(strength)
+
+
+def clip_condition(motion_score: Any, config: Any, fps: float) -> tuple[float, float] | None:
+    """Frame rate and motion score (NaN: open) for a model with `clip_conditioning`; None for another one."""
+    if motion_score is None:
+        return (fps, math.nan) if config.clip_conditioning else None
+    if not config.clip_conditioning:
+        raise ReducioError(
+            "motion_score: this model was trained without it (clip_conditioning); motion_strength works with each model"
+        )
+    if isinstance(motion_score, bool) or not isinstance(motion_score, numbers.Real) or not 0 <= motion_score < math.inf:
+        raise ReducioError(f"motion_score: must be a number of at least 0, is {motion_score!r}")
+    return fps, float(motion_score)
 
 
 def check_switch(name: str, value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,19 @@ class Conditioner:
     def __init__(self, components: Components, executor: Executor) -> None:
         self.components, self.executor = components, executor
 
-    def __call__(self, clip: ClipRequest, frame: np.ndarray | None, timings: dict[str, float]) -> Condition:
+    def __call__(
+        self,
+        clip: ClipRequest,
+        frame: np.ndarray | None,
+        timings: dict[str, float],
+        rate_and_motion: tuple[float, float] | None = None,
+    ) -> Condition:
         with self.executor.stage(timings, "text.encode"):
             text, mask = self._to_device(*(clip.embeds.text or self.encode_text(clip.prompt)))
         with self.executor.stage(timings, "image.encode"):
             semantic, latent = self.encode_image(frame, clip.embeds)
-        return Condition(text, mask, semantic, latent)
+        told = None if rate_and_motion is None else torch.tensor([rate_and_motion], device=self.executor.device)
+        return Condition(text, mask, semantic, latent, told)
 
     def without_prompt(self, cond: Condition, clip: ClipRequest, timings: dict[str, float]) -> Condition:
         """The half that guidance leads away from. The image stays in both halves: guidance is about the text alone."""
@@ -42,7 +50,7 @@ class Conditioner:
         else:
             with self.executor.stage(timings, "text.encode"):
                 text, mask = self._to_device(*self.encode_text(clip.negative_prompt))
-        return Condition(text, mask, cond.semantic, cond.content)
+        return dataclasses.replace(cond, text=text, text_mask=mask)
 
     def encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
         """text [1, L, C] and its mask bool [1, L]."""

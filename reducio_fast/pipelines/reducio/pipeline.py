@@ -117,7 +117,7 @@ class ReducioPipeline(VideoPipeline):
             frame = self.content(clip, request, not call.progress.disable, call.content_step)
         if clip.motion is not None:
             return SamplingInputs(frame, noise, None)
-        cond = self.conditioner(clip, frame, call.timings)
+        cond = self.conditioner(clip, frame, call.timings, request.clip_condition)
         guides = request.guidance_scale > 1
         uncond = self.conditioner.without_prompt(cond, clip, call.timings) if guides else None
         embeds = {"prompt_embeds": cond.text, "negative_prompt_embeds": None if uncond is None else uncond.text}
@@ -228,6 +228,7 @@ class ReducioPipeline(VideoPipeline):
         direction: str = "forward",
         match_colours: bool = False,
         motion_strength: float = 1.0,
+        motion_score: float | None = None,
         motion_latents: Tensor | None = None,
         keep_content: bool = False,
         loop: bool = False,
@@ -270,6 +271,8 @@ class ReducioPipeline(VideoPipeline):
         direction: of long clips: "forward" from the content frame, or "both" ways (further clips add 8 and 7 in turn).
         match_colours: each further clip is told its content frame with the mean and spread of colours of the first.
         motion_strength: 0 stands still, 1 is the motion as generated, up to 4; above 1 it saturates.
+        motion_score: how much moves, in percent of the short side in half a second as `reducio-fast curate` measures
+            it, for a model trained with `clip_conditioning`; None leaves it open.
         motion_latents [16, T/f, H/32, W/32]: the motion, from `encode_motion` or another call, for one clip or for all;
             nothing is sampled then, and no prompt needed beside an image.
         keep_content: where nothing moves, the content frame's own pixels instead of the decoder's; decodes twice.

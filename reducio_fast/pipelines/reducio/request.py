@@ -62,6 +62,7 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
         content_kwargs=pipe.content.first_stage.with_steps(chosen.content_steps, content_kwargs),
         progress=inputs.progress,
         motion_strength=steering.check_strength(inputs.motion_strength),
+        clip_condition=steering.clip_condition(inputs.motion_score, pipe.transformer.config, pipe.fps),
         keep_content=steering.check_switch("keep_content", inputs.keep_content),
         **steered,
     )
