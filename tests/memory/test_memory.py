@@ -336,3 +336,14 @@ def test_offloaded_weights_are_on_the_device_only_during_their_stage(
 def test_offload_needs_a_gpu(embedded: dict) -> None:
     with pytest.raises(ReducioError, match="there is no GPU here"):
         pipeline(embedded, "reference").enable_model_cpu_offload()
+
+
+def test_forecasts_and_fits_of_ever_new_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    from reducio_fast.pipelines.execution import fitting
+
+    monkeypatch.setattr(fitting, "KEPT", 2)
+    pipe = ReducioPipeline.from_pretrained(bundle, backend="reference")
+    for side in (32, 64, 96, 128):
+        pipe.fitter.settle(side, side)
+        pipe.forecast(side, side)
+    assert list(pipe.fitter.fits) == [(96, 96), (128, 128)] and len(pipe.fitter._forecasts) == 2

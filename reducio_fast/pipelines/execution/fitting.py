@@ -17,6 +17,7 @@ from .decoding import Decoding, TiledDecoder
 from .executor import Executor
 
 LOG = logging.getLogger("reducio_fast")
+KEPT = 256  # forecasts, and sizes with their way: a server that meets ever new sizes does not grow by them
 
 
 class Fitter:
@@ -59,6 +60,8 @@ class Fitter:
                     self._forecasts[key] = forecast(stages, dry_stages.components.networks(), height, width, way)
                 else:
                     self._forecasts[key] = in_another_way(earlier, dry_stages.decoding(height, width, way), way)
+            while len(self._forecasts) > KEPT:
+                self._forecasts.pop(next(iter(self._forecasts)))
         return self._forecasts[key]
 
     def fit(self, height: int, width: int) -> Fit:
@@ -94,5 +97,8 @@ class Fitter:
             LOG.warning("memory: weights are offloaded to the CPU between stages, all at once do not fit")
             self.executor.start_offload(None, self.parts.device)
             self.fits.clear()
+        self.fits.pop((height, width), None)
         self.fits[height, width] = fit
+        while len(self.fits) > KEPT:
+            self.fits.pop(next(iter(self.fits)))
         return fit.decoding

@@ -1,0 +1,113 @@
+"""The worker by itself, with a family that begins with a picture: its events, its files, its end when it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from reducio_fast.pipelines import registry
+from reducio_fast.server.clips import Clips
+from reducio_fast.server.errors import ApiError
+from reducio_fast.server.files import CLIP, CONTENT, SPRITESHEET, THUMBNAIL
+from reducio_fast.server.requests import Checker, Limits
+
+pytestmark = pytest.mark.slow
+MODEL = "svd:random-tiny"
+
+
+@pytest.fixture(scope="module")
+def clips() -> Clips:
+    return Clips(MODEL, warm=False, encoding="fast")
+
+
+@pytest.fixture(scope="module")
+def checker() -> Checker:
+    found = registry.find(MODEL)
+    assert found.checker is not None
+    return Checker("svd", found.checker(), found.call_defaults, Limits(), found.fps)
+
+
+def picture(side: int = 64) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), "blue").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_every_family_is_served(clips: Clips, checker: Checker) -> None:
+    asked = checker({"num_inference_steps": "3", "motion_bucket_id": "40", "seed": "5"}, picture())
+    assert (asked.size, asked.call["motion_bucket_id"], asked.call["seed"]) == ("64x64", 40, 5)
+
+    async def run() -> list[dict[str, Any]]:
+        return [event async for event in clips.make(asked.row(), asked.picture)]
+
+    *steps, last = asyncio.run(run())
+    assert [e["step"] for e in steps if e["stage"] == "dit.step"] == [0, 1, 2, 3]
+    assert [e["percent"] for e in steps] == sorted(e["percent"] for e in steps)
+    assert set(last["files"]) == {CLIP, CONTENT, THUMBNAIL, SPRITESHEET}
+    assert (last["result"]["seed"], last["result"]["frames"], last["result"]["encoder"]) == (5, 4, "libx264")
+    out = clips.pipe(image=Image.open(io.BytesIO(picture())), num_inference_steps=3, motion_bucket_id=40, seed=5,
+                     height=64, width=64, progress=False)  # fmt: skip
+    content = Image.open(io.BytesIO(last["files"][CONTENT]))
+    assert (content.tobytes(), content.size) == (Image.fromarray(out.content).tobytes(), (64, 64))
+
+
+def test_a_closed_clip_stops_at_its_step_and_the_next_one_is_made(clips: Clips, checker: Checker) -> None:
+    asked = checker({"num_inference_steps": 100, "seed": 1}, picture())
+
+    async def run() -> tuple[int, list[dict[str, Any]]]:
+        making, seen = clips.make(asked.row(), asked.picture), 0
+        async for event in making:
+            seen = event["step"]
+            if (event["stage"], seen) == ("dit.step", 2):
+                break
+        await making.aclose()
+        assert clips.pipe.call is not None
+        reached = clips.pipe.call.step
+        short = checker({"num_inference_steps": 2, "seed": 1}, picture())
+        return reached, [event async for event in clips.make(short.row(), short.picture)]
+
+    reached, events = asyncio.run(run())
+    assert reached < 50 and "files" in events[-1]
+
+
+def test_what_fails_is_told_in_one_line(clips: Clips, checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def last(request: dict[str, Any]) -> dict[str, Any]:
+        async def run() -> list[dict[str, Any]]:
+            return [event async for event in clips.make(request, picture())]
+
+        return asyncio.run(run())[-1]["error"]
+
+    row = checker({"num_inference_steps": 2}, picture()).row()
+    wrong = row | {"call": row["call"] | {"image_fit": "none"}}
+    assert last(wrong)["message"].startswith("image_fit: must be one of stretch, crop")
+
+    def full(*arguments: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(clips.pipe.decoder), "__call__", full)
+    told = last(row)
+    assert told == {"code": "out_of_memory", "message": "vae.decode: out of memory at 64x64"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"prompt": "a red circle"}, "prompt: Stable Video Diffusion reads no text"),
+        ({"sigmas": "1,2"}, "sigmas: must fall from step to step"),
+        ({"fps": "x"}, "fps: must be a whole number, is 'x'"),
+        ({"size": "64"}, "size: must be WIDTHxHEIGHT such as 64x64, is '64'"),
+        ({"num_frames": 1000}, "num_frames: 1000 asked for, 64 are the most"),
+        ({"content_kwargs": [1]}, "content_kwargs: must be an object, is [1]"),
+        ({"callback_on_step_end": "x"}, "callback_on_step_end: no field of a clip; known are "),
+        ({"seed": True}, "seed: must be a whole number, is True"),
+        ({"noise_aug_strength": float("nan")}, "noise_aug_strength: must be a finite number of at least 0, is nan"),
+    ],
+)
+def test_wrong_fields(checker: Checker, fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(ApiError) as error:
+        checker(fields, picture())
+    assert error.value.status == 400 and error.value.message.startswith(line)
