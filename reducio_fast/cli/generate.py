@@ -95,6 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-videos", type=options.positive, default=1, metavar="N", help="of seeds SEED, SEED + 1 ... (default: 1)"
     )
+    parser.add_argument(
+        "--interpolate", type=options.positive, metavar="N", help="2 or 4 times the frames a second, by ffmpeg"
+    )
     parser.add_argument("--grid", action="store_true", help="all of them side by side in one clip")
     parser.add_argument(
         "--preview-every", type=options.positive, metavar="N", help="every N steps, four frames in PATH-preview.png"
@@ -125,6 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Printed:
     from ..media.ffmpeg import encoder
+    from ..media.frame_interpolation import check_factor
     from ..media.image_files import read_image
     from ..media.video_files import TRIAL_RATE, check_output_path
 
@@ -132,6 +136,8 @@ def run(arguments: argparse.Namespace) -> Printed:
     encoder(arguments.encoding)
     if arguments.grid and arguments.num_videos < 2:
         raise ReducioError(f"--grid: shows several clips, --num-videos is {arguments.num_videos}")
+    if arguments.interpolate is not None:
+        check_factor(arguments.interpolate)
     # A broken file is refused now, not after the model has loaded.
     picture = None if arguments.image is None else read_image(arguments.image).shape[:2]
     if arguments.size is not None:
@@ -140,7 +146,9 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..pipelines.generate import generate
 
     fps = arguments.fps or registry.find(arguments.model).fps
-    check_output_path(arguments.out, fps or TRIAL_RATE, arguments.height, arguments.width)
+    check_output_path(
+        arguments.out, (fps or TRIAL_RATE) * (arguments.interpolate or 1), arguments.height, arguments.width
+    )
 
     kwargs = {
         "prompt": arguments.prompt,
@@ -166,6 +174,8 @@ def run(arguments: argparse.Namespace) -> Printed:
         kwargs["callback_on_step_end"] = Preview(out_path.with_name(f"{out_path.stem}-preview.png"))
     started = time.perf_counter()
     out = generate(**{k: v for k, v in kwargs.items() if v is not None}, progress=arguments.progress)
+    if arguments.interpolate is not None:
+        out = out.interpolated(arguments.interpolate)
     if arguments.grid:
         out = dataclasses.replace(out, frames=out.grid(), is_list=False)
     paths = out.save(arguments.out, encoding=arguments.encoding)

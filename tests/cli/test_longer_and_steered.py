@@ -39,6 +39,7 @@ MISTAKES = {
     "strength": (["generate", PROMPT, "-o", "x.gif", "--motion-strength", 5], "motion_strength: .* from 0 to 4, is 5"),
     "no strength": (["generate", PROMPT, "-o", "x.gif", "--motion-strength", "nan"], "motion_strength: .* is nan"),
     "grid of one": (["generate", PROMPT, "-o", "x.gif", "--grid"], "--grid: shows several clips, --num-videos is 1"),
+    "rate": (["generate", PROMPT, "-o", "x.gif", "--interpolate", 3], "interpolate: must be one of 2, 4, is 3"),
     "transfer to nothing": (["transfer", "--motion", "CLIP"], "give --out for the clip, --extract for"),
     "transfer of nothing": (["transfer", "--motion", "none.mp4", "-o", "x.gif"], "no such file or folder: none.mp4"),
     "no picture": (["transfer", "--motion", "CLIP", "--image", "none.png", "-o", "x.gif"], "no such image .*none.png"),
@@ -75,11 +76,15 @@ def test_a_long_loop_with_previews(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_seeds_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("generate", PROMPT, "-o", tmp_path / "sheet", "--num-videos", 2, "--grid", *FEW) == 0
+    assert run("generate", PROMPT, "-o", tmp_path / "sheet", "--num-videos", 2, "--grid", "--interpolate", 2, *FEW) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["seeds"] == [0, 1] and len(result["paths"]) == 1
     sheet = read_video(tmp_path / "sheet")[0]
-    assert sheet.shape == (16, 128, 256, 3) and not np.array_equal(sheet[:, :, :128], sheet[:, :, 128:])
+    assert (
+        sheet.shape == (31, 128, 256, 3)
+        and result["fps"] == 32
+        and not np.array_equal(sheet[:, :, :128], sheet[:, :, 128:])
+    )
 
 
 def test_a_clip_is_recoloured_by_editing_one_frame(
