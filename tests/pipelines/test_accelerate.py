@@ -188,7 +188,10 @@ def test_pixart(sample_size: int) -> None:
         changed = draw()
         assert np.abs(changed - before).max() > 2 / 255, "changed weights are seen"
         drawer.vae.enable_tiling()
-        assert np.abs(draw() - changed).max() <= 2 / 255, "tiles are diffusers' own"
-        drawer.transformer.proj_out.register_forward_hook(doubled)
+        tiled = draw()
+        assert np.abs(tiled - changed).max() > 2 / 255, "tiles are no whole picture"
+        hook = drawer.transformer.proj_out.register_forward_hook(doubled)
         draw()
         assert acceleration.report["transformer"] == "as before: proj_out has forward hooks"
+        hook.remove()
+    assert np.abs(draw() - tiled).max() <= 2 / 255, "tiles are diffusers' own"
