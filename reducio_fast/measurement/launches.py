@@ -83,11 +83,12 @@ def clip_launches(
 def _cast(network: _Network, dtype: torch.dtype) -> _Network:
     """`network.to(dtype)`, which cannot cast tensors without data in place."""
     for module in network.modules():
-        for held in (module._parameters, module._buffers):
-            for name, x in held.items():
-                if x is not None and x.is_floating_point():
-                    x = x.detach().to(dtype)
-                    held[name] = nn.Parameter(x, requires_grad=False) if held is module._parameters else x
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
     return network
 
 
@@ -105,7 +106,7 @@ def precompile_clip(
 
 def calls_of(launches: Iterable[Launch]) -> list[Call]:
     """Each build that these launches need, once: tensors become their types, numbers what Triton builds apart."""
-    calls = {}
+    calls: dict[Call, None] = {}
     for launch in launches:
         parameters = {parameter.name: parameter for parameter in launch.kernel.params}
         arguments = tuple(

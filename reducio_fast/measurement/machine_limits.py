@@ -85,7 +85,8 @@ def prediction(build: Build) -> Prediction | None:
         return None
     op, what, numbers = problem
     if op == "attention":
-        shape = attention(*numbers, settings(op, str(numbers[-1]), build.arch))
+        B, L, S, N, D = numbers
+        shape = attention(B, L, S, N, D, settings(op, str(D), build.arch))
     else:
         C, K, frames, side, taps, phases = numbers
         flops, blocks, passes = convolution(C, K, frames, side, taps, blocks_for(op, torch.bfloat16, C, K, build.arch))
