@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reference.cancellation import cancellable
 from ..reference.data_prediction import DataHook
 from ..system.errors import ReducioError, is_out_of_memory
 from .call.output import as_frames, from_frames, to_output
@@ -101,7 +102,7 @@ def decode_clip(
     request = call.request
     call.undecoded.append((latent, frame))
     try:
-        with call.at(pipe.executor.stage, call.timings, "vae.decode"):
+        with call.at(pipe.executor.stage, call.timings, "vae.decode"), cancellable(call.decoding_check()):
             return as_frames(pipe.finished(latent, frame, request, output_type, decoding), output_type)
     except Exception as error:
         if not is_out_of_memory(error):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import cancellation
 from .config import VAEConfig
 from .fusion import (
     AddFusion,
@@ -458,7 +459,7 @@ class ReducioVAE(nn.Module):
             return self._decode(latent, features)
         stride, _, latent_stride, latent_extent = self.tile_sizes()
         grid: Grid = [
-            [self._decode(tile, pyramid) for tile, pyramid in zip(tiles, pyramids, strict=True)]
+            [self._decode_tile(tile, pyramid) for tile, pyramid in zip(tiles, pyramids, strict=True)]
             for tiles, pyramids in zip(tile_grid(latent, latent_stride, latent_extent), features, strict=True)
         ]
         return stitch(grid, int(stride * self.config.tile_overlap), stride)
@@ -475,6 +476,10 @@ class ReducioVAE(nn.Module):
 
     def _moments(self, video: Tensor) -> Tensor:
         return self.quant_conv(self.encoder_3d(video))
+
+    def _decode_tile(self, latent: Tensor, features: Features) -> Tensor:
+        cancellation.check()
+        return self._decode(latent, features)
 
     def _decode(self, latent: Tensor, features: Features) -> Tensor:
         x = self.decoder(self.post_quant_conv(latent), features)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import cancellation
 from .config import NORM_GROUPS, FrameVAEConfig, TemporalVAEConfig
 from .layers import Attention, Downsample, SpatialResBlock, SpatioTemporalResBlock, Upsample
 
@@ -163,7 +164,10 @@ class TemporalVAE(nn.Module):
         batch, frames = latents.shape[:2]
         z = latents.flatten(0, 1)
         pieces = [z] if chunk is None else z.split(chunk)
-        decoded = [self.decoder(p, frames if chunk is None else len(p)) for p in pieces]
+        decoded = []
+        for piece in pieces:
+            cancellation.check()
+            decoded.append(self.decoder(piece, frames if chunk is None else len(piece)))
         return torch.cat(decoded).unflatten(0, (batch, frames))
 
 
@@ -226,5 +230,8 @@ class FrameVAE(nn.Module):
             )
         z = latents.flatten(0, 1)
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        decoded = [self.decoder(piece) for piece in z.split(chunk or 1)]
+        decoded = []
+        for piece in z.split(chunk or 1):
+            cancellation.check()
+            decoded.append(self.decoder(piece))
         return torch.cat(decoded).unflatten(0, latents.shape[:2])

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reducio_fast import ReducioError, ReducioPipeline, generate
+from reducio_fast.checkpoints.strict_files import embedded_model
 from reducio_fast.media.image_files import MAX_PIXELS, read_image
 from reducio_fast.pipelines import generate as generate_module
 from reducio_fast.pipelines import registry
@@ -226,3 +227,33 @@ def test_steps_that_share_a_time_are_refused_before_the_work(pipe: ReducioPipeli
     with pytest.raises(ReducioError, match="num_inference_steps: 1000 is too many"):
         pipe(**call, **{**KWARGS, "num_inference_steps": 1000})
     assert pipe.check_inputs(**call, num_inference_steps=999).num_inference_steps == 999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_a_clip_can_be_stopped_while_it_is_decoded(backend: str) -> None:
+    """Between two tiles, from another thread. Asked before the decode, it still gives the clip, as in diffusers."""
+    pipe = ReducioPipeline.from_pretrained(embedded_model(), device="cpu", dtype="float32", backend=backend)
+    words = {"seed": 1, "num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
+    image, small = np.full((512, 512, 3), 90, np.uint8), np.full((128, 128, 3), 90, np.uint8)
+    before = pipe("a red circle", image=small, **words).frames
+
+    def stop_the_decode() -> None:
+        while pipe.call is None or pipe.call.stage != "vae.decode":
+            time.sleep(0.002)
+        time.sleep(0.05)
+        pipe._interrupt = True
+
+    stopper = threading.Thread(target=stop_the_decode)
+    pipe.call = None
+    stopper.start()
+    with pytest.raises(ReducioError, match="interrupted while the clip was decoded: there is no clip"):
+        pipe("a red circle", image=image, height=512, width=512, **words)
+    stopper.join()
+    assert (pipe("a red circle", image=small, **words).frames == before).all()
+
+    def stop_here(pipe: ReducioPipeline, *_: object) -> None:
+        pipe._interrupt = True
+
+    out = pipe("a red circle", image=small, callback_on_step_end=stop_here, **words)
+    assert out.interrupted and (out.frames == before).all()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ...compile.compiled_blocks import Regional
 from ...compile.graphs import Graphs
-from ...reference import ReducioVAE
+from ...reference import ReducioVAE, cancellation
 from ...reference.reducio import vae as ref
 from ...reference.reducio.fusion import AddFusion, AttentionFusion, LinearFusion, place_table
 from ...reference.reducio.tiling import blend_grid, stitch, tile_grid
@@ -437,6 +437,7 @@ class FastReducioVAE(nn.Module):
         for members in shapes.values():
             B = len(latents[0])
             for start in range(0, len(members), self.tile_batch):
+                cancellation.check()
                 chosen = members[start : start + self.tile_batch]
                 z = torch.cat([latents[i] for i in chosen])
                 pyramid = [torch.cat(level) for level in zip(*(features[i] for i in chosen), strict=True)]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...reference import cancellation
 from ...reference.svd.vae import FrameVAE, TemporalVAE
 from ..packed_layers import UpConv, frozen
 from ..plan import Plan
@@ -117,6 +118,7 @@ class FastTemporalVAE(nn.Module):
     def _block(self, x: Clip, block: SpatioTemporalRes, grow: UpConv | None = None) -> Clip:
         """A spatio-temporal res block, behind the up-sampling `grow`. Frame by frame once the clip has become large;
         each frame is let go of once it was read."""
+        cancellation.check()
 
         def in_space(x_NHWC: Tensor) -> Tensor:
             return block.spatial(x_NHWC if grow is None else grow(x_NHWC))
@@ -179,6 +181,7 @@ class FastFrameVAE(nn.Module):
 
     def _decode(self, x_NHWC: Tensor) -> Tensor:
         x = x_NHWC if self.post_quant_conv is None else self.post_quant_conv(x_NHWC)
+        cancellation.check()
         x = self.middle[0](self.conv_in(x))
         x = self.middle[1](self.attention(x))
         for index, level in enumerate(self.levels):

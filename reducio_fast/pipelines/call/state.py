@@ -67,7 +67,8 @@ class CallState:
             frames.pop()  # a long clip that was interrupted between its parts does not fit into the list
             contents.pop()
         if not frames:
-            raise ReducioError("interrupted while the content frame was drawn: there is no clip")
+            what = "the clip was decoded" if self.stage == "vae.decode" else "the content frame was drawn"
+            raise ReducioError(f"interrupted while {what}: there is no clip")
         return ReducioOutput(
             frames=stack(frames) if request.is_list else frames[0],
             content=None if not contents else np.stack(contents) if request.is_list else contents[0],
@@ -102,6 +103,17 @@ class CallState:
         self.tell(self.stage, step + 1)
         if self.interrupted:
             raise StopSampling
+
+    def decoding_check(self) -> Callable[[], None]:
+        """For `cancellation.cancellable`: raises StopSampling once the call is interrupted during its decode. A call
+        that was interrupted before still decodes the latent that it has reached."""
+        before = self.interrupted
+
+        def check() -> None:
+            if self.interrupted and not before:
+                raise StopSampling
+
+        return check
 
     def end(self) -> None:
         """Let go of what only a running call needs."""
