@@ -19,7 +19,12 @@ def system() -> dict[str, Any]:
     """Where a row was measured."""
     text = Path("/proc/cpuinfo").read_text()
     cpu = next((line.partition(": ")[2] for line in text.splitlines() if line.startswith("model name")), "")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     names = ("torch", "fastapi", "uvicorn", "ray", "openai")
     versions = {name: version(name) for name in names}
     return {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version(),

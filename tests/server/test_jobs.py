@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shlex
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reducio_fast import ReducioError
-from reducio_fast.cli.main import main
+from reducio_fast.cli.main import main, parser
 from reducio_fast.server import batch, clips
 from reducio_fast.server.errors import ApiError, bad_request, without_paths
 from reducio_fast.server.files import CLIP, PICTURE, JobFiles
@@ -188,6 +190,21 @@ def test_a_message_holds_no_path_of_the_server() -> None:
     assert without_paths("and/or 1/2 http://a.b/c/d") == "and/or 1/2 http://a.b/c/d"
     error = bad_request("height: 100 is not a multiple of 32")
     assert (error.status, error.body["error"]["param"]) == (400, "height")
+
+
+def test_the_command_of_the_kubernetes_page_parses(root: Path) -> None:
+    """Its fields were checked against KubeRay's resource definition, which is too large to keep here."""
+    documents = {each["kind"]: each for each in yaml.safe_load_all((root / "docs" / "kuberay.yaml").read_text())}
+    spec = documents["RayJob"]["spec"]
+    program, *arguments = shlex.split(spec["entrypoint"])
+    parsed = parser().parse_args(arguments)
+    assert (program, parsed.command, parsed.ray) == ("reducio-fast", "serve", "auto") and parsed.api_keys
+    head = spec["rayClusterSpec"]["headGroupSpec"]["template"]
+    mounted = {mount["mountPath"] for mount in head["spec"]["containers"][0]["volumeMounts"]}
+    assert {parsed.data, str(Path(parsed.api_keys).parent)} == mounted
+    assert documents["Service"]["spec"]["selector"].items() <= head["metadata"]["labels"].items()
+    assert documents["Service"]["spec"]["ports"][0]["targetPort"] == parsed.port
+    assert parsed.max_replicas == spec["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplicas"]
 
 
 def test_prompts_of_every_format(tmp_path: Path) -> None:
