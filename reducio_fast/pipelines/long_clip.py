@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from ..media.colours import match_mean_and_spread
-from .call.chain import Chain, Joint
 from .call.output import from_frames
-from .call.request import ClipRequest, Hold
+from .call.request import Chain, ClipRequest, Hold, Joint
 from .call.state import CallState
 from .execution.decoding import Decoding
 from .one_clip import decode_clip, sample_clip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from .call.state import CallState
 from .call.step_callback import StepCallback
 from .execution.decoding import Decoding
 
-if TYPE_CHECKING:
-    from .video_pipeline import VideoPipeline
-
 LOG = logging.getLogger("reducio_fast")
 
 
@@ -34,7 +31,7 @@ class Sampled(NamedTuple):
     follow: Embeds
 
 
-def make_clip(pipe: VideoPipeline, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[Any, Any]:
+def make_clip(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[Any, Any]:
     """The content frame, and the frames or the latent in the form asked for."""
     request = call.request
     latent, frame, _ = sample_clip(pipe, clip, call, decoding)
@@ -48,7 +45,7 @@ def make_clip(pipe: VideoPipeline, clip: ClipRequest, call: CallState, decoding:
     return frame, from_frames(decode_clip(pipe, latent, frame, call, decoding, output_type), request.output_type)
 
 
-def sample_clip(pipe: VideoPipeline, clip: ClipRequest, call: CallState, decoding: Decoding) -> Sampled:
+def sample_clip(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> Sampled:
     """The latent of a clip, sampled, or taken from the request where that brings its own."""
     request, stage = call.request, functools.partial(call.at, pipe.executor.stage)
     inputs = pipe._sampling_inputs(clip, call, stage)
@@ -96,7 +93,7 @@ def data_hook(hold: Hold | None, preview: Preview | None) -> DataHook | None:
 
 
 def decode_clip(
-    pipe: VideoPipeline, latent: Tensor, frame: np.ndarray, call: CallState, decoding: Decoding, output_type: str
+    pipe: Any, latent: Tensor, frame: np.ndarray, call: CallState, decoding: Decoding, output_type: str
 ) -> Tensor:
     """Frames as `as_frames` has them. Out of memory, the latent is saved and the error says where."""
     request = call.request
@@ -117,7 +114,7 @@ class Preview:
     Early ones resemble a still: on the embedded model they differ from it from 40% of the steps on.
     """
 
-    def __init__(self, pipe: VideoPipeline, call: CallState, frame: np.ndarray | None, decoding: Decoding) -> None:
+    def __init__(self, pipe: Any, call: CallState, frame: np.ndarray | None, decoding: Decoding) -> None:
         self.pipe, self.call, self.frame, self.decoding = pipe, call, frame, decoding
         self.data: Tensor | None = None
         self.seconds = 0.0

@@ -101,7 +101,7 @@ def make_clips(
             if preview is not None and (frames := tensors.get("frames")) is not None:
                 preview(film_strip(frames))
 
-        looks = {"preview_every": max(1, steps // 5)} if preview is not None and number == 0 else {}
+        looks: dict[str, Any] = {"preview_every": max(1, steps // 5)} if preview is not None and number == 0 else {}
 
         report(0)
         out = generate(
@@ -208,7 +208,9 @@ def page(kwargs: dict[str, Any]) -> Any:
         shutil.rmtree(folders.pop(session, Path(scratch.name) / "none"), ignore_errors=True)
         folder = folders[session] = Path(tempfile.mkdtemp(dir=scratch.name))
         clips: list[Clip] = []
-        words = {"num_frames": int(frames), "num_videos_per_prompt": int(videos), "loop": loop} if steered else {}
+        words: dict[str, Any] = (
+            {"num_frames": int(frames), "num_videos_per_prompt": int(videos), "loop": loop} if steered else {}
+        )
         if own:
             words |= {"motion_strength": strength}
         if steered or negative:

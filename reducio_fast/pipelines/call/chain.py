@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ...system.errors import ReducioError
 from . import validation
+from .request import Chain, Joint
 
 DIRECTIONS = ("forward", "both")
 MAX_FRAMES = 100_000  # an hour and three quarters at 16 frames a second
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Joint:
-    """How a model's clips fit together.
-
-    frames: of one clip. content: the number of the frame that a clip is told, which is the last (behind) or first
-    (before) frame of its neighbour. steps: of the latent along `time_axis` [1, ...]; `held` of them lie in the overlap.
-    """
-
-    frames: int
-    content: int
-    steps: int
-    held: int
-    time_axis: int
-    overlap: int  # frames that a clip shares with the one before it
-
-    @property
-    def hop(self) -> int:
-        """New frames of a clip that continues behind."""
-        return self.frames - self.overlap
-
-    @property
-    def hop_back(self) -> int:
-        """New frames of a clip that leads up to its neighbour: the ones before its content frame."""
-        return self.content
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chain:
-    """So many clips behind the first one and before it."""
-
-    joint: Joint
-    after: int
-    before: int = 0
-    match_colours: bool = False
-
-    @property
-    def clips(self) -> int:
-        return 1 + self.after + self.before
 
 
 def reducio_joint(config: Any) -> Joint:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...reference.sampler import NO_SHORTCUTS, Shortcuts
-
-if TYPE_CHECKING:
-    from .chain import Chain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +90,46 @@ class ClipRequest:
     latents: Tensor | None
     motion: Tensor | None = None
     hold: Hold | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joint:
+    """How a model's clips fit together.
+
+    frames: of one clip. content: the number of the frame that a clip is told, which is the last (behind) or first
+    (before) frame of its neighbour. steps: of the latent along `time_axis` [1, ...]; `held` of them lie in the overlap.
+    """
+
+    frames: int
+    content: int
+    steps: int
+    held: int
+    time_axis: int
+    overlap: int  # frames that a clip shares with the one before it
+
+    @property
+    def hop(self) -> int:
+        """New frames of a clip that continues behind."""
+        return self.frames - self.overlap
+
+    @property
+    def hop_back(self) -> int:
+        """New frames of a clip that leads up to its neighbour: the ones before its content frame."""
+        return self.content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """So many clips behind the first one and before it."""
+
+    joint: Joint
+    after: int
+    before: int = 0
+    match_colours: bool = False
+
+    @property
+    def clips(self) -> int:
+        return 1 + self.after + self.before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

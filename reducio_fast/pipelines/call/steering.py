@@ -11,6 +11,7 @@ from torch import Tensor
 from ...reference.data_prediction import KNOWN, family_of
 from ...system.errors import ReducioError
 from . import chain, validation
+from .request import Joint
 
 MAX_STRENGTH = 4.0
 
@@ -42,7 +43,7 @@ def check_switch(name: str, value: Any) -> bool:
 
 
 def check_steering(
-    inputs: Any, joint: chain.Joint | None, num_frames: Any, direction: Any, scheduler: Any, offloading: bool
+    inputs: Any, joint: Joint | None, num_frames: Any, direction: Any, scheduler: Any, offloading: bool
 ) -> dict[str, Any]:
     """The fields of a `Request` that all families share: `chain`, `loop`, `preview_every`. joint None: the family's
     clips are not to be chained in this call."""
