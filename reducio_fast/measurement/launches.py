@@ -25,12 +25,16 @@ _Network = TypeVar("_Network", bound=nn.Module)
 SEMANTIC_TOKENS = 256  # of OpenCLIP ViT-H at 224 pixels
 
 
-class _Finite(TorchDispatchMode):
-    """Answers yes where a tensor without data is asked: the decoder's check for infinite values."""
+class _Answer(TorchDispatchMode):
+    """What a tensor without data says where it is asked."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__()
+        self.answer = answer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return True
+            return self.answer
         return func(*args, **(kwargs or {}))
 
 
@@ -62,13 +66,14 @@ def clip_launches(
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, device=device, dtype=kind)
 
-    with recording(arch) as launches, FakeTensorMode(), _Finite(), torch.no_grad():
+    with recording(arch) as launches, FakeTensorMode(), torch.no_grad():
         plan = Plan(device, dtype)
-        with device:
+        with device, _Answer(False):  # no weight is drawn again for lying too far out
             vae = FastReducioVAE(_cast(ReducioVAE(vae_config), dtype), plan)
             dit = FastReducioDiT(_cast(ReducioDiT(dit_config), dtype), plan)
         latent = empty(1, *vae_config.latent_shape(pixels, pixels), kind=torch.float32)
-        vae.decode(latent.to(dtype), vae.encode_content(empty(1, 3, pixels, pixels)), as_uint8=True)
+        with _Answer(True):  # every value is finite
+            vae.decode(latent.to(dtype), vae.encode_content(empty(1, 3, pixels, pixels)), as_uint8=True)
         prepared = dit.prepare(
             empty(2, dit_config.caption_length, dit_config.caption_channels),
             torch.empty(2, dit_config.caption_length, device=device, dtype=torch.long),

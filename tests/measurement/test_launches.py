@@ -22,6 +22,8 @@ CODE = textwrap.dedent("""
     from reducio_fast.compile.precompile import precompile
     from reducio_fast.compile.targets import TARGETS
     from reducio_fast.measurement.launches import calls_of, clip_launches
+    from reducio_fast.checkpoints.strict_files import embedded_model
+    from reducio_fast.reference import DiTConfig, VAEConfig
     from reducio_fast.triton_kernels.registry import OPS
 
     launches = clip_launches("sm_90")
@@ -46,6 +48,11 @@ CODE = textwrap.dedent("""
     written = {id(l.arguments["stats_ptr"]) for l in launches if l.arguments.get("stats_ptr") is not None}
     read = {id(l.arguments["partials_ptr"]) for l in launches if l.kernel.fn.__name__ == "finalise_kernel"}
 
+    # The embedded model has other layers: fusion by addition, heads of other widths, few channels.
+    folder = embedded_model()
+    configs = [json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")]
+    tiny = calls_of(clip_launches("sm_90", DiTConfig.from_dict(configs[0]), VAEConfig.from_dict(configs[1])))
+
     # Each call compiles in a process of its own, and the next one finds it done.
     cheap = [call for call in calls_of(launches) if call.kernel in ("blend_tiles_kernel", "guidance_dpm_step_kernel")]
     seconds = []
@@ -56,6 +63,7 @@ CODE = textwrap.dedent("""
     print(json.dumps({
         "launched": [launched(l) for l in launches], "built": built, "unread": len(written - read),
         "written": len(written), "cubins": seconds, "calls": len(calls_of(launches)),
+        "tiny": sorted({call.kernel for call in tiny}),
         "failures": precompile(broken, TARGETS["sm_90"].triton_target, jobs=1),
     }))
 """)
@@ -87,6 +95,7 @@ def test_kernels_are_compiled_beforehand(dry_run: dict[str, Any]) -> None:
     first, second = dry_run["cubins"]
     assert len(first) == 2 and first == second
     assert 30 < dry_run["calls"] < 60
+    assert {"conv3d_kernel", "attention_kernel", "guidance_dpm_step_kernel"} <= set(dry_run["tiny"])
     assert len(dry_run["failures"]) == 1 and dry_run["failures"][0].startswith("blend_tiles_kernel: TypeError")
 
 
