@@ -31,7 +31,8 @@ def clip_condition(motion_score: Any, config: Any, fps: float) -> tuple[float, f
         raise ReducioError(
             "motion_score: this model was trained without it (clip_conditioning); motion_strength works with each model"
         )
-    if isinstance(motion_score, bool) or not isinstance(motion_score, numbers.Real) or not 0 <= motion_score < math.inf:
+    is_number = isinstance(motion_score, numbers.Real) and not isinstance(motion_score, bool)
+    if not is_number or not 0 <= float(motion_score) < math.inf:
         raise ReducioError(f"motion_score: must be a number of at least 0, is {motion_score!r}")
     return fps, float(motion_score)
 

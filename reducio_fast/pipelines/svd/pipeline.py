@@ -296,10 +296,10 @@ class SVDPipeline(VideoPipeline):
         per_clip = ([x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds))
         last = [x for x in self._last_images(inputs.last_image, len(images)) for _ in range(per_image)]
         scales = (float(inputs.min_guidance_scale), float(most))
+        open_ = [None] * count  # no motion is given, and none of it is held
         return SVDRequest(
             clips=[
-                SVDClipRequest(*clip[:-1], None, None, clip[-1])
-                for clip in zip(*per_clip, generators, latents, last, strict=True)
+                SVDClipRequest(*clip) for clip in zip(*per_clip, generators, latents, open_, open_, last, strict=True)
             ],
             is_list=is_list,
             height=height,
