@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..media.colours import match_mean_and_spread
+from ..system.errors import ReducioError
 from .call.output import from_frames
 from .call.request import Chain, ClipRequest, Hold, Joint
 from .call.state import CallState
@@ -53,6 +54,15 @@ def make(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> t
         pieces.append(frames)
     assert content is not None
     return content, from_frames(torch.cat(pieces), call.request.output_type)
+
+
+def check_stream(request: Any) -> None:
+    """Raises ReducioError for a request whose frames cannot be given one by one."""
+    if len(request.clips) != 1:
+        raise ReducioError(f"stream: makes one clip, {len(request.clips)} are asked for")
+    if request.loop or request.output_type == "latent":
+        what = "loop=True plays" if request.loop else "output_type='latent' returns"
+        raise ReducioError(f"stream: {what} what is known at the end; call the pipeline itself")
 
 
 def stream(pipe: Any, call: CallState) -> Iterator[Any]:

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import hub, strict_files
+from ..checkpoints import hub, model_folder, strict_files
 from ..system import devices
 from ..system.errors import ReducioError
 from ..system.paths import expanded, is_file, is_folder, status
 from .call.quality import PRESETS
+from .execution.components import Components
 from .peers import pipeline as peers
 from .peers.models import PEERS, build_random
 from .reducio import light
@@ -123,7 +124,7 @@ def _of_folder(folder: Path) -> Model:
         files=folder_state(folder),
         fps=_fps(folder) if family is ReducioPipeline else _defaults(family.__call__)["fps"],
         needs_prompt=family is ReducioPipeline,
-        checker=lambda: family.without_weights(folder),
+        checker=lambda: _without_weights(family, folder),
         light=functools.partial(light.load, folder) if family is ReducioPipeline else None,
     )
 
@@ -160,6 +161,19 @@ def load_arguments(family: Any) -> tuple[str, ...]:
     """Names of `from_pretrained`'s components and settings."""
     own = ("variant",) if "variant" in inspect.signature(family.from_pretrained).parameters else ()
     return (*family.layout.names, *family.layout.settings, "compile", *own)
+
+
+def _without_weights(family: Any, folder: Path) -> Any:
+    """A pipeline for `check_inputs` alone, which reads no weights: a front process checks calls with it.
+
+    Raises ReducioError for a folder whose index or configurations do not fit.
+    """
+    defaults = _defaults(family.__init__)
+    facts = model_folder.read_facts(folder, family.layout, family.configs)
+    pipe = family.__new__(family)
+    parts = {name: defaults.get(name) for name in family.layout.settings} | facts
+    pipe._assemble(Components(family.layout, parts), None)
+    return pipe
 
 
 def _fps(folder: Path) -> float | None:

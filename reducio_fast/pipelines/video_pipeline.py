@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints import model_folder
 from ..checkpoints.layouts import Layout
 from ..memory.dry_run import DryRun
 from ..memory.forecast import Forecast
@@ -80,18 +78,6 @@ class VideoPipeline:
         self._progress_bar_config: dict[str, Any] = {}
         self.fitter = Fitter(parts, executor, decoder, self._dry_stages)
 
-    @classmethod
-    def without_weights(cls, folder: Path) -> Self:
-        """A pipeline for `check_inputs` alone, which reads no weights: a front process checks calls with it.
-
-        Raises ReducioError for a folder whose index or configurations do not fit.
-        """
-        defaults = {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values()}
-        facts = model_folder.read_facts(folder, cls.layout, cls.configs)
-        pipe = cls.__new__(cls)
-        pipe._assemble(Components(cls.layout, {name: defaults.get(name) for name in cls.layout.settings} | facts), None)
-        return pipe
-
     # ---- a call ----
 
     def run(self, request: Request) -> ReducioOutput:
@@ -114,13 +100,9 @@ class VideoPipeline:
         length is in memory; other threads take turns between two of them. Raises ReducioError at once, also for calls
         of more than one clip.
         """
-        request = self.check_inputs(**arguments)
-        if len(request.clips) != 1:
-            raise ReducioError(f"stream: makes one clip, {len(request.clips)} are asked for")
-        if request.loop or request.output_type == "latent":
-            what = "loop=True plays" if request.loop else "output_type='latent' returns"
-            raise ReducioError(f"stream: {what} what is known at the end; call the pipeline itself")
-        return long_clip.stream(self, CallState(request, listener=self.listener))
+        call = CallState(self.check_inputs(**arguments), listener=self.listener)
+        long_clip.check_stream(call.request)
+        return long_clip.stream(self, call)
 
     @contextmanager
     def turn(self, call: CallState) -> Iterator[None]:

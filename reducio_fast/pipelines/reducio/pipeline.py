@@ -26,14 +26,12 @@ from ...system.errors import ReducioError
 from ...system.paths import expanded
 from ..call import steering, validation
 from ..call.output import ReducioOutput, stack, to_output
-from ..call.quality import Quality, resolve
 from ..call.request import Arguments, ClipRequest, Embeds, Request, SamplingInputs
 from ..call.state import CallState, Stage
 from ..execution.components import Components
 from ..execution.decoding import Decoding, TiledDecoder
 from ..execution.executor import Executor
 from ..execution.sampling import Sampler
-from ..execution.schedules import scheduled, trial_timesteps
 from ..video_pipeline import VideoPipeline
 from .component_table import LOADERS, check_components, check_settings
 from .conditioner import Conditioner
@@ -296,22 +294,6 @@ class ReducioPipeline(VideoPipeline):
         request = request_of(self, inputs)
         self.conditioner.check(request)
         return request
-
-    def quality_of(self, inputs: Arguments) -> Quality:
-        """What the call's arguments and the model's own setting make of its sampling. Raises ReducioError."""
-        scale = inputs.guidance_scale
-        scale_is_number = isinstance(scale, int | float)
-        names = ("num_inference_steps", "schedule", "guidance_interval", "guidance_reuse", "cache_threshold")
-        arguments = {name: getattr(inputs, name) for name in names}
-        chosen = resolve(self.sampling, inputs.quality, arguments, scale if scale_is_number else None)
-        steps, max_steps = chosen.num_inference_steps, self.scheduler.config.num_train_timesteps
-        validation.check_sampling(steps, max_steps, scale, inputs.output_type)
-        scheduler, timesteps = scheduled(self.scheduler, chosen.schedule, steps)
-        if chosen.schedule != "own" or 2 * steps > max_steps:
-            validation.check_times(scheduler, trial_timesteps(scheduler, steps, timesteps))
-        if chosen.cache_threshold and (why := self.executor.reason_without_cache()):
-            raise ReducioError(f"cache_threshold: {chosen.cache_threshold} needs the fast path; {why}")
-        return chosen
 
     @torch_state.inference()
     def encode_prompt(

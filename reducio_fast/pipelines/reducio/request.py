@@ -11,8 +11,10 @@ from ...media import aspect_buckets, image_files
 from ...system.errors import ReducioError
 from ..call import steering, validation
 from ..call.chain import reducio_joint
+from ..call.quality import Quality, resolve
 from ..call.request import Arguments, ClipRequest, Request
 from ..execution.drawing import check_content_kwargs
+from ..execution.schedules import scheduled, trial_timesteps
 
 
 def request_of(pipe: Any, inputs: Arguments) -> Request:
@@ -27,7 +29,7 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
     )
     per_prompt = validation.check_count("num_videos_per_prompt", inputs.num_videos_per_prompt, validation.MAX_VIDEOS)
     validation.check_size(config, height, width)
-    chosen = pipe.quality_of(inputs)
+    chosen = quality_of(pipe, inputs)
     content_kwargs = check_content_kwargs(pipe.text_to_image, inputs.content_kwargs)
     names = inputs.callback_on_step_end_tensor_inputs
     validation.check_callback(inputs.callback_on_step_end, names, pipe._callback_tensor_inputs)
@@ -66,3 +68,20 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
         keep_content=steering.check_switch("keep_content", inputs.keep_content),
         **steered,
     )
+
+
+def quality_of(pipe: Any, inputs: Arguments) -> Quality:
+    """What the call's arguments and the model's own setting make of its sampling. Raises ReducioError."""
+    scale = inputs.guidance_scale
+    scale_is_number = isinstance(scale, int | float)
+    names = ("num_inference_steps", "schedule", "guidance_interval", "guidance_reuse", "cache_threshold")
+    arguments = {name: getattr(inputs, name) for name in names}
+    chosen = resolve(pipe.sampling, inputs.quality, arguments, scale if scale_is_number else None)
+    steps, max_steps = chosen.num_inference_steps, pipe.scheduler.config.num_train_timesteps
+    validation.check_sampling(steps, max_steps, scale, inputs.output_type)
+    scheduler, timesteps = scheduled(pipe.scheduler, chosen.schedule, steps)
+    if chosen.schedule != "own" or 2 * steps > max_steps:
+        validation.check_times(scheduler, trial_timesteps(scheduler, steps, timesteps))
+    if chosen.cache_threshold and (why := pipe.executor.reason_without_cache()):
+        raise ReducioError(f"cache_threshold: {chosen.cache_threshold} needs the fast path; {why}")
+    return chosen

@@ -50,7 +50,7 @@ from .conditioner import ImageConditioner
 from .decoder import ClipDecoder
 from .dry_runs import DryStages
 from .from_diffusers import networks_of
-from .request import SVDArguments, SVDClipRequest, SVDRequest
+from .request import SVDArguments, SVDClipRequest, SVDRequest, last_images
 
 LOG = logging.getLogger("reducio_fast")
 
@@ -294,7 +294,7 @@ class SVDPipeline(VideoPipeline):
         self._warn(inputs, frames, trained)
         embeds = [Embeds()] * len(images)
         per_clip = ([x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds))
-        last = [x for x in self._last_images(inputs.last_image, len(images)) for _ in range(per_image)]
+        last = [x for x in last_images(inputs.last_image, len(images)) for _ in range(per_image)]
         scales = (float(inputs.min_guidance_scale), float(most))
         open_ = [None] * count  # no motion is given, and none of it is held
         return SVDRequest(
@@ -342,15 +342,6 @@ class SVDPipeline(VideoPipeline):
         if count == 0:
             raise ReducioError("image: the list is empty")
         return [""] * count, [""] * count, image_files.read_images(inputs.image, count), is_list
-
-    @staticmethod
-    def _last_images(last_image: Any, count: int) -> list[np.ndarray | None]:
-        """One for all clips, or one an image."""
-        if isinstance(last_image, list | tuple) and len(last_image) != count:
-            raise ReducioError(
-                f"last_image: {len(last_image)} given for {count} images; give one for all or one an image"
-            )
-        return image_files.read_images(last_image, count)
 
     @staticmethod
     def _warn(inputs: SVDArguments, frames: int, trained: int) -> None:

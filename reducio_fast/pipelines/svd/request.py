@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...media import image_files
+from ...system.errors import ReducioError
 from ..call.request import ClipRequest, Request
 
 
@@ -65,3 +67,10 @@ class SVDRequest(Request):
     noise_aug_strength: float
     decode_chunk_size: int | None
     crops: bool  # the picture, instead of stretching it to the clip's shape
+
+
+def last_images(last_image: Any, count: int) -> list[np.ndarray | None]:
+    """What `count` clips end with: one picture for all, or one for each. Raises ReducioError."""
+    if isinstance(last_image, list | tuple) and len(last_image) != count:
+        raise ReducioError(f"last_image: {len(last_image)} given for {count} images; give one for all or one an image")
+    return image_files.read_images(last_image, count)
