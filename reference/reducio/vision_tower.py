@@ -62,11 +62,12 @@ class VisionTower(nn.Module):
         super().__init__()
         self.image_size, self.grid_size = (image_size, image_size), (image_size // patch_size,) * 2
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.positional_embedding = nn.Parameter(torch.zeros(self.grid_size[0] ** 2 + 1, width))
+        scale = width**-0.5  # of fresh weights, which are drawn in open_clip's order
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(self.grid_size[0] ** 2 + 1, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = Blocks(layers, width, width // head_width, int(width * mlp_ratio), quick_gelu)
-        self.proj = nn.Parameter(torch.zeros(width, embed_dim))
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, image_size, image_size] -> the image's embedding [B, embed_dim], and tokens [B, patches, D]."""

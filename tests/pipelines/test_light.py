@@ -81,8 +81,10 @@ def test_the_image_tower_is_open_clips_to_the_bit(pipe: ReducioPipeline, quick: 
     sizes = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16, "mlp_ratio": 3.0}
     torch.manual_seed(0)
     theirs = _build_vision_tower(24, sizes, quick).eval()
+    torch.manual_seed(0)
     ours = VisionTower(24, **sizes, quick_gelu=quick).eval()
-    ours.load_state_dict(theirs.state_dict())
+    fresh, expected = ours.state_dict(), theirs.state_dict()
+    assert fresh.keys() == expected.keys() and all(torch.equal(fresh[name], expected[name]) for name in fresh)
     theirs.output_tokens = True
     image = torch.randn(2, 3, 32, 32)
     assert all(torch.equal(a, b) for a, b in zip(ours(image), theirs(image), strict=True))

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -64,7 +63,7 @@ class FrameReader(nn.Module):
     and the shape's position and size (x, y, radius in fractions of the frame).
     """
 
-    def __init__(self, tower: VisionTransformer, width: int) -> None:
+    def __init__(self, tower: nn.Module, width: int) -> None:
         super().__init__()
         self.tower = tower
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(toy_world.ATTRIBUTES[name])) for name in VISIBLE})
