@@ -187,8 +187,8 @@ def test_generate_passes_its_words_on(
     def stand_in(**words: object) -> SimpleNamespace:
         seen.update(words)
         frames = np.zeros((16, 64, 96, 3), np.uint8)
-        save = lambda path: write_video(frames, path, 16)  # noqa: E731 - one line of a stand-in
-        return SimpleNamespace(frames=frames, seed=7, fps=16, timings={"dit.step": 0.5}, save=save)
+        save = lambda path, encoding: write_video(frames, path, 16, encoding)  # noqa: E731 - one line of a stand-in
+        return SimpleNamespace(frames=frames, seed=7, fps=16, timings={"dit.step": 0.5}, encoder="gif", save=save)
 
     monkeypatch.setattr(generate, "generate", stand_in)
     argv = "generate x --out c.gif --seed 7 --width 96 --negative-prompt y --dtype bfloat16 --no-progress --json"
@@ -206,7 +206,7 @@ def test_generate_passes_its_words_on(
     assert (result["path"], result["seed"], result["fps"]) == ("c.gif", 7, 16)
     assert (result["config"]["height"], result["config"]["width"]) == (64, 96)
     assert (result["config"]["num_inference_steps"], result["config"]["guidance_scale"]) == (20, 4.5)
-    assert result["timings"]["dit.step"] == 0.5
+    assert result["timings"]["dit.step"] == 0.5 and result["encoder"] == "gif"
 
 
 @pytest.mark.slow
