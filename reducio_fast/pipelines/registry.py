@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import hub, strict_files
+from ..checkpoints import hub, model_folder, strict_files
 from ..system import devices
 from ..system.errors import ReducioError
 from ..system.paths import expanded, is_file, is_folder, status
+from .execution.components import Components
 from .peers import pipeline as peers
 from .peers.models import PEERS, build_random
 from .reducio.pipeline import ReducioPipeline
@@ -115,8 +116,19 @@ def _of_folder(folder: Path) -> Model:
         files=folder_state(folder),
         fps=_fps(folder) if family is ReducioPipeline else _defaults(family.__call__)["fps"],
         needs_prompt=family is ReducioPipeline,
-        checker=lambda: family.without_weights(folder),
+        checker=lambda: _without_weights(family, folder),
     )
+
+
+def _without_weights(family: Any, folder: Path) -> Any:
+    """A pipeline for `check_inputs` alone, of the JSON files of a folder: a front process checks calls with it.
+
+    Raises ReducioError for a folder whose index or configurations do not fit.
+    """
+    facts = _defaults(family.__init__) | model_folder.read_facts(folder, family.layout, family.configs)
+    pipe = family.__new__(family)
+    pipe._assemble(Components(family.layout, facts), None)
+    return pipe
 
 
 def _random(weights: str) -> Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints import model_folder
 from ..checkpoints.layouts import Layout
 from ..memory.dry_run import DryRun
 from ..memory.forecast import Forecast
@@ -41,8 +39,7 @@ LOG = logging.getLogger("reducio_fast")
 
 
 class VideoPipeline:
-    """What the pipelines of all families have in common. A family says which `layout` its folders have, builds the
-    parts, and makes requests of its call's arguments.
+    """What the pipelines of all families have in common. A family has a `layout`, builds parts and makes requests.
 
     parts: components and settings; they are attributes of the pipeline too. executor: what runs them. content,
     conditioner, sampler, decoder: the stages. call: the call at work, or the last one.
@@ -79,18 +76,6 @@ class VideoPipeline:
         self.rescue_folder: Path | None = None  # where latents go when decoding fails; None: the cache folder
         self._progress_bar_config: dict[str, Any] = {}
         self.fitter = Fitter(parts, executor, decoder, self._dry_stages)
-
-    @classmethod
-    def without_weights(cls, folder: Path) -> Self:
-        """A pipeline for `check_inputs` alone, which reads no weights: a front process checks calls with it.
-
-        Raises ReducioError for a folder whose index or configurations do not fit.
-        """
-        defaults = {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values()}
-        facts = model_folder.read_facts(folder, cls.layout, cls.configs)
-        pipe = cls.__new__(cls)
-        pipe._assemble(Components(cls.layout, {name: defaults.get(name) for name in cls.layout.settings} | facts), None)
-        return pipe
 
     # ---- a call ----
 
