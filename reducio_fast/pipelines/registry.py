@@ -129,6 +129,17 @@ def _of_folder(folder: Path) -> Model:
     )
 
 
+def _without_weights(family: Any, folder: Path) -> Any:
+    """A pipeline for `check_inputs` alone, of the JSON files of a folder: a front process checks calls with it.
+
+    Raises ReducioError for a folder whose index or configurations do not fit.
+    """
+    facts = _defaults(family.__init__) | model_folder.read_facts(folder, family.layout, family.configs)
+    pipe = family.__new__(family)
+    pipe._assemble(Components(family.layout, facts), None)
+    return pipe
+
+
 def _random(weights: str) -> Model:
     """Stable Video Diffusion with random weights: its speed and memory, without its download."""
 

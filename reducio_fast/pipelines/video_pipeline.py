@@ -39,8 +39,7 @@ LOG = logging.getLogger("reducio_fast")
 
 
 class VideoPipeline:
-    """What the pipelines of all families have in common. A family says which `layout` its folders have, builds the
-    parts, and makes requests of its call's arguments.
+    """What the pipelines of all families have in common. A family has a `layout`, builds parts and makes requests.
 
     parts: components and settings; they are attributes of the pipeline too. executor: what runs them. content,
     conditioner, sampler, decoder: the stages. call: the call at work, or the last one.

@@ -284,14 +284,17 @@ def _on_ray(tasks: list[Row], settings: Settings) -> Iterator[Row]:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         least, most = settings.replicas
         items = ray_data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
+        worker = settings.worker
+
+        class Actor(_Actor):  # the arguments travel with the class: an actor that starts again has them
+            def __init__(self) -> None:
+                super().__init__(worker)
+
         made = items.map(
-            _Actor,
-            fn_constructor_args=(settings.worker,),
+            Actor,  # started again, as often as it dies, and its task with it: Ray Data's own default
             compute=ray_data.ActorPoolStrategy(min_size=least, max_size=most),
             num_cpus=1,
             num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
         )
         for row in made.iter_rows():
             yield json.loads(row["result"])

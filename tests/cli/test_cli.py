@@ -207,7 +207,7 @@ def test_generate_passes_its_words_on(
     assert (result["path"], result["seed"], result["fps"]) == ("c.gif", 7, 16)
     assert (result["config"]["height"], result["config"]["width"]) == (64, 96)
     assert (result["config"]["num_inference_steps"], result["config"]["guidance_scale"]) == (20, 4.5)
-    assert result["timings"]["dit.step"] == 0.5
+    assert result["timings"]["dit.step"] == 0.5 and result["encoder"] == "gif"
 
 
 @pytest.mark.slow
