@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from . import artifacts, gc_pause
-from .graphs import flatten, kinds, rebuild
+from .call_forms import flatten, kinds, rebuild
 
 LOG = logging.getLogger("reducio_fast")
 

@@ -25,12 +25,14 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .call_forms import flatten, kinds, rebuild
 
 LOG = logging.getLogger("reducio_fast")
 
@@ -376,27 +378,6 @@ def _place(x: Tensor) -> Hashable:
 def _version(x: Tensor) -> tuple[weakref.ref[Tensor], int] | None:
     """What shows later writes to this very tensor; None where nothing does."""
     return None if x.is_inference() else (weakref.ref(x), x._version)
-
-
-def flatten(value: Any, leaves: list[Any]) -> Hashable:
-    """Appends what is neither list nor tuple to `leaves`; returns the form that `rebuild` fills again."""
-    if isinstance(value, list | tuple):
-        return (type(value), *(flatten(item, leaves) for item in value))
-    leaves.append(value)
-    return None
-
-
-def kinds(leaves: Iterable[Any]) -> Hashable:
-    """What a graph or a compiled function is made for: a tensor's shape, strides, dtype and device, other values."""
-    return tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
-
-
-def rebuild(form: Any, leaves: Iterator[Any]) -> Any:
-    if form is None:
-        return next(leaves)
-    form_class, *items = form
-    filled = [rebuild(item, leaves) for item in items]
-    return form_class(*filled) if hasattr(form_class, "_fields") else form_class(filled)
 
 
 def _tensors(graph: _Graph) -> list[Tensor]:
