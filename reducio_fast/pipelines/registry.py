@@ -174,19 +174,6 @@ def load_arguments(family: Any) -> tuple[str, ...]:
     return (*family.layout.names, *family.layout.settings, "compile", *own)
 
 
-def _without_weights(family: Any, folder: Path) -> Any:
-    """A pipeline for `check_inputs` alone, which reads no weights: a front process checks calls with it.
-
-    Raises ReducioError for a folder whose index or configurations do not fit.
-    """
-    defaults = _defaults(family.__init__)
-    facts = model_folder.read_facts(folder, family.layout, family.configs)
-    pipe = family.__new__(family)
-    parts = {name: defaults.get(name) for name in family.layout.settings} | facts
-    pipe._assemble(Components(family.layout, parts), None)
-    return pipe
-
-
 def _fps(folder: Path) -> float | None:
     """Of a model folder's clips, as its index says it; None where that cannot be read, which loading will refuse."""
     try:
