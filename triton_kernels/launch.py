@@ -98,7 +98,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 
 def on_device(launch: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """`launch` with the GPU of its first argument, a tensor or a list of them, as the current one.
+    """`launch` with the GPU of its first tensor, alone or in a list, as the current one.
 
     Triton launches on the current device and stream, wherever the tensors are: a model on cuda:1 while cuda:0 is
     current would read another GPU's memory, or run on a stream that nothing waits for.
@@ -106,8 +106,8 @@ def on_device(launch: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 
     @functools.wraps(launch)
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        first: Any = args[0]
-        device = (first[0] if isinstance(first, list | tuple) else first).device
+        given = (x[0] if isinstance(x, list | tuple) else x for x in args)
+        device = next(x for x in given if isinstance(x, Tensor)).device
         if device.type != "cuda" or not torch.cuda.is_available():  # the latter: tensors without data, see `recording`
             return launch(*args, **kwargs)
         with torch.cuda.device(device):

@@ -67,6 +67,9 @@ class Denoiser(Protocol):
     def predict(self, latent: Tensor, inputs: Any) -> Tensor:
         """[2B, ...], the unconditional half first, or [B, ...] without guidance."""
 
+    def bare(self) -> Denoiser:
+        """What `predict` and `update` need, without a clip's condition: a graph may keep it."""
+
     def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The same for `reference.sample`."""
 
@@ -113,6 +116,8 @@ def sample(
     difference = None
     cache = BlockCache(shortcuts.cache_threshold) if shortcuts.cache_threshold else None
 
+    bare = denoise.bare()
+
     def advance(
         latent: Tensor,
         previous: Tensor,
@@ -126,13 +131,13 @@ def sample(
         """One step. looking_back: the data prediction of two steps ago, and the weights of the last and of that one.
         `keeps` returns the difference between the halves of guidance too, `difference` is an earlier step's."""
         scaled = latent if scale is None else latent * scale
-        prediction = denoise.predict(scaled, inputs) if cache is None else denoise.predict_cached(scaled, inputs, cache)
+        prediction = bare.predict(scaled, inputs) if cache is None else bare.predict_cached(scaled, inputs, cache)
         if difference is not None:
             prediction = torch.cat([prediction - difference, prediction])
         if looking_back is not None:
             older, weight = looking_back  # the kernel adds one earlier data prediction: their weighted sum
             previous = previous * weight[0] + older * weight[1]
-        step = denoise.update(prediction.contiguous(), latent.contiguous(), previous, row)
+        step = bare.update(prediction.contiguous(), latent.contiguous(), previous, row)
         if keeps:
             without, with_condition = prediction.chunk(2)
             return (*step, with_condition - without)

@@ -212,7 +212,7 @@ class VideoPipeline:
 
     @property
     def offloading(self) -> bool:
-        return self.executor.offload is not None
+        return self.executor is not None and self.executor.offload is not None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -105,7 +105,7 @@ def test_mistakes(argv: str, message: str, here: Path, capsys: pytest.CaptureFix
     [
         (["--height", "100"], "100"),
         (["--width", "16"], "32"),
-        (["--num-frames", "24"], "24"),
+        (["--num-frames", "20"], "20"),
         (["--guidance-scale", "nan"], "guidance_scale"),
         (["--device", "abacus"], "abacus"),
     ],

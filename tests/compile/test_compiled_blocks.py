@@ -319,7 +319,8 @@ def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPat
     assert np.abs(actual.frames.astype(int) - expected.frames).max() <= 1
     assert np.array_equal(actual.content, expected.content)
     made = compiler.made
-    assert set(pipe.describe()["regions"]["regions"]) == {"dit.block", "content.block"}
+    regions = {"dit.block", "content.block", "content.middle", "content.level"}
+    assert set(pipe.describe()["regions"]["regions"]) == regions
     pipe("a blue square", **call)
     with torch.no_grad():
         pipe.vae.decoder.conv_out.bias.add_(0.5)

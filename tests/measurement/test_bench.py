@@ -13,7 +13,7 @@ import torch
 from reducio_fast.cli import main
 from reducio_fast.measurement import bench, contenders, instruments, svd_clip
 from reducio_fast.measurement.contenders import Contender, GivenConditions, count, ladder, workload
-from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from reducio_fast.reference import DIT_PRESETS, Condition, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.errors import ReducioError
 
 pytestmark = pytest.mark.slow
@@ -281,4 +281,4 @@ def test_full_size_is_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = []
     monkeypatch.setattr(GivenConditions, "random", lambda *words: seen.append(words))
     workload("512", None, "bfloat16", SimpleNamespace(type="cuda"))
-    assert seen[0][:5] == ("full size 512", DiTConfig(), VAEConfig(), 512, torch.bfloat16)
+    assert seen[0][:5] == ("full size 512", DIT_PRESETS["reducio-512"], VAEConfig(), 512, torch.bfloat16)

@@ -132,7 +132,9 @@ def test_requirements_are_floors_and_leave_triton_to_torch(wheel: zipfile.ZipFil
     requirements = [Requirement(line) for line in lines]
     assert {"torch", "safetensors", "diffusers"} <= {r.name for r in requirements}
     assert not [r for r in requirements if "triton" in r.name]
-    assert {s.operator for r in requirements for s in r.specifier} == {">="}
+    # Capped is the client alone that tests drive the server with: its next major version may drop the videos API.
+    assert {s.operator for r in requirements for s in r.specifier if r.name != "openai"} == {">="}
+    assert all('extra == "test"' in str(r.marker) for r in requirements if r.name == "openai")
 
 
 def test_console_script(wheel: zipfile.ZipFile) -> None:

@@ -237,7 +237,7 @@ def test_command_takes_compiled_blocks_along(
     archive = str(tmp_path / "cache.zip")
     status, result, _ = command("a", "--compile", "--export", archive)
     made = list((tmp_path / "a").glob("*/regions/*.bin"))
-    assert status == 0 and len(made) == 2 and result["exported"] > len(made)
+    assert status == 0 and len(made) >= 2 and result["exported"] > len(made)
 
     def refuse(*words: Any) -> None:
         raise AssertionError("compiled what the archive holds")

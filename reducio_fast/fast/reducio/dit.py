@@ -112,6 +112,10 @@ class FastDenoiser:
     def predict_cached(self, latent: Tensor, inputs: StepInputs, cache: BlockCache) -> Tensor:
         return self.model.denoise(latent, *inputs, cache)
 
+    def bare(self) -> FastDenoiser:
+        """The same without its condition, whose keys and values a graph would keep from their next user."""
+        return FastDenoiser(self.model, Prepared([], None), self.guidance_scale)
+
     def plain(self) -> Denoiser:
         """The same for the reference's sampler, which any scheduler steps."""
 

@@ -388,6 +388,10 @@ class FastVideoDenoiser:
     def update(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return self.model.step_update
 
+    def bare(self) -> FastVideoDenoiser:
+        """Itself: nothing of its condition is lent to a graph."""
+        return self
+
     def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The same for the reference's sampler, which any scheduler steps."""
         return lambda latent, timestep: self.predict(latent, self.schedule(timestep.reshape(1), latent)[0]).to(
@@ -439,6 +443,10 @@ class TwoEndedDenoiser:
     def predict(self, latent: Tensor, inputs: EndInputs) -> Tensor:
         last = self.last.predict(latent.flip(1), inputs.last).flip(1)
         return towards_last(self.first.predict(latent, inputs.first), last)
+
+    def bare(self) -> TwoEndedDenoiser:
+        """Itself: nothing of its conditions is lent to a graph."""
+        return self
 
     def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The same for the reference's sampler, which any scheduler steps."""

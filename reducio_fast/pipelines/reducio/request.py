@@ -82,6 +82,7 @@ def quality_of(pipe: Any, inputs: Arguments) -> Quality:
     scheduler, timesteps = scheduled(pipe.scheduler, chosen.schedule, steps)
     if chosen.schedule != "own" or 2 * steps > max_steps:
         validation.check_times(scheduler, trial_timesteps(scheduler, steps, timesteps))
-    if chosen.cache_threshold and (why := pipe.executor.reason_without_cache()):
+    # Without an executor the call is only checked, for another process that will run it.
+    if chosen.cache_threshold and pipe.executor is not None and (why := pipe.executor.reason_without_cache()):
         raise ReducioError(f"cache_threshold: {chosen.cache_threshold} needs the fast path; {why}")
     return chosen
