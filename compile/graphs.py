@@ -274,7 +274,7 @@ class Graphs:
         return {id(x) for lent in self._lent.values() for x in lent.buffers}
 
     def _others(self, graph: _Graph, tensors: list[Tensor]) -> bool:
-        """Whether the graph reads a buffer in place that somebody else's tensor must not be copied into."""
+        """Whether the graph reads a buffer in place that another owner's tensor must not be copied into."""
         mine = self._lent_ids()
         return any(x is not tensor and id(x) in mine for x, tensor in zip(graph.inputs, tensors, strict=True))
 

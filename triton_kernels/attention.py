@@ -413,7 +413,7 @@ def variants(arch: str) -> Iterator[Variant]:
             name=f"{OP} {TYPES[dtype]} {D}{features}",
             kernel=attention_kernel,
             signature={
-                # The launch's stand-ins too: the output for sums that nobody asked for, queries for counts.
+                # The launch's stand-ins too: the output for sums that were not asked for, queries for counts.
                 **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr"), f"*{TYPES[dtype]}"),
                 "key_count_ptr": "*i32" if features == " counted" else f"*{TYPES[dtype]}",
                 **dict.fromkeys(("L", "S", "N", "frame", *strides, *heads), "i32"),

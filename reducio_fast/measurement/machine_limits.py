@@ -1,7 +1,7 @@
 """What `compile-check` demands of the machine code of the hottest kernels, and the rate that it predicts for them.
 
 `machine_limits.json` has, for each target and build, counts of `compile.machine_code` that must not be exceeded or not
-fallen short of, and `measured`, TFLOP/s on the card once somebody has measured them. The counts are those of the Triton
+fallen short of, and `measured`, TFLOP/s on the card once they are measured. The counts are those of the Triton
 version that the file names: another compiler's registers and instructions differ, so there they are shown and not held.
 Spills, hazards, missing matrix instructions and divisions are wrong with any.
 """

@@ -81,7 +81,7 @@ class Clips:
 
         Events: {"stage", "step", "percent"} as the clip goes on, the first one when it begins; then one of {"files":
         bytes by suffix, "result": {...}} or {"error": {"code", "message"}}. Closing the generator, or cancelling its
-        task, ends the clip at its next step; when that returns the clip has stopped.
+        task, ends the clip at its next step or tile; when that returns the clip has stopped.
         """
         loop, events, stop = asyncio.get_running_loop(), asyncio.Queue[Event | None](), threading.Event()
         self._turn = self._turn or asyncio.Lock()

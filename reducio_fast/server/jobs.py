@@ -165,7 +165,7 @@ class Store:
         return rows[:limit], len(rows) > limit
 
     def claim(self) -> Job | None:
-        """The next job in the queue, which nobody else is given from now on."""
+        """Take the next job of the queue; no other caller gets it from now on."""
         with self._transaction():
             rows = self._rows(
                 "UPDATE jobs SET claimed = 1, attempts = attempts + 1 WHERE number = (SELECT number FROM jobs WHERE "

@@ -257,3 +257,29 @@ def test_a_clip_can_be_stopped_while_it_is_decoded(backend: str) -> None:
 
     out = pipe("a red circle", image=small, callback_on_step_end=stop_here, **words)
     assert out.interrupted and (out.frames == before).all()
+
+
+@pytest.mark.slow
+def test_a_listener_can_end_a_clip_between_two_tiles(pipe: ReducioPipeline) -> None:
+    """What it raises comes out of the call, and the next call has the bytes of the one before."""
+
+    class Ended(Exception):
+        pass
+
+    heard: list[tuple[str, int]] = []
+
+    def listen(stage: str, step: int) -> None:
+        heard.append((stage, step))
+        if sum(entry[0] == "vae.decode" for entry in heard) == 3:  # the stage, its first tile, its second
+            raise Ended
+
+    image = np.full((512, 512, 3), 90, np.uint8)
+    words = {"image": image, "seed": 1, "num_inference_steps": 1, "progress": False, "height": 512, "width": 512}
+    before = pipe("a red circle", **words).frames
+    pipe.listener = listen
+    try:
+        with pytest.raises(Ended):
+            pipe("a red circle", **words)
+    finally:
+        pipe.listener = None
+    assert heard[-1][0] == "vae.decode" and (pipe("a red circle", **words).frames == before).all()

@@ -105,11 +105,13 @@ class CallState:
             raise StopSampling
 
     def decoding_check(self) -> Callable[[], None]:
-        """For `cancellation.cancellable`: raises StopSampling once the call is interrupted during its decode. A call
-        that was interrupted before still decodes the latent that it has reached."""
+        """For `cancellation.cancellable`: raises StopSampling once the call is interrupted during its decode, and what
+        the listener raises. A call that was interrupted before still decodes the latent that it has reached."""
         before = self.interrupted
 
         def check() -> None:
+            if self.listener is not None:
+                self.listener(self.stage, self.step)
             if self.interrupted and not before:
                 raise StopSampling
 
