@@ -106,8 +106,8 @@ def on_device(launch: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 
     @functools.wraps(launch)
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        given = (x[0] if isinstance(x, list | tuple) else x for x in args)
-        device = next(x for x in given if isinstance(x, Tensor)).device
+        first: Any = next(x for x in args if x is not None)  # an optional one may be left out
+        device = (first[0] if isinstance(first, list | tuple) else first).device
         if device.type != "cuda" or not torch.cuda.is_available():  # the latter: tensors without data, see `recording`
             return launch(*args, **kwargs)
         with torch.cuda.device(device):
