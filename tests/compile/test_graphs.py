@@ -112,7 +112,7 @@ def test_inference_tensors_are_always_copied(graphs: Graphs) -> None:
 
 
 class Owner:
-    """Whoever has filled buffers that are lent."""
+    """An owner of lent buffers, which it has filled."""
 
 
 def test_what_is_lent_is_there_once(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_the_end_puts_jobs_back_and_a_start_takes_them_up(front: Front) -> None:
     begun = time.monotonic()
     end()
     waits.join()
-    assert time.monotonic() - begun < 5  # whoever waited was let go
+    assert time.monotonic() - begun < 5  # every waiting request was answered
     url, _, _ = front()
     video = client_of(url).videos.poll(id)
     assert (video.status, video.attempts) == ("completed", 1)

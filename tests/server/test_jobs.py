@@ -185,7 +185,7 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_message_holds_no_path_of_the_server() -> None:
-    line = "vae.decode: out of memory at 64x64; latents are in /root/.cache/reducio-fast/latents/a.safetensors"
+    line = "vae.decode: out of memory at 64x64; latents are in /home/user/.cache/reducio-fast/latents/a.safetensors"
     assert without_paths(line) == "vae.decode: out of memory at 64x64; latents are in a.safetensors"
     assert without_paths("and/or 1/2 http://a.b/c/d") == "and/or 1/2 http://a.b/c/d"
     error = bad_request("height: 100 is not a multiple of 32")
