@@ -246,8 +246,8 @@ def connect(network: nn.Module, regions: Regions | None) -> None:
 def adopt(regions: Regions, name: str, network: nn.Module) -> None:
     """The repeated blocks of a foreign network run through `regions`, called as before by its own `forward`.
 
-    Which they are: the classes that a diffusers model lists for this purpose, else the members of `transformer_blocks`.
-    Again for a network that may have changed since: with other adapters, say, or attention processors.
+    The blocks: members of the classes that a diffusers model lists for this, else those of `transformer_blocks`.
+    Call it again for a network that may have changed since, for example its adapters or attention processors.
     """
     listed = getattr(network, "_repeated_blocks", None) or ()
     blocks = [part for part in network.modules() if type(part).__name__ in listed]
@@ -289,7 +289,7 @@ def _flat(module: nn.Module, block: _Block, args: tuple[Any, ...], kwargs: dict[
 
 
 def _difference(outputs: Sequence[Tensor], right: list[Tensor]) -> str | None:
-    """What is wrong with a compiled block's outputs, None for nothing. NaN, and tensors without values, prove none."""
+    """How a compiled block's outputs differ from the right ones; None if they do not. NaN proves nothing."""
     if len(outputs) != len(right):
         return f"{len(outputs)} tensors, not {len(right)}"
     for output, expected in zip(outputs, right, strict=True):

@@ -67,7 +67,7 @@ def choose(network: nn.Module, timer: Timer | None = None) -> tuple[torch.dtype,
 
 
 def _measured(names: list[str], timer: Timer | None) -> dict[str, Seconds]:
-    """Of these products, and of all others that the table has. Measures what it lacks."""
+    """The table with these products in it; measures those that it lacks."""
     if timer is not None:
         return {name: _time(name, timer) for name in names}
     path = table_path()
@@ -81,7 +81,7 @@ def _measured(names: list[str], timer: Timer | None) -> dict[str, Seconds]:
 
 
 def table_path() -> Path:
-    """Of this processor, torch and number of threads."""
+    """The table's file for this processor, torch and number of threads."""
     features = getattr(torch.cpu, "get_capabilities", dict)()
     what = json.dumps([torch.__version__, torch.get_num_threads(), sorted(features.items(), key=str)], default=str)
     return cache_folder.root() / "dtypes" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
@@ -93,7 +93,7 @@ def _time(name: str, timer: Timer) -> Seconds:
     with torch.inference_mode():
         for run in runs.values():  # weights are packed, code is made
             run()
-        for _ in range(TURNS):  # in turns: what else the machine does meets both
+        for _ in range(TURNS):  # in turns, so that other work on the machine slows both
             for dtype, run in runs.items():
                 best[dtype] = min(best[dtype], timer(run))
     return {_name(dtype): seconds for dtype, seconds in best.items()}

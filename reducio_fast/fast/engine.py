@@ -83,7 +83,7 @@ class Engine:
         if packed is not None and packed.contents == contents:
             return packed.twin
         self.graphs.reset(TWINS[network_class].graph_names)
-        del packed  # with its entry: the old packing goes before the new one comes
+        del packed  # with its entry, so that the old packing is freed before the new one is made
         self._twins.pop(network_class, None)
         weight = next(network.parameters())
         runs_on = weight.device if device is None else device

@@ -99,7 +99,7 @@ class UpConv(nn.Module):
         phases = fold_weight(conv.weight[:, :, None], time=False, causal=False)  # [4, K, 4 * C]
         kernels = phases.unflatten(2, (2, 2, channels)).movedim(-1, 2)  # [4, K, C, 2, 2]
         self.kernels = nn.ParameterList(frozen(k, torch.channels_last) for k in kernels)
-        self.whole = (conv,)  # for a size that is no double
+        self.whole = (conv,)  # for a size that is not twice the input's
         self.bias = conv.bias
 
     def forward(self, x_NHWC: Tensor, size: tuple[int, int] | None = None) -> Tensor:

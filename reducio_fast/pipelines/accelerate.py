@@ -30,7 +30,7 @@ class Acceleration:
         return self._left | {name: network.state for name, network in self._networks.items()}
 
     def undo(self) -> None:
-        """The pipeline as it was. Packed weights go."""
+        """Restore the pipeline as it was and free the packed weights."""
         for network in self._networks.values():
             network.restore()
         self._networks = {}
@@ -115,7 +115,7 @@ class _Accelerated:
         delattr(self.theirs, self.method)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """In the method's place."""
+        """Runs in place of the method."""
         twin = self._twin(*args, **kwargs)
         return self.before(*args, **kwargs) if twin is None else self.call(twin, *args, **kwargs)
 
@@ -124,7 +124,7 @@ class _Accelerated:
         raise NotImplementedError
 
     def first_of_clip(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether the weights are to be looked at: once a clip, since reading all takes milliseconds."""
+        """Whether to compare the weights with the packed ones: once a clip, since reading all takes milliseconds."""
         return True
 
     def _twin(self, *args: Any, **kwargs: Any) -> Any:

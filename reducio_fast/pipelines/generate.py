@@ -62,13 +62,13 @@ def generate(
 
 
 def kept() -> list[Any]:
-    """The pipelines that are kept, the one used last at the end."""
+    """The kept pipelines, the most recently used at the end."""
     with _lock:
         return [entry.pipe for entry in _entries.values() if entry.pipe is not None]
 
 
 def forget() -> None:
-    """Let go of every kept pipeline."""
+    """Free every kept pipeline."""
     with _lock:
         _entries.clear()
 
@@ -113,7 +113,7 @@ def _present(pipe: Any) -> Any:
 
 
 def _renew_locks() -> None:
-    """A forked child may have been given locks that a thread of its parent holds."""
+    """Renew the locks in a forked child: a thread of its parent may hold the old ones."""
     global _lock
     _lock = threading.Lock()
     for entry in _entries.values():

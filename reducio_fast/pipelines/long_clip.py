@@ -40,7 +40,7 @@ class Link(NamedTuple):
     latent: Tensor
     content: np.ndarray
     frames: Tensor
-    following: ClipRequest  # what a neighbour is asked for, but for its content frame and what is held
+    following: ClipRequest  # the request of a further clip, without its content frame and the held steps
 
 
 def make(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[np.ndarray, Any]:
@@ -127,7 +127,7 @@ def _neighbour(
     guard: Guard,
     backward: bool = False,
 ) -> Link | None:
-    """The clip behind `beside`, or before it; None where the call was interrupted before it was done."""
+    """The clip after `beside`, or before it; None if the call was interrupted before it was finished."""
     if call.interrupted:
         return None
     joint = chain.joint
@@ -158,7 +158,7 @@ def carried(latent: Tensor, joint: Joint, backward: bool) -> Hold | None:
 
 
 def content_of(frames: Tensor, number: int) -> np.ndarray:
-    """One frame as the uint8 picture [H, W, 3] that the next clip is told."""
+    """One frame as the uint8 picture [H, W, 3] that conditions the next clip."""
     frame = frames[number]
     if frame.dtype != torch.uint8:
         frame = (frame * 255).round().to(torch.uint8).movedim(0, -1)
@@ -166,7 +166,7 @@ def content_of(frames: Tensor, number: int) -> np.ndarray:
 
 
 def _join(earlier: Tensor, later: Tensor, shared: int) -> Tensor:
-    """One after the other, the `shared` frames that both have cross-faded in equal steps."""
+    """Two clips in a row; the `shared` frames that both have are cross-faded in equal steps."""
     weight = torch.arange(1, shared + 1, device=later.device) / (shared + 1)
     fade = torch.lerp(earlier[-shared:].float(), later[:shared].float(), weight.view(-1, 1, 1, 1))
     fade = fade.round().to(later.dtype) if later.dtype == torch.uint8 else fade

@@ -40,7 +40,7 @@ def make_clip(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding)
             with call.at(pipe.executor.stage, call.timings, "vae.decode"):
                 latent = pipe.motion.scaled(latent, frame, request.motion_strength)
         return frame, latent[0]
-    assert frame is not None  # only calls for latents do without
+    assert frame is not None  # only calls that ask for latents have none
     output_type = "pt" if request.output_type == "pt" else "np"
     return frame, from_frames(decode_clip(pipe, latent, frame, call, decoding, output_type), request.output_type)
 
@@ -74,7 +74,7 @@ def sample_clip(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decodin
         call.timings["dit.step"] -= preview.take_seconds()
     latent = latent if callback.replaced is None else callback.replaced
     if hold is not None and not call.interrupted:
-        latent = torch.where(hold.mask, hold.latent, latent)  # to the bit, whatever the last step rounded
+        latent = torch.where(hold.mask, hold.latent, latent)  # exactly, although the last step rounded
     return Sampled(latent, frame, inputs.follow)
 
 
@@ -136,6 +136,6 @@ class Preview:
         return to_output(frames, "np")
 
     def take_seconds(self) -> float:
-        """Of this clip's previews, which the clock of the denoising stage counted too."""
+        """Seconds of this clip's previews, which the clock of the denoising stage counted too."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds

@@ -42,7 +42,7 @@ class VideoPipeline:
     """What the pipelines of all families have in common. A family has a `layout`, builds parts and makes requests.
 
     parts: components and settings; they are attributes of the pipeline too. executor: what runs them. content,
-    conditioner, sampler, decoder: the stages. call: the call at work, or the last one.
+    conditioner, sampler, decoder: the stages. call: the running call, or the last one.
     """
 
     layout: Layout
@@ -72,7 +72,7 @@ class VideoPipeline:
         self.content, self.conditioner, self.sampler, self.decoder = content, conditioner, sampler, decoder
         self.adapters = Adapters(parts, executor)
         self.call: CallState | None = None
-        self.listener: Callable[[str, int], None] | None = None  # told of each stage and step; may raise to end a call
+        self.listener: Callable[[str, int], None] | None = None  # called at each step; may raise to end a call
         self.rescue_folder: Path | None = None  # where latents go when decoding fails; None: the cache folder
         self._progress_bar_config: dict[str, Any] = {}
         self.fitter = Fitter(parts, executor, decoder, self._dry_stages)
@@ -112,7 +112,7 @@ class VideoPipeline:
             yield
 
     def _prepare(self, request: Any) -> None:
-        """What the family's parts keep of the call at work."""
+        """What the family's parts store about the running call."""
 
     def finished(
         self, latent: Tensor, frame: np.ndarray, request: Any, output_type: str, decoding: Decoding | None
@@ -144,7 +144,7 @@ class VideoPipeline:
 
     @property
     def guidance_scale(self) -> float | None:
-        """Of the call at work, else of the last one; so are the next three. None before the first call."""
+        """Guidance scale of the running call, or of the last one. None before the first call."""
         return None if self.call is None else self.call.request.guidance_scale
 
     @property
@@ -157,7 +157,7 @@ class VideoPipeline:
 
     @property
     def current_timestep(self) -> Tensor | None:
-        """Of the step a callback is called for; None outside of the second stage."""
+        """Timestep that the callback is called for; None outside of the second stage."""
         return None if self.call is None else self.call.timestep
 
     def forecast(self, height: int, width: int, decoding: Decoding | None = None) -> Forecast:

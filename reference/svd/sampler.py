@@ -84,7 +84,7 @@ def two_ended(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A denoiser from two that continue a picture each: one forwards in time, the other from the end backwards.
 
-    Time-reversal fusion (arXiv 2403.14611): weights that animate a first frame make, of a clip turned round, one that
+    Time-reversal fusion (arXiv 2403.14611): weights that animate a first frame make, with time reversed, a clip that
     ends there. Both see one latent, so what each step makes of their predictions is one clip with both ends. Every
     scheduler's step is linear in the prediction: fusing it is fusing the steps.
     """

@@ -216,7 +216,7 @@ class UpLevel(Level):
     def forward(
         self, x: Tensor, skips: list[Tensor], frames: int, embedding: Tensor, context: Tensor, size: torch.Size | None
     ) -> Tensor:
-        """`skips`: of this level, the last made first used. `size`: of what comes next, where it is no double."""
+        """`skips`: of the matching down level, used last to first. `size`: of the next level, if not twice this."""
         for index in range(len(self.resnets)):
             x = self.block(index, torch.cat([x, skips.pop()], dim=1), frames, embedding, context)
         return x if self.upsamplers is None else self.upsamplers[0](x, size)

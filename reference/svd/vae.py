@@ -155,7 +155,7 @@ class TemporalVAE(nn.Module):
         """[B, T, 4, H/8, W/8] -> frames [B, T, 3, H, W], not clamped.
 
         chunk: as many frames at once as diffusers' `decode_chunk_size`, over the frames of all clips in a row. Each
-        chunk then sees no frame but its own, and the clip is another one than that of all frames together (None).
+        chunk then sees only its own frames, so the clip differs from that of all frames together (None).
         """
         if latents.ndim != 5 or latents.shape[2] != self.config.latent_channels:
             raise ValueError(

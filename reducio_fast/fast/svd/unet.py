@@ -389,7 +389,7 @@ class FastVideoDenoiser:
         return self.model.step_update
 
     def bare(self) -> FastVideoDenoiser:
-        """Itself: nothing of its condition is lent to a graph."""
+        """This denoiser itself: it lends nothing of its condition to a graph."""
         return self
 
     def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -445,7 +445,7 @@ class TwoEndedDenoiser:
         return towards_last(self.first.predict(latent, inputs.first), last)
 
     def bare(self) -> TwoEndedDenoiser:
-        """Itself: nothing of its conditions is lent to a graph."""
+        """This denoiser itself: it lends nothing of its conditions to a graph."""
         return self
 
     def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -455,6 +455,6 @@ class TwoEndedDenoiser:
 
 
 def _res_blocks(model: Any) -> list[Any]:
-    """In the order in which they run."""
+    """Every res block, in the order in which they run."""
     levels = [*model.down_blocks, model.mid_block, *model.up_blocks]
     return [block for level in levels for block in level.resnets]

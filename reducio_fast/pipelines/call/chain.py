@@ -13,7 +13,7 @@ MAX_FRAMES = 100_000  # an hour and three quarters at 16 frames a second
 
 
 def reducio_joint(config: Any) -> Joint:
-    """Of a video autoencoder's clips, whose content frame lies in the middle: half of the latent is carried over."""
+    """For a video autoencoder, whose content frame is the middle of the clip: half of the latent is carried over."""
     frames, content = config.num_frames, config.content_frame
     overlap = content + 1  # the neighbour's last frame becomes number `content`
     factor = config.temporal_factor
@@ -23,7 +23,7 @@ def reducio_joint(config: Any) -> Joint:
 
 
 def svd_joint(frames: int, overlap: Any) -> Joint:
-    """Of clips that start with their picture: it is the neighbour's frame number `-overlap`."""
+    """For models whose clips start with their picture: it is the neighbour's frame number `-overlap`."""
     overlap = validation.check_count("overlap", overlap, frames - 1)
     return Joint(frames=frames, content=0, steps=frames, held=overlap, time_axis=1, overlap=overlap)
 

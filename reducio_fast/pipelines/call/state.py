@@ -1,4 +1,4 @@
-"""What a call has come to: one object a call, which its callback, its progress bar and its caller share."""
+"""The state of a call: one object for each call, shared by its callback, its progress bar and its caller."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Stage = Callable[..., AbstractContextManager[None]]  # stage(timings, NAME) arou
 
 @dataclass(slots=True)
 class CallState:
-    """The call at work, or the last one."""
+    """The running call, or the last one."""
 
     request: Request
     progress: tqdm = field(default_factory=lambda: tqdm(disable=True))
-    interrupted: bool = False  # the clip at work is the last one, and ends with the step that it has reached
-    stage: str = ""  # the one at work: "content.generate", "dit.step" ...
+    interrupted: bool = False  # the current clip is the last one, and ends after its current step
+    stage: str = ""  # the current one: "content.generate", "dit.step" ...
     step: int = 0  # steps that it has done, of those stages that have any
-    listener: Callable[[str, int], None] | None = None  # told of the two; what it raises ends the call
-    timestep: Tensor | None = None  # of the step that a callback is called for
+    listener: Callable[[str, int], None] | None = None  # called when either changes; what it raises ends the call
+    timestep: Tensor | None = None  # timestep that the callback is called for
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     # Latents and content frames of the clips so far, small enough to keep: decoding may run out of memory.
     undecoded: list[tuple[Tensor, np.ndarray]] = field(default_factory=list)
@@ -82,7 +82,7 @@ class CallState:
 
     @contextmanager
     def at(self, run: Stage, timings: dict[str, float], stage: str) -> Iterator[None]:
-        """`run(timings, stage)` around the block, during which this stage is the one at work."""
+        """`run(timings, stage)` around the block; inside, `stage` is the current one."""
         self.tell(stage, 0)
         with run(timings, stage):
             yield
@@ -118,6 +118,6 @@ class CallState:
         return check
 
     def end(self) -> None:
-        """Let go of what only a running call needs."""
+        """Free what only a running call needs."""
         self.timestep = None
         self.undecoded = []

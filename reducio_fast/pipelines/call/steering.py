@@ -1,4 +1,4 @@
-"""Words of a call that lengthen a clip or steer its motion, checked."""
+"""Checks of the arguments that lengthen a clip or steer its motion."""
 
 from __future__ import annotations
 

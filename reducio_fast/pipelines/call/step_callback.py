@@ -49,7 +49,7 @@ class StepCallback:
         return None if new is latent else new
 
     def check_answer(self, answer: Any, latent: Tensor, handed: dict[str, Any]) -> Tensor:
-        """The latent to go on with."""
+        """The latent to continue with."""
         if answer is None:
             return latent
         if not isinstance(answer, dict):

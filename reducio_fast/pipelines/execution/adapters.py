@@ -43,7 +43,7 @@ class Merge:
 
     @property
     def effect(self) -> dict[str, float]:
-        """The adapters that are to be in the weights, each with its weight."""
+        """The adapters that the weights should contain, each with its weight."""
         return self.fused if self.fused is not None else self.active if self.enabled else {}
 
     def apply(self) -> None:
@@ -105,7 +105,7 @@ class _Written:
         return cls(parameter, parameter.dtype, *checksums([parameter]))
 
     def is_still(self, parameter: Tensor) -> bool:
-        """A cast by `network.to(dtype)` is no change that restoring would undo."""
+        """A cast by `network.to(dtype)` does not count as a change: restoring would not undo it."""
         same_dtype = parameter.dtype == self.dtype
         return parameter is self.parameter and (not same_dtype or checksums([parameter]) == (self.checksum,))
 

@@ -61,7 +61,7 @@ class Components:
             networks.cast(network, device, dtype)
 
     def unload(self, *names: str) -> None:
-        """Let go of optional components and of the memory they hold. See `VideoPipeline.unload`."""
+        """Remove optional components and free their memory. See `VideoPipeline.unload`."""
         if unknown := [name for name in names if name not in self.layout.unloadable]:
             raise ReducioError(f"unload: {unknown[0]!r} given; must be of {', '.join(self.layout.unloadable)}")
         # A pipeline within the model, such as text_to_image, may use a component too.

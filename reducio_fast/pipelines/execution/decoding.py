@@ -47,7 +47,7 @@ class TiledDecoder:
 
     @property
     def settings(self) -> Hashable:
-        """What a forecast depends on beside the clip's size."""
+        """What a forecast depends on besides the clip's size."""
         return self.tiling
 
     def default(self, height: int, width: int) -> Decoding:
@@ -116,7 +116,7 @@ class TiledDecoder:
         raise failure
 
     def decode(self, latent: Tensor, frame: np.ndarray, decoding: Decoding, output_type: str = "pt") -> Tensor:
-        """The same in one way, without another try."""
+        """`decode` in one way, without another try."""
         vae = with_tiles(self.executor.network(self.components.layout.decoder), decoding)
         dtype, device = next(vae.parameters()).dtype, self.executor.device
         features = vae.encode_content(to_unit(frame, device, dtype)[None], tiled=decoding.tiled)

@@ -65,7 +65,7 @@ class Executor:
         self._placed: dict[int, Any] = {}  # id of a network -> its implementation, while offloading has moved weights
         self._plain = PlainEngine()
         self.engine: Any = self._plain if engine is None else engine
-        self._obstacles: dict[str, str] = {}  # component -> why it runs as it is, as of the call at work
+        self._obstacles: dict[str, str] = {}  # component -> why it runs as it is, in the running call
         self._unfollowed: str | None = None  # why the reference's sampler steps the scheduler
         if engine is None and chosen == "fast":
             self.engine = self._fast_engine(compile)
@@ -158,7 +158,7 @@ class Executor:
         return {name: self._line(name) for name in self._twinned}
 
     def refresh(self) -> None:
-        """`look`, but for a call at work, which goes on as it began."""
+        """`look`, except during a call, which continues as it began."""
         if not self._at_work:
             self.look()
 

@@ -92,7 +92,7 @@ class FirstStage:
 
     @property
     def line(self) -> str:
-        """For the report: what draws, and why."""
+        """For the report: which implementation draws, and why."""
         try:
             self._networks()
         except ReducioError as error:
@@ -111,7 +111,7 @@ class FirstStage:
         return self._adopted("transformer", pipeline.transformer), self._adopted("vae", pipeline.vae)
 
     def obstacle(self) -> str | None:
-        """Why diffusers draws, where that shows without a look at the networks."""
+        """The reason why diffusers draws, as far as it shows without reading the networks."""
         pipeline = self.pipeline()
         if self.executor.engine.name != "fast":
             return "the networks run on the reference"
@@ -189,7 +189,7 @@ class FirstStage:
         return fit_image((values * 255).round().astype(np.uint8), height, width)
 
     def arguments(self, kwargs: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-        """What the picture is drawn with. Raises ReducioError where diffusers' call has to follow or refuse it."""
+        """The arguments of the drawing. Raises ReducioError for those that only diffusers' own call can follow."""
         pipeline = self.pipeline()
         defaults, _ = call_defaults(pipeline)
         drawn_height, drawn_width = drawing_size(pipeline, height, width)

@@ -38,7 +38,7 @@ class Fitter:
     ) -> None:
         self.parts, self.executor, self.decoder, self.dry_stages = parts, executor, decoder, dry_stages
         self.free_bytes = free_bytes
-        self.fits: dict[tuple[int, int], Fit] = {}  # what the last call for a size was made with
+        self.fits: dict[tuple[int, int], Fit] = {}  # how the last call of each size was made
         self._forecasts: dict[tuple[Any, ...], Forecast] = {}
 
     def forecast(self, height: int, width: int, way: Decoding | None = None) -> Forecast:
@@ -65,7 +65,7 @@ class Fitter:
         return self._forecasts[key]
 
     def fit(self, height: int, width: int) -> Fit:
-        """For a clip of this size, on the device as it is now. ReducioError, in one line, where nothing fits."""
+        """How to make a clip of this size with the memory that is free now. Raises ReducioError where nothing fits."""
         device, default = self.executor.device, self.decoder.default(height, width)
         free, offloading = self.free_bytes(device), self.executor.offload is not None
         if free is None or (device.type == "cpu" and self.decoder.generous(height, width) < free):

@@ -47,7 +47,7 @@ class Adoption:
         self._network: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, whose network has other parameters."""
+        """Forget ours, for a copy whose network has other parameters."""
         return vars(self) | {"_parameters": None, "_network": None}
 
     def network(self) -> Any:

@@ -52,7 +52,7 @@ def known(scheduler: Any) -> list[str]:
 
 
 def trial_timesteps(scheduler: Any, steps: int, timesteps: list[int] | None) -> Any:
-    """The timesteps that the steps would have, on a copy."""
+    """The timesteps that the scheduler would have, computed on a copy."""
     trial = copy.deepcopy(scheduler)
     if timesteps is None:
         trial.set_timesteps(steps)

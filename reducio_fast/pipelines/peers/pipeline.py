@@ -191,7 +191,7 @@ class PeerPipeline:
                 ).frames[0]
         except ReducioError:
             raise
-        except ValueError as error:  # a word that diffusers' own checks refuse
+        except ValueError as error:  # an argument that diffusers' own checks refuse
             raise ReducioError(f"{self.source.peer.name}: {error}") from error
         if not torch.isfinite(video).all():
             raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")

@@ -42,7 +42,7 @@ class Conditioner:
         return Condition(text, mask, semantic, latent, told)
 
     def without_prompt(self, cond: Condition, clip: ClipRequest, timings: dict[str, float]) -> Condition:
-        """The half that guidance leads away from. The image stays in both halves: guidance is about the text alone."""
+        """The unconditional half of guidance. The image stays in both halves: guidance changes the text alone."""
         if clip.embeds.negative_text is not None:
             text, mask = self._to_device(*clip.embeds.negative_text)
         elif not clip.negative_prompt.strip():
@@ -86,7 +86,7 @@ class Conditioner:
         return self._to_device(semantic, latent)
 
     def content_size(self, height: int, width: int) -> tuple[int, int]:
-        """Of the content latent of a frame."""
+        """Height and width of the content latent of a frame."""
         encoder = self.components["content_encoder"]
         factor = VAE_FACTOR if encoder is None else ContentEncoder(encoder).factor
         return height // factor, width // factor

@@ -56,7 +56,7 @@ class ReducioDiT(reference.ReducioDiT):
 
 
 class SemanticEncoder(encoders.SemanticEncoder):
-    """Loads an `encoders.SemanticEncoder`: diffusers' word for its dtype is another one."""
+    """Loads an `encoders.SemanticEncoder`, with diffusers' name for the dtype argument."""
 
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> encoders.SemanticEncoder:  # type: ignore[override]

@@ -79,7 +79,7 @@ class DryStages:
         return Stage(name, [*self.executor.networks_of(name), *further], run)
 
     def _draw(self, height: int, width: int, generator: torch.Generator) -> int | None:
-        """Of the text-to-image stage, which may be any diffusers pipeline."""
+        """Dry run of the text-to-image stage, which may be any diffusers pipeline."""
         self.dry.unfolding = self.on_cpu
         pipeline = self.components["text_to_image"]
         if pipeline is None:

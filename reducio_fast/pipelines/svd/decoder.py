@@ -59,7 +59,7 @@ class ClipDecoder:
 
     @property
     def settings(self) -> Hashable:
-        """What a forecast depends on beside the clip's size."""
+        """What a forecast depends on besides the clip's size."""
         return (self.frames, self.chunk)
 
     def default(self, height: int, width: int) -> ClipDecoding:
@@ -91,7 +91,7 @@ class ClipDecoder:
         return to_bytes(video)
 
     def finish(self, video: Tensor, frame: np.ndarray | None) -> Tensor:
-        """The decoded clip as it is given out."""
+        """The decoded clip as the caller gets it."""
         return video
 
     def decode(self, latent: Tensor, decoding: ClipDecoding) -> Tensor:
@@ -102,7 +102,7 @@ class ClipDecoder:
 
 
 class OrbitDecoder(ClipDecoder):
-    """Of SV3D: its last frame, where the camera is back where it began, is the picture itself, as Stability's script
+    """For SV3D: the last frame, where the camera is back where it began, is the picture itself, as Stability's script
     returns it."""
 
     def finish(self, video: Tensor, frame: np.ndarray | None) -> Tensor:

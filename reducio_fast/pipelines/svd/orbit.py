@@ -165,7 +165,7 @@ class SV3DPipeline(SVDPipeline):
         )
 
     def _path(self, values: dict[str, Any], elevations: Any, azimuths: Any) -> Tensor | None:
-        """What the network is told of the camera; None where it is told nothing."""
+        """The camera path that conditions the network; None for SV3D_u, which has none."""
         if len(time_id_widths(self.unet.config)) == 1:
             if elevations is not None or azimuths is not None:
                 name = "elevations" if elevations is not None else "azimuths"

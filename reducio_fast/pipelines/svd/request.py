@@ -52,7 +52,7 @@ class SVDArguments:
 
 @dataclass(frozen=True, slots=True)
 class SVDClipRequest(ClipRequest):
-    """`last_image`: what the clip ends with, uint8 [h, w, 3]; None where that is open."""
+    """`last_image`: the picture that the clip ends with, uint8 [h, w, 3]; None for none."""
 
     last_image: np.ndarray | None = None
 
