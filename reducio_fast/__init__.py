@@ -43,6 +43,7 @@ _IN_PIPELINES = {
 _FOR_DIFFUSERS = (
     "DiffusersReducioPipeline",
     "ModelMixin",
+    "PreviewDecoder",
     "ReducioDiT",
     "ReducioVAE",
     "SemanticEncoder",

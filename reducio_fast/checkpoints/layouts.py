@@ -94,6 +94,8 @@ REDUCIO = Layout(
             source="an AutoencoderKL's folder or hub id",
             shared_as="vae",
         ),
+        # It runs between the steps, so its weights are on the device then.
+        Component(name="preview_decoder", stage="dit.step", optional=True, source="a preview decoder's folder"),
         # Last: it may share the others.
         Component(
             name="text_to_image",

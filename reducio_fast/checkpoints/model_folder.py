@@ -1,7 +1,7 @@
 """The model folder as a whole: which component lies where, of which class, and what the two stages share.
 
 model_index.json   {"_class_name": "ReducioPipeline", COMPONENT: [library, class], ..., SETTING: value, ...}
-vae/ transformer/  ours: config.json and diffusion_pytorch_model.safetensors
+vae/ transformer/  ours, and preview_decoder/: config.json and diffusion_pytorch_model.safetensors
 README.md          the model card, and pipeline.py for diffusers (see `hub`)
 image_encoder/     open_clip: open_clip_config.json and open_clip_model.safetensors
 text_to_image/     a diffusers pipeline folder; text_encoder, tokenizer and vae may be absent and are then shared

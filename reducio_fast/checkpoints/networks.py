@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..reference import ReducioDiT, ReducioVAE
 from ..reference.reducio.image_vae import ImageVAE
 from ..reference.reducio.pixart import PixArt
+from ..reference.reducio.preview import PreviewDecoder
 from ..reference.reducio.text_encoder import T5Encoder
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import FrameVAE, TemporalVAE
@@ -50,6 +51,7 @@ DISTRIBUTIONS = {  # of the modules that not every machine has
 PUBLISHED: dict[type[nn.Module], tuple[str, str]] = {
     ReducioVAE: ("reducio_fast", "ReducioVAE"),
     ReducioDiT: ("reducio_fast", "ReducioDiT"),
+    PreviewDecoder: ("reducio_fast", "PreviewDecoder"),
     VideoUNet: ("diffusers", "UNetSpatioTemporalConditionModel"),
     TemporalVAE: ("diffusers", "AutoencoderKLTemporalDecoder"),
     FrameVAE: ("diffusers", "AutoencoderKL"),

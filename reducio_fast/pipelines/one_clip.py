@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..media.pixels import to_unit
 from ..reference.cancellation import cancellable
 from ..reference.data_prediction import DataHook
+from ..reference.reducio.preview import PreviewDecoder
 from ..system.errors import ReducioError, is_out_of_memory
 from .call.output import as_frames, from_frames, to_output
 from .call.request import ClipRequest, Embeds, Hold
@@ -108,8 +110,15 @@ def decode_clip(
         raise ReducioError(f"vae.decode: out of memory at {request.height}x{request.width}; {kept}") from error
 
 
+def preview_decoder(pipe: Any, motion_strength: float) -> PreviewDecoder | None:
+    """The small decoder of the model; None where it has none, or where the latent needs more than that decoder."""
+    decoder = pipe.parts["preview_decoder"] if "preview_decoder" in pipe.layout.names else None
+    return decoder if motion_strength == 1 else None
+
+
 class Preview:
-    """Frames of the data prediction while a clip is denoised: uint8 [T, H, W, 3], by the model's own decoder.
+    """Frames of the data prediction while a clip is denoised, uint8: [T, H/2, W/2, 3] by the model's preview decoder,
+    [T, H, W, 3] by its own where it has none.
 
     Early ones resemble a still: on the embedded model they differ from it from 40% of the steps on.
     """
@@ -124,12 +133,18 @@ class Preview:
         every = self.call.request.preview_every or 1
         if (step + 1) % every or self.data is None or self.frame is None:
             return None
-        if self.pipe.offloading:
+        request = self.call.request
+        small = preview_decoder(self.pipe, request.motion_strength)
+        if small is None and self.pipe.offloading:
             LOG.warning("preview: none while weights are offloaded: the decoder's are not on the device")
             return None
         clock: Callable[[], float] = self.pipe.executor.clock
         start = clock()
-        frames = self.pipe.finished(self.data, self.frame, self.call.request, "np", self.decoding)
+        if small is None:
+            frames = self.pipe.finished(self.data, self.frame, request, "np", self.decoding)
+        else:
+            weight = next(small.parameters())
+            frames = small(self.data.to(weight), to_unit(self.frame, weight.device, weight.dtype)[None])[0].float()
         seconds = clock() - start
         self.seconds += seconds
         self.call.timings["preview"] = self.call.timings.get("preview", 0.0) + seconds

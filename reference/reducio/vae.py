@@ -346,19 +346,27 @@ class Warp(nn.Module):
         """`x_BCTHW`: refinement of the flow (2 channels), then the residual (3)."""
         fine, residual = x_BCTHW.split((2, 3), dim=1)
         B, _, T, H, W = x_BCTHW.shape
-        image = same_grid(image_BCHW, x_BCTHW)
         coarse = self.coarse_flow(z_BCTHW).transpose(1, 2).flatten(0, 1)
         flow = F.interpolate(coarse, (H, W), mode="bicubic", align_corners=False) + fine.transpose(1, 2).flatten(0, 1)
-        # In float32 at least: 16-bit coordinates of a 256-pixel frame are whole pixels (bfloat16) or sixteenths.
-        exact = torch.promote_types(flow.dtype, torch.float32)
-        step = self.cell * 2 / torch.tensor((W, H), dtype=exact, device=flow.device)
-        rows = (torch.arange(H, dtype=exact, device=flow.device) * 2 + 1) / H - 1
-        columns = (torch.arange(W, dtype=exact, device=flow.device) * 2 + 1) / W - 1
-        place = torch.stack([columns.expand(H, W), rows[:, None].expand(H, W)], dim=-1)
-        grid = place + flow.movedim(1, -1) * step
-        frames = image.to(exact).repeat_interleave(T, dim=0)
-        moved = F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        moved = move(same_grid(image_BCHW, x_BCTHW), flow, self.cell)
         return moved.unflatten(0, (B, T)).transpose(1, 2).to(x_BCTHW.dtype) + residual
+
+
+def move(image_BCHW: Tensor, flow_N2HW: Tensor, cell: int) -> Tensor:
+    """[N, C, H, W], at least in float32: N / B frames of each image, read at (y, x) + flow, bilinear.
+
+    The flow is x, then y, in cells of `cell` pixels. The image's border is repeated.
+    """
+    N, _, H, W = flow_N2HW.shape
+    # In float32 at least: 16-bit coordinates of a 256-pixel frame are whole pixels (bfloat16) or sixteenths.
+    exact = torch.promote_types(flow_N2HW.dtype, torch.float32)
+    step = cell * 2 / torch.tensor((W, H), dtype=exact, device=flow_N2HW.device)
+    rows = (torch.arange(H, dtype=exact, device=flow_N2HW.device) * 2 + 1) / H - 1
+    columns = (torch.arange(W, dtype=exact, device=flow_N2HW.device) * 2 + 1) / W - 1
+    place = torch.stack([columns.expand(H, W), rows[:, None].expand(H, W)], dim=-1)
+    grid = place + flow_N2HW.movedim(1, -1) * step
+    frames = image_BCHW.to(exact).repeat_interleave(N // len(image_BCHW), dim=0)
+    return F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def fusion_modules(config: VAEConfig, layers: Layers, kind: str, level: int, source: int) -> nn.ModuleList:

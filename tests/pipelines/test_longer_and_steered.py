@@ -13,6 +13,7 @@ from PIL import Image
 from reducio_fast import ReducioPipeline
 from reducio_fast.media.similarity import pooled_psnr
 from reducio_fast.media.video_files import write_video
+from reducio_fast.reference.reducio.preview import PreviewConfig, PreviewDecoder
 from reducio_fast.system.errors import ReducioError
 
 PROMPT = "a red circle moving right"
@@ -239,6 +240,48 @@ def test_previews(both: ReducioPipeline):
     seen.clear()
     both(PROMPT, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["frames"], **words)
     assert all(names == ["frames"] and frames is not None for names, frames in seen) and len(seen) == 4
+
+
+@pytest.fixture
+def small_decoder() -> PreviewDecoder:
+    torch.manual_seed(0)
+    return PreviewDecoder(PreviewConfig(width=8, fine_width=8, num_res_blocks=1)).requires_grad_(False)
+
+
+def test_previews_of_a_preview_decoder(both: ReducioPipeline, small_decoder: PreviewDecoder):
+    seen = []
+    words = FAST | {"num_inference_steps": 4}
+    plain = both(PROMPT, **words)
+    both.preview_decoder = small_decoder
+    try:
+        out = both(PROMPT, callback_on_step_end=lambda *a: seen.append(a[3]["frames"]), preview_every=2, **words)
+        latent = both(PROMPT, output_type="latent", **words).frames
+        assert np.array_equal(out.frames, plain.frames), "looking changes nothing"
+        assert [None if frames is None else frames.shape for frames in seen] == [None, (16, 32, 32, 3)] * 2
+        image = torch.from_numpy(out.content).permute(2, 0, 1)[None] / 127.5 - 1
+        expected = (small_decoder(latent[None], image)[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5
+        assert np.abs(seen[3] - expected.numpy()).max() <= 1, "the last step ends on its data prediction"
+        seen.clear()  # a latent with more or less motion is read by the model's own decoder
+        both(PROMPT, callback_on_step_end=lambda *a: seen.append(a[3]["frames"]), preview_every=4, motion_strength=2.0,
+             **words)  # fmt: skip
+        assert seen[3].shape == (16, 64, 64, 3)
+    finally:
+        both.preview_decoder = None
+
+
+def test_a_preview_decoder_is_saved_and_must_fit(folder: Path, tmp_path: Path, small_decoder: PreviewDecoder):
+    pipe = ReducioPipeline.from_pretrained(folder, preview_decoder=small_decoder, device="cpu", dtype="float32")
+    pipe.save_pretrained(tmp_path / "model")
+    again = ReducioPipeline.from_pretrained(tmp_path / "model", device="cpu", dtype="float32")
+    for name, weight in again.preview_decoder.state_dict().items():
+        assert torch.equal(weight, small_decoder.state_dict()[name])
+    named = ReducioPipeline.from_pretrained(folder, preview_decoder=tmp_path / "model" / "preview_decoder")
+    assert named.preview_decoder.config == small_decoder.config
+    again.unload("preview_decoder")
+    assert again.preview_decoder is None
+    other = PreviewDecoder(PreviewConfig(temporal_factor=2, width=8, fine_width=8))
+    with pytest.raises(ReducioError, match="preview_decoder has temporal_factor=2, vae has 4"):
+        ReducioPipeline.from_pretrained(folder, preview_decoder=other)
 
 
 def test_loops_and_contact_sheets(pipe: ReducioPipeline, clip):

@@ -217,7 +217,7 @@ def test_code_in_a_folder_is_never_run(motion: Path, t5: Path, tmp_path: Path, m
 def test_names_that_fit_no_part(motion: Path, t5: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
     for words, message in (
-        ({"vae": str(t5)}, "vae: '.*' given; only encoders and text_to_image can be named"),
+        ({"vae": str(t5)}, "vae: '.*' given; only encoders, preview_decoder and text_to_image can be named"),
         ({"text_encoder": tmp_path}, "text_encoder: .* is of the type 'resnet', which is no text encoder"),
         ({"content_encoder": t5}, "content_encoder: .* is of None, must be an AutoencoderKL"),
         ({"image_encoder": t5}, "open_clip_config.json: no such file"),

@@ -209,6 +209,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         norm_groups=4,
     )
     save_model(ReducioVAE(vae), out / "vae")
+    preview = recipe.train(out, ["preview"], scale=0.001, progress=False)["preview"]
+    assert preview["psnr"] > preview["psnr_still"]  # the decoder starts as the repeated content frame
     dit = DiTConfig(
         hidden_size=32, depth=1, num_heads=2, caption_channels=128, semantic_channels=128, learn_sigma=False
     )
@@ -243,6 +245,7 @@ def test_the_bundle_is_float16_without_duplicates(exported: Path) -> None:
     assert files == [
         "content_encoder",
         "image_encoder",
+        "preview_decoder",
         "text_encoder",
         "text_to_image/transformer",
         "transformer",

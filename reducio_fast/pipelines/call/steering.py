@@ -44,10 +44,10 @@ def check_switch(name: str, value: Any) -> bool:
 
 
 def check_steering(
-    inputs: Any, joint: Joint | None, num_frames: Any, direction: Any, scheduler: Any, offloading: bool
+    inputs: Any, joint: Joint | None, num_frames: Any, direction: Any, scheduler: Any, blind: bool
 ) -> dict[str, Any]:
     """The fields of a `Request` that all families share: `chain`, `loop`, `preview_every`. joint None: the family's
-    clips are not to be chained in this call."""
+    clips are not to be chained in this call. blind: what decodes previews is not on the device between the steps."""
     check_switch("match_colours", inputs.match_colours)
     links = None if joint is None else chain.plan(joint, num_frames, direction, inputs.match_colours)
     every, loop = inputs.preview_every, check_switch("loop", inputs.loop)
@@ -56,9 +56,9 @@ def check_steering(
         if inputs.callback_on_step_end is None:
             raise ReducioError("preview_every: given without callback_on_step_end, which receives the frames")
     previews = every is not None or "frames" in inputs.callback_on_step_end_tensor_inputs
-    if previews and offloading:
+    if previews and blind:
         raise ReducioError(
-            "preview_every: no previews while weights are offloaded; the decoder's are not on the device"
+            "preview_every: none while weights are offloaded: the decoder is not on the device, a preview_decoder is"
         )
     for name, asked in (("num_frames", links is not None), ("preview_every", previews)):
         if asked and family_of(scheduler) is None:

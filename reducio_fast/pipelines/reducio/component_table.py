@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from ...checkpoints import diffusers_folders, networks
 from ...checkpoints.lora_files import finite_number
 from ...checkpoints.model_folder import Loading
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from ...reference.reducio.preview import PreviewConfig, PreviewDecoder
 from ...system.errors import ReducioError
 from ..call import validation
 from ..call.quality import resolve
@@ -62,6 +64,11 @@ def load_content_encoder(loading: Loading) -> nn.Module:
     return loading.loaded[place]
 
 
+def load_preview_decoder(loading: Loading) -> PreviewDecoder:
+    folder = loading.folder if loading.source is None else Path(loading.source)
+    return networks.load_model(PreviewDecoder, PreviewConfig, folder, loading.dtype, loading.device)
+
+
 def load_text_to_image(loading: Loading) -> Any:
     folder = loading.folder
     if loading.source is not None:
@@ -78,6 +85,7 @@ LOADERS = {
     "tokenizer": load_tokenizer,
     "image_encoder": load_image_encoder,
     "content_encoder": load_content_encoder,
+    "preview_decoder": load_preview_decoder,
     "text_to_image": load_text_to_image,
 }
 
@@ -90,7 +98,8 @@ def _load_foreign(loading: Loading) -> Any:
 def _refuse_source(name: str, loading: Loading) -> None:
     if loading.source is not None:
         raise ReducioError(
-            f"{name}: {str(loading.source)!r} given; only encoders and text_to_image can be named, give an object"
+            f"{name}: {str(loading.source)!r} given; only encoders, preview_decoder and text_to_image can be named, "
+            "give an object"
         )
 
 
@@ -123,3 +132,7 @@ def check_components(parts: Components) -> None:
     ):
         if needed != channels:
             raise ReducioError(f"transformer has {name}={needed}, {source} gives {channels}")
+    preview, vae = getattr(parts["preview_decoder"], "config", None), parts["vae"].config
+    for name in ("latent_channels", "temporal_factor", "spatial_factor") if preview is not None else ():
+        if getattr(preview, name) != getattr(vae, name):
+            raise ReducioError(f"preview_decoder has {name}={getattr(preview, name)}, vae has {getattr(vae, name)}")

@@ -21,6 +21,7 @@ from ... import reference
 from ...checkpoints import diffusers_folders, networks
 from ...checkpoints.layouts import REDUCIO
 from ...checkpoints.vae_alone import load_vae
+from ...reference.reducio import preview
 from . import encoders, pipeline
 from .autoencoder import VideoAutoencoder
 
@@ -53,6 +54,14 @@ class ReducioDiT(reference.ReducioDiT):
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> reference.ReducioDiT:
         return networks.load_model(reference.ReducioDiT, reference.DiTConfig, folder, torch_dtype)
+
+
+class PreviewDecoder(preview.PreviewDecoder):
+    """Loads a `preview.PreviewDecoder`."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> preview.PreviewDecoder:
+        return networks.load_model(preview.PreviewDecoder, preview.PreviewConfig, folder, torch_dtype)
 
 
 class SemanticEncoder(encoders.SemanticEncoder):

@@ -20,6 +20,7 @@ from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...reference.multistep_schedule import MultistepSchedule
 from ...reference.reducio.image_vae import ImageVAE, ImageVAEConfig
 from ...reference.reducio.pixart import PixArt, PixArtConfig
+from ...reference.reducio.preview import PreviewConfig, PreviewDecoder
 from ...reference.reducio.text_encoder import ByteTokenizer, T5Config, T5Encoder
 from ...system import torch_state
 from ...system.errors import ReducioError
@@ -39,6 +40,7 @@ KNOWN = {
     "content_encoder": ("diffusers", "AutoencoderKL"),
     "text_to_image": ("reducio_fast", "TextToImage"),
 }
+PREVIEW = {"preview_decoder": ("reducio_fast", "PreviewDecoder")}  # may be absent
 KNOWN_DRAWER = {name: KNOWN[name] for name in ("scheduler", "text_encoder", "tokenizer")} | {
     "vae": KNOWN["content_encoder"],
     "transformer": ("diffusers", "PixArtTransformer2DModel"),
@@ -72,7 +74,8 @@ def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, A
     index = strict_files.read_json(folder / strict_files.INDEX)
     if index.get("_class_name") != REDUCIO.pipeline or dtype == torch.float16:  # of T5, some layers stay in float32
         raise ValueError("another pipeline")
-    _compare(index, KNOWN)
+    previews = index.get("preview_decoder") not in (None, [None, None])
+    _compare(index, KNOWN | PREVIEW if previews else KNOWN)
     known = {*REDUCIO.names, *REDUCIO.settings}
     if unknown := [name for name in index if name not in known and not name.startswith("_")]:
         raise ValueError(f"unknown {unknown}")
@@ -90,6 +93,7 @@ def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, A
     parts["tokenizer"] = ByteTokenizer()
     parts["image_encoder"] = SemanticEncoder.from_pretrained(folder / "image_encoder", dtype, device)
     parts["content_encoder"] = read(ImageVAE, ImageVAEConfig, "content_encoder")
+    parts["preview_decoder"] = read(PreviewDecoder, PreviewConfig, "preview_decoder") if previews else None
     parts["text_to_image"] = _read_drawer(folder / "text_to_image", parts, dtype, device)
     return parts
 

@@ -21,6 +21,7 @@ from ...media import aspect_buckets, image_files
 from ...memory.dry_run import DryRun
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent
 from ...reference.reducio.config import GUIDANCE_SCALE, NUM_FRAMES
+from ...reference.reducio.preview import PreviewConfig, PreviewDecoder
 from ...system import devices, torch_state
 from ...system.errors import ReducioError
 from ...system.paths import expanded
@@ -59,7 +60,7 @@ class ReducioPipeline(VideoPipeline):
     """
 
     layout = REDUCIO
-    configs = {"vae": VAEConfig, "transformer": DiTConfig}
+    configs = {"vae": VAEConfig, "transformer": DiTConfig, "preview_decoder": PreviewConfig}
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "frames")
 
     def __init__(
@@ -72,6 +73,7 @@ class ReducioPipeline(VideoPipeline):
         image_encoder: SemanticEncoder | Callable[[Tensor], Tensor] | None = None,
         content_encoder: nn.Module | None = None,
         text_to_image: Any = None,
+        preview_decoder: PreviewDecoder | None = None,
         *,
         fps: float = 16,
         sample_height: int = 256,
@@ -275,8 +277,9 @@ class ReducioPipeline(VideoPipeline):
             nothing is sampled then, and no prompt needed beside an image.
         keep_content: where nothing moves, the content frame's own pixels instead of the decoder's; decodes twice.
         loop: frames go forward and back again, 2T - 2 of them, so that the last meets the first.
-        preview_every: every so many steps the callback's tensors have `frames`, uint8 [T, H, W, 3], of the clip as it
-            stands (None in other steps), at the cost of a decode each. Naming "frames" asks for them in each step.
+        preview_every: every so many steps the callback's tensors have `frames`, uint8 [T, h, w, 3], of the clip as it
+            stands (None in other steps): of half the size where the model has a `preview_decoder`, else at the cost of
+            a decode each. Naming "frames" asks for them in each step.
 
         Raises ReducioError before any work for an argument that does not fit, and later where values stop being finite.
         """

@@ -15,6 +15,7 @@ from ..call.quality import Quality, resolve
 from ..call.request import Arguments, ClipRequest, Request
 from ..execution.drawing import check_content_kwargs
 from ..execution.schedules import scheduled, trial_timesteps
+from ..one_clip import preview_decoder
 
 
 def request_of(pipe: Any, inputs: Arguments) -> Request:
@@ -40,8 +41,8 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
     if inputs.latents is not None:
         latents = validation.check_latents(inputs.latents, shape, count, is_list)
     motion = steering.motion_of_clips(inputs.motion_latents, shape, count)
-    joint, words = reducio_joint(config), (pipe.scheduler, pipe.offloading)
-    steered = steering.check_steering(inputs, joint, inputs.num_frames, inputs.direction, *words)
+    joint, blind = reducio_joint(config), pipe.offloading and preview_decoder(pipe, inputs.motion_strength) is None
+    steered = steering.check_steering(inputs, joint, inputs.num_frames, inputs.direction, pipe.scheduler, blind)
     if steered["chain"] is not None and inputs.motion_latents is not None:
         raise ReducioError(f"motion_latents: are of {config.num_frames} frames, num_frames is {inputs.num_frames}")
     content_size = pipe.conditioner.content_size(height, width)

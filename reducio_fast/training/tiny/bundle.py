@@ -15,6 +15,7 @@ from ...checkpoints.model_folder import write_model
 from ...checkpoints.networks import load_foreign, load_model
 from ...pipelines.reducio.encoders import SemanticEncoder
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from ...reference.reducio.preview import PreviewConfig, PreviewDecoder
 from ...system.errors import ReducioError
 from ..recipe import Context
 
@@ -41,6 +42,7 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
     parts = {
         "vae": load_model(ReducioVAE, VAEConfig, out / "vae", dtype),
         "transformer": load_model(ReducioDiT, DiTConfig, out / "transformer", dtype),
+        "preview_decoder": load_model(PreviewDecoder, PreviewConfig, out / "preview_decoder", dtype),
         "image_encoder": SemanticEncoder.from_pretrained(out / "image_encoder", dtype),
         "fps": settings.fps,
         "sample_height": settings.size,

@@ -1,6 +1,6 @@
 """The recipe of the embedded default model: `train("out")` writes `out/bundle`, the folder that the package ships.
 
-Six stages train a component from scratch; the last stage packs them. The stages run in order. A stage can run alone
+Seven stages train a component from scratch; the last stage packs them. The stages run in order. A stage can run alone
 once the components that it needs are in the output folder, and each resumes from its checkpoint. This file holds the
 schedules; the defaults of a stage's settings define its networks and data.
 """
@@ -16,6 +16,7 @@ from .bundle import BundleSettings, export
 from .content_autoencoder import ContentSettings, train_content
 from .image_encoder import SemanticSettings, train_semantic
 from .motion import MotionSettings, train_motion
+from .preview import PreviewSettings, train_preview
 from .text_encoder import TextSettings, train_text
 from .text_to_image import TextToImageSettings, train_text_to_image
 from .video_autoencoder import VAESettings, train_vae
@@ -51,6 +52,14 @@ STAGES: dict[str, Stage] = {
         ),
         makes=("vae",),
     ),
+    "preview": Stage(
+        train_preview,
+        PreviewSettings(
+            loop=LoopConfig(steps=1500, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, weight_decay=0.0, seed=9)
+        ),
+        makes=("preview_decoder",),
+        needs=("vae",),
+    ),
     "motion": Stage(
         train_motion,
         MotionSettings(
@@ -73,6 +82,7 @@ STAGES: dict[str, Stage] = {
             "content_encoder",
             "text_to_image",
             "vae",
+            "preview_decoder",
             "transformer",
             "scheduler",
         ),
