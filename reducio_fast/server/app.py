@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import math
@@ -25,7 +26,7 @@ from .errors import ApiError, bad_request
 from .files import CLIP, CONTENT, PICTURE, SPRITESHEET, THUMBNAIL, JobFiles
 from .jobs import COMPLETED, FAILED, RUNNING, Job, KeyReused, QueueFull, Store, new_id
 from .keys import Keys
-from .requests import Asked, Checker, Limits, picture_of_url, unfold
+from .requests import UPLOADS, Asked, Checker, Limits, file_of_url, unfold
 
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
             "spritesheet": (SPRITESHEET, "image/jpeg")}  # fmt: skip
@@ -46,20 +47,20 @@ class Service:
         self._checks = ThreadPoolExecutor(2, "check")
 
     async def accept(
-        self, fields: dict[str, Any], picture: bytes | None, owner: str, key: str | None, more: dict[str, Any]
+        self, fields: dict[str, Any], files: dict[str, bytes], owner: str, key: str | None, more: dict[str, Any]
     ) -> Job:
         """A checked request as a job in the queue. Raises ApiError."""
         checker = await asyncio.shield(self.checker)
         loop = asyncio.get_running_loop()
-        asked: Asked = await loop.run_in_executor(self._checks, checker, fields, picture, more)
+        asked: Asked = await loop.run_in_executor(self._checks, checker, fields, files, more)
         if self.files.free_bytes() < 2 * self.limits.body_bytes:
             raise ApiError(503, "no room on the server's disk", code="disk_full", headers={"Retry-After": "60"})
         return await asyncio.to_thread(self._insert, asked, owner, key)
 
     def _insert(self, asked: Asked, owner: str, key: str | None) -> Job:
         id, limits = new_id(), self.limits
-        # The picture first: a job whose picture is missing cannot be made, a picture without a job is swept.
-        size = 0 if asked.picture is None else self.files.write(id, {PICTURE: asked.picture})
+        # Its files first: a job whose files are missing cannot be made, files without a job are swept.
+        size = self.files.write(id, dict(asked.files))
         new = False
         try:
             per_owner = limits.queue_per_key if self.keys.required else None
@@ -168,32 +169,33 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
     @app.post("/v1/videos", openapi_extra=schema.CREATE, response_model=schema.Video)
     async def create(request: Request, owner: str = owned, idempotency_key: str | None = Header(None)) -> Any:
         """Ask for a clip: it is made in its turn."""
-        fields, picture = await _read_body(request)
-        return await accept(request, fields, picture, owner, idempotency_key, {})
+        fields, files = await _read_body(request)
+        return await accept(request, fields, files, owner, idempotency_key, {})
 
     @app.post("/v1/videos/{video_id}/remix", openapi_extra=schema.REMIX, response_model=schema.Video)
     async def remix(
         request: Request, video_id: str = an_id, owner: str = owned, idempotency_key: str | None = Header(None)
     ) -> Any:
         """Another clip that looks like a finished one: its content frame, under a new prompt."""
-        fields, picture = await _read_body(request)
-        if picture is not None:
+        fields, files = await _read_body(request)
+        if PICTURE in files:
             raise bad_request("input_reference: a remix has the picture of its clip")
         job = service().find(video_id, owner)
         content = await asyncio.to_thread(service().files.read, job.id, CONTENT)
         if content is None:
             raise ApiError(404, "this video has no content frame yet", "video_id", "video_not_ready")
         fields = {"size": job.request["size"]} | fields
-        return await accept(request, fields, content, owner, idempotency_key, {"remixed_from_video_id": job.id})
+        files[PICTURE] = content
+        return await accept(request, fields, files, owner, idempotency_key, {"remixed_from_video_id": job.id})
 
     async def accept(
-        request: Request, fields: Any, picture: bytes | None, owner: str, key: str | None, more: dict[str, Any]
+        request: Request, fields: Any, files: dict[str, bytes], owner: str, key: str | None, more: dict[str, Any]
     ) -> Any:
         if key is not None and not 1 <= len(key) <= 200:
             raise bad_request("Idempotency-Key: must have 1 to 200 characters")
         if re.fullmatch(r"[0-9a-f-]{20,100}", trace := request.headers.get("traceparent", "")):
             more = more | {"traceparent": trace}
-        job = await service().accept(fields, picture, owner, key, more)
+        job = await service().accept(fields, files, owner, key, more)
         service().dispatcher.wake()
         return service().video(job)
 
@@ -239,7 +241,8 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
 
     @app.get("/v1/videos/{video_id}/events", response_class=StreamingResponse, responses=schema.EVENTS)
     async def events(video_id: str = an_id, owner: str = owned) -> Any:
-        """Server-sent events: the clip's state after every step, the last one when it is completed or failed."""
+        """Server-sent events: the clip's state after every step, the last one when it is completed or failed; with
+        `preview_every` also "preview", whose `image` is a data: URL of four frames as they stand."""
         job = service().find(video_id, owner)
         stream = _events(service(), job, owner)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -288,21 +291,23 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
     return app
 
 
-async def _read_body(request: Request) -> tuple[dict[str, Any], bytes | None]:
-    """Fields, and the bytes of the picture, of a JSON or form body. Raises ApiError."""
+async def _read_body(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Fields, and the files by suffix, of a JSON or form body. Raises ApiError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    picture: bytes | None = None
+    files: dict[str, bytes] = {}
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         try:
-            form = await request.form(max_files=1, max_fields=64)
+            form = await request.form(max_files=len(UPLOADS), max_fields=64)
         except HTTPException as error:
             raise bad_request(f"body: {error.detail}") from error
         fields: dict[str, Any] = {}
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                if name != "input_reference":
+                if name not in UPLOADS:
                     raise bad_request(f"{name[:60]}: must be text, is a file")
-                picture = await value.read()
+                if UPLOADS[name][0] in files:
+                    raise bad_request(f"{name}: is given twice")
+                files[UPLOADS[name][0]] = await value.read()
             elif name in fields:
                 raise bad_request(f"{name[:60]}: is given twice")
             else:
@@ -317,12 +322,13 @@ async def _read_body(request: Request) -> tuple[dict[str, Any], bytes | None]:
             raise bad_request("body: must be a form or a JSON object") from None
         if not isinstance(fields, dict):
             raise bad_request("body: must be a form or a JSON object")
-    reference = fields.pop("input_reference", None)
-    if reference not in (None, ""):
-        if picture is not None:
-            raise bad_request("input_reference: is given twice")
-        picture = picture_of_url(reference)
-    return fields, picture
+    for name, (suffix, _) in UPLOADS.items():
+        reference = fields.pop(name, None)
+        if reference not in (None, ""):
+            if suffix in files:
+                raise bad_request(f"{name}: is given twice")
+            files[suffix] = file_of_url(name, reference)
+    return fields, files
 
 
 async def _held(service: Service, job: Job, owner: str) -> Job:
@@ -348,6 +354,9 @@ async def _events(service: Service, job: Job, owner: str) -> AsyncIterator[str]:
             if now is None:
                 yield 'event: deleted\ndata: {"object": "video.deleted"}\n\n'
                 return
+            if event is not None and "preview" in event:
+                picture = "data:image/webp;base64," + base64.b64encode(event["preview"]).decode()
+                yield f"event: preview\ndata: {json.dumps({'id': now.id, 'step': event['step'], 'image': picture})}\n\n"
             data = json.dumps(service.video(now, event))
             if data != last:
                 last = data

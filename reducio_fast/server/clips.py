@@ -12,14 +12,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..system.errors import ReducioError, is_out_of_memory
 from .errors import without_paths
-from .files import CLIP, CONTENT, SPRITESHEET, THUMBNAIL
+from .files import CLIP, CONTENT, MOTION, PICTURE, SPRITESHEET, THUMBNAIL
 
 LOG = logging.getLogger("reducio_fast")
 
@@ -76,11 +76,12 @@ class Clips:
         if warm and hasattr(self.pipe, "warmup"):
             self.pipe.warmup(progress=False)
 
-    async def make(self, request: dict[str, Any], picture: bytes | None) -> AsyncIterator[Event]:
-        """Make the clip of `request["call"]` and tell of it.
+    async def make(self, request: dict[str, Any], given: Mapping[str, bytes]) -> AsyncIterator[Event]:
+        """Make the clip of `request["call"]` and tell of it. given: the caller's files by suffix.
 
-        Events: {"stage", "step", "percent"} as the clip goes on, the first one when it begins; then one of {"files":
-        bytes by suffix, "result": {...}} or {"error": {"code", "message"}}. Closing the generator, or cancelling its
+        Events: {"stage", "step", "percent"} as the clip goes on, the first one when it begins, with a "preview" (WebP)
+        in the steps that ask for one; then one of {"files": bytes by suffix, "result": {...}} or {"error": {"code",
+        "message"}}. Closing the generator, or cancelling its
         task, ends the clip at its next step or tile; when that returns the clip has stopped.
         """
         loop, events, stop = asyncio.get_running_loop(), asyncio.Queue[Event | None](), threading.Event()
@@ -90,7 +91,7 @@ class Clips:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         async with self._turn:
-            work = loop.run_in_executor(self._maker, self._clip, request, picture, stop, tell)
+            work = loop.run_in_executor(self._maker, self._clip, request, given, stop, tell)
             work.add_done_callback(lambda done: events.put_nowait(None))
             try:
                 while (event := await events.get()) is not None:
@@ -104,37 +105,44 @@ class Clips:
         output, peak, seconds = work.result()
         yield {"stage": "video.write", "step": 0, "percent": ENCODING}
         try:
-            files, result = await loop.run_in_executor(self._writers, self._encode, output)
+            files, result = await loop.run_in_executor(self._writers, self._encode, output, request.get("interpolate"))
         except Exception as error:
             yield {"error": self._told(error)}
             return
         yield {"files": files, "result": result | {"peak_bytes": peak, "seconds_of_clip": round(seconds, 4)}}
 
     def _clip(
-        self, request: dict[str, Any], picture: bytes | None, stop: threading.Event, tell: Callable[[Event], None]
+        self,
+        request: dict[str, Any],
+        given: Mapping[str, bytes],
+        stop: threading.Event,
+        tell: Callable[[Event], None],
     ) -> tuple[Any, int, float]:
-        from .requests import open_picture
+        from .requests import motion_file, open_picture
 
         start = time.perf_counter()
         call = request["call"] | {"seed": request["seed"]}
-        steps = call.get("num_inference_steps") or self.defaults.get("num_inference_steps") or 1
-        sigmas = call.get("sigmas")
-        steps = len(sigmas) - 1 if isinstance(sigmas, list) else steps
-        # What the first stage does by itself is not known before it has; PixArt's default is 20.
-        drawing = (call.get("content_kwargs") or {}).get("num_inference_steps", 20)
+        percent = _Progress(self.pipe, call, self.defaults)
 
         def listen(stage: str, step: int) -> None:
             if stop.is_set():
                 raise Stopped
-            begin, end = SPANS.get(stage, (DECODING, DECODING))
-            share = min(1.0, step / {"dit.step": steps, "content.generate": drawing}.get(stage, 1))
-            tell({"stage": stage, "step": step, "percent": int(begin + share * (end - begin))})
+            tell({"stage": stage, "step": step, "percent": percent(stage, step)})
 
         tell({"stage": "", "step": 0, "percent": 0})
-        more: dict[str, Any] = {} if picture is None else {"image": open_picture(picture)}
+        more: dict[str, Any] = {"image": open_picture(given[PICTURE])} if PICTURE in given else {}
         own = hasattr(self.pipe, "listener")
+
+        def show(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if (frames := tensors.get("frames")) is not None:
+                told = {"stage": "dit.step", "step": step + 1, "percent": percent("dit.step", step + 1)}
+                tell(told | {"preview": _strip(frames)})
+            return {}
+
         if own:
             self.pipe.listener = listen
+            if "preview_every" in call:
+                more["callback_on_step_end"] = show
         else:  # a peer, which tells of its denoising steps alone
 
             def after_step(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
@@ -143,6 +151,9 @@ class Clips:
 
             more["callback_on_step_end"] = after_step
         try:
+            if MOTION in given:
+                with motion_file(given[MOTION]) as path:
+                    more["motion_latents"] = self.pipe.encode_motion(path, call["height"], call["width"])
             output = self.pipe(**call, **more, progress=False)
         finally:
             if own:
@@ -152,11 +163,12 @@ class Clips:
             _give_back_memory()
         return output, self._peak_bytes(), time.perf_counter() - start
 
-    def _encode(self, output: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """The files of a clip by suffix, and what is told of it."""
+    def _encode(self, output: Any, factor: int | None) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """The files of a clip by suffix, and what is told of it. factor: of the frame rate, 2 or 4."""
         import numpy as np
         from PIL import Image
 
+        output = output if factor is None else output.interpolated(factor)
         frames = np.asarray(output.frames)
         with tempfile.TemporaryDirectory(prefix="reducio-serve-") as scratch:
             clip = Path(scratch) / f"clip{CLIP}"
@@ -208,6 +220,33 @@ class Clips:
         return {"device": str(self.where), "threads": torch.get_num_threads(), "report": report}
 
 
+class _Progress:
+    """Percent of a clip that is done, from the stages and steps of its call."""
+
+    def __init__(self, pipe: Any, call: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.pipe, self.parts, self.reached = pipe, 0, 0
+        self.steps = call.get("num_inference_steps") or defaults.get("num_inference_steps") or 1  # of a peer
+        # How many steps the first stage takes is its own choice; PixArt's default is 20.
+        self.drawing = (call.get("content_kwargs") or {}).get("num_inference_steps", 20)
+
+    def __call__(self, stage: str, step: int) -> int:
+        request = getattr(getattr(self.pipe, "call", None), "request", None)
+        chain = getattr(request, "chain", None)
+        clips = 1 if chain is None else chain.clips  # a long clip is sampled and decoded in parts
+        self.parts += stage == "dit.step" and step == 0
+        begin, end = SPANS.get(stage, (DECODING, DECODING))
+        share = 0.0
+        if stage == "content.generate":
+            share = step / self.drawing
+        elif stage == "dit.step":
+            done = min(1.0, step / (getattr(request, "num_inference_steps", None) or self.steps))
+            share = (max(0, self.parts - 1) + done) / clips
+        elif stage not in SPANS and self.parts < clips:
+            (begin, end), share = SPANS["dit.step"], self.parts / clips
+        self.reached = max(self.reached, int(begin + min(1.0, share) * (end - begin)))
+        return self.reached
+
+
 async def _settled(work: asyncio.Future[Any]) -> None:
     """Wait until a thread's work has ended, however often the waiting task is cancelled meanwhile."""
     cancelled = False
@@ -220,6 +259,17 @@ async def _settled(work: asyncio.Future[Any]) -> None:
         work.exception()  # looked at: asyncio complains of exceptions that nothing asks for
     if cancelled:
         raise asyncio.CancelledError
+
+
+def _strip(frames: Any) -> bytes:
+    """Four frames of a preview side by side, as WebP."""
+    from PIL import Image
+
+    from ..media.contact_sheet import film_strip
+
+    strip = Image.fromarray(film_strip(frames))
+    strip.thumbnail((4 * SPRITE_SIDE, 4 * SPRITE_SIDE))
+    return _saved(strip, "WEBP", quality=80)
 
 
 def _saved(image: Any, format: str, **kwargs: Any) -> bytes:

@@ -7,12 +7,12 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .clips import ENCODING, Event
-from .files import PICTURE, JobFiles
+from .files import MOTION, PICTURE, JobFiles
 from .jobs import COMPLETED, FAILED, QUEUED, RUNNING, Job, Store
 from .metrics import Metrics
 from .requests import Limits
@@ -30,7 +30,7 @@ class Home(Protocol):
 
     slots: int
 
-    def make(self, request: dict[str, Any], picture: bytes | None) -> AsyncIterator[Event]:
+    def make(self, request: dict[str, Any], given: Mapping[str, bytes]) -> AsyncIterator[Event]:
         """As `clips.Clips.make`. Raises WorkerLost."""
         ...
 
@@ -107,7 +107,7 @@ class Dispatcher:
             work.keeps_files = True
             size = await asyncio.to_thread(self.files.write, job.id, event["files"])
             self.store.finish(job.id, event["result"], size)
-            await asyncio.to_thread(self.files.remove, job.id, PICTURE)
+            await asyncio.to_thread(self.files.remove, job.id, PICTURE, MOTION)
             self._measure(job, event["result"])
             status = COMPLETED
         except asyncio.CancelledError:
@@ -144,10 +144,12 @@ class Dispatcher:
         """The last event of a job: its files."""
         job = work.job
         assert self.home is not None
-        picture = await asyncio.to_thread(self.files.read, job.id, PICTURE)
-        if job.request.get("picture") and picture is None:
-            raise _Failed("internal_error", "the picture of this job is gone")
-        async with contextlib.aclosing(self.home.make(job.request, picture)) as events:  # type: ignore[type-var]
+        given = {}
+        for suffix in job.request.get("files", {}):
+            if (data := await asyncio.to_thread(self.files.read, job.id, suffix)) is None:
+                raise _Failed("internal_error", "a file that came with this job is gone")
+            given[suffix] = data
+        async with contextlib.aclosing(self.home.make(job.request, given)) as events:  # type: ignore[type-var]
             async for event in events:
                 if not work.begun:
                     self._begin(work)
@@ -155,6 +157,9 @@ class Dispatcher:
                     raise _Failed(event["error"]["code"], event["error"]["message"])
                 if "files" in event:
                     return event
+                if "preview" in event:  # for those who watch now; nothing keeps it
+                    self._tell(job.id, event)
+                    continue
                 # Monotone, whatever a worker says: a client's bar does not go back.
                 work.event = event | {"percent": max(event["percent"], work.event["percent"])}
                 if event["percent"] >= ENCODING and work.timer is not None:

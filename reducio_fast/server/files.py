@@ -15,7 +15,8 @@ from .jobs import COMPLETED, FAILED
 JOBS, LOCK = "jobs.sqlite3", "lock"
 # What a finished job has, by the end of its name: the clip, its content frame, two small pictures.
 CLIP, CONTENT, THUMBNAIL, SPRITESHEET = ".mp4", ".content.png", ".thumbnail.webp", ".spritesheet.jpg"
-PICTURE = ".picture"  # as the caller sent it
+# As the caller sent them: the content frame, and a clip whose motion is wanted.
+PICTURE, MOTION = ".picture", ".motion"
 
 
 class JobFiles:
@@ -69,8 +70,8 @@ class JobFiles:
         for path in self.folder.iterdir():
             id, _, rest = path.name.partition(".")
             status = statuses.get(id)
-            picture_of_open_job = status not in (None, COMPLETED, FAILED) and f".{rest}" == PICTURE
-            if status == COMPLETED or picture_of_open_job:
+            of_open_job = status not in (None, COMPLETED, FAILED) and f".{rest}" in (PICTURE, MOTION)
+            if status == COMPLETED or of_open_job:
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

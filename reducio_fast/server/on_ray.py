@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from ..system import ray_cluster
@@ -58,13 +58,13 @@ class RayHome:
         # A few more than the replicas take: the autoscaler sees what is wanted in what waits at its router.
         self.slots = AT_ONCE * most + 1
 
-    async def make(self, request: dict[str, Any], picture: bytes | None) -> AsyncIterator[Event]:
+    async def make(self, request: dict[str, Any], given: Mapping[str, bytes]) -> AsyncIterator[Event]:
         """As `Clips.make`. Raises WorkerLost where the replica died. Closing it cancels the call, whose clip then ends
         at its next step."""
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-        response = self._handle.make.remote(request, picture)
+        response = self._handle.make.remote(request, dict(given))
         ended = False
         try:
             async for event in response:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import random
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from ..media import ffmpeg
+from ..media.frame_interpolation import check_factor
 from ..media.image_files import read_image
 from ..system.errors import ReducioError
 from .errors import ApiError, bad_request
+from .files import MOTION, PICTURE
 
 MAX_DRAWN_SEED = 2**32  # a seed that the server draws stays easy to type
 
@@ -71,6 +77,21 @@ def _schedule(name: str, value: Any) -> Any:
     return [_number(name, each) for each in value] if isinstance(value, list) else _text(name, value)
 
 
+def _numbers(name: str, value: Any) -> list[float]:
+    """As a list, or with commas between them."""
+    value = value.split(",") if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise ReducioError(f"{name}: must be a list of numbers, is {_brief(value)}")
+    return [_number(name, each) for each in value]
+
+
+def _switch(name: str, value: Any) -> bool:
+    value = _plain(value)
+    if not isinstance(value, bool):
+        raise ReducioError(f"{name}: must be true or false, is {_brief(value)}")
+    return value
+
+
 def _words(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ReducioError(f"{name}: must be an object, is {_brief(value)}")
@@ -110,29 +131,43 @@ FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "noise_aug_strength": _number,
     "decode_chunk_size": _whole,
     "image_fit": _text,
+    "quality": _text,
+    "schedule": _text,
+    "guidance_interval": _numbers,
+    "guidance_reuse": _whole,
+    "cache_threshold": _number,
+    "direction": _text,
+    "overlap": _whole,
+    "match_colours": _switch,
+    "loop": _switch,
+    "motion_strength": _number,
+    "motion_score": _number,
+    "keep_content": _switch,
+    "preview_every": _whole,
     "content_kwargs": _words,
 }
 WIRE = ("model", "size", "seconds", "input_reference")  # of OpenAI's videos API
+OWN = ("interpolate", "motion_reference")  # what this server does besides the call
+MAX_MOTION_PIXELS = 2**22  # of a frame of `motion_reference`; 16 frames of them are 200 MB
 
 
 @dataclass(slots=True)
 class Asked:
-    """A checked request. `call`: arguments of the pipeline's call, plain data that JSON keeps; `picture`: the bytes of
-    the image that came with it."""
+    """A checked request. `call`: arguments of the pipeline's call, plain data that JSON keeps; `files`: the picture and
+    the clip that came with it, as bytes by suffix."""
 
     call: dict[str, Any]
     size: str
     model: str
     seconds: str
     seed_drawn: bool
-    picture: bytes | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """What the file of jobs keeps."""
         import hashlib
 
-        digest = None if self.picture is None else hashlib.sha256(self.picture).hexdigest()
         return {
             "call": {n: v for n, v in self.call.items() if not (n == "seed" and self.seed_drawn)},
             "seed": self.call["seed"],
@@ -140,7 +175,7 @@ class Asked:
             "size": self.size,
             "model": self.model,
             "seconds": self.seconds,
-            "picture": digest,
+            "files": {suffix: hashlib.sha256(data).hexdigest() for suffix, data in self.files.items()},
         } | self.more
 
 
@@ -166,15 +201,18 @@ class Checker:
             self.sizes = limits.sizes or (own,)
         self.own = own
 
-    def __call__(self, fields: Mapping[str, Any], picture: bytes | None, more: dict[str, Any] | None = None) -> Asked:
+    def __call__(
+        self, fields: Mapping[str, Any], files: Mapping[str, bytes] | None = None, more: dict[str, Any] | None = None
+    ) -> Asked:
         """Raises ApiError 400 with the line that the command line has for it."""
         try:
-            return self._check(fields, picture, more or {})
+            return self._check(fields, files or {}, more or {})
         except ReducioError as error:
             raise bad_request(str(error)) from error
 
-    def _check(self, fields: Mapping[str, Any], picture: bytes | None, more: dict[str, Any]) -> Asked:
-        known = (*self.fields, *WIRE)
+    def _check(self, fields: Mapping[str, Any], files: Mapping[str, bytes], more: dict[str, Any]) -> Asked:
+        picture, motion = files.get(PICTURE), files.get(MOTION)
+        known = (*self.fields, *WIRE, *OWN)
         if unknown := sorted(str(name) for name in fields if name not in known):
             raise ReducioError(f"{unknown[0][:60]}: no field of a clip; known are {', '.join(known)}")
         if (model := fields.get("model")) not in (None, "", self.name):
@@ -189,17 +227,28 @@ class Checker:
             call["seed"] = random.SystemRandom().randrange(MAX_DRAWN_SEED)
         if height is not None:
             call |= {"height": height, "width": width}
-        image = None if picture is None else open_picture(picture)
+        if (factor := fields.get("interpolate")) not in (None, ""):
+            more = more | {"interpolate": check_factor(_whole("interpolate", factor))}
+        given: dict[str, Any] = {} if picture is None else {"image": open_picture(picture)}
+        if "preview_every" in call:
+            given["callback_on_step_end"] = _no_callback  # stands for the worker's own, which sends the frames
+        if motion is not None and not hasattr(self.pipeline, "encode_motion"):
+            raise ReducioError(f"motion_reference: {self.name} takes no motion of another clip")
         if self.pipeline is not None:
-            request = self.pipeline.check_inputs(**call, **({} if image is None else {"image": image}))
+            request = self.pipeline.check_inputs(**call, **given)
             height, width = request.height, request.width
+            if motion is not None:
+                config = self.pipeline.vae.config
+                check_motion(motion, config.num_frames)
+                size = {"height": height, "width": width}
+                self.pipeline.check_inputs(**call | size, **given, motion_latents=_blank(config, height, width))
             if (height, width) not in self.sizes:
                 self._refuse_size(f"{width}x{height}")
         call |= {"height": height, "width": width}
         seconds = str(fields.get("seconds") or self.seconds)
         if seconds not in (self.seconds, f"{self.seconds}.0"):
             raise ReducioError(f"seconds: {_brief(seconds)} asked for, this model makes clips of {self.seconds}")
-        return Asked(call, f"{width}x{height}", self.name, self.seconds, drawn, picture, more)
+        return Asked(call, f"{width}x{height}", self.name, self.seconds, drawn, files, more)
 
     def _check_limits(self, call: dict[str, Any]) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -257,16 +306,60 @@ def open_picture(data: bytes) -> Image.Image:
     return Image.fromarray(read_image(image))
 
 
-def picture_of_url(value: Any) -> bytes:
+def _no_callback(*_: Any) -> None:
+    """Never called: a check runs no step."""
+
+
+def check_motion(data: bytes, num_frames: int) -> None:
+    """Raises ReducioError for bytes that are no clip of so many frames, and for frames of too many pixels."""
+    with motion_file(data) as path, contextlib.closing(ffmpeg.frames(path)) as frames:
+        count = 0
+        try:
+            for count, (frame, _) in enumerate(frames, start=1):
+                height, width = frame.shape[:2]
+                if height * width > MAX_MOTION_PIXELS:
+                    most = f"{MAX_MOTION_PIXELS / 1e6:.1f} million pixels are the most"
+                    raise ReducioError(f"motion_reference: has frames of {width}x{height}, {most}")
+                if count == num_frames:
+                    return
+        except ReducioError as error:
+            if str(error).startswith("motion_reference"):
+                raise
+            raise ReducioError("motion_reference: cannot be read: it is no video that is known") from error
+    raise ReducioError(f"motion_reference: has {count} frames; the model takes {num_frames}")
+
+
+@contextlib.contextmanager
+def motion_file(data: bytes) -> Iterator[Path]:
+    """The clip as a file, which ffmpeg needs to find its index."""
+    with tempfile.TemporaryDirectory(prefix="reducio-serve-") as folder:
+        path = Path(folder) / "motion"
+        path.write_bytes(data)
+        yield path
+
+
+def _blank(config: Any, height: int, width: int) -> Any:
+    """Stands for the motion latents of a clip, for checks."""
+    import torch
+
+    return torch.zeros(config.latent_shape(height, width))
+
+
+# Fields that are files, or `data:` URLs of a kind.
+UPLOADS = {"input_reference": (PICTURE, "image"), "motion_reference": (MOTION, "video")}
+
+
+def file_of_url(name: str, value: Any) -> bytes:
     """The bytes of a `data:` URL, given as text or as {"image_url": text}. Nothing is fetched from anywhere."""
-    url = value.get("image_url") if isinstance(value, dict) else value
-    match = re.fullmatch(r"data:image/[\w.+-]+;base64,(.*)", url, re.DOTALL) if isinstance(url, str) else None
+    kind = UPLOADS[name][1]
+    url = value.get(f"{kind}_url") if isinstance(value, dict) else value
+    match = re.fullmatch(rf"data:{kind}/[\w.+-]+;base64,(.*)", url, re.DOTALL) if isinstance(url, str) else None
     if match is None:
-        raise bad_request("input_reference: must be a file or a data:image/...;base64, URL; nothing is fetched")
+        raise bad_request(f"{name}: must be a file or a data:{kind}/...;base64, URL; nothing is fetched")
     try:
         return base64.b64decode(match[1], validate=True)
     except (binascii.Error, ValueError):
-        raise bad_request("input_reference: is no base64") from None
+        raise bad_request(f"{name}: is no base64") from None
 
 
 def unfold(form: Mapping[str, Any]) -> dict[str, Any]:

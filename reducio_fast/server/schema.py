@@ -119,15 +119,25 @@ _FIELDS: dict[str, Any] = {
     "num_inference_steps": {"type": "integer", "minimum": 1},
     "guidance_scale": {"type": "number", "minimum": 0},
     "content_kwargs": {"type": "object", "description": "of the first stage, such as num_inference_steps"},
+    "quality": {"type": "string", "description": "exact, balanced or draft"},
+    "num_frames": {"type": "integer", "minimum": 1, "description": "more than the model's: clips that continue"},
+    "direction": {"type": "string", "description": "of long clips: forward or both"},
+    "loop": {"type": "boolean", "description": "the last frame meets the first"},
+    "motion_strength": {"type": "number", "minimum": 0, "maximum": 4},
+    "keep_content": {"type": "boolean", "description": "the content frame's own pixels where nothing moves"},
+    "preview_every": {"type": "integer", "minimum": 1, "description": "steps between events with a preview"},
+    "interpolate": {"type": "integer", "enum": [2, 4], "description": "times the frame rate"},
 }
 
 
 def _body(required: list[str], file: bool) -> dict[str, Any]:
-    upload = {"input_reference": {"type": "string", "format": "binary", "description": "the content frame"}}
-    url = {"input_reference": {"type": "string", "description": "the content frame as a data: URL"}}
+    texts = {"input_reference": "the content frame", "motion_reference": "a clip whose motion this one takes"}
+    texts = texts if file else {"motion_reference": texts["motion_reference"]}
+    upload = {n: {"type": "string", "format": "binary", "description": text} for n, text in texts.items()}
+    url = {n: {"type": "string", "description": f"{text}, as a data: URL"} for n, text in texts.items()}
 
     def schema(more: dict[str, Any]) -> dict[str, Any]:
-        properties = _FIELDS | (more if file else {})
+        properties = _FIELDS | more
         return {"schema": {"type": "object", "properties": properties, "required": required}}
 
     content = {"multipart/form-data": schema(upload), "application/json": schema(url)}

@@ -8,7 +8,7 @@ import functools
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +68,8 @@ class LocalHome:
     def __init__(self, clips: Clips) -> None:
         self.clips = clips
 
-    def make(self, request: dict[str, Any], picture: bytes | None) -> AsyncIterator[Event]:
-        return self.clips.make(request, picture)
+    def make(self, request: dict[str, Any], given: Mapping[str, bytes]) -> AsyncIterator[Event]:
+        return self.clips.make(request, given)
 
 
 def serve(settings: Settings) -> tuple[str, Callable[[], None]]:

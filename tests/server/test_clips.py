@@ -12,7 +12,7 @@ from PIL import Image
 from reducio_fast.pipelines import registry
 from reducio_fast.server.clips import Clips
 from reducio_fast.server.errors import ApiError
-from reducio_fast.server.files import CLIP, CONTENT, SPRITESHEET, THUMBNAIL
+from reducio_fast.server.files import CLIP, CONTENT, PICTURE, SPRITESHEET, THUMBNAIL
 from reducio_fast.server.requests import Checker, Limits
 
 pytestmark = pytest.mark.slow
@@ -38,11 +38,11 @@ def picture(side: int = 64) -> bytes:
 
 
 def test_every_family_is_served(clips: Clips, checker: Checker) -> None:
-    asked = checker({"num_inference_steps": "3", "motion_bucket_id": "40", "seed": "5"}, picture())
+    asked = checker({"num_inference_steps": "3", "motion_bucket_id": "40", "seed": "5"}, {PICTURE: picture()})
     assert (asked.size, asked.call["motion_bucket_id"], asked.call["seed"]) == ("64x64", 40, 5)
 
     async def run() -> list[dict[str, Any]]:
-        return [event async for event in clips.make(asked.row(), asked.picture)]
+        return [event async for event in clips.make(asked.row(), asked.files)]
 
     *steps, last = asyncio.run(run())
     assert [e["step"] for e in steps if e["stage"] == "dit.step"] == [0, 1, 2, 3]
@@ -56,10 +56,10 @@ def test_every_family_is_served(clips: Clips, checker: Checker) -> None:
 
 
 def test_a_closed_clip_stops_at_its_step_and_the_next_one_is_made(clips: Clips, checker: Checker) -> None:
-    asked = checker({"num_inference_steps": 100, "seed": 1}, picture())
+    asked = checker({"num_inference_steps": 100, "seed": 1}, {PICTURE: picture()})
 
     async def run() -> tuple[int, list[dict[str, Any]]]:
-        making, seen = clips.make(asked.row(), asked.picture), 0
+        making, seen = clips.make(asked.row(), asked.files), 0
         async for event in making:
             seen = event["step"]
             if (event["stage"], seen) == ("dit.step", 2):
@@ -67,8 +67,8 @@ def test_a_closed_clip_stops_at_its_step_and_the_next_one_is_made(clips: Clips, 
         await making.aclose()
         assert clips.pipe.call is not None
         reached = clips.pipe.call.step
-        short = checker({"num_inference_steps": 2, "seed": 1}, picture())
-        return reached, [event async for event in clips.make(short.row(), short.picture)]
+        short = checker({"num_inference_steps": 2, "seed": 1}, {PICTURE: picture()})
+        return reached, [event async for event in clips.make(short.row(), short.files)]
 
     reached, events = asyncio.run(run())
     assert reached < 50 and "files" in events[-1]
@@ -77,11 +77,11 @@ def test_a_closed_clip_stops_at_its_step_and_the_next_one_is_made(clips: Clips, 
 def test_what_fails_is_told_in_one_line(clips: Clips, checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     def last(request: dict[str, Any]) -> dict[str, Any]:
         async def run() -> list[dict[str, Any]]:
-            return [event async for event in clips.make(request, picture())]
+            return [event async for event in clips.make(request, {PICTURE: picture()})]
 
         return asyncio.run(run())[-1]["error"]
 
-    row = checker({"num_inference_steps": 2}, picture()).row()
+    row = checker({"num_inference_steps": 2}, {PICTURE: picture()}).row()
     wrong = row | {"call": row["call"] | {"image_fit": "none"}}
     assert last(wrong)["message"].startswith("image_fit: must be one of stretch, crop")
 
@@ -109,5 +109,5 @@ def test_what_fails_is_told_in_one_line(clips: Clips, checker: Checker, monkeypa
 )
 def test_wrong_fields(checker: Checker, fields: dict[str, Any], line: str) -> None:
     with pytest.raises(ApiError) as error:
-        checker(fields, picture())
+        checker(fields, {PICTURE: picture()})
     assert error.value.status == 400 and error.value.message.startswith(line)

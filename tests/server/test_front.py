@@ -7,7 +7,7 @@ import hashlib
 import io
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Workers:
         self.script: dict[str, list[str]] = {}
         self.ended: list[str] = []
 
-    async def make(self, request: dict[str, Any], picture: bytes | None) -> AsyncIterator[dict[str, Any]]:
+    async def make(self, request: dict[str, Any], given: Mapping[str, bytes]) -> AsyncIterator[dict[str, Any]]:
         prompt = request["call"]["prompt"]
         what = self.script.get(prompt, [])
         outcome = what.pop(0) if what else "made"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import signal
@@ -186,6 +187,20 @@ def test_events_tell_of_every_step(client: openai.OpenAI, server: ClipServer) ->
     progress = [v["progress"] for v in videos]
     assert progress == sorted(progress) and progress[-1] == 100
     assert (events[-1][0], videos[-1]["status"]) == ("event: completed", "completed")
+
+
+def test_previews_are_events(client: openai.OpenAI, server: ClipServer) -> None:
+    """And fields that are this server's own come through an unmodified client."""
+    own = {"num_inference_steps": 6, "preview_every": 3, "motion_strength": 0.5, "interpolate": 2}
+    video = client.videos.create(prompt=PROMPT, extra_body=own)
+    _, body = server.get(f"/v1/videos/{video.id}/events")
+    events = [event.split("\n") for event in body.decode().split("\n\n") if event.startswith("event: preview")]
+    shown = [json.loads(lines[1].removeprefix("data: ")) for lines in events]
+    assert [(event["id"], event["step"]) for event in shown] == [(video.id, 3), (video.id, 6)]
+    for event in shown:
+        picture = base64.b64decode(event["image"].removeprefix("data:image/webp;base64,"))
+        assert picture[:4] == b"RIFF" and picture[8:12] == b"WEBP"
+    assert client.videos.retrieve(video.id).model_extra["frames"] == 31
 
 
 def test_a_full_queue_is_429_and_what_was_accepted_is_made(client: openai.OpenAI) -> None:

@@ -153,9 +153,10 @@ class FirstStage:
         given = {"num_inference_steps", "timesteps", "sigmas"} & kwargs.keys()
         if steps is None or given or not isinstance(pipeline, Parts) and type(pipeline).__name__ not in PIPELINES:
             return kwargs
-        if "quadratic" not in known(pipeline.scheduler):
+        scheduler = getattr(pipeline, "scheduler", None)  # None where a call is checked without a model's weights
+        if scheduler is None or "quadratic" not in known(scheduler):
             return kwargs
-        _, timesteps = scheduled(pipeline.scheduler, "quadratic", steps)  # of the scheduler's own order
+        _, timesteps = scheduled(scheduler, "quadratic", steps)  # of the scheduler's own order
         return kwargs | {"num_inference_steps": steps, "timesteps": timesteps}
 
     def draw(
