@@ -2,8 +2,9 @@
 
 `generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline`, `SVDPipeline` and
 `SV3DPipeline` give access to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder
-alone, `accelerate` runs a loaded diffusers pipeline on the fast networks. `ReducioError` is raised for bad input, with
-a message of one line. All are loaded at first use: importing this package loads no torch.
+alone, `accelerate` runs a loaded diffusers pipeline on the fast networks, `parallelize` makes each clip by
+several processes. `ReducioError` is raised for bad input, with a message of one line. All are loaded at first use:
+importing this package loads no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .pipelines.accelerate import accelerate
     from .pipelines.generate import generate
+    from .pipelines.parallel import parallelize
     from .pipelines.reducio.diffusers_bridge import ReducioVAE
     from .pipelines.reducio.pipeline import ReducioPipeline
     from .pipelines.svd.orbit import SV3DPipeline
@@ -28,6 +30,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "generate",
+    "parallelize",
 ]
 
 _IN_PIPELINES = {
@@ -36,6 +39,7 @@ _IN_PIPELINES = {
     "SVDPipeline": "svd.pipeline",
     "accelerate": "accelerate",
     "generate": "generate",
+    "parallelize": "parallel",
 }
 
 # Not for users: the [library, class] entries of a model's index, which diffusers looks up in this package, and the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from ..checkpoints.layouts import REDUCIO, SVD
 from ..system.errors import ReducioError
 from . import options
-from .printing import Printed
+from .printing import NOTHING, Printed
 
 # Components that a folder, hub id or word can name.
 NAMED = {c.name: c.source for family in (SVD, REDUCIO) for c in family.components if c.source}
@@ -144,6 +145,8 @@ def run(arguments: argparse.Namespace) -> Printed:
         arguments.height, arguments.width = _size(arguments, picture)
     from ..pipelines import registry
     from ..pipelines.generate import generate
+    from ..pipelines.parallel import count_processes
+    from ..system.devices import resolve_device
 
     fps = arguments.fps or registry.find(arguments.model).fps
     check_output_path(
@@ -173,7 +176,13 @@ def run(arguments: argparse.Namespace) -> Printed:
     if arguments.preview_every is not None:
         kwargs["callback_on_step_end"] = Preview(out_path.with_name(f"{out_path.stem}-preview.png"))
     started = time.perf_counter()
-    out = generate(**{k: v for k, v in kwargs.items() if v is not None}, progress=arguments.progress)
+    processes = count_processes()
+    if processes > 1 and arguments.device in (None, "cuda") and resolve_device(arguments.device).type == "cuda":
+        kwargs["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    given = {k: v for k, v in kwargs.items() if v is not None}
+    out = generate(**given, progress=arguments.progress, parallel=processes > 1)
+    if processes > 1 and os.environ["RANK"] != "0":
+        return NOTHING  # all have the clip, the first one writes it
     if arguments.interpolate is not None:
         out = out.interpolated(arguments.interpolate)
     if arguments.grid:

@@ -11,6 +11,8 @@ from ..system.errors import ReducioError
 
 Printed = tuple[dict[str, Any], list[str]]  # a result for machines, the same as lines for people
 
+NOTHING: Printed = ({}, [])  # of a process that leaves printing to another
+
 
 class Failed(ReducioError):
     """A command that has a result to print and still fails: parity on red, for example."""
@@ -21,6 +23,8 @@ class Failed(ReducioError):
 
 
 def show(printed: Printed, as_json: bool) -> None:
+    if printed is NOTHING:
+        return
     result, lines = printed
     print(json.dumps(finite(result), indent=2, allow_nan=False) if as_json else "\n".join(lines))
     sys.stdout.flush()  # here a full disk or a closed pipe is seen, and a program that reads the line has it at once

@@ -55,6 +55,7 @@ class Engine:
         self.regions = Regions(store=store) if compile else None
         self.attention = "auto"  # of `plan.ATTENTION`
         self.free_dtype = False
+        self.ranks: Any = None  # of `fast.parallel`: processes that make each clip together
         self._twins: dict[type[nn.Module], _Packed] = {}  # by class of network
         self._looks = threading.local()  # `.seen`: classes whose contents were compared in this thread's `one_look`
 
@@ -91,9 +92,17 @@ class Engine:
         twin = self._build(network, Plan(runs_on, dtype, attention=self.attention), dtype)
         if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
             twin.graphs = self.graphs
+        if self.ranks is not None and hasattr(twin, "ranks"):
+            twin.ranks = self.ranks
         connect(twin, self.regions if runs_on.type == "cuda" or twin.compiled_on_cpu else None)
         self._twins[network_class] = _Packed(places, contents, twin)
         return twin
+
+    def divide(self, ranks: Any) -> None:
+        """From now on the twins that can make each clip together with other processes do."""
+        self.ranks = ranks
+        self.graphs.reset()
+        self._twins.clear()
 
     @contextmanager
     def one_look(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from ..system import devices
 from ..system.errors import ReducioError
 from . import registry
 from .call.output import ReducioOutput
+from .parallel import parallelize
 from .reducio import light
 
 KEPT_PIPELINES = 2  # enough to compare two models; at full size a third would fill most hosts
@@ -28,6 +29,7 @@ def generate(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    parallel: bool = False,
     **kwargs: Any,
 ) -> ReducioOutput:
     """Make a clip in one line: `generate("a red circle moving right on a black background").save("clip.mp4")`.
@@ -36,7 +38,7 @@ def generate(
     another image-to-video model by name ("svd", "svd-tiny", "ltx", "wan"; "svd" and folders of it take an image). The
     loaded model is kept, so a second call starts at once, until the files of its folder change. Components and settings
     by name (`text_to_image=`, `compile=` ...) are those of the family's `from_pretrained`, all other arguments those of
-    a call.
+    a call. parallel: make the clip by all processes that torchrun has started, as `parallelize` does.
     """
     device = devices.resolve_device(device)
     resolved = devices.resolve_dtype(dtype, None, device)
@@ -58,6 +60,8 @@ def generate(
         pipe = _light(key, files, lambda: read(resolved, device, asked is None))
     if pipe is None:
         pipe = _kept(key, files, lambda: model_entry.load(asked, device, backend, **load_kwargs))
+    if parallel and getattr(getattr(pipe, "executor", None), "ranks", None) is None:
+        parallelize(pipe)
     return pipe(prompt=prompt, image=image, **kwargs)
 
 

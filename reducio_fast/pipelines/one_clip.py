@@ -101,7 +101,8 @@ def decode_clip(
     request = call.request
     call.undecoded.append((latent, frame))
     try:
-        with call.at(pipe.executor.stage, call.timings, "vae.decode"), cancellable(call.decoding_check()):
+        stage = call.at(pipe.executor.stage, call.timings, "vae.decode")
+        with stage, pipe.executor.together(), cancellable(call.decoding_check()):
             return as_frames(pipe.finished(latent, frame, request, output_type, decoding), output_type)
     except Exception as error:
         if not is_out_of_memory(error):

@@ -20,7 +20,7 @@ from ..memory.forecast import Forecast
 from ..system import torch_state
 from ..system.deadline import Outcome
 from ..system.errors import ReducioError
-from . import long_clip, one_clip
+from . import long_clip, one_clip, parallel
 from .call.output import ReducioOutput
 from .call.request import ClipRequest, Request, SamplingInputs
 from .call.state import CallState, Stage
@@ -108,6 +108,8 @@ class VideoPipeline:
         """Work of a call, during which calls of other threads wait."""
         with torch_state.inference(), self.executor.exclusive():
             self._prepare(call.request)
+            if self.executor.ranks is not None:
+                parallel.agree(self.executor.ranks, call.request)
             self.call = call
             yield
 

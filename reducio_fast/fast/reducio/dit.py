@@ -32,6 +32,7 @@ from ...reference.reducio.dit import NORM_EPS, Attention, DiTBlock, Grid, JointC
 from ...reference.sampler import Denoiser, Guided
 from ...triton_kernels import attention
 from ..packed_layers import frozen
+from ..parallel import Lanes, Ranks
 from ..plan import Plan
 from ..sampler import BlockCache
 
@@ -48,11 +49,11 @@ class Prepared(NamedTuple):
     def batch(self) -> int:
         return len(self.keys_values[0][0])
 
-    def second_half(self) -> Prepared:
-        """Views of the conditional half of guidance."""
-        half = self.batch // 2
-        keys_values = [(k[half:], v[half:]) for k, v in self.keys_values]
-        return Prepared(keys_values, None if self.key_count is None else self.key_count[half:])
+    def half(self, number: int) -> Prepared:
+        """Views of a half of guidance: 0 the unconditional one, 1 that of the condition."""
+        items = slice(self.batch // 2) if number == 0 else slice(self.batch // 2, None)
+        keys_values = [(k[items], v[items]) for k, v in self.keys_values]
+        return Prepared(keys_values, None if self.key_count is None else self.key_count[items])
 
 
 class Modulation(NamedTuple):
@@ -104,7 +105,7 @@ class FastDenoiser:
 
     def conditional(self, inputs: StepInputs) -> StepInputs:
         """Of a step with both halves of guidance, what predicts with the condition alone."""
-        return inputs[0], inputs[1].second_half() if self.guidance_scale > 1 else inputs[1]
+        return inputs[0], inputs[1].half(1) if self.guidance_scale > 1 else inputs[1]
 
     def predict(self, latent: Tensor, inputs: StepInputs) -> Tensor:
         return self.model.denoise(latent, *inputs)
@@ -129,8 +130,35 @@ class FastDenoiser:
         return Guided(functools.partial(prediction, alone=False), conditional, self.guidance_scale)
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class DividedDenoiser(FastDenoiser):
+    """The same by several processes: halves of guidance, and of each half tokens and heads. Its steps run without
+    graphs, which cannot hold every backend's exchanges."""
+
+    @property
+    def graphs(self) -> None:
+        return None
+
+    def bare(self) -> DividedDenoiser:
+        return self
+
+    def predict(self, latent: Tensor, inputs: StepInputs) -> Tensor:
+        model, (modulation, prepared) = self.model, inputs
+        assert model.ranks is not None
+        halves = 1 if prepared.batch == len(latent) else 2
+
+        def predict(half: int, lanes: Lanes | None) -> Tensor:
+            own = prepared if halves == 1 else prepared.half(half)
+            return model.denoise(latent, modulation, own, lanes=lanes)
+
+        tokens = math.prod(model.grid(latent.shape[2:])) if model.sizes.attention == "3d" else 1
+        return model.ranks.predict(predict, halves, tokens, latent.to(model.dtype))
+
+
 class FastSelfAttention(nn.Module):
     """Query, key and value from one product [D, 3D]; the kernel reads them in place."""
+
+    lanes: Lanes | None = None  # with which the tokens are shared
 
     def __init__(self, attention: Attention, plan: Plan, path: str) -> None:
         super().__init__()
@@ -144,6 +172,9 @@ class FastSelfAttention(nn.Module):
 
     def forward(self, y_BLD: Tensor) -> Tensor:
         q, k, v = F.linear(y_BLD, self.qkv_weight, self.qkv_bias).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        if self.lanes is not None:
+            q, k, v = (self.lanes.to_heads(x) for x in (q, k, v))
+            return self.to_out(self.lanes.to_tokens(self.attend(q, k, v)).flatten(2))
         return self.to_out(self.attend(q, k, v).flatten(2))
 
 
@@ -314,24 +345,40 @@ class FastTransformer(Regional):
 
     @torch.no_grad()
     def denoise(
-        self, latent: Tensor, modulation: Modulation, prepared: Prepared, cache: BlockCache | None = None
+        self,
+        latent: Tensor,
+        modulation: Modulation,
+        prepared: Prepared,
+        cache: BlockCache | None = None,
+        lanes: Lanes | None = None,
     ) -> Tensor:
         """One prediction. latent [B, C, T, H, W], or half of `prepared`'s batch: then both halves of guidance, the
-        unconditional first, are predicted from the one latent. Returns [prepared.batch, latent_channels, T, H, W]."""
-        x, y, grid = self.run_blocks(latent, modulation, prepared, cache)
-        return self.conditioner[0].unpatchify(F.linear(y, self.out_weight, self.out_bias), grid)
+        unconditional first, are predicted from the one latent. Returns [prepared.batch, latent_channels, T, H, W].
+        lanes: processes that share its tokens."""
+        x, y, grid = self.run_blocks(latent, modulation, prepared, cache, lanes)
+        out = F.linear(y, self.out_weight, self.out_bias)
+        return self.conditioner[0].unpatchify(out if lanes is None else lanes.all_tokens(out), grid)
 
     def run_blocks(
-        self, latent: Tensor, modulation: Modulation, prepared: Prepared, cache: BlockCache | None = None
+        self,
+        latent: Tensor,
+        modulation: Modulation,
+        prepared: Prepared,
+        cache: BlockCache | None = None,
+        lanes: Lanes | None = None,
     ) -> tuple[Tensor, Tensor, Grid]:
         """The residual stream after all blocks, its norm modulated for the final layer, both [B, L, D], and the grid of
         patches."""
         grid, blocks_M6D, (shift, scale) = self.grid(latent.shape[2:]), modulation.blocks[0], modulation.final[0]
         x = self.tokens(latent, modulation.position)
+        x = x if lanes is None else lanes.own(x)
         if self.regions is not None and len(x) != prepared.batch:
             x = torch.cat([x, x])  # one shape for all blocks to compile: half a self-attention of all more, if that
         y = self.first_norm(x, _rows(blocks_M6D[0, 0], len(x)), _rows(blocks_M6D[0, 1], len(x)), NORM_EPS)
         last = len(self.transformer_blocks) - 1
+        for block in self.transformer_blocks:
+            if block.attn1.lanes is not lanes:
+                block.attn1.lanes = lanes
         before = after_first = x
         for i, block in enumerate(self.transformer_blocks):
             if cache is not None and i == 1:
@@ -367,6 +414,7 @@ class FastReducioDiT(FastTransformer):
     """
 
     graph_names = ("dit.step",)
+    ranks: Ranks | None = None  # processes that make each clip together
 
     def __init__(self, model: ReducioDiT, plan: Plan) -> None:
         super().__init__(model, model.config, plan)
@@ -401,7 +449,10 @@ class FastReducioDiT(FastTransformer):
         if guidance_scale > 1:
             cond = join(cond.without_text(self.null_text) if uncond is None else uncond, cond)
         prepared = self.prepare(cond.text, cond.text_mask, cond.semantic, cond.content)
-        return self.lent(FastDenoiser(self, prepared, guidance_scale, clip=_shared("clip", cond.clip)))
+        clip = _shared("clip", cond.clip)
+        if self.ranks is not None:
+            return DividedDenoiser(self, prepared, guidance_scale, clip=clip)
+        return self.lent(FastDenoiser(self, prepared, guidance_scale, clip=clip))
 
     @torch.no_grad()
     def prepare(

@@ -16,7 +16,7 @@ Legend: N clips, T frames, H W rows and columns, C channels, L tokens (T*H*W), S
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from ..packed_layers import (
     pad,
     padding_of,
 )
+from ..parallel import Ranks
 from ..plan import Plan
 
 Features = list[Tensor]  # as in the reference, but [N, 1, H, W, C]
@@ -348,6 +349,7 @@ class FastReducioVAE(nn.Module):
         # Raised where the memory forecast finds room for more tiles. On a CPU one is best: a tile alone keeps every
         # core busy, and its activations closer.
         self.tile_batch = 1
+        self.ranks: Ranks | None = None  # processes that decode each clip together
 
     @property
     def dtype(self) -> torch.dtype:
@@ -429,11 +431,28 @@ class FastReducioVAE(nn.Module):
         return fn(*args) if self.graphs is None else self.graphs(name, fn, *args, keep=keep)
 
     def _decode_tiles(self, latents: list[Tensor], features: list[Features]) -> list[Tensor]:
+        """Every tile; with `ranks` each process decodes some of them."""
+
+        def decode(numbers: Sequence[int]) -> dict[int, Tensor]:
+            return self._decode_batches(latents, features, numbers)
+
+        def room(number: int) -> Tensor:
+            (B, _, _, h, w), cell = latents[number].shape, self.config.spatial_factor
+            return latents[number].new_empty((B, self.config.num_frames, h * cell, w * cell, 3), dtype=self.dtype)
+
+        if self.ranks is not None:
+            return self.ranks.pieces([z.shape[-2] * z.shape[-1] for z in latents], decode, room)
+        decoded = decode(range(len(latents)))
+        return [decoded[i] for i in range(len(latents))]
+
+    def _decode_batches(
+        self, latents: list[Tensor], features: list[Features], numbers: Sequence[int]
+    ) -> dict[int, Tensor]:
         """Tiles of one shape as one batch of at most `tile_batch`; items do not see each other."""
         shapes: dict[tuple[Any, ...], list[int]] = {}
-        for i, (z, pyramid) in enumerate(zip(latents, features, strict=True)):
-            shapes.setdefault((tuple(z.shape), *(tuple(f.shape) for f in pyramid)), []).append(i)
-        decoded: list[Tensor | None] = [None] * len(latents)
+        for i in numbers:
+            shapes.setdefault((tuple(latents[i].shape), *(tuple(f.shape) for f in features[i])), []).append(i)
+        decoded: dict[int, Tensor] = {}
         for members in shapes.values():
             B = len(latents[0])
             for start in range(0, len(members), self.tile_batch):

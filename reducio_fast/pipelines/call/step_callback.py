@@ -29,6 +29,16 @@ class StepCallback:
         self.error: Exception | None = None  # raised by the user's own code, which passes on unchanged
 
     def __call__(self, step: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
+        ranks = self.pipeline.executor.ranks
+        if ranks is None:
+            return self.after_step(step, timestep, latent)
+        try:
+            return ranks.led(lambda: self.after_step(step, timestep, latent), latent)
+        except StopSampling:
+            self.call.interrupted = True
+            raise
+
+    def after_step(self, step: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
         self.call.progress.update()
         self.call.timestep = timestep
         self.call.tell(self.call.stage, step + 1)

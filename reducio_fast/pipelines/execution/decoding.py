@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -101,7 +102,10 @@ class TiledDecoder:
         tries again in ways that need less; the error is raised where none is left.
         """
         failure: BaseException | None = None
-        for way in self.ways(decoding or self.default(*frame.shape[:2])):
+        ways = self.ways(decoding or self.default(*frame.shape[:2]))
+        if self.executor.ranks is not None:
+            ways = itertools.islice(ways, 1)  # one of several processes must not try again alone
+        for way in ways:
             if failure is not None:
                 LOG.warning("vae.decode: out of memory, trying again %s", way)
             try:

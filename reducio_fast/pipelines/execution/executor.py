@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class Executor:
         _executors.add(self)
         self.warned_sizes: set[tuple[int, int]] = set()
         self.offload: Offload | None = None
+        self.ranks: Any = None  # of `fast.parallel`: processes that make each clip together
         self._placed: dict[int, Any] = {}  # id of a network -> its implementation, while offloading has moved weights
         self._plain = PlainEngine()
         self.engine: Any = self._plain if engine is None else engine
@@ -168,6 +169,8 @@ class Executor:
         name = self.components.layout.denoiser
         if self.backend_of(name) != "fast":
             return self._line(name)
+        if self.ranks is not None:
+            return "several processes make the clip, which would have to agree on each step's cache"
         return None if self._unfollowed is None else f"scheduler: {self._unfollowed}"
 
     def _line(self, name: str) -> str:
@@ -288,7 +291,8 @@ class Executor:
 
     def describe(self) -> dict[str, Any]:
         """See `VideoPipeline.describe`."""
-        return {"backend": self.backend} | self.engine.describe()
+        processes = {} if self.ranks is None else {"processes": self.ranks.size}
+        return {"backend": self.backend} | processes | self.engine.describe()
 
     def warn_of_compiling(self, height: int, width: int, usual: bool) -> None:
         """Warn once per size that is not `usual` and not an aspect bucket: it is compiled for this size alone."""
@@ -298,6 +302,10 @@ class Executor:
             LOG.warning("compile: %dx%d is in no bucket, its blocks are compiled for this size alone", height, width)
 
     # ---- while it runs ----
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around work that each of several processes does by itself: all of them leave it, or all raise."""
+        return nullcontext() if self.ranks is None else self.ranks.together()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -92,7 +92,10 @@ class Fitter:
     def settle(self, height: int, width: int) -> Decoding:
         """Choose how clips of this size are made from now on, start offloading where that is part of it, and return
         how they are decoded. ReducioError where they cannot be made."""
-        fit = self.fit(height, width)
+        with self.executor.together():
+            fit = self.fit(height, width)
+        if self.executor.ranks is not None:  # as rank 0 has room: tiles of all processes must be the same
+            fit = self.executor.ranks.told(fit)
         if fit.offload and self.executor.offload is None:
             LOG.warning("memory: weights are offloaded to the CPU between stages, all at once do not fit")
             self.executor.start_offload(None, self.parts.device)

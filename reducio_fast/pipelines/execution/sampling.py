@@ -49,7 +49,8 @@ class Sampler:
         try:
             denoise = network.denoiser(cond, uncond, guidance_scale)
             given = (denoise, scheduler, noise, num_inference_steps, callback, generator)
-            return self.executor.sample(*given, sigmas, timesteps, shortcuts, data_hook)
+            latent = self.executor.sample(*given, sigmas, timesteps, shortcuts, data_hook)
+            return latent if self.executor.ranks is None else self.executor.ranks.same(latent)
         except ReducioError:
             raise
         except (ValueError, ZeroDivisionError) as error:

@@ -113,8 +113,10 @@ class ReducioPipeline(VideoPipeline):
         # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed is the
         # same with and without latents, and the noise the same with and without an image.
         noise = initial_latent((1, *request.latent_shape), [clip.generator])
-        with stage(call.timings, "content.generate"):
+        with stage(call.timings, "content.generate"), self.executor.together():
             frame = self.content(clip, request, not call.progress.disable, call.content_step)
+        if frame is not None and self.executor.ranks is not None:
+            frame = self.executor.ranks.told(frame)
         if clip.motion is not None:
             return SamplingInputs(frame, noise, None)
         cond = self.conditioner(clip, frame, call.timings, request.clip_condition)
