@@ -23,13 +23,13 @@ from . import schema
 from .clips import Event
 from .dispatcher import Dispatcher
 from .errors import ApiError, bad_request
-from .files import CLIP, CONTENT, PICTURE, SPRITESHEET, THUMBNAIL, JobFiles
+from .files import CLIP, CONTENT, LATENTS, PICTURE, SPRITESHEET, THUMBNAIL, JobFiles
 from .jobs import COMPLETED, FAILED, RUNNING, Job, KeyReused, QueueFull, Store, new_id
 from .keys import Keys
 from .requests import UPLOADS, Asked, Checker, Limits, file_of_url, unfold
 
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
-            "spritesheet": (SPRITESHEET, "image/jpeg")}  # fmt: skip
+            "spritesheet": (SPRITESHEET, "image/jpeg"), "latents": (LATENTS, "application/octet-stream")}  # fmt: skip
 # A client that polls is answered when something has changed, and asked to come again at once: else it would learn of
 # the end of its clip half a second late on average. Proxies cut what is silent for a minute.
 HOLD_SECONDS, POLL_AGAIN_MS = 20.0, 20
@@ -229,13 +229,15 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
     async def content(
         video_id: str = an_id,
         owner: str = owned,
-        variant: str = Query("video", pattern="^(video|thumbnail|spritesheet)$"),
+        variant: str = Query("video", pattern="^(video|thumbnail|spritesheet|latents)$"),
     ) -> Any:
-        """The clip as .mp4, or a picture of it."""
+        """The clip as .mp4, or a picture of it; of a job that ran out of memory in its decode the latents, which
+        `reducio-fast decode` finishes."""
         job = service().find(video_id, owner)
         suffix, media_type = VARIANTS[variant]
         path = service().files.path(job.id, suffix)
-        if job.status != COMPLETED or not path.is_file():  # not 409: clients repeat that by themselves
+        ready = FAILED if variant == "latents" else COMPLETED
+        if job.status != ready or not path.is_file():  # not 409: clients repeat that by themselves
             raise ApiError(404, f"the video is {job.status}", "video_id", "video_not_ready")
         return FileResponse(path, media_type=media_type, filename=f"{job.id}{suffix}")
 

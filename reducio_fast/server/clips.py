@@ -81,8 +81,9 @@ class Clips:
 
         Events: {"stage", "step", "percent"} as the clip goes on, the first one when it begins, with a "preview" (WebP)
         in the steps that ask for one; then one of {"files": bytes by suffix, "result": {...}} or {"error": {"code",
-        "message"}}. Closing the generator, or cancelling its
-        task, ends the clip at its next step or tile; when that returns the clip has stopped.
+        "message"}}, with "latents", a file for `reducio-fast decode`, where a decode ran out of memory. Closing the
+        generator, or cancelling its task, ends the clip at its next step or tile; when that returns the clip has
+        stopped.
         """
         loop, events, stop = asyncio.get_running_loop(), asyncio.Queue[Event | None](), threading.Event()
         self._turn = self._turn or asyncio.Lock()
@@ -90,8 +91,9 @@ class Clips:
         def tell(event: Event | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
+        latents: list[bytes] = []
         async with self._turn:
-            work = loop.run_in_executor(self._maker, self._clip, request, given, stop, tell)
+            work = loop.run_in_executor(self._maker, self._clip, request, given, stop, tell, latents)
             work.add_done_callback(lambda done: events.put_nowait(None))
             try:
                 while (event := await events.get()) is not None:
@@ -100,7 +102,7 @@ class Clips:
                 stop.set()
                 await _settled(work)
         if (failure := work.exception()) is not None:
-            yield {"error": self._told(failure)}
+            yield {"error": self._told(failure)} | ({"latents": latents[-1]} if latents else {})
             return
         output, peak, seconds = work.result()
         yield {"stage": "video.write", "step": 0, "percent": ENCODING}
@@ -117,7 +119,9 @@ class Clips:
         given: Mapping[str, bytes],
         stop: threading.Event,
         tell: Callable[[Event], None],
+        latents: list[bytes],
     ) -> tuple[Any, int, float]:
+        """The clip, its peak memory and its seconds. latents: where those go that could not be decoded."""
         from .requests import motion_file, open_picture
 
         start = time.perf_counter()
@@ -158,7 +162,8 @@ class Clips:
         finally:
             if own:
                 self.pipe.listener = None
-            for left in Path(self._rescue.name).iterdir():  # of a decode without memory: the caller makes it again
+            for left in Path(self._rescue.name).iterdir():  # of a decode without memory
+                latents.append(left.read_bytes())
                 left.unlink(missing_ok=True)
             _give_back_memory()
         return output, self._peak_bytes(), time.perf_counter() - start

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .clips import ENCODING, Event
-from .files import MOTION, PICTURE, JobFiles
+from .files import LATENTS, MOTION, PICTURE, JobFiles
 from .jobs import COMPLETED, FAILED, QUEUED, RUNNING, Job, Store
 from .metrics import Metrics
 from .requests import Limits
@@ -36,9 +36,9 @@ class Home(Protocol):
 
 
 class _Failed(Exception):
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, latents: bytes | None = None) -> None:
         super().__init__(message)
-        self.code, self.message = code, message
+        self.code, self.message, self.latents = code, message, latents
 
 
 @dataclass(slots=True, eq=False)
@@ -118,7 +118,11 @@ class Dispatcher:
             elif work.ended_because != "deleted":
                 self.store.put_back(job.id, counts=False)
         except _Failed as error:
-            self.store.fail(job.id, error.code, error.message)
+            size = 0
+            if error.latents is not None:
+                with contextlib.suppress(OSError):  # a full disk: the job fails for its first reason
+                    size = await asyncio.to_thread(self.files.write, job.id, {LATENTS: error.latents})
+            self.store.fail(job.id, error.code, error.message, size)
             status = FAILED
         except WorkerLost as error:
             status = self.store.put_back(job.id) or ""
@@ -154,7 +158,7 @@ class Dispatcher:
                 if not work.begun:
                     self._begin(work)
                 if "error" in event:
-                    raise _Failed(event["error"]["code"], event["error"]["message"])
+                    raise _Failed(event["error"]["code"], event["error"]["message"], event.get("latents"))
                 if "files" in event:
                     return event
                 if "preview" in event:  # for those who watch now; nothing keeps it

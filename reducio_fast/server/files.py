@@ -15,6 +15,7 @@ from .jobs import COMPLETED, FAILED
 JOBS, LOCK = "jobs.sqlite3", "lock"
 # What a finished job has, by the end of its name: the clip, its content frame, two small pictures.
 CLIP, CONTENT, THUMBNAIL, SPRITESHEET = ".mp4", ".content.png", ".thumbnail.webp", ".spritesheet.jpg"
+LATENTS = ".latents.safetensors"  # of a failed job: what was sampled before the decode ran out of memory
 # As the caller sent them: the content frame, and a clip whose motion is wanted.
 PICTURE, MOTION = ".picture", ".motion"
 
@@ -71,7 +72,8 @@ class JobFiles:
             id, _, rest = path.name.partition(".")
             status = statuses.get(id)
             of_open_job = status not in (None, COMPLETED, FAILED) and f".{rest}" in (PICTURE, MOTION)
-            if status == COMPLETED or of_open_job:
+            rescued = status == FAILED and f".{rest}" == LATENTS
+            if status == COMPLETED or of_open_job or rescued:
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -188,14 +188,16 @@ class Store:
             size,
         )
 
-    def fail(self, id: str, code: str, message: str) -> None:
+    def fail(self, id: str, code: str, message: str, size: int = 0) -> None:
+        """A claimed job ended without a clip; `size`: bytes of what is kept of it."""
         self._change(
-            "status = 'failed', claimed = 0, completed_at = ?, error_code = ?, error_message = ?",
+            "status = 'failed', claimed = 0, completed_at = ?, error_code = ?, error_message = ?, bytes = ?",
             "claimed = 1",
             id,
             time.time(),
             code,
             message,
+            size,
         )
 
     def put_back(self, id: str, counts: bool = True) -> str | None:

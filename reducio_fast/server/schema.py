@@ -100,7 +100,9 @@ def _binary(*kinds: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"description": "Bytes", "content": dict.fromkeys(kinds, schema)}}
 
 
-CONTENT = _binary("video/mp4", "image/webp", "image/jpeg") | {206: {"description": "A range of them"}}
+CONTENT = _binary("video/mp4", "image/webp", "image/jpeg", "application/octet-stream") | {
+    206: {"description": "A range of them"}
+}
 CONTENT[416] = {"description": "A range that the file does not have"}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from reducio_fast.checkpoints import saved_latents
 from reducio_fast.pipelines import registry
 from reducio_fast.server.clips import Clips
 from reducio_fast.server.errors import ApiError
@@ -74,23 +76,30 @@ def test_a_closed_clip_stops_at_its_step_and_the_next_one_is_made(clips: Clips, 
     assert reached < 50 and "files" in events[-1]
 
 
-def test_what_fails_is_told_in_one_line(clips: Clips, checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def last(request: dict[str, Any]) -> dict[str, Any]:
+def test_what_fails_is_told_in_one_line(
+    clips: Clips, checker: Checker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ended(request: dict[str, Any]) -> dict[str, Any]:
         async def run() -> list[dict[str, Any]]:
             return [event async for event in clips.make(request, {PICTURE: picture()})]
 
-        return asyncio.run(run())[-1]["error"]
+        return asyncio.run(run())[-1]
 
     row = checker({"num_inference_steps": 2}, {PICTURE: picture()}).row()
     wrong = row | {"call": row["call"] | {"image_fit": "none"}}
-    assert last(wrong)["message"].startswith("image_fit: must be one of stretch, crop")
+    assert ended(wrong)["error"]["message"].startswith("image_fit: must be one of stretch, crop")
 
     def full(*arguments: Any, **kwargs: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr(type(clips.pipe.decoder), "__call__", full)
-    told = last(row)
-    assert told == {"code": "out_of_memory", "message": "vae.decode: out of memory at 64x64"}
+    event = ended(row)
+    assert event["error"] == {"code": "out_of_memory", "message": "vae.decode: out of memory at 64x64"}
+    (tmp_path / "kept.safetensors").write_bytes(event["latents"])
+    kept = saved_latents.load(tmp_path / "kept.safetensors")
+    monkeypatch.undo()
+    assert clips.pipe.decode(kept.latents[0]).shape == (4, 64, 64, 3)
+    assert not list(Path(clips._rescue.name).iterdir())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import hashlib
 import io
 import threading
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Workers:
             if outcome == "defect":
                 raise KeyError("a secret")
             if outcome == "error":
-                yield {"error": {"code": "out_of_memory", "message": "vae.decode: out of memory"}}
+                yield {"error": {"code": "out_of_memory", "message": "vae.decode: out of memory"}, "latents": b"kept"}
             else:
                 yield {"files": {".mp4": prompt.encode(), ".content.png": b"png"}, "result": RESULT}
         finally:
@@ -100,7 +101,7 @@ def client_of(url: str, key: str = "none") -> Any:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
 
 
-def test_what_becomes_of_a_job(front: Front) -> None:
+def test_what_becomes_of_a_job(front: Front, tmp_path: Path) -> None:
     url, workers, _ = front(limits=Limits(job_seconds=0.5))
     client = client_of(url)
     outcomes = {
@@ -118,6 +119,10 @@ def test_what_becomes_of_a_job(front: Front) -> None:
         assert (video.status, video.error and video.error.code, video.attempts) == (status, code, attempts), prompt
         assert "secret" not in video.model_dump_json()
     assert client.videos.download_content(ids["lost once"]).content == b"lost once"
+    with urllib.request.urlopen(f"{url}/v1/videos/{ids['no memory']}/content?variant=latents") as answer:
+        assert answer.read() == b"kept"  # what was sampled is not lost
+    client.videos.delete(ids["no memory"])
+    assert not [path for path in (tmp_path / "data" / "files").iterdir() if "latents" in path.name]
 
 
 def test_a_deleted_job_ends_and_leaves_nothing(front: Front, tmp_path: Path) -> None:
