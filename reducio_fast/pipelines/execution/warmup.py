@@ -80,12 +80,14 @@ def _clip(pipe: Any, height: int, width: int) -> Callable[[deadline.Check], None
             with torch_state.inference(), pipe.executor.lock, pipe.executor.placed("content.generate"):
                 frame = pipe.content.draw(PROMPT, "", height, width, generator, False, kwargs)
             check()
+        words: dict[str, Any] = {"prompt": PROMPT} if "text_encoder" in pipe.layout.names else {}
+        if (num_frames := getattr(pipe.vae.config, "num_frames", None)) is not None:
+            words["num_frames"] = num_frames
         pipe(
-            PROMPT,
-            frame,
+            **words,
+            image=frame,
             height=height,
             width=width,
-            num_frames=pipe.vae.config.num_frames,
             num_inference_steps=STEPS,
             progress=False,
             callback_on_step_end=lambda *_: check(),

@@ -65,3 +65,10 @@ def test_what_does_not_fit(pipe: SVDPipeline, picture: Any):
     ):
         with pytest.raises(ReducioError, match=message):
             pipe(picture, **SIZE, **words)
+
+
+def test_warm_up_makes_a_clip_of_the_model_s_own_size(fast: SVDPipeline):
+    """It names no prompt, which these weights do not read, and no number of frames."""
+    for sizes, size in ((None, (fast.sample_height, fast.sample_width)), ([(64, 128)], (64, 128))):
+        assert fast.warmup(sizes, progress=False).complete
+        assert fast.call is not None and (fast.call.request.height, fast.call.request.width) == size
