@@ -64,8 +64,8 @@ def test_a_step_of_svd_xt(work: dict[str, Any]) -> None:
     """25 frames of 576x1024, guided, float16. Bytes and kernels are still above what a twin with fused norms needs."""
     plain, fast = work["unet"], work["fast unet"]
     assert plain.flops == pytest.approx(159.9e12, rel=1e-3) and fast.flops <= 149.7e12
-    assert plain.moved == pytest.approx(691e9, rel=0.1) and fast.moved < 330e9
-    assert fast.kernels < 760 < plain.kernels
+    assert plain.moved == pytest.approx(691e9, rel=0.1) and fast.moved < 315e9
+    assert fast.kernels <= 675 < plain.kernels
 
 
 @pytest.mark.slow

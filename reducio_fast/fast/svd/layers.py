@@ -37,6 +37,7 @@ class Conv(nn.Module):
         self.stride, self.padding = conv.stride, conv.padding
 
     def forward(self, x_NHWC: Tensor, bias: Tensor | None = None) -> Tensor:
+        """bias: in place of its own."""
         bias = self.bias if bias is None else bias
         return as_frames(F.conv2d(as_images(x_NHWC), self.kernel, bias, self.stride, self.padding))
 
@@ -93,7 +94,7 @@ class TimeConv(nn.Module):
 
 
 class SpatialRes(nn.Module):
-    """A res block in space; `row` is its part of the time embedding, [C] or one a frame [N, C]."""
+    """A res block in space; `row` is its part of the time embedding with conv1's bias, [C] or one a frame [N, C]."""
 
     def __init__(self, block: Any, plan: Plan, path: str) -> None:
         super().__init__()
@@ -105,9 +106,9 @@ class SpatialRes(nn.Module):
 
     def forward(self, x_NHWC: Tensor, row: Tensor | None = None) -> Tensor:
         normed = self.norm1(x_NHWC[:, None])[:, 0]
-        h = self.conv1(normed, self.conv1.bias + row if row is not None and row.ndim == 1 else None)
+        h = self.conv1(normed, row if row is None or row.ndim == 1 else torch.zeros_like(self.conv1.bias))
         if row is not None and row.ndim == 2:
-            h = h + row[:, None, None]
+            h = h.add_(row[:, None, None])
         shortcut = x_NHWC
         if hasattr(self, "shortcut_weight"):
             shortcut = F.linear(x_NHWC, self.shortcut_weight, self.shortcut_bias)
@@ -124,11 +125,11 @@ class TemporalRes(nn.Module):
         self.conv2 = TimeConv(block.conv2, plan, f"{path}.conv2", 1 - spatial_share)
 
     def forward(self, x_BTHWC: Tensor, row: Tensor | None = None) -> Tensor:
-        """row: [C], or one a frame [B, T, C]."""
-        bias = self.conv1.bias + row if row is not None and row.ndim == 1 else None
+        """row: with conv1's bias, [C], or one a frame [B, T, C]."""
+        bias = row if row is None or row.ndim == 1 else torch.zeros_like(self.conv1.bias)
         h = self.conv1(self.norm1(x_BTHWC, 1, 1), bias)
         if row is not None and row.ndim == 3:
-            h = h + row[:, :, None, None]
+            h = h.add_(row[:, :, None, None])
         return self.conv2(self.norm2(h, 1, 1), residual=x_BTHWC)
 
     def streamed(self, frames: list[Tensor]) -> list[Tensor]:

@@ -40,7 +40,8 @@ class Told(NamedTuple):
 
     image [B, T, h, w, 4]: latents beside the noisy ones. added [B, n or T, n]: time ids. context: None, or tokens
     [B, S, E] or [B, T, S, E] for the general path. constants: of each cross-attention, spatial [B or B * T, 1, C] and
-    temporal [B, 1, 1, C] in turn; empty on the general path. positions: of the frames, [T, C] of each transformer.
+    temporal [B, 1, 1, C] in turn; empty on the general path. positions: of the frames, [blocks, T, C] of each
+    transformer.
     """
 
     image: Tensor
@@ -68,6 +69,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.geglu(x, self.proj.weight, self.proj.bias), self.weight, self.bias)
+
+    def add_to(self, stream: Tensor, x: Tensor) -> Tensor:
+        """Add what x gives to `stream`, in place and but for `bias`, which a later layer owes."""
+        hidden = self.geglu(x, self.proj.weight, self.proj.bias)
+        stream.view(-1, stream.shape[-1]).addmm_(hidden.flatten(0, -2), self.weight.t())
+        return stream
 
 
 class SelfAttention(nn.Module):
@@ -130,6 +137,8 @@ def _norm(x: Tensor, norm: Any) -> Tensor:
 
 
 class SpatialBlock(nn.Module):
+    """Without the bias of its feed-forward: the temporal block behind it has that."""
+
     def __init__(self, block: Any, plan: Plan, path: str) -> None:
         super().__init__()
         self.norm1, self.norm3 = block.norm1, block.norm3
@@ -141,13 +150,17 @@ class SpatialBlock(nn.Module):
         """Changes x in place."""
         x = self.attn1.add_to(x_NLC, _norm(x_NLC, self.norm1))
         x = x.add_(constant) if constant is not None else self.attn2.add_to(x, context)  # type: ignore[arg-type]
-        return self.ff(_norm(x, self.norm3)).add_(x)
+        return self.ff.add_to(x, _norm(x, self.norm3))
 
 
 class TemporalBlock(nn.Module):
-    """With the blend behind it: returns a * spatial + (1 - a) * block(spatial + position)."""
+    """With the blend behind it: a * spatial + (1 - a) * block(spatial + position), but for the constant `owed`.
 
-    def __init__(self, block: Any, share: Tensor, plan: Plan, path: str) -> None:
+    `before` is the bias that the spatial block left out. `position` brings it to the block; the blend's share of it
+    is part of what this block leaves out in turn.
+    """
+
+    def __init__(self, block: Any, before: Tensor, share: Tensor, plan: Plan, path: str) -> None:
         super().__init__()
         self.norm_in, self.norm1, self.norm3 = block.norm_in, block.norm1, block.norm3
         self.ff_in = FeedForward(block.ff_in, plan, f"{path}.ff_in")
@@ -155,10 +168,13 @@ class TemporalBlock(nn.Module):
         self.attn2 = CrossAttention(block.attn2, block.norm2, self.attn1.out.bias)
         self.ff = FeedForward(block.ff, plan, f"{path}.ff", 1 - share)
         self.share = frozen(share.to(block.norm3.weight.dtype))
+        self.before = before
+        self.owed = frozen((block.ff.net[2].bias * (1 - share) + before * share).to(before.dtype))
 
     def forward(
         self, spatial_BTLC: Tensor, position_TC: Tensor, constant: Tensor | None, context: Tensor | None
     ) -> Tensor:
+        """position_TC: of the frames, with `before`."""
         x = spatial_BTLC + position_TC[:, None]
         x = self.ff_in(_norm(x, self.norm_in)).add_(x)
         x = self.attn1.add_to(x, _norm(x, self.norm1))
@@ -170,8 +186,7 @@ class TemporalBlock(nn.Module):
             rows = x.transpose(1, 2).reshape(B * L, T, C)
             first = context[:, 0] if context.ndim == 4 else context
             x = self.attn2.add_to(rows, first.repeat_interleave(L, 0)).view(B, L, T, C).transpose(1, 2).contiguous()
-        y = self.ff(_norm(x, self.norm3))
-        return y.add_(torch.lerp(x, spatial_BTLC, self.share))
+        return self.ff.add_to(torch.lerp(x, spatial_BTLC, self.share), _norm(x, self.norm3))
 
 
 class Transformer(nn.Module):
@@ -185,24 +200,29 @@ class Transformer(nn.Module):
             for i, b in enumerate(transformer.transformer_blocks)
         )
         self.temporal = nn.ModuleList(
-            TemporalBlock(b, share, plan, f"{path}.temporal_transformer_blocks.{i}")
-            for i, b in enumerate(transformer.temporal_transformer_blocks)
+            TemporalBlock(b, space.ff.bias, share, plan, f"{path}.temporal_transformer_blocks.{i}")
+            for i, (space, b) in enumerate(zip(self.spatial, transformer.temporal_transformer_blocks, strict=True))
         )
+        # What the last block owes passes through the last product.
+        weight, bias = self.proj_out.weight, self.proj_out.bias
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        owed = weight.to(wide) @ self.temporal[-1].owed.to(wide)
+        self.bias_out = frozen((bias.to(wide) + owed).to(bias.dtype))
         self.time_pos_embed = transformer.time_pos_embed
 
     def position(self, frames: int) -> Tensor:
-        """[T, C]"""
+        """What each temporal block adds to its frames, [blocks, T, C]."""
         embed, weight = self.time_pos_embed, self.proj_in.weight
         wave = sinusoid(torch.arange(frames, device=weight.device), len(weight)).to(weight.dtype)
-        return embed.linear_2(F.silu(embed.linear_1(wave)))
+        position = embed.linear_2(F.silu(embed.linear_1(wave)))
+        return torch.stack([position + block.before for block in self.temporal])
 
     def crossings(self) -> list[tuple[CrossAttention, CrossAttention]]:
         return [(s.attn2, t.attn2) for s, t in zip(self.spatial, self.temporal, strict=True)]
 
-    def forward(
-        self, x_NHWC: Tensor, position_TC: Tensor, constants: Sequence[Tensor], context: Tensor | None
-    ) -> Tensor:
-        (N, H, W, C), frames = x_NHWC.shape, len(position_TC)
+    def forward(self, x_NHWC: Tensor, positions: Tensor, constants: Sequence[Tensor], context: Tensor | None) -> Tensor:
+        """positions: see `position`."""
+        (N, H, W, C), frames = x_NHWC.shape, positions.shape[1]
         x = F.linear(self.norm(x_NHWC[:, None]).view(N, H * W, C), self.proj_in.weight, self.proj_in.bias)
         per_frame = None
         if context is not None:
@@ -212,8 +232,10 @@ class Transformer(nn.Module):
             in_space, in_time = (constants[2 * index], constants[2 * index + 1]) if constants else (None, None)
             x = spatial(x, in_space, per_frame)
             clip = x.unflatten(0, (-1, frames))
-            x = temporal(clip, position_TC, in_time, context).flatten(0, 1)
-        return F.linear(x, self.proj_out.weight, self.proj_out.bias).view(x_NHWC.shape).add_(x_NHWC)
+            x = temporal(clip, positions[index], in_time, context).flatten(0, 1)
+            if index + 1 < len(self.temporal):
+                x = x.add_(temporal.owed)
+        return F.linear(x, self.proj_out.weight, self.bias_out).view(x_NHWC.shape).add_(x_NHWC)
 
 
 class Level(nn.Module):
@@ -254,13 +276,12 @@ class FastVideoUNet(Regional):
         self.conv_out = Conv(model.conv_out)
         self.time_embedding, self.add_embedding = model.time_embedding, model.add_embedding
         # Of every res block, in space and in time, what it makes of the time embedding: one product for all.
-        linears = [
-            getattr(block, name).time_emb_proj
-            for block in _res_blocks(model)
-            for name in ("spatial_res_block", "temporal_res_block")
+        halves = [
+            getattr(block, name) for block in _res_blocks(model) for name in ("spatial_res_block", "temporal_res_block")
         ]
+        linears = [half.time_emb_proj for half in halves]
         self.row_weight = frozen(torch.cat([linear.weight for linear in linears]))
-        self.row_bias = frozen(torch.cat([linear.bias for linear in linears]))
+        self.row_bias = frozen(torch.cat([half.time_emb_proj.bias + half.conv1.bias for half in halves]))
         self.row_sizes = [len(linear.weight) for linear in linears]
         self.step_update = plan.pick("sampler", "guidance_dpm_step")
         self.graphs: Graphs | None = None
@@ -298,8 +319,8 @@ class FastVideoUNet(Regional):
         return [t for level in levels for t in level.transformers]
 
     def rows(self, timesteps: Tensor, added: Tensor, batch: int, frames: int) -> list[list[Tensor]]:
-        """Of each step, what the time embedding adds in each res block: [C] where all frames of all clips are told the
-        same, else [batch * frames, C]."""
+        """Of each step, what the first convolution of each res block adds, its bias and the time embedding: [C] where
+        all frames of all clips are told the same, else [batch * frames, C]."""
         embed, config = self.time_embedding, self.config
         wave = sinusoid(timesteps, config.block_out_channels[0]).to(self.dtype)
         time = embed.linear_2(F.silu(embed.linear_1(wave)))  # [steps, E]

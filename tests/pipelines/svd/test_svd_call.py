@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import logging
 from pathlib import Path
@@ -171,6 +172,17 @@ def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Imag
         ({"max_guidance_scale": -1}, "guidance_scale: must be a finite number"),
         ({"fps": 0}, "fps: must be above 0"),
         ({"fps": "7"}, "fps: must be a finite number"),
+        ({"fps": True}, "fps: must be a finite number"),
+        ({"fps": -7}, "fps: must be a finite number of at least 0, is -7"),
+        ({"num_frames": 2.5}, "num_frames: must be a whole number of at least 1, is 2.5"),
+        ({"decode_chunk_size": 1.5}, "decode_chunk_size: must be a whole number"),
+        ({"height": 2**20}, "height: 1048576 is above the largest side"),
+        ({"image": "no-such.png"}, "no-such.png"),
+        ({"image": np.zeros((0, 8, 3), np.uint8)}, "image"),
+        ({"image": np.full((8, 8, 3), np.nan, np.float32)}, "image"),
+        ({"image": np.full((8, 8, 3), 7.0, np.float32)}, "image"),
+        ({"image": [[1, 2], [3, 4]]}, "image"),
+        ({"image": torch.full((3, 8, 8), 200.0)}, "image"),
         ({"motion_bucket_id": float("inf")}, "motion_bucket_id: must be a finite number"),
         ({"noise_aug_strength": -0.1}, "noise_aug_strength: must be a finite number"),
         ({"decode_chunk_size": 0}, "decode_chunk_size: must be a whole number"),
@@ -194,6 +206,18 @@ def test_what_was_not_trained_is_said(pipe: SVDPipeline, picture: Image.Image, c
     said = "\n".join(caplog.messages)
     assert "num_frames: 4, these weights were made for 25" in said
     assert "fps: 60, SVD was trained on 5 to 30" in said and "motion_bucket_id: 300" in said
+
+
+def test_a_warm_up_makes_a_clip_of_the_usual_size(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe = SVDPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend="fast")
+    pipe.sample_height, pipe.sample_width = 32, 64
+    pipe.unet.config = dataclasses.replace(pipe.unet.config, num_frames=3)
+    made, run = [], pipe.run
+    monkeypatch.setattr(pipe, "run", lambda request: made.append(run(request).frames.shape))
+    outcome = pipe.warmup(progress=False)
+    assert list(outcome.seconds) == ["32x64"] and outcome.complete and made == [(3, 32, 64, 3)]
+    with pytest.raises(ReducioError, match="height: 63"):
+        pipe.warmup([(63, 64)])
 
 
 def test_fast_networks_follow_changed_weights(theirs: Any, picture: Image.Image):
