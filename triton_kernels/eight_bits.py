@@ -58,10 +58,10 @@ def quantise(y, LIMIT: tl.constexpr, TYPE: tl.constexpr):
     """float32 to the nearest 8-bit number, even ones where two are as near; what is larger than all becomes the largest
     (a conversion alone would make NaN of it on some hardware). NaN stays NaN, which 8-bit integers do not have."""
     y = tl.where(y > LIMIT, LIMIT, tl.where(y < -LIMIT, -LIMIT, y))
-    if TYPE == tl.int8:
+    if TYPE.is_int():
         y = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: a float32 of that size has no digits after the point
     elif INTERPRETED:
-        y = round_to_e4m3(y, 0.001953125 if TYPE == tl.float8e4nv else 0.0009765625)  # 2^-9, 2^-10
+        y = round_to_e4m3(y, 0.001953125 if TYPE.is_fp8e4nv() else 0.0009765625)  # 2^-9, 2^-10
     return y.to(TYPE)
 
 

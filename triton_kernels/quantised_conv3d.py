@@ -1,10 +1,10 @@
-"""quantised_conv3d: y = scale * conv(x, w) + bias + residual over 8-bit x and w: `conv3d` at twice the rate of bfloat16.
+"""quantised_conv3d: y = scale * conv(x, w) + bias + residual over 8-bit x and w, whose products cost half bfloat16's.
 
 Twin: `conv3d` of the numbers that the 8-bit ones stand for.
 
 A weight has one scale an output channel, so it leaves the sum over inputs and is applied once, where the loop ends.
-The scale of an input channel is none of this kernel's business: the norm that writes x has divided by it, and the weight
-was multiplied by it before it was rounded (`pack`). Legend: N items, T frames, H height, W width, C channels in, K out.
+An input channel's scale needs no work here: the norm that writes x has divided by it, and the weight was multiplied by
+it before it was rounded (`pack`). Legend: N items, T frames, H height, W width, C channels in, K channels out.
 """
 
 from __future__ import annotations
@@ -171,9 +171,8 @@ def twin(
     back: int = 0,
     halo: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Each 8-bit number is one of float16's
-    and bfloat16's too, so nothing but the sums is rounded; the scale is the weight's, in float32, then rounded with it
-    in half precision, which oneDNN's float32 sums allow to leave for the end."""
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Sums, scale,
+    bias and residual are in float32 (float64 stays), rounded once."""
     wide = torch.promote_types(bias.dtype, torch.float32)
     y, _ = conv3d.twin(x_padded.to(wide), weight.to(wide))
     y = y * scale.to(wide) + bias.to(wide)
@@ -234,10 +233,10 @@ def pack(weight: Tensor, largest_C: Tensor, eight_bit: torch.dtype) -> tuple[Ten
     """From a weight [K, C, (kt,) 3, 3] and the largest magnitude of each channel of its input, measured on clips: the
     multiplier of x, float32 [C], and the weight and scale that the op takes.
 
-    A channel of x is divided, and of w multiplied, by the root of the quotient of their largest magnitudes (SmoothQuant,
-    arXiv 2211.10438, at one half): with one scale for all of x, quiet channels would have few numbers left. Then x as a
-    whole, and each output channel of w, is brought to the largest number of the type. A channel that was never seen,
-    or that no weight reads, keeps a multiplier of its neighbours' size.
+    A channel of x is divided, and of w multiplied, by the root of the quotient of their largest magnitudes
+    (SmoothQuant, arXiv 2211.10438, at one half): with one scale for all of x, quiet channels would have few numbers
+    left. Then x as a whole, and each output channel of w, is brought to the largest number of the type. A channel that
+    was never seen, or that no weight reads, counts as one of 1e-4 of the largest.
     """
     w = weight.detach().float()
     limit = EIGHT_BIT[eight_bit]

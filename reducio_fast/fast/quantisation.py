@@ -1,10 +1,10 @@
 """Which layers of the video decoder compute in 8-bit numbers, and with what scales.
 
 Quantised are the 3x3x3 convolutions of the decoder's residual blocks: each reads what a GroupNorm pass writes, which
-rounds to 8 bits on the way, so that no pass over memory is added and its bytes are halved. They are 73% of a full-size
+rounds to 8 bits on the way, so that no pass over memory is added and its bytes are halved. They are 88% of a full-size
 decoder's multiply-adds. All else keeps its precision: up-sampling convolutions, whose input another convolution writes;
-first and last convolution; attention and fusion; the encoders; the transformer, whose linears have 10 times bfloat16's
-error in FP8, whatever the scales (3 bits of mantissa against 7), where twice is the limit.
+first and last convolution; attention and fusion; the encoders; the transformer. With its linears in FP8 a step has 3.6
+times bfloat16's error, with a scale for each token (`benchmarks/quantised_quality.py`), where twice is the limit.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Quantisation:
 
 
 def eight_bit_type(word: str, device: torch.device) -> torch.dtype:
-    """The type of 8-bit numbers for `device`. Raises ValueError, one line, for a word that is unknown or that the device
-    cannot follow."""
+    """The type of 8-bit numbers for `device`. Raises ValueError, one line, for an unknown word and for one that the
+    device cannot follow."""
     if word not in WORDS:
         raise ValueError(f"{word!r} is not known; known are {', '.join(WORDS)}")
     arch = arch_of(device) if device.type in ("cuda", "cpu") else device.type

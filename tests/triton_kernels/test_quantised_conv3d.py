@@ -1,4 +1,4 @@
-"""quantised_conv3d against torch's convolution of the same numbers, and the norm that writes them against torch's cast."""
+"""quantised_conv3d against torch's convolution of the same numbers; the norm that writes them against torch's cast."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rounding_is_torchs(eight_bit, device):
     out = torch.zeros(len(x), dtype=eight_bit, device=device)
     quantise_kernel[(len(x) // 256,)](x, out, eight_bits.limit_of(eight_bit), 256)
     assert torch.equal(out.float(), eight_bits.to_eight_bits(x, eight_bit).float())
-    assert out.float().abs().max() == eight_bits.limit_of(eight_bit) and 0 < out.float().abs().gt(0).float().mean() < 1
+    assert out.float().abs().max() == eight_bits.limit_of(eight_bit)
 
 
 @TYPES
@@ -71,7 +71,7 @@ def test_norm_writes_what_torch_would(eight_bit, device):
     different = inside != expected
     assert different.float().mean() < 1e-3
     assert (inside - expected).abs().le(expected.abs() / 8 + 1).all()
-    assert out.dtype == eight_bit and out.float().abs().sum() == inside.abs().sum()  # the border is zero
+    assert out.dtype == eight_bit and out.double().abs().sum() == inside.abs().sum()  # the border is zero
 
 
 @TYPES
@@ -128,17 +128,15 @@ def test_descriptor_path(monkeypatch, device):
     assert torch.equal(op.launch(*given)[0], plain)
 
 
-@TYPES
-def test_ops_pass_opcheck(eight_bit, device):
-    *_, padded, packed, scale = arguments((1, 2, 4, 5, 16), 12, 3, eight_bit)
+def test_ops_pass_opcheck(device):
+    """In integers: torch has no comparison of FP8 tensors, which opcheck makes."""
+    *_, padded, packed, scale = arguments((1, 2, 4, 5, 16), 12, 3, torch.int8)
     given = [t.to(device) for t in (padded, packed, scale, torch.randn(12))]
-    if eight_bit == torch.float8_e4m3fn:  # opcheck compares results, which torch cannot in the others
-        torch.library.opcheck(op.quantised_conv3d, (*given, None, True, 1, 1, True))
-    x = torch.randn(1, 2, 4, 5, 16, device=device)
-    multiplier = torch.ones(16, device=device)
-    run = torch.ops.reducio_fast.group_norm_silu
-    y = run(x, multiplier, multiplier, 4, multiplier=multiplier, eight_bit=eight_bit)
-    assert y.dtype == eight_bit
+    torch.library.opcheck(op.quantised_conv3d, (*given, None, True, 1, 1, True))
+    x, row = torch.randn(1, 2, 4, 5, 16, device=device), torch.ones(16, device=device)
+    torch.library.opcheck(
+        group_norm_silu.group_norm_silu, (x, row, row, 4), {"multiplier": row, "eight_bit": torch.int8, "halo": True}
+    )
 
 
 def test_mistakes_are_named():
