@@ -4,7 +4,7 @@ No GPU is needed: the fast twin computes on a CPU what the kernels do, from the 
 held-out clips of the toy world, each from a latent and content features of the float32 encoder, in float32 and in each
 format; PSNR to the clip may fall by at most 0.15 dB in the mean. One step of the transformer, its blocks' linears in
 8-bit numbers, may differ from float32's by at most twice what bfloat16's does. Exit status 1 where a format that the
-package offers is over its limit; the transformer's are not offered.
+package offers is over its limit; the transformer's are not offered. All else of a step is in bfloat16.
 
 `--full-size` decodes a small clip with full-width random weights instead, calibrated on another: no truth exists there,
 so its figure is the PSNR to float32's result, and bfloat16's stands beside it. It takes 8 GB and many minutes.
@@ -96,12 +96,13 @@ def decoder_rows(vae: ReducioVAE, largest: dict[str, Tensor], frames: list[np.nd
 
 def in_eight_bits(transformer: nn.Module, eight_bit: torch.dtype, each_token: bool) -> nn.Module:
     """A copy whose blocks' linears read 8-bit numbers: weights with a scale an output, inputs with one a token, or one
-    for all."""
+    for all. What they stand for is rounded to the copy's dtype, which a kernel would not do: a little too pessimistic."""
     quantised, limit = copy.deepcopy(transformer), EIGHT_BIT[eight_bit]
 
     def rounded(x: Tensor, dims: Any) -> Tensor:
-        scale = x.abs().amax(dims, keepdim=True).clamp(min=1e-30) / limit
-        return to_eight_bits(x / scale, eight_bit).to(x.dtype) * scale
+        wide = x.float()
+        scale = wide.abs().amax(dims, keepdim=True).clamp(min=1e-30) / limit
+        return (to_eight_bits(wide / scale, eight_bit).float() * scale).to(x.dtype)
 
     def pre_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (rounded(args[0], -1 if each_token else tuple(range(args[0].ndim))), *args[1:])
@@ -125,7 +126,7 @@ def transformer_rows(pipe: Any, clip: np.ndarray) -> list[dict[str, Any]]:
     ways: dict[str, nn.Module] = {"bfloat16": copy.deepcopy(transformer).to(torch.bfloat16)}
     for name, eight_bit in FORMATS.items():
         for words, each_token in ((", a scale a token", True), (", one scale", False)):
-            ways[name + words] = in_eight_bits(transformer, eight_bit, each_token)
+            ways[name + words] = in_eight_bits(ways["bfloat16"], eight_bit, each_token)
     errors: dict[str, list[float]] = {name: [] for name in ways}
     for t in TIMESTEPS:
         noisy = pipe.scheduler.add_noise(latent, noise, torch.tensor([t]))
