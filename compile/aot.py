@@ -84,6 +84,8 @@ def _judge(variant: Any, target: Target, compiled: Any) -> Build:
         problems.append(f"{shared} bytes of shared memory, the limit is {target.shared_bytes}")
     if variant.matrix and not matrix:
         problems.append(f"no {' or '.join(target.matrix_instructions)}")
+    if variant.eight_bit and not re.search(target.eight_bit_instruction, text):
+        problems.append(f"no matrix instruction of 8-bit numbers ({target.eight_bit_instruction})")
     if variant.bulk_copy and target.arch in ("sm_90", "gfx942") and not bulk:
         problems.append(f"no {target.bulk_copy}")
     code = read(target, compiled)

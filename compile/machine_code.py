@@ -96,13 +96,16 @@ def read_nvidia(text: str, mac_per_cycle: int) -> MachineCode:
     waits = [
         int(m[1], 16) for name, rest in loop if "DEPBAR.LE" in name and (m := re.match(r".*,\s*0x([0-9a-f]+)", rest))
     ]
-    shapes = [shape for name, _ in loop if (shape := _sass_shape(name))]
+    shapes = [(shape, not name.startswith("H")) for name, _ in loop if (shape := _sass_shape(name))]
     return MachineCode(
         instructions=last,
         loop=len(loop),
         matrix=len(shapes),
-        matrix_shape=_most(shapes),
-        matrix_cycles=sum(_cycles(shape, mac_per_cycle * (4 if shape.startswith("64x") else 1)) for shape in shapes),
+        matrix_shape=_most([shape for shape, _ in shapes]),
+        matrix_cycles=sum(
+            _cycles(shape, mac_per_cycle * (4 if shape.startswith("64x") else 1) * (2 if eight_bit else 1))
+            for shape, eight_bit in shapes
+        ),
         transcendental=_count(loop, "MUFU"),
         division=_count(loop, "MUFU.RCP", "I2F"),
         copies=_count(loop, "UTMALDG", "LDGSTS"),
@@ -185,7 +188,10 @@ def read_amd(text: str, mac_per_cycle: int) -> MachineCode:
         m = _MFMA.match(name)
         if m is None:
             return 0
-        return _cycles(f"{m[1]}x{m[2]}x{m[3]}", mac_per_cycle // (8 if m[4] in ("f32", "") else 1))
+        # Of FP8, gfx942's instruction is twice as fast as that of bfloat16. gfx950 has it too, at the same 512 a cycle;
+        # what is twice as fast as its bfloat16 is another one.
+        rate = 512 if m[4].endswith("_fp8") else mac_per_cycle * 2 if m[4].endswith("f6f4") else mac_per_cycle
+        return _cycles(f"{m[1]}x{m[2]}x{m[3]}", rate // (8 if m[4] in ("f32", "") else 1))
 
     return MachineCode(
         instructions=len(code),

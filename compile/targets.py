@@ -20,6 +20,7 @@ class Target:
     # TMA on NVIDIA; buffer instructions on AMD, whose bounds the hardware checks; empty where there is neither.
     bulk_copy: str
     matrix_instructions: tuple[str, ...]  # any one of these in the assembly proves that matrix units are used
+    eight_bit_instruction: str  # the same of 8-bit numbers, a regular expression
     mac_per_cycle: int  # 16-bit multiply-adds of one matrix unit; a multiprocessor (compute unit) has four
 
     @property
@@ -37,18 +38,23 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(arch="sm_80", gpu="A100", backend="cuda", triton_arch=80, warp_size=32,
                shared_bytes=163 * 1024, bulk_copy="",
-               matrix_instructions=("mma.sync",), mac_per_cycle=256),
+               matrix_instructions=("mma.sync",), eight_bit_instruction=r"mma\.sync\S+\.s8\.s8",
+               mac_per_cycle=256),
         Target(arch="sm_90", gpu="H100, H200", backend="cuda", triton_arch=90, warp_size=32,
                shared_bytes=227 * 1024, bulk_copy="cp.async.bulk.tensor",
-               matrix_instructions=("wgmma.mma_async",), mac_per_cycle=512),
+               matrix_instructions=("wgmma.mma_async",), eight_bit_instruction=r"wgmma\.mma_async\S+\.e4m3\.e4m3",
+               mac_per_cycle=512),
         Target(arch="sm_100", gpu="B200", backend="cuda", triton_arch=100, warp_size=32,
                shared_bytes=227 * 1024, bulk_copy="cp.async.bulk.tensor",
-               matrix_instructions=("tcgen05.mma",), mac_per_cycle=1024),
+               matrix_instructions=("tcgen05.mma",), eight_bit_instruction=r"tcgen05\.mma\S+kind::f8f6f4",
+               mac_per_cycle=1024),
         Target(arch="gfx942", gpu="MI300X", backend="hip", triton_arch="gfx942", warp_size=64,
                shared_bytes=64 * 1024, bulk_copy="buffer_load",
-               matrix_instructions=("v_mfma",), mac_per_cycle=256),
+               matrix_instructions=("v_mfma",), eight_bit_instruction=r"v_mfma\w+_fp8_fp8",
+               mac_per_cycle=256),
         Target(arch="gfx950", gpu="MI350X", backend="hip", triton_arch="gfx950", warp_size=64,
                shared_bytes=160 * 1024, bulk_copy="buffer_load",
-               matrix_instructions=("v_mfma",), mac_per_cycle=512),
+               matrix_instructions=("v_mfma",), eight_bit_instruction=r"v_mfma\w+_f8f6f4",
+               mac_per_cycle=512),
     )
 }  # fmt: skip

@@ -52,6 +52,8 @@ def shifted_gemm(
     BLOCK_M: tl.constexpr,  # positions a program
     BLOCK_K: tl.constexpr,  # rows of weights a program
     BLOCK_C: tl.constexpr,  # channels in a step of the loop
+    SUMS: tl.constexpr = tl.float32,  # type of the sums: int32 of 8-bit integers
+    PROMOTED: tl.constexpr = None,  # of 8-bit floats: products that sm_90 may add in its 14 bits before float32 does
 ):
     """acc[m, k] = sum over taps of x[first + m + shift(tap), :] . w[w_row + k, tap, :], rows counted within `item`.
 
@@ -59,7 +61,7 @@ def shifted_gemm(
     the work. The weights are a matrix [w_rows, taps * C].
     """
     TAPS: tl.constexpr = TIME * SPACE * SPACE
-    acc = tl.zeros((BLOCK_K if SWAP else BLOCK_M, BLOCK_M if SWAP else BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_K if SWAP else BLOCK_M, BLOCK_M if SWAP else BLOCK_K), SUMS)
     # Taps are the inner loop: neighbours read nearly the same rows, which then are in the cache.
     steps = TAPS * tl.cdiv(C, BLOCK_C) * live
     if DESCRIPTORS:
@@ -76,9 +78,9 @@ def shifted_gemm(
             x = x_rows.load([start + shift, c])
             w = w_taps.load([w_row, tap * C + c])
             if SWAP:
-                acc = tl.dot(w, x.T, acc, input_precision="ieee")
+                acc = tl.dot(w, x.T, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTED, out_dtype=SUMS)
             else:
-                acc = tl.dot(x, w.T, acc, input_precision="ieee")
+                acc = tl.dot(x, w.T, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTED, out_dtype=SUMS)
         if SWAP:
             acc = acc.T
     else:
@@ -101,7 +103,7 @@ def shifted_gemm(
                 inside = channels < C - c
                 x = tl.load(x_ptrs + (shift.to(tl.int64) * C + c) + x_offsets, mask=inside[None, :], other=0.0)
                 w = tl.load(w_ptr + (tap * C + c) + w_offsets, mask=inside[:, None], other=0.0)
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+            acc = tl.dot(x, w, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTED, out_dtype=SUMS)
     return acc
 
 

@@ -20,12 +20,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from .eight_bits import EIGHT_BIT, best_eight_bit, limit_of, quantise, to_eight_bits
 from .launch import TYPES, Variant, launcher, on_device
 from .shape_checks import check_contiguous, check_multiple, check_same, check_shape, check_tensors
 from .tables import Settings, arch_of
 from .tables import settings as table_settings
 
 OP = "group_norm_silu"
+NOT_QUANTISED = {"multiplier_ptr": None, "LIMIT": 0.0}
 
 
 @triton.jit
@@ -123,6 +125,7 @@ def apply_kernel(
     centre_ptr,  # float32 [items, C], to subtract
     scale_ptr,  # float32 [items, C]
     shift_ptr,  # float32 [items, C]
+    multiplier_ptr,  # float32 [C], of the result before it becomes an 8-bit number; or None
     out_ptr,  # [N, front + T + back, H (+ 2), W (+ 2), C]
     T,  # frames
     H,  # rows
@@ -132,6 +135,7 @@ def apply_kernel(
     HALO: tl.constexpr,  # 1: the output has a border of zeros
     SILU: tl.constexpr,  # whether y * sigmoid(y) follows
     PER_FRAME: tl.constexpr,  # whether an item is a frame, not a clip
+    LIMIT: tl.constexpr,  # largest 8-bit number, see `quantise`; not read without a multiplier
     C: tl.constexpr,  # channels
     BLOCK_R: tl.constexpr,  # columns of a line a program
     BLOCK_C: tl.constexpr,  # channels, up to a power of two
@@ -165,6 +169,8 @@ def apply_kernel(
             root = tl.rsqrt(1.0 + tl.exp(-y))
             y = y * root * root
     y = tl.where(inside, y, 0.0)
+    if multiplier_ptr is not None:
+        y = quantise(y * tl.load(multiplier_ptr + c, mask=channel, other=0.0), LIMIT, out_ptr.dtype.element_ty)
     out_ptr += row_offset(n, out_T * out_H * out_W, (out_t * out_H + out_h) * out_W, C)
     tl.store(out_ptr + (out_w * C + c), y.to(out_ptr.dtype.element_ty), mask=(out_w < out_W) & channel)
 
@@ -203,6 +209,8 @@ def launch(
     front: int = 0,
     back: int = 0,
     halo: bool = False,
+    multiplier: Tensor | None = None,
+    eight_bit: torch.dtype | None = None,
 ) -> Tensor:
     """Runs the kernels: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `group_norm_silu`."""
     N, T, H, W, C = x.shape
@@ -215,11 +223,12 @@ def launch(
         partials, weight, bias, *affine, tiles, eps, C=C, GROUPS=groups, **blocks("finalise", C // groups, arch)
     )
     out_T, out_H, out_W = T + front + back, H + 2 * halo, W + 2 * halo
-    out = torch.empty((N, out_T, out_H, out_W, C), dtype=x.dtype, device=x.device)
+    out = torch.empty((N, out_T, out_H, out_W, C), dtype=eight_bit or x.dtype, device=x.device)
     entry = blocks("apply", C, arch)
     launcher(apply_kernel)[(N * out_T * out_H * triton.cdiv(out_W, entry["BLOCK_R"]),)](
         x,
         *affine,
+        multiplier,
         out,
         T,
         H,
@@ -229,6 +238,7 @@ def launch(
         HALO=int(halo),
         SILU=silu,
         PER_FRAME=per_frame,
+        LIMIT=limit_of(eight_bit),
         C=C,
         **entry,
     )
@@ -258,6 +268,8 @@ def twin(
     front: int = 0,
     back: int = 0,
     halo: bool = False,
+    multiplier: Tensor | None = None,
+    eight_bit: torch.dtype | None = None,
 ) -> Tensor:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
     N, T, H, W, C = x.shape
@@ -277,6 +289,8 @@ def twin(
         scale_SC = torch.rsqrt(variance_SG + eps).repeat_interleave(C // groups, dim=1) * weight
         y = torch.addcmul(bias, centred, scale_SC[:, None])
     y = (F.silu(y, inplace=True) if silu else y).view(x.shape)
+    if multiplier is not None and eight_bit is not None:
+        y = to_eight_bits(y * multiplier, eight_bit)
     if not (front or back or halo):
         return y
     out = y.new_empty((N, T + front + back, H + 2 * halo, W + 2 * halo, C))
@@ -301,6 +315,8 @@ def group_norm_silu(
     front: int = 0,
     back: int = 0,
     halo: bool = False,
+    multiplier: Tensor | None = None,
+    eight_bit: torch.dtype | None = None,
 ) -> Tensor:
     """GroupNorm and SiLU, in the buffer that the next convolution reads: [N, T + front + back, H + 2, W + 2, C].
 
@@ -313,6 +329,8 @@ def group_norm_silu(
             mean and sum of squared deviations from it, a tile and channel. Tiles of count 0 are skipped.
         front, back: frames of zeros before and after.
         halo: one row and column of zeros around each frame.
+        multiplier, eight_bit: float32 [C] and one of `eight_bits.EIGHT_BIT`, both or neither: each channel of the
+            result times its multiplier, rounded to that type, as `quantised_conv3d` reads it.
 
     Raises ValueError for arguments that differ in device, dtype or size.
     """
@@ -334,8 +352,18 @@ def group_norm_silu(
         check_shape(OP, "partials", partials, N, None, 3, C)
         check_same(OP, "device", x=x.device, partials=partials.device)
         check_same(OP, "dtype", needed=torch.float32, partials=partials.dtype)
+    if (multiplier is None) != (eight_bit is None) or eight_bit not in (None, *EIGHT_BIT):
+        raise ValueError(
+            f"{OP}: multiplier is {'absent' if multiplier is None else 'given'} and eight_bit={eight_bit}; "
+            f"both or neither, and one of {', '.join(map(str, EIGHT_BIT))}"
+        )
+    if multiplier is not None:
+        check_shape(OP, "multiplier", multiplier, C)
+        check_contiguous(OP, multiplier=multiplier)
+        check_same(OP, "device", x=x.device, multiplier=multiplier.device)
+        check_same(OP, "dtype", needed=torch.float32, multiplier=multiplier.dtype)
     run = launch if x.is_cuda else twin
-    return run(x, weight, bias, groups, eps, silu, per_frame, partials, front, back, halo)
+    return run(x, weight, bias, groups, eps, silu, per_frame, partials, front, back, halo, multiplier, eight_bit)
 
 
 def variants(arch: str) -> Iterator[Variant]:
@@ -361,7 +389,16 @@ def variants(arch: str) -> Iterator[Variant]:
                     f"apply {TYPES[dtype]} {C}{' silu' * silu}{' halo' * halo}{' per frame' * per_frame}",
                     apply_kernel,
                     {"x_ptr": of, "out_ptr": of},
-                    {"HALO": halo, "SILU": silu, "PER_FRAME": per_frame, "C": C},
+                    {"HALO": halo, "SILU": silu, "PER_FRAME": per_frame, "C": C, **NOT_QUANTISED},
+                    blocks("apply", C, arch),
+                )
+            eight_bit = best_eight_bit(arch)
+            if dtype == torch.bfloat16 and eight_bit is not None:
+                yield _variant(
+                    f"apply {TYPES[eight_bit]} {C} silu halo",
+                    apply_kernel,
+                    {"x_ptr": of, "out_ptr": f"*{TYPES[eight_bit]}"},
+                    {"HALO": 1, "SILU": True, "PER_FRAME": False, "C": C, "LIMIT": limit_of(eight_bit)},
                     blocks("apply", C, arch),
                 )
 

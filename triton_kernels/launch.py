@@ -20,7 +20,10 @@ from triton.runtime import _allocation
 
 from .tables import arch_of, pretend
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.uint8: "u8"}
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.uint8: "u8",
+    torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e4m3fnuz: "fp8e4b8",
+}  # fmt: skip
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 _Arguments = ParamSpec("_Arguments")
@@ -38,6 +41,7 @@ class Variant:
     options: Mapping[str, int] = field(default_factory=dict)  # num_warps, num_stages, ...
     unaligned: tuple[str, ...] = ()  # arguments that need not be multiples of 16 (scalars: elements, pointers: bytes)
     matrix: bool = False  # the target's matrix instruction must appear
+    eight_bit: bool = False  # and it must be one of 8-bit numbers
     bulk_copy: bool = False  # the hardware's bulk copy must appear on sm_90, buffer loads on gfx942
 
 

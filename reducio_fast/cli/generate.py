@@ -109,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, ", hub id, or another model: svd, svd-tiny, svd:DIR, svd:random, ltx, wan")
     options.add_backend(parser)
     options.add_compile(parser)
+    parser.add_argument("--quantise", metavar="WORD", help="fp8, or int8 on an A100: the decoder in 8-bit numbers")
     for name, source in NAMED.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=f"{source} (default: the model's)")
     first_stage = "of the first stage (default: its own)"
@@ -166,6 +167,7 @@ def run(arguments: argparse.Namespace) -> Printed:
         "seed": arguments.seed,
         "backend": arguments.backend,
         "compile": arguments.compile,
+        "quantise": arguments.quantise,
         "dtype": arguments.dtype,
         "device": arguments.device,
         **{name: getattr(arguments, name) for name in (*NAMED, "clean_caption", *SAMPLING, *SVD_OWN)},

@@ -24,6 +24,7 @@ from ..system.errors import ReducioError, is_out_of_memory
 from . import (
     batch,
     bench,
+    calibrate,
     compile_check,
     convert,
     curate,
@@ -62,6 +63,7 @@ COMMANDS = {
     "batch": batch,
     "compile-check": compile_check,
     "convert": convert,
+    "calibrate": calibrate,
     "parity": parity,
     "bench": bench,
     "profile": profile,

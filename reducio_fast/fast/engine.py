@@ -22,6 +22,7 @@ from ..triton_kernels.launch import descriptor_memory
 from ..triton_kernels.registry import OPS
 from . import sampler
 from .plan import Plan, check_attention, default_dtype
+from .quantisation import Quantisation
 from .twins import TWINS
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -56,6 +57,7 @@ class Engine:
         self.attention = "auto"  # of `plan.ATTENTION`
         self.free_dtype = False
         self.ranks: Any = None  # of `fast.parallel`: processes that make each clip together
+        self.quantisation: Quantisation | None = None
         self._twins: dict[type[nn.Module], _Packed] = {}  # by class of network
         self._looks = threading.local()  # `.seen`: classes whose contents were compared in this thread's `one_look`
 
@@ -73,7 +75,10 @@ class Engine:
             descriptor_memory()  # in this thread, which is about to run the twin
         network_class, seen = type(network), getattr(self._looks, "seen", None)
         seen = set() if seen is None else seen  # outside of `one_look` each request compares
-        places = (self.free_dtype, device, self.attention, *_places(network))
+        quantisation = self.quantisation
+        if quantisation is not None and not quantisation.serves(network):
+            quantisation = None
+        places = (self.free_dtype, device, self.attention, quantisation, *_places(network))
         packed = self._twins.get(network_class)
         if packed is not None and packed.places != places:
             packed = None
@@ -89,7 +94,8 @@ class Engine:
         weight = next(network.parameters())
         runs_on = weight.device if device is None else device
         dtype = default_dtype(runs_on, weight.dtype, network)[0] if self.free_dtype else weight.dtype
-        twin = self._build(network, Plan(runs_on, dtype, attention=self.attention), dtype)
+        plan = Plan(runs_on, dtype, attention=self.attention, quantisation=quantisation)
+        twin = self._build(network, plan, dtype)
         if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
             twin.graphs = self.graphs
         if self.ranks is not None and hasattr(twin, "ranks"):
@@ -162,6 +168,7 @@ class Engine:
             self.regions.open = False
         engine = Engine(compile=False)
         engine.attention, engine.free_dtype = self.attention, self.free_dtype
+        engine.quantisation = self.quantisation
         return engine
 
     def without_weights(

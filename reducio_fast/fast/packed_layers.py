@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference.reducio import vae as ref
+from ..triton_kernels import quantised_conv3d
 from ..triton_kernels.conv3d import pack_weight, with_halo
 from ..triton_kernels.upsample_conv3d import fold_weight
 from .plan import Plan
@@ -57,9 +58,14 @@ def as_frames(x_NCHW: Tensor) -> Tensor:
     return x_NCHW.permute(0, 2, 3, 1).contiguous()
 
 
+Takes = tuple[Tensor, torch.dtype]  # see `multiplier` and `eight_bit` of `group_norm_silu`
+
+
 class FastConv(nn.Module):
     """A 3x3x3 (or, of an image, 3x3) convolution at stride 1 over a buffer padded by `padding`: by nothing where the
     library adds the border. `stats`: a GroupNorm over the clip reads the result, and wants its statistics."""
+
+    takes: Takes | None = None
 
     def __init__(self, conv: nn.Conv3d | nn.Conv2d, plan: Plan, path: str, stats: bool = False) -> None:
         super().__init__()
@@ -76,8 +82,37 @@ class FastConv(nn.Module):
         return Activation(y, partials if self.stats else None)
 
 
+class QuantisedConv(nn.Module):
+    """The same in 8-bit numbers: reads what a norm wrote that was told what it `takes`."""
+
+    def __init__(self, conv: nn.Conv3d, plan: Plan, path: str, largest_C: Tensor, eight_bit: torch.dtype, stats: bool):
+        super().__init__()
+        multiplier, weight, scale = quantised_conv3d.pack(conv.weight, largest_C, eight_bit)
+        self.multiplier, self.weight, self.scale = frozen(multiplier), frozen(weight), frozen(scale)
+        self.eight_bit, self.padding = eight_bit, padding_of(conv)
+        self.bias = frozen(conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias)
+        pick = ("quantised_conv3d", f"{conv.in_channels}->{conv.out_channels}")
+        self.stats = stats and plan.takes_statistics(*pick) and not getattr(conv, "front", 0)
+        self.run = plan.pick(path, *pick)
+
+    @property
+    def takes(self) -> Takes:
+        return self.multiplier, self.eight_bit
+
+    def forward(self, padded: Tensor, residual: Tensor | None = None, out: Padding = DENSE) -> Activation:
+        y, partials = self.run(padded, self.weight, self.scale, self.bias, residual, self.stats, *out)
+        return Activation(y, partials if self.stats else None)
+
+
+def conv_after_norm(conv: nn.Conv3d | nn.Conv2d, plan: Plan, path: str, stats: bool) -> FastConv | QuantisedConv:
+    """In 8-bit numbers where the plan says so."""
+    if (quantised := plan.quantised(path)) is not None:
+        return QuantisedConv(conv, plan, path, *quantised, stats)
+    return FastConv(conv, plan, path, stats)
+
+
 class FastNorm(nn.Module):
-    """GroupNorm, then SiLU if `silu`, into a buffer padded for what follows."""
+    """GroupNorm, then SiLU if `silu`, into a buffer padded for what follows, and in the numbers that it takes."""
 
     def __init__(self, norm: nn.GroupNorm, plan: Plan, path: str, silu: bool = True) -> None:
         super().__init__()
@@ -85,9 +120,10 @@ class FastNorm(nn.Module):
         self.silu, self.per_frame = silu, isinstance(norm, ref.PerFrameGroupNorm)
         self.run = plan.pick(path, "group_norm_silu")
 
-    def forward(self, act: Activation, out: Padding = DENSE) -> Tensor:
+    def forward(self, act: Activation, out: Padding = DENSE, takes: Takes | None = None) -> Tensor:
         partials = None if self.per_frame else act.partials
-        return self.run(act.x, self.weight, self.bias, self.groups, self.eps, self.silu, self.per_frame, partials, *out)
+        norm = (self.weight, self.bias, self.groups, self.eps, self.silu, self.per_frame)
+        return self.run(act.x, *norm, partials, *out, *(takes or ()))
 
 
 class UpConv(nn.Module):

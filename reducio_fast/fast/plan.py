@@ -19,6 +19,7 @@ from ..triton_kernels.launch import FLOATING
 from ..triton_kernels.registry import OPS
 from ..triton_kernels.tables import arch_of, table
 from . import cpu_dtypes
+from .quantisation import Quantisation, eight_bit_type
 
 # Names of attention backends, diffusers' where it has one, and the implementation of each; "auto" leaves it open.
 ATTENTION = {"auto": None, "native": "vendor", "flash": "flash-attn", "reducio": "kernel"}
@@ -71,6 +72,7 @@ class Plan:
     allowed: Collection[str] | None = None
     choices: list[Choice] = field(default_factory=list)
     attention: str = "auto"  # of ATTENTION
+    quantisation: Quantisation | None = None
 
     def pick(self, path: str, op: str, shape: str = "") -> Callable[..., Any]:
         """The callable for `op` at module `path`. `shape` is its class in the table, e.g. "128->128" of a convolution.
@@ -83,6 +85,13 @@ class Plan:
         if implementation == "kernel":
             return getattr(torch.ops.reducio_fast, op)
         return flash_attention if implementation == "flash-attn" else module.twin
+
+    def quantised(self, path: str) -> tuple[Tensor, torch.dtype] | None:
+        """For a convolution that computes in 8-bit numbers: the largest magnitude of each channel that it reads, and
+        their type."""
+        if self.quantisation is None or path not in self.quantisation.largest:
+            return None
+        return self.quantisation.largest[path].to(self.device), eight_bit_type(self.quantisation.word, self.device)
 
     def takes_statistics(self, op: str, shape: str) -> bool:
         """Whether a convolution's epilogue takes the statistics that a norm's kernel then has no need to."""

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from ..compile.aot import Build
+from ..triton_kernels import quantised_conv3d
 from ..triton_kernels.conv3d import blocks_for
-from ..triton_kernels.tables import settings
+from ..triton_kernels.tables import Settings, settings
 from .launches import keys_of
 from .rate_model import CHIPS, attention, blocks_at_once, convolution, rate
 
@@ -63,7 +64,8 @@ def exceeded(build: Build) -> list[str]:
 
 def divides(build: Build) -> list[str]:
     """The loop of a convolution must not divide integers by run-time values: some twenty instructions each time."""
-    if build.code is None or not build.variant.startswith(("conv3d", "upsample_conv3d")) or not build.code.division:
+    convolves = build.variant.startswith(("conv3d", "upsample_conv3d", "quantised_conv3d"))
+    if build.code is None or not convolves or not build.code.division:
         return []
     return [f"{build.code.division} instructions of an integer division in the loop"]
 
@@ -89,9 +91,15 @@ def prediction(build: Build) -> Prediction | None:
         shape = attention(B, L, S, N, D, settings(op, str(D), build.arch))
     else:
         C, K, frames, side, taps, phases = numbers
-        flops, blocks, passes = convolution(C, K, frames, side, taps, blocks_for(op, torch.bfloat16, C, K, build.arch))
+        quantised = op == quantised_conv3d.OP
+        chosen = quantised_conv3d.blocks_for(C, K, build.arch) if quantised else bfloat16_blocks(op, C, K, build.arch)
+        flops, blocks, passes = convolution(C, K, frames, side, taps, chosen)
         shape = (flops * phases, blocks * phases, passes)
     return Prediction(build.variant, build.arch, what, rate(build, *shape), entry.get("measured"))
+
+
+def bfloat16_blocks(op: str, C: int, K: int, arch: str) -> Settings:
+    return blocks_for(op, torch.bfloat16, C, K, arch)
 
 
 # Of a 1024x1024 clip: op, in words, and what `rate_model` needs: channels in and out, frames, side, taps a phase and
@@ -100,6 +108,15 @@ PROBLEMS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "conv3d bf16 128->128 k3 residual stats": ("conv3d", "16x320x320", (128, 128, 16, 320, 27, 1)),
     "conv3d bf16 256->256 k3 residual stats": ("conv3d", "16x160x160", (256, 256, 16, 160, 27, 1)),
     "upsample_conv3d bf16 256->256 space stats": ("upsample_conv3d", "from 16x160x160", (256, 256, 16, 160, 12, 4)),
+    **{
+        f"quantised_conv3d {kind} {C}->{C} k3 residual stats": (
+            "quantised_conv3d",
+            f"16x{side}x{side}",
+            (C, C, 16, side, 27, 1),
+        )
+        for kind in ("fp8e4nv", "fp8e4b8", "i8")
+        for C, side in ((128, 320), (256, 160))
+    },
     "attention bf16 72": ("attention", "2x4096 queries and keys", (2, 4096, 4096, 16, 72)),
     "attention bf16 72 counted": ("attention", "2x4096 queries, content keys", (2, 4096, keys_of(1024), 16, 72)),
     "attention bf16 64": ("attention", "102400 queries, 6400 keys", (1, 102400, 6400, 4, 64)),

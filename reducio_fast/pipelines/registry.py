@@ -170,7 +170,8 @@ def _random(weights: str) -> Model:
 
 def load_arguments(family: Any) -> tuple[str, ...]:
     """Names of `from_pretrained`'s components and settings."""
-    own = ("variant",) if "variant" in inspect.signature(family.from_pretrained).parameters else ()
+    parameters = inspect.signature(family.from_pretrained).parameters
+    own = tuple(name for name in ("variant", "quantise") if name in parameters)
     return (*family.layout.names, *family.layout.settings, "compile", *own)
 
 

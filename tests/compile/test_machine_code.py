@@ -75,6 +75,23 @@ def test_an_ampere_loop() -> None:
     )
 
 
+def test_products_of_eight_bits_take_half_the_time() -> None:
+    """Of twice as many numbers in as many cycles; gfx950 has gfx942's instruction at its bfloat16's rate, no faster."""
+    sass = "\n".join(
+        [".L_x_1:"]
+        + [f"  /*{16 * i:04x}*/ {text} ;" for i, text in enumerate(
+            ("QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR20], R24, gsb0", "@P0 BRA `(.L_x_1)", "EXIT")
+        )]
+    )  # fmt: skip
+    assert read_nvidia(sass, 512).matrix_cycles == 64 * 128 * 32 // (512 * 4 * 2)
+    amd = "\n".join(
+        [".LBB0_1:", "\tv_mfma_f32_{} a[0:3], v[0:1], v[2:3], a[0:3]", "\ts_cbranch_scc1 .LBB0_1", "\ts_endpgm"]
+    )
+    assert read_amd(amd.format("16x16x32_fp8_fp8"), 256).matrix_cycles == 16 * 16 * 32 // 512
+    assert read_amd(amd.format("16x16x32_fp8_fp8"), 512).matrix_cycles == 16 * 16 * 32 // 512
+    assert read_amd(amd.format("16x16x128_f8f6f4"), 512).matrix_cycles == 16 * 16 * 128 // 1024
+
+
 def test_code_without_products_has_no_loop() -> None:
     code = read_nvidia(sass(".L_x_1:", "FADD R1, R1, R2", "@P0 BRA `(.L_x_1)", "EXIT"), 256)
     assert code.instructions == 3 and code.loop == code.epilogue == code.matrix == 0

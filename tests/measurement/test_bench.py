@@ -138,7 +138,8 @@ def test_the_ladder_adds_one_thing_a_rung() -> None:
     from reducio_fast.triton_kernels.registry import OPS
 
     of_svd = {name for name, _ in svd_clip.KERNELS}
-    assert rungs[-1].kernels | of_svd == set(OPS), "every kernel is a rung of one ladder"
+    asked_for = {"quantised_conv3d"}  # by `quantise=`: it changes the result, which a rung must not
+    assert rungs[-1].kernels | of_svd | asked_for == set(OPS), "every other kernel is a rung of one ladder"
 
 
 def test_a_plan_without_a_kernel_takes_the_vendor(monkeypatch: pytest.MonkeyPatch) -> None:

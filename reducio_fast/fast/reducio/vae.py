@@ -38,6 +38,7 @@ from ..packed_layers import (
     Padding,
     channels_first,
     channels_last,
+    conv_after_norm,
     frozen,
     pad,
     padding_of,
@@ -55,16 +56,16 @@ class FastResBlock(nn.Module):
     def __init__(self, block: ref.ResBlock, plan: Plan, path: str, stats: bool = True) -> None:
         super().__init__()
         self.norm1 = FastNorm(block.norm1, plan, f"{path}.norm1")
-        self.conv1 = FastConv(block.conv1, plan, f"{path}.conv1", stats=True)
+        self.conv1 = conv_after_norm(block.conv1, plan, f"{path}.conv1", stats=True)
         self.norm2 = FastNorm(block.norm2, plan, f"{path}.norm2")
-        self.conv2 = FastConv(block.conv2, plan, f"{path}.conv2", stats)
+        self.conv2 = conv_after_norm(block.conv2, plan, f"{path}.conv2", stats)
         if hasattr(block, "nin_shortcut"):
             self.shortcut_weight = frozen(block.nin_shortcut.weight.flatten(1))
             self.shortcut_bias = block.nin_shortcut.bias
 
     def forward(self, act: Activation, out: Padding = DENSE) -> Activation:
-        h = self.conv1(self.norm1(act, self.conv1.padding))
-        h = self.norm2(h, self.conv2.padding)
+        h = self.conv1(self.norm1(act, self.conv1.padding, self.conv1.takes))
+        h = self.norm2(h, self.conv2.padding, self.conv2.takes)
         shortcut = act.x
         if hasattr(self, "shortcut_weight"):
             shortcut = F.linear(act.x, self.shortcut_weight, self.shortcut_bias)

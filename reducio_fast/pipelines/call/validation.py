@@ -224,6 +224,19 @@ def check_compile(compile: Any, backend: str, why: str) -> None:
         raise ReducioError(f"compile: True needs the fast path, but backend is reference: {why}")
 
 
+def check_quantise(word: Any, backend: str, device: torch.device) -> None:
+    """Raises ReducioError for what is not known or cannot run on `device`, and without the fast path."""
+    chosen, why = resolve_backend(backend)
+    if chosen != "fast":
+        raise ReducioError(f"quantise: {word!r} needs the fast path, but backend is reference: {why}")
+    from ...fast.quantisation import eight_bit_type
+
+    try:
+        eight_bit_type(word, device)
+    except ValueError as error:
+        raise ReducioError(f"quantise: {error}") from error
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 

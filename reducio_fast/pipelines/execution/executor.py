@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -85,6 +85,7 @@ class Executor:
             "compile": getattr(engine, "compile", None),
             "attention": engine.attention,
             "free_dtype": engine.free_dtype,
+            "quantisation": engine.quantisation,
             "offload": self.offload,
         }
 
@@ -92,6 +93,8 @@ class Executor:
         Executor.__init__(self, state["components"], state["backend"], state["compile"])
         self.engine.attention, self.offload = state["attention"], state["offload"]
         self.choose_dtype(state["free_dtype"])
+        if state["quantisation"] is not None and self.engine.name == "fast":
+            self.engine.quantisation = state["quantisation"]
 
     def _fast_engine(self, compile: bool | None) -> Any:
         from ...compile import cache
@@ -182,6 +185,8 @@ class Executor:
         line = f"fast: {self._reason}; in {str(dtype).removeprefix('torch.')}: {why}"
         if name == self.components.layout.denoiser and self._unfollowed is not None:
             line += f"; the reference's sampler steps: {self._unfollowed}"
+        if name == self.components.layout.decoder and self.engine.quantisation is not None:
+            line += f"; {self.engine.quantisation.described(self.components[name], self.device)}"
         return line
 
     # ---- where and in what ----
@@ -196,6 +201,12 @@ class Executor:
         if self.engine.name == "fast":
             self.engine.free_dtype = free
 
+    def quantise(self, word: str, largest: Mapping[str, Tensor]) -> None:
+        """The decoder's twin computes in 8-bit numbers from now on: see `fast.quantisation`."""
+        from ...fast.quantisation import Quantisation
+
+        self.engine.quantisation = Quantisation(word, largest)
+
     def move(self, device: Any, dtype: Any) -> None:
         """Move and cast every network in place: see `VideoPipeline.to`."""
         if isinstance(device, torch.dtype):
@@ -208,6 +219,8 @@ class Executor:
             )
         target = self.components.device if device is None else devices.resolve_device(device)
         resolved = self.components.dtype if dtype is None else devices.resolve_dtype(dtype, None, target)
+        if self.engine.quantisation is not None:
+            validation.check_quantise(self.engine.quantisation.word, self.asked, target)
         with self.lock:
             self.components.cast(target, resolved)
             self.choose_dtype(dtype is None and self.engine.free_dtype)

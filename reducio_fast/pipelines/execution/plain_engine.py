@@ -19,6 +19,7 @@ class PlainEngine:
     compiles = False
     attention = "auto"
     free_dtype = False
+    quantisation = None
 
     def twin(self, network: nn.Module, device: torch.device | None = None) -> nn.Module:
         return network

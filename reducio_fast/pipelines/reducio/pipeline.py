@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints import hub, model_folder
+from ...checkpoints import calibration_file, hub, model_folder
 from ...checkpoints.layouts import REDUCIO
 from ...compile import gc_pause
 from ...media import aspect_buckets, image_files
@@ -141,6 +141,7 @@ class ReducioPipeline(VideoPipeline):
         device: torch.device | str | None = None,
         backend: str = "auto",
         compile: bool | None = None,
+        quantise: str | None = None,
         **components: Any,
     ) -> ReducioPipeline:
         """Load a model folder, or a hub repository `owner/name`, in the diffusers layout (safetensors only).
@@ -155,16 +156,30 @@ class ReducioPipeline(VideoPipeline):
         `compile` True runs the repeated blocks of both stages through torch.compile: the first clip of each size then
         waits for a compiler, later ones are faster. By default nothing is compiled, and on a GPU the fast path replays
         graphs of its kernels; False switches off both.
+
+        `quantise` "fp8" (or, on an A100, "int8") computes the decoder's residual blocks in 8-bit numbers, with ranges
+        that `reducio-fast calibrate` has measured and left in the folder. A CPU emulates it, to see what it changes.
         """
         validation.resolve_backend(backend)  # before gigabytes are read
         device = devices.resolve_device(device)
         free = dtype is None and torch_dtype is None
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
+        folder, largest = hub.find_model(model), None
+        if quantise is not None:
+            validation.check_quantise(quantise, backend, device)
+            if "vae" in components:
+                raise ReducioError(f"quantise: {quantise!r} needs the model's own vae, of which its calibration is")
+            largest = calibration_file.read(folder)
         # The fork: networks draw fresh weights before the file's replace them, from the caller's random numbers.
         with gc_pause.paused(), torch.random.fork_rng(devices=[]):
-            parts = model_folder.read_model(hub.find_model(model), components, REDUCIO, LOADERS, dtype, device)
+            parts = model_folder.read_model(folder, components, REDUCIO, LOADERS, dtype, device)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free)
+        if quantise is not None and largest is not None:
+            from ...fast.quantisation import quantisable
+
+            calibration_file.check(folder, largest, {path: c.in_channels for path, c in quantisable(pipe.vae)})
+            pipe.executor.quantise(quantise, largest)
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -184,6 +199,8 @@ class ReducioPipeline(VideoPipeline):
         names = (*REDUCIO.names, *REDUCIO.settings)
         target = expanded(save_directory, "save_directory")
         model_folder.write_model(target, {name: self.parts[name] for name in names}, REDUCIO)
+        if (quantisation := self.executor.engine.quantisation) is not None:
+            calibration_file.write(target, quantisation.largest)
 
     def push_to_hub(
         self,

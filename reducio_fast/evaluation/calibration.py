@@ -1,0 +1,50 @@
+"""How large the inputs of a decoder's convolutions become on clips: what `quantise=` scales them by."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..data import toy_world
+from ..data.curation.curate import find_sources
+from ..fast.quantisation import measure_largest
+from ..reference import ReducioVAE
+from ..system.errors import ReducioError
+from .reconstruction import reconstruct
+from .video_report import windows
+
+_SEED = 7  # of the toy world's clips; scenes that are held out for scores are not among them
+
+
+def calibrate(vae: ReducioVAE, clips: Iterable[np.ndarray]) -> tuple[dict[str, Tensor], int]:
+    """Of each convolution that can be quantised, the largest magnitude of every input channel, float32 [C], over these
+    clips, uint8 [T, H, W, 3], and how many they were. Raises ReducioError for none."""
+    count = 0
+
+    def run() -> None:
+        nonlocal count
+        for clip in clips:
+            reconstruct(vae, clip)
+            count += 1
+
+    largest = measure_largest(vae, run)
+    if not count:
+        raise ReducioError(f"calibrate: no shot of these videos is {vae.config.num_frames} frames long")
+    return largest, count
+
+
+def toy_clips(count: int, size: int, length: int) -> Iterator[np.ndarray]:
+    """Clips of the toy world's training scenes."""
+    rng = np.random.default_rng(_SEED)
+    return (toy_world.render(toy_world.sample_scene(rng), rng, size, length) for _ in range(count))
+
+
+def video_clips(videos: Sequence[str | os.PathLike[str]], size: int, length: int, most: int) -> Iterator[np.ndarray]:
+    """Clips within the shots of these videos, a few from each before more from the first."""
+    each = [windows(str(source.path), size, length) for source in find_sources(videos)]
+    in_turn = (clip for row in itertools.zip_longest(*each) for clip in row if clip is not None)
+    return itertools.islice(in_turn, most)

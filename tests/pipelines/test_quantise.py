@@ -1,0 +1,149 @@
+"""`quantise=`: what the decoder then computes in, what the report says, and what is refused, in one line each."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reducio_fast import ReducioPipeline
+from reducio_fast.checkpoints import calibration_file
+from reducio_fast.cli import main
+from reducio_fast.evaluation.calibration import calibrate, toy_clips
+from reducio_fast.fast.packed_layers import Activation
+from reducio_fast.fast.quantisation import eight_bit_type, quantisable
+from reducio_fast.media.similarity import pooled_psnr
+from reducio_fast.pipelines.generate import generate
+from reducio_fast.system.errors import ReducioError
+from reducio_fast.triton_kernels import tables
+from reducio_fast.triton_kernels.registry import OPS
+
+CUDA = torch.device("cuda", 0)
+
+
+def load(folder: Path, **words: Any) -> ReducioPipeline:
+    return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", **words)
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return next(toy_clips(1, 128, 16))[8]
+
+
+@pytest.mark.parametrize("word", ["fp8", "int8"])
+def test_the_decoder_computes_in_eight_bits(word: str, bundle: Path, image: np.ndarray) -> None:
+    plain, quantised = load(bundle), load(bundle, quantise=word)
+    call = {"image": image, "num_inference_steps": 2, "progress": False}
+    one, two = plain("a red circle", **call).frames, quantised("a red circle", **call).frames
+    assert 30 < pooled_psnr(one, two) < 70  # something changed, and hardly
+    line = quantised.report["vae"]
+    assert "in float32" in line and f"24 of 34 convolutions of the decoder in {word}" in line and "emulated" in line
+    assert word not in quantised.report["transformer"]
+    picks = [c for c in quantised.describe()["plan"] if c["op"].startswith("quantised_conv3d")]
+    assert {c["path"] for c in picks} == {path for path, _ in quantisable(quantised.vae)}
+    assert word not in plain.report["vae"]
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter_compute_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A residual block of the decoder, quantised, with both of its convolutions and norms run by Triton."""
+    block = load(bundle, quantise="fp8").executor.network("vae").decoder.mid.block_1
+    act = Activation(torch.randn(1, 2, 3, 5, block.conv1.bias.numel()))
+    expected = block(act).x
+    run = {op.twin: op.launch for op in (OPS["quantised_conv3d"], OPS["group_norm_silu"])}
+    replaced = [module for module in block.modules() if getattr(module, "run", None) in run]
+    assert len(replaced) == 4
+    for module in replaced:
+        monkeypatch.setattr(module, "run", run[module.run])
+    out = block(act).x
+    assert float((out - expected).norm() / expected.norm()) < 0.01  # ties that round the other way
+
+
+def test_copies_and_saved_folders_keep_it(bundle: Path, tmp_path: Path) -> None:
+    pipe = load(bundle, quantise="fp8")
+    copied = pickle.loads(pickle.dumps(pipe))
+    assert copied.report == pipe.report
+    pipe.save_pretrained(tmp_path / "saved")
+    assert load(tmp_path / "saved", quantise="fp8").report == pipe.report
+    pipe.to(torch.bfloat16)
+    assert "fp8" in pipe.report["vae"]
+
+
+def test_calibration_is_that_of_the_embedded_model(bundle: Path) -> None:
+    """The file in the package is what the command makes of the model, from its own clips."""
+    vae = load(bundle).vae
+    largest, count = calibrate(vae, toy_clips(2, 128, 16))
+    kept = calibration_file.read(bundle)
+    assert count == 2 and largest.keys() == kept.keys()
+    for path, values in largest.items():
+        assert (values <= kept[path] * 1.0001).all()  # of eight clips, these two among them
+        assert values.max() > 0.5 * kept[path].max()
+
+
+def test_every_other_model_is_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    file = other / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(iter(tensors))] = tensors[next(iter(tensors))] + 1
+    save_file(tensors, file)
+    words = [
+        "generate",
+        "a red circle",
+        "--model",
+        str(other),
+        "--out",
+        str(tmp_path / "clip.gif"),
+        "--quantise",
+        "fp8",
+    ]
+    assert main.main(words) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "calibration of another model" in line and "reducio-fast calibrate" in line
+    (other / calibration_file.FILE).unlink()
+    with pytest.raises(ReducioError, match="has no calibration.safetensors"):
+        load(other, quantise="fp8")
+    assert main.main(["calibrate", "--model", str(other), "--clips", "1", "--device", "cpu"]) == 0
+    assert "fp8" in load(other, quantise="fp8").report["vae"]
+    kept = calibration_file.read(other)
+    calibration_file.write(other, {path: values[:-1] for path, values in kept.items()})
+    with pytest.raises(ReducioError, match="must be .* numbers"):
+        load(other, quantise="fp8")
+    calibration_file.write(other, dict(list(kept.items())[1:]))
+    with pytest.raises(ReducioError, match="does not fit the model"):
+        load(other, quantise="fp8")
+    assert main.main(["calibrate", "--model", str(tmp_path)]) == 2
+    assert "is no model folder" in capsys.readouterr().err
+
+
+def test_what_cannot_be_followed_is_refused(bundle: Path) -> None:
+    for words, message in (
+        ({"quantise": "fp4"}, "'fp4' is not known; known are fp8, int8"),
+        ({"quantise": "fp8", "backend": "reference"}, "needs the fast path"),
+        ({"quantise": "fp8", "vae": load(bundle).vae}, "the model's own vae"),
+    ):
+        with pytest.raises(ReducioError, match=message):
+            load(bundle, **words)
+    with pytest.raises(ReducioError, match="no argument of a Stable Video Diffusion model"):
+        generate(image=np.zeros((64, 64, 3), np.uint8), model="svd:random", quantise="fp8")
+
+
+def test_each_gpu_has_what_it_multiplies() -> None:
+    found = {}
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "sm_75"):
+        with tables.pretend(arch):
+            for word in ("fp8", "int8"):
+                try:
+                    found[arch, word] = eight_bit_type(word, CUDA)
+                except ValueError as error:
+                    found[arch, word] = str(error)
+    assert found["sm_90", "fp8"] == found["sm_100", "fp8"] == found["gfx950", "fp8"] == torch.float8_e4m3fn
+    assert found["gfx942", "fp8"] == torch.float8_e4m3fnuz and found["sm_80", "int8"] == torch.int8
+    assert "does not run on sm_80" in found["sm_80", "fp8"] and "int8 runs here" in found["sm_80", "fp8"]
+    assert "fp8 runs here" in found["sm_90", "int8"] and "nothing quantised runs here" in found["sm_75", "fp8"]
