@@ -21,6 +21,7 @@ from .call.request import ClipRequest, Embeds, Hold
 from .call.state import CallState
 from .call.step_callback import StepCallback
 from .execution.decoding import Decoding
+from .parallel import together
 
 LOG = logging.getLogger("reducio_fast")
 
@@ -102,7 +103,7 @@ def decode_clip(
     call.undecoded.append((latent, frame))
     try:
         stage = call.at(pipe.executor.stage, call.timings, "vae.decode")
-        with stage, pipe.executor.together(), cancellable(call.decoding_check()):
+        with stage, together(pipe.executor.ranks), cancellable(call.decoding_check()):
             return as_frames(pipe.finished(latent, frame, request, output_type, decoding), output_type)
     except Exception as error:
         if not is_out_of_memory(error):

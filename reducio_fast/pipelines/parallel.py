@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from ..system.errors import ReducioError
 from .call.request import Request
 
+T = TypeVar("T")
 TIMEOUT = 600.0  # seconds; the first clip's slowest process may compile for minutes
 # Fields of a request that all processes must have been given alike.
 SAME = ("height", "width", "num_inference_steps", "schedule", "guidance_scale", "output_type", "is_list",
@@ -74,6 +77,18 @@ def _join(device: torch.device, timeout: timedelta) -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def together(ranks: Any) -> AbstractContextManager[None]:
+    """Around work that each process does by itself: all of them leave it, or all raise. ranks None: one process."""
+    return nullcontext() if ranks is None else ranks.together()
+
+
+def shared(ranks: Any, work: Callable[..., T], *args: Any) -> T:
+    """`work(*args)`, and of several processes that each do it, what the first one has got."""
+    with together(ranks):
+        done = work(*args)
+    return done if ranks is None else ranks.told(done)
 
 
 def agree(ranks: Any, request: Request) -> None:

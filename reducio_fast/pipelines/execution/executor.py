@@ -7,12 +7,14 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints import calibration_file
 from ...media import aspect_buckets
 from ...memory.dry_run import DryRun, weight_bytes
 from ...memory.offload import Offload
@@ -201,10 +203,13 @@ class Executor:
         if self.engine.name == "fast":
             self.engine.free_dtype = free
 
-    def quantise(self, word: str, largest: Mapping[str, Tensor]) -> None:
-        """The decoder's twin computes in 8-bit numbers from now on: see `fast.quantisation`."""
-        from ...fast.quantisation import Quantisation
+    def quantise(self, word: str, largest: Mapping[str, Tensor], folder: Path) -> None:
+        """The decoder's twin computes in 8-bit numbers from now on: see `fast.quantisation`. Raises ReducioError for
+        ranges, read from `folder`, that do not fit the decoder."""
+        from ...fast.quantisation import Quantisation, quantisable
 
+        vae = self.components[self.components.layout.decoder]
+        calibration_file.check(folder, largest, {path: conv.in_channels for path, conv in quantisable(vae)})
         self.engine.quantisation = Quantisation(word, largest)
 
     def move(self, device: Any, dtype: Any) -> None:
@@ -315,10 +320,6 @@ class Executor:
             LOG.warning("compile: %dx%d is in no bucket, its blocks are compiled for this size alone", height, width)
 
     # ---- while it runs ----
-
-    def together(self) -> AbstractContextManager[None]:
-        """Around work that each of several processes does by itself: all of them leave it, or all raise."""
-        return nullcontext() if self.ranks is None else self.ranks.together()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from ...memory import fit as memory_fit
 from ...memory.dry_run import DryRun, free_bytes
 from ...memory.fit import Fit
 from ...memory.forecast import Forecast, forecast, in_another_way
+from ..parallel import shared
 from .components import Components
 from .decoding import Decoding, TiledDecoder
 from .executor import Executor
@@ -92,10 +93,7 @@ class Fitter:
     def settle(self, height: int, width: int) -> Decoding:
         """Choose how clips of this size are made from now on, start offloading where that is part of it, and return
         how they are decoded. ReducioError where they cannot be made."""
-        with self.executor.together():
-            fit = self.fit(height, width)
-        if self.executor.ranks is not None:  # as rank 0 has room: tiles of all processes must be the same
-            fit = self.executor.ranks.told(fit)
+        fit = shared(self.executor.ranks, self.fit, height, width)  # tiles of all processes must be the same
         if fit.offload and self.executor.offload is None:
             LOG.warning("memory: weights are offloaded to the CPU between stages, all at once do not fit")
             self.executor.start_offload(None, self.parts.device)

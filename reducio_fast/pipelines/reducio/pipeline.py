@@ -33,6 +33,7 @@ from ..execution.components import Components
 from ..execution.decoding import Decoding, TiledDecoder
 from ..execution.executor import Executor
 from ..execution.sampling import Sampler
+from ..parallel import shared
 from ..video_pipeline import VideoPipeline
 from .component_table import LOADERS, check_components, check_settings
 from .conditioner import Conditioner
@@ -113,10 +114,8 @@ class ReducioPipeline(VideoPipeline):
         # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed is the
         # same with and without latents, and the noise the same with and without an image.
         noise = initial_latent((1, *request.latent_shape), [clip.generator])
-        with stage(call.timings, "content.generate"), self.executor.together():
-            frame = self.content(clip, request, not call.progress.disable, call.content_step)
-        if frame is not None and self.executor.ranks is not None:
-            frame = self.executor.ranks.told(frame)
+        with stage(call.timings, "content.generate"):
+            frame = shared(self.executor.ranks, self.content, clip, request, not call.progress.disable, call.content_step)
         if clip.motion is not None:
             return SamplingInputs(frame, noise, None)
         cond = self.conditioner(clip, frame, call.timings, request.clip_condition)
@@ -157,29 +156,26 @@ class ReducioPipeline(VideoPipeline):
         waits for a compiler, later ones are faster. By default nothing is compiled, and on a GPU the fast path replays
         graphs of its kernels; False switches off both.
 
-        `quantise` "fp8" (or, on an A100, "int8") computes the decoder's residual blocks in 8-bit numbers, with ranges
-        that `reducio-fast calibrate` has measured and left in the folder. A CPU emulates it, to see what it changes.
+        `quantise` "fp8" (on an A100 "int8") computes the decoder's residual blocks in 8-bit numbers, whose ranges
+        `reducio-fast calibrate` has left in the folder. A CPU emulates it.
         """
         validation.resolve_backend(backend)  # before gigabytes are read
         device = devices.resolve_device(device)
         free = dtype is None and torch_dtype is None
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
-        folder, largest = hub.find_model(model), None
+        folder, largest = hub.find_model(model), dict[str, Tensor]()
         if quantise is not None:
             validation.check_quantise(quantise, backend, device)
             if "vae" in components:
-                raise ReducioError(f"quantise: {quantise!r} needs the model's own vae, of which its calibration is")
+                raise ReducioError(f"quantise: {quantise!r} needs the model's own vae, which was calibrated")
             largest = calibration_file.read(folder)
         # The fork: networks draw fresh weights before the file's replace them, from the caller's random numbers.
         with gc_pause.paused(), torch.random.fork_rng(devices=[]):
             parts = model_folder.read_model(folder, components, REDUCIO, LOADERS, dtype, device)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free)
-        if quantise is not None and largest is not None:
-            from ...fast.quantisation import quantisable
-
-            calibration_file.check(folder, largest, {path: c.in_channels for path, c in quantisable(pipe.vae)})
-            pipe.executor.quantise(quantise, largest)
+        if quantise is not None:
+            pipe.executor.quantise(quantise, largest, folder)
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -297,8 +293,7 @@ class ReducioPipeline(VideoPipeline):
         keep_content: where nothing moves, the content frame's own pixels instead of the decoder's; decodes twice.
         loop: frames go forward and back again, 2T - 2 of them, so that the last meets the first.
         preview_every: every so many steps the callback's tensors have `frames`, uint8 [T, h, w, 3], of the clip as it
-            stands (None in other steps): of half the size where the model has a `preview_decoder`, else at the cost of
-            a decode each. Naming "frames" asks for them in each step.
+            stands, in half size by the model's `preview_decoder` or else by its own. Naming "frames": in each step.
 
         Raises ReducioError before any work for an argument that does not fit, and later where values stop being finite.
         """
