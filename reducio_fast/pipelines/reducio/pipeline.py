@@ -51,8 +51,7 @@ class ReducioPipeline(VideoPipeline):
 
     `text_to_image` may be None (then each call needs an image), `text_encoder` too (then it needs `prompt_embeds`), and
     so may `image_encoder` and `content_encoder` (the DiT is then not told about that side of the image, unless by
-    `semantic_embeds` and `content_latents`). `report` says, per network, what runs it and why.
-    Threads may share a pipeline: their calls take turns.
+    `semantic_embeds` and `content_latents`). `report` says what runs each network, and why. Threads may share it.
 
     clean_caption: put prompts through PixArt's caption cleaning, for a model trained on PixArt's captions; the
         published recipe does. content_scaling_factor: multiplies the content latent; 1, as the release extracts it,
@@ -115,7 +114,8 @@ class ReducioPipeline(VideoPipeline):
         # same with and without latents, and the noise the same with and without an image.
         noise = initial_latent((1, *request.latent_shape), [clip.generator])
         with stage(call.timings, "content.generate"):
-            frame = shared(self.executor.ranks, self.content, clip, request, not call.progress.disable, call.content_step)
+            asked = (clip, request, not call.progress.disable, call.content_step)
+            frame = shared(self.executor.ranks, self.content, *asked)
         if clip.motion is not None:
             return SamplingInputs(frame, noise, None)
         cond = self.conditioner(clip, frame, call.timings, request.clip_condition)
