@@ -406,12 +406,10 @@ def variants(arch: str) -> Iterator[Variant]:
 def _variant(name: str, kernel: triton.JITFunction, types: dict, constants: dict, entry: Settings) -> Variant:
     block = {key: entry.pop(key) for key in ("BLOCK_R", "BLOCK_C")}
     constants = constants | block
-    scalars = tuple(name for name in kernel.arg_names if name not in constants and not name.endswith("_ptr"))
-    pointers = tuple(name for name in kernel.arg_names if name.endswith("_ptr"))
-    kinds = {"eps": "fp32"}
-    signature = {name: types.get(name, "*fp32") for name in pointers} | {
-        name: kinds.get(name, "i32") for name in scalars
-    }
+    given = [name for name in kernel.arg_names if name not in constants]
+    scalars = tuple(name for name in given if not name.endswith("_ptr"))
+    signature = {name: types.get(name, "*fp32") for name in given if name not in scalars}
+    signature |= {name: "fp32" if name == "eps" else "i32" for name in scalars}
     return Variant(
         name=f"{OP} {name}", kernel=kernel, signature=signature, constants=constants, options=entry, unaligned=scalars
     )

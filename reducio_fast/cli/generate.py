@@ -181,8 +181,9 @@ def run(arguments: argparse.Namespace) -> Printed:
     processes = count_processes()
     if processes > 1 and arguments.device in (None, "cuda") and resolve_device(arguments.device).type == "cuda":
         kwargs["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    kwargs["parallel"] = True if processes > 1 else None
     given = {k: v for k, v in kwargs.items() if v is not None}
-    out = generate(**given, progress=arguments.progress, parallel=processes > 1)
+    out = generate(**given, progress=arguments.progress)
     if processes > 1 and os.environ["RANK"] != "0":
         return NOTHING  # all have the clip, the first one writes it
     if arguments.interpolate is not None:

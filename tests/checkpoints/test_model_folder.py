@@ -32,7 +32,7 @@ def test_a_model_folder_grows_until_it_loads(bundle: Path, tmp_path: Path, capsy
         "block_out_channels": [4] * 4,
     }
     randomized(AutoencoderKL(**NARROW_SD | four_levels)).save_pretrained(tmp_path / "sd")
-    without = "text_encoder, tokenizer, image_encoder, content_encoder, text_to_image"
+    without = "text_encoder, tokenizer, image_encoder, content_encoder, preview_decoder, text_to_image"
     for source, config, says in (
         ("vae.ckpt", NARROW_VAE, f"  the model can do without {without}\n  the model still needs transformer\n"),
         ("pixart", words, f"  the model can do without {without}\nwrote"),

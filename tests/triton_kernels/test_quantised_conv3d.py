@@ -95,9 +95,9 @@ def test_kernel(shape, K, time, epilogue, eight_bit, dtype, device, assert_right
     assert fast.dtype == eager.dtype == dtype
     assert_right(fast, eager, oracle)
     if stats:
-        merged = [group_norm_silu._merged(s, 1, 1e-6) for s in (fast_stats, eager_stats, statistics)]
-        for one, two, three in zip(*merged, strict=True):
-            assert_right(one, two, three)
+        # Mean and 1 / deviation are judged together: a mean close to zero has no scale of its own.
+        merged = [torch.cat(group_norm_silu._merged(s, 1, 1e-6)) for s in (fast_stats, eager_stats, statistics)]
+        assert_right(*merged)
 
 
 @TYPES

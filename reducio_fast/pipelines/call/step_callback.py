@@ -25,7 +25,7 @@ class StepCallback:
         preview: Callable[[int], Any] | None = None,
     ) -> None:
         self.pipeline, self.call, self.embeds, self.preview = pipeline, call, embeds, preview
-        self.replaced: Tensor | None = None  # a replacement that came together with the request to stop
+        self.replaced: Tensor | None = None  # the clip's latent where a callback asked to stop
         self.error: Exception | None = None  # raised by the user's own code, which passes on unchanged
 
     def __call__(self, step: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
@@ -36,6 +36,7 @@ class StepCallback:
             return ranks.led(lambda: self.after_step(step, timestep, latent), latent)
         except StopSampling:
             self.call.interrupted = True
+            self.replaced = ranks.same(latent.clone() if self.replaced is None else self.replaced)
             raise
 
     def after_step(self, step: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
