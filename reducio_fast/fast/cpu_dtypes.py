@@ -23,6 +23,7 @@ from torch import nn
 
 from ..system import cache_folder
 from ..system.atomic_files import written_whole
+from ..system.devices import multiplies_bfloat16
 from ..triton_kernels.conv3d import convolve
 
 LOG = logging.getLogger("reducio_fast")
@@ -31,7 +32,6 @@ WORK = 1e8  # floating-point operations of a timed product: 0.3 to 3 ms
 TURNS = 5
 # bfloat16 rounds, so it has to be worth it: by this much at least.
 GAIN = 0.9
-FEATURES = ("amx_bf16", "avx512_bf16", "bf16")  # without any of these bfloat16 is emulated
 
 Seconds = dict[str, float]  # by dtype
 Timer = Callable[[Callable[[], object]], float]
@@ -56,8 +56,7 @@ def choose(network: nn.Module, timer: Timer | None = None) -> tuple[torch.dtype,
 
     timer: seconds of a call, for tests; with one the table is not kept.
     """
-    features = getattr(torch.cpu, "get_capabilities", dict)()
-    if not any(features.get(name) for name in FEATURES):
+    if not multiplies_bfloat16(torch.device("cpu")):
         return torch.float32, "this CPU has no bfloat16"
     products = products_of(network)
     table = _measured(list(products), timer)

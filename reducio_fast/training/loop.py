@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from ..system.devices import multiplies_bfloat16
 from ..system.errors import ReducioError
 from . import checkpoint_folders
 from .checkpoint_folders import CheckpointFolder
@@ -58,7 +59,7 @@ class LoopConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     clip_norm: float = 1.0
     ema_decay: float = 0.999
-    autocast: bool = True  # bfloat16 autocast around the loss function
+    autocast: bool = True  # bfloat16 around the loss function, on a device that has instructions for it
     seed: int = 0
     max_bad_steps: int = 10  # consecutive non-finite steps after which the run raises an error
     log_every: int = 20
@@ -107,6 +108,11 @@ class Outcome:
         a_step = self.seconds / max(1, self.step)
         times = {"seconds_a_step": a_step, "process_seconds_a_step": a_step * world_size}
         return {"steps": self.step, "seconds": self.seconds, **self.last, **times}
+
+
+def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
+    """bfloat16 for what is inside, if wanted, and where the device does not have to emulate it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and multiplies_bfloat16(device))
 
 
 class _Losses(nn.Module):
@@ -207,7 +213,7 @@ def run(
                 rng = np.random.default_rng((config.seed, state.step, micro))
                 torch.manual_seed(int(rng.integers(2**62)))
                 with accumulating(losses, last=micro == own[-1]):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+                    with autocast(device, config.autocast):
                         part, figures = losses(state.step, micro, rng)
                     # Divide before the sum, as DDP does across processes; otherwise the last bit of a sum differs.
                     (part / len(own)).backward()

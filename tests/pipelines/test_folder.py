@@ -33,7 +33,7 @@ def test_import_is_quick_and_exports_few_names():
         "assert not {'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules), 'heavy imports'\n"
         "assert seconds < 0.2, seconds\n"
         "names = ['ReducioError', 'ReducioPipeline', 'ReducioVAE', 'SV3DPipeline', 'SVDPipeline', 'accelerate']\n"
-        "names += ['generate']\n"
+        "names += ['generate', 'parallelize']\n"
         "assert reducio_fast.__all__ == sorted([*names, '__version__'])\n"
         "assert [n for n in dir(reducio_fast) if n[0] != '_' and n not in ('TYPE_CHECKING', 'Any', 'annotations')] "
         "== names\n"

@@ -210,6 +210,7 @@ def test_an_ablation_trains_each_variant_and_compares_held_out_clips(
         "fusion_head_dim=8",
     ]
     changes = [f"config.{change}" for change in sizes] + ["loop.steps=2", "loop.checkpoint_every=2", "held_out=1"]
+    changes += ["batch=1", "size=32"]
     argv = ["train", "vae", "--recipe", "ablation-vae", "--clips", str(clips), "--no-progress"]
     argv += [word for change in changes for word in ("--set", change)]
     command = [*argv, "--ablation", "latent-channels", "--seeds", "2", "-o", str(tmp_path)]

@@ -23,7 +23,7 @@ from ...data import toy_world
 from ...pipelines.reducio.encoders import ContentEncoder, SemanticEncoder, TextEncoder
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...system.atomic_files import written_whole
-from ..loop import LoopConfig
+from ..loop import LoopConfig, autocast
 from ..recipe import Context
 from ..reducio.objective import BETAS
 from .video_autoencoder import as_video
@@ -81,7 +81,7 @@ class Encoders:
         `decoded` [B] marks the clips whose content frame passes through the content autoencoder first.
         """
         video = as_video(frames_BTHWC)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu")):
             posterior = self.vae.encode(video)
         frame = self.content_frame(video, decoded)
         return {

@@ -23,7 +23,7 @@ from ...data import toy_world
 from ...data.toy_detector import detect
 from ...pipelines.execution.drawing import GUIDANCE, PIPELINE_KWARGS, STEPS
 from ...system.atomic_files import written_whole
-from ..loop import LoopConfig
+from ..loop import LoopConfig, autocast
 from ..recipe import Context
 from .content_autoencoder import encode, to_image
 from .text_encoder import reword, tokenize
@@ -74,10 +74,10 @@ class Captions:
     lengths: Tensor
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] and mask [B, L], cut to the longest caption of the batch: the rest is masked padding."""
+        """Embeddings, float32 [B, L, D], and mask [B, L], cut to the longest caption of the batch: the rest is masked padding."""
         lengths = self.lengths[index]
         longest = int(lengths.max())
-        return self.text[index, :longest], torch.arange(longest)[None] < lengths[:, None]
+        return self.text[index, :longest].float(), torch.arange(longest)[None] < lengths[:, None]
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def _encode_pool(context: Context, settings: TextToImageSettings, vae: Autoencod
         captions.append(reword(scene, rng)[0].lower() if rng.random() < settings.reworded_share else scene.caption())
         frames.append(frame)
         if len(frames) == 32 or len(captions) == settings.pool:
-            with torch.autocast(context.device.type, torch.bfloat16, enabled=settings.loop.autocast):
+            with autocast(context.device, settings.loop.autocast):
                 latents.append(encode(vae, to_image(np.stack(frames)).to(context.device)).float().cpu())
             frames.clear()
     pool = (torch.cat(latents) * vae.config.scaling_factor).half().contiguous()
