@@ -2,20 +2,24 @@
 
 long: 64 frames of held-out prompts: what the detector sees, jumps and PSNR at seams against those within the model's
 own clips. strength: travel of the object against motion_strength. transfer: a scene's motion with another colour,
-against the latent of the recoloured scene itself; and on another background. kept: the content frame kept.
+against the latent of the recoloured scene itself; and on another background. kept: the content frame kept. bytes: the
+same seed twice, and frames of a stream that is left early. memory: the largest resident size while 64 frames
+are made, against one clip.
 `--pictures DIR` writes the pictures of docs/control.md instead, with `--clips DIR`, a folder of real .mp4 files, for
-the last one. Prints one JSON object a part; takes minutes, so it is no test.
+the last one. Prints one JSON object a part, and with `--out` writes a row; takes minutes, so it is no test.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from reducio_fast import ReducioPipeline
@@ -23,6 +27,8 @@ from reducio_fast.checkpoints.strict_files import embedded_model
 from reducio_fast.data import photos, toy_world
 from reducio_fast.data.toy_detector import detect
 from reducio_fast.evaluation.toy_report import held_out_scenes
+from reducio_fast.measurement import instruments
+from reducio_fast.measurement.bench import write
 from reducio_fast.media.contact_sheet import film_strip
 from reducio_fast.media.image_files import cover_crop
 from reducio_fast.media.similarity import psnr, psnr_per_frame
@@ -40,16 +46,20 @@ def long(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
     """Seams lie where a new clip begins to be seen and where the old one ends: before frame 8 k and 8 k + 8."""
     # At its slowest what moves stays in sight for four clips, or most of it.
     scenes = [dataclasses.replace(scene, speed="slowly") for scene in held_out_scenes(count)]
-    right, ratios, losses = 0, [], []
+    right, ratios, losses, seen = 0, [], [], dict.fromkeys(("colour", "motion", "shape"), 0)
     for seed, scene in enumerate(scenes):
         frames = pipe(scene.caption(), seed=seed, num_frames=64, num_inference_steps=8, progress=False).frames
-        right += all(detect(frames).matches(scene).values())
+        matches = detect(frames).matches(scene)
+        right += all(matches.values())
+        seen = {name: number + matches[name] for name, number in seen.items()}
         step, close = jumps(frames), psnr_per_frame(frames[1:], frames[:-1])
         at = np.zeros(63, bool)
         at[[8 * k - 1 for k in range(1, 8)]] = True
         ratios.append(float(step[at].mean() / step[~at].mean()))
         losses.append(float(np.mean(close[~at][np.isfinite(close[~at])]) - np.mean(close[at][np.isfinite(close[at])])))
-    return {"prompts": count, "right": right, "seam_jump_ratio": _summary(ratios), "seam_psnr_loss": _summary(losses)}
+    figures = {f"{name}_right": number for name, number in seen.items()}
+    seams = {"seam_jump_ratio": _summary(ratios), "seam_psnr_loss": _summary(losses)}
+    return {"prompts": count, "right": right} | figures | seams
 
 
 def strength(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
@@ -109,6 +119,29 @@ def kept(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
     return {kind: dict(zip(names, np.mean(row, 0).round(2).tolist(), strict=True)) for kind, row in rows.items()}
 
 
+def same_bytes(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
+    again, part = 0, 0
+    for seed, scene in enumerate(held_out_scenes(count)):
+        words = {"prompt": scene.caption(), "seed": seed, "num_inference_steps": 2, "progress": False, "num_frames": 64}
+        whole = pipe(**words).frames
+        again += np.array_equal(pipe(**words).frames, whole)
+        stream = pipe.stream(**words)
+        part += np.array_equal(np.stack(list(itertools.islice(stream, 40))), whole[:40])
+        stream.close()
+    return {"prompts": count, "same_again": again, "first_40_of_64": part}
+
+
+def memory(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
+    """The second time each: the first one also makes what stays."""
+    peaks = {}
+    for frames in (16, 64, 16, 64):
+        with instruments.Peak(torch.device("cpu")) as peak:
+            pipe("a red circle moving right", seed=0, num_frames=frames, num_inference_steps=4, progress=False)
+        peaks[frames] = {"bytes": peak.bytes, "above": peak.above}
+    ratios = {name: round(peaks[64][name] / peaks[16][name], 3) for name in ("bytes", "above")}
+    return {"of_16_frames": peaks[16], "of_64_frames": peaks[64], "ratio": ratios}
+
+
 def _summary(values: list[float]) -> dict[str, float]:
     return {"mean": round(float(np.mean(values)), 3), "worst": round(float(np.max(values)), 3)}
 
@@ -141,23 +174,31 @@ def pictures(pipe: ReducioPipeline, folder: Path, clips: Path | None) -> None:
         save(rows, "control-real.png")
 
 
-PARTS = {"long": long, "strength": strength, "transfer": transfer, "kept": kept}
+PARTS = {"long": long, "strength": strength, "transfer": transfer, "kept": kept, "bytes": same_bytes, "memory": memory}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="(default: all)")
     parser.add_argument("--count", type=int, default=16, help="prompts or clips of a part (default: 16)")
+    parser.add_argument("--model", help="(default: the embedded one)")
+    parser.add_argument("--out", help="a JSON row")
     parser.add_argument("--backend", choices=("fast", "reference"), default="fast")
     parser.add_argument("--pictures", type=Path, metavar="DIR")
     parser.add_argument("--clips", type=Path, metavar="DIR", help="real .mp4 files, for --pictures")
     arguments = parser.parse_args()
-    pipe = ReducioPipeline.from_pretrained(embedded_model(), device="cpu", dtype="float32", backend=arguments.backend)
+    folder = embedded_model() if arguments.model is None else arguments.model
+    pipe = ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend=arguments.backend)
     if arguments.pictures is not None:
         pictures(pipe, arguments.pictures, arguments.clips)
         return
+    found = {}
     for part in arguments.part or PARTS:
-        print(json.dumps({part: PARTS[part](pipe, arguments.count)}), flush=True)
+        found[part] = PARTS[part](pipe, arguments.count)
+        print(json.dumps({part: found[part]}), flush=True)
+    if arguments.out:
+        machine = instruments.machine(torch.device("cpu"))
+        write({"benchmark": "control_check", "machine": machine, "backend": arguments.backend} | found, arguments.out)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def sampling_inputs() -> list[Any]:
         io.Int.Input("seed", default=0, min=0, max=MOST_SEEDS, control_after_generate=True),
         io.Int.Input("steps", default=20, min=1, max=1000),
         io.Float.Input("guidance", default=4.5, min=0.0, max=30.0, step=0.1),
-        io.Boolean.Input("previews", default=False, tooltip="each costs a decode"),
+        io.Boolean.Input("previews", default=False, tooltip="by the small decoder of the model, where it has one"),
         io.Image.Input("image", optional=True, tooltip="the content frame; without it the model draws one"),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import dataclasses
 import io
 import logging
 import os
@@ -174,6 +175,8 @@ class Clips:
         from PIL import Image
 
         output = output if factor is None else output.interpolated(factor)
+        if output.is_list:  # several seeds: one clip that shows them side by side
+            output = dataclasses.replace(output, frames=output.grid(), content=None, is_list=False)
         frames = np.asarray(output.frames)
         with tempfile.TemporaryDirectory(prefix="reducio-serve-") as scratch:
             clip = Path(scratch) / f"clip{CLIP}"
@@ -231,13 +234,14 @@ class _Progress:
     def __init__(self, pipe: Any, call: dict[str, Any], defaults: Mapping[str, Any]) -> None:
         self.pipe, self.parts, self.reached = pipe, 0, 0
         self.steps = call.get("num_inference_steps") or defaults.get("num_inference_steps") or 1  # of a peer
+        self.videos = call.get("num_videos_per_prompt", 1)
         # How many steps the first stage takes is its own choice; PixArt's default is 20.
         self.drawing = (call.get("content_kwargs") or {}).get("num_inference_steps", 20)
 
     def __call__(self, stage: str, step: int) -> int:
         request = getattr(getattr(self.pipe, "call", None), "request", None)
         chain = getattr(request, "chain", None)
-        clips = 1 if chain is None else chain.clips  # a long clip is sampled and decoded in parts
+        clips = self.videos * (1 if chain is None else chain.clips)  # a long clip is sampled and decoded in parts
         self.parts += stage == "dit.step" and step == 0
         begin, end = SPANS.get(stage, (DECODING, DECODING))
         share = 0.0

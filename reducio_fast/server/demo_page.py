@@ -68,15 +68,17 @@ def make_clips(
     progress: Progress = lambda share, what: None,
     preview: Callable[[Any], None] | None = None,
     stop: threading.Event | None = None,
+    interpolate: int = 1,
     **kwargs: Any,
 ) -> Iterator[Clip]:
     """The clip of the fast path and, with `both`, that of the reference for the same seed, as they become ready; of
     several seeds (`num_videos_per_prompt`) one clip that shows them side by side.
 
-    They are written to `folder` as .mp4. `kwargs` are those of `generate` (model, dtype, device, height, ...). Setting
-    `stop` raises Cancelled at the end of the step that is running; the models stay loaded. `preview(picture)` is given
-    a film strip, uint8 [H, 4 W, 3], of the fast path's clip as it stands, every fifth of its steps. `steps` and
-    `guidance_scale` default to those of the model. Raises ReducioError.
+    They are written to `folder` as .mp4, with `interpolate` (1, 2 or 4) times their rate. `kwargs` are those of
+    `generate` (model, dtype, device, height, ...). Setting `stop` raises Cancelled at the end of the step that is
+    running; the models stay loaded. `preview(picture)` is given a film strip, uint8 [H, 4 W, 3], of the fast path's
+    clip as it stands, every fifth of its steps. `steps` and `guidance_scale` default to those of the model. Raises
+    ReducioError.
     """
     defaults = registry.call_defaults(kwargs.get("model"))
     steps = defaults["num_inference_steps"] if steps is None else steps
@@ -110,6 +112,8 @@ def make_clips(
         )  # fmt: skip
         if out.is_list:
             out = dataclasses.replace(out, frames=out.grid(), is_list=False)
+        if interpolate > 1:
+            out = out.interpolated(interpolate)
         path = folder / f"{number}-{label}.mp4"
         out.save(path)
         yield Clip(label, path, out)
@@ -199,6 +203,8 @@ def page(kwargs: dict[str, Any]) -> Any:
         frames: float,
         videos: float,
         loop: bool,
+        keep: bool,
+        rate: float,
         motion: str | None,
         request: Any,
         bar: Any = gr.Progress(),  # noqa: B008 - how gradio hands a progress bar over
@@ -212,14 +218,15 @@ def page(kwargs: dict[str, Any]) -> Any:
             {"num_frames": int(frames), "num_videos_per_prompt": int(videos), "loop": loop} if steered else {}
         )
         if own:
-            words |= {"motion_strength": strength}
+            words |= {"motion_strength": strength, "keep_content": keep}
         if steered or negative:
             words |= {"negative_prompt": negative or None}
         try:
             if own and motion is not None:
                 words["motion_latents"] = motion_of(motion, kwargs)
             given = {"both": both, "seed": int(seed or 0), "steps": None if steps is None else int(steps)}
-            given |= {"guidance_scale": guidance, "folder": folder, "stop": stop} | words | kwargs
+            given |= {"guidance_scale": guidance, "folder": folder, "stop": stop, "interpolate": int(rate)}
+            given |= words | kwargs
             for kind, news in events_of(prompt, image, previews=steered, **given):
                 if kind == "progress":
                     bar(news[0], desc=news[1])
@@ -283,6 +290,8 @@ def page(kwargs: dict[str, Any]) -> Any:
             frames = gr.Slider(16, 64, 16, step=8, label="Frames", visible=own)
             videos = gr.Slider(1, 9, 1, step=1, label="Seeds, side by side")
             loop = gr.Checkbox(False, label="Loop: there and back")
+            keep = gr.Checkbox(False, label="Keep the content frame where nothing moves", visible=own)
+            rate = gr.Radio([1, 2, 4], value=1, label="Frame rate: frames in between by interpolation")
         status = gr.Textbox(label="Status", interactive=False, elem_id="status")
         strip = gr.Image(label="Preview: four frames of the clip as it stands", interactive=False, visible=steered)
         outputs: list[Any] = [status]
@@ -292,7 +301,8 @@ def page(kwargs: dict[str, Any]) -> Any:
                     outputs.append(gr.Video(label=title, autoplay=True, loop=True, elem_id=name))
                     outputs.append(gr.Dataframe(headers=["stage", "seconds"], label="Seconds", interactive=False))
         outputs.append(strip)
-        given = [prompt, image, seed, steps, guidance, both, negative, strength, frames, videos, loop, motion]
+        given = [prompt, image, seed, steps, guidance, both, negative, strength, frames, videos, loop]
+        given += [keep, rate, motion]
         work = start.click(run, given, outputs, concurrency_limit=1, show_progress_on=status)
         end.click(cancel, None, status, cancels=[work], queue=False)
     return app

@@ -36,6 +36,7 @@ class Limits:
     prompt_characters: int = 4000
     steps: int = 100
     frames: int = 64
+    videos: int = 9  # of a job, side by side
     sizes: tuple[tuple[int, int], ...] | None = None
     job_seconds: float = 600
     keep_seconds: float = 24 * 3600
@@ -121,6 +122,7 @@ FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "negative_prompt": _text,
     "seed": _whole,
     "num_frames": _whole,
+    "num_videos_per_prompt": _whole,
     "num_inference_steps": _whole,
     "guidance_scale": _number,
     "min_guidance_scale": _number,
@@ -263,8 +265,9 @@ class Checker:
         for name in ("height", "width"):
             if isinstance(side := call.get("content_kwargs", {}).get(name), int | float) and side > 2048:
                 raise ReducioError(f"content_kwargs: {name} is {side}, 2048 is the most")
-        if call.get("num_frames", 1) > self.limits.frames:
-            raise ReducioError(f"num_frames: {call['num_frames']} asked for, {self.limits.frames} are the most")
+        for name, most in (("num_frames", self.limits.frames), ("num_videos_per_prompt", self.limits.videos)):
+            if call.get(name, 1) > most:
+                raise ReducioError(f"{name}: {call[name]} asked for, {most} are the most")
 
     def _size(self, size: Any, has_picture: bool) -> tuple[int | None, int | None]:
         """(height, width) of `WIDTHxHEIGHT`, as OpenAI writes it; without one the call's own choice."""

@@ -123,6 +123,7 @@ _FIELDS: dict[str, Any] = {
     "content_kwargs": {"type": "object", "description": "of the first stage, such as num_inference_steps"},
     "quality": {"type": "string", "description": "exact, balanced or draft"},
     "num_frames": {"type": "integer", "minimum": 1, "description": "more than the model's: clips that continue"},
+    "num_videos_per_prompt": {"type": "integer", "minimum": 1, "maximum": 9, "description": "seeds, side by side"},
     "direction": {"type": "string", "description": "of long clips: forward or both"},
     "loop": {"type": "boolean", "description": "the last frame meets the first"},
     "motion_strength": {"type": "number", "minimum": 0, "maximum": 4},

@@ -33,8 +33,12 @@ def test_seeds_side_by_side_with_the_motion_of_a_clip(bundle: Path, tmp_path: Pa
         frame[48:80, 20 + 4 * t : 52 + 4 * t] = (220, 30, 30)
     write_video(frames, tmp_path / "motion", 16)
     motion = demo_page.motion_of(str(tmp_path / "motion"), {"device": "cpu"})
-    (clip,) = demo_page.make_clips(PROMPT, folder=tmp_path, num_videos_per_prompt=2, motion_latents=motion, **WORDS)
+    words = WORDS | {"folder": tmp_path, "num_videos_per_prompt": 2, "motion_latents": motion}
+    (clip,) = demo_page.make_clips(PROMPT, **words)
     assert clip.out.frames.shape == (16, 128, 256, 3) and clip.out.seeds == [0, 1]
+    (smooth,) = demo_page.make_clips(PROMPT, interpolate=2, keep_content=True, **words)
+    assert smooth.out.fps == 2 * clip.out.fps and len(smooth.out.frames) >= 31
+    assert read_video(smooth.path)[1] == smooth.out.fps
 
 
 def test_mistakes_reach_the_page(bundle: Path, tmp_path: Path) -> None:

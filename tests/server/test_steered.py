@@ -96,9 +96,20 @@ def test_progress_of_a_long_clip_goes_on_to_its_end(clips: Clips, checker: Check
     assert ends == [57, 72, 88]  # three clips share 42 to 88
 
 
+def test_seeds_side_by_side(clips: Clips, checker: Checker, tmp_path: Path) -> None:
+    *steps, last = events(clips, checker(PROMPT | {"num_videos_per_prompt": "4"}))
+    percents = [event["percent"] for event in steps]
+    assert percents == sorted(percents) and percents[-1] == 97
+    sheet = clips.pipe(**PROMPT, num_videos_per_prompt=4, progress=False).grid()
+    assert last["result"]["size"] == "256x256" and last["result"]["frames"] == 16 == len(sheet)
+    assert np.abs(frames_of(last, tmp_path).astype(int) - sheet).mean() < 8
+
+
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
+        ({"num_videos_per_prompt": 10}, "num_videos_per_prompt: 10 asked for, 9 are the most"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt: "),
         ({"motion_strength": "much"}, "motion_strength: must be a number, is 'much'"),
         ({"motion_strength": 4.5}, "motion_strength: must be"),
         ({"motion_strength": float("nan")}, "motion_strength: must be"),

@@ -74,7 +74,7 @@ class Captions:
     lengths: Tensor
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings, float32 [B, L, D], and mask [B, L], cut to the longest caption of the batch: the rest is masked padding."""
+        """Embeddings, float32 [B, L, D], and mask [B, L], cut to the batch's longest caption: the rest is padding."""
         lengths = self.lengths[index]
         longest = int(lengths.max())
         return self.text[index, :longest].float(), torch.arange(longest)[None] < lengths[:, None]
