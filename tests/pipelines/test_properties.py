@@ -116,7 +116,7 @@ def test_a_clip_does_not_know_its_neighbours(pipe: ReducioPipeline, data, height
         assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
-@quick(16)
+@quick(8)
 @given(height=SIZES, width=SIZES, output_type=OUTPUT_TYPES, seed=SEEDS, dtype=st.sampled_from(DTYPES))
 @pytest.mark.slow
 def test_every_legal_size_and_dtype_has_its_form(
