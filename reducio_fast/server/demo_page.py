@@ -224,7 +224,11 @@ def page(kwargs: dict[str, Any]) -> Any:
         try:
             if own and motion is not None:
                 words["motion_latents"] = motion_of(motion, kwargs)
-            given: dict[str, Any] = {"both": both, "seed": int(seed or 0), "steps": None if steps is None else int(steps)}
+            given: dict[str, Any] = {
+                "both": both,
+                "seed": int(seed or 0),
+                "steps": None if steps is None else int(steps),
+            }
             given |= {"guidance_scale": guidance, "folder": folder, "stop": stop, "interpolate": int(rate)}
             given |= words | kwargs
             for kind, news in events_of(prompt, image, previews=steered, **given):

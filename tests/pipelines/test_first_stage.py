@@ -16,7 +16,7 @@ import torch
 from reducio_fast.checkpoints import networks
 from reducio_fast.checkpoints.diffusers_folders import find_text_to_image, load_text_to_image
 from reducio_fast.media.image_files import fit_image
-from reducio_fast.pipelines.execution.drawing import draw_image, drawing_size, warn_once
+from reducio_fast.pipelines.execution.drawing import draw_image, drawing_size, native_size, warn_once
 from reducio_fast.pipelines.execution.executor import Executor
 from reducio_fast.pipelines.execution.plain_engine import PlainEngine
 from reducio_fast.pipelines.reducio.encoders import clean_caption
@@ -339,3 +339,9 @@ def test_why_diffusers_draws() -> None:
     assert stage.line.startswith("diffusers: a StableDiffusionXLPipeline draws by itself")
     executor.engine = PlainEngine()
     assert stage.line == "diffusers: the networks run on the reference"
+
+
+def test_a_network_under_torch_compile_tells_its_size() -> None:
+    """It has no truth value: torch 2.14's wrapper raises in `__len__`."""
+    compiled = SimpleNamespace(unet=torch.compile(unet()), vae_scale_factor=8)
+    assert native_size(compiled) == 64 and native_size(SimpleNamespace(vae_scale_factor=8)) is None

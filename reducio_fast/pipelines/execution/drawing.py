@@ -133,7 +133,8 @@ def drawing_size(pipeline: Any, height: int, width: int) -> tuple[int, int]:
 
 def native_size(pipeline: Any) -> int | None:
     """Side in pixels of the square image a diffusers pipeline was made for; None where it does not tell."""
-    network = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    # Not by truth values: a network under torch.compile has none (its `__len__` raises).
+    network = next((x for name in ("transformer", "unet") if (x := getattr(pipeline, name, None)) is not None), None)
     latent = getattr(pipeline, "default_sample_size", None) or getattr(
         getattr(network, "config", None), "sample_size", None
     )
