@@ -164,6 +164,7 @@ def test_folded_up_sampling(size: tuple[int, int] | None) -> None:
     assert relative(UpConv(conv)(x, size), expected) < 1e-14
 
 
+@pytest.mark.slow
 def test_streaming_needs_little_more_than_two_tensors() -> None:
     """Live bytes at published widths, of tensors without contents: the reference holds six full-size ones."""
     from reducio_fast.reference.svd.config import TemporalVAEConfig

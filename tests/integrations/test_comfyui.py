@@ -143,6 +143,7 @@ def test_schemas_fit_their_functions(nodes: dict[str, Any]) -> None:
         assert schema.outputs and all(output.display_name for output in schema.outputs)
 
 
+@pytest.mark.slow
 def test_a_workflow(nodes: dict[str, Any], comfy: SimpleNamespace) -> None:
     (model,) = nodes["ReducioLoad"].execute("", "auto", "float32").args
     words = {"negative_prompt": "", "seed": 1, "steps": 2, "guidance": 4.5, "previews": True}

@@ -33,6 +33,7 @@ def pipe() -> ReducioPipeline:
     return loaded
 
 
+@pytest.mark.slow
 def test_a_fresh_process_imports_neither() -> None:
     code = textwrap.dedent(f"""
         import sys

@@ -135,6 +135,7 @@ def test_interrupted_long_clip_keeps_what_is_finished(pipe: ReducioPipeline):
     assert out.interrupted and out.frames.shape[0] == len(out.seeds)
 
 
+@pytest.mark.slow
 def test_held_part_with_other_schedulers(folder: Path):
     from diffusers import (
         DDIMScheduler,
@@ -222,6 +223,7 @@ def test_content_frame_kept_where_nothing_moves(both: ReducioPipeline, moving: n
     assert (out[:, :, 8:16, 8:16] == 1).all() and (out[:, :, 24:] == 0.5).all()
 
 
+@pytest.mark.slow
 def test_previews(both: ReducioPipeline):
     seen = []
 

@@ -75,6 +75,7 @@ def test_copies_and_saved_folders_keep_it(bundle: Path, tmp_path: Path) -> None:
     assert "fp8" in pipe.report["vae"]
 
 
+@pytest.mark.slow
 def test_calibration_is_that_of_the_embedded_model(bundle: Path) -> None:
     """The file in the package is what the command makes of the model, from its own clips."""
     vae = load(bundle).vae

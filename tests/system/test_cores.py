@@ -69,6 +69,7 @@ def test_torch_keeps_to_them_during_a_call(monkeypatch: pytest.MonkeyPatch) -> N
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_waiting_threads_sleep_soon() -> None:
     """libgomp shows what it was told; the environment of children is as it was, and a user's choice holds."""
     code = "import reducio_fast, os; reducio_fast.generate; print(os.environ.get('GOMP_SPINCOUNT'))"

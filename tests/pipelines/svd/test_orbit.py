@@ -25,6 +25,8 @@ from reducio_fast.reference.svd.vae import FrameVAE
 from tiny_networks import plan
 from tiny_svd import QUIET, lively_svd, vae_config
 
+pytestmark = pytest.mark.slow
+
 CALL = {"height": 16, "width": 16, "num_frames": 3, "num_inference_steps": 2, **QUIET}
 STABILITY_EPS = {"attention_down_eps": 1e-5, "up_eps": 1e-5}  # where diffusers has 1e-6
 

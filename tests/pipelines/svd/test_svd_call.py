@@ -21,6 +21,8 @@ from reducio_fast.pipelines.svd.pipeline import SVDPipeline
 from reducio_fast.reference.svd.sampler import align_your_steps
 from tiny_svd import CALL, QUIET, same, seeded
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])
 @pytest.mark.parametrize(

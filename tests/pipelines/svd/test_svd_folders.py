@@ -21,6 +21,8 @@ from reducio_fast.media.video_files import read_video
 from reducio_fast.pipelines.svd.pipeline import SVDPipeline
 from tiny_svd import CALL, QUIET, same, seeded
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_folder_goes_round(pipe: SVDPipeline, picture: Image.Image, tmp_path: Path):
     """What we write, diffusers and we read, with the same numbers."""

@@ -11,6 +11,8 @@ import torch
 from reducio_fast.pipelines.svd.pipeline import SVDPipeline
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2, "progress": False, "seed": 3}
 
 
