@@ -13,6 +13,8 @@ from reducio_fast.cli import main
 from reducio_fast.media.image_files import read_image
 from reducio_fast.media.video_files import read_video, write_video
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle moving right on a black background"
 FEW = ["--num-inference-steps", "2", "--content-num-inference-steps", "2", "--no-progress", "--json"]
 

@@ -27,6 +27,8 @@ from reducio_fast.triton_kernels.registry import OPS
 from tiny_networks import assert_right, plan
 from tiny_svd import unet_inputs, unets, vaes
 
+pytestmark = pytest.mark.slow
+
 
 def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).double().norm() / expected.double().norm()).item()
@@ -164,7 +166,6 @@ def test_folded_up_sampling(size: tuple[int, int] | None) -> None:
     assert relative(UpConv(conv)(x, size), expected) < 1e-14
 
 
-@pytest.mark.slow
 def test_streaming_needs_little_more_than_two_tensors() -> None:
     """Live bytes at published widths, of tensors without contents: the reference holds six full-size ones."""
     from reducio_fast.reference.svd.config import TemporalVAEConfig
@@ -190,7 +191,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reducio_fast.fast.plan.OPS", launches)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.usefixtures("kernels")
 def test_layers_on_kernels(dtype: torch.dtype) -> None:

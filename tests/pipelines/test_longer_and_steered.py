@@ -16,6 +16,8 @@ from reducio_fast.media.video_files import write_video
 from reducio_fast.reference.reducio.preview import PreviewConfig, PreviewDecoder
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle moving right"
 FAST = {"num_inference_steps": 2, "progress": False, "seed": 3}
 SHAPE = (16, 4, 2, 2)
@@ -135,7 +137,6 @@ def test_interrupted_long_clip_keeps_what_is_finished(pipe: ReducioPipeline):
     assert out.interrupted and out.frames.shape[0] == len(out.seeds)
 
 
-@pytest.mark.slow
 def test_held_part_with_other_schedulers(folder: Path):
     from diffusers import (
         DDIMScheduler,
@@ -223,7 +224,6 @@ def test_content_frame_kept_where_nothing_moves(both: ReducioPipeline, moving: n
     assert (out[:, :, 8:16, 8:16] == 1).all() and (out[:, :, 24:] == 0.5).all()
 
 
-@pytest.mark.slow
 def test_previews(both: ReducioPipeline):
     seen = []
 

@@ -24,6 +24,8 @@ from reducio_fast.system.errors import ReducioError
 from reducio_fast.triton_kernels import tables
 from reducio_fast.triton_kernels.registry import OPS
 
+pytestmark = pytest.mark.slow
+
 CUDA = torch.device("cuda", 0)
 
 
@@ -50,7 +52,6 @@ def test_the_decoder_computes_in_eight_bits(word: str, bundle: Path, image: np.n
     assert word not in plain.report["vae"]
 
 
-@pytest.mark.slow
 def test_kernels_in_the_interpreter_compute_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A residual block of the decoder, quantised, with both of its convolutions and norms run by Triton."""
     block = load(bundle, quantise="fp8").executor.network("vae").decoder.mid.block_1
@@ -75,7 +76,6 @@ def test_copies_and_saved_folders_keep_it(bundle: Path, tmp_path: Path) -> None:
     assert "fp8" in pipe.report["vae"]
 
 
-@pytest.mark.slow
 def test_calibration_is_that_of_the_embedded_model(bundle: Path) -> None:
     """The file in the package is what the command makes of the model, from its own clips."""
     vae = load(bundle).vae

@@ -14,6 +14,8 @@ from reducio_fast.reference.svd.unet import VideoUNet, sinusoid
 from reducio_fast.reference.svd.vae import TemporalVAE
 from tiny_svd import unet_inputs, unets, vaes
 
+pytestmark = pytest.mark.slow
+
 
 def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).double().norm() / expected.double().norm()).item()

@@ -19,6 +19,8 @@ from reducio_fast.reference.svd.sampler import EndConditions, ImageCondition
 from tiny_networks import plan
 from tiny_svd import CALL, QUIET, seeded, unets
 
+pytestmark = pytest.mark.slow
+
 TIME = torch.tensor(0.3)
 
 

@@ -22,6 +22,8 @@ from reducio_fast.reference.svd.consistency import ConsistencyConfig, Consistenc
 from tiny_svd import CALL as USUAL_CALL
 from tiny_svd import QUIET, seeded
 
+pytestmark = pytest.mark.slow
+
 CALL = USUAL_CALL | {"height": 16, "width": 16}
 
 
