@@ -1,9 +1,11 @@
-"""One process against two Ray replicas: clips a second and waiting times; then a replica is killed in mid job.
+"""One process against two Ray replicas: clips a second and waiting times. Then a running job is cancelled, a replica is
+killed in mid job, and one replica becomes two under load.
 
     python benchmarks/serving/replicas.py --clips 40 --out benchmarks/results/serving_replicas.json
 
 Needs the extras [serve], [ray] and [test]. Every job must be completed, the same seed must give the same bytes in both
-homes, and the job of the killed replica must be made on its second attempt; else the status is 1.
+homes, a cancelled job must be gone, the job of the killed replica must be made
+on its second attempt, and a second replica must come; else the status is 1.
 """
 
 from __future__ import annotations
@@ -42,20 +44,22 @@ def main() -> int:
             try:
                 result[name], hashes[name] = load(server, arguments)
                 if options:
+                    result["cancelled"] = cancel_a_job(server)
                     result["replica killed"] = kill_a_replica(server)
             finally:
                 server.end(120)
+    result["autoscaling"] = scale_up()
     same = hashes["one process"] == hashes["two replicas"]
     result["same bytes in both homes"] = same
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.out:
         Path(arguments.out).write_text(text + "\n")
-    killed = result["replica killed"]
-    good = (
-        same and isinstance(killed, dict) and killed["statuses"] == ["completed"] * 2 and killed["attempts"] == [1, 2]
-    )
-    return 0 if good else 1
+    killed, cancelled, scaled = (result[name] for name in ("replica killed", "cancelled", "autoscaling"))
+    assert isinstance(killed, dict) and isinstance(cancelled, dict) and isinstance(scaled, dict)
+    good = same and killed["statuses"] == ["completed"] * 2 and killed["attempts"] == [1, 2]
+    good = good and cancelled["status"] == 404
+    return 0 if good and scaled["most_replicas"] == 2 and scaled["completed"] == scaled["jobs"] else 1
 
 
 def load(server: ClipServer, arguments: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
@@ -92,6 +96,47 @@ def kill_a_replica(server: ClipServer) -> dict[str, object]:
     videos = [client.videos.poll(id) for id in ids]
     attempts = sorted(client.videos.retrieve(id).attempts for id in ids)
     return {"statuses": [video.status for video in videos], "attempts": attempts}
+
+
+def cancel_a_job(server: ClipServer) -> dict[str, object]:
+    """Delete one of two running jobs while a third waits, which then begins: at once where it waits at that replica, else
+    when the other replica's job has ended."""
+    client = server.client()
+    extra = {"num_inference_steps": 100, "guidance_scale": 3}
+    ids = [client.videos.create(prompt=PROMPT, extra_body=extra | {"seed": seed}).id for seed in range(3)]
+    while min(client.videos.retrieve(id).progress for id in ids[:2]) < 45:
+        time.sleep(0.005)
+    waiting = client.videos.retrieve(ids[2]).progress
+    client.videos.delete(ids[0])
+    begun = time.perf_counter()
+    while client.videos.retrieve(ids[2]).progress <= waiting:
+        time.sleep(0.005)
+    seconds = time.perf_counter() - begun
+    status, _ = server.get(f"/v1/videos/{ids[0]}")
+    for id in ids[1:]:
+        client.videos.delete(id)
+    return {"status": status, "seconds_until_the_next": round(seconds, 3)}
+
+
+def scale_up() -> dict[str, object]:
+    """One replica, two allowed, and two minutes of work for one: Ray looks at the queue for half a minute first."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--ray", "local", "--min-replicas", "1", "--max-replicas", "2"]
+        server = ClipServer(Path(folder) / "data", *options).ready(600)
+        try:
+            client, begun, most, seconds = server.client(), time.perf_counter(), 0, None
+            extra = {"num_inference_steps": 100, "guidance_scale": 3}
+            ids = [client.videos.create(prompt=PROMPT, extra_body=extra | {"seed": seed}).id for seed in range(24)]
+            while any(client.videos.retrieve(id).status in ("queued", "in_progress") for id in ids):
+                replicas = sum("ServeReplica" in command(pid) for pid in children(server.process.pid))
+                if replicas == 2 and most < 2:
+                    seconds = round(time.perf_counter() - begun, 1)
+                most = max(most, replicas)
+                time.sleep(0.25)
+            completed = sum(client.videos.retrieve(id).status == "completed" for id in ids)
+        finally:
+            server.end(120)
+    return {"jobs": len(ids), "completed": completed, "most_replicas": most, "seconds_until_the_second": seconds}
 
 
 def command(pid: int) -> str:
