@@ -99,8 +99,8 @@ def kill_a_replica(server: ClipServer) -> dict[str, object]:
 
 
 def cancel_a_job(server: ClipServer) -> dict[str, object]:
-    """Delete one of two running jobs while a third waits, which then begins: at once where it waits at that replica, else
-    when the other replica's job has ended."""
+    """Delete one of two running jobs while a third waits, which then begins: at once where it waits at that
+    replica, else when the other replica's job has ended."""
     client = server.client()
     extra = {"num_inference_steps": 100, "guidance_scale": 3}
     ids = [client.videos.create(prompt=PROMPT, extra_body=extra | {"seed": seed}).id for seed in range(3)]
