@@ -3,8 +3,8 @@
 long: 64 frames of held-out prompts: what the detector sees, jumps and PSNR at seams against those within the model's
 own clips. strength: travel of the object against motion_strength. transfer: a scene's motion with another colour,
 against the latent of the recoloured scene itself; and on another background. kept: the content frame kept. bytes: the
-same seed twice, and frames of a stream that is left early. memory: the largest resident size while 64 frames
-are made, against one clip.
+same seed twice, and frames of a stream that is left early. memory: the most bytes of tensors at once, and of the
+process, while 64 frames are made, against one clip.
 `--pictures DIR` writes the pictures of docs/control.md instead, with `--clips DIR`, a folder of real .mp4 files, for
 the last one. Prints one JSON object a part, and with `--out` writes a row; takes minutes, so it is no test.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -141,14 +142,26 @@ def same_bytes(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
 
 
 def memory(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
-    """The second time each: the first one also makes what stays."""
-    peaks = {}
-    for frames in (16, 64, 16, 64):
-        with instruments.Peak(torch.device("cpu")) as peak:
-            pipe("a red circle moving right", seed=0, num_frames=frames, num_inference_steps=4, progress=False)
-        peaks[frames] = {"bytes": peak.bytes, "above": peak.above}
-    ratios = {name: round(peaks[64][name] / peaks[16][name], 3) for name in ("bytes", "above")}
-    return {"of_16_frames": peaks[16], "of_64_frames": peaks[64], "ratio": ratios}
+    """live: the most bytes of tensors at once, beside the loaded model. resident: the process's, medians of `count`
+    turns after a first one."""
+    resident = {16: list[int](), 64: list[int]()}
+    for turn in range(count + 1):
+        for frames, found in resident.items():
+            with instruments.Peak(torch.device("cpu")) as peak:
+                _four_steps(pipe, frames)
+            if turn:
+                found.append(peak.bytes)
+    live = {frames: instruments.live_peak(functools.partial(_four_steps, pipe, frames)) for frames in resident}
+    medians = {frames: float(np.median(found)) for frames, found in resident.items()}
+    return {
+        "turns": count,
+        "live": live | {"ratio": round(live[64] / live[16], 3)},
+        "resident": medians | {"ratio": round(medians[64] / medians[16], 3)},
+    }
+
+
+def _four_steps(pipe: ReducioPipeline, frames: int) -> None:
+    pipe("a red circle moving right", seed=0, num_frames=frames, num_inference_steps=4, progress=False)
 
 
 def _summary(values: list[float]) -> dict[str, float]:

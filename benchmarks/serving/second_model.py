@@ -3,8 +3,11 @@
     python benchmarks/serving/second_model.py --out benchmarks/results/serving_second_model.json
 
 One thread makes clips of the default model on one core. Beside every second clip another process starts and loads a
-model, as a second server does. The status is 1 where such a clip took more than 0.2 s longer than the median of the
-others. Then the same with a second thread instead, which shares Python's lock with the first.
+model, as a second server does. Then the same with a second thread instead, which shares Python's lock with the first.
+
+Quiet clips scatter too, on a virtual machine by 0.2 to 0.4 s. So the delay is taken between clips of the same rank:
+the slowest beside a load against the slowest quiet one, the second slowest against the second slowest, and so on. The
+status is 1 where one of these is above 0.2 s. The row also has both distances from the quiet median.
 """
 
 from __future__ import annotations
@@ -67,11 +70,13 @@ def main() -> int:
     result: dict[str, Any] = {"clips": arguments.clips}
     for way, loads in (("process", by_process), ("thread", by_thread)):
         quiet, beside = measure(clip, loads, names, arguments.clips)
-        median = statistics.median(quiet)
+        ranked = [slow - usual for slow, usual in zip(sorted(beside), sorted(quiet), strict=True)]
+        middle = statistics.median(quiet)
         result[way] = {
-            "quiet": {"median": round(median, 3), "max": round(max(quiet), 3)},
+            "quiet": {"median": round(middle, 3), "max": round(max(quiet), 3)},
             "while_loading": {"median": round(statistics.median(beside), 3), "max": round(max(beside), 3)},
-            "longest_delay": round(max(beside) - median, 3),
+            "delay": {"median": round(statistics.median(ranked), 3), "max": round(max(ranked), 3)},
+            "above_quiet_median": {"quiet": round(max(quiet) - middle, 3), "loading": round(max(beside) - middle, 3)},
             "seconds_a_load": round(statistics.median(loaded[way]), 3),
         }
     result |= system()
@@ -79,7 +84,7 @@ def main() -> int:
     print(text)
     if arguments.out:
         Path(arguments.out).write_text(text + "\n")
-    return 0 if result["process"]["longest_delay"] <= LIMIT else 1
+    return 0 if max(result[way]["delay"]["max"] for way in loaded) <= LIMIT else 1
 
 
 def load(name: str | None) -> None:

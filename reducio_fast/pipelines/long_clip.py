@@ -35,11 +35,12 @@ Guard = Callable[[], AbstractContextManager[Any]]  # around the work of each cli
 
 
 class Link(NamedTuple):
-    """One clip of the chain. `frames`: uint8 [T, H, W, 3], or float32 [T, 3, H, W] in [0, 1] for calls of "pt"."""
+    """What a clip of the chain leaves to its neighbours. Pictures are uint8 [H, W, 3]."""
 
     latent: Tensor
     content: np.ndarray
-    frames: Tensor
+    before: np.ndarray  # content frame of the clip before it
+    after: np.ndarray  # and of the clip after it
     following: ClipRequest  # the request of a further clip, without its content frame and the held steps
 
 
@@ -49,11 +50,16 @@ def make(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> t
     A call that is interrupted ends with the clips that are finished; where there is none, with the first as it is.
     """
     content: np.ndarray | None = None
-    pieces = []
+    chain = call.request.chain
+    video, done = torch.empty(0), 0
     for content, frames in pieces_of(pipe, clip, call, decoding):  # noqa: B007 - the same content frame each time
-        pieces.append(frames)
+        if not done:  # one place for all: pieces that are kept among what each clip frees would spread the heap
+            video = frames.new_empty(chain.frames if chain else len(frames), *frames.shape[1:])
+        video[done : done + len(frames)] = frames
+        done += len(frames)
+        del frames
     assert content is not None
-    return content, from_frames(torch.cat(pieces), call.request.output_type)
+    return content, from_frames(video[:done], call.request.output_type)
 
 
 def check_stream(request: Any) -> None:
@@ -84,37 +90,41 @@ def pieces_of(
     """The first clip's content frame and finished frames, in order of time, as they become ready."""
     chain = call.request.chain
     with guard():
-        last = first = _link(pipe, clip, call, decoding)
-    ready = first.frames
+        first, ready = _link(pipe, clip, call, decoding)
     if chain is None:
         yield first.content, ready
         return
+    last = first
     for _ in range(chain.before):
-        if (link := _neighbour(pipe, last, first, call, decoding, chain, guard, backward=True)) is None:
+        if (made := _neighbour(pipe, last, first, call, decoding, chain, guard, backward=True)) is None:
             break
-        shared = chain.joint.frames - chain.joint.hop_back
-        ready = _join(link.frames, ready, shared)
-        last = link
+        last, ready = made[0], _join(made[1], ready, chain.joint.frames - chain.joint.hop_back)
+        del made
     last = first
     for _ in range(chain.after):
-        if (link := _neighbour(pipe, last, first, call, decoding, chain, guard)) is None:
+        if (made := _neighbour(pipe, last, first, call, decoding, chain, guard)) is None:
             break
-        ready = _join(ready, link.frames, chain.joint.overlap)
+        last, ready = made[0], _join(ready, made[1], chain.joint.overlap)
+        del made  # its frames are not needed while the next clip is made
         # What the next clip does not overlap is final.
         final = len(ready) - chain.joint.overlap
         yield first.content, ready[:final]
-        ready, last = ready[final:], link
+        ready = ready[final:].clone()  # a view would keep the final frames in memory while the next clip is made
     yield first.content, ready
 
 
-def _link(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> Link:
+def _link(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[Link, Tensor]:
+    """A clip and its frames: uint8 [T, H, W, 3], or float32 [T, 3, H, W] in [0, 1] for calls of "pt"."""
     output_type = "pt" if call.request.output_type == "pt" else "np"
     sampled = sample_clip(pipe, clip, call, decoding)
     assert sampled.frame is not None
     video = decode_clip(pipe, sampled.latent, sampled.frame, call, decoding, output_type)
     call.undecoded.clear()
     following = dataclasses.replace(clip, embeds=sampled.follow, latents=None, motion=None)
-    return Link(sampled.latent, sampled.frame, video, following)
+    chain = call.request.chain
+    end = chain.joint.hop + chain.joint.content if chain else 0
+    link = Link(sampled.latent, sampled.frame, content_of(video, 0), content_of(video, end), following)
+    return link, video
 
 
 def _neighbour(
@@ -126,19 +136,19 @@ def _neighbour(
     chain: Chain,
     guard: Guard,
     backward: bool = False,
-) -> Link | None:
+) -> tuple[Link, Tensor] | None:
     """The clip after `beside`, or before it; None if the call was interrupted before it was finished."""
     if call.interrupted:
         return None
     joint = chain.joint
-    picture = content_of(beside.frames, 0 if backward else joint.hop + joint.content)
+    picture = beside.before if backward else beside.after
     if chain.match_colours:
         picture = match_mean_and_spread(picture, first.content)
     hold = carried(beside.latent, joint, backward)
     clip = dataclasses.replace(beside.following, image=picture, hold=hold)
     with guard():
-        link = _link(pipe, clip, call, decoding)
-    return None if call.interrupted else link
+        made = _link(pipe, clip, call, decoding)
+    return None if call.interrupted else made
 
 
 def carried(latent: Tensor, joint: Joint, backward: bool) -> Hold | None:
@@ -162,7 +172,7 @@ def content_of(frames: Tensor, number: int) -> np.ndarray:
     frame = frames[number]
     if frame.dtype != torch.uint8:
         frame = (frame * 255).round().to(torch.uint8).movedim(0, -1)
-    return frame.cpu().numpy()
+    return frame.cpu().numpy().copy()  # else the picture would keep its clip in memory
 
 
 def _join(earlier: Tensor, later: Tensor, shared: int) -> Tensor:

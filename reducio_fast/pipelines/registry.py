@@ -23,6 +23,7 @@ from ..system.errors import ReducioError
 from ..system.paths import expanded, is_file, is_folder, status
 from .call.quality import PRESETS
 from .execution.components import Components
+from .execution.loading import loading
 from .peers import pipeline as peers
 from .peers.models import PEERS, build_random
 from .reducio import light
@@ -146,8 +147,9 @@ def _random(weights: str) -> Model:
     tiny = weights == peers.RANDOM_TINY
 
     def load(dtype: Any, device: torch.device, backend: str, compile: bool | None = None, **parts: Any) -> SVDPipeline:
-        built = build_random(PEERS["svd"], tiny, devices.resolve_dtype(dtype, None, device), device)
-        pipe = SVDPipeline.from_diffusers(built, backend, compile)
+        with loading():
+            built = build_random(PEERS["svd"], tiny, devices.resolve_dtype(dtype, None, device), device)
+            pipe = SVDPipeline.from_diffusers(built, backend, compile)
         pipe.executor.choose_dtype(dtype is None)
         if tiny:
             pipe.sample_height, pipe.sample_width = TINY_SIZE

@@ -152,6 +152,25 @@ def test_encoders_wait_for_the_clip_of_another_thread(pipe: ReducioPipeline, cli
             assert torch.equal(other.result(60)[0], whole)
 
 
+def test_a_model_that_loads_rests_while_another_thread_makes_a_clip(pipe: ReducioPipeline, folder, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from reducio_fast.pipelines.execution import loading
+
+    rests: list[float] = []
+    monkeypatch.setattr(loading.time, "sleep", rests.append)
+
+    def load() -> ReducioPipeline:
+        return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32")
+
+    load()
+    assert not rests, "alone it takes no rest"
+    with ThreadPoolExecutor(1) as other:
+        pipe(PROMPT, callback_on_step_end=lambda *_: other.submit(load).result(60) and None, **FAST)
+    slices = loading.Yielding
+    assert rests and all(slices.REST * slices.SLICE < rest <= slices.REST * slices.LONGEST for rest in rests)
+
+
 def test_only_the_first_rank_shows_progress(pipe: ReducioPipeline, clip, monkeypatch, capsys):
     for rank, shown in (("1", False), ("0", True)):
         monkeypatch.setenv("RANK", rank)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from reducio_fast import ReducioPipeline
+from reducio_fast.measurement import instruments
 from reducio_fast.media.similarity import pooled_psnr
 from reducio_fast.media.video_files import write_video
 from reducio_fast.reference.reducio.preview import PreviewConfig, PreviewDecoder
@@ -135,6 +136,13 @@ def test_interrupted_long_clip_keeps_what_is_finished(pipe: ReducioPipeline):
     calls.clear()
     out = pipe([PROMPT] * 2, num_frames=24, callback_on_step_end=lambda *a: stop(*a), **(FAST | {"seed": 5}))
     assert out.interrupted and out.frames.shape[0] == len(out.seeds)
+
+
+def test_a_long_clip_needs_the_memory_of_one_clip_and_its_frames(pipe: ReducioPipeline):
+    one, long = (
+        instruments.live_peak(lambda frames=frames: pipe(PROMPT, num_frames=frames, **FAST)) for frames in (16, 64)
+    )
+    assert one <= long <= one + (64 + 2 * 8) * 64 * 64 * 3, "beside the finished frames, those that will be cross-faded"
 
 
 def test_held_part_with_other_schedulers(folder: Path):

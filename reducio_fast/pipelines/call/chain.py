@@ -42,27 +42,20 @@ def plan(joint: Joint, num_frames: Any, direction: Any, match_colours: Any) -> C
         raise ReducioError("direction: 'both' needs a model whose content frame lies within the clip; use 'forward'")
     num_frames = validation.check_count("num_frames", num_frames, MAX_FRAMES)
 
-    def split(further: int) -> tuple[int, int]:
-        """Behind and before."""
-        return (further, 0) if direction == "forward" else (further - further // 2, further // 2)
-
-    def reach(further: int) -> int:
-        after, before = split(further)
-        return joint.frames + after * joint.hop + before * joint.hop_back
+    def chain(further: int) -> Chain:
+        before = 0 if direction == "forward" else further // 2
+        return Chain(joint=joint, after=further - before, before=before, match_colours=match_colours)
 
     further = 0
-    while reach(further) < num_frames:
+    while chain(further).frames < num_frames:
         further += 1
-    if reach(further) != num_frames:
+    if chain(further).frames != num_frames:
         if not further:
-            near = f"{joint.frames}, then {reach(1)}"
+            near = f"{joint.frames}, then {chain(1).frames}"
         else:
-            near = f"{reach(further - 1)} and {reach(further)}"
+            near = f"{chain(further - 1).frames} and {chain(further).frames}"
         raise ReducioError(
             f"num_frames: {num_frames} is not reached by clips of {joint.frames} frames that overlap; "
             f"the two nearest are {near}"
         )
-    if not further:
-        return None
-    after, before = split(further)
-    return Chain(joint=joint, after=after, before=before, match_colours=match_colours)
+    return chain(further) if further else None

@@ -131,6 +131,10 @@ class Chain:
     def clips(self) -> int:
         return 1 + self.after + self.before
 
+    @property
+    def frames(self) -> int:
+        return self.joint.frames + self.after * self.joint.hop + self.before * self.joint.hop_back
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:

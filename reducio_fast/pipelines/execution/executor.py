@@ -31,9 +31,16 @@ LOG = logging.getLogger("reducio_fast")
 
 
 _executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+_working: set[Executor] = set()
+
+
+def clips_in_progress() -> bool:
+    """Whether a thread of this process makes a clip."""
+    return bool(_working)
 
 
 def _renew_locks() -> None:
+    _working.clear()
     for executor in _executors:
         executor.renew_lock()
 
@@ -60,7 +67,6 @@ class Executor:
         validation.check_compile(compile, chosen, self._reason)
         # Networks, scheduler and twins are shared between calls: a second thread waits for the clips of the first.
         self.lock = threading.RLock()
-        self._at_work = False
         _executors.add(self)
         self.warned_sizes: set[tuple[int, int]] = set()
         self.offload: Offload | None = None
@@ -76,7 +82,7 @@ class Executor:
 
     def renew_lock(self) -> None:
         """In a child process that was forked while a thread of its parent made a clip: that thread is not here."""
-        self.lock, self._at_work = threading.RLock(), False
+        self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what was chosen. Locks, twins and graphs belong to this process and these weights."""
@@ -165,7 +171,7 @@ class Executor:
 
     def refresh(self) -> None:
         """`look`, except during a call, which continues as it began."""
-        if not self._at_work:
+        if self not in _working:
             self.look()
 
     def reason_without_cache(self) -> str | None:
@@ -325,15 +331,15 @@ class Executor:
     def exclusive(self) -> Iterator[None]:
         """One call at a time; calls of other threads wait. Raises ReducioError for a call from within a call."""
         with self.lock:
-            if self._at_work:
+            if self in _working:
                 raise ReducioError("callback_on_step_end: called the pipeline that called it, which is not done yet")
             self.check()
-            self._at_work = True
+            _working.add(self)
             try:
                 with self.engine.one_look():
                     yield
             finally:
-                self._at_work = False
+                _working.discard(self)
 
     @contextmanager
     def stage(self, timings: dict[str, float], name: str) -> Iterator[None]:

@@ -15,7 +15,6 @@ import torch
 
 from ...checkpoints import networks, strict_files
 from ...checkpoints.layouts import REDUCIO
-from ...compile import gc_pause
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...reference.multistep_schedule import MultistepSchedule
 from ...reference.reducio.image_vae import ImageVAE, ImageVAEConfig
@@ -25,6 +24,7 @@ from ...reference.reducio.text_encoder import ByteTokenizer, T5Config, T5Encoder
 from ...system import torch_state
 from ...system.errors import ReducioError
 from ..execution.first_stage import Parts
+from ..execution.loading import loading
 from .encoders import SemanticEncoder
 from .pipeline import ReducioPipeline
 
@@ -58,7 +58,7 @@ def can_follow(kwargs: dict[str, Any]) -> bool:
 def load(folder: Path, dtype: torch.dtype, device: torch.device, free_dtype: bool) -> ReducioPipeline | None:
     """The pipeline on the fast path; None for a folder that the libraries have to read, or refuse."""
     try:
-        with gc_pause.paused(), torch.random.fork_rng(devices=[]):
+        with loading():
             parts = _read(folder, dtype, device)
             pipe = ReducioPipeline(**parts, backend="auto")
     except (ReducioError, ValueError, KeyError, TypeError):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ...checkpoints import calibration_file, hub, model_folder
 from ...checkpoints.layouts import REDUCIO
-from ...compile import gc_pause
 from ...media import aspect_buckets, image_files
 from ...memory.dry_run import DryRun
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent
@@ -32,6 +31,7 @@ from ..call.state import CallState, Stage
 from ..execution.components import Components
 from ..execution.decoding import Decoding, TiledDecoder
 from ..execution.executor import Executor
+from ..execution.loading import loading
 from ..execution.sampling import Sampler
 from ..parallel import shared
 from ..video_pipeline import VideoPipeline
@@ -169,8 +169,7 @@ class ReducioPipeline(VideoPipeline):
             if "vae" in components:
                 raise ReducioError(f"quantise: {quantise!r} needs the model's own vae, which was calibrated")
             largest = calibration_file.read(folder)
-        # The fork: networks draw fresh weights before the file's replace them, from the caller's random numbers.
-        with gc_pause.paused(), torch.random.fork_rng(devices=[]):
+        with loading():
             parts = model_folder.read_model(folder, components, REDUCIO, LOADERS, dtype, device)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free)

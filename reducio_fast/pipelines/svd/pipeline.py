@@ -23,7 +23,6 @@ from ...checkpoints import hub, model_folder
 from ...checkpoints.layouts import SVD
 from ...checkpoints.model_folder import Loaders
 from ...checkpoints.strict_files import SVD_TINY, embedded_model
-from ...compile import gc_pause
 from ...media import image_files
 from ...memory.dry_run import DryRun
 from ...reference import initial_latent
@@ -43,6 +42,7 @@ from ..execution.components import Components
 from ..execution.drawing import check_content_kwargs
 from ..execution.executor import Executor
 from ..execution.first_stage import FirstStage
+from ..execution.loading import loading
 from ..execution.sampling import Sampler
 from ..video_pipeline import VideoPipeline
 from .component_table import LOADERS, check_components
@@ -136,7 +136,7 @@ class SVDPipeline(VideoPipeline):
         free = dtype is None and torch_dtype is None
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
         folder = cls.find_folder(model, variant)
-        with gc_pause.paused(), torch.random.fork_rng(devices=[]):
+        with loading():
             parts = model_folder.read_model(folder, components, cls.layout, cls.loaders, dtype, device, variant)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free)
