@@ -34,6 +34,8 @@ from reducio_fast.reference.svd.vae import TemporalVAE
 from reducio_fast.system.errors import ReducioError
 from tiny_svd import QUIET, same, seeded
 
+pytestmark = pytest.mark.slow
+
 STABILITY_EPS = {"attention_down_eps": 1e-5, "up_eps": 1e-5}  # where diffusers has 1e-6
 
 

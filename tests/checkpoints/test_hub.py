@@ -48,6 +48,7 @@ def open_with_diffusers(folder: Path, **words) -> DiffusersReducioPipeline:
     )
 
 
+@pytest.mark.slow
 def test_diffusers_opens_the_folder(folder: Path, pipe: ReducioPipeline, caplog: pytest.LogCaptureFixture):
     same = open_with_diffusers(folder)
     assert isinstance(same, ReducioPipeline) and isinstance(same, DiffusionPipeline)

@@ -17,6 +17,7 @@ from reducio_fast.reference import DiTConfig, ReducioVAE, VAEConfig
 from reducio_fast.system.errors import ReducioError
 
 
+@pytest.mark.slow
 def test_a_model_folder_grows_until_it_loads(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     import shutil
 

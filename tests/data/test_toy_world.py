@@ -15,6 +15,8 @@ from reducio_fast.data import photos, toy_world
 from reducio_fast.data.toy_world import Scene
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 EVERY_SCENE = [
     Scene(c, s, m, v, b)
     for c, s, m, v, b in itertools.product(*toy_world.ATTRIBUTES.values())

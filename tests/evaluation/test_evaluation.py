@@ -133,6 +133,7 @@ def test_detector_works_at_other_sizes(size):
 
 
 @pytest.mark.parametrize("background", toy_world.BACKGROUNDS)
+@pytest.mark.slow
 def test_detector_finds_nothing_on_an_empty_background(background):
     rng = np.random.default_rng(13)
     still = np.repeat(toy_world.background_image(background, rng)[None], 16, 0)
@@ -150,6 +151,7 @@ def test_detector_finds_nothing_in_noise_or_in_a_flash():
     assert not detect(clip).found
 
 
+@pytest.mark.slow
 def test_detector_distinguishes_still_and_moving_objects():
     rng = np.random.default_rng(15)
     clip = toy_world.render(Scene("red", "star", "right", "", "noisy"), rng)

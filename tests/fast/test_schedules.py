@@ -124,6 +124,7 @@ def run(
     "shortcuts", [Shortcuts((0.4, 1.0)), Shortcuts(guidance_reuse=2), Shortcuts((0.0, 0.5), 3)], ids=str
 )
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.slow
 def test_shortcuts_are_the_references(model: tuple[Any, Any, Condition], shortcuts: Shortcuts, scheduler: Any) -> None:
     reference, twin, cond = model
     eager = run(sample, reference, cond, scheduler(), shortcuts=shortcuts)

@@ -65,6 +65,7 @@ def test_flash_takes_half_precision_only(monkeypatch: pytest.MonkeyPatch):
         check_attention("flash", CUDA, torch.float32)
 
 
+@pytest.mark.slow
 def test_the_pipeline_takes_the_words(folder):
     pipe = ReducioPipeline.from_pretrained(folder, device="cpu", text_to_image=None)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

@@ -126,6 +126,7 @@ def test_bad_setting(folder: Path, words: dict, message: str):
         ReducioPipeline.from_pretrained(folder, **words)
 
 
+@pytest.mark.slow
 def test_values_that_stop_being_finite_are_named(folder: Path):
     broken = ReducioPipeline.from_pretrained(folder)
     broken.vae.decoder.conv_out.weight = nn.Parameter(broken.vae.decoder.conv_out.weight * torch.inf)

@@ -109,6 +109,7 @@ def test_an_error_in_the_callback_stays_the_users_own(pipe: ReducioPipeline, cli
     assert np.array_equal(shown[-1], clip.frames) and not np.array_equal(shown[0], clip.frames)
 
 
+@pytest.mark.slow
 def test_threads_take_turns(pipe: ReducioPipeline, clip):
     """One pipeline, four threads: every clip is what it is alone, and a stop ends the clip of its own call only."""
     from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +153,7 @@ def test_encoders_wait_for_the_clip_of_another_thread(pipe: ReducioPipeline, cli
             assert torch.equal(other.result(60)[0], whole)
 
 
+@pytest.mark.slow
 def test_a_model_that_loads_rests_while_another_thread_makes_a_clip(pipe: ReducioPipeline, folder, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 

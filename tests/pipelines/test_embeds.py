@@ -197,6 +197,7 @@ def test_unload(folder: Path, image: np.ndarray, tmp_path: Path):
     assert np.array_equal(pipe(PROMPT, image, **(words | {"semantic_embeds": None}), **FAST).frames, computed.frames)
 
 
+@pytest.mark.slow
 def test_caption_cleaning_is_a_setting_of_the_model(folder: Path, image: np.ndarray, tmp_path: Path):
     plain = ReducioPipeline.from_pretrained(folder, device="cpu")
     clean = ReducioPipeline.from_pretrained(folder, device="cpu", clean_caption=True)

@@ -23,6 +23,8 @@ from reducio_fast.pipelines.reducio.encoders import clean_caption
 from reducio_fast.system.errors import ReducioError
 from tiny_pixart import autoencoder, pixart, randomise, t5
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle"
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 

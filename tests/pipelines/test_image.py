@@ -16,6 +16,7 @@ FAST = {"num_inference_steps": 2, "progress": False}
 SHAPE = (16, 4, 2, 2)  # motion latent of a 64x64 clip
 
 
+@pytest.mark.slow
 def test_the_content_frame_given_back_makes_the_same_clip(pipe: ReducioPipeline, clip, tmp_path: Path):
     Image.fromarray(clip.content).save(tmp_path / "content.png")
     for image in (clip.content, Image.fromarray(clip.content), tmp_path / "content.png", str(tmp_path / "content.png")):

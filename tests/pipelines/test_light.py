@@ -121,6 +121,7 @@ def test_clips_are_the_same_bytes() -> None:
     generating.forget()
 
 
+@pytest.mark.slow
 def test_a_folder_that_needs_the_libraries(tmp_path: Path) -> None:
     """Another scheduler, tokenizer or kind of network: the libraries read it, or say what is wrong."""
     folder = embedded_model()

@@ -23,6 +23,8 @@ from reducio_fast.pipelines.reducio.encoders import (
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.errors import ReducioError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def motion(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,7 +65,6 @@ def pixart(t5: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-@pytest.mark.slow
 def test_a_pipeline_of_named_parts(motion: Path, t5: Path, clip_folder: Path, vae_folder: Path, pixart: Path):
     """Everything by folder; then the same with the parts as objects, and with the conditions precomputed."""
     names = {"text_encoder": str(t5), "image_encoder": clip_folder, "content_encoder": vae_folder}
@@ -87,7 +88,6 @@ def test_a_pipeline_of_named_parts(motion: Path, t5: Path, clip_folder: Path, va
     assert np.array_equal(frames[0], out.frames)
 
 
-@pytest.mark.slow
 def test_what_both_stages_name_is_loaded_once(motion: Path, pixart: Path, clip_folder: Path, tmp_path: Path):
     names = {"text_encoder": pixart, "content_encoder": pixart, "image_encoder": clip_folder}
     pipe = ReducioPipeline.from_pretrained(motion, device="cpu", text_to_image=pixart, **names)
@@ -99,7 +99,6 @@ def test_what_both_stages_name_is_loaded_once(motion: Path, pixart: Path, clip_f
     assert np.array_equal(again(PROMPT, seed=3, **FAST).frames, pipe(PROMPT, seed=3, **FAST).frames)
 
 
-@pytest.mark.slow
 def test_generate_takes_the_same_names(motion: Path, pixart: Path, clip_folder: Path):
     import reducio_fast
     from reducio_fast.pipelines import generate
@@ -165,7 +164,6 @@ def test_with_no_network_one_line_says_what_to_download(motion: Path, name: str,
     assert f"run `hf download {hub_id} --local-dir DIR`, then pass DIR" in message and "\n" not in message
 
 
-@pytest.mark.slow
 def test_a_hub_id_in_the_cache_needs_no_network(
     motion: Path, t5: Path, clip_folder: Path, vae_folder: Path, pixart: Path, tmp_path: Path, monkeypatch
 ):

@@ -44,6 +44,7 @@ def latent(pipe: ReducioPipeline, **words: Any) -> torch.Tensor:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_both_backends_follow(pipe: ReducioPipeline, plain: ReducioPipeline, words: dict[str, Any]) -> None:
     fast = latent(pipe, **words)
     torch.testing.assert_close(fast, latent(plain, **words), rtol=1e-3, atol=1e-4)
@@ -78,6 +79,7 @@ def test_both_stages_take_fewer_steps(pipe: ReducioPipeline, monkeypatch: pytest
         assert (seen["FastPixArt"], seen["FastReducioDiT"]) == expected
 
 
+@pytest.mark.slow
 def test_a_model_says_its_own(folder: Path, pipe: ReducioPipeline, tmp_path: Path) -> None:
     own = ReducioPipeline.from_pretrained(
         folder, dtype="float32", text_to_image=None, sampling={"quality": "balanced", "guidance_reuse": 2}

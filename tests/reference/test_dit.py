@@ -92,6 +92,7 @@ def pixart_for(config: DiTConfig, channels: int = 16, patch: int = 1, **changes)
     ids=["plain", "sigma+scale2", "size-conditioning"],
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_one_frame_without_image_is_pixart(grid, masked, changes):
     config = dataclasses.replace(TINY, **changes)
     peer = randomize(pixart_for(config), seed=3)

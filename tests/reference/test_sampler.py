@@ -81,6 +81,7 @@ def guided_by_hand(model: ReducioDiT, latent, timestep, cond: Condition, scale: 
     ids=["dpm-solver++", "flow-matching", "flow-matching-shift3", "euler"],  # euler scales noise and model input
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_every_step_is_the_schedulers(model, cond, make, scale):
     start = initial_latent(SHAPE, [3, 4])
     seen: list[torch.Tensor] = []

@@ -21,6 +21,8 @@ from reducio_fast.training import edm
 from reducio_fast.training.svd import low_rank
 from tiny_svd import seeded, unets
 
+pytestmark = pytest.mark.slow
+
 SIGMAS = torch.tensor([0.002, 0.05, 1.0, 20.0, 700.0], dtype=torch.float64)
 
 
@@ -112,7 +114,6 @@ def fit(unet: VideoUNet, parameters: list[Tensor], clean: Tensor, cond: ImageCon
     return errors
 
 
-@pytest.mark.slow
 def test_two_clips_are_learnt_and_sampled():
     """By the objective alone: the sampler then makes, of each picture, the clip that belongs to it."""
     torch.manual_seed(0)
@@ -195,7 +196,6 @@ def test_a_trained_update_is_loaded_as_pefts(tmp_path: Path):
     torch.testing.assert_close(peft, trained, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_recipe_of_a_lora(tmp_path: Path):
     """From videos to a file that the pipeline loads, by the command; stopped and resumed it is the same file."""
     import numpy as np

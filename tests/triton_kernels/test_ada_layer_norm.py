@@ -11,6 +11,7 @@ SHAPES = [(2, 16, 64), (1, 3, 72), (3, 5, 1152), (2, 7, 33)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.slow
 def test_kernel_equals_layer_norm_and_modulation(shape, check_kernel):
     B, L, D = shape
     table = torch.randn(B, 6, D, dtype=torch.float64)

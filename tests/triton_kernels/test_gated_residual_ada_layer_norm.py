@@ -24,6 +24,7 @@ def inputs(shape: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.slow
 def test_kernel_equals_twin(shape, gated, check_kernel):
     x, branch, gate, shift, scale = inputs(shape)
     check_kernel(op.launch, op.twin, x, branch, gate if gated else None, shift, scale, 1e-6)

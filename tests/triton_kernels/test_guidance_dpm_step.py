@@ -122,6 +122,7 @@ def compare_steps(scheduler, coefficients: torch.Tensor, dtype: torch.dtype, run
 
 @pytest.mark.parametrize("steps", [20, 7, 2, 1])
 @pytest.mark.parametrize("changes", DPM, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "default")
+@pytest.mark.slow
 def test_every_step_is_the_dpm_solvers(changes, steps):
     for dtype in (torch.float64, torch.float32):
         scheduler = dpm(**changes)

@@ -27,7 +27,8 @@ class Yielding(TorchFunctionMode):
 
     A clip calls thousands of short torch functions. Each releases the lock and waits up to 5 ms for it while another
     thread runs Python code, so a clip stood still while a model was loaded (0.3 to 0.4 s, two cores of a Xeon). With
-    this a clip of 1.0 s takes 0.07 s longer (0.17 at most), and the load 1.3 s. The mode itself costs a load 0.1 s, so it is not always there.
+    this a clip of 1.0 s takes 0.07 s longer (0.17 at most), and the load 1.3 s. The mode itself costs a load 0.1 s, so
+    it is not always there.
     """
 
     SLICE, LONGEST, REST = 0.001, 0.01, 9  # seconds of work between two rests; what counts; rest for each second
