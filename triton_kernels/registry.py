@@ -13,6 +13,7 @@ from . import (
     group_norm_silu,
     guidance_dpm_step,
     quantised_conv3d,
+    stream_layer_norm,
     temporal_conv,
     upsample_conv3d,
     warp_frames,
@@ -33,6 +34,7 @@ OPS = {
         temporal_conv,
         geglu_linear,
         frame_attention,
+        stream_layer_norm,
         warp_frames,
     )
 }

@@ -48,6 +48,7 @@ KERNELS = (
     ("temporal_conv", "three shifted products, bias and residual in one kernel"),
     ("geglu_linear", "value, gate and gelu in one kernel"),
     ("frame_attention", "attention over frames where they lie"),
+    ("stream_layer_norm", "rows, residual and blend inside the norms"),
     ("guidance_dpm_step", "the scheduler's step in one kernel"),
 )
 

@@ -100,19 +100,22 @@ class SpatialRes(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = (Norm(getattr(block, n), plan, f"{path}.{n}") for n in ("norm1", "norm2"))
         self.conv1, self.conv2 = (Conv(conv) for conv in (block.conv1, block.conv2))
-        if block.conv_shortcut is not None:
-            self.shortcut_weight = frozen(block.conv_shortcut.weight.flatten(1))
-            self.shortcut_bias = block.conv_shortcut.bias
+        self.last_bias, self.shortcut = self.conv2.bias, None
+        if (shortcut := block.conv_shortcut) is not None:
+            self.shortcut = frozen(shortcut.weight.flatten(1).t())
+            wide = torch.promote_types(shortcut.bias.dtype, torch.float32)
+            self.last_bias = frozen((self.conv2.bias.to(wide) + shortcut.bias.to(wide)).to(shortcut.bias.dtype))
 
     def forward(self, x_NHWC: Tensor, row: Tensor | None = None) -> Tensor:
         normed = self.norm1(x_NHWC[:, None])[:, 0]
         h = self.conv1(normed, row if row is None or row.ndim == 1 else torch.zeros_like(self.conv1.bias))
         if row is not None and row.ndim == 2:
             h = h.add_(row[:, None, None])
-        shortcut = x_NHWC
-        if hasattr(self, "shortcut_weight"):
-            shortcut = F.linear(x_NHWC, self.shortcut_weight, self.shortcut_bias)
-        return self.conv2(self.norm2(h[:, None])[:, 0]).add_(shortcut)
+        y = self.conv2(self.norm2(h[:, None])[:, 0], self.last_bias)
+        if self.shortcut is None:
+            return y.add_(x_NHWC)
+        y.view(-1, y.shape[-1]).addmm_(x_NHWC.reshape(-1, x_NHWC.shape[-1]), self.shortcut)
+        return y
 
 
 class TemporalRes(nn.Module):

@@ -3,6 +3,8 @@
 Beside what `layers` folds:
 - the image is one token, over which softmax is 1: cross-attention adds the constant W_o W_v e + b_o, computed once a
   clip, and its norm, queries, keys and attention are gone (several tokens, or one a frame, take the general path);
+- constants that a block adds to the tokens of a frame, of cross-attention, positions and biases, are not added to the
+  stream but in the norms that read it, and so are the residual of the block in time and its blend with the spatial one;
 - what the time, the frame rate and the motion add in all res blocks is one table a schedule;
 - blocks over time read frames where they lie: no permutation, and attention sees T keys at a stride;
 - guidance a frame, EDM's preconditioning and the Euler step are one row of the sampler's kernel.
@@ -35,20 +37,30 @@ from ..plan import Plan
 from .layers import Conv, Norm, SpatioTemporalRes, folded, spatial_share
 
 
+class BlockRows(NamedTuple):
+    """What a block in space and the one in time behind it add to all tokens of a frame, [B * T, C] each.
+
+    in_space, in_time: of cross-attention to one token; None on the general path. The stream never gets `in_space`, nor
+    the bias of the spatial feed-forward: `before_time` has both and the frame's position, `blended` both.
+    """
+
+    in_space: Tensor | None
+    before_time: Tensor
+    in_time: Tensor | None
+    blended: Tensor
+
+
 class Told(NamedTuple):
     """What stays the same over all steps of a clip, for a batch of both halves of guidance together.
 
     image [B, T, h, w, 4]: latents beside the noisy ones. added [B, n or T, n]: time ids. context: None, or tokens
-    [B, S, E] or [B, T, S, E] for the general path. constants: of each cross-attention, spatial [B or B * T, 1, C] and
-    temporal [B, 1, 1, C] in turn; empty on the general path. positions: of the frames, [blocks, T, C] of each
-    transformer.
+    [B, S, E] or [B, T, S, E] for the general path. rows: of each transformer, of each of its blocks.
     """
 
     image: Tensor
     added: Tensor
     context: Tensor | None
-    constants: list[Tensor]
-    positions: list[Tensor]
+    rows: list[list[BlockRows]]
 
 
 class StepInputs(NamedTuple):
@@ -136,57 +148,62 @@ def _norm(x: Tensor, norm: Any) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
+def _affine(norm: Any) -> tuple[Tensor, Tensor, float]:
+    return norm.weight, norm.bias, norm.eps
+
+
 class SpatialBlock(nn.Module):
-    """Without the bias of its feed-forward: the temporal block behind it has that."""
+    """Without the bias of its feed-forward and without `in_space`: the temporal block behind it has both."""
 
     def __init__(self, block: Any, plan: Plan, path: str) -> None:
         super().__init__()
         self.norm1, self.norm3 = block.norm1, block.norm3
+        self.row_norm = plan.pick(f"{path}.norm3", "stream_layer_norm")
         self.attn1 = SelfAttention(block.attn1, plan, f"{path}.attn1")
         self.attn2 = CrossAttention(block.attn2, block.norm2, self.attn1.out.bias)
         self.ff = FeedForward(block.ff, plan, f"{path}.ff")
 
-    def forward(self, x_NLC: Tensor, constant: Tensor | None, context: Tensor | None) -> Tensor:
+    def forward(self, x_NLC: Tensor, in_space: Tensor | None, context: Tensor | None) -> Tensor:
         """Changes x in place."""
         x = self.attn1.add_to(x_NLC, _norm(x_NLC, self.norm1))
-        x = x.add_(constant) if constant is not None else self.attn2.add_to(x, context)  # type: ignore[arg-type]
-        return self.ff.add_to(x, _norm(x, self.norm3))
+        if in_space is None:
+            x = self.attn2.add_to(x, context)  # type: ignore[arg-type]
+        return self.ff.add_to(x, self.row_norm(x, in_space, *_affine(self.norm3))[0])
 
 
 class TemporalBlock(nn.Module):
-    """With the blend behind it: a * spatial + (1 - a) * block(spatial + position), but for the constant `owed`.
+    """With the blend behind it, a * spatial + (1 - a) * block(spatial + position), but for its last product's bias.
 
-    `before` is the bias that the spatial block left out. `position` brings it to the block; the blend's share of it
-    is part of what this block leaves out in turn.
+    `before` is the bias that the spatial block left out.
     """
 
     def __init__(self, block: Any, before: Tensor, share: Tensor, plan: Plan, path: str) -> None:
         super().__init__()
         self.norm_in, self.norm1, self.norm3 = block.norm_in, block.norm1, block.norm3
+        self.stream_norm = plan.pick(f"{path}.norm_in, norm1 and norm3", "stream_layer_norm")
         self.ff_in = FeedForward(block.ff_in, plan, f"{path}.ff_in")
         self.attn1 = SelfAttention(block.attn1, plan, f"{path}.attn1", over_frames=True)
         self.attn2 = CrossAttention(block.attn2, block.norm2, self.attn1.out.bias)
         self.ff = FeedForward(block.ff, plan, f"{path}.ff", 1 - share)
         self.share = frozen(share.to(block.norm3.weight.dtype))
         self.before = before
-        self.owed = frozen((block.ff.net[2].bias * (1 - share) + before * share).to(before.dtype))
 
-    def forward(
-        self, spatial_BTLC: Tensor, position_TC: Tensor, constant: Tensor | None, context: Tensor | None
-    ) -> Tensor:
-        """position_TC: of the frames, with `before`."""
-        x = spatial_BTLC + position_TC[:, None]
-        x = self.ff_in(_norm(x, self.norm_in)).add_(x)
-        x = self.attn1.add_to(x, _norm(x, self.norm1))
-        if constant is not None:
-            x = x.add_(constant)
-        else:
-            B, T, L, C = x.shape
+    def forward(self, spatial_NLC: Tensor, frames: int, rows: BlockRows, context: Tensor | None) -> Tensor:
+        """spatial [B * T, L, C]"""
+        normed, _ = self.stream_norm(spatial_NLC, rows.before_time, *_affine(self.norm_in))
+        branch = self.ff_in(normed)
+        normed, x = self.stream_norm(spatial_NLC, rows.before_time, *_affine(self.norm1), branch)
+        x = self.attn1.add_to(x, normed.unflatten(0, (-1, frames)))
+        if rows.in_time is None:
+            (N, L, C), T = x.shape, frames
             assert context is not None
-            rows = x.transpose(1, 2).reshape(B * L, T, C)
+            tokens = x.view(-1, T, L, C).transpose(1, 2).reshape(-1, T, C)
             first = context[:, 0] if context.ndim == 4 else context
-            x = self.attn2.add_to(rows, first.repeat_interleave(L, 0)).view(B, L, T, C).transpose(1, 2).contiguous()
-        return self.ff.add_to(torch.lerp(x, spatial_BTLC, self.share), _norm(x, self.norm3))
+            x = self.attn2.add_to(tokens, first.repeat_interleave(L, 0))
+            x = x.view(-1, L, T, C).transpose(1, 2).reshape(N, L, C)
+        blend = (spatial_NLC, rows.blended, self.share)
+        normed, x = self.stream_norm(x, rows.in_time, *_affine(self.norm3), None, *blend)
+        return self.ff.add_to(x, normed)
 
 
 class Transformer(nn.Module):
@@ -203,38 +220,40 @@ class Transformer(nn.Module):
             TemporalBlock(b, space.ff.bias, share, plan, f"{path}.temporal_transformer_blocks.{i}")
             for i, (space, b) in enumerate(zip(self.spatial, transformer.temporal_transformer_blocks, strict=True))
         )
-        # What the last block owes passes through the last product.
+        # The bias that the last block leaves out passes through the last product.
         weight, bias = self.proj_out.weight, self.proj_out.bias
         wide = torch.promote_types(weight.dtype, torch.float32)
-        owed = weight.to(wide) @ self.temporal[-1].owed.to(wide)
+        owed = weight.to(wide) @ self.temporal[-1].ff.bias.to(wide)
         self.bias_out = frozen((bias.to(wide) + owed).to(bias.dtype))
         self.time_pos_embed = transformer.time_pos_embed
 
-    def position(self, frames: int) -> Tensor:
-        """What each temporal block adds to its frames, [blocks, T, C]."""
+    def rows(self, embeds: Tensor, frames: int) -> list[BlockRows]:
+        """embeds [B, S, E] or [B, T, S, E]."""
         embed, weight = self.time_pos_embed, self.proj_in.weight
         wave = sinusoid(torch.arange(frames, device=weight.device), len(weight)).to(weight.dtype)
-        position = embed.linear_2(F.silu(embed.linear_1(wave)))
-        return torch.stack([position + block.before for block in self.temporal])
+        position = embed.linear_2(F.silu(embed.linear_1(wave))).repeat(len(embeds), 1)
+        rows = []
+        for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
+            in_space, in_time, blended = None, None, temporal.before.expand(position.shape)
+            if embeds.ndim == 3 and embeds.shape[1] == 1:
+                in_space, in_time = (
+                    block.attn2.constant(embeds[:, 0]).repeat_interleave(frames, 0) for block in (spatial, temporal)
+                )
+                blended = blended + in_space
+            rows.append(BlockRows(in_space, position + blended, in_time, blended.contiguous()))
+        return rows
 
-    def crossings(self) -> list[tuple[CrossAttention, CrossAttention]]:
-        return [(s.attn2, t.attn2) for s, t in zip(self.spatial, self.temporal, strict=True)]
-
-    def forward(self, x_NHWC: Tensor, positions: Tensor, constants: Sequence[Tensor], context: Tensor | None) -> Tensor:
-        """positions: see `position`."""
-        (N, H, W, C), frames = x_NHWC.shape, positions.shape[1]
+    def forward(self, x_NHWC: Tensor, frames: int, rows: Sequence[BlockRows], context: Tensor | None) -> Tensor:
+        N, H, W, C = x_NHWC.shape
         x = F.linear(self.norm(x_NHWC[:, None]).view(N, H * W, C), self.proj_in.weight, self.proj_in.bias)
         per_frame = None
         if context is not None:
             spread = context if context.ndim == 4 else context[:, None].expand(-1, frames, -1, -1)
             per_frame = spread.flatten(0, 1)
-        for index, (spatial, temporal) in enumerate(zip(self.spatial, self.temporal, strict=True)):
-            in_space, in_time = (constants[2 * index], constants[2 * index + 1]) if constants else (None, None)
-            x = spatial(x, in_space, per_frame)
-            clip = x.unflatten(0, (-1, frames))
-            x = temporal(clip, positions[index], in_time, context).flatten(0, 1)
+        for index, (spatial, temporal, own) in enumerate(zip(self.spatial, self.temporal, rows, strict=True)):
+            x = temporal(spatial(x, own.in_space, per_frame), frames, own, context)
             if index + 1 < len(self.temporal):
-                x = x.add_(temporal.owed)
+                x = x.add_(temporal.ff.bias)
         return F.linear(x, self.proj_out.weight, self.bias_out).view(x_NHWC.shape).add_(x_NHWC)
 
 
@@ -305,18 +324,11 @@ class FastVideoUNet(Regional):
 
     def told(self, image_BThwC: Tensor, embeds: Tensor, added: Tensor) -> Told:
         """embeds [B, S, E] or [B, T, S, E]."""
-        embeds, constants = embeds.to(self.dtype), list[Tensor]()
-        transformers, frames = self._transformers(), image_BThwC.shape[1]
-        if embeds.ndim == 3 and embeds.shape[1] == 1:
-            for spatial, temporal in (pair for t in transformers for pair in t.crossings()):
-                in_space = spatial.constant(embeds).repeat_interleave(frames, 0)  # [B * T, 1, C]
-                constants += [in_space, temporal.constant(embeds)[:, None]]
-        positions = [transformer.position(frames) for transformer in transformers]
-        return Told(image_BThwC.to(self.dtype), added, None if constants else embeds, constants, positions)
-
-    def _transformers(self) -> list[Transformer]:
+        embeds, frames = embeds.to(self.dtype), image_BThwC.shape[1]
         levels = [*self.down, self.middle, *self.ups]
-        return [t for level in levels for t in level.transformers]
+        rows = [transformer.rows(embeds, frames) for level in levels for transformer in level.transformers]
+        constant = all(own.in_time is not None for blocks in rows for own in blocks)
+        return Told(image_BThwC.to(self.dtype), added, None if constant else embeds, rows)
 
     def rows(self, timesteps: Tensor, added: Tensor, batch: int, frames: int) -> list[list[Tensor]]:
         """Of each step, what the first convolution of each res block adds, its bias and the time embedding: [C] where
@@ -342,15 +354,13 @@ class FastVideoUNet(Regional):
         batch, frames = told.image.shape[:2]
         noisy = latent.to(self.dtype).permute(0, 1, 3, 4, 2)
         noisy = noisy if len(noisy) == batch else noisy.repeat(batch // len(noisy), 1, 1, 1, 1)
-        constants, positions = iter(told.constants), iter(told.positions)
+        block_rows = iter(told.rows)
 
         def run(level: Level, index: int, x: Tensor) -> Tensor:
             x = self.block("dit.res", level.blocks[index], x, frames, (next(rows), next(rows)))
             if index >= len(level.transformers):
                 return x
-            transformer = level.transformers[index]
-            own = [next(constants) for _ in range(2 * len(transformer.spatial))] if told.constants else []
-            return self.block("dit.transformer", transformer, x, next(positions), own, told.context)
+            return self.block("dit.transformer", level.transformers[index], x, frames, next(block_rows), told.context)
 
         x = self.conv_in(torch.cat([noisy, told.image], dim=-1).flatten(0, 1))
         skips = [x]
