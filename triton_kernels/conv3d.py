@@ -279,7 +279,9 @@ def conv3d_kernel(
 
 def blocks_for(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Settings:
     """Launch settings by precision and number of outputs; blocks shrink to narrow layers, not below a matrix unit's."""
-    width = "32-bit" if dtype == torch.float32 else "K<=16" if K <= 16 else "K<=128" if K <= 128 else "*"
+    # An odd number of blocks of 128: with blocks of 256 half of the last would be computed in vain.
+    narrow = triton.cdiv(K, 128) % 2 == 1
+    width = "32-bit" if dtype == torch.float32 else "K<=16" if K <= 16 else "K<=128" if narrow else "*"
     chosen = settings(op, width, arch)
     chosen["BLOCK_C"] = min(chosen["BLOCK_C"], max(16, triton.next_power_of_2(C)))
     chosen["BLOCK_K"] = min(chosen["BLOCK_K"], max(16, triton.next_power_of_2(K)))

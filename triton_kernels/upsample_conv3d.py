@@ -1,9 +1,9 @@
-"""upsample_conv3d: y = conv(nearest x2 of x in space, or space and time; w) + bias, w being 3x3x3 with zero padding.
+"""upsample_conv3d: y = conv(nearest x2 of x in space, or space and time; w) + bias, w 3x3x3, or 3x3, with zero padding.
 
 Twin: `Upsample` of `reference/reducio/vae.py`. Source: sub-pixel (phase) decomposition of nearest up-sampling, exact.
 
 The up-sampled tensor is never made. Along a doubled axis the outputs of one parity (a phase) see only two inputs, so a
-phase is a smaller convolution of x with sums of taps: 27 taps become 12 (space) or 8 (space and time).
+phase is a smaller convolution of x with sums of taps: 27 taps become 12 (space) or 8 (space and time), 9 become 4.
 Legend: N items, T frames, H height, W width (of x), C channels in, K channels out, P phases.
 """
 
@@ -53,6 +53,7 @@ def upsample_conv3d_kernel(
     TILES,  # blocks of positions an item
     C: tl.constexpr,  # channels in
     K: tl.constexpr,  # channels out
+    TIME: tl.constexpr,  # taps along time: 3, 2 where it is doubled, 1 for frames that do not see each other
     DOUBLE: tl.constexpr,  # 2 where time is doubled, else 1
     CAUSAL: tl.constexpr,  # whether time looks back alone
     HALO: tl.constexpr,  # 1: the output has a border of zeros
@@ -68,7 +69,7 @@ def upsample_conv3d_kernel(
     LEAD frames before the first, stand for the zeros: each phase writes the ones that have its parity.
     DOUBLE: 2 where time is doubled, else 1. FRAMES: of the output, FRONT + DOUBLE * T + back.
     """
-    TIME: tl.constexpr = 4 - DOUBLE  # taps: 3 where time stays, 2 where it doubles
+    BORDER: tl.constexpr = 0 if TIME == 1 else 2  # frames of the input that are padding
     blocks = tl.cdiv(K, BLOCK_K)
     tile = tl.program_id(0) // blocks  # of the statistics: item, position, phase
     k0 = tl.program_id(0) % blocks * BLOCK_K
@@ -92,7 +93,7 @@ def upsample_conv3d_kernel(
         item,
         first,
         N,
-        T + 2,
+        T + BORDER,
         H + 2,
         width,
         4 * DOUBLE * K,
@@ -136,8 +137,9 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `upsample_conv3d`."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
-    P, K, _ = weight.shape
-    T, H, W, double = padded_T - 2, padded_H - 2, padded_W - 2, P // 4
+    P, K, width = weight.shape
+    time, double = width // (4 * C), P // 4
+    T, H, W = padded_T - border(time), padded_H - 2, padded_W - 2
     chosen = blocks_for(OP, x_padded.dtype, C, K, arch_of(x_padded.device))
     lead, frames = triton.cdiv(front, double), front + double * T + back
     tiles = triton.cdiv((lead + T + triton.cdiv(back, double)) * padded_H * padded_W, chosen["BLOCK_M"])
@@ -159,6 +161,7 @@ def launch(
         tiles,
         C=C,
         K=K,
+        TIME=time,
         DOUBLE=double,
         CAUSAL=causal,
         HALO=int(halo),
@@ -180,16 +183,17 @@ def twin(
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile an item."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
-    P, K, _ = weight.shape
-    T, H, W, double = padded_T - 2, padded_H - 2, padded_W - 2, P // 4
+    P, K, width = weight.shape
+    time, double = width // (4 * C), P // 4
+    T, H, W = padded_T - border(time), padded_H - 2, padded_W - 2
     make = x_padded.new_zeros if front or back or halo else x_padded.new_empty
     out = make(N, front + double * T + back, 2 * (H + halo), 2 * (W + halo), K)
     inner = out[:, front : front + double * T, halo : halo + 2 * H, halo : halo + 2 * W]
     for phase in range(P):
         instant, line, column = phase // 4, phase // 2 % 2, phase % 2
         ahead = 1 if double == 2 and causal else instant
-        window = x_padded[:, ahead : ahead + T + 3 - double, line : line + H + 1, column : column + W + 1]
-        kernel = weight[phase].view(K, 4 - double, 2, 2, C).permute(0, 4, 1, 2, 3)
+        window = x_padded[:, ahead : ahead + T + time - 1, line : line + H + 1, column : column + W + 1]
+        kernel = weight[phase].view(K, time, 2, 2, C).permute(0, 4, 1, 2, 3)
         y = convolve(window.permute(0, 4, 1, 2, 3), kernel, bias)
         inner[:, instant::double, line::2, column::2] = y.permute(0, 2, 3, 4, 1)
     return out, statistics(inner) if stats else out.new_empty(0, dtype=torch.float32)
@@ -207,10 +211,11 @@ def upsample_conv3d(
     halo: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Nearest x2 in space, and in time if the weight has 8 phases, then 3x3x3 convolution with zero padding, plus bias.
+    Or, of a weight with one tap in time, frame by frame, the 3x3 convolution.
 
     Args:
         x_padded: [N, T + 2, H + 2, W + 2, C], contiguous, its border already zero: one frame on each side, or two in
-            front if `causal`.
+            front if `causal`; T frames for one tap in time.
         weight: [P, K, taps * C] as `fold_weight` makes it, with the same `causal`. bias: [K].
         stats, front, back, halo: as for `conv3d`.
 
@@ -222,11 +227,13 @@ def upsample_conv3d(
     check_contiguous(OP, x_padded=x_padded, weight=weight, bias=bias)
     check_shape(OP, "x_padded", x_padded, None, None, None, None, None)
     check_shape(OP, "weight", weight, None, None, None)
-    check_buffer(OP, x_padded, 3)
-    P, K, _ = weight.shape
+    P, K, width = weight.shape
+    one_tap = P == 4 and width == 4 * x_padded.shape[-1]
+    check_buffer(OP, x_padded, 1 if one_tap else 3)
     if P not in (4, 8):
         raise ValueError(f"{OP}: weight has {P} phases, it must have 4 (space) or 8 (space and time)")
-    check_shape(OP, "weight", weight, P, K, (12 if P == 4 else 8) * x_padded.shape[-1])
+    if not one_tap:
+        check_shape(OP, "weight", weight, P, K, (12 if P == 4 else 8) * x_padded.shape[-1])
     if bias is not None:
         check_shape(OP, "bias", bias, K)
     if min(front, back) < 0:
@@ -234,8 +241,13 @@ def upsample_conv3d(
     return (launch if x_padded.is_cuda else twin)(x_padded, weight, bias, causal, stats, front, back, halo)
 
 
+def border(time: int) -> int:
+    """Frames of padding in a buffer, for so many taps along time."""
+    return 0 if time == 1 else 2
+
+
 def fold_weight(weight: Tensor, time: bool, causal: bool) -> Tensor:
-    """[K, C, 3, 3, 3] to [P, K, taps * C]: for each phase (time if doubled, row, column) the sums of taps it needs.
+    """[K, C, 3 or 1, 3, 3] to [P, K, taps * C]: for each phase (time if doubled, row, column) the sums of its taps.
 
     Sums are taken in float32 (float64 stays) and rounded once. They cannot be unfolded: keep the weight itself to save.
     """
@@ -255,7 +267,8 @@ def _fold(weight: Tensor, dim: int, causal: bool) -> tuple[Tensor, Tensor]:
 def variants(arch: str) -> Iterator[Variant]:
     """What is shipped for `arch`: the widths of the full-size decoder's up-sampling layers."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    # dtype, channels, time doubled, causal (whose norms are a frame's, so without statistics), statistics, halo
+    # dtype, channels, time doubled, causal (whose norms are a frame's, so without statistics), statistics, one tap in
+    # time, as in SVD
     shapes = [
         (bf16, 256, False, False, True, False),
         (bf16, 512, False, False, True, False),
@@ -263,8 +276,10 @@ def variants(arch: str) -> Iterator[Variant]:
         (bf16, 512, True, True, False, False),
         (fp16, 256, False, False, True, False),
         (fp32, 256, True, False, True, False),
+        *((dtype, C, False, False, False, True) for dtype in (bf16, fp16) for C in (256, 512, 640, 1280)),
+        (fp32, 256, False, False, False, True),
     ]
-    for dtype, C, time, causal, stats, halo in shapes:
+    for dtype, C, time, causal, stats, frames in shapes:
         yield variant(
             OP,
             upsample_conv3d_kernel,
@@ -274,7 +289,7 @@ def variants(arch: str) -> Iterator[Variant]:
             C,
             pointers=("x_ptr", "w_ptr", "bias_ptr", "out_ptr"),
             absent=[] if stats else ["stats_ptr"],
-            name=("space+time" if time else "space") + " causal" * causal + " stats" * stats + " halo" * halo,
-            constants={"DOUBLE": 1 + time, "CAUSAL": causal, "HALO": int(halo)},
+            name=("space+time" if time else "space") + " causal" * causal + " stats" * stats + " frames" * frames,
+            constants={"TIME": 1 if frames else 3 - time, "DOUBLE": 1 + time, "CAUSAL": causal, "HALO": 0},
             integers=("N", "T", "H", "W", "FRONT", "LEAD", "FRAMES", "TILES"),
         )

@@ -226,6 +226,9 @@ class _KernelPlan(Plan):
     def clip_statistics(self) -> Callable[[Tensor], Tensor]:
         return self.opaque(super().clip_statistics())
 
+    def runs_kernel(self, op: str, shape: str) -> bool:
+        return True
+
     def library_pads(self, op: str, shape: str) -> bool:
         return False
 

@@ -127,14 +127,18 @@ class FastNorm(nn.Module):
 
 
 class UpConv(nn.Module):
-    """Nearest x2 and the 3x3 convolution after it, as a 2x2 convolution a phase."""
+    """Nearest x2 and the 3x3 convolution after it, as a 2x2 convolution a phase: in one kernel, or by the library."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, plan: Plan, path: str) -> None:
         super().__init__()
-        channels = conv.in_channels
+        channels, pick = conv.in_channels, ("upsample_conv3d", f"{conv.in_channels}->{conv.out_channels} frames")
         phases = fold_weight(conv.weight[:, :, None], time=False, causal=False)  # [4, K, 4 * C]
-        kernels = phases.unflatten(2, (2, 2, channels)).movedim(-1, 2)  # [4, K, C, 2, 2]
-        self.kernels = nn.ParameterList(frozen(k, torch.channels_last) for k in kernels)
+        self.run, self.in_one = plan.pick(path, *pick), plan.runs_kernel(*pick)
+        if self.in_one:
+            self.phases = frozen(phases)
+        else:
+            kernels = phases.unflatten(2, (2, 2, channels)).movedim(-1, 2)  # [4, K, C, 2, 2]
+            self.kernels = nn.ParameterList(frozen(k, torch.channels_last) for k in kernels)
         self.whole = (conv,)  # for a size that is not twice the input's
         self.bias = conv.bias
 
@@ -143,6 +147,9 @@ class UpConv(nn.Module):
         images = as_images(x_NHWC)
         if size is not None and tuple(size) != (2 * H, 2 * W):
             return as_frames(self.whole[0](F.interpolate(images, size=size, mode="nearest")))
+        if self.in_one:
+            padded = F.pad(x_NHWC, (0, 0, 1, 1, 1, 1))
+            return self.run(padded[None], self.phases, self.bias)[0][0]
         padded = F.pad(images, (1, 1, 1, 1))
         out = x_NHWC.new_empty((N, H, 2, W, 2, len(self.bias)))
         for phase, kernel in enumerate(self.kernels):

@@ -97,6 +97,10 @@ class Plan:
         """Whether a convolution's epilogue takes the statistics that a norm's kernel then has no need to."""
         return all(self._decide(*pick)[0] == "kernel" for pick in ((op, shape), ("group_norm_silu", "")))
 
+    def runs_kernel(self, op: str, shape: str) -> bool:
+        """Whether `pick` gives our kernel."""
+        return self._decide(op, shape)[0] == "kernel"
+
     def clip_statistics(self) -> Callable[[Tensor], Tensor]:
         """Of a clip [N, T, H, W, C], what `group_norm_silu` takes as `partials`: [N, tiles, 3, C]."""
         kernel = self._decide("group_norm_silu", "")[0] == "kernel"

@@ -49,6 +49,7 @@ KERNELS = (
     ("geglu_linear", "value, gate and gelu in one kernel"),
     ("frame_attention", "attention over frames where they lie"),
     ("stream_layer_norm", "rows, residual and blend inside the norms"),
+    ("upsample_conv3d", "up-sampling and the convolution after it in one kernel"),
     ("guidance_dpm_step", "the scheduler's step in one kernel"),
 )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from reducio_fast import reference as ref
 from reducio_fast.fast import sampler as fast_sampler
 from reducio_fast.fast.packed_layers import UpConv
+from reducio_fast.fast.plan import Plan
 from reducio_fast.fast.solver_tables import coefficients
 from reducio_fast.fast.svd.layers import Norm, TemporalRes, TimeConv
 from reducio_fast.fast.svd.unet import FastVideoUNet, SelfAttention
@@ -157,13 +158,23 @@ def test_frame_by_frame_is_all_at_once() -> None:
     assert relative(whole, expected) < 1e-14 and relative(each, expected) < 1e-14
 
 
+class InOne(Plan):
+    """As on a GPU; what `pick` gives runs on a CPU too."""
+
+    def runs_kernel(self, op: str, shape: str) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("size", [None, (12, 14), (11, 13), (12, 13)], ids=str)
 def test_folded_up_sampling(size: tuple[int, int] | None) -> None:
     conv = torch.nn.Conv2d(8, 6, 3, padding=1, dtype=torch.float64)
     x = torch.randn(2, 6, 7, 8, generator=torch.Generator().manual_seed(0)).double()
     images = torch.nn.functional.interpolate(x.permute(0, 3, 1, 2), size=size or (12, 14), mode="nearest")
     expected = conv(images).permute(0, 2, 3, 1)
-    assert relative(UpConv(conv)(x, size), expected) < 1e-14
+    plan = Plan(torch.device("cpu"), torch.float64)
+    assert relative(UpConv(conv, plan, "up")(x, size), expected) < 1e-14
+    plan = InOne(torch.device("cpu"), torch.float64)
+    assert relative(UpConv(conv, plan, "up")(x, size), expected) < 1e-14
 
 
 def test_streaming_needs_little_more_than_two_tensors() -> None:

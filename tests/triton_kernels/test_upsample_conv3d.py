@@ -87,6 +87,40 @@ def test_kernel_equals_twin(shape, kind, epilogue, check_kernel):
     assert y.count_nonzero() == inner.count_nonzero()
 
 
+def frames(shape):
+    """Frames that do not see each other: a buffer without padding in time, folded weights of one tap, bias, float64."""
+    x, padded, weight, bias = inputs(*shape, False)
+    return x, padded[:, 1:-1].contiguous(), weight[:, :, :1], bias
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 5, 7, 24, 20)], ids=str)
+def test_one_tap_in_time_is_a_convolution_a_frame(shape):
+    x, padded, weight, bias = frames(shape)
+    up = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest")
+    want = F.conv2d(up, weight[:, :, 0], bias, padding=1).unflatten(0, x.shape[:1] + x.shape[2:3]).movedim(2, -1)
+    y, stats = op.twin(padded, op.fold_weight(weight, False, False), bias, False, True)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(stats[:, 0, 1], want.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 5, 3, 4, 16, 16)], ids=str)
+def test_kernel_with_one_tap_in_time(shape, descriptors, check_kernel, monkeypatch, device):
+    if descriptors and device.type == "cuda":
+        pytest.skip("the launch decides")
+    monkeypatch.setattr(conv3d, "use_descriptors", lambda device: descriptors)
+    _, padded, weight, bias = frames(shape)
+    check_kernel(
+        combined(op.launch), combined(op.twin), padded, op.fold_weight(weight, False, False), bias, False, True
+    )
+
+
+def test_blocks_of_a_width():
+    """640 channels are five blocks of 128, 512 two of 256."""
+    chosen = {K: conv3d.blocks_for("conv3d", torch.bfloat16, 128, K, "sm_90")["BLOCK_K"] for K in (128, 320, 512, 640)}
+    assert chosen == {128: 128, 320: 128, 512: 256, 640: 128}
+
+
 @pytest.mark.parametrize(("time", "causal"), KINDS[1:3], ids=KIND_NAMES[1:3])
 def test_descriptor_path(time, causal, check_kernel, monkeypatch, device):
     """Bulk copies, which a GPU before sm_90 and the interpreter do not choose by themselves."""

@@ -96,7 +96,8 @@ class FastImageLevel(nn.Module):
         self.resnets = nn.ModuleList(
             FastImageResBlock(block, plan, f"{path}.resnets.{i}") for i, block in enumerate(level.resnets)
         )
-        self.up = UpConv(level.upsamplers[0].conv) if hasattr(level, "upsamplers") else None
+        up = getattr(level, "upsamplers", None)
+        self.up = None if up is None else UpConv(up[0].conv, plan, f"{path}.upsamplers.0")
 
     def forward(self, act: Activation) -> Activation:
         for block in self.resnets:

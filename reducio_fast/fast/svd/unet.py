@@ -271,7 +271,7 @@ class Level(nn.Module):
         )
         down, up = (getattr(level, name, None) for name in ("downsamplers", "upsamplers"))
         self.down = None if down is None else Conv(down[0].conv)
-        self.up = None if up is None else UpConv(up[0].conv)
+        self.up = None if up is None else UpConv(up[0].conv, plan, f"{path}.upsamplers.0")
 
 
 class FastVideoUNet(Regional):

@@ -70,7 +70,10 @@ class FastTemporalVAE(nn.Module):
             )
             for i, level in enumerate(decoder.up_blocks)
         )
-        self.up = nn.ModuleList(UpConv(level.upsamplers[0].conv) for level in decoder.up_blocks[:-1])
+        self.up = nn.ModuleList(
+            UpConv(level.upsamplers[0].conv, plan, f"decoder.up_blocks.{i}.upsamplers.0")
+            for i, level in enumerate(decoder.up_blocks[:-1])
+        )
         self.norm_out = Norm(decoder.conv_norm_out, plan, "decoder.conv_norm_out")
         self.conv_out = Conv(decoder.conv_out)
         self.time_conv_out = TimeConv(decoder.time_conv_out, plan, "decoder.time_conv_out")
@@ -164,7 +167,10 @@ class FastFrameVAE(nn.Module):
             )
             for i, level in enumerate(decoder.up_blocks)
         )
-        self.up = nn.ModuleList(UpConv(level.upsamplers[0].conv) for level in decoder.up_blocks[:-1])
+        self.up = nn.ModuleList(
+            UpConv(level.upsamplers[0].conv, plan, f"decoder.up_blocks.{i}.upsamplers.0")
+            for i, level in enumerate(decoder.up_blocks[:-1])
+        )
         self.norm_out = Norm(decoder.conv_norm_out, plan, "decoder.conv_norm_out")
         self.conv_out = Conv(decoder.conv_out)
         self.graphs = None

@@ -86,9 +86,6 @@ class VAESettings:
     # Added to the loss weight of moving pixels; the mean weight of a clip stays 1. In a scene few pixels move, and
     # without it their outlines stay blurred longest. Under a camera move all pixels move and the weights are equal.
     moving_weight: float = 4.0
-    # A clip's loss is divided by the error of its repeated content frame (root mean square, plus this): a real clip
-    # that moves little counts as much as a scene. Without it such clips came out up to 1.9 dB worse than a still.
-    still_floor: float = 0.03
     # Greatest standard deviation of noise added to the normalised latent, because a generated latent is never exact.
     latent_noise: float = 0.1
     kl_weight: float = 1e-6  # weight of the KL divergence summed over a latent, as in the release
@@ -224,7 +221,6 @@ class Trained(nn.Module):
 
 # The errors are in squared cells and squared pixels; with these weights both start near 0.5 on photographs.
 COARSE_WEIGHT, MOTION_WEIGHT = 30.0, 1.0
-MEAN_STILL = 0.2  # typical error of a repeated content frame plus `still_floor`: keeps the mean weight of clips near 1
 
 
 def train_vae(context: Context, settings: VAESettings) -> dict[str, float]:
@@ -259,10 +255,9 @@ def train_vae(context: Context, settings: VAESettings) -> dict[str, float]:
             error = vae.decode(z, vae.encode_content(content)).float() - batch.video
             weight = 1 + settings.moving_weight * _moving(batch.video)
             weight = weight / weight.mean((1, 2, 3, 4), keepdim=True)
-            still = (content[:, :, None] - batch.video).square().mean((1, 2, 3, 4))
-            share = MEAN_STILL / (still.sqrt() + settings.still_floor)
-            loss = loss + (share * (weight * (error.abs() + error.square())).mean((1, 2, 3, 4))).mean()
-            figures["still_psnr"] = psnr_of_error(still.mean(), 2.0)
+            loss = loss + (weight * (error.abs() + error.square())).mean()
+            still = F.mse_loss(content[:, :, None].expand_as(batch.video), batch.video)
+            figures["still_psnr"] = psnr_of_error(still, 2.0)
             figures["psnr"] = psnr_of_error(error.detach().square().mean(), 2.0)
         return loss, figures
 
