@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -189,7 +188,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     if arguments.interpolate is not None:
         out = out.interpolated(arguments.interpolate)
     if arguments.grid:
-        out = dataclasses.replace(out, frames=out.grid(), is_list=False)
+        out = out.as_grid()
     paths = out.save(arguments.out, encoding=arguments.encoding)
     paths = paths if isinstance(paths, list) else [paths]
     timings = {**out.timings, "total": time.perf_counter() - started}  # the total includes loading

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import dataclasses
 import io
 import logging
 import os
@@ -176,7 +175,7 @@ class Clips:
 
         output = output if factor is None else output.interpolated(factor)
         if output.is_list:  # several seeds: one clip that shows them side by side
-            output = dataclasses.replace(output, frames=output.grid(), content=None, is_list=False)
+            output = output.as_grid()
         frames = np.asarray(output.frames)
         with tempfile.TemporaryDirectory(prefix="reducio-serve-") as scratch:
             clip = Path(scratch) / f"clip{CLIP}"

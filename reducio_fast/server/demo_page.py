@@ -6,7 +6,6 @@ imports gradio.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import os
@@ -111,7 +110,7 @@ def make_clips(
             callback_on_step_end=step_end, progress=False, **looks, **kwargs,
         )  # fmt: skip
         if out.is_list:
-            out = dataclasses.replace(out, frames=out.grid(), is_list=False)
+            out = out.as_grid()
         if interpolate > 1:
             out = out.interpolated(interpolate)
         path = folder / f"{number}-{label}.mp4"

@@ -303,6 +303,8 @@ def test_loops_and_contact_sheets(pipe: ReducioPipeline, clip):
     sheet = out.grid()
     assert sheet.shape == (16, 128, 128, 3) and np.array_equal(sheet[:, :64, 64:], out.frames[1])
     assert np.array_equal(sheet[:, 64:, :64], out.frames[2]) and not sheet[:, 64:, 64:].any()
+    one = out.as_grid()
+    assert np.array_equal(one.frames, sheet) and one.content is None and not one.is_list and one.seeds == out.seeds
     assert out.grid(3).shape == (16, 64, 192, 3) and np.array_equal(clip.grid(), clip.frames)
     for columns in (0, 4, 1.5, True):
         with pytest.raises(ReducioError, match="columns: must be a whole number from 1 to 3"):

@@ -23,7 +23,7 @@ from reducio_fast.data import toy_world
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.atomic_files import written_whole
 from reducio_fast.system.errors import ReducioError
-from reducio_fast.training.loop import LoopConfig, run
+from reducio_fast.training.loop import LoopConfig, autocast, run
 from reducio_fast.training.recipe import Context
 from reducio_fast.training.tiny import bundle, recipe
 from reducio_fast.training.tiny.content_autoencoder import ContentSettings, encode, normalize_latents, start_as_identity
@@ -321,3 +321,16 @@ def test_a_finished_stage_is_not_trained_again(trained: Path) -> None:
     recipe.train(trained, ["text"], scale=0.001, progress=False)
     assert path.read_bytes() == before
     assert len(rows(trained / "runs" / "text")) == 1
+
+
+def test_bfloat16_only_where_a_cpu_has_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, x = torch.device("cpu"), torch.randn(2, 3)
+    for has, wanted, dtype in (
+        (True, True, torch.bfloat16),
+        (True, False, torch.float32),
+        (False, True, torch.float32),
+    ):
+        told = {"avx2": True, "avx512_bf16": has}
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda told=told: told, raising=False)
+        with autocast(cpu, wanted):
+            assert (x @ x.T).dtype == dtype

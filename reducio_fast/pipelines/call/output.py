@@ -67,6 +67,10 @@ class ReducioOutput:
             raise ReducioError("grid: output_type='latent' holds no frames; use pipe.decode(latents, image)")
         return contact_sheet([as_array(clip) for clip in (self.frames if self.is_list else [self.frames])], columns)
 
+    def as_grid(self, columns: int | None = None) -> ReducioOutput:
+        """The clips side by side as one, see `grid`, which has no content frame."""
+        return dataclasses.replace(self, frames=self.grid(columns), content=None, output_type="np", is_list=False)
+
     def interpolated(self, factor: int) -> ReducioOutput:
         """The same with `factor` (2 or 4) times the rate, as bytes: see `media.frame_interpolation`."""
         if self.output_type == "latent":
