@@ -40,7 +40,7 @@ def recipe(**changes) -> vae.VAERecipe:
     made = vae.VAERecipe(
         loop=LOOP,
         batch=2,
-        size=64,
+        size=32,
         model="reducio-ft4",
         config=CONFIG,
         discriminator_start=2,
