@@ -2,6 +2,8 @@
 
 Twin: the `Conv3d` with a kernel of (3, 1, 1) in SVD's temporal res blocks (`reference/svd/layers.py`).
 
+Without neighbours, and with one tap, it is a linear layer whose bias and residual cost no pass of their own.
+
 Rows of the three factors are positions of a frame and of its neighbours: of one buffer that has a zero frame at each
 end, they lie H * W rows apart; a decoder that streams has a tensor each. One pass: three library products would write
 their sum, and read it again, twice more, which at 128 channels takes longer than the products.
@@ -61,7 +63,7 @@ def temporal_conv_kernel(
     before_ptr,  # [B, M, C], or None: zeros
     frame_ptr,  # [B, M, C]
     after_ptr,  # [B, M, C], or None: zeros
-    w_ptr,  # [3, C, K]
+    w_ptr,  # [taps, C, K]
     bias_ptr,  # [K]
     residual_ptr,  # [B, M, K] to add, or None
     out_ptr,  # [B, M, K]
@@ -69,6 +71,7 @@ def temporal_conv_kernel(
     item_stride,  # elements between items of the factors
     C: tl.constexpr,  # channels in
     K: tl.constexpr,  # channels out
+    CENTRE: tl.constexpr,  # which tap is of the frame itself: 1 of three, 0 of one
     BLOCK_M: tl.constexpr,  # rows a program
     BLOCK_K: tl.constexpr,  # channels out a program
     BLOCK_C: tl.constexpr,  # channels in a step of the loop
@@ -86,7 +89,7 @@ def temporal_conv_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     if before_ptr is not None:
         acc = add_product(acc, before_ptr + start, rows, w_ptr, k, C, K, BLOCK_K, BLOCK_C)
-    acc = add_product(acc, frame_ptr + start, rows, w_ptr + C * K, k, C, K, BLOCK_K, BLOCK_C)
+    acc = add_product(acc, frame_ptr + start, rows, w_ptr + CENTRE * C * K, k, C, K, BLOCK_K, BLOCK_C)
     if after_ptr is not None:
         acc = add_product(acc, after_ptr + start, rows, w_ptr + 2 * C * K, k, C, K, BLOCK_K, BLOCK_C)
     acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
@@ -121,8 +124,9 @@ def launch(
     out = frame.new_empty(B, M, K)
     chosen = product_blocks(OP, frame.dtype, C, K, arch_of(frame.device))
     grid = (B * triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(K, chosen["BLOCK_K"]),)
+    sizes = {"C": C, "K": K, "CENTRE": len(weight) // 2}
     launcher(temporal_conv_kernel)[grid](
-        before, frame, after, weight, bias, residual, out, M, frame.stride(0), C=C, K=K, **chosen
+        before, frame, after, weight, bias, residual, out, M, frame.stride(0), **sizes, **chosen
     )
     return out
 
@@ -138,8 +142,8 @@ def twin(
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
     out = frame.new_empty(*frame.shape[:-1], weight.shape[-1])
     for item, y in enumerate(out):
-        torch.addmm(bias, frame[item], weight[1], out=y)
-        for source, tap in ((before, weight[0]), (after, weight[2])):
+        torch.addmm(bias, frame[item], weight[len(weight) // 2], out=y)
+        for source, tap in ((before, weight[0]), (after, weight[-1])):
             if source is not None:
                 y.addmm_(source[item], tap)
     return out if residual is None else out.add_(residual)
@@ -159,7 +163,7 @@ def temporal_conv(
     Args:
         before, frame, after: [B, M, C], items at one stride, rows dense; views of one buffer are usual. None for a
             neighbour stands for zeros.
-        weight: [3, C, K], of the three in turn. bias: [K].
+        weight: [3, C, K], of the three in turn; [1, C, K] where there are no neighbours. bias: [K].
         residual: [B, M, K] to add, contiguous.
 
     Returns [B, M, K]. Raises ValueError for arguments that differ in device, dtype or size.
@@ -167,7 +171,7 @@ def temporal_conv(
     check_tensors(OP, before=before, frame=frame, after=after, weight=weight, bias=bias, residual=residual)
     check_shape(OP, "frame", frame, None, None, None)
     B, M, C = frame.shape
-    check_shape(OP, "weight", weight, 3, C, None)
+    check_shape(OP, "weight", weight, 1 if before is None and after is None and len(weight) == 1 else 3, C, None)
     check_shape(OP, "bias", bias, weight.shape[-1])
     check_contiguous(OP, weight=weight, bias=bias, residual=residual)
     sources = {"frame": frame, "before": before, "after": after}
@@ -184,22 +188,23 @@ def temporal_conv(
 def variants(arch: str) -> Iterator[Variant]:
     """What is shipped for `arch`: the widths of SVD's U-Net and decoder."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    shapes = [(dtype, width, True, True) for dtype in (bf16, fp16) for width in (128, 320, 512, 1280)]
-    shapes += [(fp16, 128, False, True), (fp16, 320, True, False), (fp32, 128, True, True), (fp32, 320, True, False)]
-    for dtype, width, both, residual in shapes:
+    shapes = [(dtype, width, 3, True) for dtype in (bf16, fp16) for width in (128, 320, 512, 1280)]
+    shapes += [(fp16, 128, 2, True), (fp16, 320, 3, False), (fp32, 128, 3, True), (fp32, 320, 3, False)]
+    shapes += [(dtype, width, 1, True) for dtype in (bf16, fp16) for width in (320, 640, 1280)]
+    for dtype, width, factors, residual in shapes:
         chosen = product_blocks(OP, dtype, width, width, arch)
         options = {name: chosen.pop(name) for name in OPTIONS if name in chosen}
-        absent = ["before_ptr"] * (not both) + ["residual_ptr"] * (not residual)
+        absent = ["before_ptr"] * (factors < 3) + ["after_ptr"] * (factors < 2) + ["residual_ptr"] * (not residual)
         pointers = ("before_ptr", "frame_ptr", "after_ptr", "w_ptr", "bias_ptr", "residual_ptr", "out_ptr")
         yield Variant(
-            name=f"{OP} {TYPES[dtype]} {width}{' first' * (not both)}{' residual' * residual}",
+            name=f"{OP} {TYPES[dtype]} {width}{['', ' alone', ' first', ''][factors]}{' residual' * residual}",
             kernel=temporal_conv_kernel,
             signature={
                 **dict.fromkeys((p for p in pointers if p not in absent), f"*{TYPES[dtype]}"),
                 "M": "i32",
                 "item_stride": "i64",
             },
-            constants={"C": width, "K": width, **chosen, **dict.fromkeys(absent)},
+            constants={"C": width, "K": width, "CENTRE": int(factors > 1), **chosen, **dict.fromkeys(absent)},
             options=options,
             unaligned=("M",),
             matrix=dtype != torch.float32,

@@ -45,11 +45,12 @@ NARROW = (
 KERNELS = (
     ("group_norm_silu", "GroupNorm + SiLU kernel, statistics apart"),
     ("attention", "our flash attention over the positions of a frame"),
-    ("temporal_conv", "three shifted products, bias and residual in one kernel"),
+    ("temporal_conv", "three shifted products, or the last of a transformer, bias and residual in one kernel"),
     ("geglu_linear", "value, gate and gelu in one kernel"),
     ("frame_attention", "attention over frames where they lie"),
     ("stream_layer_norm", "rows, residual and blend inside the norms"),
     ("upsample_conv3d", "up-sampling and the convolution after it in one kernel"),
+    ("conv3d", "convolutions that add a residual, in our kernel"),
     ("guidance_dpm_step", "the scheduler's step in one kernel"),
 )
 

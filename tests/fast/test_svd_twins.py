@@ -19,10 +19,11 @@ from reducio_fast.fast import sampler as fast_sampler
 from reducio_fast.fast.packed_layers import UpConv
 from reducio_fast.fast.plan import Plan
 from reducio_fast.fast.solver_tables import coefficients
-from reducio_fast.fast.svd.layers import Norm, TemporalRes, TimeConv
+from reducio_fast.fast.svd.layers import Norm, SpatialRes, TemporalRes, TimeConv
 from reducio_fast.fast.svd.unet import FastVideoUNet, SelfAttention
 from reducio_fast.fast.svd.vae import FastTemporalVAE
 from reducio_fast.memory.dry_run import DryRun
+from reducio_fast.reference.svd.layers import SpatialResBlock
 from reducio_fast.reference.svd.sampler import ImageCondition
 from reducio_fast.triton_kernels.registry import OPS
 from tiny_networks import assert_right, plan
@@ -163,6 +164,16 @@ class InOne(Plan):
 
     def runs_kernel(self, op: str, shape: str) -> bool:
         return True
+
+
+@pytest.mark.parametrize("plan", [Plan, InOne])
+@pytest.mark.parametrize("widths", [(32, 32), (32, 64)], ids=str)
+def test_a_res_block_in_space(widths: tuple[int, int], plan: type[Plan]) -> None:
+    block = SpatialResBlock(*widths, eps=1e-5).double()
+    x = torch.randn(3, 6, 7, widths[0], generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        expected = block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        assert relative(SpatialRes(block, plan(torch.device("cpu"), torch.float64), "res")(x), expected) < 1e-14
 
 
 @pytest.mark.parametrize("size", [None, (12, 14), (11, 13), (12, 13)], ids=str)

@@ -61,11 +61,11 @@ def work() -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_step_of_svd_xt(work: dict[str, Any]) -> None:
-    """25 frames of 576x1024, guided, float16. The aim is 270 GB and 540 kernels."""
+    """25 frames of 576x1024, guided, float16. The aim is 270 GB."""
     plain, fast = work["unet"], work["fast unet"]
     assert plain.flops == pytest.approx(159.9e12, rel=1e-3) and fast.flops <= 149.7e12
-    assert plain.moved == pytest.approx(691e9, rel=0.1) and fast.moved < 287e9
-    assert fast.kernels <= 560 < plain.kernels
+    assert plain.moved == pytest.approx(691e9, rel=0.1) and fast.moved < 280e9
+    assert fast.kernels <= 536 < plain.kernels
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_a_decode_of_svd_xt(work: dict[str, Any]) -> None:
     plain, fast = work["decoder"], work["fast decoder"]
     assert plain.flops == pytest.approx(173.6e12, rel=1e-3) and fast.flops <= 151.7e12
     assert plain.live > 30e9 and fast.live < 9e9
-    assert fast.moved < 605e9
+    assert fast.moved < 575e9
 
 
 @pytest.mark.slow

@@ -52,6 +52,15 @@ def test_a_missing_neighbour_is_zero(before, after, check_kernel):
     torch.testing.assert_close(y.double().cpu(), want, rtol=2e-2, atol=4e-2)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_alone_it_is_a_linear_layer(shape, check_kernel):
+    _, (_, frame, _), weight, bias, residual = inputs(*shape)
+    tap = weight[1:2].contiguous()
+    want = F.linear(frame, tap[0].T, bias) + residual
+    torch.testing.assert_close(op.twin(None, frame, None, tap, bias, residual), want)
+    check_kernel(op.launch, op.twin, None, frame, None, tap, bias, residual)
+
+
 def test_320_channels_are_five_blocks():
     chosen = op.product_blocks(op.OP, torch.float16, 320, 320, "sm_90")
     assert chosen["BLOCK_K"] == 64 and op.product_blocks(op.OP, torch.float16, 512, 512, "sm_90")["BLOCK_K"] == 128
@@ -70,6 +79,7 @@ def test_mistakes_are_named():
     run = torch.ops.reducio_fast.temporal_conv
     for arguments, message in (
         ((before, frame, after, weight[:2], bias), r"weight has shape \(2, 24, 20\)"),
+        ((before, frame, None, weight[:1], bias), r"weight has shape \(1, 24, 20\)"),
         ((before, frame, after, weight, bias[:-1]), r"bias has shape \(19,\)"),
         ((before[:, :-1], frame, after, weight, bias), "before has shape="),
         ((None, frame.transpose(1, 2).contiguous().transpose(1, 2), None, weight, bias), "must be contiguous"),

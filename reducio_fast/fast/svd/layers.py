@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...triton_kernels.conv3d import pack_weight
 from ..packed_layers import as_frames, as_images, frozen
 from ..plan import Plan
 
@@ -51,9 +52,9 @@ class Norm(nn.Module):
         self.silu = silu
         self.run, self._statistics = plan.pick(path, "group_norm_silu"), plan.clip_statistics()
 
-    def forward(self, x: Tensor, front: int = 0, back: int = 0) -> Tensor:
-        """x [B, T, H, W, C] -> the same, with zero frames before and after."""
-        return self.run(x, self.weight, self.bias, self.groups, self.eps, self.silu, False, None, front, back, False)
+    def forward(self, x: Tensor, front: int = 0, back: int = 0, halo: bool = False) -> Tensor:
+        """x [B, T, H, W, C] -> the same, with zero frames before and after, or a ring of zeros around each."""
+        return self.run(x, self.weight, self.bias, self.groups, self.eps, self.silu, False, None, front, back, halo)
 
     def statistics(self, x_HWC: Tensor) -> Tensor:
         """What `of_frame` needs of each frame, [tiles, 3, C]: count, mean, squared deviations."""
@@ -93,25 +94,50 @@ class TimeConv(nn.Module):
         return y.view(*frame.shape[:2], -1)
 
 
+class ResidualConv(nn.Module):
+    """A 3x3 convolution in space and what it is added to, in one kernel, of frames that have a ring of zeros."""
+
+    def __init__(self, conv: nn.Conv2d, plan: Plan, path: str) -> None:
+        super().__init__()
+        self.weight, self.bias = frozen(pack_weight(conv.weight)), conv.bias
+        self.run = plan.pick(path, "conv3d", self.shape(conv))
+
+    @staticmethod
+    def shape(conv: nn.Conv2d) -> str:
+        """Its class in a plan's table."""
+        return f"{conv.in_channels}->{conv.out_channels} frames"
+
+    def forward(self, padded: Tensor, residual_NHWC: Tensor) -> Tensor:
+        """padded [1, N, H + 2, W + 2, C]"""
+        return self.run(padded, self.weight, self.bias, residual_NHWC[None])[0][0]
+
+
 class SpatialRes(nn.Module):
-    """A res block in space; `row` is its part of the time embedding with conv1's bias, [C] or one a frame [N, C]."""
+    """A res block in space; `row` is its part of the time embedding with conv1's bias, [C] or one a frame [N, C].
+
+    What conv2 is added to costs no pass of its own where our kernel runs; a 1x1 shortcut is added in place, its bias
+    with conv2's.
+    """
 
     def __init__(self, block: Any, plan: Plan, path: str) -> None:
         super().__init__()
         self.norm1, self.norm2 = (Norm(getattr(block, n), plan, f"{path}.{n}") for n in ("norm1", "norm2"))
-        self.conv1, self.conv2 = (Conv(conv) for conv in (block.conv1, block.conv2))
-        self.last_bias, self.shortcut = self.conv2.bias, None
+        self.conv1, self.shortcut = Conv(block.conv1), None
+        in_one = block.conv_shortcut is None and plan.runs_kernel("conv3d", ResidualConv.shape(block.conv2))
+        self.conv2 = ResidualConv(block.conv2, plan, f"{path}.conv2") if in_one else Conv(block.conv2)
         if (shortcut := block.conv_shortcut) is not None:
             self.shortcut = frozen(shortcut.weight.flatten(1).t())
             wide = torch.promote_types(shortcut.bias.dtype, torch.float32)
-            self.last_bias = frozen((self.conv2.bias.to(wide) + shortcut.bias.to(wide)).to(shortcut.bias.dtype))
+            self.conv2.bias = frozen((self.conv2.bias.to(wide) + shortcut.bias.to(wide)).to(shortcut.bias.dtype))
 
     def forward(self, x_NHWC: Tensor, row: Tensor | None = None) -> Tensor:
         normed = self.norm1(x_NHWC[:, None])[:, 0]
         h = self.conv1(normed, row if row is None or row.ndim == 1 else torch.zeros_like(self.conv1.bias))
         if row is not None and row.ndim == 2:
             h = h.add_(row[:, None, None])
-        y = self.conv2(self.norm2(h[:, None])[:, 0], self.last_bias)
+        if isinstance(self.conv2, ResidualConv):
+            return self.conv2(self.norm2(h[:, None], halo=True).transpose(0, 1), x_NHWC)
+        y = self.conv2(self.norm2(h[:, None])[:, 0])
         if self.shortcut is None:
             return y.add_(x_NHWC)
         y.view(-1, y.shape[-1]).addmm_(x_NHWC.reshape(-1, x_NHWC.shape[-1]), self.shortcut)

@@ -210,7 +210,7 @@ class Transformer(nn.Module):
     def __init__(self, transformer: Any, plan: Plan, path: str) -> None:
         super().__init__()
         self.norm = Norm(transformer.norm, plan, f"{path}.norm", silu=False)
-        self.proj_in, self.proj_out = transformer.proj_in, transformer.proj_out
+        self.proj_in = transformer.proj_in
         share = spatial_share(transformer.time_mixer)
         self.spatial = nn.ModuleList(
             SpatialBlock(b, plan, f"{path}.transformer_blocks.{i}")
@@ -221,10 +221,12 @@ class Transformer(nn.Module):
             for i, (space, b) in enumerate(zip(self.spatial, transformer.temporal_transformer_blocks, strict=True))
         )
         # The bias that the last block leaves out passes through the last product.
-        weight, bias = self.proj_out.weight, self.proj_out.bias
+        weight, bias = transformer.proj_out.weight, transformer.proj_out.bias
         wide = torch.promote_types(weight.dtype, torch.float32)
         owed = weight.to(wide) @ self.temporal[-1].ff.bias.to(wide)
         self.bias_out = frozen((bias.to(wide) + owed).to(bias.dtype))
+        self.weight_out = frozen(weight.t()[None])
+        self.proj_out = plan.pick(f"{path}.proj_out", "temporal_conv", f"{weight.shape[1]}->{weight.shape[0]} alone")
         self.time_pos_embed = transformer.time_pos_embed
 
     def rows(self, embeds: Tensor, frames: int) -> list[BlockRows]:
@@ -254,7 +256,8 @@ class Transformer(nn.Module):
             x = temporal(spatial(x, own.in_space, per_frame), frames, own, context)
             if index + 1 < len(self.temporal):
                 x = x.add_(temporal.ff.bias)
-        return F.linear(x, self.proj_out.weight, self.bias_out).view(x_NHWC.shape).add_(x_NHWC)
+        rows, residual = x.view(1, -1, C), x_NHWC.reshape(1, -1, C)
+        return self.proj_out(None, rows, None, self.weight_out, self.bias_out, residual).view(x_NHWC.shape)
 
 
 class Level(nn.Module):
