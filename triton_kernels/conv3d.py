@@ -500,7 +500,10 @@ def variants(arch: str) -> Iterator[Variant]:
         (bf16, 512, 512, 1, True, True, False),
         (bf16, 512, 512, 1, False, True, False),
         (bf16, 512, 512, 1, True, False, False),
-        *((dtype, C, C, 1, True, False, False) for dtype in (bf16, fp16) for C in (320, 640, 1280)),  # SVD's
+        # SVD's, then the image autoencoder's
+        *((dtype, C, C, 1, True, False, False) for dtype in (bf16, fp16) for C in (320, 640, 1280)),
+        *((bf16, C, K, 1, False, False, False) for C, K in ((4, 512), (512, 512), (512, 256), (256, 256))),
+        *((bf16, C, K, 1, False, False, False) for C, K in ((256, 128), (128, 128), (128, 3))),
         *((fp16, C, C, 1, True, False, False) for C in (128, 256, 512)),
         (fp16, 128, 128, 3, True, True, False),
         (fp16, 256, 256, 3, True, True, False),

@@ -366,41 +366,52 @@ def group_norm_silu(
     return run(x, weight, bias, groups, eps, silu, per_frame, partials, front, back, halo, multiplier, eight_bit)
 
 
+# Channels of SVD's U-Net, those of a level and those with a skip beside them.
+LEVELS, WITH_SKIPS = (320, 640, 1280), (960, 1920, 2560)
+
+
 def variants(arch: str) -> Iterator[Variant]:
-    """What is shipped for `arch`: the full-size decoder's widths with 32 groups, clips and frames, padded or dense."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    """What is shipped for `arch`: the full-size decoder's widths with 32 groups, clips and frames, padded or dense, and
+    in bfloat16 SVD's."""
+    # SiLU, halo, a frame's statistics. Fusion norms without an activation, attention's too; the residual branches
+    # always have one.
+    dense, padded, plain = (True, 0, False), (True, 1, False), (False, 0, False)
+    widths = [
+        (dtype, C, (padded, (True, 1, True), dense, plain))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for C in (128, 256, 512)
+    ]
+    widths += [(torch.bfloat16, C, (padded, dense, plain)) for C in LEVELS]
+    widths += [(torch.bfloat16, C, (dense,)) for C in WITH_SKIPS]
+    for dtype, C, kinds in widths:
         of = f"*{TYPES[dtype]}"
-        for C in (128, 256, 512):
-            statistics_entry = blocks("statistics", C, arch)
-            statistics_entry.pop("TILES")
+        statistics_entry = blocks("statistics", C, arch)
+        statistics_entry.pop("TILES")
+        yield _variant(f"statistics {TYPES[dtype]} {C}", statistics_kernel, {"x_ptr": of}, {"C": C}, statistics_entry)
+        yield _variant(
+            f"finalise {TYPES[dtype]} {C}",
+            finalise_kernel,
+            {"weight_ptr": of, "bias_ptr": of},
+            {"C": C, "GROUPS": 32},
+            blocks("finalise", C // 32, arch),
+        )
+        for silu, halo, per_frame in kinds:
             yield _variant(
-                f"statistics {TYPES[dtype]} {C}", statistics_kernel, {"x_ptr": of}, {"C": C}, statistics_entry
+                f"apply {TYPES[dtype]} {C}{' silu' * silu}{' halo' * halo}{' per frame' * per_frame}",
+                apply_kernel,
+                {"x_ptr": of, "out_ptr": of},
+                {"HALO": halo, "SILU": silu, "PER_FRAME": per_frame, "C": C, **NOT_QUANTISED},
+                blocks("apply", C, arch),
             )
+        eight_bit = best_eight_bit(arch)
+        if dtype == torch.bfloat16 and eight_bit is not None and C <= 512 and C not in LEVELS:
             yield _variant(
-                f"finalise {TYPES[dtype]} {C}",
-                finalise_kernel,
-                {"weight_ptr": of, "bias_ptr": of},
-                {"C": C, "GROUPS": 32},
-                blocks("finalise", C // 32, arch),
+                f"apply {TYPES[eight_bit]} {C} silu halo",
+                apply_kernel,
+                {"x_ptr": of, "out_ptr": f"*{TYPES[eight_bit]}"},
+                {"HALO": 1, "SILU": True, "PER_FRAME": False, "C": C, "LIMIT": limit_of(eight_bit)},
+                blocks("apply", C, arch),
             )
-            # Fusion norms without an activation, attention's too; the residual branches always have one.
-            for silu, halo, per_frame in ((True, 1, False), (True, 1, True), (True, 0, False), (False, 0, False)):
-                yield _variant(
-                    f"apply {TYPES[dtype]} {C}{' silu' * silu}{' halo' * halo}{' per frame' * per_frame}",
-                    apply_kernel,
-                    {"x_ptr": of, "out_ptr": of},
-                    {"HALO": halo, "SILU": silu, "PER_FRAME": per_frame, "C": C, **NOT_QUANTISED},
-                    blocks("apply", C, arch),
-                )
-            eight_bit = best_eight_bit(arch)
-            if dtype == torch.bfloat16 and eight_bit is not None:
-                yield _variant(
-                    f"apply {TYPES[eight_bit]} {C} silu halo",
-                    apply_kernel,
-                    {"x_ptr": of, "out_ptr": f"*{TYPES[eight_bit]}"},
-                    {"HALO": 1, "SILU": True, "PER_FRAME": False, "C": C, "LIMIT": limit_of(eight_bit)},
-                    blocks("apply", C, arch),
-                )
 
 
 def _variant(name: str, kernel: triton.JITFunction, types: dict, constants: dict, entry: Settings) -> Variant:

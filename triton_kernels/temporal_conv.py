@@ -188,23 +188,27 @@ def temporal_conv(
 def variants(arch: str) -> Iterator[Variant]:
     """What is shipped for `arch`: the widths of SVD's U-Net and decoder."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    shapes = [(dtype, width, 3, True) for dtype in (bf16, fp16) for width in (128, 320, 512, 1280)]
-    shapes += [(fp16, 128, 2, True), (fp16, 320, 3, False), (fp32, 128, 3, True), (fp32, 320, 3, False)]
-    shapes += [(dtype, width, 1, True) for dtype in (bf16, fp16) for width in (320, 640, 1280)]
-    for dtype, width, factors, residual in shapes:
+    missing = {"": (), "first": ("before_ptr",), "last": ("after_ptr",), "alone": ("before_ptr", "after_ptr")}
+    # In bfloat16 all that a step and a decode launch, in the others what the compiler finds hardest.
+    shapes = [(bf16, width, "", residual) for width in (128, 256, 320, 512, 640, 1280) for residual in (True, False)]
+    shapes += [(fp16, width, "", True) for width in (128, 320, 512, 1280)]
+    shapes += [(bf16, 3, "first", False), (bf16, 3, "last", False), (fp16, 128, "first", True), (fp16, 320, "", False)]
+    shapes += [(dtype, width, "alone", True) for dtype in (bf16, fp16) for width in (320, 640, 1280)]
+    shapes += [(fp32, 128, "", True), (fp32, 320, "", False)]
+    for dtype, width, kind, residual in shapes:
         chosen = product_blocks(OP, dtype, width, width, arch)
         options = {name: chosen.pop(name) for name in OPTIONS if name in chosen}
-        absent = ["before_ptr"] * (factors < 3) + ["after_ptr"] * (factors < 2) + ["residual_ptr"] * (not residual)
+        absent = [*missing[kind], *["residual_ptr"] * (not residual)]
         pointers = ("before_ptr", "frame_ptr", "after_ptr", "w_ptr", "bias_ptr", "residual_ptr", "out_ptr")
         yield Variant(
-            name=f"{OP} {TYPES[dtype]} {width}{['', ' alone', ' first', ''][factors]}{' residual' * residual}",
+            name=f"{OP} {TYPES[dtype]} {width}{f' {kind}' * bool(kind)}{' residual' * residual}",
             kernel=temporal_conv_kernel,
             signature={
                 **dict.fromkeys((p for p in pointers if p not in absent), f"*{TYPES[dtype]}"),
                 "M": "i32",
                 "item_stride": "i64",
             },
-            constants={"C": width, "K": width, "CENTRE": int(factors > 1), **chosen, **dict.fromkeys(absent)},
+            constants={"C": width, "K": width, "CENTRE": int(kind != "alone"), **chosen, **dict.fromkeys(absent)},
             options=options,
             unaligned=("M",),
             matrix=dtype != torch.float32,

@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..compile.precompile import Call, precompile
 from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from ..reference.reducio.image_vae import ImageVAE, ImageVAEConfig
+from ..reference.svd.config import TemporalVAEConfig, VideoUNetConfig
+from ..reference.svd.unet import VideoUNet
+from ..reference.svd.vae import TemporalVAE
 from ..triton_kernels.launch import TYPES, Launch, recording
 from ..triton_kernels.tables import arch_of
 
@@ -82,6 +86,35 @@ def clip_launches(
         )
         prediction = dit.denoise(latent, dit.modulations(empty(1, kind=torch.float32), latent.shape[2:]), prepared)
         guidance_dpm_step(prediction.contiguous(), latent, torch.zeros_like(latent), empty(6, kind=torch.float32))
+    return launches
+
+
+def svd_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """What one step and one decode of Stable Video Diffusion launch, at its published widths, and the decode of a still
+    by an image autoencoder of the same."""
+    from ..fast.plan import Plan
+    from ..fast.reducio.image_vae import FastImageVAE
+    from ..fast.svd.unet import FastVideoUNet, StepInputs
+    from ..fast.svd.vae import FastTemporalVAE
+
+    device, frames, side = torch.device("cuda", 0), 2, 16
+    config = VideoUNetConfig()
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    with recording(arch) as launches, FakeTensorMode(), torch.no_grad():
+        plan = Plan(device, dtype)
+        with device, _Answer(False):
+            unet = FastVideoUNet(_cast(VideoUNet(config), dtype), plan)
+            vae = FastTemporalVAE(_cast(TemporalVAE(TemporalVAEConfig()), dtype), plan)
+            image_vae = FastImageVAE(_cast(ImageVAE(ImageVAEConfig()), dtype), plan)
+        image = empty(2, frames, side, side, config.in_channels - config.out_channels)
+        told = unet.told(image, empty(2, 1, config.per_level("cross_attention_dim")[0]), empty(2, 3))
+        inputs = StepInputs([empty(size) for size in unet.row_sizes], told)
+        unet.denoise(empty(1, frames, config.out_channels, side, side), inputs)
+        vae.decode(empty(1, frames, 4, side, side))
+        image_vae.decode(empty(1, 4, side, side))
     return launches
 
 

@@ -21,7 +21,7 @@ CODE = textwrap.dedent("""
     from torch import Tensor
     from reducio_fast.compile.precompile import precompile
     from reducio_fast.compile.targets import TARGETS
-    from reducio_fast.measurement.launches import calls_of, clip_launches
+    from reducio_fast.measurement.launches import calls_of, clip_launches, svd_launches
     from reducio_fast.checkpoints.strict_files import embedded_model
     from reducio_fast.reference import DiTConfig, VAEConfig
     from reducio_fast.triton_kernels.registry import OPS
@@ -61,7 +61,8 @@ CODE = textwrap.dedent("""
         seconds.append(sorted(str(p) for p in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
     broken = [type(cheap[0])(cheap[0].module, cheap[0].kernel, (("nonsense", 1),))]
     print(json.dumps({
-        "launched": [launched(l) for l in launches], "built": built, "unread": len(written - read),
+        "launched": [launched(l) for l in launches], "svd": [launched(l) for l in svd_launches("sm_90")],
+        "built": built, "unread": len(written - read),
         "written": len(written), "cubins": seconds, "calls": len(calls_of(launches)),
         "tiny": sorted({call.kernel for call in tiny}),
         "failures": precompile(broken, TARGETS["sm_90"].triton_target, jobs=1),
@@ -79,12 +80,13 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_compile_check_builds_what_a_clip_launches(dry_run: dict[str, Any]) -> None:
-    """Every launch is among the builds; of convolutions every bfloat16 build is launched, but a causal model's one."""
+    """Every launch, of a clip of ours and of SVD, is among the builds; of convolutions and SVD's norms every bfloat16
+    build is launched, but a causal model's."""
     built = {json.dumps(build[1:]): build[0] for build in dry_run["built"]}
-    launched = {json.dumps(launch) for launch in dry_run["launched"]}
+    launched = {json.dumps(launch) for launch in dry_run["launched"] + dry_run["svd"]}
     assert launched - set(built) == set()
-    convolutions = {b for b, op in built.items() if op.endswith("conv3d") and '"CAUSAL", "True"' not in b}
-    assert convolutions - launched == set()
+    checked = {b for b, op in built.items() if op.endswith(("conv3d", "temporal_conv", "stream_layer_norm"))}
+    assert {b for b in checked - launched if '"CAUSAL", "True"' not in b} == set()
 
 
 def test_statistics_are_taken_where_they_are_read(dry_run: dict[str, Any]) -> None:
