@@ -366,8 +366,8 @@ def group_norm_silu(
     return run(x, weight, bias, groups, eps, silu, per_frame, partials, front, back, halo, multiplier, eight_bit)
 
 
-# Channels of SVD's U-Net, those of a level and those with a skip beside them.
-LEVELS, WITH_SKIPS = (320, 640, 1280), (960, 1920, 2560)
+DECODER = (128, 256, 512)  # channels of the full-size decoder
+LEVELS, WITH_SKIPS = (320, 640, 1280), (960, 1920, 2560)  # of SVD's U-Net: of a level, and with a skip beside them
 
 
 def variants(arch: str) -> Iterator[Variant]:
@@ -379,7 +379,7 @@ def variants(arch: str) -> Iterator[Variant]:
     widths = [
         (dtype, C, (padded, (True, 1, True), dense, plain))
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for C in (128, 256, 512)
+        for C in DECODER
     ]
     widths += [(torch.bfloat16, C, (padded, dense, plain)) for C in LEVELS]
     widths += [(torch.bfloat16, C, (dense,)) for C in WITH_SKIPS]
@@ -404,7 +404,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 blocks("apply", C, arch),
             )
         eight_bit = best_eight_bit(arch)
-        if dtype == torch.bfloat16 and eight_bit is not None and C <= 512 and C not in LEVELS:
+        if dtype == torch.bfloat16 and eight_bit is not None and C in DECODER:
             yield _variant(
                 f"apply {TYPES[eight_bit]} {C} silu halo",
                 apply_kernel,

@@ -134,8 +134,7 @@ class CrossAttention(nn.Module):
 
     def add_to(self, x_NLC: Tensor, context_NSE: Tensor) -> Tensor:
         x_NLC = x_NLC + self.owed
-        y = F.layer_norm(x_NLC, x_NLC.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
-        q = F.linear(y, self.to_q.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = F.linear(_norm(x_NLC, self.norm), self.to_q.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (
             F.linear(context_NSE, linear.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear in (self.to_k, self.to_v)
@@ -144,12 +143,12 @@ class CrossAttention(nn.Module):
         return x_NLC.add_(F.linear(attended, self.out.weight, self.out.bias))
 
 
-def _norm(x: Tensor, norm: Any) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-
-
 def _affine(norm: Any) -> tuple[Tensor, Tensor, float]:
     return norm.weight, norm.bias, norm.eps
+
+
+def _norm(x: Tensor, norm: Any) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], *_affine(norm))
 
 
 class SpatialBlock(nn.Module):
@@ -167,7 +166,8 @@ class SpatialBlock(nn.Module):
         """Changes x in place."""
         x = self.attn1.add_to(x_NLC, _norm(x_NLC, self.norm1))
         if in_space is None:
-            x = self.attn2.add_to(x, context)  # type: ignore[arg-type]
+            assert context is not None, "the general path's tokens"
+            x = self.attn2.add_to(x, context)
         return self.ff.add_to(x, self.row_norm(x, in_space, *_affine(self.norm3))[0])
 
 
@@ -196,7 +196,7 @@ class TemporalBlock(nn.Module):
         x = self.attn1.add_to(x, normed.unflatten(0, (-1, frames)))
         if rows.in_time is None:
             (N, L, C), T = x.shape, frames
-            assert context is not None
+            assert context is not None, "the general path's tokens"
             tokens = x.view(-1, T, L, C).transpose(1, 2).reshape(-1, T, C)
             first = context[:, 0] if context.ndim == 4 else context
             x = self.attn2.add_to(tokens, first.repeat_interleave(L, 0))

@@ -1,4 +1,4 @@
-"""What every loader of a pipeline does around its work."""
+"""What every loader of our pipelines does around its work."""
 
 from __future__ import annotations
 
