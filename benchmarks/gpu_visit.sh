@@ -4,10 +4,10 @@
 # Parts, each OUT/PART.json, each with seconds of its own, together at most TOTAL (600; the parts take 570): kernels
 # compiled by all cores at once, tests, parity, first measurements, tuning (its table goes to the cache folder, which the
 # parts after it read, and to OUT/tables), a clip of the fast path, beside the reference, a profile with its trace, one
-# tile under torch.compile, and, in a second call of ten minutes, Stable Video Diffusion. Parts write their file as they
-# go, "whole": false until the end, so a part whose time is up leaves what it has. A part whose file is there is skipped,
-# so call again to go on; remove a file to do its part again. A part that fails leaves OUT/PART.log and the others go on;
-# the exit status is then 1. All that there is lies in OUT/visit.tar.gz too, after every part.
+# tile under torch.compile, and, in a second call of ten minutes, Stable Video Diffusion, its kernels first. Parts write
+# their file as they go, "whole": false until the end, so a part whose time is up leaves what it has. A part whose file is
+# there is skipped, so call again to go on; remove a file to do its part again. A part that fails leaves OUT/PART.log and
+# the others go on; the exit status is then 1. All that there is lies in OUT/visit.tar.gz too, after every part.
 # Needs torch, triton, numpy and safetensors; pytest for the tests. The package need not be installed.
 # --dry-run: the same parts on narrow shapes on a CPU; those that need a GPU leave a file that says so.
 set -uo pipefail
@@ -82,19 +82,21 @@ print(json.dumps({"rows": rows, "wrong": sum(not row["right"] for row in rows)})
 END
 }
 
-# Compiles what a clip launches, in bfloat16, by all cores but two, into the cache that Triton reads.
+# precompile NAME: compiles what a clip launches, in the dtype that the parts after it run in, by all cores but two, into
+# the cache that Triton reads.
 precompile() {
-    "$python" - "$out/precompile.json" <<'END'
+    "$python" - "$1" "$out" <<'END'
 import json, os, sys, time, torch
-from reducio_fast.measurement.launches import precompile_clip
-from reducio_fast.reference import DIT_PRESETS, VAE_PRESETS
+from reducio_fast.measurement.launches import clip_launches, precompile_launches, svd_launches
+from reducio_fast.triton_kernels.tables import arch_of
 
 if __name__ == "__main__":
-    start, model = time.perf_counter(), (DIT_PRESETS["reducio-1024"], VAE_PRESETS["reducio-ft4"])
-    jobs = max(1, (os.cpu_count() or 1) - 2)
-    kernels, failures = precompile_clip(torch.device("cuda", 0), *model, torch.bfloat16, jobs)
-    row = {"benchmark": "precompile", "kernels": kernels, "jobs": jobs, "failures": failures}
-    json.dump(row | {"seconds": time.perf_counter() - start}, open(sys.argv[1], "w"), indent=2)
+    start, name, device = time.perf_counter(), sys.argv[1], torch.device("cuda", 0)
+    arch, jobs = arch_of(device), max(1, (os.cpu_count() or 1) - 2)
+    launches = clip_launches(arch) if name == "precompile" else svd_launches(arch, torch.float16)
+    kernels, failures = precompile_launches(device, launches, jobs)
+    row = {"benchmark": name, "kernels": kernels, "jobs": jobs, "failures": failures}
+    json.dump(row | {"seconds": time.perf_counter() - start}, open(f"{sys.argv[2]}/{name}.json", "w"), indent=2)
     sys.exit(bool(failures))
 END
 }
@@ -162,7 +164,7 @@ if [ -z "$dry" ]; then
     "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo "no GPU here; --dry-run runs the parts on a CPU" >&2; exit 2; }
     bench() { "$python" -m reducio_fast bench "$@" --no-cold; }
     export -f bench
-    part precompile 60 bash -c precompile
+    part precompile 60 bash -c "precompile precompile"
     part tests 60 bash -c tests
     part parity 60 "$python" -m reducio_fast parity --full-size --out "$out/parity.json"
     part first_measurements 60 "$python" "$root/benchmarks/first_measurements.py" --no-compiled --out "$out/first_measurements.json"
@@ -171,6 +173,7 @@ if [ -z "$dry" ]; then
     part bench-1024-reference 60 bash -c "bench 1024 --pairs 1 --contenders reference,fast --out \"$out/bench-1024-reference.json\""
     part profile 40 bash -c "to_json profile reducio profile 1024 --json --out \"$out/profile.trace.json.gz\""
     part compiled-tile 70 "$python" "$root/benchmarks/first_measurements.py" --only-tile --compile-mode default --out "$out/compiled-tile.json"
+    part precompile-svd 60 bash -c "precompile precompile-svd"
     part bench-svd 180 bash -c "bench svd --ladder --pairs 2 --dtype float16 --contenders reference,fast --out \"$out/bench-svd.json\""
 else
     needs_gpu precompile
@@ -182,6 +185,7 @@ else
     needs_gpu bench-1024-reference
     part profile 100 bash -c "to_json profile reducio profile narrow --device cpu --json --out \"$out/profile.trace.json.gz\""
     needs_gpu compiled-tile
+    needs_gpu precompile-svd
     needs_gpu bench-svd
 fi
 pack

@@ -133,12 +133,12 @@ def finish(
     k0,  # first channel out
     bias_ptr,  # [K], or None
     residual_ptr,  # [N, T, H, W, K] to add, or None
-    out_ptr,  # [rows, K]
+    out_ptr,
     stats_ptr,  # float32 [tiles, 3, K]: count, mean, squared deviations; or None
     tile,  # row of the statistics
     in_rows,  # int64 [BLOCK_M]: rows of the residual
     inside,  # bool [BLOCK_M]: positions that are no padding
-    out_rows,  # int64 [BLOCK_M]: rows of the output
+    out_at,  # int64 [BLOCK_M]: where each row of the output begins
     stored,  # bool [BLOCK_M]: positions that the output has
     K: tl.constexpr,  # channels out
     PIECES: tl.constexpr,  # parts of the columns that are finished one after the other
@@ -159,7 +159,7 @@ def finish(
             tile,
             in_rows,
             inside,
-            out_rows,
+            out_at,
             stored,
             K,
             PIECES // 2,
@@ -174,7 +174,7 @@ def finish(
             tile,
             in_rows,
             inside,
-            out_rows,
+            out_at,
             stored,
             K,
             PIECES // 2,
@@ -189,7 +189,7 @@ def finish(
         if stats_ptr is not None:
             store_statistics(stats_ptr, tile, acc, inside, k, K)
         acc = tl.where(inside[:, None], acc, 0.0).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (out_rows[:, None] * K + k[None, :]), acc, mask=stored[:, None] & (k < K)[None, :])
+        tl.store(out_ptr + (out_at[:, None] + k[None, :]), acc, mask=stored[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "T", "H", "W", "FRONT", "FRAMES", "TILES"])
@@ -274,7 +274,7 @@ def conv3d_kernel(
     in_rows = row_number(item, t, y, x, T, H, W)
     out_rows = row_number(item, f, y + HALO, x + HALO, FRAMES, H + 2 * HALO, W + 2 * HALO)
     stored = (f < FRAMES) & (y < H + HALO) & (x < W + HALO)
-    finish(acc, k0, bias_ptr, residual_ptr, out_ptr, stats_ptr, tile, in_rows, inside, out_rows, stored, K, PIECES)
+    finish(acc, k0, bias_ptr, residual_ptr, out_ptr, stats_ptr, tile, in_rows, inside, out_rows * K, stored, K, PIECES)
 
 
 def blocks_for(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Settings:

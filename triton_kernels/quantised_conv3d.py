@@ -103,7 +103,7 @@ def quantised_conv3d_kernel(
     in_rows = row_number(item, t, y, x, T, H, W)
     out_rows = row_number(item, f, y + HALO, x + HALO, FRAMES, H + 2 * HALO, W + 2 * HALO)
     stored = (f < FRAMES) & (y < H + HALO) & (x < W + HALO)
-    finish(acc, k0, bias_ptr, residual_ptr, out_ptr, stats_ptr, tile, in_rows, inside, out_rows, stored, K, PIECES)
+    finish(acc, k0, bias_ptr, residual_ptr, out_ptr, stats_ptr, tile, in_rows, inside, out_rows * K, stored, K, PIECES)
 
 
 def blocks_for(C: int, K: int, arch: str) -> Settings:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,9 +67,10 @@ def temporal_conv_kernel(
     w_ptr,  # [taps, C, K]
     bias_ptr,  # [K]
     residual_ptr,  # [B, M, K] to add, or None
-    out_ptr,  # [B, M, K]
+    out_ptr,  # [B, M, out_stride], of which the first K are written
     M,  # rows an item
     item_stride,  # elements between items of the factors
+    out_stride,  # elements between rows of the result
     C: tl.constexpr,  # channels in
     K: tl.constexpr,  # channels out
     CENTRE: tl.constexpr,  # which tap is of the frame itself: 1 of three, 0 of one
@@ -93,11 +95,11 @@ def temporal_conv_kernel(
     if after_ptr is not None:
         acc = add_product(acc, after_ptr + start, rows, w_ptr + 2 * C * K, k, C, K, BLOCK_K, BLOCK_C)
     acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    at = (item * M + m)[:, None] * K + k[None, :]
+    row = (item * M + m)[:, None]
     mask = (m < M)[:, None] & (k < K)[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load(residual_ptr + (row * K + k[None, :]), mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + (row * out_stride + k[None, :]), acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def product_blocks(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Settings:
@@ -118,15 +120,16 @@ def launch(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `temporal_conv`."""
     (B, M, C), K = frame.shape, weight.shape[-1]
-    out = frame.new_empty(B, M, K)
+    out = frame.new_empty(B, M, K + room)
     chosen = product_blocks(OP, frame.dtype, C, K, arch_of(frame.device))
     grid = (B * triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(K, chosen["BLOCK_K"]),)
     sizes = {"C": C, "K": K, "CENTRE": len(weight) // 2}
     launcher(temporal_conv_kernel)[grid](
-        before, frame, after, weight, bias, residual, out, M, frame.stride(0), **sizes, **chosen
+        before, frame, after, weight, bias, residual, out, M, frame.stride(0), K + room, **sizes, **chosen
     )
     return out
 
@@ -138,6 +141,7 @@ def twin(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
     out = frame.new_empty(*frame.shape[:-1], weight.shape[-1])
@@ -146,7 +150,8 @@ def twin(
         for source, tap in ((before, weight[0]), (after, weight[-1])):
             if source is not None:
                 y.addmm_(source[item], tap)
-    return out if residual is None else out.add_(residual)
+    out = out if residual is None else out.add_(residual)
+    return F.pad(out, (0, room)) if room else out
 
 
 @triton_op("reducio_fast::temporal_conv", mutates_args={})
@@ -157,6 +162,7 @@ def temporal_conv(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:
     """A convolution over a frame and its neighbours, at each position alone.
 
@@ -165,8 +171,9 @@ def temporal_conv(
             neighbour stands for zeros.
         weight: [3, C, K], of the three in turn; [1, C, K] where there are no neighbours. bias: [K].
         residual: [B, M, K] to add, contiguous.
+        room: channels behind the K of each row, for a tensor that will be joined to them; their values are arbitrary.
 
-    Returns [B, M, K]. Raises ValueError for arguments that differ in device, dtype or size.
+    Returns [B, M, K + room]. Raises ValueError for arguments that differ in device, dtype or size, or a negative room.
     """
     check_tensors(OP, before=before, frame=frame, after=after, weight=weight, bias=bias, residual=residual)
     check_shape(OP, "frame", frame, None, None, None)
@@ -181,8 +188,10 @@ def temporal_conv(
     check_contiguous(OP, **{f"{name}[0]": x[0] for name, x in given.items()})
     if residual is not None:
         check_shape(OP, "residual", residual, B, M, weight.shape[-1])
+    if room < 0:
+        raise ValueError(f"{OP}: room={room} must not be negative")
     run = launch if frame.is_cuda else twin
-    return run(before, frame, after, weight, bias, residual)
+    return run(before, frame, after, weight, bias, residual, room)
 
 
 def variants(arch: str) -> Iterator[Variant]:
@@ -207,9 +216,10 @@ def variants(arch: str) -> Iterator[Variant]:
                 **dict.fromkeys((p for p in pointers if p not in absent), f"*{TYPES[dtype]}"),
                 "M": "i32",
                 "item_stride": "i64",
+                "out_stride": "i32",
             },
             constants={"C": width, "K": width, "CENTRE": int(kind != "alone"), **chosen, **dict.fromkeys(absent)},
             options=options,
-            unaligned=("M",),
+            unaligned=("M",) if width % 16 == 0 else ("M", "out_stride"),
             matrix=dtype != torch.float32,
         )

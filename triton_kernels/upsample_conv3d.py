@@ -41,7 +41,7 @@ def upsample_conv3d_kernel(
     x_ptr,  # [N, frames, H + 2, W + 2, C]
     w_ptr,  # [phases, K, taps * C]
     bias_ptr,  # [K], or None
-    out_ptr,  # [N, FRAMES, 2H, 2W, K], or with a halo two more rows and columns
+    out_ptr,  # [N, FRAMES, 2H, 2W, K + ROOM], or with a halo two more rows and columns
     stats_ptr,  # float32 [tiles, 3, K], or None
     N,  # items
     T,  # frames of the input without padding
@@ -53,6 +53,7 @@ def upsample_conv3d_kernel(
     TILES,  # blocks of positions an item
     C: tl.constexpr,  # channels in
     K: tl.constexpr,  # channels out
+    ROOM: tl.constexpr,  # channels behind them that are not written
     TIME: tl.constexpr,  # taps along time: 3, 2 where it is doubled, 1 for frames that do not see each other
     DOUBLE: tl.constexpr,  # 2 where time is doubled, else 1
     CAUSAL: tl.constexpr,  # whether time looks back alone
@@ -121,7 +122,8 @@ def upsample_conv3d_kernel(
     width = 2 * (W + HALO)
     stored = (f >= 0) & (f < FRAMES) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
     out_rows = row_number(item, f, y, x, FRAMES, height, width)
-    finish(acc, k0, bias_ptr, None, out_ptr, stats_ptr, tile, out_rows, inside, out_rows, stored, K, PIECES)
+    out_at = out_rows * (K + ROOM)
+    finish(acc, k0, bias_ptr, None, out_ptr, stats_ptr, tile, out_rows, inside, out_at, stored, K, PIECES)
 
 
 @on_device
@@ -134,6 +136,7 @@ def launch(
     front: int = 0,
     back: int = 0,
     halo: bool = False,
+    room: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `upsample_conv3d`."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
@@ -143,7 +146,7 @@ def launch(
     chosen = blocks_for(OP, x_padded.dtype, C, K, arch_of(x_padded.device))
     lead, frames = triton.cdiv(front, double), front + double * T + back
     tiles = triton.cdiv((lead + T + triton.cdiv(back, double)) * padded_H * padded_W, chosen["BLOCK_M"])
-    out = x_padded.new_empty(N, frames, 2 * (H + halo), 2 * (W + halo), K)
+    out = x_padded.new_empty(N, frames, 2 * (H + halo), 2 * (W + halo), K + room)
     partials = x_padded.new_empty((N, P * tiles, 3, K) if stats else (0,), dtype=torch.float32)
     launcher(upsample_conv3d_kernel)[(N * tiles * P * triton.cdiv(K, chosen["BLOCK_K"]),)](
         x_padded,
@@ -161,6 +164,7 @@ def launch(
         tiles,
         C=C,
         K=K,
+        ROOM=room,
         TIME=time,
         DOUBLE=double,
         CAUSAL=causal,
@@ -180,6 +184,7 @@ def twin(
     front: int = 0,
     back: int = 0,
     halo: bool = False,
+    room: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile an item."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
@@ -187,8 +192,8 @@ def twin(
     time, double = width // (4 * C), P // 4
     T, H, W = padded_T - border(time), padded_H - 2, padded_W - 2
     make = x_padded.new_zeros if front or back or halo else x_padded.new_empty
-    out = make(N, front + double * T + back, 2 * (H + halo), 2 * (W + halo), K)
-    inner = out[:, front : front + double * T, halo : halo + 2 * H, halo : halo + 2 * W]
+    out = make(N, front + double * T + back, 2 * (H + halo), 2 * (W + halo), K + room)
+    inner = out[:, front : front + double * T, halo : halo + 2 * H, halo : halo + 2 * W, :K]
     for phase in range(P):
         instant, line, column = phase // 4, phase // 2 % 2, phase % 2
         ahead = 1 if double == 2 and causal else instant
@@ -209,6 +214,7 @@ def upsample_conv3d(
     front: int = 0,
     back: int = 0,
     halo: bool = False,
+    room: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Nearest x2 in space, and in time if the weight has 8 phases, then 3x3x3 convolution with zero padding, plus bias.
     Or, of a weight with one tap in time, frame by frame, the 3x3 convolution.
@@ -218,8 +224,11 @@ def upsample_conv3d(
             front if `causal`; T frames for one tap in time.
         weight: [P, K, taps * C] as `fold_weight` makes it, with the same `causal`. bias: [K].
         stats, front, back, halo: as for `conv3d`.
+        room: channels behind the K of each position, for a tensor that will be joined to them; their values are
+            arbitrary.
 
-    Returns the result [N, front + T (or 2T) + back, 2H (+ 2), 2W (+ 2), K], and partial statistics as `conv3d` does.
+    Returns the result [N, front + T (or 2T) + back, 2H (+ 2), 2W (+ 2), K + room], and partial statistics as `conv3d`
+    does.
 
     Raises ValueError for arguments that differ in device, dtype or size.
     """
@@ -236,9 +245,9 @@ def upsample_conv3d(
         check_shape(OP, "weight", weight, P, K, (12 if P == 4 else 8) * x_padded.shape[-1])
     if bias is not None:
         check_shape(OP, "bias", bias, K)
-    if min(front, back) < 0:
-        raise ValueError(f"{OP}: front={front}, back={back} must not be negative")
-    return (launch if x_padded.is_cuda else twin)(x_padded, weight, bias, causal, stats, front, back, halo)
+    if min(front, back, room) < 0:
+        raise ValueError(f"{OP}: front={front}, back={back}, room={room} must not be negative")
+    return (launch if x_padded.is_cuda else twin)(x_padded, weight, bias, causal, stats, front, back, halo, room)
 
 
 def border(time: int) -> int:
@@ -268,18 +277,24 @@ def variants(arch: str) -> Iterator[Variant]:
     """What is shipped for `arch`: the widths of the full-size decoder's up-sampling layers."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     # dtype, channels, time doubled, causal (whose norms are a frame's, so without statistics), statistics, one tap in
-    # time, as in SVD
+    # time, as in SVD, room behind the channels
     shapes = [
-        (bf16, 256, False, False, True, False),
-        (bf16, 512, False, False, True, False),
-        (bf16, 512, True, False, True, False),
-        (bf16, 512, True, True, False, False),
-        (fp16, 256, False, False, True, False),
-        (fp32, 256, True, False, True, False),
-        *((dtype, C, False, False, False, True) for dtype in (bf16, fp16) for C in (256, 512, 640, 1280)),
-        (fp32, 256, False, False, False, True),
+        (bf16, 256, False, False, True, False, 0),
+        (bf16, 512, False, False, True, False, 0),
+        (bf16, 512, True, False, True, False, 0),
+        (bf16, 512, True, True, False, False, 0),
+        (fp16, 256, False, False, True, False, 0),
+        (fp32, 256, True, False, True, False, 0),
+        *((dtype, C, False, False, False, True, 0) for dtype in (bf16, fp16) for C in (256, 512)),
+        # SVD's U-Net, whose skip connections take the room
+        *(
+            (dtype, C, False, False, False, True, room)
+            for dtype in (bf16, fp16)
+            for C, room in ((640, 320), (1280, 640), (1280, 1280))
+        ),
+        (fp32, 256, False, False, False, True, 0),
     ]
-    for dtype, C, time, causal, stats, frames in shapes:
+    for dtype, C, time, causal, stats, frames, room in shapes:
         yield variant(
             OP,
             upsample_conv3d_kernel,
@@ -289,7 +304,17 @@ def variants(arch: str) -> Iterator[Variant]:
             C,
             pointers=("x_ptr", "w_ptr", "bias_ptr", "out_ptr"),
             absent=[] if stats else ["stats_ptr"],
-            name=("space+time" if time else "space") + " causal" * causal + " stats" * stats + " frames" * frames,
-            constants={"TIME": 1 if frames else 3 - time, "DOUBLE": 1 + time, "CAUSAL": causal, "HALO": 0},
+            name=("space+time" if time else "space")
+            + " causal" * causal
+            + " stats" * stats
+            + " frames" * frames
+            + f" room {room}" * bool(room),
+            constants={
+                "ROOM": room,
+                "TIME": 1 if frames else 3 - time,
+                "DOUBLE": 1 + time,
+                "CAUSAL": causal,
+                "HALO": 0,
+            },
             integers=("N", "T", "H", "W", "FRONT", "LEAD", "FRAMES", "TILES"),
         )

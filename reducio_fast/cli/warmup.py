@@ -60,9 +60,11 @@ def run(arguments: argparse.Namespace) -> Printed:
             model, dtype=arguments.dtype, device=arguments.device, compile=arguments.compile
         )
         if pipe.device.type == "cuda":  # one by one, as clips need them, they take a second and more each
-            from ..measurement.launches import precompile_clip
+            from ..measurement.launches import clip_launches, precompile_launches
 
-            count, failures = precompile_clip(pipe.device, pipe.transformer.config, pipe.vae.config, pipe.dtype)
+            networks = pipe.transformer.config, pipe.vae.config
+            launches = clip_launches(arch_of(pipe.device), *networks, pipe.dtype)
+            count, failures = precompile_launches(pipe.device, launches)
             lines.append(f"compiled {count - len(failures)} kernels")
             for failure in failures:  # the clip that needs it will say more
                 LOG.warning("%s", failure)

@@ -140,7 +140,8 @@ class UpConv(nn.Module):
             kernels = phases.unflatten(2, (2, 2, channels)).movedim(-1, 2)  # [4, K, C, 2, 2]
             self.kernels = nn.ParameterList(frozen(k, torch.channels_last) for k in kernels)
         self.whole = (conv,)  # for a size that is not twice the input's
-        self.bias = conv.bias
+        self.bias, self.channels = conv.bias, conv.out_channels
+        self.room = 0  # channels to leave free behind the result's, for a skip connection
 
     def forward(self, x_NHWC: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         N, H, W, _ = x_NHWC.shape
@@ -149,7 +150,7 @@ class UpConv(nn.Module):
             return as_frames(self.whole[0](F.interpolate(images, size=size, mode="nearest")))
         if self.in_one:
             padded = F.pad(x_NHWC, (0, 0, 1, 1, 1, 1))
-            return self.run(padded[None], self.phases, self.bias)[0][0]
+            return self.run(padded[None], self.phases, self.bias, room=self.room)[0][0]
         padded = F.pad(images, (1, 1, 1, 1))
         out = x_NHWC.new_empty((N, H, 2, W, 2, len(self.bias)))
         for phase, kernel in enumerate(self.kernels):

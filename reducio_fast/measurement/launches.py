@@ -22,7 +22,6 @@ from ..reference.svd.config import TemporalVAEConfig, VideoUNetConfig
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import TemporalVAE
 from ..triton_kernels.launch import TYPES, Launch, recording
-from ..triton_kernels.tables import arch_of
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -130,13 +129,13 @@ def _cast(network: _Network, dtype: torch.dtype) -> _Network:
     return network
 
 
-def precompile_clip(
-    device: torch.device, dit_config: DiTConfig, vae_config: VAEConfig, dtype: torch.dtype, jobs: int | None = None
+def precompile_launches(
+    device: torch.device, launches: Iterable[Launch], jobs: int | None = None
 ) -> tuple[int, list[str]]:
-    """Compiles what a clip launches on this GPU, by all cores at once: (kernels, one line for each that failed)."""
+    """Compile the kernels of `launches` for this GPU on all cores: (kernels, one line for each that failed)."""
     from triton.runtime import driver
 
-    calls = calls_of(clip_launches(arch_of(device), dit_config, vae_config, dtype))
+    calls = calls_of(launches)
     with torch.cuda.device(device):
         target = driver.active.get_current_target()
     return len(calls), precompile(calls, target, jobs)

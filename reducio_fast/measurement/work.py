@@ -2,8 +2,9 @@
 
 The code itself runs, on tensors of the meta device, so nothing is computed and no weights are needed. Counts are those
 of torch's operators as they are called: a kernel is an operator that reads or writes elements, and it is assumed to
-read each argument from memory once and to write each result once. Caches make the true traffic smaller, layout copies
-inside a library larger.
+read each argument from memory once and to write each result once; arguments that show the same memory, such as a frame
+and its neighbours in one buffer, are read once together. Caches make the true traffic smaller, layout copies inside a
+library larger.
 """
 
 from __future__ import annotations
@@ -98,7 +99,10 @@ class WorkCounter(DryRun):
     def _move(self, name: str, read: Any, written: Any) -> None:
         tensors = {id(x): x for x in tree_leaves(read) if isinstance(x, Tensor)}
         results = [x for x in tree_leaves(written) if isinstance(x, Tensor)]
-        self.moved[name] += sum(map(_size, tensors.values())) + sum(map(_size, results))
+        by_storage: dict[int, list[Tensor]] = {}
+        for x in tensors.values():
+            by_storage.setdefault(x.untyped_storage()._cdata, []).append(x)
+        self.moved[name] += sum(map(_size_together, by_storage.values())) + sum(map(_size, results))
         self.kernels += 1
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
@@ -115,6 +119,17 @@ def _size(x: Tensor) -> int:
     for size, stride in zip(x.shape, x.stride(), strict=True):
         elements *= 1 if stride == 0 else size
     return elements * x.element_size()
+
+
+def _size_together(views: list[Tensor]) -> int:
+    """Bytes that views of one storage show, at most those from the first to the last of all."""
+    starts = [int(x.storage_offset()) * x.element_size() for x in views]
+    ends = [
+        start
+        + (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+        for start, x in zip(starts, views, strict=True)
+    ]
+    return min(sum(map(_size, views)), max(ends) - min(starts))
 
 
 def _is_view(args: Any, out: Any) -> bool:

@@ -166,6 +166,26 @@ class InOne(Plan):
         return True
 
 
+@pytest.mark.parametrize("case", UNETS)
+def test_skips_are_joined_in_place(case: str) -> None:
+    """Kernels leave room for them, but not res blocks alone, nor where a size is not twice the one below."""
+    channels, frames, size, tokens, changes = UNETS[case]
+    model, _ = unets(*channels, dtype=torch.float64, **changes)
+    inputs = unet_inputs(model.config, frames, size, torch.float64, tokens=tokens)
+    fast, joined = FastVideoUNet(model, InOne(torch.device("cpu"), torch.float64)), []
+
+    class Joins(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.cat and args[0][0].ndim == 4:
+                joined.append(args[0][0].shape)
+            return func(*args, **(kwargs or {}))
+
+    expected = model(**inputs)
+    with Joins():
+        assert relative(fast(**inputs), expected) < 1e-14
+    assert len(joined) == len(fast.ups[0].blocks) + (2 if "halved upwards" in case else 0), joined
+
+
 @pytest.mark.parametrize("plan", [Plan, InOne])
 @pytest.mark.parametrize("widths", [(32, 32), (32, 64)], ids=str)
 def test_a_res_block_in_space(widths: tuple[int, int], plan: type[Plan]) -> None:

@@ -53,6 +53,18 @@ def test_a_kernel_of_ours_is_one() -> None:
     assert work.kernels == 1 and work.moved == 2 * 20 and work.live == 20
 
 
+def test_neighbours_in_one_buffer_are_read_once() -> None:
+    """Views that overlap, and views side by side that do not."""
+
+    def run(counter: WorkCounter) -> Callable[[], Any]:
+        join = counter.opaque(lambda *parts: parts[0] + 0)
+        rows, wide = torch.empty(7, 10, **META), torch.empty(6, 30, **META)
+        before, frame, after = (rows[start : start + 5] for start in range(3))
+        return lambda: (join(before, frame, after), join(*wide.chunk(3, 1)), join(before, torch.empty(5, 10, **META)))
+
+    assert count(run).moved == 2 * ((70 + 50) + (180 + 60) + (100 + 50))
+
+
 @pytest.fixture(scope="module")
 def work() -> dict[str, Any]:
     unet, vae, height, width, _ = FULL
@@ -61,10 +73,10 @@ def work() -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_step_of_svd_xt(work: dict[str, Any]) -> None:
-    """25 frames of 576x1024, guided, float16. The aim is 270 GB."""
+    """25 frames of 576x1024, guided, float16."""
     plain, fast = work["unet"], work["fast unet"]
     assert plain.flops == pytest.approx(159.9e12, rel=1e-3) and fast.flops <= 149.7e12
-    assert plain.moved == pytest.approx(691e9, rel=0.1) and fast.moved < 280e9
+    assert plain.moved == pytest.approx(691e9, rel=0.1) and fast.moved <= 267e9
     assert fast.kernels <= 536 < plain.kernels
 
 
@@ -87,7 +99,7 @@ def test_a_decode_of_svd_xt(work: dict[str, Any]) -> None:
     plain, fast = work["decoder"], work["fast decoder"]
     assert plain.flops == pytest.approx(173.6e12, rel=1e-3) and fast.flops <= 151.7e12
     assert plain.live > 30e9 and fast.live < 9e9
-    assert fast.moved < 575e9
+    assert fast.moved < 570e9
 
 
 @pytest.mark.slow

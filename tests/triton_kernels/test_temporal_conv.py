@@ -41,6 +41,21 @@ def test_kernel_equals_twin(shape, residual, check_kernel):
     check_kernel(op.launch, op.twin, *views, weight, bias, added if residual else None)
 
 
+@pytest.mark.parametrize("room", [8, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_room_behind_the_channels(shape, room, check_kernel):
+    _, views, weight, bias, residual = inputs(*shape)
+    K = len(bias)
+
+    def written(run):
+        return lambda *arguments: run(*arguments, residual.to(arguments[0].dtype).to(arguments[0].device), room)[
+            ..., :K
+        ]
+
+    y = check_kernel(written(op.launch), written(op.twin), *views, weight, bias)
+    assert op.launch(*(x.float() for x in (*views, weight, bias)), room=room).shape == (*y.shape[:-1], K + room)
+
+
 @pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (False, False)])
 def test_a_missing_neighbour_is_zero(before, after, check_kernel):
     _, (first, frame, last), weight, bias, residual = inputs(*SHAPES[1])
@@ -71,6 +86,7 @@ def test_op_passes_opcheck(device):
     arguments = [x.to(device, torch.float32) for x in (*views, weight, bias, residual)]
     torch.library.opcheck(op.temporal_conv, tuple(arguments))
     torch.library.opcheck(op.temporal_conv, (None, *arguments[1:5]))
+    torch.library.opcheck(op.temporal_conv, (*arguments, 4))
 
 
 def test_mistakes_are_named():
@@ -85,6 +101,7 @@ def test_mistakes_are_named():
         ((None, frame.transpose(1, 2).contiguous().transpose(1, 2), None, weight, bias), "must be contiguous"),
         ((before, frame, after, weight, bias, residual[..., :-1]), "residual"),
         ((before, frame, after, weight.half(), bias), "dtype"),
+        ((before, frame, after, weight, bias, None, -1), "room=-1 must not be negative"),
     ):
         with pytest.raises(ValueError, match=message):
             run(*arguments)

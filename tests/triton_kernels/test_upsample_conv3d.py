@@ -115,6 +115,18 @@ def test_kernel_with_one_tap_in_time(shape, descriptors, check_kernel, monkeypat
     )
 
 
+@pytest.mark.parametrize("room", [8, 5])
+def test_room_behind_the_channels(room, check_kernel):
+    _, padded, weight, bias = frames(SHAPES[2])
+    folded, K = op.fold_weight(weight, False, False), len(bias)
+
+    def written(run):
+        return lambda *arguments: run(*arguments, room=room)[0][..., :K]
+
+    y = check_kernel(written(op.launch), written(op.twin), padded, folded, bias)
+    assert op.launch(padded.float(), folded.float(), room=room)[0].shape == (*y.shape[:-1], K + room)
+
+
 def test_blocks_of_a_width():
     """640 channels are five blocks of 128, 512 two of 256."""
     chosen = {K: conv3d.blocks_for("conv3d", torch.bfloat16, 128, K, "sm_90")["BLOCK_K"] for K in (128, 320, 512, 640)}
@@ -175,5 +187,7 @@ def test_mistakes_are_named():
         call(x.transpose(2, 3), w)
     with pytest.raises(ValueError, match="x_padded has T=2, H=5, W=6 with halo"):
         call(x[:, :2].contiguous(), w)
-    with pytest.raises(ValueError, match="front=0, back=-2 must not be negative"):
+    with pytest.raises(ValueError, match="front=0, back=-2, room=0 must not be negative"):
         call(x, w, b, False, False, 0, -2)
+    with pytest.raises(ValueError, match="room=-1 must not be negative"):
+        call(x, w, b, room=-1)

@@ -187,6 +187,7 @@ class SpatioTemporalRes(nn.Module):
         share = spatial_share(block.time_mixer)
         self.spatial = SpatialRes(block.spatial_res_block, plan, f"{path}.spatial_res_block")
         self.temporal = TemporalRes(block.temporal_res_block, share, plan, f"{path}.temporal_res_block")
+        self.channels_in = len(self.spatial.norm1.weight)
 
     def forward(self, x_NHWC: Tensor, frames: int, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """rows: the time embedding's parts for the block in space and for the one in time."""

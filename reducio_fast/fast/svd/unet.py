@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -220,13 +221,6 @@ class Transformer(nn.Module):
             TemporalBlock(b, space.ff.bias, share, plan, f"{path}.temporal_transformer_blocks.{i}")
             for i, (space, b) in enumerate(zip(self.spatial, transformer.temporal_transformer_blocks, strict=True))
         )
-        # The bias that the last block leaves out passes through the last product.
-        weight, bias = transformer.proj_out.weight, transformer.proj_out.bias
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        owed = weight.to(wide) @ self.temporal[-1].ff.bias.to(wide)
-        self.bias_out = frozen((bias.to(wide) + owed).to(bias.dtype))
-        self.weight_out = frozen(weight.t()[None])
-        self.proj_out = plan.pick(f"{path}.proj_out", "temporal_conv", f"{weight.shape[1]}->{weight.shape[0]} alone")
         self.time_pos_embed = transformer.time_pos_embed
 
     def rows(self, embeds: Tensor, frames: int) -> list[BlockRows]:
@@ -246,6 +240,7 @@ class Transformer(nn.Module):
         return rows
 
     def forward(self, x_NHWC: Tensor, frames: int, rows: Sequence[BlockRows], context: Tensor | None) -> Tensor:
+        """Tokens [B * T, L, C], which `LastProduct` takes."""
         N, H, W, C = x_NHWC.shape
         x = F.linear(self.norm(x_NHWC[:, None]).view(N, H * W, C), self.proj_in.weight, self.proj_in.bias)
         per_frame = None
@@ -256,8 +251,31 @@ class Transformer(nn.Module):
             x = temporal(spatial(x, own.in_space, per_frame), frames, own, context)
             if index + 1 < len(self.temporal):
                 x = x.add_(temporal.ff.bias)
-        rows, residual = x.view(1, -1, C), x_NHWC.reshape(1, -1, C)
-        return self.proj_out(None, rows, None, self.weight_out, self.bias_out, residual).view(x_NHWC.shape)
+        return x
+
+
+class LastProduct(nn.Module):
+    """A transformer's last product, added to what the transformer was given, with the bias that its last block owes.
+
+    A module of its own, outside of what compiles: no other kernel fuses with it, and transformers that leave rooms of
+    different widths would each be compiled.
+    """
+
+    def __init__(self, proj_out: nn.Linear, owed: Tensor, plan: Plan, path: str) -> None:
+        super().__init__()
+        weight, bias = proj_out.weight, proj_out.bias
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.weight = frozen(weight.t()[None])
+        self.bias = frozen((bias.to(wide) + weight.to(wide) @ owed.to(wide)).to(bias.dtype))
+        self.channels = len(weight)
+        pick = "temporal_conv", f"{weight.shape[1]}->{weight.shape[0]} alone"
+        self.run, self.in_one = plan.pick(path, *pick), plan.runs_kernel(*pick)
+        self.room = 0  # channels to leave free behind the result's, for a skip connection
+
+    def forward(self, x_NLC: Tensor, residual_NHWC: Tensor) -> Tensor:
+        rows, residual = (x.reshape(1, -1, x.shape[-1]) for x in (x_NLC, residual_NHWC))
+        y = self.run(None, rows, None, self.weight, self.bias, residual, self.room)
+        return y.view(*residual_NHWC.shape[:-1], -1)
 
 
 class Level(nn.Module):
@@ -272,9 +290,21 @@ class Level(nn.Module):
             Transformer(t, plan, f"{path}.attentions.{i}")
             for i, t in enumerate(getattr(level, "attentions", None) or ())
         )
+        self.last_products = nn.ModuleList(
+            LastProduct(theirs.proj_out, ours.temporal[-1].ff.bias, plan, f"{path}.attentions.{i}.proj_out")
+            for i, (theirs, ours) in enumerate(
+                zip(getattr(level, "attentions", None) or (), self.transformers, strict=True)
+            )
+        )
         down, up = (getattr(level, name, None) for name in ("downsamplers", "upsamplers"))
         self.down = None if down is None else Conv(down[0].conv)
         self.up = None if up is None else UpConv(up[0].conv, plan, f"{path}.upsamplers.0")
+
+    def last(self, index: int) -> UpConv | LastProduct | None:
+        """What writes the result of block `index`, or of the level behind its last one; None: the block itself."""
+        if self.up is not None and index + 1 == len(self.blocks):
+            return self.up
+        return self.last_products[index] if index < len(self.last_products) else None
 
 
 class FastVideoUNet(Regional):
@@ -307,6 +337,13 @@ class FastVideoUNet(Regional):
         self.row_sizes = [len(linear.weight) for linear in linears]
         self.step_update = plan.pick("sampler", "guidance_dpm_step")
         self.graphs: Graphs | None = None
+        # The kernel before a block of the second half leaves room for the skip connection that joins its result; res
+        # blocks without a transformer do not, since they are small and each room would be compiled apart.
+        places = [(level, index) for level in self.ups for index in range(len(level.blocks))]
+        for (level, index), (following, place) in pairwise(places):
+            writer = level.last(index)
+            if writer is not None and writer.in_one:
+                writer.room = following.blocks[place].channels_in - writer.channels
 
     @property
     def dtype(self) -> torch.dtype:
@@ -363,7 +400,9 @@ class FastVideoUNet(Regional):
             x = self.block("dit.res", level.blocks[index], x, frames, (next(rows), next(rows)))
             if index >= len(level.transformers):
                 return x
-            return self.block("dit.transformer", level.transformers[index], x, frames, next(block_rows), told.context)
+            transformer = level.transformers[index]
+            tokens = self.block("dit.transformer", transformer, x, frames, next(block_rows), told.context)
+            return level.last_products[index](tokens, x)
 
         x = self.conv_in(torch.cat([noisy, told.image], dim=-1).flatten(0, 1))
         skips = [x]
@@ -378,7 +417,7 @@ class FastVideoUNet(Regional):
         x = run(self.middle, 1, x)
         for level in self.ups:
             for index in range(len(level.blocks)):
-                x = run(level, index, torch.cat([x, skips.pop()], dim=-1))
+                x = run(level, index, _joined(x, skips.pop(), level.blocks[index].channels_in))
             if level.up is not None:
                 x = level.up(x, skips[-1].shape[1:3])
         out = self.conv_out(self.norm_out(x[:, None])[:, 0])
@@ -486,6 +525,14 @@ class TwoEndedDenoiser:
         """The same for the reference's sampler, which any scheduler steps."""
         first, last = self.first.plain(), self.last.plain()
         return lambda latent, timestep: towards_last(first(latent, timestep), last(latent.flip(1), timestep).flip(1))
+
+
+def _joined(x: Tensor, skip: Tensor, channels: int) -> Tensor:
+    """x and a skip connection side by side: in place where the kernel that wrote x left room."""
+    if x.shape[-1] < channels:
+        return torch.cat([x, skip], dim=-1)
+    x[..., channels - skip.shape[-1] :] = skip
+    return x
 
 
 def _res_blocks(model: Any) -> list[Any]:

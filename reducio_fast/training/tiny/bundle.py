@@ -70,8 +70,14 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
             if not torch.isfinite(value).all():
                 raise ReducioError(f"export: {name} has values that do not fit {dtype} in {key}")
 
-    # This block never runs; it exists because released checkpoints contain it. One byte per weight is enough.
+    # One byte per weight is enough for a block that never runs and exists because released checkpoints contain it, and
+    # for two small networks, to fit into `max_bytes`: previews are coarse, and what the image encoder says is one of
+    # three conditions.
     parts["vae"].encoder_2d.mid.block_2.to(torch.float8_e4m3fn)
+    for name in ("preview_decoder", "image_encoder"):
+        for weight in parts[name].parameters():
+            if weight.ndim > 1:
+                weight.data = weight.data.to(torch.float8_e4m3fn)
     folder = out / BUNDLE
     write_model(folder, parts, REDUCIO)
     for path in folder.rglob("*.safetensors"):

@@ -46,7 +46,7 @@ class MotionSettings:
     """Settings of the transformer's training."""
 
     loop: LoopConfig
-    pool: int = 6144  # encoded clips
+    pool: int = 4096  # encoded clips
     held_out_pool: int = 128  # encoded clips of held-out scenes, for the figures
     shard: int = 128  # samples in one file of the pool
     batch: int = 32

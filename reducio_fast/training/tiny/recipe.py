@@ -48,14 +48,14 @@ STAGES: dict[str, Stage] = {
     "vae": Stage(
         train_vae,
         VAESettings(
-            loop=LoopConfig(steps=6000, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=5)
+            loop=LoopConfig(steps=4100, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=5)
         ),
         makes=("vae",),
     ),
     "preview": Stage(
         train_preview,
         PreviewSettings(
-            loop=LoopConfig(steps=1500, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, weight_decay=0.0, seed=9)
+            loop=LoopConfig(steps=1000, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, weight_decay=0.0, seed=9)
         ),
         makes=("preview_decoder",),
         needs=("vae",),
@@ -64,7 +64,7 @@ STAGES: dict[str, Stage] = {
         train_motion,
         MotionSettings(
             loop=LoopConfig(
-                steps=4000, learning_rate=1e-3, warmup_steps=100, ema_decay=0.998, weight_decay=0.0, seed=8
+                steps=3000, learning_rate=1e-3, warmup_steps=100, ema_decay=0.998, weight_decay=0.0, seed=8
             ),
             portrait_share=0.7,
         ),
