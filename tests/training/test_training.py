@@ -253,8 +253,8 @@ def test_the_bundle_is_small_without_duplicates(exported: Path) -> None:
     ]
     for path in exported.rglob("*.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o644, path
-        # The content encoder's second middle block never runs. It, and the matrices of two small networks, have one byte
-        # a weight.
+        # The content encoder's second middle block never runs. It, and the matrices of two small networks, are stored
+        # in one byte a weight.
         small = path.parent.name in ("preview_decoder", "image_encoder")
         for name, value in load_file(path).items():
             one_byte = name.startswith("encoder_2d.mid.block_2.") or (small and value.ndim > 1)
