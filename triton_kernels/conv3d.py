@@ -133,7 +133,7 @@ def finish(
     k0,  # first channel out
     bias_ptr,  # [K], or None
     residual_ptr,  # [N, T, H, W, K] to add, or None
-    out_ptr,
+    out_ptr,  # the result, whose rows may be wider than K
     stats_ptr,  # float32 [tiles, 3, K]: count, mean, squared deviations; or None
     tile,  # row of the statistics
     in_rows,  # int64 [BLOCK_M]: rows of the residual

@@ -7,6 +7,7 @@ Beside what `layers` folds:
   stream but in the norms that read it, and so are the residual of the block in time and its blend with the spatial one;
 - what the time, the frame rate and the motion add in all res blocks is one table a schedule;
 - blocks over time read frames where they lie: no permutation, and attention sees T keys at a stride;
+- the kernel before a skip connection is joined leaves room for it, so only the skip is copied;
 - guidance a frame, EDM's preconditioning and the Euler step are one row of the sampler's kernel.
 """
 
