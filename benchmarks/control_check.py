@@ -1,12 +1,12 @@
 """Longer, steered and transferred clips, checked on the default model: `python -P benchmarks/control_check.py`.
 
 long: 64 frames of held-out prompts: what the detector sees, jumps and PSNR at seams against those within the model's
-own clips. strength: travel of the object against motion_strength. transfer: a scene's motion with another colour,
-against the latent of the recoloured scene itself; and on another background. kept: the content frame kept. bytes: the
-same seed twice, and frames of a stream that is left early. memory: the most bytes of tensors at once, and of the
-process, while 64 frames are made, against one clip.
-`--pictures DIR` writes the pictures of docs/control.md instead, with `--clips DIR`, a folder of real .mp4 files, for
-the last one. Prints one JSON object a part, and with `--out` writes a row; takes minutes, so it is no test.
+own clips. strength: motion against motion_strength. transfer: a scene's motion with another colour, against the latent
+of the recoloured scene itself; and on another background. kept: PSNR with `keep_content`. bytes: the same seed twice,
+and the first frames of a stream that is closed early. memory: peak bytes of tensors, and of the process, while 64
+frames are made, against one clip.
+`--pictures DIR` writes the pictures of docs/control.md instead; the last one needs `--clips DIR`, a folder of real .mp4
+files. Prints one JSON object per part, and with `--out` writes a row. It takes minutes, so it is not a test.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def jumps(frames: np.ndarray) -> np.ndarray:
 
 
 def long(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
-    """Seams lie where a new clip begins to be seen and where the old one ends: before frame 8 k and 8 k + 8."""
-    # At its slowest what moves stays in sight for four clips, or most of it.
+    """A seam is where a new clip begins to show, before frame 8 k, or where the old one ends, before frame 8 k + 8."""
+    # At the slowest speed a moving object, or most of it, stays in view for four clips.
     scenes = [dataclasses.replace(scene, speed="slowly") for scene in held_out_scenes(count)]
     right, ratios, losses, seen = 0, [], [], dict.fromkeys(("colour", "motion", "shape"), 0)
     for seed, scene in enumerate(scenes):
@@ -83,8 +83,8 @@ def strength(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
 
 
 def leads(found: Detection, scene: toy_world.Scene) -> bool:
-    """Whether the object goes the scene's way, however far: a quarter of a slow motion is less than half of the slowest
-    clip's, from where on the detector names it."""
+    """Whether the object moves in the scene's direction, however far. The detector names a motion only from half of the
+    slowest clip's on, and a quarter of a slow motion is less than that."""
     if scene.motion not in toy_world.DIRECTIONS:
         return found.growth > 0 if scene.motion == "growing" else found.growth < 0
     along, across = toy_world.DIRECTIONS[scene.motion], toy_world.DIRECTIONS[scene.motion][::-1]
@@ -132,27 +132,33 @@ def kept(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
 def same_bytes(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
     again, part = 0, 0
     for seed, scene in enumerate(held_out_scenes(count)):
-        words = {"prompt": scene.caption(), "seed": seed, "num_inference_steps": 2, "progress": False, "num_frames": 64}
-        whole = pipe(**words).frames
-        again += np.array_equal(pipe(**words).frames, whole)
-        stream = pipe.stream(**words)
+        kwargs = {
+            "prompt": scene.caption(),
+            "seed": seed,
+            "num_inference_steps": 2,
+            "progress": False,
+            "num_frames": 64,
+        }
+        whole = pipe(**kwargs).frames
+        again += np.array_equal(pipe(**kwargs).frames, whole)
+        stream = pipe.stream(**kwargs)
         part += np.array_equal(np.stack(list(itertools.islice(stream, 40))), whole[:40])
         stream.close()
     return {"prompts": count, "same_again": again, "first_40_of_64": part}
 
 
 def memory(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
-    """live: the most bytes of tensors at once, beside the loaded model. resident: the process's, medians of `count`
+    """live: peak bytes of tensors, without the loaded model. resident: peak bytes of the process, medians of `count`
     turns after a first one."""
     resident = {16: list[int](), 64: list[int]()}
     for turn in range(count + 1):
-        for frames, found in resident.items():
+        for frames, peaks in resident.items():
             with instruments.Peak(torch.device("cpu")) as peak:
                 _four_steps(pipe, frames)
             if turn:
-                found.append(peak.bytes)
+                peaks.append(peak.bytes)
     live = {frames: instruments.live_peak(functools.partial(_four_steps, pipe, frames)) for frames in resident}
-    medians = {frames: float(np.median(found)) for frames, found in resident.items()}
+    medians = {frames: float(np.median(peaks)) for frames, peaks in resident.items()}
     return {
         "turns": count,
         "live": live | {"ratio": round(live[64] / live[16], 3)},
@@ -171,22 +177,22 @@ def _summary(values: list[float]) -> dict[str, float]:
 def pictures(pipe: ReducioPipeline, folder: Path, clips: Path | None) -> None:
     """Film strips, small PNGs."""
     prompt = "a red circle moving right slowly on a checkered background"
-    words = {"num_inference_steps": 10, "progress": False}
+    options = {"num_inference_steps": 10, "progress": False}
 
     def save(rows: list[np.ndarray], name: str) -> None:
         sheet = Image.fromarray(np.concatenate(rows, axis=0))
         small = sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)
         small.quantize(64).save(folder / name, optimize=True)
 
-    save([film_strip(pipe(prompt, num_frames=64, **words).frames, 8)], "control-long.png")
-    one = pipe(prompt, output_type="latent", **words)
-    levels = [pipe.decode(one.frames, one.content, motion_strength=level) for level in (0.0, 0.5, 1.0)]
+    save([film_strip(pipe(prompt, num_frames=64, **options).frames, 8)], "control-long.png")
+    out = pipe(prompt, output_type="latent", **options)
+    levels = [pipe.decode(out.frames, out.content, motion_strength=level) for level in (0.0, 0.5, 1.0)]
     save([film_strip(clip, 8) for clip in levels], "control-strength.png")
-    edited = np.ascontiguousarray(one.content[..., ::-1])
-    save([film_strip(pipe.decode(one.frames, frame), 8) for frame in (one.content, edited)], "control-edit.png")
-    seen: list[np.ndarray] = []
-    pipe(prompt, callback_on_step_end=lambda p, s, t, x: seen.append(x["frames"]), preview_every=1, **words)
-    save([film_strip(seen[step], 8) for step in (1, 4, 9)], "control-preview.png")
+    edited = np.ascontiguousarray(out.content[..., ::-1])
+    save([film_strip(pipe.decode(out.frames, frame), 8) for frame in (out.content, edited)], "control-edit.png")
+    previews: list[np.ndarray] = []
+    pipe(prompt, callback_on_step_end=lambda p, s, t, x: previews.append(x["frames"]), preview_every=1, **options)
+    save([film_strip(previews[step], 8) for step in (1, 4, 9)], "control-preview.png")
     if clips is not None:
         rows = []
         for path in sorted(clips.glob("*.mp4"))[:2]:

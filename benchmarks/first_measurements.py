@@ -5,8 +5,8 @@
 3. Nearest up-sampling and the convolution after it: vendor's in two passes, its folded form, our kernel.
 4. One full 320-pixel tile decoded: eager, compiled with channels_last_3d, fast. 14.44 of them make a 1024x1024 clip.
 
-The row is written after every measurement, so that what was done stays when time is up. `--narrow` runs the same code
-on small shapes, for a machine with no GPU.
+The row is written after every measurement, so that finished ones are kept when time is up. `--narrow` runs the same
+code on small shapes, for a machine with no GPU.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Session:
         return torch.randn(shape, device=self.device, dtype=self.dtype).mul_(scale)
 
     def time(self, what: str, way: str, run: Callable[[], Any], flop: float = 0, bytes_: float = 0) -> None:
-        """One line: seconds, and the rate of the work that is useful, the same for every way."""
+        """One line: seconds, and the rate of the useful work, whose amount is the same for every way."""
         try:
             with torch.no_grad():
                 if self.device.type == "cuda":
                     seconds = instruments.kernel_seconds(run, self.device)
                 else:
                     seconds = min(instruments.timed(run, self.device, 3))
-        except Exception as error:  # a shape that a library does not take is a finding, not the end
+        except Exception as error:  # if a library does not take a shape, the row says so and the others follow
             self.add({"what": what, "way": way, "skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
             return
         found = {"what": what, "way": way, "seconds": seconds}
@@ -77,8 +77,8 @@ class Session:
         self.row["rows"].append(found)
         units = (("tflops", "TFLOP/s"), ("gbs", "GB/s"))
         rates = ", ".join(f"{found[name]:.3g} {unit}" for name, unit in units if name in found)
-        said = found.get("skipped") or f"{found['seconds'] * 1e3:.3f} ms" + (f", {rates}" if rates else "")
-        print(f"{found['what']:<44} {found['way']:<34} {said}", flush=True)
+        result = found.get("skipped") or f"{found['seconds'] * 1e3:.3f} ms" + (f", {rates}" if rates else "")
+        print(f"{found['what']:<44} {found['way']:<34} {result}", flush=True)
         if self.out:
             write(self.row, self.out)
 
@@ -109,18 +109,18 @@ def norms(s: Session) -> None:
             aten = functools.partial(F.group_norm, y, groups, w, b, 1e-6)
             s.time(what, f"aten, {layout}", lambda aten=aten: F.silu(aten()), bytes_=moved)
         ours = x.permute(0, 2, 3, 4, 1).contiguous()
-        words = (ours, w, b, groups, 1e-6, True, False)
+        inputs = (ours, w, b, groups, 1e-6, True, False)
         op = torch.ops.reducio_fast.group_norm_silu
-        s.time(what, "ours, statistics too", functools.partial(op, *words, None, 1, 1, True), bytes_=moved)
+        s.time(what, "ours, statistics too", functools.partial(op, *inputs, None, 1, 1, True), bytes_=moved)
         if s.device.type == "cuda":
             partials = group_norm_silu.statistics(ours, False)
-            s.time(what, "ours, statistics given", functools.partial(op, *words, partials, 1, 1, True), bytes_=moved)
+            s.time(what, "ours, statistics given", functools.partial(op, *inputs, partials, 1, 1, True), bytes_=moved)
 
 
 def upsamples(s: Session) -> None:
     for C, side in [(16, 4)] if s.narrow else UPSAMPLES:
         what = f"up-sampling conv3d {C}->{C} from {FRAMES}x{side}x{side}"
-        flop = 2.0 * FRAMES * (2 * side) ** 2 * 27 * C * C  # as written; folded it is 12 taps of 27
+        flop = 2.0 * FRAMES * (2 * side) ** 2 * 27 * C * C  # of all 27 taps; the folded form computes 12
         x, w, b = s.random(1, C, FRAMES, side, side), s.random(C, C, 3, 3, 3, scale=(27 * C) ** -0.5), s.random(C)
         last = [t.to(memory_format=torch.channels_last_3d) for t in (x, w)]
 
@@ -135,7 +135,7 @@ def upsamples(s: Session) -> None:
 
 
 def tile(s: Session, compiled: bool, mode: str | None) -> None:
-    """Wall time, launches included: a decoder of hundreds of short kernels is not the sum of their times."""
+    """Wall time, launches included: with hundreds of short kernels it is not the sum of the kernels' times."""
     config = NARROW[1] if s.narrow else VAEConfig()
     pixels = NARROW[2] if s.narrow else 320
     torch.manual_seed(0)

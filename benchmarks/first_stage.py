@@ -54,30 +54,30 @@ def rows(what: str, first: str, seconds: dict[str, list[float]]) -> list[dict[st
 
 
 def drawing(precision: str, compiles: bool, turns: int) -> list[dict[str, Any]]:
-    wanted = {"float32": ("float32", "float32"), "default": (None, "bfloat16")}[precision]
-    ours, theirs = (
+    dtypes = {"float32": ("float32", "float32"), "default": (None, "bfloat16")}[precision]
+    fast, reference = (
         ReducioPipeline.from_pretrained(embedded_model(), dtype=dtype, device="cpu", backend=backend)
-        for dtype, backend in zip(wanted, ("fast", "reference"), strict=True)
+        for dtype, backend in zip(dtypes, ("fast", "reference"), strict=True)
     )
 
     def diffusers() -> Any:
         with torch_state.inference():
-            return draw_image(theirs.text_to_image, PROMPT, "", 128, 128, torch.Generator().manual_seed(0), False)
+            return draw_image(reference.text_to_image, PROMPT, "", 128, 128, torch.Generator().manual_seed(0), False)
 
     def twins() -> Any:
         with torch_state.inference():
-            return ours.content.draw(PROMPT, "", 128, 128, torch.Generator().manual_seed(0), False)
+            return fast.content.draw(PROMPT, "", 128, 128, torch.Generator().manual_seed(0), False)
 
     ways: dict[str, Callable[[], Any]] = {"diffusers": diffusers, "twins": twins}
     if compiles:
-        plain, compiled = theirs.text_to_image.transformer, torch.compile(theirs.text_to_image.transformer)
+        eager, compiled = reference.text_to_image.transformer, torch.compile(reference.text_to_image.transformer)
 
         def under_compile() -> Any:
-            theirs.text_to_image.transformer = compiled
+            reference.text_to_image.transformer = compiled
             try:
                 return diffusers()
             finally:
-                theirs.text_to_image.transformer = plain
+                reference.text_to_image.transformer = eager
 
         ways["diffusers, compiled"] = under_compile
     return rows(f"content.generate, {precision}", "diffusers", in_turns(ways, turns))

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything worth knowing from a short visit to a GPU: benchmarks/gpu_visit.sh OUT [--dry-run]
 #
-# Parts, each OUT/PART.json, each with seconds of its own, together at most TOTAL (600; the parts take 570): kernels
-# compiled by all cores at once, tests, parity, first measurements, tuning (its table goes to the cache folder, which the
-# parts after it read, and to OUT/tables), a clip of the fast path, beside the reference, a profile with its trace, one
-# tile under torch.compile, and, in a second call of ten minutes, Stable Video Diffusion, its kernels first. Parts write
-# their file as they go, "whole": false until the end, so a part whose time is up leaves what it has. A part whose file is
-# there is skipped, so call again to go on; remove a file to do its part again. A part that fails leaves OUT/PART.log and
-# the others go on; the exit status is then 1. All that there is lies in OUT/visit.tar.gz too, after every part.
+# Each part writes OUT/PART.json and has a limit in seconds; a call takes at most TOTAL seconds (600; the parts before
+# Stable Video Diffusion take 570). The parts: kernels compiled by all cores at once, tests, parity, first measurements,
+# tuning (its table goes to the cache folder, which later parts read, and to OUT/tables), a clip of the fast path, one
+# beside the reference, a profile with its trace, one tile under torch.compile, and, in a second call of ten minutes,
+# Stable Video Diffusion, its kernels first. Parts write their file as they go, with "whole": false until the end, so a
+# part whose time is up leaves its results so far. A part whose file exists is skipped: call again to continue, remove a
+# file to repeat its part. If a part fails, it leaves OUT/PART.log, the others still run, and the exit status is 1.
+# OUT/visit.tar.gz is packed after every part and holds all files.
 # Needs torch, triton, numpy and safetensors; pytest for the tests. The package need not be installed.
 # --dry-run: the same parts on narrow shapes on a CPU; those that need a GPU leave a file that says so.
 set -uo pipefail
@@ -25,18 +26,18 @@ total=${TOTAL:-600}
 began=$SECONDS
 failed=0
 
-# Not installed: a folder of links stands in for setup.py's map of root folders into one package.
+# If the package is not installed, a folder of links replaces setup.py's mapping of root folders into one package.
 if ! (cd / && "$python" -P -c "import reducio_fast.triton_kernels" 2>/dev/null); then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
     mkdir "$site/reducio_fast"
     ln -s "$root"/reducio_fast/* "$site/reducio_fast/"
-    for room in triton_kernels compile reference; do ln -sfn "$root/$room" "$site/reducio_fast/$room"; done
+    for folder in triton_kernels compile reference; do ln -sfn "$root/$folder" "$site/reducio_fast/$folder"; done
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
-# part NAME SECONDS COMMAND...: runs it with the seconds it has, unless NAME.json is there. COMMAND writes that file.
+# part NAME SECONDS COMMAND...: runs COMMAND for at most SECONDS, unless NAME.json exists. COMMAND writes that file.
 part() {
     local name=$1 seconds=$2 left=$((total - (SECONDS - began))) start=$SECONDS status
     shift 2
@@ -61,10 +62,10 @@ part() {
     [ "$status" -eq 0 ] || failed=1
 }
 
-# One file to take home; a machine may hand back a few files only.
+# Packs everything into one file, since a machine may return only a few files.
 pack() { (cd "$out" && rm -f visit.tar.gz && tar -czf ../visit.$$.tar.gz . && mv ../visit.$$.tar.gz visit.tar.gz); }
 
-# A part that no CPU can do.
+# needs_gpu NAME: skips a part that cannot run on a CPU.
 needs_gpu() {
     [ -s "$out/$1.json" ] || echo "{\"skipped\": \"$1 needs a GPU\"}" >"$out/$1.json"
     echo "$1: skipped, it needs a GPU"
@@ -82,8 +83,8 @@ print(json.dumps({"rows": rows, "wrong": sum(not row["right"] for row in rows)})
 END
 }
 
-# precompile NAME: compiles what a clip launches, in the dtype that the parts after it run in, by all cores but two, into
-# the cache that Triton reads.
+# precompile NAME: compiles the kernels that a clip launches, in the dtype of the later parts, by all cores but two,
+# into Triton's cache.
 precompile() {
     "$python" - "$1" "$out" <<'END'
 import json, os, sys, time, torch
@@ -101,34 +102,34 @@ if __name__ == "__main__":
 END
 }
 
-# pytest's results as JSON, read from its log: they stand there line by line when its time is up. Without diffusers the
-# one file that compares with its schedulers cannot be collected. Several processes share the GPU where pytest-xdist is.
+# Writes pytest's results as JSON, read from its log, which lists finished tests even when time is up. Without diffusers
+# the one file that compares with its schedulers cannot be collected. With pytest-xdist several processes share the GPU.
 tests() {
-    local where=(tests/triton_kernels tests/compile/test_graphs.py tests/compile/test_graphs_of_twins.py tests/measurement/test_profile.py)
-    local words=(-v -p no:cacheprovider)
-    [ -n "$dry" ] && where=(tests/triton_kernels/test_ada_layer_norm.py) || words+=(-m "gpu or not slow")
-    "$python" -c "import diffusers" 2>/dev/null || words+=(--ignore=tests/triton_kernels/test_guidance_dpm_step.py)
-    [ -z "$dry" ] && "$python" -c "import xdist" 2>/dev/null && words+=(-n 12)
+    local paths=(tests/triton_kernels tests/compile/test_graphs.py tests/compile/test_graphs_of_twins.py tests/measurement/test_profile.py)
+    local options=(-v -p no:cacheprovider)
+    [ -n "$dry" ] && paths=(tests/triton_kernels/test_ada_layer_norm.py) || options+=(-m "gpu or not slow")
+    "$python" -c "import diffusers" 2>/dev/null || options+=(--ignore=tests/triton_kernels/test_guidance_dpm_step.py)
+    [ -z "$dry" ] && "$python" -c "import xdist" 2>/dev/null && options+=(-n 12)
     cd "$root" || return
     timeout --kill-after=2 $((PART_SECONDS > 20 ? PART_SECONDS - 8 : PART_SECONDS)) \
-        "$python" -m pytest "${words[@]}" "${where[@]}" 2>&1 | tee "$out/tests.lines"
+        "$python" -m pytest "${options[@]}" "${paths[@]}" 2>&1 | tee "$out/tests.lines"
     local status=${PIPESTATUS[0]}
-    "$python" - "$out" "${words[*]} ${where[*]}" "$status" <<'END' && rm -f "$out/tests.lines"
+    "$python" - "$out" "${options[*]} ${paths[*]}" "$status" <<'END' && rm -f "$out/tests.lines"
 import json, re, sys
 
-out, words, status = sys.argv[1:]
+out, arguments, status = sys.argv[1:]
 found = re.findall(r"^(?:\[gw.*?\] \[.*?\] (PASSED|FAILED|ERROR|SKIPPED) (\S+::.*?)|(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED))(?: .*)?$",
                    open(f"{out}/tests.lines").read(), re.M)
 results = {(name or other).strip(): result or late for result, name, other, late in found}
 count = {kind: list(results.values()).count(kind) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
-row = {"benchmark": "tests", "pytest": words, "whole": status in "01", "tests": len(results)} | count
+row = {"benchmark": "tests", "pytest": arguments, "whole": status in "01", "tests": len(results)} | count
 row["failed"] = [name for name, result in results.items() if result in ("FAILED", "ERROR")]
 json.dump(row, open(f"{out}/tests.json", "w"), indent=2)
 END
     return "$status"
 }
 
-# Settings for the hot shapes, where the parts after this one find them: the cache folder; and a copy to take home.
+# Tunes settings for the hot shapes: the table goes to the cache folder, where later parts find it, and to OUT/tables.
 tune() {
     to_json tune reducio bench --tune --limit 80 --json
     local status=$?
@@ -143,7 +144,7 @@ END
     return $status
 }
 
-# to_json NAME COMMAND...: what a command prints, kept only if it is whole.
+# to_json NAME COMMAND...: writes the output of COMMAND to NAME.json, only if it is complete JSON.
 to_json() {
     local name=$1 status
     shift

@@ -36,7 +36,7 @@ SHORTCUTS: dict[str, dict[str, Any]] = {
 
 
 class Work:
-    """Counts items that go through the transformer's blocks, as shares of a whole pass."""
+    """Counts items that go through the transformer's blocks: one item through all blocks counts 1."""
 
     def __init__(self, pipe: ReducioPipeline) -> None:
         self.blocks = pipe.executor.network("transformer").transformer_blocks
@@ -65,7 +65,7 @@ def main() -> None:
         return
     work = Work(pipe)
     ways = {name: {"quality": name} for name in PRESETS} | SHORTCUTS
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    distances: dict[str, list[float]] = {name: [] for name in ways}
     items: dict[str, list[float]] = {name: [] for name in ways}
     for number, scene in enumerate(held_out_scenes(arguments.prompts)):
         prompt = scene.caption()
@@ -73,17 +73,17 @@ def main() -> None:
         common = {"image": frame, "seed": number, "progress": False, "output_type": "latent"}
         common["guidance_scale"] = arguments.guidance_scale
         solution = pipe(prompt, num_inference_steps=arguments.solution_steps, **common).frames
-        for name, words in ways.items():
+        for name, options in ways.items():
             work.items = 0.0
-            latent = pipe(prompt, **words, **common).frames
-            found[name].append(float((latent - solution).norm() / solution.norm()))
+            latent = pipe(prompt, **options, **common).frames
+            distances[name].append(float((latent - solution).norm() / solution.norm()))
             items[name].append(work.items)
     rows = []
     for name in ways:
         row = {
             "way": name,
-            "distance": statistics.mean(found[name]),
-            "worst": max(found[name]),
+            "distance": statistics.mean(distances[name]),
+            "worst": max(distances[name]),
             "items_through_blocks": statistics.mean(items[name]),
         }
         rows.append(row)

@@ -46,7 +46,7 @@ _HELD_OUT = 11  # seed of the clips
 
 
 class FormatPlan(Plan):
-    """A plan of any format, whichever the machine's is."""
+    """A plan of any 8-bit format, whatever the machine supports."""
 
     eight_bit: torch.dtype
 
@@ -71,7 +71,7 @@ def clips(count: int, size: int, length: int) -> list[np.ndarray]:
 
 @torch.no_grad()
 def decoder_rows(vae: ReducioVAE, largest: dict[str, Tensor], frames: list[np.ndarray]) -> list[dict[str, Any]]:
-    """One row a format: how far the PSNR to the truth falls below float32's."""
+    """One row per format: how far its PSNR to the original clip falls below float32's."""
     ways = {"float32": twin(vae, largest, None)}
     ways |= {name: twin(vae, largest, eight_bit) for name, eight_bit in FORMATS.items()}
     bfloat16 = copy.deepcopy(vae).to(torch.bfloat16)
@@ -95,8 +95,8 @@ def decoder_rows(vae: ReducioVAE, largest: dict[str, Tensor], frames: list[np.nd
 
 
 def in_eight_bits(transformer: nn.Module, eight_bit: torch.dtype, each_token: bool) -> nn.Module:
-    """A copy whose blocks' linears read 8-bit numbers: weights with a scale an output, inputs with one a token, or one
-    for all. What they stand for is rounded to the copy's dtype, which a kernel would not do."""
+    """A copy in which the linear layers of the blocks use 8-bit numbers: weights with one scale per output, inputs with
+    one per token, or one for all. Their values are rounded to the copy's dtype, which a kernel would not do."""
     quantised, limit = copy.deepcopy(transformer), EIGHT_BIT[eight_bit]
 
     def rounded(x: Tensor, dims: Any) -> Tensor:
@@ -116,7 +116,7 @@ def in_eight_bits(transformer: nn.Module, eight_bit: torch.dtype, each_token: bo
 
 @torch.no_grad()
 def transformer_rows(pipe: Any, clip: np.ndarray) -> list[dict[str, Any]]:
-    """One row a format: relative L2 distance of a step from float32's at three timesteps."""
+    """One row per format and scaling: relative L2 distance of a step from float32's at three timesteps."""
     transformer = pipe.transformer
     video = to_unit(clip, CPU, torch.float32).transpose(0, 1)[None]
     latent = pipe.vae.normalize_latent(pipe.vae.encode(video).mode())
@@ -125,8 +125,8 @@ def transformer_rows(pipe: Any, clip: np.ndarray) -> list[dict[str, Any]]:
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     ways: dict[str, nn.Module] = {"bfloat16": copy.deepcopy(transformer).to(torch.bfloat16)}
     for name, eight_bit in FORMATS.items():
-        for words, each_token in ((", a scale a token", True), (", one scale", False)):
-            ways[name + words] = in_eight_bits(ways["bfloat16"], eight_bit, each_token)
+        for scaling, each_token in ((", a scale a token", True), (", one scale", False)):
+            ways[name + scaling] = in_eight_bits(ways["bfloat16"], eight_bit, each_token)
     errors: dict[str, list[float]] = {name: [] for name in ways}
     for t in TIMESTEPS:
         noisy = pipe.scheduler.add_noise(latent, noise, torch.tensor([t]))
@@ -136,9 +136,9 @@ def transformer_rows(pipe: Any, clip: np.ndarray) -> list[dict[str, Any]]:
             given = [x.to(dtype) if x.is_floating_point() else x for x in condition]
             return network(noisy.to(dtype), torch.tensor([float(t)]), *given).float()
 
-        right = step(transformer)
+        exact = step(transformer)
         for name, network in ways.items():
-            errors[name].append(float((step(network) - right).norm() / right.norm()))
+            errors[name].append(float((step(network) - exact).norm() / exact.norm()))
     rows = []
     for name, values in errors.items():
         times = max(a / b for a, b in zip(values, errors["bfloat16"], strict=True))
@@ -149,20 +149,20 @@ def transformer_rows(pipe: Any, clip: np.ndarray) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def full_size_rows(pixels: int) -> list[dict[str, Any]]:
-    """Full width, random weights: PSNR of each format's decode to float32's, over its range."""
+    """Full width, random weights: PSNR of each format's result to float32's, relative to the range of the latter."""
     torch.manual_seed(0)
     vae = ReducioVAE(VAEConfig()).eval().requires_grad_(False)
     liven(vae)
 
     def inputs(seed: int) -> tuple[Tensor, Tensor]:
-        draw = torch.Generator().manual_seed(seed)
-        image = torch.nn.functional.avg_pool2d(torch.randn(1, 3, pixels, pixels, generator=draw), 9, 1, 4).mul(4)
-        return torch.randn(1, *vae.config.latent_shape(pixels, pixels), generator=draw), image.clamp(-1, 1)
+        rng = torch.Generator().manual_seed(seed)
+        image = torch.nn.functional.avg_pool2d(torch.randn(1, 3, pixels, pixels, generator=rng), 9, 1, 4).mul(4)
+        return torch.randn(1, *vae.config.latent_shape(pixels, pixels), generator=rng), image.clamp(-1, 1)
 
     z, image = inputs(1)
     largest = measure_largest(vae, lambda: vae.decode(z, vae.encode_content(image)) and None)
     z, image = inputs(2)
-    right, rows = vae.decode(z, vae.encode_content(image)), []
+    exact, rows = vae.decode(z, vae.encode_content(image)), []
     makers: dict[str, Callable[[], Any]] = {
         "bfloat16": lambda: FastReducioVAE(copy.deepcopy(vae).bfloat16(), Plan(CPU, torch.bfloat16)).eval()
     }
@@ -170,8 +170,8 @@ def full_size_rows(pixels: int) -> list[dict[str, Any]]:
     for name, make in makers.items():
         network = make()
         out = network.decode(z.to(network.dtype), network.encode_content(image.to(network.dtype))).float()
-        span = float(right.max() - right.min())
-        psnr = float(20 * torch.log10(span / (out - right).square().mean().sqrt()))
+        span = float(exact.max() - exact.min())
+        psnr = float(20 * torch.log10(span / (out - exact).square().mean().sqrt()))
         rows.append({"format": name, "psnr_to_float32": psnr})
         print(f"full size at {pixels} pixels, {name:<9} PSNR to float32 {psnr:.1f} dB")
     return rows

@@ -41,8 +41,8 @@ def clip(environment: dict[str, str], clips: int) -> dict[str, float]:
     clean = {name: value for name, value in os.environ.items() if name not in (*cores.WAITING, *cores.COUNTS)}
     command = [sys.executable, "-P", "-c", CODE.format(clips=clips)]
     done = subprocess.run(command, env=clean | environment, check=True, capture_output=True, text=True)
-    walls, owns = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
-    return {"seconds": statistics.median(walls), "processor_seconds": statistics.median(owns)}
+    wall_times, processor_times = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    return {"seconds": statistics.median(wall_times), "processor_seconds": statistics.median(processor_times)}
 
 
 def main() -> None:

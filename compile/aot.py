@@ -1,7 +1,6 @@
-"""Compiles kernels for an absent GPU, and finds in the result what would make them slow there.
+"""Compiles kernels for a GPU that need not be present, and finds what would make them slow there.
 
-Nothing here knows which kernels exist: callers hand in variants, objects with the fields of
-`triton_kernels.launch.Variant`.
+This module lists no kernels. Callers pass variants: objects with the fields of `triton_kernels.launch.Variant`.
 """
 
 from __future__ import annotations
@@ -25,35 +24,35 @@ VERSION: str = triton.__version__
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """The result of one variant on one target. `problems` is empty where nothing is wrong."""
+    """The result of compiling one variant for one target. `problems` is empty if nothing is wrong."""
 
     variant: str
     arch: str
-    registers: int = 0  # a thread; on AMD ordinary plus accumulation registers
-    spilled: int = 0  # bytes a thread on NVIDIA, registers on AMD
-    shared: int = 0  # bytes a block
-    matrix: str = ""  # the matrix instruction seen
+    registers: int = 0  # per thread; on AMD ordinary plus accumulation registers
+    spilled: int = 0  # bytes per thread on NVIDIA, registers on AMD
+    shared: int = 0  # bytes per block
+    matrix: str = ""  # the matrix instruction found in the assembly
     bulk_copy: bool = False
     warps: int = 0
-    code: MachineCode | None = None  # None where there is no disassembler, or the build failed
+    code: MachineCode | None = None  # None if there is no disassembler, or the build failed
     problems: tuple[str, ...] = ()
 
 
 def build(variant: Any, target: Target) -> Build:
-    """Compiles one variant; an exception of the compiler becomes the one problem of the build."""
+    """Compile one variant. An exception of the compiler becomes the only problem of the build."""
     options = dict(variant.options)
     if target.backend == "cuda":
         for amd_only in ("waves_per_eu", "matrix_instr_nonkdim", "kpack"):
             options.pop(amd_only, None)
     names = variant.kernel.arg_names
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    # By position, as the compiler takes it: every pointer and size a multiple of 16, as real launches have it.
+    # Keyed by position, as the compiler expects. Pointers and sizes are multiples of 16, as in real launches.
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
         if name in variant.signature and variant.signature[name][0] in "*i" and name not in variant.unaligned
     }
-    if target.backend == "hip":  # tensors under 2 GiB: what a launch finds out from the tensors it gets
+    if target.backend == "hip":  # tensors under 2 GiB, which a real launch detects from its arguments
         for i, name in enumerate(names):
             if variant.signature.get(name, "").startswith("*"):
                 attributes[(i,)] = [*attributes.get((i,), []), ["tt.pointer_range", 32]]
@@ -105,7 +104,7 @@ def _judge(variant: Any, target: Target, compiled: Any) -> Build:
 
 
 def read(target: Target, compiled: Any) -> MachineCode | None:
-    """What `machine_code` finds in the finished kernel; None without a disassembler."""
+    """What `machine_code` reads from the compiled kernel; None without a disassembler."""
     if target.backend == "hip":
         return read_amd(compiled.asm["amdgcn"], target.mac_per_cycle)
     tool = disassembler()
@@ -113,7 +112,7 @@ def read(target: Target, compiled: Any) -> MachineCode | None:
 
 
 def _nvidia(compiled: Any) -> tuple[int, int]:
-    """Registers and spilled bytes a thread, from the finished machine code (PTX has neither)."""
+    """Registers and spilled bytes per thread, from the machine code (PTX has neither)."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -128,7 +127,7 @@ def _nvidia(compiled: Any) -> tuple[int, int]:
 
 
 def _amd(compiled: Any) -> tuple[int, int]:
-    """Vector registers and how many vector and scalar registers were spilled, from the assembly's own notes."""
+    """The number of vector registers, and of spilled vector and scalar registers, from the assembly's metadata."""
     text = compiled.asm["amdgcn"]
 
     def note(name: str) -> int:

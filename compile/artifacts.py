@@ -1,10 +1,10 @@
-"""One function of tensors, compiled by Inductor ahead of its calls, as a file that the next process loads.
+"""Compiles a function of tensors with Inductor ahead of its calls, into a file that the next process loads.
 
-`torch.compile` traces a function again in every process before it can look its code up: half a second a block, and a
-look at all its guards in each call. Here `torch.export` traces it once, which cannot break the graph in two, Inductor
-compiles that for the very shapes (`torch._inductor.standalone_compile`, what vLLM uses), and the file is found by a
-digest of all that the code depends on (`digest`): in the next process that is milliseconds a block, once Inductor is
-imported.
+`torch.compile` traces a function again in every process before it can look up its code, which takes half a second per
+block, and it checks all guards in each call. Here `torch.export` traces the function once, without graph breaks.
+Inductor compiles the graph for these shapes alone (`torch._inductor.standalone_compile`, which vLLM uses). The file's
+name is a digest of all that the code depends on (`digest`). The next process loads a block in milliseconds, once
+Inductor is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Function = Callable[..., Sequence[Tensor]]
 
 
 def obstacle() -> str | None:
-    """Why Inductor cannot work on this machine, or None."""
+    """Why Inductor cannot compile on this machine, or None."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
     except ImportError as error:
@@ -40,23 +40,23 @@ def obstacle() -> str | None:
 
 
 def trace(fn: Function, tensors: Sequence[Tensor], free: Collection[int] = ()) -> torch.fx.GraphModule:
-    """One graph of all that `fn`, which takes and returns tensors, does with tensors like these.
+    """Trace `fn`, which takes and returns tensors, into one graph for tensors like these.
 
-    `free`: indices of tensors whose dimension 1 may have any length, in a call the same for all of them. Raises what
-    the tracer raises, where values decide which way `fn` goes for example, and ValueError where it reads a tensor that
-    it is not given: its values would be compiled in.
+    `free`: indices of tensors whose dimension 1 may have any length, which is the same for all of them in one call.
+    Raises what the tracer raises, for example if `fn` branches on values. Raises ValueError if `fn` reads a tensor that
+    is not an argument, because its values would be compiled in.
     """
     length = torch.export.Dim("length", min=2)
     shapes = tuple({1: length} if i in free else None for i in range(len(tensors)))
     with torch.no_grad():
         program = torch.export.export(_Traced(fn), tuple(tensors), dynamic_shapes=(shapes,), strict=False)
-    if held := [*program.constants, *program.state_dict]:
-        raise ValueError(f"reads tensors that are neither arguments nor weights: {', '.join(held)}")
+    if captured := [*program.constants, *program.state_dict]:
+        raise ValueError(f"reads tensors that are neither arguments nor weights: {', '.join(captured)}")
     return program.graph_module
 
 
 def compile_function(fn: Function, tensors: Sequence[Tensor], free: Collection[int] = ()) -> Any:
-    """`fn`, traced, as a `torch._inductor.CompiledArtifact`. Raises what tracer and compiler raise."""
+    """Trace and compile `fn` into a `torch._inductor.CompiledArtifact`. Raises what tracer and compiler raise."""
     import torch._inductor
 
     module = trace(fn, tensors, free)
@@ -70,14 +70,14 @@ def compile_function(fn: Function, tensors: Sequence[Tensor], free: Collection[i
 
 
 def save(artifact: Any, path: Path) -> None:
-    """Write the file, whole or not at all. Raises OSError, and RuntimeError where Inductor's caches are off."""
+    """Write the file, whole or not at all. Raises OSError, and RuntimeError if Inductor's caches are off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         artifact.save(path=str(temporary), format="binary")
 
 
 def load(path: Path, tensors: Sequence[Tensor]) -> Any:
-    """What `save` wrote, on this machine or by the same versions on one like it. Raises whatever a bad file raises."""
+    """Load what `save` wrote here, or with the same versions on a similar machine. Raises what a bad file raises."""
     import torch._inductor
 
     with _settings(tensors):
@@ -87,12 +87,12 @@ def load(path: Path, tensors: Sequence[Tensor]) -> Any:
 def digest(key: Hashable) -> str:
     """The name of the file for a key of plain values, classes and functions, equal in every process.
 
-    With the key goes the source behind its classes and functions, so that no change to it finds the old code.
+    The digest includes the source of the key's classes and functions, so that changed source does not find old code.
     """
     modules: set[str] = set()
     text = _text(key, modules)
     sources = [f"{name} {source_digest(name)}" for name in sorted(modules | {__name__})]
-    threads = torch.get_num_threads()  # Inductor's loops are divided among as many
+    threads = torch.get_num_threads()  # Inductor divides its loops among this many threads
     return hashlib.sha256("\n".join([text, *sources, f"threads {threads}"]).encode()).hexdigest()[:32]
 
 
@@ -108,12 +108,12 @@ class _Traced(nn.Module):
 
 
 def _settings(tensors: Sequence[Tensor]) -> Any:
-    """Inductor's settings, the same where code is made and where it is loaded.
+    """Inductor's settings, the same for compiling and for loading.
 
-    On a CPU the calls between kernels are C++ too: Python there costs a small block a tenth of its time. Without
-    precompiled headers, which take longer to make (7 s) than the few files here save by them. And Inductor tries what
-    the processor says it can do on a test program for each instruction set, 6 s on two cores; where a compiler is too
-    old for one, the compilation fails instead, and the block runs uncompiled.
+    On a CPU the calls between kernels are C++ too, because Python there takes a tenth of a small block's time.
+    Precompiled headers are off: they take 7 s to make, more than the few files here save with them. Inductor's test
+    program for each instruction set is off: it takes 6 s on two cores. If a compiler is too old for an instruction set,
+    the compilation fails instead, and the block runs uncompiled.
     """
     import torch._inductor.config as config
 
@@ -133,8 +133,9 @@ def _on_cpu(tensors: Sequence[Tensor]) -> bool:
 
 
 def _split_bias(module: torch.fx.GraphModule) -> None:
-    """linear(x, w, b) -> linear(x, w) + b. On a GPU Inductor does so where it is faster; on a CPU it leaves `addmm`,
-    which first spreads the bias over the output: in bfloat16 128 x 192 by 192 x 192 takes 31 us with it and 24 without.
+    """linear(x, w, b) -> linear(x, w) + b. On a GPU Inductor does so where it is faster. On a CPU it keeps `addmm`,
+    which first broadcasts the bias to the output: in bfloat16, 128 x 192 by 192 x 192 takes 31 us with `addmm` and
+    24 us without.
     """
     aten = torch.ops.aten
     for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
@@ -164,7 +165,7 @@ def source_digest(module: str) -> str:
     place = getattr(sys.modules.get(module), "__file__", None)
     for file in [] if place is None else sorted(Path(place).parent.glob("*.py")):
         digest_so_far.update(file.read_bytes())
-    # Python's own modules have no distribution, nor has a package that is installed under another name.
+    # Python's own modules, and packages that are installed under another name, have no distribution.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         digest_so_far.update(importlib.metadata.version(module.partition(".")[0]).encode())
     return digest_so_far.hexdigest()[:16]

@@ -6,19 +6,19 @@
     ROOT/KEY/tables     launch settings tuned here
     ROOT/KEY/origin.json
 
-ROOT is handed in by the callers: the user's cache folder.
+ROOT is the user's cache folder, which callers pass.
 
-KEY is a digest of `Origin`: what must be equal for an entry to be of use. After an upgrade, or on another GPU, the key
-is another one, so that nothing stale is ever looked at.
+KEY is a digest of `Origin`: the properties that must be equal for an entry to be usable. An upgrade or another GPU
+changes the key, so stale entries are never read.
 
-Both libraries read their variable when they look up an entry, and compile workers inherit it: so `use` must run before
-the first compilation, and a folder that the user has chosen stays. torch writes its own default into the environment as
-soon as it is asked, and `import diffusers` asks: that default is not a choice.
+Both libraries read their variable when they look up an entry, and compile workers inherit it, so `use` must run before
+the first compilation. A folder that the user has chosen stays. torch writes its default folder into the environment on
+the first query, and `import diffusers` makes one, so that default does not count as the user's choice.
 
 Why not `torch.compiler.save_cache_artifacts`: it holds what torch.compile made in this process, without the kernels
-that we launch ourselves, and what it loads cannot be checked before it is unpickled. An archive here is checked first:
-origin, names, sizes and digests. That guards against accidents, not against malice: entries are machine code and
-pickles, so import archives of people you trust.
+that we launch ourselves, and its contents cannot be checked before they are unpickled. An archive here is checked
+first: origin, names, sizes and digests. That guards against accidents, not against malice: entries are machine code
+and pickles, so import only archives of people you trust.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Origin:
 
     @classmethod
     def here(cls, arch: str) -> Origin:
-        """`arch` as launch tables name a GPU; anything without a GPU is told apart by its CPU."""
+        """`arch`: a GPU's name in the launch tables. Any other value is replaced by an identification of the CPU."""
         gpu = arch.startswith(("sm_", "gfx"))
         toolkit = f"hip {torch.version.hip}" if torch.version.hip else f"cuda {torch.version.cuda}"
         return cls(
@@ -101,7 +101,7 @@ class Origin:
 
 
 def folder(part: str, origin: Origin, root: Path) -> Path:
-    """Where the entries of one of PARTS are: the folder that the user has chosen for its library, else ours."""
+    """The folder with the entries of one of PARTS: the one that the user has chosen for its library, else ours."""
     chosen = _chosen(VARIABLE[part]) if part in VARIABLE else None
     return Path(chosen) if chosen else root / origin.key / part
 
@@ -109,7 +109,7 @@ def folder(part: str, origin: Origin, root: Path) -> Path:
 def use(origin: Origin, root: Path) -> None:
     """Point Inductor and Triton at our folder, before they compile anything. Folders that are already set stay.
 
-    Makes nothing on disk but `origin.json`; a folder that cannot be written leaves everything as it was, with one line.
+    Writes nothing but `origin.json`. If our folder cannot be written, nothing changes, and one line is logged.
     """
     if all(_chosen(name) for name in VARIABLE.values()):
         return
@@ -131,7 +131,7 @@ def use(origin: Origin, root: Path) -> None:
 def export_archive(target: Path, origin: Origin, root: Path) -> int:
     """Pack all parts into one file, written under another name and renamed; returns the number of entries.
 
-    Raises CacheError where there is nothing to pack or the file cannot be written.
+    Raises CacheError if there is nothing to pack or the file cannot be written.
     """
     entries = {name: content for name, content in _collect(origin, root)}
     if not entries:
@@ -149,9 +149,9 @@ def export_archive(target: Path, origin: Origin, root: Path) -> int:
 
 
 def import_archive(source: Path, origin: Origin, root: Path) -> int:
-    """Unpack an archive of this very origin into our folders; returns the number of entries it holds.
+    """Unpack an archive of the same origin into our folders; returns the number of entries it holds.
 
-    Everything is checked and unpacked beside its place before anything moves there; entries that are there already
+    All entries are checked and unpacked into a temporary folder before any of them moves to its place. Existing entries
     stay. Raises ForeignCache for an archive of another origin, CacheError for one that is damaged or unsafe.
     """
     try:
@@ -186,7 +186,7 @@ def import_archive(source: Path, origin: Origin, root: Path) -> int:
 
 
 def _check_manifest(archive: zipfile.ZipFile, source: Path, origin: Origin) -> dict[str, dict[str, Any]]:
-    """The entries to unpack, after everything that can be told without unpacking them."""
+    """The entries to unpack, after all checks that need no unpacking."""
     infos = {info.filename: info for info in archive.infolist()}
     try:
         if infos[MANIFEST].file_size > 100 * MAX_ENTRIES * 2:
@@ -220,7 +220,7 @@ def _check_manifest(archive: zipfile.ZipFile, source: Path, origin: Origin) -> d
 
 def _read_entry(archive: zipfile.ZipFile, name: str, entry: dict[str, Any], source: Path) -> bytes:
     with archive.open(name) as file:
-        content = file.read(entry["size"] + 1)  # at most, so a lying archive cannot fill memory
+        content = file.read(entry["size"] + 1)  # at most, so that an archive with false sizes cannot fill memory
     if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise CacheError(f"{source}: {name} is damaged: its sha256 is not the manifest's")
     return content
@@ -232,7 +232,7 @@ def _collect(origin: Origin, root: Path) -> Iterator[tuple[str, bytes]]:
         home = folder(part, origin, root)
         for path in sorted(home.rglob("*")):
             inside = path.relative_to(home)
-            # Locks and files under a temporary name: left by a process that is at work or was killed.
+            # Locks and files under a temporary name belong to a process that is running or was killed.
             unfinished = any(p.startswith("tmp.") or p in ("lock", "locks") for p in inside.parts)
             if path.is_symlink() or not path.is_file() or unfinished or path.suffix in (".lock", ".tmp"):
                 continue
@@ -243,17 +243,17 @@ def _collect(origin: Origin, root: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _group_paths(content: bytes, rename: Any) -> bytes:
-    """Triton's group file with every path renamed: left as they are, none would be found on the next machine."""
+    """Triton's group file with every path renamed, because absolute paths do not exist on the next machine."""
     try:
         group = json.loads(content)
         group["child_paths"] = {name: rename(path) for name, path in group["child_paths"].items()}
         return json.dumps(group).encode()
     except (ValueError, KeyError, TypeError, AttributeError):
-        return content  # of another form than Triton 3.6 to 3.9 write: Triton then compiles the kernel anew
+        return content  # not the format of Triton 3.6 to 3.9: Triton then compiles the kernel again
 
 
 def _chosen(name: str) -> str | None:
-    """The value of a library's variable, unless it is what torch wrote there itself."""
+    """The value of a library's variable; None if it is unset, or is the default that torch wrote there."""
     value = os.environ.get(name)
     if not value or name != VARIABLE["inductor"]:
         return value or None
@@ -261,7 +261,7 @@ def _chosen(name: str) -> str | None:
 
     try:
         return None if value == default_cache_dir() else value
-    except (KeyError, OSError):  # there is no default for a user id that is in no user database
+    except (KeyError, OSError):  # there is no default if the user id is in no user database
         return value
 
 
@@ -286,7 +286,7 @@ def _version(distribution: str) -> str:
 
 
 def _triton_version() -> str:
-    # Not by distribution: the wheel's name differs between vendors. Not by import on machines that do without.
+    # Read from the module, because the wheel's name differs between vendors. Some machines have no Triton.
     try:
         import triton
     except ImportError:
@@ -295,7 +295,7 @@ def _triton_version() -> str:
 
 
 def _cpu() -> str:
-    """Inductor compiles for the very CPU it runs on (-march=native): another one may lack an instruction."""
+    """Identifies the CPU. Inductor compiles for the CPU it runs on (-march=native); another may lack an instruction."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else [platform.processor()]
     features = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), lines[0])

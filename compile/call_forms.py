@@ -1,4 +1,4 @@
-"""Arguments and results as a flat list of leaves and the form that fills them in again; what makes two calls alike."""
+"""Splits arguments and results into a flat list of leaves and a form that rebuilds them; compares calls by `kinds`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def flatten(value: Any, leaves: list[Any]) -> Hashable:
-    """Appends what is neither list nor tuple to `leaves`; returns the form that `rebuild` fills again."""
+    """Append every value that is neither list nor tuple to `leaves`; returns the form for `rebuild`."""
     if isinstance(value, list | tuple):
         return (type(value), *(flatten(item, leaves) for item in value))
     leaves.append(value)
@@ -17,7 +17,7 @@ def flatten(value: Any, leaves: list[Any]) -> Hashable:
 
 
 def kinds(leaves: Iterable[Any]) -> Hashable:
-    """What a graph or a compiled function is made for: a tensor's shape, strides, dtype and device, other values."""
+    """What a graph or compiled function is specific to: tensors' shape, strides, dtype and device, and other values."""
     return tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
 
 

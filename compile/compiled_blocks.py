@@ -1,17 +1,17 @@
-"""Regional compilation: the repeated blocks of a network, each shape on its own, around our kernels.
+"""Regional compilation: compiles the repeated blocks of a network, each shape separately, around our kernels.
 
-A whole network takes minutes to compile where its blocks take seconds: block two and all that follow find the code of
-block one. `Regions` has a block's `forward` compiled as a function of its weights and arguments, one copy for each key:
-the structure of the block (which all its siblings share) and its arguments' shapes, strides, dtypes and plain values.
-What was compiled for one size therefore never meets another: walking through sizes compiles each once, recompiles
-nothing, and no guard is tried in a call. With a folder (`store`) code outlives the process, see `artifacts`.
+A whole network takes minutes to compile, but its blocks take seconds: every later block reuses the code of the first.
+`Regions` compiles a block's `forward` as a function of its weights and arguments, one copy per key: the structure of
+the block (which all its siblings share) and its arguments' shapes, dtypes, devices and plain values. Code compiled for
+one size is therefore never used for another. Each new size compiles once, nothing is recompiled, and no call checks
+guards. With a folder (`store`) code outlives the process, see `artifacts`.
 
-Since nothing is guarded, the key must hold all that code relies on, and is put to the proof: the first call of each
-region in a process runs both ways and compares. A key beyond `limit`, or one whose compilation fails, runs as plain
-Python, and so does everything where the machine has no compiler: counted by reason, with one log line.
+Without guards the key must hold all that the code relies on. The first call of each region in a process verifies this:
+it runs both ways and compares. A key beyond `limit`, or one whose compilation fails, runs as plain Python. So does
+everything if the machine has no compiler. These calls are counted by reason, with one log line.
 
 Delete this file, `artifacts` and their part of `cache` when torch ships guard-free artifacts of regions, or when a
-measured row of a GPU shows less than 5% for them. On two CPU cores they bring 1.32x (`compile_vs_eager-cpu.json`).
+measurement on a GPU shows a gain below 5%. On two CPU cores the gain is 1.32x (`compile_vs_eager-cpu.json`).
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from .call_forms import flatten, kinds, rebuild
 
 LOG = logging.getLogger("reducio_fast")
 
-# A size of clip has one key in the transformer and, for each shape of tile, one a level: 6 + 1 of the decoder, 4 + 1
-# of the content encoder. All 91 buckets fit.
+# A clip size has one key in the transformer and, for each tile shape, one per level: 6 + 1 of the decoder, 4 + 1 of the
+# content encoder. All 91 buckets fit.
 LIMIT = 2048
-# Relative distance between compiled and plain outputs above which the code cannot be that of the block. Rounding of
-# bfloat16 stays near a tenth of it; the code of another block misses by far more.
+# Above this relative distance between compiled and plain outputs, the code cannot be that of the block. bfloat16
+# rounding stays near a tenth of it; the code of another block exceeds it by far.
 TOLERANCE = 0.05
-SAMPLES = 1 << 20  # values of each output that are compared, at least
+SAMPLES = 1 << 20  # the least number of values to compare of each output
 
 Compile = Callable[[artifacts.Function, Sequence[Tensor], Collection[int]], Callable[..., Sequence[Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """`structure` is what a compiled copy relies on, and siblings share; `number` stands for it in keys, since hashing
-    it takes longer than all else in a call. `places` says where the weights are, which are each one's own: by name,
-    since a module that moves to another device gets new ones."""
+    """`structure` is what compiled code relies on; sibling blocks share it. `number` replaces it in keys, since hashing
+    it takes longer than the rest of a call. `places` locates the block's own weights, by name, since a module that
+    moves to another device gets new ones."""
 
     structure: Hashable
     number: int
@@ -65,10 +65,10 @@ class _Block:
 class _Region:
     name: str
     run: Callable[..., Sequence[Tensor]]
-    form: Hashable  # of what the block returns
-    plain: list[Any]  # its leaves, `Tensor` in the place of each tensor
+    form: Hashable  # of the block's result
+    plain: list[Any]  # the result's leaves, with `Tensor` in place of each tensor
     seconds: float  # until its first result
-    stored: bool  # loaded, not compiled here
+    stored: bool  # loaded from a file, not compiled here
     calls: int = 1
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
@@ -80,11 +80,11 @@ class _Region:
 
 
 class Regions:
-    """Runs modules compiled. Safe to share between threads.
+    """Compiles modules and runs them. Safe to share between threads.
 
-    `compile(fn, tensors, free)` turns a function of tensors into a compiled one (see `artifacts.compile_function`); the
-    default needs a compiler on this machine, and keeps what it makes in the folder `store`. `open` False compiles
-    nothing new: what is compiled stays in use. A warm-up whose deadline has passed sets it.
+    `compile(fn, tensors, free)` turns a function of tensors into a compiled one (see `artifacts.compile_function`). The
+    default needs a compiler on this machine, and saves its code in the folder `store`. If `open` is False, nothing new
+    is compiled and compiled code stays in use. A warm-up sets it after its deadline.
     """
 
     def __init__(self, compile: Compile | None = None, limit: int = LIMIT, store: Path | None = None) -> None:
@@ -108,26 +108,26 @@ class Regions:
     def run(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: Sequence[Tensor] = ()
     ) -> Any:
-        """The same; `free`: those of the arguments whose dimension 1 may have any length, one for them all."""
+        """As `__call__`. `free`: the arguments whose dimension 1 may have any length, the same for all of them."""
         if self._obstacle is not None:
             return self._run_uncompiled("no compiler", module, args, kwargs)
         if torch.is_grad_enabled():
             return self._run_uncompiled("gradients", module, args, kwargs)
         block = self._blocks.get(module) or self._describe_block(module)
-        free = [x for x in free if x.shape[1] > 1]  # a tracer takes a length of 1 for one that is broadcast
+        free = [x for x in free if x.shape[1] > 1]  # the tracer assumes that a length of 1 is broadcast
         tensors, signature = block.weights(), []
         _sign((args, kwargs), {id(x) for x in free}, signature, tensors)
         key = (name, block.number, *_modes(), *signature)
         region = self._regions.get(key)
         if region is None:
-            if not self.open:  # before the lock, which a compilation that came too late may still hold
+            if not self.open:  # checked before the lock, which a late compilation may still hold
                 return self._run_uncompiled("not compiled in time", module, args, kwargs)
             with self._lock:
                 if key not in self._regions:
                     reason = self._reason_not_to_compile(key)
                     if reason is None:
                         with gc_pause.paused():
-                            return self._first(name, key, module, block, args, kwargs, free, tensors)
+                            return self._first_call(name, key, module, block, args, kwargs, free, tensors)
                     return self._run_uncompiled(reason, module, args, kwargs)
                 region = self._regions[key]
         region.calls += 1
@@ -138,7 +138,7 @@ class Regions:
         self._blocks.pop(module, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Regions:
-        """A copied network runs as it is: copies are made to be changed, or to be tried without data."""
+        """A copied network runs uncompiled: copies are made to be changed, or for runs without data."""
         return Regions(self._compile, limit=0)
 
     def describe(self) -> dict[str, Any]:
@@ -158,16 +158,16 @@ class Regions:
             }
 
     def _reason_not_to_compile(self, key: Hashable) -> str | None:
-        """Why a key is not compiled now; None where it is."""
+        """Why a key is not compiled now; None if it is."""
         if key in self._failures:
             return "compilation failed"
         return "limit" if len(self._regions) >= self.limit else None
 
-    def _first(
+    def _first_call(
         self, name: str, key: tuple[Hashable, ...], module: nn.Module, block: _Block, args: tuple[Any, ...],
         kwargs: dict[str, Any], free: Sequence[Tensor], tensors: list[Tensor],
     ) -> Any:  # fmt: skip
-        """The block's own result for its first arguments, after its code was made or loaded, and has proved right."""
+        """The result of the first call. The code is compiled or loaded, and compared with the block's plain result."""
         start = time.perf_counter()
         expected = type(module).forward(module, *args, **kwargs)
         plain: list[Any] = []
@@ -182,11 +182,11 @@ class Regions:
                 passed: list[Any] = []
                 flatten((args, tuple(kwargs.values())), passed)
                 passed = [leaf for leaf in passed if isinstance(leaf, Tensor)]
-                loose = [len(block.places) + i for i, x in enumerate(passed) if any(x is one for one in free)]
-                run = self._compile(_flat(module, block, args, kwargs), tensors, loose)
+                free_indices = [len(block.places) + i for i, x in enumerate(passed) if any(x is y for y in free)]
+                run = self._compile(_flat(module, block, args, kwargs), tensors, free_indices)
                 if (wrong := _difference(run(*tensors), right)) is not None:
                     raise ValueError(f"compiled, it returns {wrong}")
-        except Exception as error:  # tracers and compilers raise many types; the block itself has just run without one
+        except Exception as error:  # tracers and compilers raise many types; the plain block has just run without error
             self._failures[key] = f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             LOG.warning("not compiled, runs as it is: %s", self._failures[key])
             self._misses["compilation failed"] += 1
@@ -228,7 +228,7 @@ class Regions:
 
 
 class Regional(nn.Module):
-    """A network of blocks, which `regions` runs compiled; None: as they are."""
+    """A network whose blocks run compiled through `regions`, or uncompiled if it is None."""
 
     regions: Regions | None = None
 
@@ -237,14 +237,14 @@ class Regional(nn.Module):
 
 
 def connect(network: nn.Module, regions: Regions | None) -> None:
-    """Every part of `network` that is made of blocks runs them through `regions`."""
+    """Make every `Regional` part of `network` run its blocks through `regions`."""
     for part in network.modules():
         if isinstance(part, Regional):
             part.regions = regions
 
 
 def adopt(regions: Regions, name: str, network: nn.Module) -> None:
-    """The repeated blocks of a foreign network run through `regions`, called as before by its own `forward`.
+    """Make the repeated blocks of a foreign network run through `regions`. Its own `forward` calls them as before.
 
     The blocks: members of the classes that a diffusers model lists for this, else those of `transformer_blocks`.
     Call it again for a network that may have changed since, for example its adapters or attention processors.
@@ -289,7 +289,7 @@ def _flat(module: nn.Module, block: _Block, args: tuple[Any, ...], kwargs: dict[
 
 
 def _difference(outputs: Sequence[Tensor], right: list[Tensor]) -> str | None:
-    """How a compiled block's outputs differ from the right ones; None if they do not. NaN proves nothing."""
+    """How a compiled block's outputs differ from the right ones; None if they do not. NaN is not a difference."""
     if len(outputs) != len(right):
         return f"{len(outputs)} tensors, not {len(right)}"
     for output, expected in zip(outputs, right, strict=True):
@@ -297,9 +297,9 @@ def _difference(outputs: Sequence[Tensor], right: list[Tensor]) -> str | None:
             return f"{tuple(output.shape)} {output.dtype}, not {tuple(expected.shape)} {expected.dtype}"
         if expected.device.type == "meta" or not expected.is_floating_point():
             continue
-        some = slice(None, None, max(1, expected.numel() // SAMPLES))  # a level of a decoder has 400 million
-        mine, theirs = (x.reshape(-1)[some].double() for x in (output, expected))
-        distance, size = (theirs - mine).norm(), theirs.norm()
+        sample = slice(None, None, max(1, expected.numel() // SAMPLES))  # a level of a decoder has 400 million values
+        compiled, plain = (x.reshape(-1)[sample].double() for x in (output, expected))
+        distance, size = (plain - compiled).norm(), plain.norm()
         if float(distance) > TOLERANCE * float(size):
             return f"values that are {float(distance / size):.2f} away from the block's"
     return None
@@ -308,15 +308,16 @@ def _difference(outputs: Sequence[Tensor], right: list[Tensor]) -> str | None:
 def _keep(run: Any, file: Path) -> None:
     try:
         artifacts.save(run, file)
-    except Exception as error:  # a full disk, or Inductor's own caches switched off: it costs the next process time
+    except Exception as error:  # a full disk, or Inductor's caches are off: only the next process takes longer
         LOG.info("cache: %s not written: %s", file, (str(error).splitlines() or [""])[0])
 
 
 def _sign(value: Any, free: Collection[int], signature: list[Hashable], tensors: list[Tensor]) -> None:
-    """What code is made for: the form of the arguments, the shape, dtype and device of tensors, any other value.
+    """Append to `signature` what code is specific to: the form of the arguments, the shape, dtype and device of
+    tensors, and any other value.
 
-    Tensors are collected, and made dense, so that a block which comes after a convolution finds the code of its
-    siblings. In every call of every block: a list that grows, since nested tuples take three times as long.
+    Tensors are appended to `tensors`, made contiguous, so that a block after a convolution uses the code of its
+    siblings. This runs in every call of every block: one list grows, since nested tuples take three times as long.
     """
     if isinstance(value, Tensor):
         shape = value.shape
@@ -336,20 +337,22 @@ def _sign(value: Any, free: Collection[int], signature: list[Hashable], tensors:
 
 def _modes() -> tuple[Hashable, ...]:
     """Global settings of torch that change what a block computes."""
-    # By device: without one, torch 2.10 answers for CUDA alone.
+    # With a device: without one, torch 2.10 returns the state of CUDA only.
     casts = (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda"))
     return torch.is_inference_mode_enabled(), *casts, torch.get_float32_matmul_precision()
 
 
 # Attributes that torch keeps in each module, weights and submodules included: all others are the module's own.
-_TORCHS = frozenset(vars(nn.Module())) - {"training"}
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH = 4  # of attributes within attributes
 
 
 def _attributes(module: nn.Module) -> list[Hashable]:
-    """Everything of a module that is no weight and no submodule, and any hooks it has."""
-    attributes = {name: value for name, value in vars(module).items() if name not in _TORCHS and not _is_region(value)}
+    """All attributes of a module except weights and submodules, and its hooks."""
+    attributes = {
+        name: value for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES and not _is_region(value)
+    }
     hooks = {name: list(getattr(module, name).values()) for name in _HOOKS if getattr(module, name)}
     return [(name, _plain(value, _DEPTH)) for name, value in sorted((attributes | hooks).items())]
 
@@ -359,7 +362,7 @@ def _is_region(value: Any) -> bool:
 
 
 def _plain(value: Any, depth: int) -> Hashable:
-    """A value that is equal where compiled code may be shared. Of tensors and modules in odd places, the class."""
+    """A value that is equal if compiled code may be shared. For a tensor or module in an attribute it is the class."""
     functions = (type, types.FunctionType, types.BuiltinFunctionType, torch._ops.OpOverloadPacket)
     if isinstance(value, (bool, int, float, str, bytes, types.NoneType, torch.dtype, torch.device, *functions)):
         return value

@@ -1,22 +1,22 @@
 """Bounded capture and replay of CUDA and HIP graphs: one launch in place of the hundreds that a function makes.
 
-`Graphs` is the bookkeeping: which calls are captured, which run eagerly and why. It hands the capturing itself to a
-function, `capture_graph` on a GPU, so every rule here is tested with no GPU at hand. The rules:
+`Graphs` decides which calls are captured, which run eagerly and why. A separate function captures (`capture_graph` on a
+GPU), so every rule here is tested without a GPU. The rules:
 
-- a graph serves one key: the name of a function, and of its arguments the shapes, strides, dtypes, device, stream and
-  every value that is no tensor. A call with another key is a miss;
+- a graph serves one key: the name of a function, its arguments' shapes, strides, dtypes, device and stream, and every
+  argument that is not a tensor. A call with another key is a miss;
 - a miss runs eagerly and is counted by its reason. A new key runs eagerly once and is captured at its second call, so
-  one-off shapes cost nothing. A key past `limit` runs eagerly too, and one whose capture has failed: it is not tried
-  again;
-- inputs are copied into buffers that the graph reads, unless the buffer holds that very tensor, unchanged, already;
-- what stays over many calls, such as a clip's keys and values, may be put into buffers that graphs read in place
-  (`lend`): then there is one of it, not one for its maker and one for each graph;
-- results are copies, safe to keep. `keep=False` hands out the graph's own buffers, for a caller that has consumed them
+  one-off shapes cost nothing. A key past `limit` runs eagerly too. So does a key whose capture has failed: it is not
+  tried again;
+- inputs are copied into buffers that the graph reads, unless the buffer already holds the same tensor, unchanged;
+- tensors that stay the same over many calls, such as a clip's keys and values, may be put into buffers that graphs read
+  in place (`lend`). Then there is one copy of them, not one for the caller and one for each graph;
+- results are copies, safe to keep. `keep=False` returns the graph's own buffers, for a caller that has consumed them
   before the next call;
-- all graphs of a stream live in one memory pool, where one's intermediates lie on another's: no more than the largest
-  needs, plus every graph's inputs and outputs. These are bounded in bytes: past it the graph that was not used for
-  longest goes. Where memory runs out all go, and the call is made again without them;
-- a graph reads weights where they lay at capture: after moving or rewriting them, call `reset`.
+- all graphs of a stream use one memory pool, where their intermediates overlap: no more than the largest graph needs,
+  plus every graph's inputs and outputs. These are limited in bytes: beyond the limit, the least recently used graph is
+  dropped. If memory runs out, all graphs are dropped, and the call runs again without them;
+- a graph reads weights at their addresses during capture: after moving or rewriting weights, call `reset`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from .call_forms import flatten, kinds, rebuild
 
 LOG = logging.getLogger("reducio_fast")
 
-# At 1024x1024 a clip has one key of a denoising step, four shapes of tile to encode and the four to decode, these at up
-# to two batch sizes: 13. Two sizes in turn fit.
+# At 1024x1024 a clip has 13 keys: one denoising step, four tile shapes to encode, and the same four to decode at up to
+# two batch sizes. Two clip sizes in turn fit.
 LIMIT = 32
-# At the limit a key takes the place of the rarest graph once it has come so many times as often as that: what a server
-# sees first does not keep out what it sees most, and keys that take turns do not drive each other out.
+# At the limit a key replaces the least used graph once it has been called this many times as often. So a server's first
+# keys do not block its most frequent ones, and keys that take turns do not evict each other.
 OFTEN = 2
-SHARE = 8  # of a GPU's memory, the inputs and outputs of all graphs may take one part in so many
+SHARE = 8  # the inputs and outputs of all graphs may take 1 / SHARE of a GPU's memory
 REMEMBERED = 1024  # cap on remembered keys, so a server's memory does not grow with the number of sizes
 
 _one_capture_at_a_time = threading.Lock()  # CUDA allows one capture at a time in a process
@@ -66,18 +66,18 @@ def capture_graph(fn: Callable[..., Any], inputs: list[Tensor], pool: Pool) -> t
         if pool.handle is None:
             pool.handle, pool.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         try:
-            # Kernels are compiled and loaded, library handles and work spaces made, none of which a capture allows. On
-            # the capture's own stream, since handles and work spaces belong to a stream.
+            # This run compiles and loads kernels and makes library handles and workspaces, none of which a capture
+            # allows. It uses the capture's own stream, since handles and workspaces belong to a stream.
             pool.stream.wait_stream(current)
             with torch.cuda.stream(pool.stream):
                 fn(*inputs)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: an allocation in another thread is no reason to fail. What Triton allocates for descriptors
-            # during the capture comes from torch, hence from the pool, and stays the graph's.
+            # thread_local: an allocation in another thread does not make the capture fail. Triton's descriptors are
+            # allocated during the capture by torch, hence in the pool, and stay with the graph.
             with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
                 outputs = fn(*inputs)
         finally:
-            torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own current where a capture cannot be ended
+            torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own stream set if a capture cannot be ended
         return graph.replay, outputs
 
 
@@ -91,7 +91,7 @@ def pool_bytes(pool: Pool) -> int:
 
 @dataclass(slots=True)
 class _Graph:
-    """One captured function. `held[i]` says which tensor, in which version, `inputs[i]` is a copy of."""
+    """One captured function. `held[i]` is the tensor, and its version, that `inputs[i]` is a copy of."""
 
     name: str
     replay: Callable[[], Any]
@@ -99,23 +99,23 @@ class _Graph:
     held: list[tuple[weakref.ref[Tensor], int] | None]
     outputs: Any
     hits: int = 0
-    used: int = 0  # when it was last replayed, in replays of all graphs
+    used: int = 0  # time of the last replay, counted in replays of all graphs
 
 
 @dataclass(slots=True)
 class _Lent:
-    """Buffers that graphs read in place, and who has filled them."""
+    """Buffers that graphs read in place, and the owner of their contents."""
 
     buffers: list[Tensor]
     owner: weakref.ref[Any]
 
 
 class Graphs:
-    """Calls functions through graphs where it has one. Safe to share between threads.
+    """Calls functions, through graphs where there is one. Safe to share between threads.
 
-    `limit`: how many graphs at most; then the rarest gives way to what comes more often. `limit_bytes`: of all graphs'
-    inputs and outputs; None: an eighth of the GPU's memory, and no limit elsewhere. `sightings`: how often a key runs
-    eagerly before it is captured; a warm-up sets 0 meanwhile.
+    `limit`: the largest number of graphs; at the limit a more frequent key replaces the least used graph.
+    `limit_bytes`: the limit of all graphs' inputs and outputs; None is an eighth of the GPU's memory, and no limit
+    elsewhere. `sightings`: how often a key runs eagerly before it is captured; it is 0 during a warm-up.
     """
 
     def __init__(
@@ -139,9 +139,9 @@ class Graphs:
     def __call__(self, name: str, fn: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
         """`fn(*args)`. Arguments and results are tensors and plain values, or lists and (named) tuples of them.
 
-        `name` stands for `fn` and for all that it reads besides its arguments: one name, one function and model. `fn`
-        must not read a number back from the device, nor write to its arguments. Python code in it, counters included,
-        runs at captures and misses only. Raises what `fn` raises.
+        `name` identifies `fn` and all that it reads besides its arguments: one name per function and model. `fn` must
+        not read a number back from the device, nor write to its arguments. Its Python code, counters included, runs at
+        captures and misses only. Raises what `fn` raises.
         """
         leaves: list[Any] = []
         form = flatten(args, leaves)
@@ -151,13 +151,13 @@ class Graphs:
             place = _place(tensors[0])
             key = (name, place, form, kinds(leaves))
             with self._lock:
-                if self._capturing:  # a graph within a graph is part of it
+                if self._capturing:  # an inner call becomes part of the outer graph
                     return fn(*args)
                 graph = self._graphs.get(key)
                 if graph is None:
                     reason = self._reason_not_to_capture(key) or self._record(key, fn, leaves)
                     graph = self._graphs.get(key)
-                if graph is not None and self._others(graph, tensors):
+                if graph is not None and self._reads_other_lent(graph, tensors):
                     reason, graph = "lent to another", None
                 if graph is not None:
                     return self._replay(graph, tensors, keep)
@@ -166,8 +166,9 @@ class Graphs:
     def lend(self, name: str, tensors: list[Tensor], owner: Any) -> list[Tensor]:
         """`tensors` in buffers that graphs of `name` read in place, for as long as `owner` lives and does not write.
 
-        The next owner's go into the same buffers. While an earlier owner is alive, or where torch cannot tell of writes
-        (inference mode), the tensors themselves come back: a graph then has copies, or its call runs eagerly.
+        The next owner's tensors are copied into the same buffers. While an earlier owner is alive, or if torch does not
+        track writes (inference mode), `tensors` themselves are returned: a graph then has copies, or its call runs
+        eagerly.
         """
         if not tensors or any(x.is_inference() for x in tensors) or _unfit(tensors) is not None:
             return tensors
@@ -186,8 +187,8 @@ class Graphs:
             return list(lent.buffers)
 
     def reset(self, names: Collection[str] | None = None) -> None:
-        """Forget the graphs of these functions (None: of all), what was seen and what failed: weights have changed, or
-        memory is wanted."""
+        """Forget the graphs of these functions (None: of all), their sightings and failures. Call it when weights have
+        changed, or when memory is needed."""
         with self._lock:
             self._release(names)
             self._seen = {} if names is None else {k: state for k, state in self._seen.items() if k[0] not in names}
@@ -218,7 +219,7 @@ class Graphs:
     # ---- with the lock held -----------------------------------------------------------------------------------------
 
     def _reason_not_to_capture(self, key: Hashable) -> str | None:
-        """Why a key without a graph is not captured now; None where it is."""
+        """Why a key without a graph is not captured now; None if it is."""
         state = self._seen.get(key, 0)
         if isinstance(state, str):
             return "capture failed"
@@ -240,9 +241,9 @@ class Graphs:
             self._seen.pop(next(iter(self._seen)))
 
     def _record(self, key: tuple[Any, ...], fn: Callable[..., Any], leaves: list[Any]) -> str | None:
-        """Captures; or says why there is no graph, with one log line. The other graphs stay, unless memory ran out."""
+        """Capture, or return why there is no graph, with one log line. Other graphs stay, unless memory ran out."""
         name, place, form, _ = key
-        # Without the tensors: what a capture function keeps of `flat` must not keep them.
+        # Without the tensors: a capture function that keeps `flat` must not keep them alive.
         plain = [None if isinstance(x, Tensor) else x for x in leaves]
         where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
 
@@ -254,8 +255,8 @@ class Graphs:
 
         self._capturing = True
         try:
-            mine = self._lent_ids()
-            inputs = [leaves[i] if id(leaves[i]) in mine else leaves[i].detach().clone() for i in where]
+            lent_ids = self._lent_ids()
+            inputs = [leaves[i] if id(leaves[i]) in lent_ids else leaves[i].detach().clone() for i in where]
             replay, outputs = self._capture(flat, inputs, self._pools.setdefault(place, Pool()))
         except Exception as error:  # of any type: the same call without a graph may still succeed
             failure = f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -273,13 +274,13 @@ class Graphs:
     def _lent_ids(self) -> set[int]:
         return {id(x) for lent in self._lent.values() for x in lent.buffers}
 
-    def _others(self, graph: _Graph, tensors: list[Tensor]) -> bool:
-        """Whether the graph reads a buffer in place that another owner's tensor must not be copied into."""
-        mine = self._lent_ids()
-        return any(x is not tensor and id(x) in mine for x, tensor in zip(graph.inputs, tensors, strict=True))
+    def _reads_other_lent(self, graph: _Graph, tensors: list[Tensor]) -> bool:
+        """Whether the graph reads a lent buffer in place that is not among `tensors`, so they must not be copied in."""
+        lent_ids = self._lent_ids()
+        return any(x is not tensor and id(x) in lent_ids for x, tensor in zip(graph.inputs, tensors, strict=True))
 
     def _forget_unread(self) -> None:
-        """Lets go of lent buffers that have lost their owner and are read by no graph."""
+        """Release lent buffers whose owner is gone and that no graph reads."""
         read = {id(x) for graph in self._graphs.values() for x in graph.inputs}
         self._lent = {
             key: lent
@@ -288,17 +289,17 @@ class Graphs:
         }
 
     def _keep_within_bytes(self, newest: tuple[Any, ...]) -> None:
-        """Ends the graphs that were not used for longest until the others, the newest among them, fit."""
+        """Drop the least recently used graphs until the others, including the newest, fit."""
         device = newest[1][0]
-        most = self.limit_bytes
-        if most is None:
+        limit_bytes = self.limit_bytes
+        if limit_bytes is None:
             if device.type != "cuda":
                 return
-            most = torch.cuda.get_device_properties(device).total_memory // SHARE
+            limit_bytes = torch.cuda.get_device_properties(device).total_memory // SHARE
         total = sum(map(_buffer_bytes, self._graphs.values()))
         ended = []
         for key in sorted(self._graphs, key=lambda key: self._graphs[key].used):
-            if total <= most or key == newest:
+            if total <= limit_bytes or key == newest:
                 break
             total -= _buffer_bytes(self._graphs[key])
             ended.append(key)
@@ -307,8 +308,8 @@ class Graphs:
 
     def _replay(self, graph: _Graph, tensors: list[Tensor], keep: bool) -> Any:
         for i, tensor in enumerate(tensors):
-            # A clip's condition stays over its steps: at full size 361 MB of keys and values that need no second copy.
-            # Asked of the object itself, since its address may have passed to another tensor.
+            # A clip's condition is the same in all steps: at full size 361 MB of keys and values are not copied again.
+            # The objects are compared, since another tensor may have the same address by now.
             if graph.inputs[i] is tensor:  # lent
                 continue
             held, version = graph.held[i], _version(tensor)
@@ -341,7 +342,7 @@ class Graphs:
         places = {key[1] for key in self._graphs}
         self._pools = {place: pool for place, pool in self._pools.items() if place in places}
 
-    # ---- without --------------------------------------------------------------------------------------------------
+    # ---- without the lock -------------------------------------------------------------------------------------------
 
     def _eagerly(self, reason: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         with self._lock:
@@ -354,11 +355,11 @@ class Graphs:
                     raise
                 self._misses["out of memory"] += 1
                 self._release()
-        return fn(*args)  # here, not above: the exception held what the first try had allocated
+        return fn(*args)  # outside `except`, where the exception still holds what the first try allocated
 
 
 def _unfit(tensors: list[Tensor]) -> str | None:
-    """Why a call with these arguments can have no graph."""
+    """Why a call with these arguments cannot have a graph; None if it can."""
     if not tensors:
         return "no tensor"
     if len({x.device for x in tensors}) > 1:
@@ -376,7 +377,7 @@ def _place(x: Tensor) -> Hashable:
 
 
 def _version(x: Tensor) -> tuple[weakref.ref[Tensor], int] | None:
-    """What shows later writes to this very tensor; None where nothing does."""
+    """The tensor and its version counter, which shows later writes; None for inference tensors, which have none."""
     return None if x.is_inference() else (weakref.ref(x), x._version)
 
 
@@ -387,7 +388,7 @@ def _tensors(graph: _Graph) -> list[Tensor]:
 
 
 def _buffer_bytes(graph: _Graph) -> int:
-    """Of its inputs, what it reads in place among them, and its outputs."""
+    """Bytes of the graph's inputs, including those it reads in place, and of its outputs."""
     return sum(map(_bytes, _tensors(graph)))
 
 

@@ -1,8 +1,9 @@
-"""Reads finished machine code: counts of the loop that multiplies matrices and of what follows it, and known hazards.
+"""Reads compiled machine code: counts instructions of the matrix loop and of the code after it, finds known hazards.
 
-NVIDIA's is disassembled by nvdisasm, which Triton's wheel brings and PyPI has as nvidia-cuda-nvdisasm; AMD's is the
-assembly that Triton's compiler leaves. Nothing is executed. A loop is the region of a backward branch with no exit and
-no other such loop in it; of several that multiply, the first counts, which is the one without masks.
+NVIDIA code is disassembled by nvdisasm, which is in Triton's wheel and on PyPI as nvidia-cuda-nvdisasm. AMD code is the
+assembly that Triton's compiler returns. Nothing is executed. A loop is the region of a backward branch without an exit
+and without another such loop in it. Of several loops that multiply matrices, the first is counted, which is the one
+without masks.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineCode:
-    """Counts of one kernel, of instructions unless said otherwise.
+    """Counts of one kernel, in instructions unless stated otherwise.
 
-    covered: cycles of matrix instructions between a load from memory and the wait for it, the least of all loads in the
-    loop. in_flight: groups of asynchronous products, or of copies, that the loosest wait of the loop leaves running; -1
-    where there is no such wait."""
+    covered: cycles of matrix instructions between a load from memory and the wait for it, the minimum over all loads in
+    the loop. in_flight: groups of asynchronous products, or of copies, that the loosest wait of the loop leaves
+    running; -1 if there is no such wait."""
 
     instructions: int  # of the whole kernel
-    loop: int = 0  # of one pass of the loop; 0: there is none that multiplies
-    matrix: int = 0  # of these: matrix instructions
-    matrix_shape: str = ""  # such as "64x256x16": the most frequent one
-    matrix_cycles: int = 0  # of one warp's matrix instructions, the matrix unit to itself
-    vector: int = 0  # AMD's vector instructions but those of the matrix unit, four cycles each
-    transcendental: int = 0  # MUFU; v_exp and its like
-    division: int = 0  # signs of an integer division by a run-time value
+    loop: int = 0  # of one pass of the matrix loop; 0 if there is none
+    matrix: int = 0  # matrix instructions among them
+    matrix_shape: str = ""  # the most frequent one, such as "64x256x16"
+    matrix_cycles: int = 0  # of one warp's matrix instructions, if no other warp uses the matrix unit
+    vector: int = 0  # AMD's vector instructions except those of the matrix unit, four cycles each
+    transcendental: int = 0  # MUFU; v_exp and similar
+    division: int = 0  # instructions that indicate an integer division by a run-time value
     copies: int = 0  # loads from memory: TMA, LDGSTS, buffer loads
-    loads: int = 0  # loads from memory that pass a register on NVIDIA, hence wait
+    loads: int = 0  # loads from memory through a register on NVIDIA, which therefore wait
     barriers: int = 0
     shared_reads: int = 0
     narrow_reads: int = 0  # of 16 bits each: an operand that had to be transposed
@@ -57,14 +58,14 @@ _SASS_SHAPE = re.compile(r"[HQI]GMMA\.(\d+)x(\d+)x(\d+)")
 
 
 def disassembler() -> Path | None:
-    """nvdisasm: Triton's own, else that of the wheel nvidia-cuda-nvdisasm, else one on the path; None where none is."""
+    """nvdisasm: Triton's own, else that of the wheel nvidia-cuda-nvdisasm, else one on the path, else None."""
     places = []
     for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin"), ("nvidia", "cuda_nvdisasm/bin")):
         spec = importlib.util.find_spec(package)
         places += [Path(root) / inside / "nvdisasm" for root in (spec.submodule_search_locations or ())] if spec else []
-    found = next((place for place in places if place.is_file()), None)
+    installed = next((place for place in places if place.is_file()), None)
     on_path = shutil.which("nvdisasm")
-    return found or (Path(on_path) if on_path else None)
+    return installed or (Path(on_path) if on_path else None)
 
 
 def disassemble(cubin: bytes, tool: Path) -> str:
@@ -75,7 +76,7 @@ def disassemble(cubin: bytes, tool: Path) -> str:
 
 
 def read_nvidia(text: str, mac_per_cycle: int) -> MachineCode:
-    """Of nvdisasm's text. mac_per_cycle: of one of an SM's four matrix units, in 16-bit types."""
+    """Counts from nvdisasm's text. mac_per_cycle: of one of an SM's four matrix units, in 16-bit types."""
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -87,14 +88,16 @@ def read_nvidia(text: str, mac_per_cycle: int) -> MachineCode:
         code.pop()
     branches = (
         (labels.get(target[1], len(code)), i)
-        for i, (name, rest) in enumerate(code)
-        if name.startswith("BRA") and (target := _SASS_TARGET.search(rest))
+        for i, (name, operands) in enumerate(code)
+        if name.startswith("BRA") and (target := _SASS_TARGET.search(operands))
     )
     start, end = _loop(branches, [name.startswith("EXIT") for name, _ in code], [_is_mma(name) for name, _ in code])
     last = max((i for i, (name, _) in enumerate(code) if name.startswith("EXIT")), default=len(code) - 1) + 1
     loop, after = code[start:end], code[end:last] if end else []
     waits = [
-        int(m[1], 16) for name, rest in loop if "DEPBAR.LE" in name and (m := re.match(r".*,\s*0x([0-9a-f]+)", rest))
+        int(m[1], 16)
+        for name, operands in loop
+        if "DEPBAR.LE" in name and (m := re.match(r".*,\s*0x([0-9a-f]+)", operands))
     ]
     shapes = [(shape, not name.startswith("H")) for name, _ in loop if (shape := _sass_shape(name))]
     return MachineCode(
@@ -135,17 +138,18 @@ def _sass_shape(name: str) -> str:
 
 
 def _overwritten_operands(loop: list[tuple[str, str]]) -> Iterable[str]:
-    """wgmma with an operand in registers reads them after it was issued: they must stay until a wait that covers it.
+    """Yields writes to registers that a wgmma may still read.
 
-    ptxas 12.8 and 12.9 are known to reuse them before. Followed over the back edge once.
+    wgmma reads register operands after it is issued, so they must not change before a wait that covers it. ptxas 12.8
+    and 12.9 are known to reuse them too early. The search crosses the back edge once.
     """
     twice = loop + loop
-    for i, (name, rest) in enumerate(loop):
-        source = re.match(r"\s*R\d+, (R\d+)\b", rest)
+    for i, (name, operands) in enumerate(loop):
+        source = re.match(r"\s*R\d+, (R\d+)\b", operands)
         if not re.match(r"[HQI]GMMA", name) or source is None:
             continue
         first = int(source[1][1:])
-        operand = range(first, first + 4)
+        registers = range(first, first + 4)
         for later, text in twice[i + 1 : i + 1 + len(loop)]:
             if later.startswith("WARPGROUP.DEPBAR") and re.search(r",\s*0x0\b", text):
                 break
@@ -153,7 +157,7 @@ def _overwritten_operands(loop: list[tuple[str, str]]) -> Iterable[str]:
             if written is None or _is_mma(later) or later.startswith(("ST", "RED", "BAR", "WARP", "SYNCS", "R2UR")):
                 continue
             width = 4 if ".128" in later else 2 if ".64" in later or "WIDE" in later or later == "CS2R" else 1
-            if any(int(written[1]) + k in operand for k in range(width)):
+            if any(int(written[1]) + k in registers for k in range(width)):
                 yield f"{later} writes R{written[1]}, which {name} may still read"
 
 
@@ -165,7 +169,7 @@ _MFMA = re.compile(r"v_mfma_f32_(\d+)x(\d+)x(\d+)_?(\w*)")
 
 
 def read_amd(text: str, mac_per_cycle: int) -> MachineCode:
-    """Of the compiler's assembly. mac_per_cycle: of one of a compute unit's four matrix units, in 16-bit types."""
+    """Counts from the compiler's text. mac_per_cycle: of one of a compute unit's four matrix units, in 16-bit types."""
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -176,8 +180,8 @@ def read_amd(text: str, mac_per_cycle: int) -> MachineCode:
             if instruction[1] == "s_endpgm":
                 break
     branches = (
-        (labels.get(rest.split()[0], len(code)), i)
-        for i, (name, rest) in enumerate(code)
+        (labels.get(operands.split()[0], len(code)), i)
+        for i, (name, operands) in enumerate(code)
         if name.startswith(("s_cbranch", "s_branch"))
     )
     start, end = _loop(branches, [name == "s_endpgm" for name, _ in code], ["v_mfma" in name for name, _ in code])
@@ -188,8 +192,8 @@ def read_amd(text: str, mac_per_cycle: int) -> MachineCode:
         m = _MFMA.match(name)
         if m is None:
             return 0
-        # Of FP8, gfx942's instruction is twice as fast as that of bfloat16. gfx950 has it too, at the same 512 a cycle;
-        # what is twice as fast as its bfloat16 is another one.
+        # gfx942's FP8 instruction is twice as fast as its bfloat16 one. gfx950 has it too, at the same 512 per cycle;
+        # its instruction that is twice as fast as bfloat16 is another one, f8f6f4.
         rate = 512 if m[4].endswith("_fp8") else mac_per_cycle * 2 if m[4].endswith("f6f4") else mac_per_cycle
         return _cycles(f"{m[1]}x{m[2]}x{m[3]}", rate // (8 if m[4] in ("f32", "") else 1))
 
@@ -214,20 +218,20 @@ def read_amd(text: str, mac_per_cycle: int) -> MachineCode:
     )
 
 
-def _waits_for(rest: str, counter: str) -> int | None:
-    found = re.search(rf"{counter}\((\d+)\)", rest)
-    return int(found[1]) if found else None
+def _waits_for(operands: str, counter: str) -> int | None:
+    match = re.search(rf"{counter}\((\d+)\)", operands)
+    return int(match[1]) if match else None
 
 
 def _covered(loop: list[tuple[str, str]], cycles: list[int]) -> int:
-    """Matrix cycles between a load from memory and the wait for it: the least of all loads, over two passes."""
+    """Matrix cycles between a memory access and the wait for it: the minimum over two passes. AMD counts stores too."""
     least: int | None = None
-    pending: list[int] = []  # for each load under way, when it was issued
+    pending: list[int] = []  # issue time of each load in flight
     now = 0
-    for (name, rest), spent in zip(loop + loop, cycles + cycles, strict=True):
+    for (name, operands), spent in zip(loop + loop, cycles + cycles, strict=True):
         if name.startswith(("buffer_load", "global_load", "buffer_store", "global_store")):
             pending.append(now)
-        elif name == "s_waitcnt" and (left := _waits_for(rest, "vmcnt")) is not None:
+        elif name == "s_waitcnt" and (left := _waits_for(operands, "vmcnt")) is not None:
             done, pending = pending[: max(0, len(pending) - left)], pending[max(0, len(pending) - left) :]
             for issued in done:
                 least = now - issued if least is None else min(least, now - issued)
@@ -236,23 +240,23 @@ def _covered(loop: list[tuple[str, str]], cycles: list[int]) -> int:
 
 
 def _shared_memory_races(loop: list[tuple[str, str]]) -> Iterable[str]:
-    """A warp that passes a barrier with reads of shared memory outstanding, where another writes there after it.
+    """Yields barriers that a warp passes with reads of shared memory outstanding, before another warp writes there.
 
-    Triton 3.6 to 3.8 do this on gfx942 in loops of eight warps whose two halves take turns: wrong results. The loop is
-    followed twice; each barrier is told once.
+    Triton 3.6 to 3.8 do this on gfx942 in loops of eight warps whose two halves take turns, which gives wrong results.
+    The search follows the loop twice and reports each barrier once.
     """
     twice = loop + loop
-    outstanding, told = 0, set[int]()
-    for i, (name, rest) in enumerate(twice):
+    outstanding, reported = 0, set[int]()
+    for i, (name, operands) in enumerate(twice):
         if name.startswith("ds_read"):
             outstanding += 1
-        elif name == "s_waitcnt" and (left := _waits_for(rest, "lgkmcnt")) is not None:
+        elif name == "s_waitcnt" and (left := _waits_for(operands, "lgkmcnt")) is not None:
             outstanding = min(outstanding, left)
-        elif name == "s_barrier" and outstanding and i % len(loop) not in told:
+        elif name == "s_barrier" and outstanding and i % len(loop) not in reported:
             following = (later for later, _ in twice[i + 1 :])
             until = next((k for k, later in enumerate(following) if later == "s_barrier"), len(twice) - i - 1)
             if any(later.startswith("ds_write") for later, _ in twice[i + 1 : i + 1 + until]):
-                told.add(i % len(loop))
+                reported.add(i % len(loop))
                 yield f"{outstanding} reads of shared memory are outstanding at a barrier before a write"
 
 
@@ -260,7 +264,7 @@ def _shared_memory_races(loop: list[tuple[str, str]]) -> Iterable[str]:
 
 
 def _loop(branches: Iterable[tuple[int, int]], ends: list[bool], matrix: list[bool]) -> tuple[int, int]:
-    """(first, one past the last) instruction of the first innermost loop that multiplies; (0, 0) where none does."""
+    """(first, one past the last) instruction of the first innermost matrix loop; (0, 0) if there is none."""
     spans = [
         (to, at + 1) for to, at in branches if to <= at and not any(ends[to : at + 1]) and any(matrix[to : at + 1])
     ]

@@ -1,8 +1,8 @@
-"""Compiles kernels into Triton's disk cache by many processes, before the first launch would do it one by one.
+"""Compiles kernels into Triton's disk cache with many processes, instead of one by one at the first launch.
 
-A first clip at 1024x1024 needs about forty kernels, each a second or more of one core. Here the just-in-time compiler
-itself runs in every process, told which GPU it serves, so what it leaves in the cache is what the launch will look for.
-No process opens the GPU.
+A first clip at 1024x1024 needs about forty kernels, and each takes a second or more of one core. Every process runs the
+just-in-time compiler itself for a given target GPU, so its cache entries are those that the launch looks up. No process
+opens the GPU.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Call:
 
 
 def precompile(calls: Iterable[Call], target: GPUTarget, jobs: int | None = None) -> list[str]:
-    """Compiles each call for `target`; returns one line for each that failed, with its error.
+    """Compile each call for `target`; returns one line for each that failed, with its error.
 
-    jobs: processes, by default one a core. Each imports torch and Triton, two seconds and 0.5 GB.
+    jobs: number of processes, by default one per core. Each imports torch and Triton, which takes two seconds and
+    0.5 GB.
     """
     calls = list(calls)
     failures = []
@@ -47,7 +48,7 @@ def precompile(calls: Iterable[Call], target: GPUTarget, jobs: int | None = None
 
 
 class _Driver:
-    """The GPU as the compiler sees it: its architecture."""
+    """A driver for the compiler that opens no GPU and only reports its architecture."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target

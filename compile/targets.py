@@ -16,11 +16,11 @@ class Target:
     backend: str
     triton_arch: int | str
     warp_size: int
-    shared_bytes: int  # that one block may ask for
+    shared_bytes: int  # the most that one block may use
     # TMA on NVIDIA; buffer instructions on AMD, whose bounds the hardware checks; empty where there is neither.
     bulk_copy: str
     matrix_instructions: tuple[str, ...]  # any one of these in the assembly proves that matrix units are used
-    eight_bit_instruction: str  # the same of 8-bit numbers, a regular expression
+    eight_bit_instruction: str  # the same for 8-bit numbers, as a regular expression
     mac_per_cycle: int  # 16-bit multiply-adds of one matrix unit; a multiprocessor (compute unit) has four
 
     @property
@@ -29,7 +29,7 @@ class Target:
 
     @property
     def assembly(self) -> str:
-        """Key of the readable assembly among what Triton's compiler leaves behind."""
+        """Key of the readable assembly in the output of Triton's compiler."""
         return "ptx" if self.backend == "cuda" else "amdgcn"
 
 

@@ -1,6 +1,6 @@
-"""The one way in which this package writes a file: whole or not at all.
+"""Writes a file whole or not at all: the way in which all of `compile` writes files.
 
-`system.atomic_files` does more of the same, and is on this floor too: neither may import the other.
+`system.atomic_files` does the same and more. It is on the same floor, so neither may import the other.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`, in a folder that exists. What the block writes there takes the name `path` when it
-    ends well, and vanishes when it fails. Another process sees the whole file or none. Raises OSError."""
+    """Yield a temporary name beside `path`, in a folder that exists. The file that the block writes there is renamed to
+    `path` if the block succeeds, and removed if it fails. Other processes see the whole file or none. Raises
+    OSError."""
     temporary = path.with_name(f".{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary

@@ -1,10 +1,10 @@
 """Reducio, fast: text and an image in, a short clip out.
 
-`generate` makes a clip with the embedded model, or with the one named; `ReducioPipeline`, `SVDPipeline` and
-`SV3DPipeline` give access to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder
-alone, `accelerate` runs a loaded diffusers pipeline on the fast networks, `parallelize` makes each clip by
-several processes. `ReducioError` is raised for bad input, with a message of one line. All are loaded at first use:
-importing this package loads no torch.
+`generate` makes a clip with the embedded model or a named one; `ReducioPipeline`, `SVDPipeline` and `SV3DPipeline`
+give access to every part of a loaded model, `ReducioVAE.from_pretrained` loads the video autoencoder alone,
+`accelerate` runs a loaded diffusers pipeline on the fast networks, `parallelize` makes each clip with several
+processes. `ReducioError` is raised for bad input, with a message of one line. All are loaded at first use: importing
+this package loads no torch.
 """
 
 from __future__ import annotations

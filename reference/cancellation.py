@@ -1,7 +1,7 @@
 """A way to end a long decode: decoders call `check` between tiles, frames and blocks; the caller decides what it does.
 
-A context variable instead of an argument: between the caller that wants to stop and the loop over tiles lie several
-functions that neither know nor change anything about it. Other threads see their own value.
+It is a context variable instead of an argument, because between the caller that wants to stop and the loop over tiles
+there are several functions that do not use it. Other threads see their own value.
 """
 
 from __future__ import annotations

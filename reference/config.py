@@ -9,7 +9,7 @@ _Config = TypeVar("_Config", bound="DictMixin")
 
 
 class DictMixin:
-    """`to_dict` and `from_dict` of a configuration; tuples travel as JSON lists."""
+    """`to_dict` and `from_dict` of a configuration; tuples become JSON lists and back."""
 
     __slots__ = ()
 

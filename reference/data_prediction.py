@@ -1,6 +1,6 @@
 """The data prediction of a step: the clean latent that a network's output stands for, data = p x + q prediction.
 
-What a scheduler calls its prediction (noise, velocity, flow, the data themselves) is a linear view of one thing, the
+Each type of prediction (noise, velocity, flow, the data itself) is linear in the latent and in the data prediction, the
 point at which the trajectory is expected to end. Formulas: DDIM (arXiv 2010.02502), progressive distillation
 (arXiv 2202.00512) for v, EDM (arXiv 2206.00364) for the scaling of `EulerDiscreteScheduler` and those after it.
 """
@@ -61,7 +61,7 @@ def data_rows(scheduler: Any) -> list[tuple[float, float]]:
     prediction = config["prediction_type"]
     if prediction == "sample":
         return [(0.0, 1.0)] * len(sigmas)
-    if family == "EulerDiscreteScheduler":  # steps a latent of any size: x = data + sigma noise
+    if family == "EulerDiscreteScheduler":  # its latent is not scaled: x = data + sigma noise
         if prediction == "v_prediction":
             return [(1 / (sigma**2 + 1), -sigma / math.sqrt(sigma**2 + 1)) for sigma in sigmas]
         if prediction == "epsilon":

@@ -1,7 +1,7 @@
 """The steps of DPM-Solver++ along a discrete noise schedule, as data: which timesteps, which sigmas.
 
 Source: arXiv 2211.01095 and diffusers' `DPMSolverMultistepScheduler`, whose configuration it reads and whose numbers it
-has, to the bit. It takes no steps: `fast.solver_tables` makes coefficients of it.
+reproduces to the bit. It takes no steps: `fast.solver_tables` makes coefficients of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLAIN = {
 
 
 class Config(dict[str, Any]):
-    """A dictionary whose entries are attributes too, as of diffusers' configurations."""
+    """A dictionary whose entries are attributes too, as in diffusers' configurations."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,8 +58,8 @@ class MultistepSchedule:
             betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
         else:
             raise ValueError(f"beta_schedule={config['beta_schedule']!r}: must be linear or scaled_linear")
-        shares = torch.cumprod(1.0 - betas, dim=0)
-        self._trained_sigmas = np.array(((1 - shares) / shares) ** 0.5)
+        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        self._trained_sigmas = np.array(((1 - alphas_cumprod) / alphas_cumprod) ** 0.5)
         self.sigmas, self.timesteps = torch.empty(0), torch.empty(0, dtype=torch.int64)
         self.num_inference_steps: int | None = None
 
@@ -73,7 +73,7 @@ class MultistepSchedule:
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """As many steps at equal distances, or steps at these falling `timesteps`."""
+        """`num_inference_steps` steps at equal distances, or steps at these falling `timesteps`."""
         trained = len(self._trained_sigmas)
         if timesteps is None:
             assert num_inference_steps is not None

@@ -34,8 +34,8 @@ def initial_latent(
 ) -> Tensor:
     """Standard normal noise of `shape` [B, C, T, H, W], item i drawn from generator (or seed) i alone.
 
-    An item's noise therefore depends on neither its batch nor, with CPU generators or seeds, on the device. Raises
-    ValueError where there is not one generator an item.
+    An item's noise therefore does not depend on its batch nor, with CPU generators or seeds, on the device. Raises
+    ValueError unless there is one generator per item.
     """
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {shape[0]}: give one an item")
@@ -50,7 +50,7 @@ def guided(model: Denoiser, scale: float | Tensor) -> Denoiser:
     """Classifier-free guidance: `without + scale * (with - without)`, both predictions from one batch of 2B.
 
     `model(x, timestep)` takes the latent twice, [2B, ...] with the unconditional half first. `scale` is a number, or a
-    tensor that broadcasts against a prediction, such as one value a frame.
+    tensor that broadcasts against a prediction, such as one value per frame.
     """
 
     def denoise(latent: Tensor, timestep: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ Mode = Literal["guided", "reused", "conditional"]
 class Shortcuts:
     """Work that a sampler leaves out.
 
-    guidance_interval: share of the steps, from the first noise on, where guidance begins and ends (arXiv 2404.07724);
-        outside the condition alone is computed, half of a guided step's work.
-    guidance_reuse: of as many guided steps one computes both halves, the others keep its difference between them.
-    cache_threshold: relative change of the first block's residual up to which the other blocks' is kept from the last
-        step that computed it ("first-block cache"); 0 computes all. Only the fast twins follow it.
+    guidance_interval: where guidance begins and ends, as shares of the steps, counted from the noisiest
+        (arXiv 2404.07724); outside it only the conditional half is computed, half of a guided step's work.
+    guidance_reuse: one of this many guided steps computes both halves; the others reuse its difference between them.
+    cache_threshold: relative change of the first block's residual up to which the other blocks' residual is reused from
+        the last step that computed it ("first-block cache"); 0 computes all. Only the fast twins use it.
     """
 
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -100,7 +100,7 @@ NO_SHORTCUTS = Shortcuts()
 
 
 class Guided:
-    """Classifier-free guidance whose steps may be cheaper: called as `guided(...)` is, `predict` takes the mode too.
+    """Classifier-free guidance whose steps may be cheaper: called as `guided(...)` is; `predict` also takes the mode.
 
     both(latent, timestep) -> predictions [2B, ...], the unconditional half first; conditional(latent, timestep) ->
     [B, ...]. `scale` as in `guided`.
@@ -143,12 +143,12 @@ def sample(
     `denoise(latent, timestep)` predicts what the scheduler was set up for, in the dtype of the latent.
     `callback(step, timestep, latent)` runs after each step: a tensor replaces the latent; False, or raising
     `StopSampling`, ends the loop. `generator` feeds the schedulers that draw noise at each step. `sigmas`, one more
-    than there are steps, or `timesteps`, falling: in place of the scheduler's own. `shortcuts` other than none need a
-    `Guided` denoiser where they are about guidance. `data_hook(step, data)` sees the data prediction of each step
-    before the latent moves, and may return another one to move towards.
+    than there are steps, or `timesteps`, falling, replace the scheduler's own. `shortcuts` that concern guidance need a
+    `Guided` denoiser. `data_hook(step, data)` receives the data prediction of each step before the latent moves, and
+    may return another one to move towards.
 
-    Raises ValueError where there is no step to take, for a hook with a scheduler that `data_rows` does not know and,
-    naming the step, where the latent stops being finite.
+    Raises ValueError if there is no step to take, for a hook with a scheduler that `data_rows` does not know and, with
+    the number of the step, if the latent stops being finite.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
@@ -184,8 +184,8 @@ def set_timesteps(
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[int] | None = None,
 ) -> None:
-    """The scheduler's own schedule, or along `sigmas`, one more than there are steps, or at `timesteps`."""
-    has_contents = torch.device(device).type != "meta"  # of a dry run: EDM schedules read their sigmas
+    """Sets the scheduler's own schedule, or one along `sigmas`, one more than there are steps, or at `timesteps`."""
+    has_contents = torch.device(device).type != "meta"  # a dry run is on meta, but EDM schedules read their sigmas
     place = device if has_contents else "cpu"
     if sigmas is not None:
         if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -200,8 +200,8 @@ def set_timesteps(
 
 
 def quadratic_timesteps(steps: int, train_timesteps: int = 1000, power: float = 2.0) -> list[int]:
-    """Falling timesteps that crowd towards the end, where a schedule of equal distances makes its largest error: from
-    t = 50 to 0 in one first-order step. DDIM's "quad" list (arXiv 2010.02502), turned round."""
+    """Falling timesteps that are denser towards the end, where a schedule of equal distances makes its largest error:
+    from t = 50 to 0 in one first-order step. DDIM's "quad" list (arXiv 2010.02502), reversed."""
     last = train_timesteps - 1
     return [round(last * (1 - i / steps) ** power) for i in range(steps)]
 

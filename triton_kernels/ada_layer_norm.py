@@ -82,7 +82,7 @@ def ada_layer_norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
 
     Args:
         x_BLD: tokens [B, L, D], contiguous.
-        shift_BD, scale_BD: [B, D], rows of one stride each, as slices of one modulation table are.
+        shift_BD, scale_BD: [B, D] with equal strides, such as slices of one modulation table; the last stride is 1.
 
     Raises ValueError for arguments that differ in device, dtype or size.
     """
@@ -92,7 +92,7 @@ def ada_layer_norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
     check_same(OP, "B", x_BLD=len(x_BLD), shift_BD=len(shift_BD), scale_BD=len(scale_BD))
     check_same(OP, "strides", shift_BD=shift_BD.stride(), scale_BD=scale_BD.stride())
     check_same(OP, "stride(-1)", shift_BD=shift_BD.stride(-1), contiguous=1)
-    # In the body, not as a kernel of its own for CPUs: torch.compile traces the body, on any device.
+    # The choice is made in the body, not by a separate CPU kernel: torch.compile traces the body on any device.
     return launch(x_BLD, shift_BD, scale_BD, eps) if x_BLD.is_cuda else twin(x_BLD, shift_BD, scale_BD, eps)
 
 

@@ -22,7 +22,7 @@ from .shape_checks import check_same, check_shape, check_tensors
 from .tables import OPTIONS, arch_of, settings
 
 OP = "attention"
-HIDDEN = tl.constexpr(-1.0e30)  # the score of a key out of sight: finite, for inf - inf would be NaN
+HIDDEN = tl.constexpr(-1.0e30)  # the score of a masked key: finite, since inf - inf would be NaN
 LN_2 = tl.constexpr(math.log(2))
 
 
@@ -299,7 +299,8 @@ def launch(
     D0, D1 = split(D)
     strides = [x.stride()[:3] for x in (q_BLND, k_BSND, v_BSND)]
     align = math.gcd(*(n for three in strides for n in three), 16)
-    # The copy engine needs 16-byte addresses. Offset, not data_ptr: torch.compile traces this without memory.
+    # The copy engine needs 16-byte aligned addresses. We test the offset, not data_ptr: torch.compile traces this code
+    # without memory.
     aligned = q_BLND.element_size() == 2 and all(x.storage_offset() % 8 == 0 for x in (k_BSND, v_BSND))
     chosen = settings(OP, shape_class(D, q_BLND.dtype), arch_of(q_BLND.device))
     launcher(attention_kernel)[(triton.cdiv(L, chosen["BLOCK_L"]) * B * N,)](
@@ -348,7 +349,7 @@ def twin(
     if not frame:
         out = F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, attn_mask=mask_B11S, scale=scale)
         return out.transpose(1, 2).contiguous()
-    # Frame by frame over all keys up to its end: no mask of size L x S, and no work on what it would hide.
+    # Each frame attends to all keys up to its own end: no mask of size L x S, and no work on masked keys.
     L, parts = q_BNLD.shape[2], []
     for start in range(0, L, frame):
         end = min(start + frame, L)
@@ -367,14 +368,15 @@ def attention(
     scale: float | None = None,
     frame: int = 0,
 ) -> Tensor:
-    """Scaled dot product attention with heads beside the channels, as projections leave them: [B, L, N, D], contiguous.
+    """Scaled dot product attention, heads before channels as projections write them. Returns [B, L, N, D], contiguous.
 
     Args:
-        q, k, v: [B, L, N, D] and twice [B, S, N, D]; the last stride is 1, so that views of a fused projection will do.
-        key_count: int32 [B], how many keys of an item are seen; the rest, padding, may hold anything. 0 yields zeros.
-        scale: positive, of the scores; None is 1 / sqrt(D).
-        frame: where positive, query l sees key s only if s // frame <= l // frame: all of its own frame and of those
-            before. For self-attention, L = S.
+        q, k, v: [B, L, N, D], [B, S, N, D], [B, S, N, D]; the last stride is 1. Views of a fused projection will do.
+        key_count: int32 [B], number of keys that an item attends to; the other keys are padding and may hold anything.
+            0 gives an output of zeros.
+        scale: positive factor of the scores; None means 1 / sqrt(D).
+        frame: tokens per frame, or 0. If positive, query l sees key s only if s // frame <= l // frame: all of its own
+            frame and of earlier ones. This needs self-attention, L = S.
 
     Raises ValueError for arguments that differ in device, dtype or size.
     """
@@ -413,7 +415,7 @@ def variants(arch: str) -> Iterator[Variant]:
             name=f"{OP} {TYPES[dtype]} {D}{features}",
             kernel=attention_kernel,
             signature={
-                # The launch's stand-ins too: the output for sums that were not asked for, queries for counts.
+                # `launch` fills unused pointers: lse_ptr with the output, key_count_ptr with the queries.
                 **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr"), f"*{TYPES[dtype]}"),
                 "key_count_ptr": "*i32" if features == " counted" else f"*{TYPES[dtype]}",
                 **dict.fromkeys(("L", "S", "N", "frame", *strides, *heads), "i32"),

@@ -1,10 +1,10 @@
-"""blend_tiles: overlapping tiles of a clip, blended, cropped and joined to frames, and from [-1, 1] to uint8.
+"""blend_tiles: blends overlapping tiles of a clip, crops them, joins them to frames and maps [-1, 1] to uint8.
 
-Twin: `stitch` of `reference/reducio/tiling.py`, written again here, then rounding. Legend: B batch, T frames, H W rows
+Twin: `stitch` of `reference/reducio/tiling.py`, reimplemented here, then rounding. Legend: B batch, T frames, H W rows
 and columns of the clip, h w those of a tile, C = 3 colours.
 
-The reference blends each tile with its blended upper, then its blended left neighbour. Where no cell of a tile fades
-towards both of its sides, that chain ends after one step, so a cell is a mix of at most four raw values (weights y, x):
+The reference blends each tile with its blended upper, then its blended left neighbour. If no cell of a tile lies in
+the overlaps of two opposite sides, this ends after one step: a cell mixes at most four raw values (weights y, x):
 
     upper = (1 - x) * above_left + x * above        as the tile above was blended with its own left neighbour
     left  = (1 - y) * above_left + y * left         as the tile to the left was blended with its own upper neighbour
@@ -171,11 +171,11 @@ def blend_tiles(tiles: list[Tensor], columns: int, stride: int, overlap: int, as
     """Frames [B, T, H, W, 3] of a clip that was decoded in tiles: blended at upper and left sides, cropped to `stride`.
 
     Args:
-        tiles: in raster order, each [B, T, h, w, 3], contiguous, in [-1, 1]; one height a row, one width a column.
-        columns: tiles a row.
-        stride: what is kept of a tile, the last of a row or column may have less.
-        overlap: cells that neighbours share, at most; less where a tile is smaller.
-        as_uint8: frames of 0 to 255, rounded half to even; False leaves the values, in the tiles' dtype.
+        tiles: in raster order, each [B, T, h, w, 3], contiguous, in [-1, 1]; one height per row, one width per column.
+        columns: tiles per row.
+        stride: rows and columns kept of each tile; the last tile of a row or column may have fewer.
+        overlap: the most cells that neighbours share; fewer where a tile is smaller.
+        as_uint8: True returns 0 to 255, rounded half to even; False returns the values in the tiles' dtype.
 
     Raises ValueError for tiles that do not make a grid, and for overlaps that would touch inside a tile.
     """

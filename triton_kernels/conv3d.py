@@ -278,8 +278,9 @@ def conv3d_kernel(
 
 
 def blocks_for(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Settings:
-    """Launch settings by precision and number of outputs; blocks shrink to narrow layers, not below a matrix unit's."""
-    # An odd number of blocks of 128: with blocks of 256 half of the last would be computed in vain.
+    """Launch settings by precision and number of outputs. Narrow layers get smaller blocks, not below the minimum of
+    a matrix unit, 16."""
+    # With an odd number of blocks of 128, blocks of 256 would waste half of the last one.
     narrow = triton.cdiv(K, 128) % 2 == 1
     width = "32-bit" if dtype == torch.float32 else "K<=16" if K <= 16 else "K<=128" if narrow else "*"
     chosen = settings(op, width, arch)
@@ -289,7 +290,7 @@ def blocks_for(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Settin
 
 
 def descriptors_fit(x: Tensor, weight: Tensor) -> bool:
-    """Bulk copies need rows of whole 16 bytes that start at a multiple of 16: a view of a workspace may not."""
+    """Whether bulk copies can run: rows are multiples of 16 bytes and start at one; a view of a workspace may not."""
     sizes = (x.shape[-1], x.storage_offset(), weight.storage_offset())
     return all(size * x.element_size() % 16 == 0 for size in sizes) and use_descriptors(x.device)
 
@@ -349,9 +350,9 @@ def twin(
     halo: bool = False,
     pad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile an item.
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile per item.
 
-    `pad`: the input has no border; the library adds its zeros on all sides, which costs a CPU less than writing them.
+    `pad`: the input has no border; the library pads with zeros on all sides, which costs a CPU less than writing them.
     """
     C = x_padded.shape[-1]
     kernel = weight.view(len(weight), -1, 3, 3, C).permute(0, 4, 1, 2, 3)
@@ -366,7 +367,7 @@ ONE_DNN = torch.backends.mkldnn.is_available()
 
 
 def convolve(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int] = (0, 0, 0)) -> Tensor:
-    """`F.conv3d`, but on a CPU oneDNN's at every size: up to N*C*T*H = 20480 torch unfolds, 2 to 10 times slower."""
+    """`F.conv3d`, but by oneDNN at every size on a CPU: up to N*C*T*H = 20480 torch unfolds, 2 to 10 times slower."""
     if ONE_DNN and x_NCTHW.device.type == "cpu" and x_NCTHW.dtype == torch.float32:
         if torch.compiler.is_compiling():
             return one_dnn(x_NCTHW, kernel, bias, padding)
@@ -377,7 +378,7 @@ def convolve(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequ
 
 @custom_op("reducio_fast::one_dnn", mutates_args=())
 def one_dnn(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
-    """oneDNN's convolution where torch.compile can see it: it has no fake form of its own. Channels-last result."""
+    """oneDNN's convolution as an op for torch.compile: torch's own has no fake kernel. The result is channels-last."""
     y = torch.mkldnn_convolution(x_NCTHW, kernel, bias, padding, (1, 1, 1), (1, 1, 1), 1)
     return y.contiguous(memory_format=torch.channels_last_3d)
 
@@ -413,17 +414,17 @@ def conv3d(
     back: int = 0,
     halo: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """3x3 convolution in space, over 1 or 3 frames, plus bias and residual, with GroupNorm's sums on the way.
+    """3x3 convolution in space, over 1 or 3 frames, plus bias and residual; on request with statistics for GroupNorm.
 
     Args:
-        x_padded: [N, T + kt - 1, H + 2, W + 2, C], contiguous, its border already zero. Whether time is padded on both
-            sides or, for a causal model, in front only, is where the maker of this buffer put the frames.
+        x_padded: [N, T + kt - 1, H + 2, W + 2, C], contiguous, its border already zero. The caller chooses the padding
+            in time by where it puts the frames: on both sides or, for a causal model, in front only.
         weight: [K, kt * 9 * C] as `pack_weight` makes it. bias: [K]. residual: [N, T, H, W, K].
         stats: also return partial statistics.
-        front, back: frames of zeros around the result. halo: a border of zeros around each frame of it.
+        front, back: frames of zeros before and after the result. halo: a border of zeros around each of its frames.
 
     Returns the result [N, front + T + back, H (+ 2), W (+ 2), K], and float32 [N, tiles, 3, K]: for each tile of
-    positions (how many is the launch's business) and channel the count, the mean and the sum of squared deviations from
+    positions (the launch decides how many) and channel, the count, the mean and the sum of squared deviations from
     that mean, taken in float32 before the result is rounded. Without `stats` it is empty.
 
     Raises ValueError for arguments that differ in device, dtype or size.
@@ -452,7 +453,7 @@ def check_buffer(op: str, x_padded: Tensor, time: int) -> None:
     N, T, H, W, _ = x_padded.shape
     if N < 1 or time > T or H < 3 or W < 3:
         raise ValueError(f"{op}: x_padded has T={T}, H={H}, W={W} with halo, it must have at least {time}, 3, 3")
-    # A tile past the end counts beyond the rows there are: half the range is left for that.
+    # Row numbers of a tile at the end go beyond the last row: half of the int32 range is left for them.
     if N * T * H * W >= 2**30:
         raise ValueError(f"{op}: x_padded has {N * T * H * W} positions, it must have fewer than {2**30}")
 
@@ -463,7 +464,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 def unpack_weight(packed: Tensor, C: int, dims: int = 3) -> Tensor:
-    """What `pack_weight` was given: a kernel of `dims` dimensions, C channels in."""
+    """The inverse of `pack_weight`: a kernel of `dims` dimensions, C channels in."""
     shape = (-1, 3, 3, C) if dims == 3 else (3, 3, C)
     return packed.view(len(packed), *shape).movedim(-1, 1).contiguous()
 
@@ -471,8 +472,8 @@ def unpack_weight(packed: Tensor, C: int, dims: int = 3) -> Tensor:
 def variants(arch: str) -> Iterator[Variant]:
     """What is shipped for `arch`: the widths of the full-size networks, each with all that its epilogue may do."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    # dtype, C, K, taps in time, residual, statistics, halo. In bfloat16 all that a full-size clip launches, which
-    # `measurement.launches` finds by a dry run; in the others what the compiler finds hardest.
+    # dtype, C, K, taps in time, residual, statistics, halo. For bfloat16 everything that a full-size clip launches,
+    # as listed by the dry run of `measurement.launches`; for the other dtypes the cases hardest for the compiler.
     shapes = [
         (bf16, 128, 128, 3, True, True, False),
         (bf16, 128, 128, 3, False, True, False),
@@ -542,7 +543,7 @@ def variant(
     constants: dict[str, int],
     integers: tuple[str, ...],
 ) -> Variant:
-    """One variant of a convolution: what follows from precision and widths is the same for each kernel."""
+    """One variant of a convolution. All convolution kernels derive the same settings from precision and widths."""
     chosen = blocks_for(op, dtype, C, K, arch)
     options = {name: chosen.pop(name) for name in OPTIONS if name in chosen}
     signature = {**dict.fromkeys(pointers, f"*{TYPES[dtype]}"), **dict.fromkeys(integers, "i32")}

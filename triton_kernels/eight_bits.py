@@ -1,7 +1,7 @@
-"""The 8-bit numbers of quantised kernels: which a GPU multiplies, their largest value, rounding to them.
+"""8-bit number formats of quantised kernels: which one a GPU multiplies, their largest value, rounding to them.
 
-FP8 is e4m3 (sign, 4 bits of exponent, 3 of mantissa: a relative error of at most 2^-4). NVIDIA and gfx950 have the form
-of the OCP (torch's `float8_e4m3fn`, up to 448); gfx942 has `float8_e4m3fnuz`, whose exponents are one lower, up to 240.
+FP8 is e4m3 (sign, 4 bits of exponent, 3 of mantissa: a relative error of at most 2^-4). NVIDIA and gfx950 use the OCP
+format (torch's `float8_e4m3fn`, up to 448); gfx942 uses `float8_e4m3fnuz`, whose exponents are one lower, up to 240.
 sm_80 has neither and multiplies 8-bit integers.
 """
 
@@ -14,23 +14,23 @@ from torch import Tensor
 
 from .tables import INTERPRETER
 
-EIGHT_BIT = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0, torch.int8: 127.0}  # and its largest number
+EIGHT_BIT = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0, torch.int8: 127.0}  # dtype: largest number
 
-# By the name of a GPU's table: the type whose products it has.
+# By the name of a GPU's table: the dtype that the GPU multiplies.
 FP8 = {
     "sm_90": torch.float8_e4m3fn,
     "sm_100": torch.float8_e4m3fn,
     "sm_103": torch.float8_e4m3fn,
     "gfx950": torch.float8_e4m3fn,
     "gfx942": torch.float8_e4m3fnuz,
-    INTERPRETER: torch.float8_e4m3fn,  # and torch on a CPU: emulated
+    INTERPRETER: torch.float8_e4m3fn,  # also torch on a CPU: emulated
 }
 INT8 = {"sm_80": torch.int8, "sm_86": torch.int8, INTERPRETER: torch.int8}
 WORDS = {"fp8": FP8, "int8": INT8}
 
 
 def best_eight_bit(arch: str) -> torch.dtype | None:
-    """What kernels for `arch` are shipped in: FP8, else 8-bit integers, else nothing."""
+    """The 8-bit dtype of the kernels shipped for `arch`: FP8, else int8, else None."""
     return FP8.get(arch, INT8.get(arch))
 
 
@@ -38,8 +38,8 @@ def limit_of(eight_bit: torch.dtype | None) -> float:
     return 0.0 if eight_bit is None else EIGHT_BIT[eight_bit]
 
 
-# Triton's interpreter (3.6 to 3.8) drops the carry where rounding reaches a power of two: of 127.9 it makes 64. There
-# the number is rounded beforehand, and its conversion has nothing left to round.
+# Triton's interpreter (3.6 to 3.8) drops the carry where rounding reaches a power of two: 127.9 becomes 64. Under the
+# interpreter `quantise` therefore rounds first, and the conversion has nothing left to round.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -66,6 +66,6 @@ def quantise(y, LIMIT: tl.constexpr, TYPE: tl.constexpr):
 
 
 def to_eight_bits(y: Tensor, eight_bit: torch.dtype) -> Tensor:
-    """The same in plain PyTorch."""
+    """`quantise` in plain PyTorch."""
     y = y.clamp(-EIGHT_BIT[eight_bit], EIGHT_BIT[eight_bit])
     return (y.round() if eight_bit == torch.int8 else y).to(eight_bit)

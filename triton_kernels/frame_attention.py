@@ -1,4 +1,4 @@
-"""frame_attention: each position of a clip attends over the clip's frames, where they lie.
+"""frame_attention: each position of a clip attends over the clip's frames, read in place.
 
 Twin: the temporal transformer block of `reference/svd/unet.py`, which permutes to [B * L, T, C] and back.
 
@@ -83,13 +83,13 @@ def launch(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 
 def _blocks(T: int, D: int) -> dict[str, int]:
-    """Not below 16, what a matrix unit takes."""
+    """Powers of two, at least 16: the smallest block that a matrix unit takes."""
     return {"BLOCK_T": max(16, triton.next_power_of_2(T)), "BLOCK_D": max(16, triton.next_power_of_2(D))}
 
 
 def twin(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Spelled out: a CPU's fused attention
-    takes 3 times as long for 6 or 25 keys."""
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Written as separate operations:
+    fused attention on a CPU takes 3 times as long for 6 or 25 keys."""
     q, k, v = (part.permute(0, 2, 3, 1, 4) for part in qkv.unbind(3))  # [B, L, N, T, D]
     weights = (q @ k.transpose(-1, -2)).mul_(qkv.shape[-1] ** -0.5 if scale is None else scale).softmax(-1)
     return (weights @ v).permute(0, 3, 1, 2, 4).contiguous()

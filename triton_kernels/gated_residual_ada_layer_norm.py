@@ -110,12 +110,12 @@ def gated_residual_ada_layer_norm(
     scale_BD: Tensor,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Adds a branch to the residual stream and norms the sum for the next branch: (residual, normed) in one pass.
+    """Adds a branch to the residual stream and normalises the sum for the next branch: (residual, normed) in one pass.
 
     Args:
         x_BLD, branch_BLD: tokens [B, L, D], contiguous.
-        gate_BD: [B, D], what the branch is multiplied by; None adds it as it is.
-        shift_BD, scale_BD: [B, D], rows of one stride with those of the gate, as slices of one modulation table are.
+        gate_BD: [B, D], factor of the branch; None adds the branch unchanged.
+        shift_BD, scale_BD: [B, D], with the same strides as the gate, such as slices of one modulation table.
 
     Raises ValueError for arguments that differ in device, dtype or size.
     """

@@ -2,8 +2,8 @@
 
 Twin: `GEGLU` of `reference/svd/layers.py`. Source: Shazeer 2020 (arXiv 2002.05202).
 
-Both products read the same rows, and neither result goes to memory: only their product does, a quarter of the bytes
-that two products, gelu and a multiplication move.
+Both matrix products read the same rows, and neither result goes to memory: only value * gelu(gate) does. This moves a
+quarter of the bytes that two matrix products, gelu and a multiplication move.
 Legend: M rows, C channels in, K channels out.
 """
 
@@ -94,8 +94,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def twin(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Two products: gelu over half of a
-    wider row takes a CPU twice as long."""
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. It uses two matrix products, since
+    gelu over half of a wider row takes a CPU twice as long."""
     (value_weight, gate_weight), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
     gate = torch.ops.aten.gelu_(F.linear(x, gate_weight, gate_bias))
     return gate.mul_(F.linear(x, value_weight, value_bias))

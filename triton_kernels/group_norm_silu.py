@@ -4,9 +4,9 @@ Twin: `F.silu(nn.GroupNorm(x))`, or `PerFrameGroupNorm`, of `reference/reducio/v
 then the next convolution's padding.
 Legend: N batch, T frames, H W rows and columns, C channels, R rows of C channels that share statistics (an item's).
 
-Three kernels: statistics of tiles of rows, read in parallel over the whole tensor; one scale and shift a channel from
-them; the apply pass. A tile leaves (count, mean, M2 = sum of squared deviations from that mean) a channel, and these
-merge by Chan's formula in a fixed order: E[x^2] - E[x]^2 would cancel where a mean is large, atomics would not repeat.
+Three kernels: statistics of tiles of rows, in parallel over the whole tensor; from these, one scale and shift per
+channel; the apply pass. A tile yields (count, mean, M2 = sum of squared deviations from that mean) per channel, merged
+by Chan's formula in a fixed order. E[x^2] - E[x]^2 would cancel for a large mean, and atomics would not be repeatable.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def apply_kernel(
 
 
 def blocks(part: str, C: int, arch: str) -> Settings:
-    """Settings of one of the kernels: the table's ELEMENTS a program become rows of so many channels."""
+    """Settings of one of the kernels. The table's ELEMENTS per program, divided by BLOCK_C, give BLOCK_R."""
     entry = table_settings(OP, part, arch)
     BLOCK_C = triton.next_power_of_2(C)
     return {"BLOCK_R": max(1, entry.pop("ELEMENTS") // BLOCK_C), "BLOCK_C": BLOCK_C, **entry}
@@ -188,8 +188,8 @@ def statistics(x: Tensor, per_frame: bool = False) -> Tensor:
     N, T, H, W, C = x.shape
     items, R = (N * T, H * W) if per_frame else (N, T * H * W)
     entry = blocks("statistics", C, arch_of(x.device))
-    most = entry.pop("TILES")  # in all: enough programs to fill a GPU, few enough to merge in no time
-    steps = triton.cdiv(R * items, entry["BLOCK_R"] * most)
+    max_tiles = entry.pop("TILES")  # of all items: enough programs to fill a GPU, few enough to merge quickly
+    steps = triton.cdiv(R * items, entry["BLOCK_R"] * max_tiles)
     tiles = triton.cdiv(R, entry["BLOCK_R"] * steps)
     partials = torch.empty((items, tiles, 3, C), dtype=torch.float32, device=x.device)
     launcher(statistics_kernel)[(items * tiles,)](x, partials, R, tiles, steps, C=C, **entry)
@@ -246,7 +246,7 @@ def launch(
 
 
 def _merged(partials_NT3C: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation of each group, spread over its channels: two of [N, C]."""
+    """Mean and 1 / standard deviation of each group, repeated for its channels: two tensors [N, C]."""
     count, mean, squares = (x.unflatten(-1, (groups, -1)) for x in partials_NT3C.unbind(2))  # [N, tiles, G, C / G]
     mean, squares = (torch.where(count > 0, x, 0) for x in (mean, squares))  # a tile of no rows has neither
     total = count.sum((1, 3), keepdim=True)
@@ -280,8 +280,8 @@ def twin(
         sets = x.flatten(0, 1)[:, None] if per_frame else x
         y = F.group_norm(sets.permute(0, 4, 1, 2, 3), groups, weight, bias, eps).permute(0, 2, 3, 4, 1).contiguous()
     else:
-        # torch's channels-last GroupNorm sums a whole clip into one float32: exact enough for half precision, here
-        # 60 times the error of two passes with `mean`, which adds pairwise.
+        # torch's channels-last GroupNorm sums a whole clip into one float32. That is exact enough for half precision,
+        # but here has 60 times the error of two passes with `mean`, which adds pairwise.
         sets = x.reshape(N * T if per_frame else N, -1, C)
         mean_SC = sets.mean(1).unflatten(1, (groups, -1)).mean(2, keepdim=True).expand(-1, -1, C // groups).flatten(1)
         centred = sets - mean_SC[:, None]
@@ -297,7 +297,7 @@ def twin(
     borders = [out[:, :front], out[:, front + T :]]
     borders += [border for edge in (0, -1) if halo for border in (out[:, :, edge], out[:, :, :, edge])]
     for border in borders:
-        border.zero_()  # not `= 0`, of which a tracer makes a constant tensor
+        border.zero_()  # not `= 0`, which a tracer turns into a constant tensor
     out[:, front : front + T, int(halo) : halo + H, int(halo) : halo + W] = y
     return out
 
@@ -322,11 +322,11 @@ def group_norm_silu(
 
     Args:
         x: activations [N, T, H, W, C], contiguous.
-        weight, bias: the norm's, [C].
+        weight, bias: of the norm, [C].
         silu: False leaves the activation out.
         per_frame: statistics of one frame at a time, as causal models need, instead of the clip's.
-        partials: float32 [N, tiles, 3, C] where a convolution's epilogue took the statistics of its own output: count,
-            mean and sum of squared deviations from it, a tile and channel. Tiles of count 0 are skipped.
+        partials: float32 [N, tiles, 3, C], statistics of `x` from the epilogue of the convolution that wrote it: count,
+            mean and sum of squared deviations from that mean, per tile and channel. Tiles of count 0 are skipped.
         front, back: frames of zeros before and after.
         halo: one row and column of zeros around each frame.
         multiplier, eight_bit: float32 [C] and one of `eight_bits.EIGHT_BIT`, both or neither: each channel of the
@@ -367,13 +367,13 @@ def group_norm_silu(
 
 
 DECODER = (128, 256, 512)  # channels of the full-size decoder
-LEVELS, WITH_SKIPS = (320, 640, 1280), (960, 1920, 2560)  # of SVD's U-Net: of a level, and with a skip beside them
+LEVELS, WITH_SKIPS = (320, 640, 1280), (960, 1920, 2560)  # channels of SVD's levels; with a skip concatenated
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """What is shipped for `arch`: the full-size decoder's widths with 32 groups, clips and frames, padded or dense, and
-    in bfloat16 SVD's."""
-    # SiLU, halo, a frame's statistics. Fusion norms without an activation, attention's too; the residual branches
+    """What is shipped for `arch`: the full-size decoder's widths with 32 groups, clips and frames, padded or dense; in
+    bfloat16 SVD's widths too."""
+    # SiLU, halo, per-frame statistics. The norms of fusion and attention have no activation; those of residual branches
     # always have one.
     dense, padded, plain = (True, 0, False), (True, 1, False), (False, 0, False)
     widths = [
@@ -384,14 +384,16 @@ def variants(arch: str) -> Iterator[Variant]:
     widths += [(torch.bfloat16, C, (padded, dense, plain)) for C in LEVELS]
     widths += [(torch.bfloat16, C, (dense,)) for C in WITH_SKIPS]
     for dtype, C, kinds in widths:
-        of = f"*{TYPES[dtype]}"
+        pointer = f"*{TYPES[dtype]}"
         statistics_entry = blocks("statistics", C, arch)
         statistics_entry.pop("TILES")
-        yield _variant(f"statistics {TYPES[dtype]} {C}", statistics_kernel, {"x_ptr": of}, {"C": C}, statistics_entry)
+        yield _variant(
+            f"statistics {TYPES[dtype]} {C}", statistics_kernel, {"x_ptr": pointer}, {"C": C}, statistics_entry
+        )
         yield _variant(
             f"finalise {TYPES[dtype]} {C}",
             finalise_kernel,
-            {"weight_ptr": of, "bias_ptr": of},
+            {"weight_ptr": pointer, "bias_ptr": pointer},
             {"C": C, "GROUPS": 32},
             blocks("finalise", C // 32, arch),
         )
@@ -399,7 +401,7 @@ def variants(arch: str) -> Iterator[Variant]:
             yield _variant(
                 f"apply {TYPES[dtype]} {C}{' silu' * silu}{' halo' * halo}{' per frame' * per_frame}",
                 apply_kernel,
-                {"x_ptr": of, "out_ptr": of},
+                {"x_ptr": pointer, "out_ptr": pointer},
                 {"HALO": halo, "SILU": silu, "PER_FRAME": per_frame, "C": C, **NOT_QUANTISED},
                 blocks("apply", C, arch),
             )
@@ -408,7 +410,7 @@ def variants(arch: str) -> Iterator[Variant]:
             yield _variant(
                 f"apply {TYPES[eight_bit]} {C} silu halo",
                 apply_kernel,
-                {"x_ptr": of, "out_ptr": f"*{TYPES[eight_bit]}"},
+                {"x_ptr": pointer, "out_ptr": f"*{TYPES[eight_bit]}"},
                 {"HALO": 1, "SILU": True, "PER_FRAME": False, "C": C, "LIMIT": limit_of(eight_bit)},
                 blocks("apply", C, arch),
             )

@@ -1,7 +1,7 @@
 """guidance_dpm_step: g = u + guidance * (t - u); data = p x + q g; next = a x + b data + c previous.
 
 u and t are the unconditional and conditional halves of a model's output, `previous` is the data prediction of the step
-before. With the right (p, q, a, b, c) a step this is DPM-Solver++ of first or second order, or Euler on a flow; with
+before. With the right (p, q, a, b, c) per step this is DPM-Solver++ of first or second order, or Euler on a flow; with
 fresh noise as `previous`, a step of a consistency model.
 Twin: guidance in `reference/sampler.py` and diffusers' `scheduler.step`. Legend: B batch, N elements of all items.
 """
@@ -80,7 +80,7 @@ def launch(prediction: Tensor, x: Tensor, previous: Tensor, coefficients: Tensor
 
 def twin(prediction: Tensor, x: Tensor, previous: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
-    precise = torch.promote_types(x.dtype, torch.float32)  # of float64 inputs the oracle keeps every digit
+    precise = torch.promote_types(x.dtype, torch.float32)  # float64 inputs stay float64, for the tests
     guidance, p, q, a, b, c = coefficients.to(precise).unbind()
     wide = x.to(precise)
     g = prediction.to(precise)
@@ -99,7 +99,7 @@ def guidance_dpm_step(prediction: Tensor, x: Tensor, previous: Tensor, coefficie
     Args:
         prediction: the model's output [2B, ...], unconditional half first, or [B, ...] where there is no guidance.
         x: the latent [B, ...], in float32 or the prediction's dtype.
-        previous: what the step before returned as data prediction, like `x`; not read where c is 0.
+        previous: the data prediction that the step before returned, like `x`; not read where c is 0.
         coefficients: float32 [6] on the device: guidance, then a row of `dpm_coefficients` or `euler_coefficients`.
 
     Raises ValueError for arguments that differ in device, dtype or size.

@@ -1,7 +1,7 @@
-"""What every kernel file shares: checks, launch settings per GPU, and the list of what is compiled ahead of time.
+"""What every kernel file shares: variants to compile ahead of time, launches and their recording, descriptor memory.
 
-Wrappers check their inputs once and kernels trust them. Launch settings are data (`tables/<arch>.json`), never tuned in
-a user's call: a GPU without a table of its own gets `default.json` and one log line.
+Wrappers check their inputs once (`shape_checks`) and kernels trust them. Launch settings are data
+(`tables/<arch>.json`), never tuned in a user's call: a GPU without a table gets `default.json` and one log line.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Variant:
     options: Mapping[str, int] = field(default_factory=dict)  # num_warps, num_stages, ...
     unaligned: tuple[str, ...] = ()  # arguments that need not be multiples of 16 (scalars: elements, pointers: bytes)
     matrix: bool = False  # the target's matrix instruction must appear
-    eight_bit: bool = False  # and it must be one of 8-bit numbers
+    eight_bit: bool = False  # and it must multiply 8-bit numbers
     bulk_copy: bool = False  # the hardware's bulk copy must appear on sm_90, buffer loads on gfx942
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch that `recording` saw in place of a GPU."""
+    """One launch that `recording` recorded instead of running it."""
 
     kernel: Any  # the jit function
     grid: tuple[int, ...]
@@ -70,7 +70,7 @@ def launcher(kernel: Any) -> Any:
 
 
 class _Recorder:
-    """Stands for a kernel: a launch is written down."""
+    """Replaces a kernel: records each launch instead of running it."""
 
     def __init__(self, kernel: Any, record: list[Launch]) -> None:
         self.kernel, self.record = kernel, record
@@ -85,10 +85,10 @@ class _Recorder:
 
 @contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
-    """Within it every launch is written down and none is made, with the settings of a GPU of `arch`.
+    """Context in which every launch is recorded and none is run, with the settings of a GPU of `arch`.
 
-    With tensors of torch's `FakeTensorMode` on "cuda", which have shapes and no data, this shows all that a network
-    would launch on a GPU that is not here. One at a time in a process.
+    With tensors of torch's `FakeTensorMode` on "cuda", which have shapes and no data, this lists everything that a
+    network would launch on a GPU that is not present. A process can have one recording at a time.
     """
     global _record
     if _record is not None:
@@ -102,7 +102,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 
 def on_device(launch: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """`launch` with the GPU of its first tensor, alone or in a list, as the current one.
+    """Wraps `launch`: the GPU of its first tensor, alone or in a list, becomes the current device.
 
     Triton launches on the current device and stream, wherever the tensors are: a model on cuda:1 while cuda:0 is
     current would read another GPU's memory, or run on a stream that nothing waits for.
@@ -110,9 +110,9 @@ def on_device(launch: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 
     @functools.wraps(launch)
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        first: Any = next(x for x in args if x is not None)  # an optional one may be left out
+        first: Any = next(x for x in args if x is not None)  # an optional tensor may be None
         device = (first[0] if isinstance(first, list | tuple) else first).device
-        if device.type != "cuda" or not torch.cuda.is_available():  # the latter: tensors without data, see `recording`
+        if device.type != "cuda" or not torch.cuda.is_available():  # the latter: fake tensors, see `recording`
             return launch(*args, **kwargs)
         with torch.cuda.device(device):
             return launch(*args, **kwargs)
@@ -123,7 +123,7 @@ def on_device(launch: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 def use_descriptors(device: torch.device) -> bool:
     """Whether bulk copies by tensor descriptor pay: NVIDIA from sm_90 on. Elsewhere they become masked pointer loads.
 
-    True also sees to it that the kernels find memory for the descriptors that they make: see `descriptor_memory`.
+    If so, it also calls `descriptor_memory`, so that kernels have memory for the descriptors that they make.
     """
     arch = arch_of(device)
     if not arch.startswith("sm_") or int(arch.removeprefix("sm_")) < 90:
@@ -133,16 +133,16 @@ def use_descriptors(device: torch.device) -> bool:
 
 
 def descriptor_memory() -> None:
-    """Gives this thread memory for descriptors made in kernels, unless the caller has set an allocator of their own.
+    """Sets this thread's allocator for descriptors made in kernels, unless the caller has already set one.
 
-    Triton keeps its allocator in a ContextVar: a new thread has none, and Inductor's cached launchers set one at their
-    first call alone, so a second thread that runs a compiled block would fail with "no allocator was set".
+    Triton keeps its allocator in a ContextVar: a new thread has none, and Inductor's cached launchers set one only at
+    their first call, so a second thread that runs a compiled block would fail with "no allocator was set".
     """
     if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
         triton.set_allocator(_workspace)
 
 
 def _workspace(size: int, _alignment: int, _stream: int | None) -> Tensor:
-    # 128 bytes a descriptor, on the current device, which is the launch's. torch's allocator aligns to 512 and keeps
-    # the block for this stream, graphs included.
+    # 128 bytes per descriptor, on the current device, which is that of the launch. torch's allocator aligns to 512
+    # bytes and keeps the block for this stream, also in graphs.
     return torch.empty(size, dtype=torch.int8, device="cuda")

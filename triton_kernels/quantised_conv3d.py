@@ -1,10 +1,10 @@
-"""quantised_conv3d: y = scale * conv(x, w) + bias + residual over 8-bit x and w, whose products cost half bfloat16's.
+"""quantised_conv3d: y = scale * conv(x, w) + bias + residual; products of 8-bit x and w cost half of bfloat16's.
 
-Twin: `conv3d` of the numbers that the 8-bit ones stand for.
+Twin: `conv3d` of the values that the 8-bit numbers represent.
 
-A weight has one scale an output channel, so it leaves the sum over inputs and is applied once, where the loop ends.
-An input channel's scale needs no work here: the norm that writes x has divided by it, and the weight was multiplied by
-it before it was rounded (`pack`). Legend: N items, T frames, H height, W width, C channels in, K channels out.
+The weight has one scale per output channel, which factors out of the sum over inputs and is applied once, after the
+loop. The scale of an input channel needs no work here: the norm that writes x divides by it, and `pack` multiplies the
+weight by it before rounding. Legend: N items, T frames, H height, W width, C channels in, K channels out.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def quantised_conv3d_kernel(
 
 
 def blocks_for(C: int, K: int, arch: str) -> Settings:
-    """Launch settings by number of outputs; blocks shrink to narrow layers, not below a matrix unit's."""
+    """Launch settings by number of outputs. Narrow layers get smaller blocks, not below a matrix unit's minimum."""
     chosen = settings(OP, "K<=128" if K <= 128 else "*", arch)
     chosen["BLOCK_C"] = min(chosen["BLOCK_C"], max(32, triton.next_power_of_2(C)))
     chosen["BLOCK_K"] = min(chosen["BLOCK_K"], max(16, triton.next_power_of_2(K)))
@@ -230,22 +230,22 @@ def quantised_conv3d(
 
 
 def pack(weight: Tensor, largest_C: Tensor, eight_bit: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """From a weight [K, C, (kt,) 3, 3] and the largest magnitude of each channel of its input, measured on clips: the
-    multiplier of x, float32 [C], and the weight and scale that the op takes.
+    """Quantises a weight [K, C, (kt,) 3, 3], given the largest magnitude of each channel of its input, measured on
+    clips. Returns the multiplier of x, float32 [C], and the weight and scale that the op takes.
 
-    A channel of x is divided, and of w multiplied, by the root of the quotient of their largest magnitudes
-    (SmoothQuant, arXiv 2211.10438, at one half): with one scale for all of x, quiet channels would have few numbers
-    left. Then x as a whole, and each output channel of w, is brought to the largest number of the type. A channel that
-    was never seen, or that no weight reads, counts as one of 1e-4 of the largest.
+    Each channel of x is divided, and of w multiplied, by the square root of the ratio of their largest magnitudes
+    (SmoothQuant, arXiv 2211.10438, at one half): with one scale for all of x, channels of small values would have few
+    numbers left. Then x as a whole, and each output channel of w, is scaled to the largest number of the type. A
+    channel that was always zero, or that no weight reads, counts as one of 1e-4 of the largest.
     """
     w = weight.detach().float()
     limit = EIGHT_BIT[eight_bit]
-    read = w.abs().amax([d for d in range(w.ndim) if d != 1])
-    floor = max(float(largest_C.max()) * 1e-4, 1e-12), max(float(read.max()) * 1e-4, 1e-12)
-    largest, read = largest_C.float().clamp(min=floor[0]), read.clamp(min=floor[1])
-    smooth = (largest / read).sqrt()
-    whole = (largest / smooth).max() / limit
-    multiplier = 1 / (smooth * whole)
+    w_largest = w.abs().amax([d for d in range(w.ndim) if d != 1])
+    x_floor, w_floor = max(float(largest_C.max()) * 1e-4, 1e-12), max(float(w_largest.max()) * 1e-4, 1e-12)
+    x_largest, w_largest = largest_C.float().clamp(min=x_floor), w_largest.clamp(min=w_floor)
+    smooth = (x_largest / w_largest).sqrt()
+    x_scale = (x_largest / smooth).max() / limit
+    multiplier = 1 / (smooth * x_scale)
     w = w / multiplier.view(-1, *[1] * (w.ndim - 2))
     scale = (w.flatten(1).abs().amax(1) / limit).clamp(min=1e-30)
     packed = to_eight_bits(pack_weight(w) / scale[:, None], eight_bit)

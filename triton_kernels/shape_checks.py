@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .launch import FLOATING
 
-# --- checks: ValueError with the argument's name and both values ------------------------------------------------------
-
 
 def check_same(op: str, what: str, **values: Any) -> None:
     """The values, e.g. a dimension as each argument has it, are all equal."""

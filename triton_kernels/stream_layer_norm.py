@@ -1,4 +1,4 @@
-"""stream_layer_norm: s = x + row + branch; y = LayerNorm(s) * weight + bias; s, or its blend with another, goes on.
+"""stream_layer_norm: s = x + row + branch; y = LayerNorm(s) * weight + bias; also writes s, or s blended with another.
 
 Twin: the additions, the norm and the blend around a transformer block of SVD (`reference/svd/unet.py`) in plain
 PyTorch. Legend: B items, L tokens of each, D channels.
@@ -94,12 +94,12 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as the op's."""
     B, L, D = x_BLD.shape
-    goes_on = branch_BLD is not None or other_BLD is not None
-    out, stream = torch.empty_like(x_BLD), torch.empty_like(x_BLD) if goes_on else x_BLD.new_zeros(0)
+    writes_stream = branch_BLD is not None or other_BLD is not None
+    out, stream = torch.empty_like(x_BLD), torch.empty_like(x_BLD) if writes_stream else x_BLD.new_zeros(0)
     chosen = settings(OP, str(D), arch_of(x_BLD.device))
     launcher(stream_layer_norm_kernel)[(triton.cdiv(B * L, chosen["TOKENS"]),)](
         x_BLD,
-        # Pointers that are not read have to be of something.
+        # Pointers that the kernel does not read still need a tensor.
         x_BLD if row_BD is None else row_BD,
         x_BLD if branch_BLD is None else branch_BLD,
         x_BLD if other_BLD is None else other_BLD,
@@ -107,7 +107,7 @@ def launch(
         weight_D if share is None else share,
         weight_D,
         bias_D,
-        out if not goes_on else stream,
+        out if not writes_stream else stream,
         out,
         B * L,
         L,
@@ -156,13 +156,13 @@ def stream_layer_norm(
     other_row_BD: Tensor | None = None,
     share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(LayerNorm of x + row + branch, the stream behind it) in one pass over memory.
+    """Returns (LayerNorm of x + row + branch, the stream after it), in one pass over memory.
 
     Args:
         x_BLD: tokens [B, L, D], contiguous. row_BD: added to all tokens of an item; None adds nothing.
         weight_D, bias_D: of the norm.
-        branch_BLD: added too. The stream is then the sum; without it, and without `other_BLD`, it is empty: nothing
-            is written but the normed tokens.
+        branch_BLD: added too; the stream is then the sum. Without it and without `other_BLD` the stream is empty, and
+            only the normed tokens are written.
         other_BLD, other_row_BD, share: the stream is sum + share * (other + other_row - sum); share [1] or [].
 
     Raises ValueError for arguments that differ in device, dtype or size.

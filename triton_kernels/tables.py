@@ -17,12 +17,12 @@ INTERPRETER = "interpreter"  # the table of Triton's interpreter: small blocks, 
 
 Settings = dict[str, int]  # block sizes by the kernel's own constexpr names, and num_warps, num_stages, ...
 
-# What a launch hands to the compiler rather than to the kernel's own parameters.
+# Settings that go to the compiler, not to parameters of the kernel.
 OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
 
 
-# Architectures without a table of their own that run the settings of a relative: the same matrix instructions. Blocks
-# that need more shared memory than they have (sm_86, sm_89: 99 KB) are not among sm_80's.
+# Architectures without a table of their own use that of a relative with the same matrix instructions. sm_80's table has
+# no blocks that need more shared memory than sm_86 and sm_89 have (99 KB).
 RELATIVES = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100"}
 
 _pretended: str | None = None
@@ -30,7 +30,7 @@ _pretended: str | None = None
 
 @contextmanager
 def pretend(arch: str) -> Iterator[None]:
-    """Within it every GPU is one of `arch`: for looking at launches where there is no GPU."""
+    """Context in which every GPU counts as one of `arch`, to inspect launches on a machine with no GPU."""
     global _pretended
     before, _pretended = _pretended, arch
     try:
@@ -43,7 +43,7 @@ def arch_of(device: torch.device) -> str:
     """Name of a device's table: "sm_90", "gfx942", or the interpreter's for a CPU."""
     if device.type != "cuda":
         return INTERPRETER
-    # A device without a number is the current one, which changes: only numbered ones are remembered.
+    # A device without an index is the current one, which can change, so results are cached by index.
     return _pretended or _arch_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -59,7 +59,7 @@ _tuned_here: list[Path] = []
 
 
 def add_tables(folder: Path) -> None:
-    """Read `<arch>.json` of this folder, tuned on this machine, over the tables that are shipped."""
+    """Adds a folder whose `<arch>.json`, tuned on this machine, overrides the shipped tables."""
     if folder not in _tuned_here:
         _tuned_here.append(folder)
         table.cache_clear()
@@ -67,7 +67,7 @@ def add_tables(folder: Path) -> None:
 
 @functools.cache
 def table(arch: str) -> dict[str, dict[str, Settings]]:
-    """{op: {key: settings}} for `arch`: its own table over the default one, this machine's over both, by entry."""
+    """{op: {key: settings}} for `arch`: the default table, overridden by entry by its own, then by this machine's."""
     folder = resources.files(__package__) / "tables"
     merged = json.loads((folder / "default.json").read_text(encoding="utf-8"))
     shipped = folder / f"{arch}.json"

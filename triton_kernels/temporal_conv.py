@@ -2,12 +2,12 @@
 
 Twin: the `Conv3d` with a kernel of (3, 1, 1) in SVD's temporal res blocks (`reference/svd/layers.py`).
 
-Without neighbours, and with one tap, it is a linear layer whose bias and residual cost no pass of their own.
+Without neighbours, and with one tap, it is a linear layer whose bias and residual cost no separate pass.
 
-Rows of the three factors are positions of a frame and of its neighbours: of one buffer that has a zero frame at each
-end, they lie H * W rows apart; a decoder that streams has a tensor each. One pass: three library products would write
-their sum, and read it again, twice more, which at 128 channels takes longer than the products.
-Legend: B items, M rows an item, C channels in, K channels out.
+Rows of the three inputs are positions of a frame and its neighbours. In one buffer with a zero frame at each end they
+lie H * W rows apart; a streaming decoder has one tensor for each. All is done in one pass: three library products would
+write their sum, and read it again, twice more, which at 128 channels takes longer than the products.
+Legend: B items, M rows per item, C channels in, K channels out.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def temporal_conv_kernel(
 
 
 def product_blocks(op: str, dtype: torch.dtype, C: int, K: int, arch: str) -> Settings:
-    """Launch settings of a product with K outputs: 320 of them are five blocks of 64, with none computed in vain."""
+    """Launch settings of a product with K outputs. Blocks of 64 or more divide K if possible: 320 are five of 64."""
     chosen = settings(op, "32-bit" if dtype == torch.float32 else "*", arch)
     chosen["BLOCK_C"] = min(chosen["BLOCK_C"], max(16, triton.next_power_of_2(C)))
     chosen["BLOCK_K"] = min(chosen["BLOCK_K"], max(16, triton.next_power_of_2(K)))
@@ -164,14 +164,14 @@ def temporal_conv(
     residual: Tensor | None = None,
     room: int = 0,
 ) -> Tensor:
-    """A convolution over a frame and its neighbours, at each position alone.
+    """A convolution over a frame and its neighbours in time, at each position separately.
 
     Args:
-        before, frame, after: [B, M, C], items at one stride, rows dense; views of one buffer are usual. None for a
-            neighbour stands for zeros.
-        weight: [3, C, K], of the three in turn; [1, C, K] where there are no neighbours. bias: [K].
+        before, frame, after: [B, M, C] with equal strides and dense rows, usually views of one buffer. A neighbour of
+            None counts as zeros.
+        weight: [3, C, K], for before, frame and after; [1, C, K] where there are no neighbours. bias: [K].
         residual: [B, M, K] to add, contiguous.
-        room: channels behind the K of each row, for a tensor that will be joined to them; their values are arbitrary.
+        room: channels after the K of each row, for a tensor that will be joined to them; their values are arbitrary.
 
     Returns [B, M, K + room]. Raises ValueError for arguments that differ in device, dtype or size, or a negative room.
     """
@@ -198,7 +198,7 @@ def variants(arch: str) -> Iterator[Variant]:
     """What is shipped for `arch`: the widths of SVD's U-Net and decoder."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     missing = {"": (), "first": ("before_ptr",), "last": ("after_ptr",), "alone": ("before_ptr", "after_ptr")}
-    # In bfloat16 all that a step and a decode launch, in the others what the compiler finds hardest.
+    # For bfloat16 everything that a step and a decode launch; for the other dtypes the cases hardest for the compiler.
     shapes = [(bf16, width, "", residual) for width in (128, 256, 320, 512, 640, 1280) for residual in (True, False)]
     shapes += [(fp16, width, "", True) for width in (128, 320, 512, 1280)]
     shapes += [(bf16, 3, "first", False), (bf16, 3, "last", False), (fp16, 128, "first", True), (fp16, 320, "", False)]

@@ -186,7 +186,7 @@ def twin(
     halo: bool = False,
     room: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile an item."""
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile per item."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
     P, K, width = weight.shape
     time, double = width // (4 * C), P // 4
@@ -217,14 +217,14 @@ def upsample_conv3d(
     room: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Nearest x2 in space, and in time if the weight has 8 phases, then 3x3x3 convolution with zero padding, plus bias.
-    Or, of a weight with one tap in time, frame by frame, the 3x3 convolution.
+    With a weight of one tap in time, the convolution is 3x3, frame by frame.
 
     Args:
         x_padded: [N, T + 2, H + 2, W + 2, C], contiguous, its border already zero: one frame on each side, or two in
             front if `causal`; T frames for one tap in time.
         weight: [P, K, taps * C] as `fold_weight` makes it, with the same `causal`. bias: [K].
         stats, front, back, halo: as for `conv3d`.
-        room: channels behind the K of each position, for a tensor that will be joined to them; their values are
+        room: channels after the K of each position, for a tensor that will be joined to them; their values are
             arbitrary.
 
     Returns the result [N, front + T (or 2T) + back, 2H (+ 2), 2W (+ 2), K + room], and partial statistics as `conv3d`
@@ -251,14 +251,14 @@ def upsample_conv3d(
 
 
 def border(time: int) -> int:
-    """Frames of padding in a buffer, for so many taps along time."""
+    """Frames of padding in a buffer for `time` taps along time."""
     return 0 if time == 1 else 2
 
 
 def fold_weight(weight: Tensor, time: bool, causal: bool) -> Tensor:
     """[K, C, 3 or 1, 3, 3] to [P, K, taps * C]: for each phase (time if doubled, row, column) the sums of its taps.
 
-    Sums are taken in float32 (float64 stays) and rounded once. They cannot be unfolded: keep the weight itself to save.
+    Sums are taken in float32 (float64 stays) and rounded once. They cannot be unfolded: save the original weight.
     """
     phases = [weight.to(torch.promote_types(weight.dtype, torch.float32))]
     for dim in (2, 3, 4) if time else (3, 4):
@@ -276,8 +276,8 @@ def _fold(weight: Tensor, dim: int, causal: bool) -> tuple[Tensor, Tensor]:
 def variants(arch: str) -> Iterator[Variant]:
     """What is shipped for `arch`: the widths of the full-size decoder's up-sampling layers."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    # dtype, channels, time doubled, causal (whose norms are a frame's, so without statistics), statistics, one tap in
-    # time, as in SVD, room behind the channels
+    # dtype, channels, time doubled, causal (with per-frame norms, so without statistics), statistics, one tap in time
+    # (as in SVD), room after the channels
     shapes = [
         (bf16, 256, False, False, True, False, 0),
         (bf16, 512, False, False, True, False, 0),
@@ -286,7 +286,7 @@ def variants(arch: str) -> Iterator[Variant]:
         (fp16, 256, False, False, True, False, 0),
         (fp32, 256, True, False, True, False, 0),
         *((dtype, C, False, False, False, True, 0) for dtype in (bf16, fp16) for C in (256, 512)),
-        # SVD's U-Net, whose skip connections take the room
+        # SVD's U-Net, whose skip connections fill the room
         *(
             (dtype, C, False, False, False, True, room)
             for dtype in (bf16, fp16)

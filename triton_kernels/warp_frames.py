@@ -1,14 +1,14 @@
 """warp_frames: a content image moved by a flow, plus a residual, in one pass over the frames.
 
-Twin: `Warp` of `reference/reducio/vae.py`, written again here on channels-last tensors. Legend: B batch, T frames, F
-frames a latent step, H W rows and columns of the frames, t h w the latent's grid, C = 3 colours.
+Twin: `Warp` of `reference/reducio/vae.py`, reimplemented here on channels-last tensors. Legend: B batch, T frames, F
+frames per latent step, H W rows and columns of the frames, t h w the latent's grid, C = 3 colours.
 
     flow  = bicubic(coarse) + fine                    in latent cells of `cell` pixels; torch's bicubic, a = -0.75
     frame = bilinear(image at (y, x) + cell * flow)   the border repeated
             + residual
 
-In plain PyTorch this is ten passes over [B, T, H, W, 2 or 3] and a copy of the image a frame. Here the 16 coarse flows
-that a pixel mixes, and the 12 colours, are read where they lie: neighbours share them, so they come from the cache.
+In plain PyTorch this is ten passes over [B, T, H, W, 2 or 3] and one copy of the image per frame. Here the 16 coarse
+flows that a pixel mixes, and the 12 colours, are read in place: neighbours share them, so they come from the cache.
 """
 
 from __future__ import annotations
@@ -152,10 +152,10 @@ def warp_frames(mixed: Tensor, coarse: Tensor, image: Tensor, cell: int) -> Tens
     """Frames [B, T, H, W, 3]: the image moved by the flow, plus the residual.
 
     Args:
-        mixed: [B, T, H, W, 5], what the decoder's last convolution makes: refinement of the flow (x, y), residual.
+        mixed: [B, T, H, W, 5], the output of the decoder's last convolution: refinement of the flow (x, y), residual.
         coarse: [B, T/F, h, w, 2 F], the flow of each cell, x of the F frames of a latent step and then their y.
-        image: [B, H', W', 3] with H' >= H and W' >= W; what lies beyond is not read.
-        cell: pixels of which a flow of 1 is; positive.
+        image: [B, H', W', 3] with H' >= H and W' >= W; pixels beyond H and W are not read.
+        cell: length of a flow of 1 in pixels; positive.
 
     All contiguous, of one dtype on one device. Raises ValueError where shapes do not fit.
     """
@@ -178,7 +178,7 @@ def warp_frames(mixed: Tensor, coarse: Tensor, image: Tensor, cell: int) -> Tens
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """What is shipped for `arch`: four frames and 32 pixels a latent cell (ft4), two frames (ft2)."""
+    """What is shipped for `arch`: four frames and 32 pixels per latent cell (ft4), two frames (ft2)."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for frames in (4, 2):
             entry = table_settings(OP, "*", arch)

@@ -1,4 +1,4 @@
-"""Reducio in ComfyUI: this folder, or a link to it, goes into `ComfyUI/custom_nodes/`, the package beside it."""
+"""Reducio in ComfyUI: put this folder, or a link to it, into `ComfyUI/custom_nodes/` and install the package."""
 
 from .nodes import comfy_entrypoint
 

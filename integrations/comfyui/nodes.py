@@ -1,8 +1,8 @@
-"""ComfyUI nodes (V3 schema): load a model, generate a motion latent, encode one of a clip, decode it, make a long clip.
+"""ComfyUI nodes (V3 schema): load a model, generate a motion latent, encode a clip to one, decode it, make a long clip.
 
-IMAGE is float32 [B, H, W, 3] in 0..1, as everywhere in ComfyUI: a clip is a batch of its frames. What passes between
-these nodes alone has types of its own: REDUCIO_MODEL, a loaded pipeline, and REDUCIO_MOTION, a latent [16, T/f, H/32,
-W/32]. Progress goes to ComfyUI's bar, with previews; its interrupt ends a clip at the end of the step at work.
+IMAGE is float32 [B, H, W, 3] in 0..1, as everywhere in ComfyUI: a clip is a batch of its frames. Two types pass only
+between these nodes: REDUCIO_MODEL, a loaded pipeline, and REDUCIO_MOTION, a latent [16, T/f, H/32, W/32]. Progress goes
+to ComfyUI's bar, with previews; its interrupt ends a clip at the end of the current step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def to_frames(images: torch.Tensor) -> np.ndarray:
 
 
 def report(steps: int, previews: bool) -> Any:
-    """A callback of the pipeline that moves ComfyUI's progress bar, and raises where its user has interrupted."""
+    """Arguments of a pipeline call: a callback that moves ComfyUI's progress bar and raises if its user interrupted."""
     bar, done = ProgressBar(steps), 0
 
     def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
@@ -66,8 +66,8 @@ def sampling_inputs() -> list[Any]:
 
 def sampling_words(prompt: str, negative_prompt: str, seed: int, steps: int, guidance: float, image: Any) -> dict:
     picture = None if image is None else to_frames(image)[0]
-    words = {"prompt": prompt, "negative_prompt": negative_prompt or None, "image": picture, "seed": seed}
-    return words | {"num_inference_steps": steps, "guidance_scale": guidance, "progress": False}
+    conditions = {"prompt": prompt, "negative_prompt": negative_prompt or None, "image": picture, "seed": seed}
+    return conditions | {"num_inference_steps": steps, "guidance_scale": guidance, "progress": False}
 
 
 class ReducioLoad(io.ComfyNode):
@@ -88,8 +88,8 @@ class ReducioLoad(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, backend: str, dtype: str) -> Any:
         name = model.strip() or embedded_model()
-        asked = None if dtype == "auto" else dtype
-        return io.NodeOutput(ReducioPipeline.from_pretrained(name, dtype=asked, backend=backend))
+        model_dtype = None if dtype == "auto" else dtype
+        return io.NodeOutput(ReducioPipeline.from_pretrained(name, dtype=model_dtype, backend=backend))
 
 
 class ReducioGenerate(io.ComfyNode):
@@ -115,8 +115,8 @@ class ReducioGenerate(io.ComfyNode):
         previews: bool,
         image: Any = None,
     ) -> Any:
-        words = sampling_words(prompt, negative_prompt, seed, steps, guidance, image)
-        out = model(**words, output_type="latent", **report(steps, previews))
+        arguments = sampling_words(prompt, negative_prompt, seed, steps, guidance, image)
+        out = model(**arguments, output_type="latent", **report(steps, previews))
         return io.NodeOutput(out.frames, to_images(out.content))
 
 
@@ -195,11 +195,11 @@ class ReducioLongClip(io.ComfyNode):
         loop: bool,
         image: Any = None,
     ) -> Any:
-        words = sampling_words(prompt, negative_prompt, seed, steps, guidance, image)
-        words |= {"num_frames": num_frames, "motion_strength": motion_strength, "loop": loop}
-        clips = model.check_inputs(**words).chain
-        total = steps * (1 if clips is None else clips.clips)
-        out = model(**words, **report(total, previews))
+        arguments = sampling_words(prompt, negative_prompt, seed, steps, guidance, image)
+        arguments |= {"num_frames": num_frames, "motion_strength": motion_strength, "loop": loop}
+        chain = model.check_inputs(**arguments).chain
+        total = steps * (1 if chain is None else chain.clips)
+        out = model(**arguments, **report(total, previews))
         return io.NodeOutput(to_images(out.frames), float(out.fps))
 
 

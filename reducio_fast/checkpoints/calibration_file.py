@@ -1,7 +1,7 @@
-"""calibration.safetensors of a model folder: how large each channel before a quantised convolution becomes.
+"""calibration.safetensors of a model folder: the largest magnitude of each input channel of a quantised convolution.
 
-One float32 tensor [C] a convolution, by its path in the autoencoder. The header's metadata say of which weights they
-are, by the SHA-256 of the autoencoder's files: scales of other weights would clip a clip's values in silence.
+One float32 tensor [C] per convolution, named by its path in the autoencoder. The header's metadata identify the weights
+by the SHA-256 of the autoencoder's files, because scales of other weights would clip values silently.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FINGERPRINT = "vae_sha256"
 
 
 def fingerprint(folder: Path) -> str:
-    """Of the autoencoder's weights in a model folder. Raises ReducioError where there are none."""
+    """SHA-256 of the autoencoder's weights in a model folder. Raises ReducioError if there are none."""
     files = strict_files.weight_files(folder / "vae")
     if not files:
         raise ReducioError(f"{folder / 'vae'}: no weights in safetensors")
@@ -36,31 +36,32 @@ def fingerprint(folder: Path) -> str:
 
 
 def write(folder: Path, largest: Mapping[str, Tensor]) -> Path:
-    """Put the calibration of the model in `folder` there. Raises ReducioError where that cannot be written."""
-    target, told = folder / FILE, {"format": "pt", FINGERPRINT: fingerprint(folder)}
+    """Write the calibration of the model in `folder` into it. Raises ReducioError if the file cannot be written."""
+    target, metadata = folder / FILE, {"format": "pt", FINGERPRINT: fingerprint(folder)}
     try:
         with atomic_files.written_whole(target) as file:
-            save_file({path: x.detach().float().cpu().contiguous() for path, x in largest.items()}, file, metadata=told)
+            save_file({path: x.detach().float().cpu().contiguous() for path, x in largest.items()}, file, metadata)
     except OSError as error:
         raise ReducioError(f"{target}: cannot be written: {error}") from error
     return target
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """The calibration of the model in `folder`. Raises ReducioError where there is none, or that of another model."""
+    """The calibration of the model in `folder`. Raises ReducioError if there is none or it is of another model."""
     path = folder / FILE
     if not path.is_file():
         raise ReducioError(f"quantise: {folder} has no {FILE}; make it by: reducio-fast calibrate --model {folder}")
     strict_files.check_safetensors(path)
     with safe_open(path, framework="pt") as file:
-        told = (file.metadata() or {}).get(FINGERPRINT)
-    if told != fingerprint(folder):
+        stored = (file.metadata() or {}).get(FINGERPRINT)
+    if stored != fingerprint(folder):
         raise ReducioError(f"{path}: is the calibration of another model; reducio-fast calibrate --model {folder}")
     return strict_files.load_tensors(path, torch.float32)
 
 
 def check(folder: Path, largest: Mapping[str, Tensor], expected: Mapping[str, int]) -> None:
-    """Raises ReducioError unless there are positive numbers for exactly these convolutions, paths and channels."""
+    """Raise ReducioError unless `largest` has exactly the convolutions of `expected` (path: channels), and for each
+    convolution finite numbers that are not negative and not all zero."""
     path = folder / FILE
     if set(largest) != set(expected):
         names = ", ".join(sorted(set(largest) ^ set(expected))[:3])

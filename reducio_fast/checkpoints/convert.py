@@ -1,8 +1,8 @@
 """Published weights -> our safetensors folders, and back. Only this room knows names and shapes of other projects.
 
 published                                           becomes
-Reducio-VAE release, reducio-ft4-fs32-attn23.ckpt   vae: the same names, less the losses of its training
-PixArt-alpha, .pth or diffusers folder              transformer: where the training of a Reducio-DiT starts
+Reducio-VAE release, reducio-ft4-fs32-attn23.ckpt   vae: the same names, without the losses of its training
+PixArt-alpha, .pth or diffusers folder              transformer: initial weights for training a Reducio-DiT
 SD 2.1 or SDXL VAE, diffusers folder or LDM names   content_encoder
 Stability's file of a whole SVD or SV3D             a model folder (see `convert_svd`)
 
@@ -34,7 +34,7 @@ from .layouts import REDUCIO
 from .networks import load_model
 from .strict_files import CONFIG, INDEX, WEIGHTS, check_fit, read_json, save_tensors, version, write_json
 
-# Of diffusers' AutoencoderKL; one architecture, two scales of the latent.
+# Configuration of diffusers' AutoencoderKL; one architecture, two scales of the latent.
 _SD_VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -53,7 +53,7 @@ CLASSES = {
     "transformer": ("reducio_fast", "ReducioDiT"),
     "content_encoder": ("diffusers", "AutoencoderKL"),
 }
-# A name that only one of the three has, in any of its spellings.
+# Patterns of names that only one of the three components has, in any of its spellings.
 _TELLTALES = {
     "vae": re.compile(r"^(encoder_3d|encoder_2d)\."),
     "transformer": re.compile(r"^(transformer_)?blocks\.\d"),
@@ -73,7 +73,7 @@ class Component:
     tensors: dict[str, Tensor]
     left_out: list[str]  # names in the source that belong to no network: losses, tables
     fresh: list[str]  # names in the result that the source does not have, freshly initialised
-    sample_size: int = 256  # pixels on a side of the clips it was made for; 256 of the release's VAE
+    sample_size: int = 256  # height and width in pixels of the clips it was made for; 256 for the release's VAE
 
 
 def convert(
@@ -89,11 +89,11 @@ def convert(
     """Convert a published file, folder or hub id to the component folder `out`, or to a component of the model folder
     `into`.
 
-    `component` (vae, transformer, content_encoder) and `preset` (see PRESETS) are found from the names and shapes where
-    they can be; `config` overrides single fields. `dtype` None keeps what is stored. `null_text` says where the null
-    caption of a PixArt is that has none itself (see `null_caption`). Returns what was written, left out and freshly
-    initialised. A single file of Stable Video Diffusion becomes a whole model folder, `preset` its frames (svd, svd-xt:
-    14, 25; by default its name says it).
+    `component` (vae, transformer, content_encoder) and `preset` (see PRESETS) are inferred from names and shapes if
+    possible; `config` overrides single fields. `dtype` None keeps the stored dtype. `null_text` is the source of the
+    null caption for a PixArt that has none (see `null_caption`). Returns what was written, left out and freshly
+    initialised. A single file of Stable Video Diffusion becomes a whole model folder; its `preset` gives the number of
+    frames (svd: 14, svd-xt: 25; by default the file's name does).
 
     Raises ReducioError for a file that cannot be read without running code, and for any missing, unexpected or
     misshapen tensor; then nothing is written.
@@ -135,9 +135,9 @@ def convert(
 
 
 def export(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Write a vae as the release has it: a pickled {"state_dict": ...} (.ckpt, .pt, .pth), or plain safetensors.
+    """Write a vae in the release's format: a pickled {"state_dict": ...} (.ckpt, .pt, .pth), or plain safetensors.
 
-    `source` is a component folder or a model folder. Raises ReducioError for another component or ending of the name.
+    `source` is a component folder or a model folder. Raises ReducioError for another component or file suffix.
     """
     folder, target = Path(source).expanduser(), Path(out).expanduser()
     folder = folder / "vae" if (folder / INDEX).is_file() else folder
@@ -169,7 +169,7 @@ def _recognise(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _skeleton(make: Callable[[], nn.Module], argument: str) -> nn.Module:
-    """A network without memory for its weights."""
+    """Build a network without memory for its weights."""
     try:
         with torch.device("meta"):
             return make()
@@ -178,7 +178,7 @@ def _skeleton(make: Callable[[], nn.Module], argument: str) -> nn.Module:
 
 
 def _configured(config_class: Any, base: Any, config: dict[str, Any]) -> Any:
-    """`base` with the fields in `config` put over it."""
+    """`base` with the fields of `config` replaced."""
     try:
         return config_class.from_dict(base.to_dict() | config)
     except (TypeError, ValueError) as error:
@@ -188,14 +188,14 @@ def _configured(config_class: Any, base: Any, config: dict[str, Any]) -> Any:
 def _make_vae(
     path: Path, tensors: dict[str, Tensor], stated: dict[str, Any], preset: str | None, config: dict[str, Any]
 ) -> Component:
-    """The names of the release are ours; what else its files hold are the discriminator and LPIPS of the training."""
+    """The release uses our names; its files also hold the discriminator and LPIPS of the training."""
     if stated.get("_class_name") != CLASSES["vae"][1]:  # the release's repository has a config.json of another program
         stated = {}
     left_out = [n for n in tensors if n.startswith("loss.")]
     tensors = {n: t for n, t in tensors.items() if not n.startswith("loss.")}
     base = VAE_PRESETS[preset] if preset is not None else VAEConfig()
     if preset is None and not stated:
-        # A down-sampling that halves time as well has a kernel of three frames instead of one.
+        # A down-sampling that also halves the number of frames has a kernel of three frames instead of one.
         kernels = [t for n, t in tensors.items() if re.fullmatch(r"encoder_3d\.down\.\d+\.downsample\.conv\.weight", n)]
         base = dataclasses.replace(base, temporal_factor=2 ** sum(k.ndim == 5 and k.shape[2] == 3 for k in kernels))
     final = _configured(VAEConfig, base, {n: v for n, v in stated.items() if not n.startswith("_")} | config)
@@ -217,11 +217,11 @@ def _make_transformer(
     config: dict[str, Any],
     null_text: str | os.PathLike[str] | None,
 ) -> Component:
-    """PixArt's tensors, patches turned into channels; the image condition starts as a fresh Reducio-DiT's does."""
+    """Convert PixArt's tensors, its patches to channels; the image condition starts as in a fresh Reducio-DiT."""
     grid = tensors.get("pos_embed")  # the table of the .pth files, [1, rows * columns, D], and its size in tokens
     side = math.isqrt(grid.shape[1]) if grid is not None and grid.ndim == 3 else stated.get("sample_size", 0) // 2
     if not side and any(n.startswith("csize_embedder.") for n in tensors):
-        side = 64  # only the 1024 model is told of sizes
+        side = 64  # only the 1024 model is conditioned on sizes
     state, left_out = published_names.pixart_names(tensors)
     if preset is None:
         preset = f"reducio-{side * 16}"
@@ -240,19 +240,19 @@ def _make_transformer(
     check_fit(path, expected, state, fresh)
     start = _fresh_transformer(final, fresh)
     weights = {n: start[n].to(state["proj_out.weight"].dtype) if n in fresh else state[n] for n in expected}
-    # The size is the preset's: coordinates, and `position_base_size` with them, may be of another scale.
+    # The preset gives the size, because coordinates, and with them `position_base_size`, may have another scale.
     size = int(preset.rpartition("-")[2])
     return Component("transformer", _head("transformer") | final.to_dict(), weights, left_out, fresh, size)
 
 
 def _fresh_transformer(config: DiTConfig, names: Sequence[str]) -> dict[str, Tensor]:
-    """At least the tensors `names` of a new Reducio-DiT. Only one block exists at a time: a whole XL takes 2.4 GB."""
-    one = dataclasses.replace(config, depth=1)
+    """Tensors of a new Reducio-DiT, at least `names`. Only one block exists at a time: a whole XL takes 2.4 GB."""
+    one_block = dataclasses.replace(config, depth=1)
     tensors: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same file twice gives the same folder
         for block in range(config.depth if any("transformer_blocks." in n for n in names) else 1):
-            drawn = ReducioDiT(one).state_dict()
+            drawn = ReducioDiT(one_block).state_dict()
             tensors |= {n.replace("transformer_blocks.0.", f"transformer_blocks.{block}."): t for n, t in drawn.items()}
     return tensors
 
@@ -275,7 +275,7 @@ def _make_content_encoder(
         tensors = published_names.ldm_vae_names(tensors, network)
     tensors = {published_names.attention_name(n): t for n, t in tensors.items()}
     for n, t in tensors.items():
-        # The attention was once written as 1x1 convolutions.
+        # Older files store the linear layers of the attention as 1x1 convolutions.
         if n in expected and expected[n].ndim == 2 and t.ndim == 4 and t.shape[2:] == (1, 1):
             tensors[n] = t.flatten(1)
     check_fit(path, expected, tensors)
@@ -313,9 +313,9 @@ def _write(component: Component, target: Path, model: Path | None) -> list[str]:
     index[component.name] = list(CLASSES[component.name])
     if component.name == "transformer":
         index |= {"sample_height": component.sample_size, "sample_width": component.sample_size}
-        index.setdefault("clean_caption", True)  # PixArt's captions were cleaned before it saw them
+        index.setdefault("clean_caption", True)  # PixArt was trained on cleaned captions
     index.setdefault("fps", 16)
-    if component.name == "vae":  # what the release was trained on, until a transformer says more
+    if component.name == "vae":  # the size that the release was trained on, until a transformer sets its own
         index.setdefault("sample_height", component.sample_size)
         index.setdefault("sample_width", component.sample_size)
     if "scheduler" not in index:

@@ -1,5 +1,5 @@
-"""A single file of Stability AI's -> a model folder in diffusers' layout: of SVD, which `SVDPipeline` and diffusers
-read, or of SV3D, which `SV3DPipeline` reads."""
+"""Converts a single file of Stability AI to a model folder in diffusers' layout: of SVD, which `SVDPipeline` and
+diffusers read, or of SV3D, which `SV3DPipeline` reads."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .model_card import write_card
 from .networks import published_class
 from .strict_files import CONFIG, INDEX, WEIGHTS, check_fit, report, save_tensors, version, write_json
 
-# Frames of a clip, which no tensor shows.
+# Frames per clip, which cannot be read from the tensors.
 PRESETS = {"svd": 14, "svd-xt": 25}
-SV3D_FRAMES, SV3D_SIDE = 21, 576  # of an orbit
+SV3D_FRAMES, SV3D_SIDE = 21, 576  # frames of an orbit, and their height and width in pixels
 COMPONENTS = ("unet", "vae", "image_encoder")
 
 
@@ -36,25 +36,26 @@ class Part:
     library: str
     class_name: str
     config: dict[str, Any]
-    network: nn.Module  # without contents
+    network: nn.Module  # on the meta device, without weights
     tensors: dict[str, Tensor]
     file: str
 
 
 def is_single_file(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are the tensors of such a file."""
+    """Whether these are the tensors of a single file of SVD or SV3D."""
     return any(published_svd.TELLTALE.match(name) for name in tensors)
 
 
 def frames_of(path: Path, preset: str | None) -> int:
-    """The frames that the weights were made for. Raises ReducioError where neither says it."""
+    """The number of frames that the weights were made for, by `preset` or else by the file's name. Raises ReducioError
+    if neither gives it."""
     if preset is None:
         stem = path.stem.lower().replace("-", "_")
-        found = re.match(r"svd(_xt)?(_|\d|$)", stem)
-        if found is None:
+        match = re.match(r"svd(_xt)?(_|\d|$)", stem)
+        if match is None:
             known = ", ".join(f"{name} ({frames} frames)" for name, frames in PRESETS.items())
             raise ReducioError(f"{path}: does not say its frames in its name; give a preset, one of {known}")
-        preset = "svd-xt" if found[1] else "svd"
+        preset = "svd-xt" if match[1] else "svd"
     if preset not in PRESETS:
         raise ReducioError(f"preset: must be one of {', '.join(PRESETS)} for svd, is {preset!r}")
     return PRESETS[preset]
@@ -125,7 +126,7 @@ def convert_single_file(
 
 
 def _read(path: Path, name: str, read: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration that names and shapes show. Raises ReducioError where a tensor that shows it is missing."""
+    """The configuration that `read` infers from names and shapes. Raises ReducioError if a needed tensor is missing."""
     try:
         return read(tensors)
     except (KeyError, IndexError, ValueError) as error:

@@ -19,8 +19,8 @@ from .strict_files import INDEX, read_json, write_json
 def find_text_to_image(name: str | os.PathLike[str]) -> Path:
     """The folder of a diffusers text-to-image pipeline, or the local copy of that hub repository `owner/name`.
 
-    From the hub only the files that the pipeline names are fetched, as safetensors. Raises ReducioError where there is
-    neither, with what to download.
+    From the hub only the files that the pipeline names are fetched, as safetensors. Raises ReducioError if there is
+    neither; the message says what to download.
     """
     path = expanded(name, "text_to_image")
     if is_folder(path, "text_to_image") or str(name).count("/") != 1:
@@ -30,7 +30,7 @@ def find_text_to_image(name: str | os.PathLike[str]) -> Path:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # without a network it would log three lines beside our error of one
+    diffusers_logging.set_verbosity_error()  # without a network it would log three lines besides our one-line error
     try:
         return Path(DiffusionPipeline.download(str(name), use_safetensors=True, local_files_only=HF_HUB_OFFLINE))
     except (OSError, ValueError) as error:
@@ -48,9 +48,9 @@ def load_text_to_image(
 ) -> Any:
     """Load a diffusers pipeline folder. A component without a sub-folder of its own is taken from `shared`.
 
-    `loaded`: components by the folder they came from; one that lies in the same folder is taken, not loaded again.
-    Components are loaded one by one rather than by the pipeline's `from_pretrained`: strictly, and without importing
-    what they do not need.
+    `loaded`: components by the folder they came from; a component in the same folder is reused, not loaded again.
+    Components are loaded one by one instead of by the pipeline's `from_pretrained`, so that loading is strict and
+    imports only what they need.
     """
     index, cls = read_json(folder / INDEX), _pipeline_class(folder)
     components: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def load_text_to_image(
 
 
 def without_parts(folder: Path) -> Any:
-    """An object of the pipeline's class that holds nothing: the arguments of its call can be asked for."""
+    """An object of the pipeline's class without components, to inspect the arguments of its call."""
     cls = _pipeline_class(folder)
     return cls.__new__(cls)
 
@@ -90,7 +90,7 @@ def _pipeline_class(folder: Path) -> Any:
 
 
 def save_text_to_image(pipeline: Any, folder: Path, shared: dict[str, Any]) -> None:
-    """Write a diffusers pipeline, except the components that are the very objects in `shared`; the index names all."""
+    """Write a diffusers pipeline, except components that are the same objects as in `shared`; the index names all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, component in pipeline.components.items():
         if component is not None and component is not shared.get(name):
@@ -100,11 +100,12 @@ def save_text_to_image(pipeline: Any, folder: Path, shared: dict[str, Any]) -> N
 
 
 def _library(name: str) -> str:
-    """diffusers names the modules of its own pipelines without their package: stable_diffusion has a safety checker."""
+    """The module to import for a library's name in an index. diffusers names the modules of its own pipelines without
+    their package: the library of a safety checker is stable_diffusion."""
     pipelines = importlib.import_module("diffusers.pipelines")
     return f"diffusers.pipelines.{name}" if name not in LIBRARIES and hasattr(pipelines, name) else name
 
 
 def _is_component(value: Any) -> bool:
-    """In a diffusers index a component is a pair [library, class], [null, null] where it is left out."""
+    """In a diffusers index a component is a pair [library, class], or [null, null] if it is left out."""
     return isinstance(value, list) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)

@@ -20,7 +20,8 @@ from .strict_files import CONFIG, INDEX, PICKLES, load_tensors, read_json, weigh
 def read_weights(path: Path, component: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a weights file or a component folder by name, and the folder's configuration ({} for a file).
 
-    In the folder of a whole pipeline it is the transformer, else the vae; `component` decides where it has both.
+    From the folder of a whole pipeline `component` is read; diffusers' name of a content encoder is "vae". Without
+    `component` it is the transformer, or the vae if there is no transformer.
     """
     if status(path) is None:
         raise ReducioError(f"{path}: no such file or folder")
@@ -28,8 +29,10 @@ def read_weights(path: Path, component: str | None = None) -> tuple[dict[str, Te
         return _read_file(path), {}
     if (path / INDEX).is_file():
         has = read_json(path / INDEX)
-        wanted = "vae" if component == "content_encoder" or "transformer" not in has else "transformer"
-        return read_weights(path / wanted)
+        if component in has:
+            return read_weights(path / component)
+        is_vae = component in ("vae", "content_encoder") or "transformer" not in has
+        return read_weights(path / ("vae" if is_vae else "transformer"))
     stated = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     if files := weight_files(path):
         return {name: tensor for file in files for name, tensor in _read_file(file).items()}, stated

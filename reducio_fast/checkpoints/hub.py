@@ -14,11 +14,11 @@ from .model_card import CARD
 
 
 def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token: str | None, message: str) -> str:
-    """Upload what `save` writes to the hub repository `repo_id`, made if there is none; returns the commit's address.
+    """Upload what `save` writes to the hub repository `repo_id`, created if there is none; returns the commit's URL.
 
-    A model card that the repository has already stays. Raises ReducioError for whatever the hub refuses.
+    An existing model card in the repository stays. Raises ReducioError if the hub refuses a request.
     """
-    from huggingface_hub import HfApi  # a bare GPU machine is without, and never uploads
+    from huggingface_hub import HfApi  # a bare GPU machine does not have it, and never uploads
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as work:
@@ -26,9 +26,9 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token
         save(folder)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            kept = [CARD] if api.file_exists(repo_id, CARD) else None
+            ignored = [CARD] if api.file_exists(repo_id, CARD) else None
             commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=kept
+                repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=ignored
             )
         except (
             OSError,
@@ -48,10 +48,10 @@ def find_model(
     files: Sequence[str] = MODEL_FILES,
     ignored: Sequence[str] = (),
 ) -> Path:
-    """The folder of a model: itself if it is one, else the local copy of a Hugging Face hub repository `owner/name`.
+    """The folder `model`, or the local copy of the Hugging Face hub repository `model`, given as `owner/name`.
 
-    `argument` names what was given, `files` are patterns of those to fetch, `ignored` of those among them to leave.
-    Raises ReducioError where there is neither; with no network, the line says what to download.
+    `argument` is the argument's name in errors; `files` are patterns of the files to fetch, `ignored` of those to skip.
+    Raises ReducioError if there is neither; without a network, the message says what to download.
     """
     name = str(model)
     path = expanded(name, argument)
@@ -59,7 +59,7 @@ def find_model(
     may_be_hub_id = len(parts) == 2 and all(re.fullmatch(r"[\w][\w.-]*", part) for part in parts)
     if is_folder(path, argument):
         return path
-    if not may_be_hub_id or is_file(path, argument):  # a folder `owner` in the current one hides no repository
+    if not may_be_hub_id or is_file(path, argument):  # a folder `owner` in the current folder hides no repository
         raise ReducioError(f"{argument}: {printable(name)!r} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
@@ -78,8 +78,8 @@ COMPONENT_FILES = ("model_index.json", "config.json", "diffusion_pytorch_model*"
 
 
 def find_weights(source: str | os.PathLike[str], component: str | None = None, argument: str = "source") -> Path:
-    """A file or folder of weights: itself, or the local copy of what the hub has under `owner/name`, a component or the
-    whole of a diffusers folder, or `owner/name/FILE`, one file. Raises ReducioError where there is neither."""
+    """The file or folder of weights `source`, or its local copy from the hub: `owner/name` is a component or a whole
+    diffusers folder, `owner/name/FILE` is one file. Raises ReducioError if there is neither."""
     name, path = str(source), expanded(source, argument)
     if status(path, argument) is not None:
         return path

@@ -1,4 +1,4 @@
-"""The components and settings of each model family: what loading, saving, offloading and help texts read."""
+"""The components and settings of each model family, for loading, saving, offloading and help texts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 class Component:
     """One entry of a model folder.
 
-    `stage` is the stage that runs it: its weights are on the device then; `also` is another one. `source` says what a
-    user may name instead of giving an object, "" where nothing can be named. `shared_as` is its name within the
-    text-to-image pipeline, which may use the same object. `beside`: the component whose source holds this one too.
+    `stage` is the stage that runs it, during which its weights are on the device; `also` is a second such stage.
+    `source` describes what a user may name instead of passing an object, "" if nothing can be named. `shared_as` is its
+    name within the text-to-image pipeline, which may use the same object. `beside` is the component whose source also
+    holds this one.
     """
 
     name: str
@@ -30,7 +31,7 @@ class Component:
 class Layout:
     """A model family on disk: `components` in the order in which they are loaded, and plain `settings`.
 
-    `denoiser` and `decoder` name the networks that the fast path has twins for, two or one.
+    `denoiser` and `decoder` name the networks that have fast versions; both may name the same network.
     """
 
     pipeline: str  # the `_class_name` of model_index.json
@@ -49,7 +50,7 @@ class Layout:
 
     @property
     def unloadable(self) -> tuple[str, ...]:
-        """Components that a loaded pipeline can let go of."""
+        """Components that can be removed from a loaded pipeline."""
         return tuple(c.name for c in self.components if c.optional and c.stage)
 
     def shared(self, parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,9 +95,9 @@ REDUCIO = Layout(
             source="an AutoencoderKL's folder or hub id",
             shared_as="vae",
         ),
-        # It runs between the steps, so its weights are on the device then.
+        # It runs between the steps, so its weights are on the device during this stage.
         Component(name="preview_decoder", stage="dit.step", optional=True, source="a preview decoder's folder"),
-        # Last: it may share the others.
+        # Last, because it may share the others.
         Component(
             name="text_to_image",
             stage="content.generate",
@@ -126,5 +127,5 @@ SVD = Layout(
     denoiser="unet",
 )
 
-# Of the same components; its autoencoder is one of images. The name is that of published conversions to diffusers.
+# SV3D has the same components, but an autoencoder of images. Published conversions to diffusers use this pipeline name.
 SV3D = dataclasses.replace(SVD, pipeline="StableVideo3DDiffusionPipeline")

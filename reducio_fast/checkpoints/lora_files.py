@@ -20,7 +20,7 @@ from ..system.errors import ReducioError
 from ..system.paths import expanded, is_file
 from . import hub, strict_files
 
-FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers, as peft saves them
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as saved by diffusers, by peft
 PEFT_CONFIG = "adapter_config.json"  # beside peft's file
 METADATA = "lora_adapter_metadata"  # diffusers keeps the same settings in the header of its file
 PREFIXES = ("base_model.model.", "transformer.", "unet.")
@@ -29,14 +29,14 @@ KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One layer's dW = scale * up @ down; of a convolution the kernel belongs to `down`."""
+    """One layer's dW = scale * up @ down; for a convolution `down` has the kernel."""
 
     down: Tensor  # A: [rank, in] or [rank, in, kh, kw]
     up: Tensor  # B: [out, rank] or [out, rank, 1, 1]
     scale: float
 
     def delta(self, like: Tensor) -> Tensor:
-        """In the shape, on the device and in the precision of `like`."""
+        """dW in the shape, on the device and in the precision of `like`."""
         up, down = (x.to(like).flatten(1) for x in (self.up, self.down))
         return (self.scale * (up @ down)).view_as(like)
 
@@ -91,7 +91,7 @@ def read_adapter(
 def _read(
     source: str | os.PathLike[str] | Mapping[str, Tensor], weight_name: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
-    """Tensors, settings by peft's names, and where they are from."""
+    """The tensors, the settings under peft's names, and their source for error messages."""
     if isinstance(source, Mapping):
         where = Path("the LoRA given")
         if wrong := [n for n, t in source.items() if not isinstance(t, Tensor) or not t.is_floating_point()]:

@@ -74,10 +74,9 @@ pipe("photo.png").save("clip.mp4")
 def write_card(
     folder: Path, components: Mapping[str, Any], settings: Mapping[str, Any], title: str, layout: Layout
 ) -> None:
-    """Write `README.md`, and for our own family `pipeline.py`; a card that is there already belongs to its author and
-    stays.
+    """Write `README.md`, and for our own family `pipeline.py`. An existing card belongs to its author and stays.
 
-    What the weights were trained on, and their licence, is for the author to add.
+    The author adds what the weights were trained on, and their licence.
     """
     is_reducio = layout is REDUCIO
     if is_reducio:
@@ -100,8 +99,8 @@ def write_card(
     else:
         is_svd = layout is SVD
         also = f", or with diffusers' `{layout.pipeline}`" if is_svd else ""
-        words = {"pipeline": "SVDPipeline" if is_svd else "SV3DPipeline", "also": also, "title": title, "rows": rows}
-        text = _SVD_TEXT.format(frames=components["unet"].config.num_frames, **words)
+        fields = {"pipeline": "SVDPipeline" if is_svd else "SV3DPipeline", "also": also, "title": title, "rows": rows}
+        text = _SVD_TEXT.format(frames=components["unet"].config.num_frames, **fields)
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
 
 

@@ -31,11 +31,11 @@ OURS = "reducio_fast"  # the library that an index names for classes of this pac
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """What the loader of one component gets.
+    """The argument of a component's loader.
 
-    source: the folder or hub id that the caller named for it; None: it lies in `folder`, where the index says it is of
-    `library` and `class_name`. parts: what has been loaded before it. loaded: networks by the folder that they came
-    from, so that one which two components name is in memory once; a loader adds to it.
+    source: the folder or hub id that the caller named for the component; None if it lies in `folder`, with `library`
+    and `class_name` from the index. parts: what has been loaded before it. loaded: networks by the folder that they
+    came from, so that a network named by two components is in memory once; a loader adds to it.
     """
 
     folder: Path
@@ -64,8 +64,8 @@ def read_model(
 ) -> dict[str, Any]:
     """All components and settings of a model folder, by name.
 
-    An object in `overrides` takes the place of a component, which is then not read; a folder or hub id there is where
-    it is read from.
+    An object in `overrides` replaces a component, which is then not read. A folder or hub id in `overrides` is the
+    place to read the component from.
     """
     path = folder / strict_files.INDEX
     index = strict_files.read_json(path)
@@ -100,10 +100,11 @@ def read_model(
 
 
 def read_facts(folder: Path, layout: Layout, configs: Mapping[str, Any]) -> dict[str, Any]:
-    """Components and settings of a model folder as far as its JSON files tell them, for checks without weights.
+    """Components and settings of a model folder, from its JSON files alone, for checks without weights.
 
-    A network of `configs` is an object with its `config`, a diffusers pipeline one of its class without parts, any
-    other network one with its configuration's entries as attributes of `config`; schedulers and tokenizers are loaded.
+    A network in `configs` becomes an object with its `config`, a diffusers pipeline an object of its class without
+    components, and any other component an object whose `config` has the entries of its configuration as attributes. The
+    scheduler is loaded.
     """
     index = strict_files.read_json(folder / strict_files.INDEX)
     facts: dict[str, Any] = {name: index[name] for name in layout.settings if name in index}
@@ -126,7 +127,7 @@ def read_facts(folder: Path, layout: Layout, configs: Mapping[str, Any]) -> dict
 
 
 def _entry(index: dict[str, Any], name: str, folder: Path, layout: Layout) -> tuple[str, str] | None:
-    """[library, class] of a component in a folder's index; None where an optional one is left out."""
+    """[library, class] of a component in a folder's index; None if an optional component is left out."""
     path, entry = folder / strict_files.INDEX, index.get(name)
     if entry is None or entry == [None, None]:
         if name in layout.optional:
@@ -143,7 +144,7 @@ def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
     """Write what `read_model` reads, each weight in the dtype it has; the folder appears whole or not at all."""
     index: dict[str, Any] = {"_class_name": layout.pipeline, "_reducio_fast_version": strict_files.version()}
     index |= {name: _library_and_class(name, parts[name]) for name in layout.names}
-    # Those that are left out have their defaults when read.
+    # A setting that is left out gets its default when it is read.
     settings = {name: parts[name] for name in layout.settings if parts.get(name) is not None}
     index |= settings
     with atomic_files.new_folder(target, strict_files.INDEX, "model") as folder, networks.quiet_transformers():
@@ -172,5 +173,5 @@ def _library_and_class(name: str, component: Any) -> list[str | None]:
     library, class_name = type(component).__module__.split(".")[0], type(component).__name__
     if library not in (OURS, *networks.LIBRARIES):
         raise ReducioError(f"{name}: a {class_name} cannot be saved; it is of none of {', '.join(networks.LIBRARIES)}")
-    # The class of an inner pipeline stands in its own index; here stands what loads it with the parts that it shares.
+    # The class of an inner pipeline is in its own index; this index names the class that loads it with shared parts.
     return [OURS, "TextToImage"] if hasattr(component, "components") else [library, class_name]

@@ -1,4 +1,4 @@
-"""Networks from strict files: our two, and those of diffusers and transformers."""
+"""Networks from strict files: our own, and those of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from .strict_files import (
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name besides our own and open_clip's tower
-DISTRIBUTIONS = {  # of the modules that not every machine has
+LIBRARIES = ("diffusers", "transformers")  # a folder may name their classes besides our own and open_clip's tower
+DISTRIBUTIONS = {  # by module, for modules that not every machine has
     "bs4": "beautifulsoup4",
     "ftfy": "ftfy",
     "google.protobuf": "protobuf",
@@ -87,7 +87,7 @@ class _NoRandomInit(TorchFunctionMode):
     Unlike construction on the meta device this keeps the buffers that no file holds (masks, tables) real.
     """
 
-    # A mode sees the functions of nn.init that dispatch to it, and the tensor methods that the others call.
+    # A mode intercepts the functions of nn.init that dispatch to it, and the tensor methods that the others call.
     FILLS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, torch.Tensor.uniform_, torch.Tensor.normal_)
 
     def __torch_function__(
@@ -120,8 +120,8 @@ def load_model(
 ) -> _Model:
     """Load one of our networks (see PUBLISHED) from its component folder.
 
-    `dtype` None keeps what is stored. `variant`: of the weights' files, such as "fp16"; None takes the plain ones.
-    `weights`: a file that is read in their place.
+    `dtype` None keeps the stored dtype. `variant`: the variant of the weight files, such as "fp16"; None takes the
+    plain files. `weights`: a file that is read instead of them.
     Raises ReducioError for a missing or broken file, a configuration that does not validate, and weights that do not
     fit it.
     """
@@ -186,7 +186,7 @@ def load_foreign(
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
             require("sentencepiece", "google.protobuf", argument=str(folder / "spiece.model"))
-        # An Auto class would else ask at the terminal whether it may run code that lies in the folder.
+        # Without this an Auto class asks at the terminal whether it may run code that lies in the folder.
         safe = {"trust_remote_code": False} if class_name.startswith("Auto") else {}
         return _from_pretrained(cls, folder, **safe)
     check_component(folder)
@@ -194,7 +194,7 @@ def load_foreign(
     kwargs: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
     kwargs["variant"] = _variant(folder) if variant is None else variant
     if library.startswith("diffusers") and importlib.util.find_spec("accelerate") is None:
-        kwargs["low_cpu_mem_usage"] = False  # the same without accelerate, where diffusers prints five lines on stderr
+        kwargs["low_cpu_mem_usage"] = False  # as diffusers does without accelerate, after five lines on stderr
     with quiet_transformers():
         model, info = _from_pretrained(cls, folder, output_loading_info=True, use_safetensors=True, **kwargs)
     misshapen = [str(m[0]) for m in info.get("mismatched_keys", ())]
@@ -251,7 +251,7 @@ def _from_pretrained(cls: Any, folder: Path, **kwargs: Any) -> Any:
 
 
 def require(*modules: str, argument: str) -> None:
-    """ReducioError naming the distributions of `modules` that are not installed."""
+    """Raise ReducioError, naming the distributions to install, if any of `modules` is missing."""
     missing = [module for module in modules if not _importable(module)]
     if missing:
         names = " and ".join(DISTRIBUTIONS[module] for module in missing)

@@ -1,4 +1,4 @@
-"""PixArt's null caption: what guidance leads away from where no negative prompt is given.
+"""PixArt's null caption: the embedding that guidance leads away from if no negative prompt is given.
 
 The .pth files of PixArt-alpha hold it (`y_embedder.y_embedding`). diffusers' folders do not: their pipeline encodes the
 empty prompt with the text encoder that lies beside the transformer.
@@ -18,7 +18,7 @@ from . import hub
 from .foreign_files import read_weights
 from .networks import load_foreign
 
-FRESH = "fresh"  # for a model that is trained from there: random numbers, as a new PixArt starts with
+FRESH = "fresh"  # for a model that is then trained: random numbers, as in a new PixArt
 TENSORS = ("y_embedder.y_embedding", "null_text")
 ENCODER_FILES = ("text_encoder/*", "tokenizer/*", "model_index.json")
 
@@ -27,7 +27,7 @@ def read_null_text(path: Path, source: str | os.PathLike[str] | None, shape: tup
     """The null caption of the PixArt in `path`, [tokens, channels] = `shape`; None for a fresh one.
 
     source: a .pth or .safetensors file that holds it, a folder or hub id with `text_encoder/` and `tokenizer/`,
-    "fresh", or None for what lies in `path` or beside it. Raises ReducioError where it is nowhere or of another shape.
+    "fresh", or None for what lies in `path` or beside it. Raises ReducioError if it is missing or has another shape.
     """
     if source is None:
         beside = [folder for folder in (path, path.parent) if _has_encoder(folder)]
@@ -42,12 +42,13 @@ def read_null_text(path: Path, source: str | os.PathLike[str] | None, shape: tup
         return None
     if is_file(source, "null_text"):
         tensors, _ = read_weights(Path(source))
-        found = [tensors[name] for name in TENSORS if name in tensors]
-        if not found:
+        captions = [tensors[name] for name in TENSORS if name in tensors]
+        if not captions:
             raise ReducioError(f"null_text: {source} holds none of {', '.join(TENSORS)}")
-        if found[0].shape != shape:
-            raise ReducioError(f"null_text: {source} has one of shape {list(found[0].shape)} instead of {list(shape)}")
-        return found[0]
+        null = captions[0]
+        if null.shape != shape:
+            raise ReducioError(f"null_text: {source} has one of shape {list(null.shape)} instead of {list(shape)}")
+        return null
     folder = hub.find_model(source, "null_text", ENCODER_FILES)
     if not _has_encoder(folder):
         raise ReducioError(f"null_text: {folder} has no text_encoder/ and tokenizer/")
@@ -60,7 +61,7 @@ def _has_encoder(folder: Path) -> bool:
 
 @torch.no_grad()
 def _of_empty_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
-    """In float32: a T5-XXL needs 19 GB for it, once."""
+    """Encode the empty prompt in float32, for which a T5-XXL needs 19 GB, once."""
     tokenizer = load_foreign("transformers", "AutoTokenizer", folder / "tokenizer", torch.float32, "cpu")
     encoder = load_foreign("transformers", "T5EncoderModel", folder / "text_encoder", torch.float32, "cpu")
     tokens = tokenizer("", max_length=shape[0], padding="max_length", truncation=True, return_tensors="pt")

@@ -53,9 +53,9 @@ _PIXART_FUSED = {
 
 
 def pixart_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """A PixArt-alpha state dict by diffusers' names, and the names left out: tables that the network computes.
+    """A PixArt-alpha state dict under diffusers' names, and the names left out: tables that the network computes.
 
-    Both spellings are taken. A name that is in neither stays as it is, for the report.
+    Both spellings are accepted. A name that is in neither stays as it is, so that the report lists it.
     """
     tables = [n for n in tensors if n in ("pos_embed", "pos_embed.pos_embed")]
     state: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ def pixart_patches(config: DiTConfig, state: Mapping[str, Tensor]) -> dict[str, 
     """Turn patches of p x p pixels into channels, in `pixel_unshuffle` order, on the way in and on the way out.
 
     So PixArt's 4 channels in patches of 2 become the 16 channels in patches of 1 of a Reducio latent, and every tensor
-    finds its place. Where the model learns no variance, PixArt's variance outputs are left out.
+    fits. If the model learns no variance, PixArt's variance outputs are left out.
     """
     state = dict(state)
     patch = state.get("pos_embed.proj.weight")
@@ -103,12 +103,12 @@ def pixart_patches(config: DiTConfig, state: Mapping[str, Tensor]) -> dict[str, 
 
 
 def ldm_vae_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """An image VAE with the names of the LDM code, by diffusers' names. An unknown name stays as it is."""
+    """Rename the tensors of an image VAE from the LDM code's names to diffusers'. An unknown name stays as it is."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     names, values = list(tensors), list(tensors.values())
-    # diffusers' converter drops names that it does not know. It gets numbers in place of the tensors, which show how it
-    # renames each.
+    # diffusers' converter drops names that it does not know. It gets numbers instead of the tensors; they show how it
+    # renames each tensor.
     tags = {n: torch.full((1, 1, 1, 1), float(i)) for i, n in enumerate(names)}
     renamed = {n: int(tag) for n, tag in convert_ldm_vae_checkpoint(tags, network.config).items()}
     unknown = {names[i]: values[i] for i in set(range(len(names))) - set(renamed.values())}
@@ -116,13 +116,14 @@ def ldm_vae_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str
 
 
 def attention_name(name: str) -> str:
-    """The names that diffusers gave to the VAE's attention before 0.18, and that SD 2.1's files still have."""
+    """The current name of a tensor of the VAE's attention. Before 0.18 diffusers used other names, which SD 2.1's files
+    still have."""
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
         name = re.sub(rf"(\.attentions\.\d+\.){old}\.", rf"\g<1>{new}.", name)
     return name
 
 
-# Add and linear fusion had names of our own before they had the release's; folders from then are read, never written.
+# Add and linear fusion once had other names than in the release; folders with these are read, never written.
 EARLIER_NAMES = (("content_conv", "conv_context"), ("frame_embed", "temp_embed"), ("mix", "conv"))
 
 

@@ -1,15 +1,15 @@
 """Stability AI's names for Stable Video Diffusion and SV3D, and the names of diffusers, which are ours.
 
-A file of Stability's holds all networks:
+One file of Stability AI holds all networks:
 
     model.diffusion_model.*                                 the U-Net
     first_stage_model.decoder.*                             the decoder: over time in SVD, of frames in SV3D
     conditioner.embedders.N.encoder.{encoder,quant_conv}.*  the autoencoder that encodes the picture
     conditioner.embedders.0.open_clip.model.visual.*        the image encoder, in open_clip's layout
 
-Facts from the modules of Stability-AI/generative-models (commit 0ad7de9), whose names and shapes, and whose results on
-small weights, the tests hold this to. All functions map state dicts to state dicts. A name that they do not know passes
-through, so that the strict report names it.
+The facts are from the modules of Stability-AI/generative-models (commit 0ad7de9). The tests compare names, shapes and
+results on small weights with those modules. All functions map state dicts to state dicts. A name that they do not know
+passes through, so that the strict report names it.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ FEATURE_EXTRACTOR = {
 }
 
 TELLTALE = re.compile(r"model\.diffusion_model\..*\.time_mixer\.mix_factor$")
-HEAD_WIDTH, IMAGE_HEAD_WIDTH = 64, 80  # of the U-Net's attention and the image encoder's, which no shape shows
+HEAD_WIDTH, IMAGE_HEAD_WIDTH = 64, 80  # channels per head in the U-Net and the image encoder, which no shape shows
 
 _UNET, _DECODER = "model.diffusion_model.", "first_stage_model."
 _ENCODER = re.compile(r"conditioner\.embedders\.\d+\.encoder\.(?=encoder\.|quant_conv\.)")
 _VISUAL = re.compile(r"conditioner\.embedders\.\d+\.open_clip\.model\.visual\.")
-# What a call never runs: a second encoder, a second decoder, the text half of CLIP, averages and losses of training.
+# Not used by a call: a second encoder, a second decoder, the text half of CLIP, averages and losses of training.
 _LEFT_OUT = re.compile(
     r"first_stage_model\.(encoder|loss)\.|conditioner\.embedders\.\d+\.encoder\.(decoder|post_quant_conv|loss)\."
     r"|conditioner\.embedders\.\d+\.open_clip\.(mean|std|model\.(?!visual\.))|model_ema\."
@@ -142,12 +142,12 @@ def _levels(names: Iterable[str]) -> list[list[int]]:
 
 
 def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of a `VideoUNetConfig` that names and shapes show; the number of heads by the width of a head."""
+    """The fields of a `VideoUNetConfig` from names and shapes; the number of heads follows from the width of a head."""
     levels = _levels(tensors)
 
     def depth(block: int) -> int:
         pattern = re.compile(rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")
-        return len({found[1] for name in tensors if (found := pattern.match(name))})
+        return len({match[1] for name in tensors if (match := pattern.match(name))})
 
     firsts = [level[0] for level in levels if level]
     channels = [len(tensors[f"input_blocks.{first}.0.out_layers.0.weight"]) for first in firsts]
@@ -172,13 +172,13 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def unet_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The U-Net by diffusers' names."""
+    """The U-Net's tensors under diffusers' names."""
     levels = _levels(tensors)
     places = {block: (level, i) for level, blocks in enumerate(levels) for i, block in enumerate(blocks)}
     halvings = {blocks[-1] + 1: level for level, blocks in enumerate(levels) if blocks}
 
     def place(side: str, block: int) -> tuple[int, int] | None:
-        """Level, in the order in which they run, and index of a res block."""
+        """The level of a res block, in the order in which levels run, and its index there."""
         if side == "input":
             return places.get(block)
         level, index = divmod(block, len(levels[0]) + 1)
@@ -188,17 +188,17 @@ def unet_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stem, _, leaf = name.rpartition(".")
         if stem in _UNET_ENDS:
             return f"{_UNET_ENDS[stem]}.{leaf}"
-        if (found := re.fullmatch(r"middle_block\.([012])\.(.+)", name)) is not None:
-            part, rest = int(found[1]), found[2]
+        if (match := re.fullmatch(r"middle_block\.([012])\.(.+)", name)) is not None:
+            part, rest = int(match[1]), match[2]
             return (
                 f"mid_block.attentions.0.{_transformer(rest)}"
                 if part == 1
                 else _res(f"mid_block.resnets.{part // 2}", rest)
             )
-        found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", name)
-        if found is None:
+        match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", name)
+        if match is None:
             return name
-        side, block, part, rest = found[1], int(found[2]), int(found[3]), found[4]
+        side, block, part, rest = match[1], int(match[2]), int(match[3]), match[4]
         if rest.startswith("op.") and block in halvings:
             return f"down_blocks.{halvings[block]}.downsamplers.0.conv.{leaf}"
         if (at := place(side, block)) is None:
@@ -236,7 +236,7 @@ def is_temporal(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of the autoencoder's configuration that names and shapes show."""
+    """The fields of the autoencoder's configuration, from names and shapes."""
     levels = {int(m[1]) for n in tensors if (m := re.match(r"encoder\.down\.(\d+)\.", n))}
     layers = {int(m[1]) for n in tensors if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", n))}
     return {
@@ -250,13 +250,13 @@ def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Encoder, quant_conv and decoder by diffusers' names."""
+    """The tensors of encoder, quant_conv and decoder under diffusers' names."""
     levels = 1 + max((int(m[1]) for n in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", n))), default=0)
     temporal = is_temporal(tensors)
     state = {}
     for name, tensor in tensors.items():
         renamed = _vae_name(name, levels, temporal)
-        # The attention's products were written as 1x1 convolutions.
+        # The source stores the linear layers of the attention as 1x1 convolutions.
         flat = ".attentions." in renamed and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
         state[renamed] = tensor.flatten(1) if flat else tensor
     return state
@@ -270,16 +270,16 @@ def _vae_name(name: str, levels: int, temporal: bool) -> str:
         return f"decoder.time_conv_out.{rest.rpartition('.')[2]}"
     if rest.startswith("norm_out."):
         return f"{side}.conv_{rest}"
-    if (found := re.fullmatch(r"mid\.attn_1\.(.+)\.(weight|bias)", rest)) is not None:
-        return f"{side}.mid_block.attentions.0.{_VAE_ATTENTION.get(found[1], found[1])}.{found[2]}"
+    if (match := re.fullmatch(r"mid\.attn_1\.(.+)\.(weight|bias)", rest)) is not None:
+        return f"{side}.mid_block.attentions.0.{_VAE_ATTENTION.get(match[1], match[1])}.{match[2]}"
     over_time = temporal and side == "decoder"
-    if (found := re.fullmatch(r"mid\.block_(\d+)\.(.+)", rest)) is not None:
-        return _vae_res(f"{side}.mid_block.resnets.{int(found[1]) - 1}", found[2], over_time)
-    found = re.fullmatch(r"(down|up)\.(\d+)\.(.+)", rest)
-    if found is None:
+    if (match := re.fullmatch(r"mid\.block_(\d+)\.(.+)", rest)) is not None:
+        return _vae_res(f"{side}.mid_block.resnets.{int(match[1]) - 1}", match[2], over_time)
+    match = re.fullmatch(r"(down|up)\.(\d+)\.(.+)", rest)
+    if match is None:
         return name
-    level = int(found[2]) if found[1] == "down" else levels - 1 - int(found[2])
-    where, inner = f"{side}.{found[1]}_blocks.{level}", found[3]
+    level = int(match[2]) if match[1] == "down" else levels - 1 - int(match[2])
+    where, inner = f"{side}.{match[1]}_blocks.{level}", match[3]
     if (block := re.fullmatch(r"block\.(\d+)\.(.+)", inner)) is not None:
         return _vae_res(f"{where}.resnets.{block[1]}", block[2], over_time)
     return f"{where}.{re.sub(r'^(down|up)sample.', lambda m: f'{m[1]}samplers.0.', inner)}"
@@ -299,7 +299,7 @@ def _vae_res(where: str, rest: str, over_time: bool) -> str:
 
 
 def image_encoder_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """transformers' configuration of the open_clip tower, the number of heads by the width of a head."""
+    """transformers' configuration of the open_clip tower; the number of heads follows from the width of a head."""
     patches, width = tensors["positional_embedding"].shape
     patch = tensors["conv1.weight"].shape[-1]
     layers = {m[1] for n in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", n))}
@@ -316,7 +316,7 @@ def image_encoder_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def image_encoder_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's visual tower by the names of transformers' `CLIPVisionModelWithProjection`."""
+    """open_clip's visual tower under the names of transformers' `CLIPVisionModelWithProjection`."""
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)

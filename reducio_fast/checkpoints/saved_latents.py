@@ -1,5 +1,5 @@
-"""Files of latents: what `reducio-fast encode` writes, and what is kept of a clip when decoding runs out of memory, so
-that `reducio-fast decode` can finish it.
+"""Files of latents: `reducio-fast encode` writes one, and a clip whose decoding runs out of memory leaves one, so that
+`reducio-fast decode` can finish it.
 
 One safetensors file: `latents` float32 [N, ...], `content` uint8 [N, H, W, 3] (the content frames), and as metadata the
 frame rate, the seeds and the family.

@@ -1,7 +1,7 @@
 """Safetensors and JSON files, read strictly.
 
-Where a file and a model disagree, the error lists what is missing, unexpected or of another shape; a file that is cut
-short or a pickle is refused by name.
+If a file and a model disagree, the error lists what is missing, unexpected or of another shape. A truncated file or a
+pickle is refused, with an error that says what it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
-# Of an element, by safetensors' name of its type; the narrow ones are packed.
+# Bits per element by safetensors' name of its type; types of less than 8 bits are packed.
 DTYPE_BITS = (
     dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
     | dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)
@@ -40,7 +40,7 @@ NAMES_SHOWN = 8  # of each kind in a report: an error stays one readable line ev
 
 
 def version() -> str:
-    """Of this package, as installed."""
+    """The version of this package, as installed."""
     return importlib.metadata.version("reducio-fast")
 
 
@@ -48,7 +48,7 @@ SVD_TINY = "svd-tiny"  # the name of the embedded Stable Video Diffusion
 
 
 def embedded_model(name: str = "tiny") -> Path:
-    """Folder of a small model inside the package; ReducioError where an installation came without."""
+    """Folder of a small model inside the package. Raises ReducioError if the installation does not have it."""
     folder = Path(str(resources.files("reducio_fast"))) / "models" / name
     if not (folder / INDEX).is_file():
         if name == SVD_TINY:
@@ -59,7 +59,7 @@ def embedded_model(name: str = "tiny") -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ReducioError if there is none or it is no JSON object."""
+    """The object in a JSON file. Raises ReducioError if there is no file or it holds no JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -102,9 +102,9 @@ def check_safetensors(path: Path) -> None:
 
 
 def _check_header(path: Path, header: bytes) -> int:
-    """The bytes of data that a safetensors header announces. Refuses one whose tensors are not what they claim to be.
+    """The bytes of data that a safetensors header announces. Refuses a header whose shapes, types and offsets disagree.
 
-    Nothing is allocated by what a header says, so a shape of 10^18 costs no more than the line that refuses it.
+    Nothing is allocated by a header's numbers, so a shape of 10^18 costs no more than the error that refuses it.
     """
     try:
         entries = json.loads(header, object_pairs_hook=_unique)
@@ -133,7 +133,7 @@ def _check_header(path: Path, header: bytes) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without repeated names: readers differ in which of two they take."""
+    """Build a JSON object. Raises ValueError for a repeated name: readers differ in which of its values they take."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("repeated name")
@@ -141,7 +141,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_component(folder: Path) -> None:
-    """Refuse a component folder without whole safetensors weights: missing, pickled, cut short or short of a shard."""
+    """Refuse a component folder whose safetensors weights are missing, pickled, truncated or lack a shard."""
     if not folder.is_dir():
         raise ReducioError(f"{folder}: no such folder")
     files = sorted(folder.glob("*.safetensors"))
@@ -162,9 +162,9 @@ def check_component(folder: Path) -> None:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a component folder: one, or the shards that its index names; [] where it holds several
-    and does not say which. The plain name first: beside it may lie a half-precision variant of the same weights, which
-    `variant` ("fp16") asks for."""
+    """The safetensors files of a component folder: one, or the shards that its index names; [] if it holds several and
+    no index. A file with the plain name comes first, because a half-precision variant of the same weights may lie
+    beside it; `variant` ("fp16") selects that variant."""
     if variant is not None:
         stem, suffix = WEIGHTS.rsplit(".", 1)
         if (folder / f"{stem}.{variant}.{suffix}").is_file():
@@ -184,9 +184,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 def load_tensors(
     path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", skip: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
-    """All tensors of one safetensors file but those whose names begin with one of `skip`, which are not read.
+    """All tensors of one safetensors file, except those whose names begin with one of `skip`, which are not read.
 
-    Floating-point ones come as `dtype` if one is given.
+    Floating-point tensors are converted to `dtype` if it is given.
     """
     check_safetensors(path)
     tensors = {}
@@ -212,7 +212,7 @@ def report(where: Path, missing: list[str], unexpected: list[str], misshapen: li
 
 
 def check_fit(where: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fresh: Any = ()) -> None:
-    """`report` of tensors that are to take the places of `expected`; those named in `fresh` may be missing."""
+    """Compare `tensors` with `expected` and `report` the differences; tensors named in `fresh` may be missing."""
     misshapen = [
         f"{n} {list(t.shape)} instead of {list(expected[n].shape)}"
         for n, t in tensors.items()
@@ -223,7 +223,7 @@ def check_fit(where: Path, expected: Mapping[str, Tensor], tensors: Mapping[str,
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors by name; those that share memory, as tied weights do, each for itself."""
+    """Write tensors by name; tensors that share memory, such as tied weights, are written separately."""
     own, storages = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()

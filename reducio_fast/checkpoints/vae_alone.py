@@ -15,18 +15,18 @@ from . import convert, hub, networks
 from .foreign_files import read_weights
 from .strict_files import CONFIG, INDEX, PICKLES, read_json
 
-# What an index says of a whole model; the release was trained on clips of 256 pixels at 16 frames a second.
+# Settings that a whole model has in its index; the release was trained on clips of 256 pixels at 16 frames per second.
 DEFAULTS: dict[str, Any] = {"sample_height": 256, "sample_width": 256, "fps": 16}
 
 
 def load_vae(
     source: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[ReducioVAE, dict[str, Any]]:
-    """A `ReducioVAE`, frozen, and the settings DEFAULTS as the model says them.
+    """Load a frozen `ReducioVAE`, and the settings DEFAULTS with the model's values.
 
     source: a model folder, the component folder of a VAE, a weights file of the release (`.ckpt`, read without running
-    what it says) or a folder that holds one, or a hub id. `dtype` None keeps what is stored. Raises ReducioError, in
-    one line, for anything else.
+    its code) or a folder that holds one, or a hub id. `dtype` None keeps the stored dtype. Raises ReducioError, in one
+    line, for anything else.
     """
     path = expanded(source, "model")
     if is_file(path, "model"):

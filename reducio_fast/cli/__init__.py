@@ -1,1 +1,1 @@
-"""The `reducio-fast` command: one file a sub-command."""
+"""The `reducio-fast` command: one file per sub-command."""

@@ -10,7 +10,7 @@ from . import options
 
 
 class Clip(NamedTuple):
-    """frames: uint8 [N * T, H, W, 3], N clips of the model's T frames; step: how far apart they are in the file."""
+    """frames: uint8 [N * T, H, W, 3], N clips of the model's T frames; step: their distance in frames of the file."""
 
     frames: Any
     fps: float
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Which frames of it, at what size, by which model."""
+    """Add the options for the frames of the clip, their size and the model."""
     parser.add_argument("--start", type=options.not_negative, default=0, help="first frame to use (default: 0)")
     parser.add_argument(
         "--consecutive", action="store_true", help="every frame (default: every n-th, to come near the model's rate)"
@@ -34,16 +34,16 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def rate(arguments: argparse.Namespace) -> float | None:
-    """Frames a second of the input, None of a folder of images. Raises ReducioError for one that is missing or broken,
-    before torch is imported."""
+    """Frames per second of the input, None for a folder of images. Raises ReducioError if the input is missing or
+    broken, before torch is imported."""
     from ..media.video_files import read_video
 
     return read_video(arguments.input, arguments.start, 1)[1]
 
 
 def load_autoencoder(arguments: argparse.Namespace) -> Any:
-    """The autoencoder alone: the text encoder of a full-size model is 9 GB. In float32 unless another dtype is named,
-    on a GPU too, as the release computes."""
+    """Load the autoencoder alone, because the text encoder of a full-size model is 9 GB. The default dtype is float32,
+    on a GPU too, as in the release."""
     from ..checkpoints.strict_files import embedded_model
     from ..pipelines.reducio.autoencoder import VideoAutoencoder
 
@@ -52,8 +52,8 @@ def load_autoencoder(arguments: argparse.Namespace) -> Any:
 
 
 def read(arguments: argparse.Namespace, autoencoder: Any, clips: int = 1) -> Clip:
-    """The clip, as many times T frames as `clips` says, at the model's rate and with the release's filter, so that
-    figures can be set beside its own."""
+    """Read `clips` times T frames at the model's rate and with the release's filter, so that the figures are comparable
+    with those of the release."""
     from PIL import Image
 
     from ..media.image_files import cover_crop
@@ -64,7 +64,7 @@ def read(arguments: argparse.Namespace, autoencoder: Any, clips: int = 1) -> Cli
     height, width = arguments.height or settings["sample_height"], arguments.width or settings["sample_width"]
     check_size(config, height, width)
     wanted = clips * config.num_frames
-    # As the release: a model of 16 frames a second sees every second frame of a clip of 30.
+    # As in the release: a model of 16 frames per second gets every second frame of a clip of 30.
     step = 1 if arguments.consecutive or fps is None else max(1, round(fps / settings["fps"]))
     frames, fps = read_video(arguments.input, arguments.start, (wanted - 1) * step + 1)
     frames = frames[::step]

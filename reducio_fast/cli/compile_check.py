@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> Printed:
         if build.problems and not arguments.json:
             print(f"{build.variant} on {build.arch}: {'; '.join(build.problems)}", file=sys.stderr)
     wrong = [build for build in builds if build.problems]
-    predictions = [found for found in map(prediction, builds) if found is not None]
+    predictions = [p for p in map(prediction, builds) if p is not None]
     result = {
         "builds": [asdict(b) for b in builds],
         "wrong": len(wrong),
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> Printed:
 
 
 def lines(builds: list) -> list[str]:
-    """One aligned line a build."""
+    """One aligned line per build."""
     head = f"{'variant':<44} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  matrix, bulk copy"
     out = [head]
     for b in builds:
@@ -56,7 +56,8 @@ def lines(builds: list) -> list[str]:
 
 
 def prediction_lines(predictions: list) -> list[str]:
-    """One aligned line a hot shape: what a model of the chip makes of the machine code, and what was measured."""
+    """One aligned line per hot shape: the rate that a model of the chip predicts from the machine code, and the
+    measured rate."""
     if not predictions:
         return []
     rows = [f"{'hot shape':<72} {'target':<7} {'predicted':>13} {'measured':>13}"]

@@ -26,21 +26,21 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..checkpoints.saved_latents import load
     from ..media.video_files import check_output_path
 
-    kept = load(arguments.file)
-    height, width = kept.content.shape[1:3]
-    check_output_path(arguments.out, kept.fps, height, width)
+    saved = load(arguments.file)
+    height, width = saved.content.shape[1:3]
+    check_output_path(arguments.out, saved.fps, height, width)
 
     from ..checkpoints.layouts import SV3D, SVD
     from ..pipelines.call.output import ReducioOutput
 
-    decode = decode_svd if kept.pipeline in (SVD.pipeline, SV3D.pipeline) else decode_reducio
+    decode = decode_svd if saved.pipeline in (SVD.pipeline, SV3D.pipeline) else decode_reducio
     started = time.perf_counter()
-    frames = decode(kept, arguments)
+    frames = decode(saved, arguments)
     seconds, is_list = time.perf_counter() - started, len(frames) > 1
-    out = ReducioOutput(frames if is_list else frames[0], kept.content, kept.seeds, kept.fps, {}, "np", is_list)
+    out = ReducioOutput(frames if is_list else frames[0], saved.content, saved.seeds, saved.fps, {}, "np", is_list)
     paths = out.save(arguments.out)
     names = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
-    result = {"paths": names, "seeds": kept.seeds, "fps": kept.fps, "frames": frames.shape[1], "seconds": seconds}
+    result = {"paths": names, "seeds": saved.seeds, "fps": saved.fps, "frames": frames.shape[1], "seconds": seconds}
     return result, [f"wrote {name}: {frames.shape[1]} frames ({seconds:.2f} s)" for name in names]
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Printed:
-    clip_input.rate(arguments)  # a missing or broken input
+    clip_input.rate(arguments)  # raises for a missing or broken input
 
     import torch
 

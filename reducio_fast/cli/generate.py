@@ -14,18 +14,18 @@ from ..system.errors import ReducioError
 from . import options
 from .printing import NOTHING, Printed
 
-# Components that a folder, hub id or word can name.
+# Components that an option can replace by a folder, a hub id or a keyword.
 NAMED = {c.name: c.source for family in (SVD, REDUCIO) for c in family.components if c.source}
 FIRST_STAGE = ("num_inference_steps", "guidance_scale")
 
 
 def sigmas(text: str) -> str | list[float]:
-    """A schedule by name, or numbers with commas."""
+    """The name of a schedule, or numbers separated by commas."""
     return [float(number) for number in text.split(",")] if "," in text else text
 
 
 def degrees(text: str) -> float | list[float]:
-    """One for all frames, or one a frame with commas."""
+    """One angle for all frames, or one per frame separated by commas."""
     return [float(number) for number in text.split(",")] if "," in text else float(text)
 
 
@@ -40,7 +40,7 @@ SVD_OWN: dict[str, Callable[[str], Any]] = {
     "sigmas": sigmas,
     "image_fit": str,
     "last_image": str,
-    "elevations": degrees,  # these two of SV3D
+    "elevations": degrees,  # SV3D has these two
     "azimuths": degrees,
     "variant": str,
     "overlap": options.positive,
@@ -50,11 +50,11 @@ REDUCIO_OWN = ("direction", "motion_strength", "motion_score", "keep_content")
 
 
 def interval(text: str) -> tuple[float, ...]:
-    """Two numbers with a comma."""
+    """Two numbers separated by a comma."""
     return tuple(float(number) for number in text.split(","))
 
 
-# Arguments of a Reducio call that trade work for fidelity.
+# Arguments of a Reducio call that save work at the cost of fidelity.
 SAMPLING: dict[str, Callable[[str], Any]] = {
     "quality": str,
     "schedule": str,
@@ -184,7 +184,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     given = {k: v for k, v in kwargs.items() if v is not None}
     out = generate(**given, progress=arguments.progress)
     if processes > 1 and os.environ["RANK"] != "0":
-        return NOTHING  # all have the clip, the first one writes it
+        return NOTHING  # all processes have the clip, the first one writes it
     if arguments.interpolate is not None:
         out = out.interpolated(arguments.interpolate)
     if arguments.grid:
@@ -217,7 +217,7 @@ def run(arguments: argparse.Namespace) -> Printed:
 
 
 class Preview:
-    """The callback of a call: keeps a film strip of the clip as it stands in a file, which ends with the last one."""
+    """A step callback that writes a film strip of the unfinished clip to a file; each one replaces the one before."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -237,7 +237,7 @@ def _first_stage(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _size(arguments: argparse.Namespace, picture: tuple[int, int] | None) -> tuple[int, int]:
-    """--size as height and width: the aspect bucket of the picture, the square without one."""
+    """--size as height and width: the aspect bucket of the picture, or a square if there is no picture."""
     from ..media.aspect_buckets import buckets, choose_size
 
     if arguments.height is not None or arguments.width is not None:

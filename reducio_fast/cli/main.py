@@ -1,8 +1,8 @@
 """The `reducio-fast` command: reads the command line, runs one sub-command, sets the exit status.
 
-Results go to stdout (one JSON object with --json), progress and errors to stderr. A mistake the user can mend is one
-line and exit status 2; Ctrl-C is 130. Sub-commands import torch and the models when they run, so that --help and a
-mistyped option answer at once.
+Results go to stdout (one JSON object with --json), progress and errors to stderr. An error that the user can fix is one
+line with exit status 2; Ctrl-C gives status 130. Sub-commands import torch and the models when they run, so that --help
+and the error for a mistyped option appear at once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse prints its usage above each error; one line is the rule here."""
+    """Prints each error as one line; argparse would print its usage above it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -101,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminated_as_an_exception(), cache_folder.for_compilers(), cores.sleeping_threads():
             return _run(arguments)
     except BrokenPipeError:
-        # Who reads our output has gone, as in `reducio-fast env | head -1`. Python flushes once more when it ends.
-        _to_nowhere(sys.stdout)
+        # The reader of our output is gone, as in `reducio-fast env | head -1`. Python flushes once more when it ends.
+        _redirect_to_null(sys.stdout)
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"reducio-fast {arguments.command}: interrupted", file=sys.stderr)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         show(arguments.command_module.run(arguments), arguments.json)
-        if arguments.afterwards is not None:  # a command that goes on after it has printed, such as the demo
+        if arguments.afterwards is not None:  # a command that runs on after it has printed, such as the demo
             arguments.afterwards()
     except Failed as error:
         show(error.printed, arguments.json)
@@ -125,7 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if error.errno is None:
             raise
         if error.errno in (errno.ENOSPC, errno.EIO) and error.filename is None:
-            _to_nowhere(sys.stdout)  # what cannot be printed now cannot be printed at the end
+            _redirect_to_null(sys.stdout)  # what cannot be printed now cannot be printed at the end
         where = f"{error.filename}: " if error.filename is not None else ""
         return _fail(arguments.command, f"{where}{error.strerror}")
     except Exception as error:
@@ -137,7 +137,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _terminated_as_an_exception() -> Iterator[None]:
-    """SIGTERM ends Python at once, and leaves half-written files and a running ffmpeg; as an exception it unwinds."""
+    """Turn SIGTERM into an exception. By default it ends Python at once and leaves half-written files and a running
+    ffmpeg."""
 
     def terminate(number: int, frame: Any) -> NoReturn:
         raise SystemExit(128 + number)
@@ -152,7 +153,7 @@ def _terminated_as_an_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _to_nowhere(stream: Any) -> None:
+def _redirect_to_null(stream: Any) -> None:
     if isinstance(stream, io.TextIOWrapper):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -86,7 +86,7 @@ def add_replicas(parser: argparse.ArgumentParser) -> None:
 
 
 def replicas(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Least and most of them."""
+    """The smallest and the largest number of replicas."""
     least, most = arguments.min_replicas, arguments.max_replicas or arguments.min_replicas
     if most < least:
         raise ReducioError(f"--max-replicas: must be at least --min-replicas; they are {least} and {most}")

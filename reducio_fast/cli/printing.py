@@ -11,11 +11,11 @@ from ..system.errors import ReducioError
 
 Printed = tuple[dict[str, Any], list[str]]  # a result for machines, the same as lines for people
 
-NOTHING: Printed = ({}, [])  # of a process that leaves printing to another
+NOTHING: Printed = ({}, [])  # the result of a process that leaves printing to another one
 
 
 class Failed(ReducioError):
-    """A command that has a result to print and still fails: parity on red, for example."""
+    """Raised by a command that has a result to print and still fails, for example a parity check with errors."""
 
     def __init__(self, message: str, printed: Printed) -> None:
         super().__init__(message)
@@ -27,11 +27,11 @@ def show(printed: Printed, as_json: bool) -> None:
         return
     result, lines = printed
     print(json.dumps(finite(result), indent=2, allow_nan=False) if as_json else "\n".join(lines))
-    sys.stdout.flush()  # here a full disk or a closed pipe is seen, and a program that reads the line has it at once
+    sys.stdout.flush()  # a full disk or a closed pipe raises here, and a program that reads the line gets it at once
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity, which is what the PSNR of an exact copy is, and no NaN: both become null."""
+    """Replace infinity (the PSNR of an exact copy) and NaN by None, because JSON has neither."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> Printed:
 
 
 def lines(row: dict[str, Any], top: int = 12) -> list[str]:
-    """The summary for people: per stage its `top` ops."""
+    """The summary as lines for people: the `top` ops of each stage."""
     out = [row["what"]]
     for name, stage in row["stages"].items():
         share = f", device busy {stage['busy_share']:.0%}" if stage["launches"] else ""
@@ -45,6 +45,6 @@ def lines(row: dict[str, Any], top: int = 12) -> list[str]:
         for op in stage["ops"][:top]:
             out.append(f"  {op['ms']:>10.2f} ms {op['ms'] / total:>6.1%} {op['calls']:>6}x  {op['name'][:90]}")
         if len(stage["ops"]) > top:
-            rest = sum(op["ms"] for op in stage["ops"][top:])
-            out.append(f"  {rest:>10.2f} ms {rest / total:>6.1%}         {len(stage['ops']) - top} others")
+            others = sum(op["ms"] for op in stage["ops"][top:])
+            out.append(f"  {others:>10.2f} ms {others / total:>6.1%}         {len(stage['ops']) - top} others")
     return [*out, f"wrote {row['trace']}"] if row["trace"] else out

@@ -152,7 +152,7 @@ def _shared(arguments: argparse.Namespace) -> dict[str, Any]:
 def _trained(
     arguments: argparse.Namespace, train: Callable[[list[str], str | Path], dict[str, float]], folder: str
 ) -> Printed:
-    """One run, or those of an ablation."""
+    """One run, or the runs of an ablation."""
     changes, name = arguments.set or [], arguments.ablation
     if name is None:
         if arguments.seeds is not None:
@@ -163,7 +163,9 @@ def _trained(
 
     if ABLATIONS[name].model != arguments.what:
         raise ReducioError(f"--ablation {name} is of train {ABLATIONS[name].model}, not of train {arguments.what}")
-    rows = run_ablation(name, lambda more, to: train([*changes, *more], to), Path(arguments.out), arguments.seeds or 1)
+    rows = run_ablation(
+        name, lambda variant, out: train([*changes, *variant], out), Path(arguments.out), arguments.seeds or 1
+    )
     return {"out": arguments.out, "rows": rows}, [*summary(name, rows), f"wrote {arguments.out}/ablation.csv"]
 
 

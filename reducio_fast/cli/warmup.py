@@ -52,21 +52,21 @@ def run(arguments: argparse.Namespace) -> Printed:
             try:
                 result["imported"] = cache.import_archive(Path(arguments.import_), origin, cache_folder.root())
                 lines.append(f"imported {result['imported']} entries of {arguments.import_}")
-            except cache.ForeignCache as error:  # no mistake: it costs the time that it would have saved
+            except cache.ForeignCache as error:  # not an error: the only loss is the time that it would have saved
                 LOG.warning("%s", error)
                 result["ignored"] = str(error)
         model = embedded_model() if arguments.model is None else arguments.model
         pipe = ReducioPipeline.from_pretrained(
             model, dtype=arguments.dtype, device=arguments.device, compile=arguments.compile
         )
-        if pipe.device.type == "cuda":  # one by one, as clips need them, they take a second and more each
+        if pipe.device.type == "cuda":  # compiled one by one when clips need them, they take a second and more each
             from ..measurement.launches import clip_launches, precompile_launches
 
             networks = pipe.transformer.config, pipe.vae.config
             launches = clip_launches(arch_of(pipe.device), *networks, pipe.dtype)
             count, failures = precompile_launches(pipe.device, launches)
             lines.append(f"compiled {count - len(failures)} kernels")
-            for failure in failures:  # the clip that needs it will say more
+            for failure in failures:  # the clip that needs the kernel will report more
                 LOG.warning("%s", failure)
         outcome = pipe.warmup(sizes, arguments.deadline, arguments.progress)
         result |= {"seconds": outcome.seconds, "left": list(outcome.left)}

@@ -137,12 +137,12 @@ def write_about(folder: Path, about: About) -> None:
     """Write `latents.json`. Raises `ReducioError` if the folder was started with other clips, encoders or settings."""
     path = folder / ABOUT
     if path.is_file():
-        found = read_about(folder)
+        existing = read_about(folder)
         for name, digest in about.encoders.items():
-            if found.encoders.get(name) != digest:
+            if existing.encoders.get(name) != digest:
                 raise ReducioError(f"{folder} holds latents of another {name}; extract into another folder")
-        if found != about:
-            field = next(k for k, v in asdict(about).items() if asdict(found)[k] != v)
+        if existing != about:
+            field = next(k for k, v in asdict(about).items() if asdict(existing)[k] != v)
             raise ReducioError(f"{folder} was begun with another {field}; extract into another folder, or remove it")
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -68,9 +68,9 @@ def fetch(folder: str | os.PathLike[str]) -> Path:
                 film = archive.extractfile(_MEMBER)
                 assert film is not None, "a regular file, by its name in a pinned archive"
                 temporary.write_bytes(film.read())
-    found = file_sha256(path)
-    if found != _SHA256:
-        raise ReducioError(f"{path} is not the trailer of {_REQUIREMENT} (SHA-256 {found[:12]}...); remove it")
+    digest = file_sha256(path)
+    if digest != _SHA256:
+        raise ReducioError(f"{path} is not the trailer of {_REQUIREMENT} (SHA-256 {digest[:12]}...); remove it")
     return path
 
 

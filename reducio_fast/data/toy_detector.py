@@ -28,7 +28,7 @@ _MIN_TRAVEL, _MIN_GROWTH = 0.06, 0.15
 _MAX_OFF_AXIS = np.tan(np.radians(35.0))
 _HUE_TOLERANCE = 24.0  # degrees; the widest gap between two named hues is 80
 _MIN_SHAPE_MATCH = 0.8  # correlation with the best template
-_CANVAS = 40  # pixels a side of the normalised silhouette
+_CANVAS = 40  # pixels per side of the normalised silhouette
 _CANVAS_REACH = 1.8  # its half-width in units of sqrt(area / pi)
 
 

@@ -1,4 +1,4 @@
-"""How large the inputs of a decoder's convolutions become on clips: what `quantise=` scales them by."""
+"""Measures the largest inputs of a decoder's convolutions on clips; `quantise=` scales them by these values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..system.errors import ReducioError
 from .reconstruction import reconstruct
 from .video_report import windows
 
-_SEED = 7  # of the toy world's clips; scenes that are held out for scores are not among them
+_SEED = 7  # of the toy world's clips, which do not include scenes that are held out for scores
 
 
 def calibrate(vae: ReducioVAE, clips: Iterable[np.ndarray]) -> tuple[dict[str, Tensor], int]:
-    """Of each convolution that can be quantised, the largest magnitude of every input channel, float32 [C], over these
-    clips, uint8 [T, H, W, 3], and how many they were. Raises ReducioError for none."""
+    """For each convolution that can be quantised, the largest magnitude of every input channel, float32 [C], over these
+    clips, uint8 [T, H, W, 3]; and the number of clips. Raises ReducioError if there are none."""
     count = 0
 
     def run() -> None:
@@ -44,7 +44,7 @@ def toy_clips(count: int, size: int, length: int) -> Iterator[np.ndarray]:
 
 
 def video_clips(videos: Sequence[str | os.PathLike[str]], size: int, length: int, most: int) -> Iterator[np.ndarray]:
-    """Clips within the shots of these videos, a few from each before more from the first."""
-    each = [windows(str(source.path), size, length) for source in find_sources(videos)]
-    in_turn = (clip for row in itertools.zip_longest(*each) for clip in row if clip is not None)
+    """At most `most` clips within the shots of these videos, one from each video in turn."""
+    by_video = [windows(str(source.path), size, length) for source in find_sources(videos)]
+    in_turn = (clip for row in itertools.zip_longest(*by_video) for clip in row if clip is not None)
     return itertools.islice(in_turn, most)

@@ -75,14 +75,14 @@ def tally(scenes: list[toy_world.Scene], seen: list[Detection], seed: int = 0) -
     """Compare the detections with the scenes: shares of matches with intervals, and the list of failures."""
     right = dict.fromkeys((*ATTRIBUTES, "all"), 0)
     failures = []
-    for i, (scene, found) in enumerate(zip(scenes, seen, strict=True)):
-        matches = found.matches(scene)
+    for i, (scene, detection) in enumerate(zip(scenes, seen, strict=True)):
+        matches = detection.matches(scene)
         for name in ATTRIBUTES:
             right[name] += matches[name]
         right["all"] += all(matches.values())
-        wrong = [f"{name} {getattr(found, name) or 'unclear'}" for name in ATTRIBUTES if not matches[name]]
+        wrong = [f"{name} {getattr(detection, name) or 'unclear'}" for name in ATTRIBUTES if not matches[name]]
         if wrong:
-            shown = ", ".join(wrong) if found.found else "no object"
+            shown = ", ".join(wrong) if detection.found else "no object"
             failures.append(f"{scene.caption()} (seed {seed + i}): {shown}")
     scores = {
         name: {"right": count, "share": count / len(scenes), "interval": wilson_interval(count, len(scenes))}

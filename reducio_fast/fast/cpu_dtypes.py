@@ -1,9 +1,9 @@
 """On a CPU: the dtype in which a twin's products are faster, by a table measured on this machine.
 
-What a processor says of itself does not tell: with AMX bfloat16 doubles the speed of a clip, with avx512_bf16 alone it
+A processor's feature flags do not predict it: with AMX bfloat16 doubles the speed of a clip, with avx512_bf16 alone it
 may halve it (Xeon: 0.56 of float32 in linears and convolutions). So each product, by kind and channels, is timed once
-in both dtypes at equal work, a few milliseconds, and kept in the cache folder; a network takes the dtype in which the
-sum of its products is shorter.
+in both dtypes at equal work, a few milliseconds, and the times are kept in the cache folder; a network takes the dtype
+in which its products take less time in total.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOG = logging.getLogger("reducio_fast")
 DTYPES = (torch.float32, torch.bfloat16)
 WORK = 1e8  # floating-point operations of a timed product: 0.3 to 3 ms
 TURNS = 5
-# bfloat16 rounds, so it has to be worth it: by this much at least.
+# bfloat16 rounds more, so it is chosen only below this share of float32's time.
 GAIN = 0.9
 
 Seconds = dict[str, float]  # by dtype
@@ -40,21 +40,21 @@ _tables: dict[Path, dict[str, Seconds]] = {}
 
 
 def products_of(network: nn.Module) -> Counter[str]:
-    """The kinds of product that a network is made of, and how many layers have each: "linear 192->768",
-    "conv3d 16->16", "conv2d 16->16"."""
-    found: Counter[str] = Counter()
+    """The kinds of product in a network, and how many layers have each: "linear 192->768", "conv3d 16->16",
+    "conv2d 16->16"."""
+    counts: Counter[str] = Counter()
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
-            found[f"linear {layer.in_features}->{layer.out_features}"] += 1
+            counts[f"linear {layer.in_features}->{layer.out_features}"] += 1
         elif isinstance(layer, nn.Conv2d | nn.Conv3d) and layer.kernel_size[-1] == 3:
-            found[f"conv{len(layer.kernel_size)}d {layer.in_channels}->{layer.out_channels}"] += 1
-    return found
+            counts[f"conv{len(layer.kernel_size)}d {layer.in_channels}->{layer.out_channels}"] += 1
+    return counts
 
 
 def choose(network: nn.Module, timer: Timer | None = None) -> tuple[torch.dtype, str]:
     """float32 or bfloat16 for the twin of a network in float32, and why.
 
-    timer: seconds of a call, for tests; with one the table is not kept.
+    timer: measures the seconds of a call, for tests; the table is then not kept.
     """
     if not multiplies_bfloat16(torch.device("cpu")):
         return torch.float32, "this CPU has no bfloat16"
@@ -66,7 +66,7 @@ def choose(network: nn.Module, timer: Timer | None = None) -> tuple[torch.dtype,
 
 
 def _measured(names: list[str], timer: Timer | None) -> dict[str, Seconds]:
-    """The table with these products in it; measures those that it lacks."""
+    """The table of times, with at least these products; measures those that are missing."""
     if timer is not None:
         return {name: _time(name, timer) for name in names}
     path = table_path()
@@ -82,15 +82,15 @@ def _measured(names: list[str], timer: Timer | None) -> dict[str, Seconds]:
 def table_path() -> Path:
     """The table's file for this processor, torch and number of threads."""
     features = getattr(torch.cpu, "get_capabilities", dict)()
-    what = json.dumps([torch.__version__, torch.get_num_threads(), sorted(features.items(), key=str)], default=str)
-    return cache_folder.root() / "dtypes" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+    key = json.dumps([torch.__version__, torch.get_num_threads(), sorted(features.items(), key=str)], default=str)
+    return cache_folder.root() / "dtypes" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def _time(name: str, timer: Timer) -> Seconds:
     runs = {dtype: _product(name, dtype) for dtype in DTYPES}
     best = {dtype: float("inf") for dtype in DTYPES}
     with torch.inference_mode():
-        for run in runs.values():  # weights are packed, code is made
+        for run in runs.values():  # warm-up: packs weights and generates code
             run()
         for _ in range(TURNS):  # in turns, so that other work on the machine slows both
             for dtype, run in runs.items():
@@ -125,12 +125,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _read(path: Path) -> dict[str, Seconds]:
-    """The table of an earlier process; empty where there is none, or a damaged one."""
+    """The table of an earlier process; empty if there is none or it is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
         return {
             str(name): {_name(dtype): float(seconds[_name(dtype)]) for dtype in DTYPES}
-            for name, seconds in found.items()
+            for name, seconds in stored.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -38,9 +38,9 @@ class _Packed:
 
 
 class Engine:
-    """Packs the weights of each network once: a second call finds its twin ready; changed, moved or replaced weights
-    make a new twin of that network alone, and end the graphs that read the old ones. Whether they changed is read from
-    the weights themselves (`system.checksum`), at every request for a twin, or once within `one_look`.
+    """Packs the weights of each network once: a second call returns the same twin. Changed, moved or replaced weights
+    rebuild the twin of that network alone, and end the graphs that read the old ones. Changes are found by checksums of
+    the weights (`system.checksum`), at every request for a twin, or once within `one_look`.
 
     `compile` None: on a GPU the twins run through graphs, and nothing waits for a compiler. True: their blocks also run
     compiled, on any device, and code outlives weights. False: neither. Graphs that are passed in serve on any device.
@@ -54,7 +54,7 @@ class Engine:
         self.compile = compile
         self.graphs, self._everywhere = graphs or Graphs(), graphs is not None
         self.regions = Regions(store=store) if compile else None
-        self.attention = "auto"  # of `plan.ATTENTION`
+        self.attention = "auto"  # a key of `plan.ATTENTION`
         self.free_dtype = False
         self.ranks: Any = None  # of `fast.parallel`: processes that make each clip together
         self.quantisation: Quantisation | None = None
@@ -66,10 +66,10 @@ class Engine:
         return self.regions is not None
 
     def twin(self, network: nn.Module, device: torch.device | None = None) -> Any:
-        """The fast twin of `network`, with its plan as `plan`. Raises KeyError where its class has none.
+        """The fast twin of `network`, with its plan as `plan`. Raises KeyError if its class has no twin.
 
-        `device` is where it will run; None: where the weights are. Where the two differ there are no graphs: a graph
-        holds addresses, and weights that come to the device for a stage have another one each time.
+        `device`: where it will run; None: where the weights are. If the two differ, there are no graphs: a graph holds
+        addresses, and weights that are moved to the device for a stage have another one each time.
         """
         if (device or next(network.parameters()).device).type == "cuda":
             descriptor_memory()  # in this thread, which is about to run the twin
@@ -105,15 +105,15 @@ class Engine:
         return twin
 
     def divide(self, ranks: Any) -> None:
-        """From now on the twins that can make each clip together with other processes do."""
+        """From now on, twins that support it make each clip together with the processes of `ranks`."""
         self.ranks = ranks
         self.graphs.reset()
         self._twins.clear()
 
     @contextmanager
     def one_look(self) -> Iterator[None]:
-        """Inside, in this thread, the contents of each network are compared at the first request for its twin alone:
-        one read of the weights a clip, and not one for each of its stages."""
+        """Inside, in this thread, the contents of each network are compared only at the first request for its twin: the
+        weights are read once per clip, not once per stage."""
         before, self._looks.seen = getattr(self._looks, "seen", None), set()
         try:
             yield
@@ -140,8 +140,8 @@ class Engine:
         data_hook: DataHook | None = None,
     ) -> Tensor:
         """See `fast.sampler.sample`."""
-        given = (denoise, scheduler, latent, num_inference_steps, callback, generator)
-        return sampler.sample(*given, sigmas, timesteps, shortcuts, data_hook)
+        arguments = (denoise, scheduler, latent, num_inference_steps, callback, generator)
+        return sampler.sample(*arguments, sigmas, timesteps, shortcuts, data_hook)
 
     def chosen_dtype(self, device: torch.device, network: nn.Module) -> tuple[torch.dtype, str]:
         """The dtype in which the network's twin runs on `device`, and why."""
@@ -149,13 +149,13 @@ class Engine:
         return default_dtype(device, stored, network) if self.free_dtype else (stored, "asked for")
 
     def set_attention(self, word: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises ValueError, one line, for a word that is unknown or cannot be followed."""
+        """Sets the attention backend. Raises ValueError, one line, for a name that is unknown or not supported."""
         check_attention(word, device, dtype)
         self.attention = word
 
     @contextmanager
     def warming(self) -> Iterator[None]:
-        """Inside, a new key is captured at its first call: the caller knows that it will come again."""
+        """Inside, a new key is captured at its first call: the caller knows that the key will be used again."""
         sightings, self.graphs.sightings = self.graphs.sightings, 0
         try:
             yield
@@ -176,7 +176,7 @@ class Engine:
     ) -> Engine:
         """An engine for copies of the networks on the meta device, planned as for `device`: see `memory.dry_run`.
 
-        `opaque(function)` is the function as one kernel.
+        `opaque(function)` returns the function as one kernel.
         """
         return _DryEngine(opaque, device)
 
@@ -185,12 +185,12 @@ class Engine:
         return [packed.twin for packed in self._twins.values()]
 
     def adopt(self, name: str, network: nn.Module) -> None:
-        """The repeated blocks of a network that is not ours run compiled too, where the twins' do."""
+        """Run the repeated blocks of a foreign network compiled too, if the twins' blocks are."""
         if self.regions is not None:
             adopt(self.regions, name, network)
 
     def describe(self) -> dict[str, Any]:
-        """What runs the twins, as plain data: the plans' choices, what became of every graph, and what is compiled."""
+        """How the twins run, as plain data: the plans' choices, the state of every graph, and what is compiled."""
         choices = [asdict(choice) for twin in self.packed() for choice in twin.plan.choices]  # type: ignore[union-attr]
         regions = None if self.regions is None else self.regions.describe()
         return {"plan": choices, "graphs": self.graphs.describe(), "regions": regions}
@@ -216,7 +216,7 @@ class _DryEngine(Engine):
 
 
 class _KernelPlan(Plan):
-    """Every op is one kernel. What a vendor's library does instead allocates no more."""
+    """Every op is one kernel. A vendor's library in its place allocates no more memory."""
 
     opaque: Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -234,7 +234,7 @@ class _KernelPlan(Plan):
 
 
 def _in_dtype(dtype: torch.dtype, network: _Network) -> _Network:
-    """The network itself where it has the dtype, else a copy: the twin shares what it does not pack."""
+    """The network itself if it has the dtype, else a copy: the twin shares the weights that it does not pack."""
     return network if next(network.parameters()).dtype == dtype else copy.deepcopy(network).to(dtype)
 
 
@@ -243,7 +243,7 @@ def _weights(network: nn.Module) -> list[Tensor]:
 
 
 def _places(network: nn.Module) -> tuple[Any, ...]:
-    """Where each weight is, and how often torch saw it written: comparing these is enough to see most changes, and no
-    change of contents alone."""
+    """The address of each weight and torch's count of writes to it. Comparing these finds most changes, but no change
+    of contents alone."""
     # Tensors that were made in inference mode count no writes.
     return tuple((x.data_ptr(), x.is_inference() or x._version, x.dtype, x.device) for x in _weights(network))

@@ -54,7 +54,7 @@ def as_images(x_NHWC: Tensor) -> Tensor:
 
 
 def as_frames(x_NCHW: Tensor) -> Tensor:
-    """The way back, dense."""
+    """The inverse of `as_images`, dense."""
     return x_NCHW.permute(0, 2, 3, 1).contiguous()
 
 
@@ -62,8 +62,8 @@ Takes = tuple[Tensor, torch.dtype]  # see `multiplier` and `eight_bit` of `group
 
 
 class FastConv(nn.Module):
-    """A 3x3x3 (or, of an image, 3x3) convolution at stride 1 over a buffer padded by `padding`: by nothing where the
-    library adds the border. `stats`: a GroupNorm over the clip reads the result, and wants its statistics."""
+    """A 3x3x3 (or, of an image, 3x3) convolution at stride 1 over a buffer padded by `padding`, which is zero if the
+    library adds the border. `stats`: a GroupNorm over the clip reads the result and needs its statistics."""
 
     takes: Takes | None = None
 
@@ -83,7 +83,7 @@ class FastConv(nn.Module):
 
 
 class QuantisedConv(nn.Module):
-    """The same in 8-bit numbers: reads what a norm wrote that was told what it `takes`."""
+    """The same in 8-bit numbers. The norm before it writes them, with the multiplier and dtype of `takes`."""
 
     def __init__(self, conv: nn.Conv3d, plan: Plan, path: str, largest_C: Tensor, eight_bit: torch.dtype, stats: bool):
         super().__init__()
@@ -105,14 +105,14 @@ class QuantisedConv(nn.Module):
 
 
 def conv_after_norm(conv: nn.Conv3d | nn.Conv2d, plan: Plan, path: str, stats: bool) -> FastConv | QuantisedConv:
-    """In 8-bit numbers where the plan says so."""
+    """A convolution in 8-bit numbers if the plan quantises it, else a plain one."""
     if (quantised := plan.quantised(path)) is not None:
         return QuantisedConv(conv, plan, path, *quantised, stats)
     return FastConv(conv, plan, path, stats)
 
 
 class FastNorm(nn.Module):
-    """GroupNorm, then SiLU if `silu`, into a buffer padded for what follows, and in the numbers that it takes."""
+    """GroupNorm, then SiLU if `silu`, into a buffer with the padding and the dtype that the next layer takes."""
 
     def __init__(self, norm: nn.GroupNorm, plan: Plan, path: str, silu: bool = True) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class FastNorm(nn.Module):
 
 
 class UpConv(nn.Module):
-    """Nearest x2 and the 3x3 convolution after it, as a 2x2 convolution a phase: in one kernel, or by the library."""
+    """Nearest x2 and the 3x3 convolution after it, as a 2x2 convolution per phase, in one kernel or by the library."""
 
     def __init__(self, conv: nn.Conv2d, plan: Plan, path: str) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class UpConv(nn.Module):
 
 
 def padding_of(conv: nn.Module) -> Padding:
-    """What a convolution reads beyond its input."""
+    """The padding that a convolution reads around its input."""
     if isinstance(conv, nn.Conv2d):
         return Padding(0, 0, True)
     return Padding(conv.front, 0, True) if conv.front else Padding(1, 1, True)

@@ -1,4 +1,4 @@
-"""One clip by several processes, each with a GPU of its own: tiles of the decode, halves of guidance, attention heads.
+"""One clip made by several processes, each with its own GPU: tiles of the decode, halves of guidance, attention heads.
 
 Every process runs the same call on the same weights. Where work is divided, its results are exchanged at once, so that
 all processes go on with the same tensors:
@@ -7,10 +7,10 @@ all processes go on with the same tensors:
 - halves of guidance: each process predicts one half. Equal to one process up to rounding, since a library multiplies a
   batch of one in another order than a batch of two.
 - heads (Ulysses, arXiv 2309.14509): each process has some of the tokens, and for self-attention all tokens of some of
-  the heads; two all-to-all exchanges a block.
+  the heads; two all-to-all exchanges per block.
 
-The first stage, the encoders and the keys and values of cross-attention are computed by every process. Rank 0 alone has
-callbacks; what it decides goes to the others after each step, because a process that stops by itself leaves the others
+The first stage, the encoders and the keys and values of cross-attention are computed by every process. Only rank 0 has
+callbacks; it sends its decision to the others after each step, because a process that stops by itself leaves the others
 waiting in an exchange.
 """
 
@@ -29,7 +29,7 @@ from ..reference.sampler import StopSampling
 from ..system.errors import ReducioError
 
 T = TypeVar("T")
-_GO, _REPLACED, _STOPPED, _FAILED = range(4)  # what a rank says of its work; the largest counts
+_GO, _REPLACED, _STOPPED, _FAILED = range(4)  # outcome of a rank's work; the largest of all ranks counts
 
 
 class RankFailed(ReducioError):
@@ -71,13 +71,13 @@ class Lanes:
 class Ranks:
     """All processes of the run, which make each clip together. Every process must make this object at the same time.
 
-    device: of this process. heads: of the denoiser's self-attention, which no number of lanes may leave a rest of.
+    device: of this process. heads: of the denoiser's self-attention; the number of lanes must divide it.
     timeout: of an exchange; a process that is gone is noticed by then at the latest.
     """
 
     def __init__(self, device: torch.device, heads: int, timeout: timedelta) -> None:
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
-        self.control = dist.new_group(backend="gloo", timeout=timeout)  # of words and numbers on the CPU
+        self.control = dist.new_group(backend="gloo", timeout=timeout)  # for plain values on the CPU
         self._lanes: dict[tuple[int, int], Lanes | None] = {}
         for halves in (1, 2):
             for count in range(2, self.size // halves + 1):
@@ -94,13 +94,13 @@ class Ranks:
         return mine
 
     def lanes(self, halves: int, tokens: int) -> int:
-        """How many processes share a prediction of so many tokens: as many as heads and tokens allow."""
+        """How many processes share a prediction of `tokens` tokens: as many as heads and tokens allow."""
         return max((c for h, c in self._lanes if h == halves and tokens % c == 0), default=1)
 
     # ---- exchanges -----------------------------------------------------------------------------------------------
 
     def predict(self, predict: Callable[[int, Lanes | None], Tensor], halves: int, tokens: int, like: Tensor) -> Tensor:
-        """`predict(half, lanes)` of each half, [halves * B, ...]. like: of one half's shape and dtype."""
+        """`predict(half, lanes)` of each half, [halves * B, ...]. like: a tensor of one half's shape and dtype."""
         count = self.lanes(halves, tokens)
         half = self.rank // count
         with self._leaving():
@@ -115,8 +115,8 @@ class Ranks:
     def pieces(
         self, costs: Sequence[int], make: Callable[[list[int]], dict[int, Tensor]], empty: Callable[[int], Tensor]
     ) -> list[Tensor]:
-        """Every piece of a divided work. `make(numbers)` returns this process's pieces, `empty(number)` is room for
-        another's."""
+        """All pieces of divided work. `make(numbers)` returns this process's pieces, `empty(number)` an empty tensor to
+        receive another's."""
         owners = shares(costs, self.size)
         mine = [i for i, owner in enumerate(owners) if owner == self.rank]
         with self.together():
@@ -145,7 +145,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around work that each process does by itself: all of them leave it, or all raise."""
+        """Wraps work that each process does by itself: all of them complete it, or all raise."""
         error: BaseException | None = None
         try:
             yield
@@ -159,32 +159,32 @@ class Ranks:
         self._follow(int(worst))
 
     def led(self, work: Callable[[], Tensor | None], latent: Tensor) -> Tensor | None:
-        """What rank 0 makes of a step: it alone runs `work`, which may replace the latent or end the clip."""
-        answer, error, word = None, None, _GO
+        """Runs `work` in rank 0 alone; it may replace the latent or end the clip. Returns the new latent, or None."""
+        answer, error, outcome = None, None, _GO
         if self.rank == 0:
             try:
                 answer = work()
-                word = _GO if answer is None else _REPLACED
+                outcome = _GO if answer is None else _REPLACED
             except BaseException as raised:
-                error, word = raised, _STOPPED if isinstance(raised, StopSampling) else _FAILED
-        word = self.told(word)
+                error, outcome = raised, _STOPPED if isinstance(raised, StopSampling) else _FAILED
+        outcome = self.told(outcome)
         if error is not None:
             raise error
-        if word == _REPLACED:
+        if outcome == _REPLACED:
             return self.same(latent.clone() if answer is None else answer)
-        self._follow(word)
+        self._follow(outcome)
         return None
 
     @staticmethod
-    def _follow(word: int) -> None:
-        if word == _STOPPED:
+    def _follow(outcome: int) -> None:
+        if outcome == _STOPPED:
             raise StopSampling
-        if word == _FAILED:
+        if outcome == _FAILED:
             raise RankFailed("parallel: another process of this clip has failed; its own line says why")
 
     @contextlib.contextmanager
     def _leaving(self) -> Iterator[None]:
-        """Around an exchange, which a process that fails in it must not let the others wait in: it leaves the group."""
+        """Wraps an exchange. A process that fails in it leaves the group, so that the others do not wait for it."""
         try:
             yield
         except RuntimeError as error:
@@ -203,7 +203,7 @@ class Ranks:
 
 
 def shares(costs: Sequence[int], size: int) -> list[int]:
-    """The rank of each piece of work: the longest first, each to the rank that has least. At 1024x1024 the 16 tiles of
+    """The rank of each piece of work: the longest first, each to the least loaded rank. At 1024x1024 the 16 tiles of
     a clip then take 1/1.99, 1/3.97 and 1/7.22 of their time on 2, 4 and 8 ranks (counted)."""
     loads, owners = [0] * size, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):

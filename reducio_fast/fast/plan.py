@@ -26,7 +26,7 @@ ATTENTION = {"auto": None, "native": "vendor", "flash": "flash-attn", "reducio":
 
 
 def check_attention(word: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError, one line, for a word that is unknown or cannot be followed on `device` in `dtype`."""
+    """Raises ValueError, one line, for a backend that is unknown or not supported on `device` in `dtype`."""
     if word not in ATTENTION:
         raise ValueError(f"{word!r} is not known; known are {', '.join(ATTENTION)}")
     if word in ("auto", "native"):
@@ -40,10 +40,10 @@ def check_attention(word: str, device: torch.device, dtype: torch.dtype) -> None
 
 
 def default_dtype(device: torch.device, stored: torch.dtype, network: nn.Module) -> tuple[torch.dtype, str]:
-    """What the twin of a network stored in float32 runs in where no dtype was asked for, and why.
+    """The dtype in which a network's twin runs if none was asked for, and why.
 
-    On a CPU the one in which its products were measured faster. On a GPU, and for weights in any other dtype, that of
-    the weights.
+    On a CPU, for weights stored in float32: the dtype in which its products were measured faster. On a GPU, and for
+    weights in any other dtype: that of the weights.
     """
     if device.type == "cpu" and stored == torch.float32:
         return cpu_dtypes.choose(network)
@@ -64,14 +64,14 @@ class Choice:
 class Plan:
     """Picks implementations for models on one device in one dtype; `choices` lists every pick so far.
 
-    `allowed` names the ops that may run our kernel, None all of them: an ablation takes the others away.
+    `allowed`: the ops that may run our kernel, None for all of them; an ablation leaves some out.
     """
 
     device: torch.device
     dtype: torch.dtype
     allowed: Collection[str] | None = None
     choices: list[Choice] = field(default_factory=list)
-    attention: str = "auto"  # of ATTENTION
+    attention: str = "auto"  # a key of ATTENTION
     quantisation: Quantisation | None = None
 
     def pick(self, path: str, op: str, shape: str = "") -> Callable[..., Any]:
@@ -87,14 +87,14 @@ class Plan:
         return flash_attention if implementation == "flash-attn" else module.twin
 
     def quantised(self, path: str) -> tuple[Tensor, torch.dtype] | None:
-        """For a convolution that computes in 8-bit numbers: the largest magnitude of each channel that it reads, and
-        their type."""
+        """For a convolution that computes in 8-bit numbers: the largest magnitude of each input channel, and the 8-bit
+        dtype. None for any other module."""
         if self.quantisation is None or path not in self.quantisation.largest:
             return None
         return self.quantisation.largest[path].to(self.device), eight_bit_type(self.quantisation.word, self.device)
 
     def takes_statistics(self, op: str, shape: str) -> bool:
-        """Whether a convolution's epilogue takes the statistics that a norm's kernel then has no need to."""
+        """Whether a convolution's epilogue computes the statistics, so that the norm's kernel need not."""
         return all(self._decide(*pick)[0] == "kernel" for pick in ((op, shape), ("group_norm_silu", "")))
 
     def runs_kernel(self, op: str, shape: str) -> bool:
@@ -102,12 +102,12 @@ class Plan:
         return self._decide(op, shape)[0] == "kernel"
 
     def clip_statistics(self) -> Callable[[Tensor], Tensor]:
-        """Of a clip [N, T, H, W, C], what `group_norm_silu` takes as `partials`: [N, tiles, 3, C]."""
+        """The function from a clip [N, T, H, W, C] to the `partials` of `group_norm_silu`, [N, tiles, 3, C]."""
         kernel = self._decide("group_norm_silu", "")[0] == "kernel"
         return group_norm_silu.statistics if kernel else conv3d.statistics
 
     def library_pads(self, op: str, shape: str) -> bool:
-        """Whether a convolution runs on torch ops, which add a border by themselves for less than writing it costs."""
+        """Whether a convolution runs on torch ops: they add the border themselves, which costs less than writing it."""
         return self._decide(op, shape)[0] == "torch"
 
     def _decide(self, op: str, shape: str) -> tuple[str, str]:
@@ -128,7 +128,7 @@ class Plan:
         return name, why
 
     def _wanted(self, op: str, shape: str) -> tuple[str, str]:
-        """What was asked for, else what a measurement found fastest, else our kernel."""
+        """The requested implementation, else the one measured fastest, else our kernel; and why."""
         asked = ATTENTION[self.attention] if op == "attention" else None
         if asked is not None:
             return asked, f"asked for: {self.attention}"
@@ -143,7 +143,7 @@ class Plan:
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, key_count: Tensor | None = None, scale: float | None = None, frame: int = 0
 ) -> Tensor:
-    """flash-attn with our op's arguments. It takes no key counts and no masks by frames; plans know that."""
+    """flash-attn with our op's arguments. It takes no key counts and no masks by frames, so plans avoid it there."""
     if key_count is not None or frame:
         raise ValueError(f"flash-attn takes no key_count ({key_count}) and no frame ({frame})")
     from flash_attn import flash_attn_func

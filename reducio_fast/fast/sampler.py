@@ -1,13 +1,13 @@
 """The fast twin of `reference/sampler.py`: guidance and scheduler are one kernel that reads a table of coefficients.
 
-diffusers' scheduler stays the source of truth: its sigmas are read once a schedule, and no number comes back from the
-device inside the loop. On a GPU one graph is a step, guidance and update included, and not the loop: a callback may
-look at every latent, replace it or end the loop, and the number of steps is the caller's. A graph of the loop would be
-captured for each number of steps and hold their multiple of nodes, to save one launch and six small copies a step.
+diffusers' scheduler stays the source of truth: its sigmas are read once per schedule, and no number comes back from the
+device inside the loop. On a GPU a graph holds one step, guidance and update included, and not the loop: a callback may
+look at every latent, replace it or end the loop, and the caller chooses the number of steps. A graph of the loop would
+be captured for each number of steps and hold as many times the nodes, to save one launch and six small copies per step.
 
-Shortcuts (`reference.sampler.Shortcuts`) keep the kernel: a step with the condition alone is one without guidance, and
-one that keeps the last difference d between the halves passes (t - d, t) for (u, t). A block cache asks the device each
-step whether the blocks may be left out, so its steps run without graphs.
+Shortcuts (`reference.sampler.Shortcuts`) use the same kernel: a step with the condition alone is one without guidance,
+and a step that reuses the last difference d between the halves passes (t - d, t) for (u, t). A block cache reads from
+the device, at each step, whether the blocks may be skipped, so its steps run without graphs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .solver_tables import coefficients, draws_noise, input_scales
 
 @dataclass(slots=True)
 class BlockCache:
-    """First-block cache: blocks behind the first are left out while its residual hardly changes.
+    """First-block cache: the blocks after the first are skipped while the first block's residual hardly changes.
 
-    threshold: mean change of that residual, relative to its mean size in the last step that computed all. `computed`
-    and `kept` count steps of either kind.
+    threshold: mean change of that residual, relative to its mean magnitude in the last step that computed all blocks.
+    `computed` counts the steps that computed all blocks, `kept` those that reused the other blocks' residual.
     """
 
     threshold: float
@@ -42,7 +42,7 @@ class BlockCache:
     kept: int = 0
 
     def serves(self, first: Tensor) -> bool:
-        """Whether the others' residual may stay; reads a number back from the device."""
+        """Whether the other blocks' residual may be reused; reads a number back from the device."""
         if self.first is None or self.first.shape != first.shape:
             return False
         change = (first - self.first).abs().float().mean() / self.first.abs().float().mean()
@@ -50,10 +50,10 @@ class BlockCache:
 
 
 class Denoiser(Protocol):
-    """A fast twin under a condition, as `sample` runs it.
+    """A fast twin with its condition, as `sample` runs it.
 
-    guidance_scale: a number, or values a frame. graphs: through which a step runs, as `graph_name`; None: eagerly.
-    Shortcuts need `conditional(inputs)`, what `predict` reads to predict with the condition alone, and
+    guidance_scale: a number, or values per frame. graphs: a step runs through them, as `graph_name`; None: eagerly.
+    Shortcuts need `conditional(inputs)`, the inputs to predict with the condition alone, and
     `predict_cached(latent, inputs, BlockCache)`.
     """
 
@@ -62,13 +62,13 @@ class Denoiser(Protocol):
     graph_name: str
 
     def schedule(self, timesteps: Tensor, latent: Tensor) -> Sequence[Any]:
-        """What `predict` reads in each step, made once a schedule: tensors, or (named) tuples of them."""
+        """The inputs of `predict` in each step, computed once per schedule: tensors, or (named) tuples of them."""
 
     def predict(self, latent: Tensor, inputs: Any) -> Tensor:
         """[2B, ...], the unconditional half first, or [B, ...] without guidance."""
 
     def bare(self) -> Denoiser:
-        """What `predict` and `update` need, without a clip's condition: a graph may keep it."""
+        """The denoiser without a clip's condition, as far as `predict` and `update` need it: a graph may keep it."""
 
     def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The same for `reference.sample`."""
@@ -124,21 +124,21 @@ def sample(
         inputs: Any,
         row: Tensor,
         scale: Tensor | None,
-        looking_back: tuple[Tensor, Tensor] | None = None,
+        two_back: tuple[Tensor, Tensor] | None = None,
         difference: Tensor | None = None,
-        keeps: bool = False,
+        keep_difference: bool = False,
     ) -> tuple[Tensor, ...]:
-        """One step. looking_back: the data prediction of two steps ago, and the weights of the last and of that one.
-        `keeps` returns the difference between the halves of guidance too, `difference` is an earlier step's."""
+        """One step. two_back: the data prediction of two steps ago, and the weights of the last and of that one.
+        difference: between the halves of guidance, of an earlier step. keep_difference: also return this step's."""
         scaled = latent if scale is None else latent * scale
         prediction = bare.predict(scaled, inputs) if cache is None else bare.predict_cached(scaled, inputs, cache)
         if difference is not None:
             prediction = torch.cat([prediction - difference, prediction])
-        if looking_back is not None:
-            older, weight = looking_back  # the kernel adds one earlier data prediction: their weighted sum
+        if two_back is not None:
+            older, weight = two_back  # the kernel adds one earlier data prediction: their weighted sum
             previous = previous * weight[0] + older * weight[1]
         step = bare.update(prediction.contiguous(), latent.contiguous(), previous, row)
-        if keeps:
+        if keep_difference:
             without, with_condition = prediction.chunk(2)
             return (*step, with_condition - without)
         return step
@@ -146,23 +146,24 @@ def sample(
     run: Callable[..., Any] = advance
     if denoise.graphs is not None and cache is None:
         run = functools.partial(denoise.graphs, denoise.graph_name, advance)
-    renews = draws_noise(scheduler) and len(table) > 1
+    adds_noise = draws_noise(scheduler) and len(table) > 1
     for step, mode in enumerate(modes):
-        previous = fresh_noise(latent, generator) if renews else previous
+        previous = fresh_noise(latent, generator) if adds_noise else previous
         scale = None if scales is None else scales[step]
-        earlier = None if weights is None else (older, weights[step])
-        given = inputs[step] if mode == "guided" else denoise.conditional(inputs[step])
-        keeps = mode == "guided" and "reused" in modes[step + 1 : step + 2]
+        two_back = None if weights is None else (older, weights[step])
+        step_inputs = inputs[step] if mode == "guided" else denoise.conditional(inputs[step])
+        keep_difference = mode == "guided" and "reused" in modes[step + 1 : step + 2]
         before, last, older = latent, previous, previous
-        arguments = (latent, previous, given, table[step], scale)
-        if earlier is None and mode != "reused" and not keeps:
+        arguments = (latent, previous, step_inputs, table[step], scale)
+        if two_back is None and mode != "reused" and not keep_difference:
             latent, previous = run(*arguments)
         else:
-            latent, previous, *kept = run(*arguments, earlier, difference if mode == "reused" else None, keeps)
+            reused = difference if mode == "reused" else None
+            latent, previous, *kept = run(*arguments, two_back, reused, keep_difference)
             difference = kept[0] if kept else difference
         if data_hook is not None and data_of is not None:
-            if earlier is not None:
-                last = last * earlier[1][0] + earlier[0] * earlier[1][1]
+            if two_back is not None:
+                last = last * two_back[1][0] + two_back[0] * two_back[1][1]
             row = (*rows[step][:4], 1.0 if weights is not None else rows[step][4])
             latent, previous = _through_data(data_hook, step, data_of[step], row, before, last, latent, previous)
         latent, go_on = end_step(callback, step, times[step], latent)
@@ -184,11 +185,11 @@ def _through_data(
     latent: Tensor,
     previous: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel returned from `before` and `earlier`, `latent` and `previous`, with the hook applied: where it
-    answers, the step is taken again, a few hundred thousand multiplications outside of the graph."""
+    """`latent` and `previous`, which the kernel computed from `before` and `earlier`, with the hook applied: if it
+    returns a tensor, the step is taken again, a few hundred thousand multiplications outside of the graph."""
     p, q, a, b, c = row
     p_data, q_data = data_row
-    is_data = (p, q) == data_row  # of a flow the kernel's "data prediction" is the velocity
+    is_data = (p, q) == data_row  # for a flow the kernel's "data prediction" is the velocity
     data = previous if is_data else p_data * before + q_data * (previous - p * before) / q
     answer = hook(step, data)
     if answer is None:

@@ -1,6 +1,6 @@
-"""What a scheduler would do in each step, as rows of coefficients for the guidance and solver kernel.
+"""A scheduler's steps as rows of coefficients for the guidance and solver kernel.
 
-`register` adds a scheduler: a function that says whether it knows an instance, and one that gives the rows.
+`register` adds a scheduler: a function that says whether it knows an instance, and one that returns the rows.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from ..triton_kernels.guidance_dpm_step import OP
 def dpm_coefficients(scheduler: Any) -> Tensor:
     """(p, q, a, b, c) of every step of a `DPMSolverMultistepScheduler` after `set_timesteps`: float64 [steps, 5].
 
-    Its sigmas are taken as they are, so every schedule it knows is covered. Raises ValueError for what is not a linear
-    update of two data predictions: other schedulers, solvers that draw noise or predict it, third order, thresholding.
+    The scheduler's sigmas are used as they are, so all its schedules are covered. Raises ValueError if a step is not a
+    linear update of two data predictions: other schedulers, solvers that draw noise or predict it, third order,
+    thresholding.
     """
     config, sigmas = _checked(scheduler, "DPMSolverMultistepScheduler")
     for name, known in (
@@ -73,9 +74,9 @@ def unipc_coefficients(scheduler: Any) -> Tensor:
     """(p, q, a, b, c, d) of every step of a `UniPCMultistepScheduler` (arXiv 2302.04867) after `set_timesteps`: float64
     [steps, 6], where d weighs the data prediction of two steps ago.
 
-    A step corrects the latent that the step before has predicted, then predicts the next one. All is linear in that
-    latent and the last three data predictions, so the two are one update. Raises ValueError for what is not: third
-    order, thresholding, a solver of its own for the prediction, noise instead of data, a last step of second order.
+    A step corrects the latent that the previous step predicted, then predicts the next one. Both are linear in that
+    latent and in the last three data predictions, so they are one update. Raises ValueError where that does not hold:
+    third order, thresholding, a separate solver for the prediction, noise instead of data, a last step of second order.
     """
     config, sigmas = _checked(scheduler, "UniPCMultistepScheduler")
     known_values = (
@@ -93,7 +94,7 @@ def unipc_coefficients(scheduler: Any) -> Tensor:
     if order > 1 and not config["lower_order_final"] and not sigmas[-1]:
         raise ValueError("unipc_coefficients: lower_order_final=False divides by zero at a last sigma of zero")
     noise = _Noise(config.get("use_flow_sigmas", False))
-    growing = config["solver_type"] == "bh1"
+    bh1 = config["solver_type"] == "bh1"
 
     def orders(step: int) -> int:
         return min(order, steps - step if config["lower_order_final"] else order, step + 1)
@@ -103,7 +104,7 @@ def unipc_coefficients(scheduler: Any) -> Tensor:
         h = noise.log_snr(sigmas[step + 1]) - noise.log_snr(sigmas[step])
         (alpha_next, sigma_next), (_, sigma) = noise.alpha_sigma(sigmas[step + 1]), noise.alpha_sigma(sigmas[step])
         shrink = math.expm1(-h)
-        return h, sigma_next / sigma, -alpha_next * shrink, alpha_next * (-h if growing else shrink)
+        return h, sigma_next / sigma, -alpha_next * shrink, alpha_next * (-h if bh1 else shrink)
 
     def ratio(step: int, h: float) -> float:
         return (noise.log_snr(sigmas[step - 1]) - noise.log_snr(sigmas[step])) / h
@@ -117,7 +118,7 @@ def unipc_coefficients(scheduler: Any) -> Tensor:
         return a, b + slope, -slope
 
     def corrected(step: int) -> tuple[float, float, float]:
-        """What the data predictions of this step and of the last two add to the latent that was predicted for it."""
+        """Factors of the data predictions of this step and of the last two, added to the latent predicted for it."""
         before = step - 1
         if before < 0 or before in config["disable_corrector"]:
             return 0.0, 0.0, 0.0
@@ -145,7 +146,7 @@ def unipc_coefficients(scheduler: Any) -> Tensor:
 
 
 class _Noise:
-    """What a sigma means: the shares of data and noise in a latent, of a flow or of preserved or exploding variance."""
+    """The weights of data and noise in a latent at a sigma: of a flow, or of preserved or exploding variance."""
 
     def __init__(self, flow: bool = False, exploding: bool = False) -> None:
         self.flow, self.exploding = flow, exploding
@@ -176,7 +177,7 @@ def edm_coefficients(scheduler: Any) -> Tensor:
     """(p, q, a, b, c) of every step of an `EulerDiscreteScheduler` after `set_timesteps`: float64 [steps, 5].
 
     Its model input and initial noise are scaled too: see `input_scales`. Raises ValueError for other schedulers, and
-    for timesteps that repeat, as those above its table do: diffusers finds a step by its timestep, and skips one then.
+    for timesteps that repeat, as those above its table do: diffusers finds a step by its timestep and would skip one.
     """
     sigmas = _sigmas_of(scheduler, "EulerDiscreteScheduler")[1]
     if len(scheduler.timesteps.unique()) < len(scheduler.timesteps):
@@ -190,8 +191,8 @@ def edm_coefficients(scheduler: Any) -> Tensor:
 def edm_dpm_coefficients(scheduler: Any) -> Tensor:
     """(p, q, a, b, c) of every step of an `EDMDPMSolverMultistepScheduler` after `set_timesteps`: float64 [steps, 5].
 
-    The latent is data plus noise of sigma, so that alpha is 1 throughout. Its model input and initial noise are scaled
-    too: see `input_scales`. Raises ValueError for what is not a linear update of two data predictions.
+    The latent is data plus noise of sigma, so alpha is 1 throughout. Its model input and initial noise are scaled too:
+    see `input_scales`. Raises ValueError if a step is not a linear update of two data predictions.
     """
     config, sigmas = _sigmas_of(scheduler, "EDMDPMSolverMultistepScheduler")
     for name, known in (
@@ -210,7 +211,7 @@ def edm_dpm_coefficients(scheduler: Any) -> Tensor:
 def consistency_coefficients(scheduler: ConsistencyScheduler) -> Tensor:
     """(p, q, a, b, c) of every step of a `ConsistencyScheduler` after `set_timesteps`: float64 [steps, 5].
 
-    In place of the data prediction before, such a step reads fresh noise: see `draws_noise`.
+    A step reads fresh noise in place of the previous data prediction: see `draws_noise`.
     """
     noises = [following * scheduler.config.s_noise for following in scheduler.sigmas.tolist()[1:]]
     rows = [(p, q, 0.0, 1.0, noise) for (p, q), noise in zip(data_rows(scheduler), noises, strict=True)]
@@ -218,16 +219,16 @@ def consistency_coefficients(scheduler: ConsistencyScheduler) -> Tensor:
 
 
 def draws_noise(scheduler: Any) -> bool:
-    """Whether what a step reads as `previous` is fresh noise."""
+    """Whether a step reads fresh noise as `previous`."""
     return isinstance(scheduler, ConsistencyScheduler)
 
 
-# Their latents are data plus noise of sigma, which is scaled to unit variance for the network.
+# Schedulers whose latent is data plus noise of sigma; it is scaled to unit variance for the network.
 _SCALES_INPUT = ("EulerDiscreteScheduler", "EDMDPMSolverMultistepScheduler", "ConsistencyScheduler")
 
 
 def input_scales(scheduler: Any) -> Tensor | None:
-    """What the latent is multiplied by before each step's prediction, float64 [steps]; None where nothing is."""
+    """Factors of the latent before each step's prediction, float64 [steps]; None if the latent is not scaled."""
     if not any(base.__name__ in _SCALES_INPUT for base in type(scheduler).__mro__):
         return None
     sigmas = scheduler.sigmas.double()[:-1]
@@ -243,8 +244,8 @@ def euler_rows(sigmas: list[float]) -> Tensor:
 def _sigmas_of(scheduler: Any, wanted: str) -> tuple[dict[str, Any], list[float]]:
     """Config and sigmas, one more than there are steps, of a scheduler of the wanted class, ready to step.
 
-    By the name of the class or of a base: kernels import without diffusers. Relatives with the same config (single-step
-    and EDM solvers) scale the noise or the model's input, or step otherwise.
+    The class is found by its name or that of a base, because kernels import without diffusers. Related classes with the
+    same config (single-step and EDM solvers) scale the noise or the model's input, or step differently.
     """
     name = type(scheduler).__name__
     ours = isinstance(scheduler, MultistepSchedule) and wanted == scheduler.config["_class_name"]
@@ -275,8 +276,8 @@ def register(knows: Callable[[Any], bool], rows: Callable[[Any], Tensor]) -> Non
 def coefficients(
     scheduler: Any, steps: int, sigmas: Sequence[float] | None = None, timesteps: Sequence[int] | None = None
 ) -> Tensor:
-    """[steps, 5] of a schedule, or [steps, 6] of one that looks two steps back: the scheduler's own, or along `sigmas`
-    or `timesteps`, which are then set. Raises ValueError where the kernel cannot follow it."""
+    """Rows [steps, 5] of a schedule, or [steps, 6] if the solver looks two steps back. The schedule is the scheduler's
+    own, or along `sigmas` or `timesteps`, which are then set. Raises ValueError if the kernel cannot follow it."""
     for knows, rows in _tables:
         if knows(scheduler):
             set_timesteps(scheduler, steps, "cpu", sigmas, timesteps)
@@ -289,8 +290,8 @@ def coefficients(
 
 
 def _of_diffusers(class_name: str) -> Callable[[Any], bool]:
-    """Whether a scheduler is of this very class of diffusers, which this room does not import. A subclass may step
-    otherwise."""
+    """Whether a scheduler is of exactly this class of diffusers, which this module does not import. A subclass may step
+    differently."""
 
     def knows(scheduler: Any) -> bool:
         cls = type(scheduler)

@@ -41,11 +41,11 @@ GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 def missing_twin(network: Any) -> str | None:
-    """Why `network` cannot run as a twin, None where it can.
+    """Why `network` cannot run as a twin; None if it can.
 
-    A twin computes what the network's class and config say, from its weights. So the network must be just that: of the
-    exact class (a subclass may compute something else), with the modules that its config builds and no others, plain
-    tensors as weights, and no hook or method that was put onto a module.
+    A twin computes what the network's class and config say, from its weights. So the network must be of the exact class
+    (a subclass may compute something else), with the modules that its config builds and no others, plain tensors as
+    weights, and no hook or method that was set on a module.
     """
     if type(network) not in TWINS:
         return f"is a {type(network).__name__}, fast twins are built from {' and '.join(t.__name__ for t in TWINS)}"
@@ -58,8 +58,8 @@ def missing_twin(network: Any) -> str | None:
 def difference(
     network: nn.Module, classes: dict[str, type], shapes: dict[str, torch.Size], replaced: str = ""
 ) -> str | None:
-    """What was changed about `network`, beyond the values of its weights, since it was built with these classes of
-    modules and shapes of weights, by name; None for nothing. `replaced` is a method of the network that may be."""
+    """How `network` differs, beyond the values of its weights, from one with these module classes and weight shapes, by
+    name; None if it does not. `replaced`: a method of the network that may have been replaced."""
     return next(_differences(network, classes, shapes, replaced), None)
 
 
@@ -98,7 +98,7 @@ def _differences(
 
 @functools.lru_cache(maxsize=8)
 def _as_built(network_class: Any, config: Any) -> tuple[dict[str, type], dict[str, torch.Size]]:
-    """`parts_of` what the config builds."""
+    """`parts_of` the network that the config builds."""
     with torch.device("meta"):
         return parts_of(network_class(config))
 

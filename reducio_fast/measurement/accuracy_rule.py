@@ -1,7 +1,8 @@
-"""The one rule by which a fast result is right, for kernel tests, model-level parity and users alike.
+"""The one rule that decides whether a fast result is right, for kernel tests, model-level parity and users alike.
 
-A result in low precision cannot equal the float32 oracle, and a fixed tolerance is either blind or flaky. So the
-yardstick is what plain PyTorch makes of the same precision: the fast path may be twice as far from the oracle.
+A result in low precision cannot equal the float32 oracle, and a fixed tolerance either misses errors or fails at
+random. So the rule compares with plain PyTorch in the same precision: the fast path may be twice as far from the
+oracle.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What the rule forgives where eager happens to be exact, by the precision of the result: float32 sums in another
-# order, half an ulp of the rounding at the end elsewhere.
+# The error that the rule allows even if eager is exact, by the precision of the result: another order of sums in
+# float32, half an ulp of the final rounding elsewhere.
 EPS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Relative errors ||a - oracle|| / ||oracle|| of both, the limit for the fast one, and where it is worst."""
+    """Relative errors ||a - oracle|| / ||oracle|| of both results, the limit for the fast one, and the index of its
+    largest error."""
 
     fast: float
     eager: float
@@ -31,7 +33,7 @@ class Verdict:
         return self.fast <= self.limit  # False for NaN
 
     def row(self, what: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-        """For JSON."""
+        """The verdict as plain data for JSON."""
         return {
             "what": what,
             "dtype": str(dtype).removeprefix("torch."),
@@ -56,7 +58,7 @@ def relative_error(x: Tensor, oracle: Tensor) -> float:
 def judge(fast: Tensor, eager: Tensor, oracle: Tensor) -> Verdict:
     """err(fast) <= 2 * err(eager) + eps, `eager` being plain PyTorch in the precision of `fast`.
 
-    Raises ValueError where shapes or the two precisions differ: such results cannot be compared.
+    Raises ValueError if shapes or the two precisions differ: such results cannot be compared.
     """
     if not fast.shape == eager.shape == oracle.shape or fast.dtype != eager.dtype:
         described = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (fast, eager, oracle))

@@ -11,8 +11,8 @@ from ..fast import solver_tables
 
 
 class EulerScheduler:
-    """Rectified flow by Euler steps: as long a schedule as diffusers' FlowMatchEulerDiscreteScheduler, the same work a
-    step."""
+    """Rectified flow by Euler steps, with the number of steps and the work per step of diffusers'
+    FlowMatchEulerDiscreteScheduler."""
 
     init_noise_sigma = 1.0
 
@@ -39,7 +39,7 @@ solver_tables.register(
 
 
 def scheduler() -> Any:
-    """DPM-Solver++ as the model is sampled, by diffusers; without diffusers an Euler schedule."""
+    """diffusers' DPM-Solver++, which samples the model; without diffusers an Euler schedule."""
     try:
         from diffusers import DPMSolverMultistepScheduler
     except ImportError:

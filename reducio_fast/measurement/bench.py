@@ -1,7 +1,7 @@
-"""`reducio-fast bench`: every way to make a clip, in turns, in one process, against what this machine can do at best.
+"""`reducio-fast bench`: times all ways to make a clip, in turns and in one process, against the machine's peak rates.
 
-Contenders take turns, so that a slow minute of the machine hits them all, and a speed-up is the median of the ratios
-within a turn. The fast path is compared with the oracle first: on red nothing is timed.
+Contenders take turns, so that a slow minute of the machine affects them all, and a speed-up is the median of the ratios
+within a turn. The fast path is compared with the oracle first: if it is wrong, nothing is timed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .tile import DecodedTile
 DEFAULT = CONTENDERS[:3]
 Row = dict[str, Any]
 
-# Runs in a fresh process, with the caches named in its environment. Counts from before the first import of ours.
+# Runs in a fresh process, with the caches named in its environment. Timing starts before this package is imported.
 COLD = """
 import json, time
 start = time.perf_counter()
@@ -66,17 +66,18 @@ def bench(
     """Measure a workload (`names.WORKLOADS`) and return one JSON-ready row.
 
     `contenders` is some of CONTENDERS, by default DEFAULT; `ladder` adds the rungs of the ablation.
-    `dtype` None is float32 on a CPU, bfloat16 on a GPU, for all contenders. Raises ReducioError where a library pair is
-    known to be broken, where the fast path is wrong, and for names that do not exist.
+    `dtype` None is float32 on a CPU, bfloat16 on a GPU, for all contenders. Raises ReducioError if a pair of libraries
+    is known to be broken, if the fast path is wrong, and for names that do not exist.
 
-    `flush` gets the row as far as it is, `whole` False, after each first clip and each turn: time on a GPU may run out.
+    `flush` gets the unfinished row, with `whole` False, after each first clip and each turn, because time on a GPU may
+    run out.
     """
     if broken := instruments.broken_libraries(torch.__version__, torch.backends.cudnn.version()):
         raise ReducioError(f"bench: {broken}")
     chosen = list(DEFAULT if contenders is None else contenders)
-    for each in chosen:
-        if each not in CONTENDERS:
-            raise ReducioError(f"bench: contender {each!r} is unknown; known: {', '.join(CONTENDERS)}")
+    for contender in chosen:
+        if contender not in CONTENDERS:
+            raise ReducioError(f"bench: contender {contender!r} is unknown; known: {', '.join(CONTENDERS)}")
     if pairs < 1:
         raise ReducioError(f"bench: pairs must be at least 1, is {pairs}")
     device = resolve_device(device)
@@ -102,20 +103,20 @@ def bench(
         row[part] = figures
         flush(row)
 
-    makers = [functools.partial(measured.contender, each) for each in chosen]
+    makers = [functools.partial(measured.contender, contender) for contender in chosen]
     row["contenders"] = compare(makers, chosen, measured, pairs, row["roof"], log, flushed)
     if ladder:
         rungs = measured.rungs()
         names = [rung.name for rung in rungs]
         ready = [functools.partial(_same, rung) for rung in rungs]
-        keep = functools.partial(flushed, part="ladder")
-        row["ladder"] = compare(ready, names, measured, pairs, row["roof"], log, keep)
+        flush_ladder = functools.partial(flushed, part="ladder")
+        row["ladder"] = compare(ready, names, measured, pairs, row["roof"], log, flush_ladder)
     if cold:
-        for each in chosen:
-            if each == "compiled":
-                continue  # compiles for minutes, which `first_s` has measured
-            log(f"cold: {each}, in fresh processes")
-            row["cold"][each] = first_clips(name, model, dtype, device, each)
+        for contender in chosen:
+            if contender == "compiled":
+                continue  # compilation takes minutes, which `first_s` has measured
+            log(f"cold: {contender}, in fresh processes")
+            row["cold"][contender] = first_clips(name, model, dtype, device, contender)
     return row | {"whole": True}
 
 
@@ -128,10 +129,10 @@ def compare(
     log: Callable[[str], None],
     flush: Callable[[dict[str, Row]], None] = lambda rows: None,
 ) -> dict[str, Row]:
-    """{contender: figures}; speed-ups are over the first of them. One that cannot be built says why, and is left out.
-    `flush` gets the figures as far as they are, after each first clip and each turn.
+    """{contender: figures}, with speed-ups over the first contender. One that cannot be built is skipped, with the
+    reason. `flush` gets the figures so far, after each first clip and each turn.
 
-    A first clip, which compiles what is to be compiled, and one for the memory come before those that count.
+    Two clips come before the timed ones: the first compiles, the second measures memory.
     """
     rows: dict[str, Row] = {}
     ready: list[Contender] = []
@@ -147,7 +148,7 @@ def compare(
         except Exception as error:
             if name == "reference" or isinstance(error, ReducioError | torch.OutOfMemoryError):
                 raise
-            # A missing compiler, for example: the others can still be measured.
+            # For example a missing compiler: the others can still be measured.
             lines = str(error).splitlines() or [""]
             rows[name] = {"skipped": f"{type(error).__name__}: {lines[0][:300]}"}
             log(f"{name}: skipped, {rows[name]['skipped']}")
@@ -172,22 +173,22 @@ def compare(
     first_name = ready[0].name
 
     def figures() -> dict[str, Row]:
-        """Of the turns so far."""
+        """Figures of the turns so far."""
         for contender in ready:
-            mine, name = rows[contender.name], contender.name
-            mine["clip_s"] = spread(totals[name])
-            mine["stages_s"] = {s: spread([turn[s] for turn in stages[name]]) for s in stages[name][0]}
-            mine["speed_up"] = _ratios(totals[first_name], totals[name])
-            mine["stages_speed_up"] = {
+            row, name = rows[contender.name], contender.name
+            row["clip_s"] = spread(totals[name])
+            row["stages_s"] = {s: spread([turn[s] for turn in stages[name]]) for s in stages[name][0]}
+            row["speed_up"] = _ratios(totals[first_name], totals[name])
+            row["stages_speed_up"] = {
                 s: _ratios([t[s] for t in stages[first_name]], [t[s] for t in stages[name]])
                 for s in stages[name][0]
                 if s in stages[first_name][0]
             }
             work = measured.flops[contender.algebra]
-            mine["tflops"] = {s: round(work[s] / mine["stages_s"][s]["median"] / 1e12, 4) for s in work}
-            mine["share_of_roof"] = {s: round(rate / roof["matmul_tflops"], 4) for s, rate in mine["tflops"].items()}
-            mine["psnr_db"] = None if name == first_name else _psnr(frames[first_name], frames[name])
-            mine["joules"] = round(statistics.mean(joules[name]), 2) if joules[name] else None
+            row["tflops"] = {s: round(work[s] / row["stages_s"][s]["median"] / 1e12, 4) for s in work}
+            row["share_of_roof"] = {s: round(rate / roof["matmul_tflops"], 4) for s, rate in row["tflops"].items()}
+            row["psnr_db"] = None if name == first_name else _psnr(frames[first_name], frames[name])
+            row["joules"] = round(statistics.mean(joules[name]), 2) if joules[name] else None
         return rows
 
     with instruments.nvml(device) as counter:
@@ -213,7 +214,8 @@ def compare(
 def first_clips(
     name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device, contender: str
 ) -> Row:
-    """Loading and the first clip in two fresh processes: the first with empty caches, the second with what it left."""
+    """Time loading and the first clip in two fresh processes: one with empty caches, then one with the caches that the
+    first has filled."""
     arguments = {"name": name, "model": None if model is None else os.fspath(model), "dtype": dtype}
     code = COLD.format(**arguments, device=str(device), contender=contender)
     row: Row = {}
@@ -234,7 +236,7 @@ def first_clips(
 
 
 def write(row: Row, path: str | os.PathLike[str]) -> None:
-    """The row as JSON, whole or not at all."""
+    """Write the row as JSON, whole or not at all."""
     with written_whole(path) as part:
         part.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
 
@@ -248,5 +250,5 @@ def _ratios(slow: list[float], quick: list[float]) -> dict[str, float]:
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Of frames against the first contender's, in dB; None for equal ones."""
+    """PSNR in dB of frames against the first contender's; None if they are equal."""
     return None if np.array_equal(a, b) else round(pooled_psnr(a, b), 2)

@@ -1,4 +1,4 @@
-"""Other image-to-video models beside ours: what a second of video, or a megapixel of it, costs."""
+"""Compares other image-to-video models with ours: the time per second of video and per megapixel."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def bench_row(
     progress: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Time one model, a peer or one of ours, at its own published call: a row of the comparison.
+    """Time one model, a peer or one of ours, at its own published call; returns a row of the comparison.
 
-    A peer named without weights gets random ones of the published size, and a grey image where it needs one. `cold`
-    is the first call with everything it compiles and loads; `seconds` is the median of `repeats` further ones, and
-    `stages` its parts. Of them follow `per_video_second`, the seconds that one second of video costs at the model's
-    own frame rate, and `per_megapixel`. `peak_memory` in bytes is measured on a GPU, null elsewhere.
+    A peer named without weights gets random ones of the published size, and a grey image if it needs one. `cold` is the
+    first call with everything it compiles and loads. `seconds` is the median of `repeats` further calls, and `stages`
+    are its parts. From `seconds` follow `per_video_second`, the seconds per second of video at the model's own frame
+    rate, and `per_megapixel`. `peak_memory` in bytes is measured on a GPU, null elsewhere.
     """
     from ..pipelines.reducio.pipeline import ReducioPipeline
 
@@ -88,7 +88,7 @@ def bench_row(
 
 
 def named(text: str) -> list[str]:
-    """The peers of a list with commas. Raises ReducioError for one that is none."""
+    """The peers in a comma-separated list. Raises ReducioError for an unknown one."""
     models = text.split(",")
     if unknown := [model for model in models if find(model) is None]:
         raise ReducioError(f"peer: {unknown[0]!r} is unknown; known are {', '.join(PEERS)}, or a folder of one")
@@ -103,9 +103,9 @@ def compare(
     device: torch.device | str | None,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """What `bench.bench` has measured of ours, then each peer, as rows of one table.
+    """Rows of one table: our contenders as `bench.bench` has measured them, then each peer.
 
-    Ours have no `peak_memory` here: several contenders are loaded at once.
+    Our rows have no `peak_memory`, because several contenders are loaded at once.
     """
     rows = []
     for name, figures in row["contenders"].items():
@@ -125,7 +125,7 @@ def compare(
 
 
 def rates(seconds: float, num_frames: int, height: int, width: int, fps: float) -> dict[str, float]:
-    """What a clip of that size cost, by the two measures that compare models with unlike clips."""
+    """Seconds per second of video and per megapixel: the two measures that compare models with different clips."""
     return {
         "per_video_second": seconds / (num_frames / fps),
         "per_megapixel": seconds / (num_frames * height * width / 1e6),

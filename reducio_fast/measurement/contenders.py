@@ -1,7 +1,7 @@
-"""What is measured and profiled: clips of the default model, or of random networks whose conditions are given.
+"""The workloads to measure and profile: clips of the default model, or of random networks with given conditions.
 
-A `Contender` is one way to make the clip of a workload. Latency does not depend on weights, so random ones do; this
-module then needs torch, Triton, numpy and safetensors alone, as a bare GPU machine has them.
+A `Contender` is one way to make the clip of a workload. Latency does not depend on weights, so random ones are enough.
+With them this module needs only torch, Triton, numpy and safetensors, which a bare GPU machine has.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEPS, GUIDANCE = NUM_INFERENCE_STEPS, GUIDANCE_SCALE
 NARROW_STEPS = 3
 FPS = 16.0  # a clip of 16 frames lasts a second
 
-# The same networks, narrow and small: a CPU takes them through every part of a benchmark in seconds.
+# The same networks, narrow and small: a CPU runs every part of a benchmark on them in seconds.
 NARROW = (
     DiTConfig(
         hidden_size=48, depth=2, num_heads=4, caption_channels=32, caption_length=12, semantic_channels=32,
@@ -64,11 +64,11 @@ class Rung:
     transformer: bool = False  # the fast twin
     vae: bool = False
     kernels: frozenset[str] = frozenset()  # ops that run our kernel; the others run the vendor's library
-    contender: str = ""  # which whole contender it is
+    contender: str = ""  # the name of the whole contender, for a rung that is one
 
 
 def ladder() -> list[Rung]:
-    """Every optimisation that can be switched by itself, each on top of those before it."""
+    """Every optimisation that can be switched on separately, each on top of those before it."""
     rungs = [
         Rung("reference", "plain PyTorch, eager"),
         Rung("transformer", "fast transformer on torch ops: fused QKV, keys and values once a clip, one modulation "
@@ -106,7 +106,7 @@ def ladder() -> list[Rung]:
 
 
 class GivenConditions:
-    """Sampling and decoding with two networks, under a given condition."""
+    """Sampling and decoding with two networks and a given condition."""
 
     def __init__(
         self, name: str, dit: ReducioDiT, vae: ReducioVAE, cond: Condition, image: Tensor, noise: Tensor,
@@ -136,7 +136,7 @@ class GivenConditions:
         device: torch.device,
         steps: int = STEPS,
     ) -> GivenConditions:
-        """Random weights with no silent branch, and conditions of the sizes that the encoders give."""
+        """Random weights, none of them all zero, and conditions of the sizes that the encoders return."""
         torch.manual_seed(0)
         with torch.device(device):
             transformer, autoencoder = ReducioDiT(dit), ReducioVAE(vae)
@@ -162,7 +162,7 @@ class GivenConditions:
 
     @classmethod
     def of_pipeline(cls, name: str, pipe: Any) -> GivenConditions:
-        """What a loaded pipeline would sample and decode for `PROMPT`: its conditions are made once, here."""
+        """The networks of a loaded pipeline with its conditions for `PROMPT`, which are computed once, here."""
         with torch.no_grad():
             out = pipe(PROMPT, num_inference_steps=1, progress=False)
             text, mask, _, _ = pipe.encode_prompt(PROMPT)
@@ -174,7 +174,7 @@ class GivenConditions:
 
     @torch.no_grad()
     def clip(self, dit: Any, vae: Any) -> tuple[np.ndarray, Timings]:
-        """One clip by these networks, of either kind."""
+        """Make one clip with these networks, reference or fast twins."""
         stage, reference = Stopwatch(self.device), isinstance(dit, ReducioDiT)
         with stage("dit.step"):
             run = sample if reference else _fast_sample()
@@ -215,7 +215,7 @@ class GivenConditions:
         before: Any = None
         for rung in ladder():
             if rung.name == "compile" and self.device.type == "cuda":
-                continue  # minutes, for all levels of four shapes of tile; `--contenders fast-compiled` has it
+                continue  # takes minutes for all levels of four tile shapes; `--contenders fast-compiled` has it
             if rung.contender:
                 contenders.append(replace(self.contender(rung.contender), name=rung.name, what=rung.what))
                 continue
@@ -231,16 +231,16 @@ class GivenConditions:
         return contenders
 
     def parity(self) -> list[dict[str, Any]]:
-        """The fast path against the oracle, on these networks at the size that `parity` uses for a full-width one."""
+        """Compare the fast path with the oracle, on these networks at the size that `parity` uses for full width."""
         dit, vae = copy.deepcopy(self.dit).float(), copy.deepcopy(self.vae).float()
         return list(compare_networks(self.name, dit, vae, self.dtype, min(self.pixels, 256), whole=False))
 
     @functools.cached_property
     def flops(self) -> dict[str, Flops]:
-        """{"direct" or "folded": {stage: floating-point operations}}, two a multiply-add, counted by torch.
+        """{"direct" or "folded": {stage: floating-point operations}}, two per multiply-add, counted by torch.
 
         Counted on the meta device, so nothing is computed. The folded count is what the fast twins execute: 12% fewer
-        in the full-size decoder, because up-sampling and the convolution after it are one. Norms are not counted.
+        in the full-size decoder, because they merge up-sampling and the convolution after it. Norms are not counted.
         """
         return count(self)
 
@@ -251,7 +251,7 @@ class DefaultClip:
     def __init__(self, folder: str | os.PathLike[str] | None, dtype: str | None, device: torch.device) -> None:
         self.name = "default" if folder is None else os.path.basename(os.fspath(folder).rstrip("/"))
         self.folder = embedded_model() if folder is None else find_model(folder)
-        # Named, so that the fast path takes no precision of its own: contenders and roof are compared at one.
+        # Explicit, so that the fast path does not choose its own precision: contenders and roof have the same one.
         self.asked, self.device = resolve_dtype(dtype, None, device), device
         pipe = self._pipe("reference")
         self.dtype = pipe.dtype
@@ -299,7 +299,7 @@ class DefaultClip:
 def workload(
     name: str, model: str | os.PathLike[str] | None, dtype: str | None, device: torch.device
 ) -> DefaultClip | GivenConditions | DecodedTile | SVDClip:
-    """One of `WORKLOADS`. Raises ReducioError for another one, and for a full-size one on a CPU."""
+    """Build one of `WORKLOADS`. Raises ReducioError for an unknown one, and for a full-size one on a CPU."""
     if name not in WORKLOADS:
         raise ReducioError(f"workload: {name!r} is unknown; known: {', '.join(WORKLOADS)}")
     if name == "default":
@@ -353,21 +353,21 @@ def count(conditions: GivenConditions) -> dict[str, Flops]:
     prepared = fast_dit.prepare(*cond)
     modulation = fast_dit.modulations(steps[:1], noise.shape[2:])
 
-    def of(run: Callable[[], Any]) -> float:
+    def flops_of(run: Callable[[], Any]) -> float:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             run()
         return float(counter.get_total_flops())
 
     def decode(network: Any) -> float:
-        return of(
+        return flops_of(
             lambda: network.decode(noise, network.encode_content(image, tiled=conditions.tiled), tiled=conditions.tiled)
         )
 
     both = noise.expand(2, *noise.shape[1:])
-    step = of(lambda: fast_dit.prepare(*cond)) + conditions.steps * of(
+    step = flops_of(lambda: fast_dit.prepare(*cond)) + conditions.steps * flops_of(
         lambda: fast_dit.denoise(noise, modulation, prepared)
     )
-    direct = {"dit.step": conditions.steps * of(lambda: dit(both, steps, *cond)), "vae.decode": decode(vae)}
+    direct = {"dit.step": conditions.steps * flops_of(lambda: dit(both, steps, *cond)), "vae.decode": decode(vae)}
     return {
         "direct": direct,
         "folded transformer": direct | {"dit.step": step},
@@ -376,7 +376,7 @@ def count(conditions: GivenConditions) -> dict[str, Flops]:
 
 
 def _add_tuned_tables(device: torch.device) -> None:
-    """What was tuned on this machine is in force, as it is in a pipeline."""
+    """Use the launch settings that were tuned on this machine, as a pipeline does."""
     from ..triton_kernels.tables import add_tables
 
     add_tables(cache.folder("tables", _origin(device), cache_folder.root()))

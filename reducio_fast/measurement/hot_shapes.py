@@ -1,4 +1,4 @@
-"""The calls that a 1024x1024 clip spends its time in, one `Problem` each: what the tuner times."""
+"""The calls that take most of the time of a 1024x1024 clip, one `Problem` each: the tuner times them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from .launches import keys_of
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One call of the hot path. `make(device)` returns what to time: our kernel, the vendor's way, and others by name;
-    "expected" is our kernel's first result by the vendor's operators, where "vendor" returns something else.
+    """One call of the hot path. `make(device)` returns functions to time, by name: "kernel" is ours, "vendor" is the
+    vendor's, others may follow. "expected" computes our kernel's first result with the vendor's operators, if "vendor"
+    returns something else.
 
-    `key` is its shape class among the launch settings, `plan` its class in the plan, `variant` the start of the names
-    under which `compile-check` knows its builds. `calls`: how often a 1024x1024 clip makes it (tiles of 16, 20 steps).
+    `key` is its shape class among the launch settings, `plan` its class in the plan, `variant` the prefix of its
+    builds' names in `compile-check`. `calls`: how often a 1024x1024 clip makes it (tiles of 16, 20 steps).
     """
 
     op: str
@@ -33,7 +34,7 @@ class Problem:
 
 def hot_problems() -> list[Problem]:
     """81% of the decoder's work, its norms, and the transformer's attention and norms, all in bfloat16."""
-    tiles, steps = 14.4, 20  # of a 1024x1024 clip: 16 tiles are as many pixels as 14.4 full ones
+    tiles, steps = 14.4, 20  # of a 1024x1024 clip: its 16 tiles have as many pixels as 14.4 full ones
     problems = []
     for C, K, side, times in (
         (128, 128, 320, 7),
@@ -98,7 +99,7 @@ def _random(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
 
 
 def conv_ways(C: int, K: int, T: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """With bias, residual and statistics; the vendor's convolution leaves the statistics to a kernel of their own."""
+    """With bias, residual and statistics; after the vendor's convolution a separate kernel computes the statistics."""
     from ..triton_kernels import conv3d, group_norm_silu
 
     x = _random(device, 1, T + 2, side + 2, side + 2, C)
@@ -140,7 +141,7 @@ def attention_ways(
 
 
 def norm_ways(has_statistics: bool, C: int, side: int, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """`has_statistics`: a convolution before it has computed the statistics."""
+    """`has_statistics`: the convolution before the norm has computed the statistics."""
     from ..triton_kernels import group_norm_silu
 
     x = _random(device, 1, 16, side, side, C)

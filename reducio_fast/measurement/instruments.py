@@ -1,4 +1,4 @@
-"""Instruments: what this machine can do at best, and the time, memory and energy of what runs on it. Knows no model."""
+"""Instruments for any model: the machine's peak rates, and the time, memory and energy of code that runs on it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ import torch
 from ..system import machine_report
 from ..system.stage_clock import clock
 
-SAMPLE_S = 0.005  # between two looks at memory or power
+SAMPLE_S = 0.005  # between two samples of memory or power
 L2_BYTES = 256 << 20  # more than any GPU's last-level cache: 50 MB on H100, 256 MB on MI300X
 
 
 def spread(values: list[float], digits: int = 5) -> dict[str, float]:
-    """Median and extremes: with a handful of runs on a busy machine a deviation would say less."""
+    """Median and extremes: for a few runs on a busy machine a standard deviation would say less."""
     values_by_name = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: round(value, digits) for name, value in values_by_name.items()}
 
@@ -36,9 +36,9 @@ def spread(values: list[float], digits: int = 5) -> dict[str, float]:
 
 
 class Peak:
-    """Highest memory while it runs, in bytes: the allocator's on a GPU, elsewhere the process's, sampled.
+    """Peak memory in bytes while it is active: the allocator's on a GPU, elsewhere the process's, sampled.
 
-    `above` is that less what was held at the start. Both hold every model that is loaded, so compare `above`.
+    `above` is the peak minus the memory at the start. The peak includes every loaded model, so compare `above`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -74,9 +74,9 @@ class Peak:
 
 
 def live_peak(call: Callable[[], Any]) -> int:
-    """The most bytes that torch's CPU tensors made by `call` held at once: every allocation and release, as torch's
-    profiler records them. Two runs give the same number. A process's resident memory does not: the allocator keeps a
-    tenth more or less of what was freed."""
+    """Peak bytes of the CPU tensors that `call` allocates, from every allocation and release that torch's profiler
+    records. Two runs give the same number. A process's resident memory does not: the allocator keeps a tenth more or
+    less of what was freed."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -90,7 +90,7 @@ def live_peak(call: Callable[[], Any]) -> int:
 def _resident() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no /proc: the peak of the whole life, in kilobytes but for macOS
+    except OSError:  # no /proc: the peak since the process started, in kilobytes except on macOS
         import resource
         import sys
 
@@ -98,9 +98,9 @@ def _resident() -> int:
 
 
 class Energy:
-    """Joules that a GPU takes while it runs: its own counter (Volta and later), or the integral of sampled power.
+    """Joules that a GPU uses while this is active: its own counter (Volta and later), or the integral of sampled power.
 
-    `joules` is None where neither can be read. `nvml` is the module pynvml, initialised; `handle` its device.
+    `joules` is None if neither can be read. `nvml` is the module pynvml, initialised; `handle` its device.
     """
 
     def __init__(self, nvml: Any, handle: Any) -> None:
@@ -133,7 +133,7 @@ class Energy:
     def _counter(self) -> int | None:
         try:
             return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)  # millijoules
-        except Exception:  # NVMLError has a sub-class for each way in which a card does not say
+        except Exception:  # NVMLError has a subclass for each reason why a card gives no value
             return None
 
     def _watch(self) -> None:
@@ -141,7 +141,7 @@ class Energy:
         while True:
             try:
                 self._samples.append((time.perf_counter(), self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1e3))
-            except Exception:  # as above; the samples so far are what there is
+            except Exception:  # as above; the samples so far are used
                 return
             if last:
                 return
@@ -150,7 +150,7 @@ class Energy:
 
 @contextmanager
 def nvml(device: torch.device) -> Iterator[tuple[Any, Any] | None]:
-    """(pynvml, handle of `device`), or None: no NVIDIA GPU, no nvidia-ml-py, no driver that answers."""
+    """(pynvml, handle of `device`); None without an NVIDIA GPU, nvidia-ml-py or a working driver."""
     module: Any = None
     handle: Any = None
     if device.type == "cuda" and not torch.version.hip:
@@ -159,7 +159,7 @@ def nvml(device: torch.device) -> Iterator[tuple[Any, Any] | None]:
             module.nvmlInit()
             # By UUID: CUDA_VISIBLE_DEVICES renumbers, NVML does not.
             handle = module.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        except Exception:  # measured without it: the row then says null
+        except Exception:  # the measurement goes on without it: the row has null
             handle = None
     try:
         yield None if handle is None else (module, handle)
@@ -168,13 +168,13 @@ def nvml(device: torch.device) -> Iterator[tuple[Any, Any] | None]:
             module.nvmlShutdown()
 
 
-# ---- what the machine can do at best ---------------------------------------------------------------------------------
+# ---- peak rates of the machine ---------------------------------------------------------------------------------------
 
 
 def roof(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Measured now: matrix product (TFLOP/s) and copy (GB/s, read plus written), with the clocks just after.
+    """Measure a matrix product (TFLOP/s), the clocks right after it, and a copy (GB/s, read plus written).
 
-    On random data: a product of zeros runs a tenth faster, because it draws less power.
+    The data is random: a product of zeros runs a tenth faster, because it draws less power.
     """
     n, copied = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 27)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -188,7 +188,7 @@ def roof(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def timed(run: Callable[[], Any], device: torch.device, repeats: int = 9, warm: int = 1) -> list[float]:
-    """Seconds of each of `repeats` runs, after `warm` that do not count; launches are part of them."""
+    """Seconds of each of `repeats` runs, launches included, after `warm` runs that do not count."""
     for _ in range(warm):
         run()
     seconds = []
@@ -210,9 +210,9 @@ def _clocks(device: torch.device) -> dict[str, int] | None:
 
 
 def kernel_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 11) -> float:
-    """Median time of what `run` launches on a GPU: replayed as a graph, so that no Python is timed, on a cold cache.
+    """Median seconds of what `run` launches on a GPU, replayed as a graph, so that no Python is timed, on a cold cache.
 
-    Timing by eager launches mis-ranks short kernels (pytorch #179246), and so does data left in the cache.
+    Timing by eager launches ranks short kernels wrongly (pytorch #179246), and so does data left in the cache.
     """
     run()  # compiles
     torch.cuda.synchronize(device)
@@ -238,14 +238,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     report = machine_report.describe()
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        where = report["devices"][index]
+        description = report["devices"][index]
     else:
-        where = {"name": report["cpu"]["cpu_model"], "arch": "cpu"} | report["cpu"]
+        description = {"name": report["cpu"]["cpu_model"], "arch": "cpu"} | report["cpu"]
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "device": where,
+        "device": description,
         "python": report["python"],
         "packages": {name: version for name, version in report["packages"].items() if version},
         "torch_build": report["torch_build"],
@@ -254,7 +254,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout this package runs from, "+" for changed files; None outside one."""
+    """The commit of the checkout that this package runs from, with "+" if files are changed; None outside one."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -267,10 +267,10 @@ def commit() -> str | None:
 
 
 def broken_libraries(torch_version: str, cudnn: int | None) -> str | None:
-    """Why a pair of libraries must not be measured, in one line; None for a sound one.
+    """Why a pair of libraries must not be measured, in one line; None for a sound pair.
 
-    torch 2.9.0 does not use cuDNN 9.8 to 9.14 for 3-D convolutions in half precision (some of them are wrong), but
-    a way that is 4 to 20 times slower (pytorch #163539, #166122, #174051): every ratio to it would flatter.
+    For 3-D convolutions in half precision, torch 2.9.0 does not use cuDNN 9.8 to 9.14 (some of them are wrong), but a
+    path that is 4 to 20 times slower (pytorch #163539, #166122, #174051): every speed-up over it would be too high.
     """
     if torch_version.split("+")[0] == "2.9.0" and cudnn is not None and 90800 <= cudnn < 91500:
         return (

@@ -1,8 +1,8 @@
-"""`reducio-fast compile-check`: every kernel and every table entry, compiled for every GPU target, with no GPU.
+"""`reducio-fast compile-check`: compiles every kernel and every table entry for every GPU target, without a GPU.
 
-What a compiler can tell without the card: registers, spills, shared memory against the target's limit, whether the
-matrix instruction and the bulk copy that a kernel was written for are there, and what the machine code shows: known
-hazards, divisions in a loop, and for the hottest kernels counts held to committed limits (`machine_limits`).
+It checks what a compiler can show without the card: registers, spills, shared memory against the target's limit, and
+whether the matrix instruction and the bulk copy that a kernel was written for are there. In the machine code it checks
+known hazards, divisions in a loop, and for the hottest kernels counts against committed limits (`machine_limits`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check(
 
     `only` keeps the variants whose names contain it: "bf16", "conv3d bf16 128->128".
 
-    Raises ReducioError for an unknown target or kernel, and where Triton is missing or interprets its functions.
+    Raises ReducioError for an unknown target or kernel, and if Triton is missing or interprets its functions.
     """
     try:
         import triton
@@ -40,7 +40,7 @@ def check(
             if name not in known:
                 raise ReducioError(f"compile-check: {noun} {name!r} is unknown; known: {', '.join(known)}")
     tasks = [(arch, op, only) for arch in archs for op in ops]
-    # Processes, started afresh: Triton's compiler holds the interpreter's lock, and a forked torch may hang.
+    # Spawned processes: Triton's compiler holds the interpreter's lock, and a forked torch may hang.
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for builds in pool.map(_build, *zip(*tasks, strict=True)):
             yield from builds
@@ -53,8 +53,8 @@ def _build(arch: str, op: str, only: str) -> list:
     from .machine_limits import divides, exceeded, held
 
     def judged(build: aot.Build) -> aot.Build:
-        found = (*build.problems, *divides(build), *(exceeded(build) if held(aot.VERSION) else ()))
-        return dataclasses.replace(build, problems=found)
+        problems = (*build.problems, *divides(build), *(exceeded(build) if held(aot.VERSION) else ()))
+        return dataclasses.replace(build, problems=problems)
 
     builds = aot.build_all((v for v in OPS[op].variants(arch) if only in v.name), TARGETS[arch])
     return [judged(build) for build in builds]

@@ -1,9 +1,9 @@
-"""What `compile-check` demands of the machine code of the hottest kernels, and the rate that it predicts for them.
+"""The limits of `compile-check` for the machine code of the hottest kernels, and the rates that it predicts for them.
 
-`machine_limits.json` has, for each target and build, counts of `compile.machine_code` that must not be exceeded or not
-fallen short of, and `measured`, TFLOP/s on the card once they are measured. The counts are those of the Triton
-version that the file names: another compiler's registers and instructions differ, so there they are shown and not held.
-Spills, hazards, missing matrix instructions and divisions are wrong with any.
+`machine_limits.json` has, for each target and build, upper and lower limits for counts of `compile.machine_code`, and
+`measured`, the FLOP/s on the card once they are measured. The limits hold for the Triton version that the file names.
+With another version registers and instructions differ, so the counts are shown and not checked. Spills, hazards,
+missing matrix instructions and divisions are wrong with any version.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def limits() -> dict[str, Any]:
 
 
 def held(version: str) -> bool:
-    """Whether the counts are held to their limits with this version of Triton."""
+    """Whether the counts are checked against their limits with this version of Triton."""
     return version.split(".")[:2] == limits()["triton"].split(".")
 
 
 def counts(build: Build) -> dict[str, int]:
-    """All numbers that a limit can name; empty where there was no disassembler."""
+    """All numbers that a limit can name; empty if there was no disassembler."""
     if build.code is None:
         return {}
     numbers = {name: value for name, value in asdict(build.code).items() if isinstance(value, int)}
@@ -47,23 +47,23 @@ def counts(build: Build) -> dict[str, int]:
 
 def exceeded(build: Build) -> list[str]:
     """One line for each limit that a build breaks."""
-    entry, has = limits()["targets"].get(build.arch, {}).get(build.variant, {}), counts(build)
-    if not has or build.problems:
+    entry, numbers = limits()["targets"].get(build.arch, {}).get(build.variant, {}), counts(build)
+    if not numbers or build.problems:
         return []
     too_many = [
-        f"{name}: {has[name]}, the limit is {most}"
+        f"{name}: {numbers[name]}, the limit is {most}"
         for name, most in entry.get("at most", {}).items()
-        if has[name] > most
+        if numbers[name] > most
     ]
     return too_many + [
-        f"{name}: {has[name]}, it must be {least} or more"
+        f"{name}: {numbers[name]}, it must be {least} or more"
         for name, least in entry.get("at least", {}).items()
-        if has[name] < least
+        if numbers[name] < least
     ]
 
 
 def divides(build: Build) -> list[str]:
-    """The loop of a convolution must not divide integers by run-time values: some twenty instructions each time."""
+    """The loop of a convolution must not divide integers by run-time values: each takes some twenty instructions."""
     convolves = build.variant.startswith(("conv3d", "upsample_conv3d", "quantised_conv3d"))
     if build.code is None or not convolves or not build.code.division:
         return []
@@ -80,7 +80,7 @@ class Prediction:
 
 
 def prediction(build: Build) -> Prediction | None:
-    """Of a hot shape; None for other builds."""
+    """The prediction for a hot shape; None for other builds."""
     entry = limits()["targets"].get(build.arch, {}).get(build.variant)
     problem = PROBLEMS.get(build.variant)
     if entry is None or problem is None:
@@ -102,8 +102,8 @@ def bfloat16_blocks(op: str, C: int, K: int, arch: str) -> Settings:
     return blocks_for(op, torch.bfloat16, C, K, arch)
 
 
-# Of a 1024x1024 clip: op, in words, and what `rate_model` needs: channels in and out, frames, side, taps a phase and
-# phases; or clips, queries, keys, heads, head dim.
+# Calls of a 1024x1024 clip: op, description, and the numbers for `rate_model`: channels in and out, frames, side, taps
+# per phase and phases; or clips, queries, keys, heads, head dim.
 PROBLEMS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "conv3d bf16 128->128 k3 residual stats": ("conv3d", "16x320x320", (128, 128, 16, 320, 27, 1)),
     "conv3d bf16 256->256 k3 residual stats": ("conv3d", "16x160x160", (256, 256, 16, 160, 27, 1)),

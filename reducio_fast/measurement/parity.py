@@ -26,7 +26,8 @@ from .accuracy_rule import judge
 from .bare_scheduler import scheduler
 
 Row = dict[str, Any]
-# Of a full-width clip: one tile on a GPU; on a CPU, where that takes an hour, the smallest with more than one cell.
+# Side of a full-width clip: one tile on a GPU. On a CPU, where a tile takes an hour, the smallest side with more than
+# one cell.
 GPU_PIXELS, CPU_PIXELS = 256, 64
 
 
@@ -37,28 +38,28 @@ def compare(
     full_size: bool | None = None,
     flush: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """One row a stage: `what`, `dtype`, `error` and `eager` (relative, against the oracle), `limit`, `right`.
+    """One row per stage: `what`, `dtype`, `error` and `eager` (relative, against the oracle), `limit`, `right`.
 
     The model is the embedded one unless a folder is named; `dtype` None is what the fast path takes by default here.
     `full_size` adds the full-width networks with random weights, one after the other (7 GB of memory in bfloat16); None
-    does so on a GPU only. `flush` gets the rows so far after each. Raises ReducioError where the fast path cannot run.
+    does so on a GPU only. `flush` gets the rows so far after each row. Raises ReducioError if the fast path cannot run.
     """
     if missing := triton_missing():
         raise ReducioError(f"parity: {missing}")
     from ..fast.plan import default_dtype
 
     device = resolve_device(device)
-    free, dtype = dtype is None, resolve_dtype(dtype, None, device)
+    use_default, dtype = dtype is None, resolve_dtype(dtype, None, device)
     folder = embedded_model() if model is None else find_model(model)
     vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32, device)
     dit = load_model(ReducioDiT, DiTConfig, folder / "transformer", torch.float32, device)
-    dtype = default_dtype(device, dtype, dit)[0] if free else dtype
+    dtype = default_dtype(device, dtype, dit)[0] if use_default else dtype
     pixels = GPU_PIXELS if device.type == "cuda" else CPU_PIXELS
     name, default_pixels = ("default", 128) if model is None else (folder.name, pixels)
     rows: list[Row] = []
 
-    def gather(found: Iterator[Row]) -> None:
-        for row in found:
+    def gather(new_rows: Iterator[Row]) -> None:
+        for row in new_rows:
             rows.append(row)
             flush(rows)
 
@@ -74,8 +75,8 @@ def compare(
 def compare_networks(
     name: str, dit: ReducioDiT | None, vae: ReducioVAE | None, dtype: torch.dtype, pixels: int, whole: bool
 ) -> Iterator[Row]:
-    """The rows of float32 networks, either may be None; `whole` adds sampling and both together. In float32 they become
-    float64, which is then their oracle."""
+    """The rows of float32 networks, either of which may be None. `whole` adds sampling, and sampling with decoding. If
+    `dtype` is float32, the networks are converted to float64 as the oracle."""
     from ..fast.plan import Plan
     from ..fast.reducio.dit import FastReducioDiT
     from ..fast.reducio.vae import FastReducioVAE
@@ -87,7 +88,7 @@ def compare_networks(
     generator = torch.Generator().manual_seed(0)
 
     def three(network: Any, twin: Any) -> list[tuple[Any, torch.dtype]]:
-        """Fast, eager, oracle, and what each takes."""
+        """Fast, eager and oracle, each with its dtype."""
         low = copy.deepcopy(network).to(dtype).eval()
         return [(twin(low, Plan(device, dtype)).eval(), dtype), (low, dtype), (network.to(wide).eval(), wide)]
 
@@ -144,7 +145,7 @@ def compare_networks(
 
 
 def _full_size(network_class: type, device: torch.device) -> tuple[ReducioDiT | None, ReducioVAE | None]:
-    """The full-width network of that class, in its place in the pair of both."""
+    """(transformer, autoencoder): the full-width network of that class, and None for the other."""
     torch.manual_seed(0)
     with torch.device(device):
         pair = (None, ReducioVAE(VAEConfig())) if network_class is ReducioVAE else (ReducioDiT(DiTConfig()), None)
@@ -156,7 +157,7 @@ def _full_size(network_class: type, device: torch.device) -> tuple[ReducioDiT | 
 
 @torch.no_grad()
 def liven(network: torch.nn.Module) -> None:
-    """Random weights where a fresh network has zeros: a silent branch would compare as equal whatever it computes."""
+    """Make weights random that are zero in a fresh network: a zero branch compares as equal whatever it computes."""
     for parameter in network.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)

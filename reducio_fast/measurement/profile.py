@@ -34,7 +34,7 @@ SYNCHRONISE = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
 
 @dataclass(slots=True)
 class Stage:
-    """What happened during one stage, in microseconds. `ops`: {name: [calls, time]}, kernels where there are any."""
+    """Times of one stage in microseconds, and counts. `ops`: {name: [calls, time]}, of kernels if there are any."""
 
     wall: float = 0.0
     busy: float = 0.0  # the device, overlapping kernels counted once; on a CPU the ops themselves
@@ -55,7 +55,7 @@ def profile(
 ) -> dict[str, Any]:
     """Trace one warm clip of a workload to `out` (.json.gz) and return a JSON-ready summary.
 
-    `warm` clips go before, so that what is compiled and captured is not in the trace. `shapes` records input shapes,
+    `warm` clips run first, so that compilation and graph capture are not in the trace. `shapes` records input shapes,
     which makes the host slower. Raises ReducioError for an `out` that is not a .json.gz in a folder that exists.
     """
     path = Path(out)
@@ -88,9 +88,9 @@ def profile(
 
 
 def marked(name: str, model: Any, contender: str, dtype: str | None, device: Any, warm: int = 2) -> dict[str, Any]:
-    """One warm clip under NVTX or roctx ranges, between the profiler API's start and stop, for a profiler outside.
+    """One warm clip under NVTX or roctx ranges, between the profiler API's start and stop, for an external profiler.
 
-    Raises ReducioError where there is no GPU.
+    Raises ReducioError if there is no GPU.
     """
     if not torch.cuda.is_available():
         raise ReducioError("ranges: NVTX and roctx mark the time line of a GPU, and there is none here")
@@ -101,7 +101,7 @@ def marked(name: str, model: Any, contender: str, dtype: str | None, device: Any
 
 
 def _write_clip(frames: np.ndarray) -> None:
-    """The last stage, which the contenders leave out."""
+    """Run the last stage, which the contenders omit."""
     from ..media.video_files import write_video
 
     with tempfile.TemporaryDirectory() as folder, stage_clock.annotate("video.write"):
@@ -122,10 +122,10 @@ def _ready(
 
 
 def by_stage(events: Iterable[dict[str, Any]]) -> dict[str, Stage]:
-    """What each stage of a Chrome trace was spent on.
+    """The times and counts of each stage of a Chrome trace.
 
     A kernel belongs to the stage that launched it, found through the correlation number it shares with its launch.
-    Where the trace has no kernels the ops of the CPU are listed, each without the ops inside it.
+    If the trace has no kernels, the CPU ops are listed, each without the time of the ops inside it.
     """
     spans = [e for e in events if e.get("ph") == "X"]
     marks = [
@@ -188,7 +188,7 @@ def _own_time(ops: Iterable[dict[str, Any]]) -> Iterable[tuple[str, float, float
 
 
 def _covered(intervals: list[tuple[float, float]]) -> float:
-    """Length of the union."""
+    """Length of the union of the intervals."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, reached))

@@ -1,11 +1,11 @@
-"""A model of the chip: from counts of a kernel's machine code to the rate that it should reach. A prediction, no more.
+"""A model of the chip: predicts the rate that a kernel should reach from counts of its machine code.
 
-A pass of the loop takes what is scarcer, matrix units or issue slots (one instruction a cycle on each of four
-schedulers); both, one after the other, where asynchronous products are waited for until none is left, and on AMD, where
-a wave's vector instructions take four cycles each and what of a load's latency is not covered comes on top. What
-follows the loop is issue slots plus a fixed price a barrier; it is exposed where one block fills a multiprocessor. The
-constants come from a replay of the scheduling bits of sm_90 code, which they follow to 10%; the other chips share them
-for want of better ones.
+A pass of the loop takes the longer of two times: that of the matrix units and that of the issue slots (one instruction
+per cycle on each of four schedulers). It takes their sum if the loop waits until no asynchronous product is running. On
+AMD it takes the sum of the matrix units' time, four cycles for each vector instruction of a wave, and the part of a
+load's latency that is not covered. The code after the loop takes its issue slots plus a fixed time per barrier, and
+counts in full if one block fills a multiprocessor. The constants come from a replay of the scheduling bits of sm_90
+code, which they follow to 10%; the other chips use the same constants, because there are no better ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..compile.aot import Build
 
 BARRIER = 150  # cycles that warps wait for each other and for shared memory
 PROLOGUE = 3500  # cycles: descriptors or addresses, first loads
-EFFICIENCY = 0.83  # of a loop whose matrix units are the scarcest
+EFFICIENCY = 0.83  # of a loop that is limited by the matrix units
 LATENCY = 600  # cycles of a load from memory on AMD
 EXPOSED = 0.3  # share of prologue and epilogue that a second block on the multiprocessor does not hide
 
@@ -25,8 +25,8 @@ EXPOSED = 0.3  # share of prologue and epilogue that a second block on the multi
 class Chip:
     units: int  # multiprocessors or compute units
     clock: float  # Hz under load
-    registers: int  # 32-bit, of a unit
-    shared: int  # bytes of a unit
+    registers: int  # 32-bit, per unit
+    shared: int  # bytes per unit
     warp: int
 
 
@@ -38,19 +38,11 @@ CHIPS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A call whose kernel `compile-check` builds. `passes(build)`: of the loop, a block of the grid."""
-
-    variant: str
-    what: str
-    flops: float  # two a multiply-add, those that the result needs
-    blocks: int
-    passes: int
-
-
 def convolution(C: int, K: int, frames: int, side: int, taps: int, settings: dict[str, int]) -> tuple[float, int, int]:
-    """(flops, blocks, passes) of a 3x3 convolution over `frames` of side x side with these launch settings."""
+    """(flops, blocks, passes) of a 3x3 convolution over `frames` of side x side with these launch settings.
+
+    flops: two per multiply-add that the result needs. passes: of the loop, per block of the grid.
+    """
     positions = frames * (side + 2) ** 2
     blocks = -(-positions // settings["BLOCK_M"]) * -(-K // settings["BLOCK_K"])
     return 2.0 * frames * side * side * C * K * taps, blocks, taps * -(-C // settings["BLOCK_C"])
@@ -70,7 +62,7 @@ def blocks_at_once(build: Build) -> int:
 
 
 def rate(build: Build, flops: float, blocks: int, passes: int) -> float | None:
-    """Predicted FLOP/s of a kernel with a matrix loop; None where the model does not know the chip or its code."""
+    """Predicted FLOP/s of a kernel with a matrix loop; None if the model lacks the chip or the cycles of its code."""
     code, chip = build.code, CHIPS.get(build.arch)
     if code is None or chip is None or not code.matrix_cycles:
         return None
@@ -79,15 +71,15 @@ def rate(build: Build, flops: float, blocks: int, passes: int) -> float | None:
     matrix = code.matrix_cycles * schedulers
     issue = code.loop * schedulers
     if chip.warp == 64:
-        a_pass = matrix + 4 * code.vector * schedulers + max(0, LATENCY - code.covered * schedulers)
+        pass_cycles = matrix + 4 * code.vector * schedulers + max(0, LATENCY - code.covered * schedulers)
     elif code.matrix_shape.startswith("64x") and code.in_flight == 0:
-        a_pass = matrix + issue
+        pass_cycles = matrix + issue
     else:
-        a_pass = max(matrix / EFFICIENCY, issue)
+        pass_cycles = max(matrix / EFFICIENCY, issue)
     outside = PROLOGUE + code.epilogue * schedulers + code.epilogue_barriers * BARRIER
     at_once = blocks_at_once(build)
     share = 1.0 if at_once == 1 else EXPOSED
     waves = -(-blocks // (chip.units * at_once))
-    # Blocks side by side share the unit: its work is the same, whichever is first.
-    cycles = waves * at_once * (passes * a_pass + share * outside)
+    # Concurrent blocks share the unit: its work is the same in any order of the blocks.
+    cycles = waves * at_once * (passes * pass_cycles + share * outside)
     return flops / (cycles / chip.clock)

@@ -68,8 +68,8 @@ class SVDClip:
         frames, latent = unet.num_frames, (vae.latent_channels, height // 8, width // 8)
         draw = torch.Generator().manual_seed(0)
         embeds = torch.randn(1, 1, unet.per_level("cross_attention_dim")[0], generator=draw)
-        told = embeds, torch.randn(1, *latent, generator=draw), torch.tensor([TIME_IDS])
-        self.cond = ImageCondition(*(x.to(device, dtype) for x in told))
+        tensors = embeds, torch.randn(1, *latent, generator=draw), torch.tensor([TIME_IDS])
+        self.cond = ImageCondition(*(x.to(device, dtype) for x in tensors))
         self.noise = initial_latent((1, frames, *latent), [0], device)
         self.scale = torch.linspace(MIN_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, frames)
         self.shape = {"num_frames": frames, "height": height, "width": width, "fps": 7.0}
@@ -175,14 +175,15 @@ def svd_work(
     def plain_step(counter: WorkCounter) -> Callable[[], Any]:
         net = network(counter, VideoUNet, unet, False)
         sample = empty(2, frames, unet.in_channels, height, width)
-        told = empty(2, 1, unet.per_level("cross_attention_dim")[0]), empty(2, len(TIME_IDS))
-        return lambda: net(sample, empty(), *told)
+        inputs = empty(2, 1, unet.per_level("cross_attention_dim")[0]), empty(2, len(TIME_IDS))
+        return lambda: net(sample, empty(), *inputs)
 
     def fast_step(counter: WorkCounter) -> Callable[[], Any]:
         net = network(counter, VideoUNet, unet, True)
         image = empty(2, frames, height, width, unet.in_channels - unet.out_channels)
-        told = net.told(image, empty(2, 1, unet.per_level("cross_attention_dim")[0]), empty(2, len(TIME_IDS)))
-        inputs = StepInputs([empty(size) for size in net.row_sizes], told)
+        token = empty(2, 1, unet.per_level("cross_attention_dim")[0])
+        conditions = net.conditions(image, token, empty(2, len(TIME_IDS)))
+        inputs = StepInputs([empty(size) for size in net.row_sizes], conditions)
         latent = empty(1, frames, unet.out_channels, height, width)
         return lambda: net.denoise(latent, inputs)
 

@@ -34,13 +34,14 @@ class Contender:
     what: str
     dtype: torch.dtype
     run: Callable[[], tuple[np.ndarray, Timings]]
-    algebra: str = "direct"  # whose operations it executes: "direct" as the reference writes them, or "folded"
+    algebra: str = "direct"  # which operations it executes: "direct" as in the reference, or "folded"
 
 
 def compile_reference(dit: ReducioDiT | None, vae: ReducioVAE, device: torch.device, mode: str | None = None) -> str:
-    """torch.compile, in place, as its users are told to: block by block, weights channels-last. Says what it did.
+    """Apply torch.compile in place as recommended to its users: block by block, with channels-last weights.
 
-    max-autotune on a GPU, without its own graphs: those hand out a tile's memory again before the tile is blended.
+    Returns a description. On a GPU the mode is max-autotune without its own graphs, because those reuse a tile's memory
+    before the tile is blended.
     """
     mode = mode or ("max-autotune-no-cudagraphs" if device.type == "cuda" else "default")
     for network in (vae,) if dit is None else (dit, vae):
@@ -49,7 +50,7 @@ def compile_reference(dit: ReducioDiT | None, vae: ReducioVAE, device: torch.dev
             if parameter.ndim in formats:
                 parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
     for block in () if dit is None else dit.transformer_blocks:
-        block.compile(mode=mode, dynamic=False)  # one compilation serves them all
+        block.compile(mode=mode, dynamic=False)  # all blocks use one compilation
     for part in (vae.encoder_2d, vae.decoder):
         part.compile(mode=mode, dynamic=False)
     return f"torch.compile {mode}, channels_last_3d"

@@ -1,11 +1,11 @@
-"""`reducio-fast bench --tune`: launch settings and the plan of the present GPU, found by measurement, as a table.
+"""`reducio-fast bench --tune`: finds launch settings and the plan of this machine's GPU by measurement, as a table.
 
 The hot shapes are those of a 1024x1024 clip: a 320-pixel tile of the decoder, a denoising step over 4096 tokens. The
-settings of one kernel and shape class are searched one axis at a time from those in force; a candidate that the
-compiler finds wanting (registers spilled, more shared memory than a block may have, a race in its machine code) is
-never timed, nor is one whose result differs from the vendor's: a compiler's mistake may well be the fastest. Times are
-of graph replays on a cold cache. `search` and `tune` take the clock and both judgements as functions, so they are
-tested with no GPU.
+settings of one kernel and shape class are searched one axis at a time from those in force. A candidate that the
+compiler check rejects (registers spilled, more shared memory than a block may have, a race in its machine code) is
+never timed. Neither is one whose result differs from the vendor's, because wrong code may well be the fastest. Times
+are of graph replays on a cold cache. `search` and `tune` take the clock and both checks as functions, so they are
+tested without a GPU.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ from . import instruments
 from .hot_shapes import Problem, hot_problems
 
 Settings = dict[str, int]
-NOISE = 0.01  # by how much a candidate must be faster, as a share, to replace the best so far
-RUNS = 3  # of each candidate that are compared with the vendor's result: a race does not show every time
-CLOSE = 0.05  # of an element's size plus the mean one: two bfloat16 roundings and another order of sums stay below 0.02
-THRESHOLD = 0.03  # by how much a vendor's library must be faster than our kernel to take its place in the plan
+NOISE = 0.01  # share by which a candidate must be faster to replace the best so far
+RUNS = 3  # runs of each candidate to compare with the vendor's result: a race does not show every time
+# Tolerance relative to an element's magnitude plus the root mean square: two bfloat16 roundings and another order of
+# sums stay below 0.02.
+CLOSE = 0.05
+THRESHOLD = 0.03  # share by which a vendor's library must be faster than our kernel to replace it in the plan
 
 
 @dataclass(slots=True)
 class Found:
-    """What a search came to, times in seconds over all problems of the group, weighted by their calls."""
+    """The result of a search. Times are in seconds over all problems of the group, weighted by their calls."""
 
     settings: Settings
     before: float
@@ -62,7 +64,7 @@ def search(
     expired: Callable[[], bool],
 ) -> Found:
     """Coordinate descent: along each axis (partial settings that replace each other) in turn, until a round gains
-    nothing or time is up. `start` is measured whatever `allowed` says of it, so the result is never slower."""
+    nothing or time is up. `start` is measured even if `allowed` rejects it, so the result is never slower."""
     best, least = start, cost(start)
     result = Found(start, least, least, 1, 0)
     seen = {_key(start)}
@@ -87,7 +89,7 @@ def search(
 
 
 def axes_of(op: str, key: str, hip: bool) -> list[list[Settings]]:
-    """What is tried. Tile and warps are one axis: neither is good without the other."""
+    """The axes to search. Tile and warps are one axis, because neither is good without the other."""
     if op in ("conv3d", "upsample_conv3d"):
         tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8),
                  (128, 256, 8), (64, 256, 8), (256, 64, 4)]  # fmt: skip
@@ -95,20 +97,20 @@ def axes_of(op: str, key: str, hip: bool) -> list[list[Settings]]:
             tiles = [t for t in tiles if t[1] <= 128]
         axes = [
             _axis(("BLOCK_M", "BLOCK_K", "num_warps"), tiles),
-            _one("BLOCK_C", 32, 64, 128),
-            _one("num_stages", *((1, 2, 3) if hip else (2, 3, 4, 5))),
-            _one("PIECES", 1, 2, 4),
+            _setting("BLOCK_C", 32, 64, 128),
+            _setting("num_stages", *((1, 2, 3) if hip else (2, 3, 4, 5))),
+            _setting("PIECES", 1, 2, 4),
         ]
-        amd = [_one("waves_per_eu", 1, 2, 3), _one("matrix_instr_nonkdim", 16, 32)]
+        amd = [_setting("waves_per_eu", 1, 2, 3), _setting("matrix_instr_nonkdim", 16, 32)]
         return axes + (amd if hip else [])
     if op == "attention":
         tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
-        axes = [_axis(("BLOCK_L", "BLOCK_S", "num_warps"), tiles), _one("num_stages", 1, 2, 3, 4)]
-        return axes + ([_one("waves_per_eu", 1, 2, 3)] if hip else [])
-    warps = _one("num_warps", 1, 2, 4, 8)
+        axes = [_axis(("BLOCK_L", "BLOCK_S", "num_warps"), tiles), _setting("num_stages", 1, 2, 3, 4)]
+        return axes + ([_setting("waves_per_eu", 1, 2, 3)] if hip else [])
+    warps = _setting("num_warps", 1, 2, 4, 8)
     if op == "group_norm_silu":
-        axes = [_one("ELEMENTS", 1024, 2048, 4096, 8192, 16384), warps]
-        return axes + ([_one("TILES", 1024, 2048, 4096)] if key == "statistics" else [])
+        axes = [_setting("ELEMENTS", 1024, 2048, 4096, 8192, 16384), warps]
+        return axes + ([_setting("TILES", 1024, 2048, 4096)] if key == "statistics" else [])
     return [warps]
 
 
@@ -123,12 +125,13 @@ def tune(
     log: Callable[[str], None] = lambda line: None,
     now: Callable[[], float] = time.monotonic,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(table, rows): settings by op and shape class with a "plan" of who runs what, and one row a group and problem.
+    """(table, rows): settings by op and shape class with a "plan" of the chosen ways, and one row per group and per
+    problem.
 
-    `clock(problem, way)` times a way to compute it ("kernel", "vendor", "flash-attn"; inf where it fails) under the
-    settings in force; `allowed(op, key, variants, candidates)` says which candidates the compiler passes;
-    `agrees(problem)` whether our kernel computes what the vendor does under the settings in force. The groups that cost
-    a clip most come first, and each may use half of the time that is left.
+    `clock(problem, way)` times a way to compute it ("kernel", "vendor", "flash-attn"; inf if it fails) under the
+    settings in force. `allowed(op, key, variants, candidates)` says which candidates the compiler check accepts.
+    `agrees(problem)` says whether our kernel computes what the vendor does under the settings in force. The groups with
+    the largest cost per clip come first, and each may use half of the remaining time.
     """
     end = now() + limit_s
     groups: dict[tuple[str, str], list[Problem]] = {}
@@ -161,10 +164,10 @@ def tune(
             f"{op} {key}: {result.before * 1e3:.2f} -> {result.after * 1e3:.2f} ms a clip, {result.tried} tried, "
             f"{result.pruned} not launched"
         )
-    plan, more = choose(problems, arch, table, clock, agrees)
-    for row in more:
+    plan, plan_rows = choose(problems, arch, table, clock, agrees)
+    for row in plan_rows:
         log(f"{row['plan']} ({row['what']}): " + ", ".join(f"{w} {s * 1e6:.0f} us" for w, s in row["seconds"].items()))
-    return table | {"plan": plan}, rows + more
+    return table | {"plan": plan}, rows + plan_rows
 
 
 def choose(
@@ -174,7 +177,7 @@ def choose(
     clock: Callable[[Problem, str], float],
     agrees: Callable[[Problem], bool],
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """({class: who runs it}, one row a problem), under the settings just found: our kernel unless another way is
+    """({class: way}, one row per problem), under the settings just found. The way is our kernel, unless another one is
     faster by THRESHOLD over all problems of a class, or our kernel is wrong."""
     rows, totals = [], dict[str, dict[str, float]]()
     for p in problems:
@@ -184,9 +187,9 @@ def choose(
                 ways.append("flash-attn")
             seconds = {way: clock(p, way) if way != "kernel" or agrees(p) else math.inf for way in ways}
         name = f"{p.op} {p.plan}".strip()
-        for way, each in seconds.items():
+        for way, duration in seconds.items():
             sums = totals.setdefault(name, {})
-            sums[way] = sums.get(way, 0.0) + p.calls * each
+            sums[way] = sums.get(way, 0.0) + p.calls * duration
         rows.append({"plan": name, "what": p.what, "calls": p.calls, "seconds": seconds})
     plan = {}
     for name, sums in totals.items():
@@ -206,7 +209,7 @@ def in_force(op: str, key: str, arch: str) -> Settings:
 
 @contextmanager
 def trial(arch: str, op: str, key: str, entry: Settings) -> Iterator[None]:
-    """Within it every launch of that class uses `entry`."""
+    """Inside, every launch of that class uses `entry`."""
     from ..triton_kernels.tables import table
 
     entries = table(arch)[op]
@@ -222,7 +225,7 @@ def trial(arch: str, op: str, key: str, entry: Settings) -> Iterator[None]:
 
 
 def compile_problems(arch: str, op: str, key: str, entry: Settings, variants: tuple[str, ...]) -> list[str]:
-    """What the compiler finds wrong with these settings; also for a GPU that is not here."""
+    """The problems that compilation finds with these settings; works for an absent GPU too."""
     from ..compile import aot
     from ..compile.targets import TARGETS
     from ..triton_kernels.registry import OPS
@@ -235,8 +238,8 @@ def compile_problems(arch: str, op: str, key: str, entry: Settings, variants: tu
 def compiles(
     pool: Executor, arch: str, op: str, key: str, variants: tuple[str, ...], candidates: list[Settings]
 ) -> list[bool]:
-    """Which candidates the compiler passes. Of an architecture that `compile-check` does not know, all: then a launch
-    that cannot be made counts as infinitely slow."""
+    """Which candidates the compiler check accepts. For an architecture that `compile-check` lacks it accepts all; a
+    launch that fails then counts as infinitely slow."""
     from ..compile.targets import TARGETS
 
     if arch not in TARGETS:
@@ -246,7 +249,7 @@ def compiles(
 
 
 def write(table: dict[str, Any], arch: str, path: Path) -> None:
-    """The table in the shipped ones' layout, over what the present one says of classes that were not measured."""
+    """Write the table in the layout of the shipped ones. Classes that were not measured keep the shipped settings."""
     from importlib import resources
 
     shipped = resources.files("reducio_fast.triton_kernels") / "tables" / f"{arch}.json"
@@ -269,10 +272,10 @@ def run(
     limit_s: float = 120,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Tune for the GPU that is here; the table goes to the file or folder `out`, by default to the cache folder, where
-    the fast path looks for one that was tuned on this machine.
+    """Tune for this machine's GPU. The table goes to the file or folder `out`, by default to the cache folder, where
+    the fast path looks for a table that was tuned on this machine.
 
-    Returns a JSON-ready row. Raises ReducioError where there is no GPU or no Triton.
+    Returns a JSON-ready row. Raises ReducioError if there is no GPU or no Triton.
     """
     device = resolve_device(device)
     if device.type != "cuda":
@@ -289,14 +292,14 @@ def run(
 
     def ways_of(problem: Problem) -> dict[str, Callable[[], Any]]:
         if problem not in ways:
-            made = ways[problem] = problem.make(device)
-            made["expected"] = functools.cache(made.get("expected", made["vendor"]))
+            functions = ways[problem] = problem.make(device)
+            functions["expected"] = functools.cache(functions.get("expected", functions["vendor"]))
         return ways[problem]
 
     def timed(problem: Problem, way: str) -> float:
         try:
             return instruments.kernel_seconds(ways_of(problem)[way], device)
-        except Exception:  # shared memory exceeded, a shape the vendor does not take: this way cannot win
+        except Exception:  # such as too much shared memory, or a shape that the vendor rejects: this way cannot win
             return math.inf
 
     def right(problem: Problem) -> bool:
@@ -316,7 +319,7 @@ def agree(ways: dict[str, Callable[[], Any]]) -> bool:
     """Whether "kernel" returns what "expected" does, every time, to within CLOSE in each element."""
     want = _first(ways["expected"]()).float()
     limit = (want.abs() + want.square().mean().sqrt()) * CLOSE
-    # Not `any > limit`: a NaN is greater than nothing.
+    # Not `any > limit`, which is False for NaN.
     return all(bool(((_first(ways["kernel"]()).float() - want).abs() <= limit).all()) for _ in range(RUNS))
 
 
@@ -336,7 +339,7 @@ def _axis(names: tuple[str, ...], values: Sequence[tuple[int, ...]]) -> list[Set
     return [dict(zip(names, each, strict=True)) for each in values]
 
 
-def _one(name: str, *values: int) -> list[Settings]:
+def _setting(name: str, *values: int) -> list[Settings]:
     return [{name: value} for value in values]
 
 

@@ -1,4 +1,4 @@
-"""Counts what a network has to do: floating-point operations, bytes moved, kernels, and live memory.
+"""Counts the work of a network: floating-point operations, bytes moved, kernels, and live memory.
 
 The code itself runs, on tensors of the meta device, so nothing is computed and no weights are needed. Counts are those
 of torch's operators as they are called: a kernel is an operator that reads or writes elements, and it is assumed to
@@ -29,9 +29,9 @@ _OVERWRITES = ("copy_", "fill_", "zero_")  # the argument they change is not rea
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """flops: two a multiply-add, of products, convolutions and attention; norms and activations are not counted. moved:
-    bytes read and written. kernels: calls of operators that move any. live: the most bytes alive at once beside weights
-    and arguments. operators: bytes moved by each kind."""
+    """flops: two per multiply-add, of products, convolutions and attention; norms and activations are not counted.
+    moved: bytes read and written. kernels: calls of operators that move any. live: the most bytes alive at once besides
+    weights and arguments. operators: bytes moved by each kind."""
 
     flops: float
     moved: int
@@ -51,7 +51,7 @@ def count(run: Callable[[WorkCounter], Callable[[], Any]]) -> Work:
 
 
 class WorkCounter(DryRun):
-    """While it is entered, counts; see `Work`."""
+    """Counts while it is active; see `Work`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class WorkCounter(DryRun):
         kwargs = kwargs or {}
         out = super().__torch_dispatch__(func, types, args, kwargs)
         name = func.overloadpacket.__name__
-        # The registry lacks products in place: `addmm_` is `addmm`.
+        # The registry lacks in-place products: `addmm_` is looked up as `addmm`.
         if formula := flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), func.overloadpacket)):
             self.flops += formula(*args, **kwargs, out_val=out)
         if not self._paused and name not in _ALLOCATIONS and name != "_local_scalar_dense":
@@ -114,7 +114,7 @@ class WorkCounter(DryRun):
 
 
 def _size(x: Tensor) -> int:
-    """Bytes of the elements that `x` shows, each once where an axis is spread."""
+    """Bytes of the elements that `x` shows; an expanded axis (stride 0) counts once."""
     elements = 1
     for size, stride in zip(x.shape, x.stride(), strict=True):
         elements *= 1 if stride == 0 else size
@@ -122,7 +122,7 @@ def _size(x: Tensor) -> int:
 
 
 def _size_together(views: list[Tensor]) -> int:
-    """Bytes that views of one storage show, at most those from the first to the last of all."""
+    """Bytes that views of one storage show, at most the range from the first byte to the last."""
     starts = [int(x.storage_offset()) * x.element_size() for x in views]
     ends = [
         start
@@ -133,7 +133,7 @@ def _size_together(views: list[Tensor]) -> int:
 
 
 def _is_view(args: Any, out: Any) -> bool:
-    """Whether all results show memory of an argument: then nothing was moved."""
+    """Whether all results are views of an argument's memory, so that nothing was moved."""
     storages = {x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, Tensor)}
     results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
     return all(x.untyped_storage()._cdata in storages for x in results)

@@ -11,7 +11,7 @@ def blur_and_resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """image [B, C, H, W] -> [B, C, *size]: a Gaussian blur if the image shrinks, then bicubic interpolation with
     aligned corners.
 
-    torch's `antialias=True` is not used, because with aligned corners it shifts the image, by 1.8 pixels of 1024.
+    torch's `antialias=True` is not used, because with aligned corners it shifts the image by 1.8 of 1024 pixels.
     """
     factors = [before / after for before, after in zip(image.shape[-2:], size, strict=True)]
     if max(factors) > 1:

@@ -1,4 +1,4 @@
-"""Colours of one picture brought to those of another."""
+"""Matches the colours of one picture to those of another."""
 
 from __future__ import annotations
 

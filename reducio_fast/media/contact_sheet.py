@@ -1,4 +1,4 @@
-"""Several clips as one, side by side, and a clip as a strip of pictures."""
+"""Joins several clips side by side into one, and shows a clip as a strip of pictures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..system.errors import ReducioError
 def contact_sheet(clips: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
     """uint8 clips [T, H, W, 3] of one size, in rows from left to right -> [T, rows * H, columns * W, 3].
 
-    columns: by default the square root of their number, rounded up; places that are left over are black. Raises
-    ReducioError for columns that are not from 1 to the number of clips, and for clips of different sizes.
+    columns: by default the square root of the number of clips, rounded up. Empty places are black. Raises ReducioError
+    for columns that are not from 1 to the number of clips, and for clips of different sizes.
     """
     count = len(clips)
     columns = math.ceil(math.sqrt(count)) if columns is None else columns

@@ -126,7 +126,7 @@ def frames(path: Path, start: int = 0) -> Generator[tuple[np.ndarray, float], No
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """An H.264 encoder of ffmpeg: its options, and `before` what must stand before the input."""
+    """An H.264 encoder of ffmpeg: its options, and in `before` those that must precede the input."""
 
     name: str
     options: str
@@ -134,52 +134,52 @@ class Encoder:
     filters: str = ""
 
 
-# The two of the processor have one quality. Of 16x1024x1024, a photograph under a camera move with a grain of +-6, on a
-# Xeon with AMX: medium 4.9 CPU-s, 4.2 MB, 35.93 dB; veryfast 1.6 CPU-s, 4.0 MB, 35.94 dB.
+# Both software encoders have the same quality. For 16x1024x1024, a photograph under a camera move with a grain of +-6,
+# on a Xeon with AMX: medium 4.9 CPU-s, 4.2 MB, 35.93 dB; veryfast 1.6 CPU-s, 4.0 MB, 35.94 dB.
 SOFTWARE = {
     "quality": Encoder("libx264", "-preset medium -crf 12"),
     "fast": Encoder("libx264", "-preset veryfast -crf 11"),
 }
-# Constant quality near that of crf 12, by the scale that each of them has.
+# Constant quality near that of crf 12, on each encoder's own scale.
 HARDWARE = (
     Encoder("h264_nvenc", "-preset p4 -rc vbr -cq 16 -b:v 0"),
     Encoder("h264_qsv", "-global_quality 16"),
     Encoder("h264_amf", "-rc cqp -qp_i 16 -qp_p 16"),
     Encoder("h264_vaapi", "-rc_mode CQP -qp 16", "-vaapi_device /dev/dri/renderD128", ",format=nv12,hwupload"),
 )
-# Words for how an .mp4 is encoded: slow and small, quick, by a chip that can or refused, by a chip where one can.
+# How to encode an .mp4: on the CPU; fast on the CPU; by hardware or with an error; by hardware if it works, else fast.
 ENCODINGS = (*SOFTWARE, "hardware", "auto")
 TRIAL_SIDE = 256  # pixels: hardware encoders refuse smaller pictures than about 145
 
 
 def encoder(word: str = "quality") -> Encoder:
-    """The encoder that a word of ENCODINGS means on this machine. Raises ReducioError for another word, and for
-    "hardware" where no encoder of the hardware works."""
+    """The encoder for an option of ENCODINGS on this machine. Raises ReducioError for an unknown option, and for
+    "hardware" if no hardware encoder works."""
     if word not in ENCODINGS:
         raise ReducioError(f"encoding: must be one of {', '.join(ENCODINGS)}, is {word!r}")
     if word in SOFTWARE:
         return SOFTWARE[word]
-    found = hardware_encoder()
-    if found is None and word == "hardware":
+    hardware = hardware_encoder()
+    if hardware is None and word == "hardware":
         names = ", ".join(each.name for each in HARDWARE)
         raise ReducioError(
             f"encoding: 'hardware' asked for, and none of {names} works here; 'auto' takes what there is"
         )
-    return SOFTWARE["fast"] if found is None else found
+    return SOFTWARE["fast"] if hardware is None else hardware
 
 
 @functools.cache
 def hardware_encoder() -> Encoder | None:
-    """The first encoder of the hardware that encodes a small clip here; None where none does. Tried once a process: an
-    ffmpeg that lists an encoder need not have its driver."""
+    """The first hardware encoder that encodes a small clip here; None if none does. Tried once per process, because an
+    ffmpeg that lists an encoder may lack its driver."""
     black = np.zeros((2, TRIAL_SIDE, TRIAL_SIDE, 3), np.uint8)
     with tempfile.TemporaryDirectory() as scratch:
-        for each in HARDWARE:
+        for candidate in HARDWARE:
             try:
-                encode(black, Path(scratch) / "trial.mp4", 16.0, each)
-                return each
+                encode(black, Path(scratch) / "trial.mp4", 16.0, candidate)
+                return candidate
             except OSError as error:
-                LOG.info("%s: not used: %s", each.name, error)
+                LOG.info("%s: not used: %s", candidate.name, error)
     return None
 
 

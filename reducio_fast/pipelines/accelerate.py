@@ -1,4 +1,4 @@
-"""The fast twins inside a pipeline of diffusers: it keeps its call, its schedulers and its results."""
+"""Run the fast twins inside a diffusers pipeline, which keeps its call, its schedulers and its results."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .execution.foreign_networks import Adoption
 
 
 class Acceleration:
-    """What `accelerate` replaced in a pipeline. `report` says it network by network, and after a call why one ran as
-    before; `undo()`, or the end of a `with` block, puts everything back."""
+    """The networks that `accelerate` replaced in a pipeline. `report` has one line per network, and says after a call
+    why a network ran as before; `undo()`, or the end of a `with` block, restores everything."""
 
     def __init__(self, networks: dict[str, _Accelerated], left: dict[str, str]) -> None:
         self._networks, self._left = networks, left
@@ -45,15 +45,15 @@ class Acceleration:
 def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
     """Run a loaded diffusers pipeline on the fast twins of its networks, for the same result.
 
-    pipeline: any with one of diffusers' `UNetSpatioTemporalConditionModel`, `AutoencoderKLTemporalDecoder`,
-        `PixArtTransformer2DModel` and `AutoencoderKL` (of which `decode` runs fast), such as
-        `StableVideoDiffusionPipeline` and the PixArt pipelines; weights stay where they are and are packed a second
-        time at the first step. Changed, moved or replaced weights are packed anew, at the next clip.
+    pipeline: has at least one of diffusers' `UNetSpatioTemporalConditionModel`, `AutoencoderKLTemporalDecoder`,
+        `PixArtTransformer2DModel` and `AutoencoderKL` (its `decode` runs fast), such as `StableVideoDiffusionPipeline`
+        and the PixArt pipelines. Its weights stay where they are; the first step packs a second copy of them. Weights
+        that were changed, moved or replaced are packed again at the next clip.
     compile: as in `SVDPipeline`.
 
     What a twin cannot do runs as before, and `report` says why: LoRA layers that are not fused, gradients, a subclass
-    with a `forward` of its own, hooks (as of `enable_model_cpu_offload`), attention processors of your own, replaced or
-    quantised modules, a module under `torch.compile`.
+    with its own `forward`, hooks (such as those of `enable_model_cpu_offload`), custom attention processors, replaced
+    or quantised modules, a module under `torch.compile`.
     Raises ReducioError for a pipeline without one of these networks.
     """
     networks, left = dict[str, _Accelerated](), dict[str, str]()
@@ -87,7 +87,7 @@ class _Accelerated:
 
     @classmethod
     def obstacle(cls, network: nn.Module) -> str | None:
-        """Why this network cannot be replaced, if so."""
+        """Why this network cannot be replaced; None if it can."""
         own = next(base for base in type(network).__mro__ if base.__name__ == cls.class_name)
         if getattr(type(network), cls.method) is not getattr(own, cls.method):
             return f"{type(network).__name__} has a {cls.method} of its own"
@@ -120,23 +120,23 @@ class _Accelerated:
         return self.before(*args, **kwargs) if twin is None else self.call(twin, *args, **kwargs)
 
     def call(self, twin: Any, *args: Any, **kwargs: Any) -> Any:
-        """The method on the twin, with diffusers' arguments."""
+        """Run the method on the twin, with diffusers' arguments."""
         raise NotImplementedError
 
     def first_of_clip(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether to compare the weights with the packed ones: once a clip, since reading all takes milliseconds."""
+        """Whether to compare the weights with the packed ones: once per clip, since reading all takes milliseconds."""
         return True
 
     def _twin(self, *args: Any, **kwargs: Any) -> Any:
-        """The twin of the weights as they are now; None, and the reason in `state`, where it cannot serve."""
+        """The twin of the current weights. None if it cannot run; `state` then has the reason."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.theirs.parameters()):
             self.state = "as before: gradients are recorded"
             return None
         if self.first_of_clip(*args, **kwargs):
-            self.twin = self._look()
+            self.twin = self._current_twin()
         return self.twin
 
-    def _look(self) -> Any:
+    def _current_twin(self) -> Any:
         try:
             network = self.adoption.network()
         except ReducioError as error:
@@ -151,7 +151,7 @@ class _UNet(_Accelerated):
     network_class, config_class = VideoUNet, VideoUNetConfig
 
     def first_of_clip(self, *args: Any, **kwargs: Any) -> bool:
-        """All steps of a clip are given one tensor of image embeddings."""
+        """All steps of a clip get the same tensor of image embeddings."""
         embeds = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
         before, self.seen = self.seen, embeds
         return embeds is not before
@@ -190,15 +190,15 @@ class _PixArt(_Accelerated):
     network_class, config_class = PixArt, PixArtConfig
 
     def first_of_clip(self, *args: Any, **kwargs: Any) -> bool:
-        """All steps of an image are given one tensor of text embeddings, and one mask."""
+        """All steps of an image get the same tensor of text embeddings and the same mask."""
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        given = (text, args[6] if len(args) > 6 else kwargs.get("encoder_attention_mask"))
-        before, self.seen = self.seen, given
-        return before is None or any(now is not then for now, then in zip(given, before, strict=True))
+        conditions = (text, args[6] if len(args) > 6 else kwargs.get("encoder_attention_mask"))
+        before, self.seen = self.seen, conditions
+        return before is None or any(now is not then for now, then in zip(conditions, before, strict=True))
 
-    def _look(self) -> Any:
-        self.told: Any = None
-        return super()._look()
+    def _current_twin(self) -> Any:
+        self.prepared: Any = None
+        return super()._current_twin()
 
     def call(
         self,
@@ -215,24 +215,24 @@ class _PixArt(_Accelerated):
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         given = (hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, cross_attention_kwargs)
-        if self.told is None:
-            told = added_cond_kwargs or {}
-            self.told = self._tell(twin, encoder_hidden_states, encoder_attention_mask, told.get, hidden_states)
-        unusual = cross_attention_kwargs or attention_mask is not None or not self.told
-        if unusual or timestep is None or not _is_one(timestep):
+        if self.prepared is None:
+            added = added_cond_kwargs or {}
+            self.prepared = self._prepare(twin, encoder_hidden_states, encoder_attention_mask, added.get, hidden_states)
+        unusual = cross_attention_kwargs or attention_mask is not None or not self.prepared
+        if unusual or timestep is None or not _is_shared(timestep):
             return self.before(*given, attention_mask, encoder_attention_mask, return_dict)
-        prepared, size = self.told
-        out = twin.predict(hidden_states, timestep.reshape(-1)[:1], prepared, size).to(hidden_states.dtype)
+        keys_values, size = self.prepared
+        out = twin.predict(hidden_states, timestep.reshape(-1)[:1], keys_values, size).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
     @staticmethod
-    def _tell(
-        twin: Any, text: Tensor | None, mask: Tensor | None, told: Callable[[str], Tensor | None], latent: Tensor
+    def _prepare(
+        twin: Any, text: Tensor | None, mask: Tensor | None, added: Callable[[str], Tensor | None], latent: Tensor
     ) -> Any:
         """Keys and values of an image's condition, and its size; () for a condition that the twin does not take."""
         if text is None or (mask is not None and mask.ndim != 2) or len(text) != len(latent):
             return ()
-        size, ratio = told("resolution"), told("aspect_ratio")
+        size, ratio = added("resolution"), added("aspect_ratio")
         if twin.sizes.size_conditioning:
             if size is None or ratio is None or not bool((size == size[:1]).all()):
                 return ()
@@ -249,15 +249,15 @@ class _ImageVAE(_Accelerated):
     def call(self, twin: Any, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        theirs: Any = self.theirs
-        if theirs.use_tiling or theirs.use_slicing:
+        vae: Any = self.theirs
+        if vae.use_tiling or vae.use_slicing:
             return self.before(z, return_dict, generator)
         image = twin.decode(z)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
 
-def _is_one(timestep: Any) -> bool:
-    """Whether all items share the timestep; an expanded one need not be read back from the device."""
+def _is_shared(timestep: Any) -> bool:
+    """Whether all items share one timestep. An expanded tensor need not be read back from the device."""
     if not isinstance(timestep, Tensor):
         return False
     return timestep.numel() == 1 or timestep.stride(0) == 0 or bool((timestep == timestep[0]).all())

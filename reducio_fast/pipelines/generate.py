@@ -34,11 +34,11 @@ def generate(
 ) -> ReducioOutput:
     """Make a clip in one line: `generate("a red circle moving right on a black background").save("clip.mp4")`.
 
-    `model` is a folder or hub id, None the small model inside the package, which knows coloured shapes that move, or
-    another image-to-video model by name ("svd", "svd-tiny", "ltx", "wan"; "svd" and folders of it take an image). The
-    loaded model is kept, so a second call starts at once, until the files of its folder change. Components and settings
-    by name (`text_to_image=`, `compile=` ...) are those of the family's `from_pretrained`, all other arguments those of
-    a call. parallel: make the clip by all processes that torchrun has started, as `parallelize` does.
+    `model` is a folder, a hub id, the name of another image-to-video model ("svd", "svd-tiny", "ltx", "wan"; "svd" and
+    folders of it take an image), or None for the small model inside the package, which makes moving coloured shapes.
+    The loaded model is kept until the files of its folder change, so a second call starts at once. Components and
+    settings (`text_to_image=`, `compile=` ...) are keyword arguments of the family's `from_pretrained`, all others are
+    those of a call. parallel: all processes that torchrun has started make the clip together, as `parallelize` does.
     """
     device = devices.resolve_device(device)
     resolved = devices.resolve_dtype(dtype, None, device)
@@ -46,18 +46,18 @@ def generate(
     model_entry.check_call(backend, kwargs)
     if model_entry.needs_prompt and prompt is None and kwargs.get("prompt_embeds") is None:
         raise ReducioError("prompt: None given; describe the clip")
-    # For our models None is more than the default dtype: the fast path then chooses its own.
+    # For our models None is not the default dtype: it lets the fast path choose one.
     asked = resolved if dtype is not None or not model_entry.load_arguments else None
     load_kwargs = {name: kwargs.pop(name) for name in model_entry.load_arguments if name in kwargs}
-    # Lists and dicts have no hash; the pipeline that they were given to keeps them alive, and their id their own.
+    # Lists and dicts have no hash, so the key has their id. The kept pipeline keeps them alive, so the id stays unique.
     settings = [(n, v if getattr(v, "__hash__", None) else (type(v), id(v))) for n, v in load_kwargs.items()]
     key = (*model_entry.key, asked, device, backend, *settings)
     folders = [registry.folder_state(v) for v in load_kwargs.values() if isinstance(v, str | os.PathLike)]
     files = (model_entry.files, *folders)
     pipe = None
-    read = model_entry.light
-    if read is not None and backend != "reference" and not load_kwargs and light.can_follow(kwargs):
-        pipe = _light(key, files, lambda: read(resolved, device, asked is None))
+    load_light = model_entry.light
+    if load_light is not None and backend != "reference" and not load_kwargs and light.can_follow(kwargs):
+        pipe = _light(key, files, lambda: load_light(resolved, device, asked is None))
     if pipe is None:
         pipe = _kept(key, files, lambda: model_entry.load(asked, device, backend, **load_kwargs))
     if parallel and getattr(getattr(pipe, "executor", None), "ranks", None) is None:
@@ -90,12 +90,12 @@ _entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
 _lock = threading.Lock()  # never held while a model loads: calls of another model go on
 
 
-_need_libraries: set[Hashable] = set()  # models, with the state of their files, that this package cannot read alone
+_need_libraries: set[Hashable] = set()  # (key, files) of models that this package cannot load without libraries
 
 
 def _light(key: tuple[Any, ...], files: Hashable, load: Callable[[], Any]) -> Any:
-    """The kept pipeline of a model that needs no library, or else `load()`; None where it does, or where the libraries'
-    own is there already."""
+    """The kept pipeline of a model that needs no library, or else `load()`. None if the model needs a library, or if
+    its pipeline on the libraries' classes is kept already."""
     with _lock:
         if key in _entries or (key, files) in _need_libraries:
             return None

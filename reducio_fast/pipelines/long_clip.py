@@ -1,14 +1,15 @@
 """Clips longer than the model makes, by chaining: each further clip continues from a frame of the one beside it.
 
-The last frame of a clip is the content frame of the next. What the two have in common is not made twice: those steps of
-the latent are carried over and held while the rest is denoised, so the next clip moves on as the last one moved; the
-frames that both decode are cross-faded. On the embedded model (8 scenes of 48 frames) carrying the latent halves the
-error of the movement across a seam against a cross-fade alone (0.34 against 0.88 of a frame's step).
+A late frame of each clip (Reducio: the last; SVD: number `-overlap`) conditions the next clip. The steps of the latent
+that both clips share are not made twice: they are carried over and held while the others are denoised, so the next clip
+continues the motion. The frames that both clips decode are cross-faded. On the embedded model (8 scenes of 48 frames)
+carrying the latent cuts the error of the motion across a seam from 0.88 of a frame's step, with a cross-fade alone, to
+0.34.
 
-Holding: in every step the data prediction of the carried part is replaced by what was carried. The solver then leads
-that part along alpha z + sigma noise and ends on z, with the noise that it started from: nothing else is needed.
+Holding: every step replaces the data prediction of the carried part by the carried latent z. The solver then moves that
+part along alpha z + sigma noise, with its initial noise, and ends on z. Nothing else is needed.
 
-Only one clip is in memory at a time, beside the finished frames, which are bytes.
+Only one clip is in memory at a time, beside the finished frames, which are bytes unless floats are asked for.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ class Link(NamedTuple):
 def make(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[np.ndarray, Any]:
     """The content frame of the first clip, and all frames in the form asked for.
 
-    A call that is interrupted ends with the clips that are finished; where there is none, with the first as it is.
+    An interrupted call returns the clips that are finished; if there is none, the first clip as it is.
     """
     content: np.ndarray | None = None
     chain = call.request.chain
     video, done = torch.empty(0), 0
     for content, frames in pieces_of(pipe, clip, call, decoding):  # noqa: B007 - the same content frame each time
-        if not done:  # one place for all: pieces that are kept among what each clip frees would spread the heap
+        if not done:  # one buffer for all: pieces kept between the memory that each clip frees would fragment the heap
             video = frames.new_empty(chain.frames if chain else len(frames), *frames.shape[1:])
         video[done : done + len(frames)] = frames
         done += len(frames)
@@ -87,7 +88,7 @@ def stream(pipe: Any, call: CallState) -> Iterator[Any]:
 def pieces_of(
     pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding, guard: Guard = nullcontext
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """The first clip's content frame and finished frames, in order of time, as they become ready."""
+    """Yields the first clip's content frame and finished frames, in time order, as they become ready."""
     chain = call.request.chain
     with guard():
         first, ready = _link(pipe, clip, call, decoding)
@@ -114,7 +115,7 @@ def pieces_of(
 
 
 def _link(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> tuple[Link, Tensor]:
-    """A clip and its frames: uint8 [T, H, W, 3], or float32 [T, 3, H, W] in [0, 1] for calls of "pt"."""
+    """A clip and its frames: uint8 [T, H, W, 3], or float32 [T, 3, H, W] in [0, 1] for output type "pt"."""
     output_type = "pt" if call.request.output_type == "pt" else "np"
     sampled = sample_clip(pipe, clip, call, decoding)
     assert sampled.frame is not None
@@ -152,18 +153,18 @@ def _neighbour(
 
 
 def carried(latent: Tensor, joint: Joint, backward: bool) -> Hold | None:
-    """The part of a neighbour's latent that the next clip shares, in that clip's place."""
+    """The part of a neighbour's latent that the next clip shares, at its position in the next clip."""
     if not joint.held:
         return None
-    axis, held, rest = joint.time_axis, joint.held, joint.steps - joint.held
+    axis, held, new_steps = joint.time_axis, joint.held, joint.steps - joint.held
     mask = torch.zeros([joint.steps if i == axis else 1 for i in range(latent.ndim)], dtype=torch.bool)
     target = torch.zeros_like(latent)
-    if backward:  # its end is the neighbour's beginning
-        mask.narrow(axis, rest, held).fill_(True)
-        target.narrow(axis, rest, held).copy_(latent.narrow(axis, 0, held))
+    if backward:  # the end of the next clip is the beginning of its neighbour
+        mask.narrow(axis, new_steps, held).fill_(True)
+        target.narrow(axis, new_steps, held).copy_(latent.narrow(axis, 0, held))
     else:
         mask.narrow(axis, 0, held).fill_(True)
-        target.narrow(axis, 0, held).copy_(latent.narrow(axis, rest, held))
+        target.narrow(axis, 0, held).copy_(latent.narrow(axis, new_steps, held))
     return Hold(mask.to(latent.device), target)
 
 
@@ -172,7 +173,7 @@ def content_of(frames: Tensor, number: int) -> np.ndarray:
     frame = frames[number]
     if frame.dtype != torch.uint8:
         frame = (frame * 255).round().to(torch.uint8).movedim(0, -1)
-    return frame.cpu().numpy().copy()  # else the picture would keep its clip in memory
+    return frame.cpu().numpy().copy()  # a view would keep the whole clip in memory
 
 
 def _join(earlier: Tensor, later: Tensor, shared: int) -> Tensor:

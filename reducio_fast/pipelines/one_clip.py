@@ -27,7 +27,7 @@ LOG = logging.getLogger("reducio_fast")
 
 
 class Sampled(NamedTuple):
-    """A latent [1, ...] as the denoiser left it, the content frame, and conditions that hold for further clips."""
+    """A latent [1, ...] as the denoiser returned it, the content frame, and the conditions that further clips reuse."""
 
     latent: Tensor
     frame: np.ndarray | None
@@ -49,7 +49,7 @@ def make_clip(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding)
 
 
 def sample_clip(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> Sampled:
-    """The latent of a clip, sampled, or taken from the request where that brings its own."""
+    """The latent of a clip: sampled, or the request's own where it has one."""
     request, stage = call.request, functools.partial(call.at, pipe.executor.stage)
     inputs = pipe._sampling_inputs(clip, call, stage)
     frame = inputs.frame
@@ -77,12 +77,12 @@ def sample_clip(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decodin
         call.timings["dit.step"] -= preview.take_seconds()
     latent = latent if callback.replaced is None else callback.replaced
     if hold is not None and not call.interrupted:
-        latent = torch.where(hold.mask, hold.latent, latent)  # exactly, although the last step rounded
+        latent = torch.where(hold.mask, hold.latent, latent)  # exact, while the last step rounds
     return Sampled(latent, frame, inputs.follow)
 
 
 def data_hook(hold: Hold | None, preview: Preview | None) -> DataHook | None:
-    """Holds the carried part of the data prediction, and shows the result to the preview."""
+    """A hook that holds the carried part of the data prediction and hands the result to the preview."""
     if hold is None and preview is None:
         return None
 
@@ -98,7 +98,7 @@ def data_hook(hold: Hold | None, preview: Preview | None) -> DataHook | None:
 def decode_clip(
     pipe: Any, latent: Tensor, frame: np.ndarray, call: CallState, decoding: Decoding, output_type: str
 ) -> Tensor:
-    """Frames as `as_frames` has them. Out of memory, the latent is saved and the error says where."""
+    """Frames in the form of `as_frames`. If memory runs out, the latent is saved and the error says where."""
     request = call.request
     call.undecoded.append((latent, frame))
     try:
@@ -113,16 +113,17 @@ def decode_clip(
 
 
 def preview_decoder(pipe: Any, motion_strength: float) -> PreviewDecoder | None:
-    """The small decoder of the model; None where it has none, or where the latent needs more than that decoder."""
+    """The model's small preview decoder. None if it has none, or if the motion is to be scaled, which needs the full
+    autoencoder."""
     decoder = pipe.parts["preview_decoder"] if "preview_decoder" in pipe.layout.names else None
     return decoder if motion_strength == 1 else None
 
 
 class Preview:
     """Frames of the data prediction while a clip is denoised, uint8: [T, H/2, W/2, 3] by the model's preview decoder,
-    [T, H, W, 3] by its own where it has none.
+    [T, H, W, 3] by its full decoder where it has none.
 
-    Early ones resemble a still: on the embedded model they differ from it from 40% of the steps on.
+    Early previews resemble a still: on the embedded model they differ from a still from 40% of the steps on.
     """
 
     def __init__(self, pipe: Any, call: CallState, frame: np.ndarray | None, decoding: Decoding) -> None:
@@ -131,7 +132,7 @@ class Preview:
         self.seconds = 0.0
 
     def __call__(self, step: int) -> np.ndarray | None:
-        """After a step; None in steps that are left out, and where weights come to the device stage by stage."""
+        """The frames after a step. None in steps that are left out, and without a preview decoder under offloading."""
         every = self.call.request.preview_every or 1
         if (step + 1) % every or self.data is None or self.frame is None:
             return None

@@ -1,4 +1,4 @@
-"""One clip by all processes that torchrun has started, each on a GPU of its own: see `fast.parallel`."""
+"""All processes that torchrun has started make one clip together, each on its own GPU: see `fast.parallel`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .call.request import Request
 
 T = TypeVar("T")
 TIMEOUT = 600.0  # seconds; the first clip's slowest process may compile for minutes
-# Fields of a request that all processes must have been given alike.
+# Fields of a request that must be equal in all processes.
 SAME = ("height", "width", "num_inference_steps", "schedule", "guidance_scale", "output_type", "is_list",
         "motion_strength", "keep_content", "loop")  # fmt: skip
 
@@ -29,16 +29,17 @@ def count_processes() -> int:
 
 
 def parallelize(pipe: Any, timeout: float = TIMEOUT) -> Any:
-    """Make each clip of a loaded pipeline by all processes of the run together; returns the pipeline.
+    """Let all processes of the run make each clip of a loaded pipeline together; returns the pipeline.
 
     Start the program with `torchrun --nproc-per-node N`. Each process loads the model on its own GPU
     (`device=f"cuda:{os.environ['LOCAL_RANK']}"`), passes it here at the same time, and makes the same calls; each gets
-    the clip. Callbacks, the progress bar and an interrupt are those of rank 0, and so is a seed that is drawn. Tiles of
-    the decode are divided between the processes, then halves of guidance, then attention heads. Without torchrun the
-    pipeline is returned as it is.
+    the clip. Callbacks, the progress bar, interrupts and randomly drawn seeds are those of rank 0. Tiles of the decode
+    are divided between the processes, then halves of guidance, then attention heads. Without torchrun the pipeline is
+    returned as it is.
 
-    timeout: seconds after which a process that is gone is noticed at the latest.
-    Raises ReducioError for a pipeline of another family than Reducio, on the reference, compiled, or offloaded.
+    timeout: a process that is gone is noticed after this many seconds at the latest.
+    Raises ReducioError for a pipeline that is not of the Reducio family, runs on the reference, or is compiled or
+    offloaded.
     """
     count = count_processes()
     if count == 1:
@@ -80,15 +81,16 @@ def _leave() -> None:
 
 
 def together(ranks: Any) -> AbstractContextManager[None]:
-    """Around work that each process does by itself: all of them leave it, or all raise. ranks None: one process."""
+    """A context for work that each process does by itself: all processes leave it, or all raise. ranks None: one
+    process."""
     return nullcontext() if ranks is None else ranks.together()
 
 
 def shared(ranks: Any, work: Callable[..., T], *args: Any) -> T:
-    """`work(*args)`, and of several processes that each do it, what the first one has got."""
+    """The result of `work(*args)`. Of several processes each does the work, and all get the result of rank 0."""
     with together(ranks):
-        done = work(*args)
-    return done if ranks is None else ranks.told(done)
+        result = work(*args)
+    return result if ranks is None else ranks.told(result)
 
 
 def agree(ranks: Any, request: Request) -> None:

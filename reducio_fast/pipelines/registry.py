@@ -1,7 +1,7 @@
 """Which family a model name, folder or hub id belongs to: the only place that lists families.
 
-A family is told by the word before a colon (`svd`, `svd:FOLDER`) or by the pipeline that a folder's model_index.json
-names.
+A family is recognised by the word before a colon (`svd`, `svd:FOLDER`) or by the pipeline that a folder's
+model_index.json names.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .svd.pipeline import SVDPipeline
 class Model:
     """A model that was found, not yet loaded.
 
-    load(dtype, device, backend, **load_arguments): the pipeline. load_arguments: names that belong to loading.
+    load(dtype, device, backend, **load_arguments): the pipeline. load_arguments: names of the arguments of loading.
     call_defaults: arguments of a call and their defaults. key: equal for the same source of weights. files: the state
-    of what lies there, another one once a file of it was replaced or written.
+    of the files there; it changes when one of them is replaced or written.
     """
 
     key: tuple[Any, ...]
@@ -52,13 +52,13 @@ class Model:
     needs_prompt: bool = True
     # A pipeline for `check_inputs` alone, without weights; None for peers, whose calls check themselves.
     checker: Callable[[], Any] | None = None
-    # light(dtype, device, free_dtype): the same without any library's classes; None where the folder needs them.
+    # light(dtype, device, free_dtype): the pipeline without any library's classes; None where the folder needs them.
     light: Callable[..., Any] | None = None
 
 
 FAMILIES: dict[str, Any] = {family.layout.pipeline: family for family in (ReducioPipeline, SVDPipeline, SV3DPipeline)}
 TINY_SIZE, TINY_FRAMES = (64, 64), 4  # of a call on small random weights
-# Words for a model of ours, beside folders and hub ids: `WORD` alone, `WORD:FOLDER_OR_HUB_ID`, `WORD:random`.
+# Short names of our models, beside folders and hub ids: `WORD` alone, `WORD:FOLDER_OR_HUB_ID`, `WORD:random`.
 WORDS = {"svd": HUB_ID}
 
 
@@ -88,7 +88,7 @@ def find(model: str | os.PathLike[str] | None) -> Model:
 
 
 def _own_folder(model: Any) -> Path | None:
-    """The folder `model` where it holds a model of one of our families."""
+    """The folder `model` if it holds a model of one of our families, else None."""
     if not isinstance(model, str | os.PathLike):
         return None
     folder = expanded(model, "model")
@@ -101,7 +101,7 @@ def _family_of(folder: Path) -> str | None:
 
 
 def _find_folder(model: str | os.PathLike[str]) -> Path:
-    """A folder or the local copy of a hub repository, of which SVD's need not be fetched whole."""
+    """A folder or the local copy of a hub repository. SVD's repositories need not be fetched whole."""
     if str(model) in WORDS.values() or "stable-video-diffusion" in str(model):
         return SVDPipeline.find_folder(model)
     return hub.find_model(model)
@@ -109,7 +109,7 @@ def _find_folder(model: str | os.PathLike[str]) -> Path:
 
 def _of_folder(folder: Path) -> Model:
     name = _family_of(folder)
-    family = FAMILIES.get(str(name), ReducioPipeline)  # whose loader says what is wrong with the folder
+    family = FAMILIES.get(str(name), ReducioPipeline)  # the default's loader says what is wrong with the folder
     if name is not None and name not in FAMILIES and peers.find(folder) is None:
         raise ReducioError(f"model: {folder} is of a {name}; known are {', '.join(FAMILIES)}")
 
@@ -131,7 +131,7 @@ def _of_folder(folder: Path) -> Model:
 
 
 def _without_weights(family: Any, folder: Path) -> Any:
-    """A pipeline for `check_inputs` alone, of the JSON files of a folder: a front process checks calls with it.
+    """A pipeline for `check_inputs` alone, built from the JSON files of a folder: a front process checks calls with it.
 
     Raises ReducioError for a folder whose index or configurations do not fit.
     """
@@ -178,7 +178,7 @@ def load_arguments(family: Any) -> tuple[str, ...]:
 
 
 def _fps(folder: Path) -> float | None:
-    """Of a model folder's clips, as its index says it; None where that cannot be read, which loading will refuse."""
+    """Frame rate of a model folder's clips, from its index. None if it cannot be read; loading then refuses it."""
     try:
         fps = strict_files.read_json(folder / strict_files.INDEX).get("fps", _defaults(ReducioPipeline.__init__)["fps"])
     except ReducioError:
@@ -187,15 +187,15 @@ def _fps(folder: Path) -> float | None:
 
 
 def folder_state(folder: str | os.PathLike[str]) -> Hashable:
-    """Which files a folder holds, and of each what changes when it is replaced or written: for a model of twenty files
-    a fifth of a millisecond. Empty where there is no folder."""
+    """The files of a folder, each with the status values that change when it is replaced or written. Takes a fifth of a
+    millisecond for a model of twenty files. Empty where there is no folder."""
     files = sorted(os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
     stats = [(file, status(file)) for file in files]
     return tuple((file, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats if s is not None)
 
 
 def _check_call(family: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse, by name, what is neither an argument of the family's call nor of its loading."""
+    """Refuse, by name, arguments that neither the family's call nor its loading has."""
     call = list(inspect.signature(family.__call__).parameters)[1:]
     if unknown := sorted(set(kwargs) - {*call, *load_arguments(family)}):
         names = {ReducioPipeline: "Reducio", SVDPipeline: "Stable Video Diffusion", SV3DPipeline: "Stable Video 3D"}

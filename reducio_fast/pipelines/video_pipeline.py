@@ -95,9 +95,9 @@ class VideoPipeline:
     def stream(self, **arguments: Any) -> Iterator[Any]:
         """Frames of one clip of any length, in order, as soon as each is final; arguments as in a call, by name.
 
-        Each is what `frames[i]` would be: uint8 [H, W, 3], a PIL image, or float32 [3, H, W]. One clip of the model's
-        length is in memory; other threads take turns between two of them. Raises ReducioError at once, also for calls
-        of more than one clip.
+        Each frame is what `frames[i]` of a call would be: uint8 [H, W, 3], a PIL image, or float32 [3, H, W]. Only one
+        clip of the model's length is in memory at a time; calls of other threads can run between two such clips. Raises
+        ReducioError at once, also for calls of more than one clip.
         """
         call = CallState(self.check_inputs(**arguments), listener=self.listener)
         long_clip.check_stream(call.request)
@@ -105,7 +105,7 @@ class VideoPipeline:
 
     @contextmanager
     def turn(self, call: CallState) -> Iterator[None]:
-        """Work of a call, during which calls of other threads wait."""
+        """A context for the work of a call, during which calls of other threads wait."""
         with torch_state.inference(), self.executor.exclusive():
             self._prepare(call.request)
             if self.executor.ranks is not None:
@@ -114,16 +114,16 @@ class VideoPipeline:
             yield
 
     def _prepare(self, request: Any) -> None:
-        """What the family's parts store about the running call."""
+        """Store in the family's parts what they need of the running call."""
 
     def finished(
         self, latent: Tensor, frame: np.ndarray, request: Any, output_type: str, decoding: Decoding | None
     ) -> Tensor:
-        """What the decoder makes of a latent, and what the request asks to be done about it."""
+        """Decode a latent, and apply what the request asks for beyond that."""
         return self.decoder(latent, frame, output_type, decoding)
 
     def _sampling_inputs(self, clip: ClipRequest, call: CallState, stage: Stage) -> SamplingInputs:
-        """What the family's first stage and encoders make of a clip's request."""
+        """The inputs of sampling, from the family's first stage and encoders for one clip's request."""
         raise NotImplementedError
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
@@ -164,7 +164,7 @@ class VideoPipeline:
 
     def forecast(self, height: int, width: int, decoding: Decoding | None = None) -> Forecast:
         """Bytes that a clip of this size will need, stage by stage, without computing anything: see
-        `memory.forecast.Forecast`. `decoding`: another way than the pipeline's own."""
+        `memory.forecast.Forecast`. `decoding`: how to decode, if not in the pipeline's own way."""
         return self.fitter.forecast(height, width, decoding)
 
     def warmup(
@@ -177,7 +177,7 @@ class VideoPipeline:
 
         sizes: (height, width), or a number for a square; by default the model's own. deadline: seconds; when they have
         passed, the pipeline is usable at once but runs uncompiled, with one line of log. Returns the seconds each size
-        took, and which are `left`. Raises ReducioError for sizes that a call would refuse.
+        took, and the sizes that are `left`. Raises ReducioError for sizes that a call would refuse.
         """
         return warm_up(self, sizes, deadline, progress)
 
@@ -185,7 +185,7 @@ class VideoPipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """By name: `ReducioPipeline(**pipe.components)` is a second pipeline on the same weights."""
+        """Components by name: `ReducioPipeline(**pipe.components)` is a second pipeline on the same weights."""
         return self.parts.as_dict()
 
     @property
@@ -194,12 +194,12 @@ class VideoPipeline:
 
     @property
     def report(self) -> dict[str, str]:
-        """Per network, what runs it and why; of a first stage, what draws."""
+        """Per network, what runs it and why; for a first stage, what draws the content frame."""
         lines = self.executor.report
         return lines if self.text_to_image is None else lines | {"text_to_image": self.content.line}
 
     def describe(self) -> dict[str, Any]:
-        """What runs this pipeline, as plain data: `backend` and, of the fast path, the implementation picked for each
+        """What runs this pipeline, as plain data: `backend` and, for the fast path, the implementation picked for each
         module and why (`plan`), what became of every graph (`graphs`) and which blocks are compiled (`regions`)."""
         return self.executor.describe()
 
@@ -231,10 +231,10 @@ class VideoPipeline:
         return self
 
     def unload(self, *names: str) -> None:
-        """Let go of optional components, such as text_encoder or text_to_image, and of the memory they hold.
+        """Remove optional components, such as text_encoder or text_to_image, and free their memory.
 
-        Calls then need what these computed: embeds, or an image. Assigning the attribute brings it back. Raises
-        ReducioError for another name, and for a network that `text_to_image` shares and that stays for it.
+        Calls then need as arguments what these computed: embeds, or an image. Assigning the attribute restores the
+        component. Raises ReducioError for another name, and for a network that a remaining `text_to_image` also uses.
         """
         with self.executor.lock:  # not during a clip that another thread is making
             self.parts.unload(*names)
@@ -245,18 +245,18 @@ class VideoPipeline:
         return self.parts.unloaded
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep all weights on the CPU, and on the GPU only those of the stage at work: less memory, and slower.
+        """Keep all weights on the CPU, and on the GPU only those of the running stage: less memory, but slower.
 
-        As in diffusers. Packed weights of the fast twins move likewise. It goes together with every backend, dtype,
-        size and tiling; not with graphs, which hold addresses (stages then run without), nor with `to(device)`, which
-        is refused. Raises ReducioError where there is no GPU.
+        As in diffusers. Packed weights of the fast twins move too. Works with every backend, dtype, size and tiling.
+        Stages run without graphs, which hold addresses, and `to(device)` is refused. Raises ReducioError where there is
+        no GPU.
         """
         with self.executor.lock:
             self.executor.start_offload(gpu_id, device)
             self.fitter.fits.clear()
 
     def disable_model_cpu_offload(self) -> None:
-        """All weights to the device where the stages ran, for good."""
+        """Move all weights to the device where the stages ran, and keep them there."""
         with self.executor.lock:
             self.executor.end_offload()
             self.fitter.fits.clear()
@@ -266,7 +266,7 @@ class VideoPipeline:
         raise NotImplementedError
 
     def for_thread(self) -> Self:
-        """A second pipeline on the same weights and engine, for another thread: what a call writes to is its own."""
+        """A second pipeline on the same weights and engine, for another thread. What a call writes to is not shared."""
         parts = self.parts.for_thread()
         other = type(self).__new__(type(self))
         other._assemble(parts, self.executor.for_thread(parts))
@@ -278,8 +278,8 @@ class VideoPipeline:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """What makes an equal pipeline in `copy.deepcopy` and `pickle`: components, settings, adapters and the choices
-        that methods have made. Locks, twins, graphs and forecasts are made again by the copy."""
+        """The state from which `copy.deepcopy` and `pickle` make an equal pipeline: components, settings, adapters and
+        the choices that methods have made. The copy makes new locks, twins, graphs and forecasts."""
         rebuilt = ("content", "conditioner", "sampler", "decoder", "adapters", "fitter", "call", "listener")
         others = {name: value for name, value in vars(self).items() if name not in rebuilt}
         return others | {"vae_tiling": self.vae_tiling, "merge": self.adapters.merge}
@@ -294,7 +294,7 @@ class VideoPipeline:
 
     @property
     def vae_tiling(self) -> bool | None:
-        """None: decode in tiles where the size of the clip asks for it."""
+        """Whether to decode in tiles; None: the size of the clip decides."""
         return self.decoder.tiling
 
     @vae_tiling.setter
@@ -302,24 +302,25 @@ class VideoPipeline:
         self.decoder.tiling = value
 
     def enable_vae_tiling(self) -> None:
-        """Decode each clip in tiles: 256 pixels, read 64 beyond and blended, as the release does. The default,
-        `vae_tiling = None`, does so above 320 pixels, which is all that one tile reads."""
+        """Decode each clip in tiles of 256 pixels that read 64 pixels more and are blended, as the release does. The
+        default, `vae_tiling = None`, does so above 320 pixels, which is all that one tile reads."""
         self.decoder.tiling = True
 
     def disable_vae_tiling(self) -> None:
         """Decode each clip whole.
 
-        Above 320 pixels this makes another clip, not the same one faster: norms then average over the whole frame,
+        Above 320 pixels this gives a different clip, not the same one faster: norms then average over the whole frame,
         where the published weights saw 256 pixels, and fusion attends in windows of 512. Memory grows with the frame.
         """
         self.decoder.tiling = False
 
     def set_attention_backend(self, backend: str) -> None:
-        """What computes attention in the fast twins, which are packed anew: one of diffusers' names or ours.
+        """Choose what computes attention in the fast twins, by one of diffusers' names or ours; packs the twins again.
 
         "auto", the default: what the plan finds best. "native": torch's scaled_dot_product_attention. "flash": the
-        flash-attn package; where keys are masked, which it cannot do, our kernel. "reducio": our kernel everywhere.
-        Raises ReducioError for another name, and for one that this device, dtype or backend cannot follow.
+        flash-attn package, or our kernel where keys are masked, which flash-attn cannot do. "reducio": our kernel
+        everywhere. Raises ReducioError for another name, and for one that this device, dtype or backend does not
+        support.
         """
         with self.executor.lock:
             try:
@@ -364,16 +365,16 @@ class VideoPipeline:
         lora_scale: float = 1.0,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
-        """Hold the active adapters (or those named), times `lora_scale`, in the weights until `unfuse_lora`. Fused
-        weights are what `save_pretrained` writes, and what `unload_lora_weights` leaves behind."""
+        """Fuse the active adapters (or those named), times `lora_scale`, into the weights until `unfuse_lora`.
+        `save_pretrained` writes the fused weights, and `unload_lora_weights` leaves them as they are."""
         self.adapters.fuse(components, lora_scale, adapter_names)
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
-        """Back to the adapters and weights before `fuse_lora`, to the bit; nothing where none is fused."""
+        """Restore the adapters and weights of before `fuse_lora`, bit for bit. Does nothing if none is fused."""
         self.adapters.unfuse(components)
 
     def unload_lora_weights(self) -> None:
-        """Forget every adapter. The weights become the originals again, to the bit; fused ones stay as they are."""
+        """Remove every adapter. The weights become the originals again, bit for bit; fused ones stay as they are."""
         self.adapters.unload()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""Clips as a service: the demo page in the browser."""
+"""Clips as a service: the HTTP server, batches of prompts, the demo page in the browser."""

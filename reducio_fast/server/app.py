@@ -1,4 +1,4 @@
-"""The HTTP face: OpenAI's videos API over the jobs of a dispatcher, and what operators ask of a server."""
+"""The HTTP interface: OpenAI's videos API over the jobs of a dispatcher; health checks and metrics for operators."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from .requests import UPLOADS, Asked, Checker, Limits, file_of_url, unfold
 
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
             "spritesheet": (SPRITESHEET, "image/jpeg"), "latents": (LATENTS, "application/octet-stream")}  # fmt: skip
-# A client that polls is answered when something has changed, and asked to come again at once: else it would learn of
-# the end of its clip half a second late on average. Proxies cut what is silent for a minute.
+# A polling client gets its answer when something has changed, and is told to poll again at once; otherwise it would see
+# the end of its clip half a second late on average. Proxies cut connections that are silent for a minute.
 HOLD_SECONDS, POLL_AGAIN_MS = 20.0, 20
-MAX_DISCARDED = 5  # times the limit of a body that is read, and dropped, so that its sender hears the answer
+MAX_DISCARDED = 5  # times the limit: bytes of an oversized body that are read and dropped, so that its sender gets 413
 
 
 class Service:
-    """What the routes work with. `checker` is set once the model's configuration has been read."""
+    """The state that the routes share. `checker` is set once the model's configuration has been read."""
 
     def __init__(self, store: Store, files: JobFiles, dispatcher: Dispatcher, keys: Keys, limits: Limits) -> None:
         self.store, self.files, self.dispatcher, self.keys, self.limits = store, files, dispatcher, keys, limits
         self.checker: asyncio.Future[Checker] = asyncio.get_running_loop().create_future()
         self.described: Callable[[], dict[str, Any]] = dict
-        # Pictures are decoded here, so two at a time take memory however many are sent.
+        # Two threads that decode pictures, so that at most two at a time take memory, however many are sent.
         self._checks = ThreadPoolExecutor(2, "check")
 
     async def accept(
         self, fields: dict[str, Any], files: dict[str, bytes], owner: str, key: str | None, more: dict[str, Any]
     ) -> Job:
-        """A checked request as a job in the queue. Raises ApiError."""
+        """Check a request and put it into the queue as a job. Raises ApiError."""
         checker = await asyncio.shield(self.checker)
         loop = asyncio.get_running_loop()
         asked: Asked = await loop.run_in_executor(self._checks, checker, fields, files, more)
@@ -59,7 +59,7 @@ class Service:
 
     def _insert(self, asked: Asked, owner: str, key: str | None) -> Job:
         id, limits = new_id(), self.limits
-        # Its files first: a job whose files are missing cannot be made, files without a job are swept.
+        # Write the files first: a job whose files are missing cannot be made, but files without a job are swept.
         size = self.files.write(id, dict(asked.files))
         new = False
         try:
@@ -77,19 +77,19 @@ class Service:
                 self.files.remove(id)
 
     def _estimate(self) -> int:
-        """Seconds until a place is free: those of a clip, if the last ones are a guide."""
+        """Seconds until a place in the queue is free, estimated from the mean time of the last clips."""
         slots = 1 if self.dispatcher.home is None else max(1, self.dispatcher.home.slots // 2)
         return max(1, min(120, math.ceil((self.store.seconds_of_a_clip() or 5) / slots)))
 
     def find(self, id: str, owner: str) -> Job:
-        """An owner's job. Raises ApiError 404, for the jobs of others too."""
+        """An owner's job. Raises ApiError 404 if there is none or it belongs to another owner."""
         job = self.store.get(id, owner)
         if job is None:
             raise ApiError(404, f"there is no video {id[:60]!r}", "video_id", "video_not_found")
         return job
 
     def video(self, job: Job, event: Event | None = None) -> dict[str, Any]:
-        """A job as the client reads it, now or as of an event: OpenAI's fields, then ours."""
+        """A job as the client reads it, with its progress now or as of `event`: OpenAI's fields, then ours."""
         progress = event or self.dispatcher.progress(job.id)
         done = {COMPLETED: 100, RUNNING: progress["percent"]}.get(job.status, 0)
         ended = None if job.completed_at is None else int(job.completed_at)
@@ -122,7 +122,7 @@ class Service:
 
 
 class BodyLimit:
-    """ASGI middleware: a body of more than `most` bytes, counted as they come, is answered with 413."""
+    """ASGI middleware that counts the bytes of a body as they arrive and answers with 413 above `most`."""
 
     def __init__(self, app: Any, most: int) -> None:
         self.app, self.most = app, most
@@ -209,10 +209,10 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
         """Your clips, the newest first."""
         if after is not None:
             service().find(after, owner)
-        jobs, more = service().store.page(owner, after, limit, order == "desc")
+        jobs, has_more = service().store.page(owner, after, limit, order == "desc")
         data = [service().video(job) for job in jobs]
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-        return {"object": "list", "data": data, "has_more": more, "first_id": first, "last_id": last}
+        return {"object": "list", "data": data, "has_more": has_more, "first_id": first, "last_id": last}
 
     @app.get("/v1/videos/{video_id}", response_model=schema.Video)
     async def retrieve(request: Request, video_id: str = an_id, owner: str = owned) -> Any:
@@ -237,7 +237,7 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
         suffix, media_type = VARIANTS[variant]
         path = service().files.path(job.id, suffix)
         ready = FAILED if variant == "latents" else COMPLETED
-        if job.status != ready or not path.is_file():  # not 409: clients repeat that by themselves
+        if job.status != ready or not path.is_file():  # not 409, which clients retry by themselves
             raise ApiError(404, f"the video is {job.status}", "video_id", "video_not_ready")
         return FileResponse(path, media_type=media_type, filename=f"{job.id}{suffix}")
 
@@ -253,7 +253,7 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
     async def delete(video_id: str = an_id, owner: str = owned) -> Any:
         """End a clip, or remove it. When this is answered no work goes on and no file is left."""
         job = service().find(video_id, owner)
-        # Shielded: a caller that does not wait has asked all the same.
+        # Shielded: the deletion goes on if the caller does not wait for it.
         await asyncio.shield(asyncio.create_task(service().dispatcher.delete(job.id)))
         return {"id": job.id, "object": "video.deleted", "deleted": True}
 
@@ -334,7 +334,7 @@ async def _read_body(request: Request) -> tuple[dict[str, Any], dict[str, bytes]
 
 
 async def _held(service: Service, job: Job, owner: str) -> Job:
-    """The job once its status has changed, it has ended, or HOLD_SECONDS have passed."""
+    """Wait until the job's status has changed, it has ended, or HOLD_SECONDS have passed; returns the job."""
     with service.dispatcher.watch(job.id) as changes:
         deadline = asyncio.get_running_loop().time() + HOLD_SECONDS
         now = service.find(job.id, owner)

@@ -1,8 +1,8 @@
 """`reducio-fast batch`: a file of prompts becomes a folder of clips and a manifest, here or on a Ray cluster.
 
-DIR/prompts.jsonl    what each clip was asked for, by number: a second run must ask for the same
-DIR/00000.mp4 ...    each appears whole or not at all; one that is there is not made again
-DIR/manifest.jsonl   one line a prompt, in order: its file, or why there is none
+DIR/prompts.jsonl    the arguments of each clip, by number: a second run must have the same
+DIR/00000.mp4 ...    each appears whole or not at all; an existing clip is not made again
+DIR/manifest.jsonl   one line per prompt, in order: its file, or why there is none
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """worker: arguments of `clips.Clips`. call: arguments of every clip, over which those of a row go. seed: of the
-    first clip, the next ones count up. ray: address of a cluster; replicas: least and most actors on it; gpus: of an
-    actor."""
+    """worker: arguments of `clips.Clips`. call: arguments of every clip; those of a row override them. seed: the seed
+    of the first clip; the next ones count up. ray: address of a cluster; replicas: smallest and largest number of
+    actors on it; gpus: GPUs per actor."""
 
     out: str
     worker: dict[str, Any]
@@ -56,11 +56,11 @@ class Done:
 
 
 def read_prompts(path: str | Path) -> list[Row]:
-    """The arguments of a call, one dict a clip: of each line of a .txt that is not empty, each object of a .jsonl, each
-    row of a .csv or .parquet with a column `prompt` (or `image`); further names are further arguments.
+    """The arguments of the calls, one dict per clip: from each line of a .txt that is not empty, each object of a
+    .jsonl, each row of a .csv or .parquet with a column `prompt` (or `image`); further names are further arguments.
 
-    Raises ReducioError for a file that cannot be read and a row that is no request; a prompt that no clip can be made
-    of is told in the manifest.
+    Raises ReducioError for a file that cannot be read and a row without prompt and image; the manifest reports a prompt
+    for which no clip can be made.
     """
     path = expanded(path, "prompts")
     suffix = path.suffix.lower()
@@ -93,17 +93,17 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 def _read_csv(path: Path) -> list[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return [_given(row) for row in csv.DictReader(file)]
+        return [_filled_cells(row) for row in csv.DictReader(file)]
 
 
 def _read_parquet(path: Path) -> list[Row]:
     from ..data.parquet import pyarrow_modules
 
-    return [_given(row) for row in pyarrow_modules()[1].read_table(path).to_pylist()]
+    return [_filled_cells(row) for row in pyarrow_modules()[1].read_table(path).to_pylist()]
 
 
-def _given(row: Row) -> Row:
-    """Without the cells that are empty, but for the prompt's."""
+def _filled_cells(row: Row) -> Row:
+    """The row without its empty cells, except the prompt's."""
     return {n: v for n, v in row.items() if isinstance(n, str) and (n == "prompt" or v not in (None, ""))}
 
 
@@ -116,10 +116,10 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 
 
 def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], None] = lambda: None) -> Done:
-    """The clips of rows as `read_prompts` gives them. `on_clip` is called after each.
+    """Make the clips of `rows`, which `read_prompts` returns. `on_clip` is called after each.
 
-    Raises ReducioError where the folder holds clips of other prompts, and where the model cannot be loaded; what one
-    prompt raises is its line in the manifest.
+    Raises ReducioError if the folder holds clips of other prompts or the model cannot be loaded; the error of a single
+    prompt goes into its line of the manifest.
     """
     from ..media.ffmpeg import encoder
 
@@ -129,17 +129,17 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
     check_output_folder(folder / MANIFEST)
     rows = [{"seed": settings.seed + number} | settings.call | row for number, row in enumerate(rows)]
     _check_same(folder, rows)
-    for left in folder.glob(".*"):  # of a run that was killed
-        if left.is_file() and left.suffix in SUFFIXES:
-            left.unlink()
-    before = {row["number"]: row for row in _lines(folder / MANIFEST)}
+    for leftover in folder.glob(".*"):  # temporary files of a run that was killed
+        if leftover.is_file() and leftover.suffix in SUFFIXES:
+            leftover.unlink()
+    earlier = {row["number"]: row for row in _lines(folder / MANIFEST)}
     results: dict[int, Row] = {}
     tasks = []
     for number, row in enumerate(rows):
         path = folder / f"{number:05d}{settings.suffix}"
         if path.is_file():
-            unknown = {"number": number, "file": path.name, "seed": row["seed"], "call": row}
-            results[number] = before.get(number, unknown)
+            default = {"number": number, "file": path.name, "seed": row["seed"], "call": row}
+            results[number] = earlier.get(number, default)
         else:
             tasks.append({"number": number, "path": str(path), "call": row})
     kept, errors = len(results), list[tuple[int, str]]()
@@ -149,7 +149,7 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
             number = result["number"]
             row = {n: v for n, v in result.items() if v is not None}
             results[number] = row | {"call": rows[number]}
-            with (folder / MANIFEST).open("a", encoding="utf-8") as file:  # for a run that is killed before its end
+            with (folder / MANIFEST).open("a", encoding="utf-8") as file:  # in case the run is killed before its end
                 file.write(f"{json.dumps(results[number])}\n")
             if "error" in row:
                 errors.append((number, row["error"]))
@@ -162,7 +162,7 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
 
 
 def _check_same(folder: Path, rows: list[Row]) -> None:
-    """Note what is asked for; refuse a folder whose clips were asked for otherwise. Longer lists go on."""
+    """Save the arguments of the clips; refuse a folder whose clips have other arguments. A longer list continues it."""
     lines = [json.dumps(row, sort_keys=True, default=str) for row in rows]
     path = folder / PROMPTS
     known = path.read_text(encoding="utf-8").splitlines() if is_file(path) else []
@@ -184,7 +184,7 @@ def _lines(path: Path) -> list[Row]:
 
 
 def _make(clips: Clips, task: Row) -> Any:
-    """The output of one task; raises what the call does."""
+    """The output of one task; raises the errors of the call."""
     from .requests import FIELDS
 
     call = dict(task["call"])
@@ -223,7 +223,7 @@ def _failed(task: Row, error: Exception) -> Row:
 
 
 def _here(tasks: list[Row], settings: Settings) -> Iterator[Row]:
-    """One clip after the other; the file of one is written beside the next clip."""
+    """Make one clip after the other; the file of one is written while the next clip is made."""
     from .clips import Clips
 
     if not tasks:
@@ -246,7 +246,7 @@ def _here(tasks: list[Row], settings: Settings) -> Iterator[Row]:
 
 
 class _Actor:
-    """A worker of Ray Data. What it returns is text: columns of a table have one type."""
+    """A worker of Ray Data. It returns JSON text, because a column of a table has one type."""
 
     def __init__(self, worker: dict[str, Any]) -> None:
         from .clips import Clips
@@ -255,7 +255,7 @@ class _Actor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         task = json.loads(row["task"])
-        if Path(task["path"]).is_file():  # of an actor that died after it had written it
+        if Path(task["path"]).is_file():  # written by an actor that died afterwards
             return {"result": json.dumps({"number": task["number"], "file": Path(task["path"]).name})}
         try:
             result = _save(_make(self.clips, task), task, self.clips.encoding)
@@ -265,7 +265,7 @@ class _Actor:
 
 
 def _on_ray(tasks: list[Row], settings: Settings) -> Iterator[Row]:
-    """The folder must be one that every machine of the cluster sees."""
+    """Make the clips on a Ray cluster, every machine of which must have access to the folder."""
     if not tasks:
         return
     assert settings.ray is not None
@@ -286,12 +286,12 @@ def _on_ray(tasks: list[Row], settings: Settings) -> Iterator[Row]:
         items = ray_data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
         worker = settings.worker
 
-        class Actor(_Actor):  # the arguments travel with the class: an actor that starts again has them
+        class Actor(_Actor):  # the class carries the arguments, so that a restarted actor has them
             def __init__(self) -> None:
                 super().__init__(worker)
 
         made = items.map(
-            Actor,  # started again, as often as it dies, and its task with it: Ray Data's own default
+            Actor,  # restarted with its task as often as it dies, which is Ray Data's default
             compute=ray_data.ActorPoolStrategy(min_size=least, max_size=most),
             num_cpus=1,
             num_gpus=gpus,

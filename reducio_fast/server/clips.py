@@ -1,4 +1,4 @@
-"""The worker: a loaded model that makes clips, told as events. It lives in the server's process or in a Ray replica."""
+"""The worker: a loaded model that makes clips and yields events. It runs in the server's process or a Ray replica."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ class Stopped(Exception):
 
 
 class Clips:
-    """Makes one clip at a time, and writes the file of the last one beside it.
+    """Makes one clip at a time, and writes the file of the previous one meanwhile.
 
-    model, dtype, device, backend, compile: as in `generate`. encoding: a word of `media.ffmpeg`. warm: make a clip of
-    two steps at once, so that the first caller does not wait for compilers. threads: of torch on a CPU, whose number
-    changes the bytes; None keeps torch's own. Loading happens in the constructor and may take minutes.
+    model, dtype, device, backend, compile: as in `generate`. encoding: an option of `media.ffmpeg`. warm: make a clip
+    of two steps at once, so that the first caller does not wait for compilers. threads: the number of torch's threads
+    on a CPU, which changes the bytes; None keeps torch's default. The constructor loads the model, which may take
+    minutes.
     """
 
     def __init__(
@@ -61,15 +62,15 @@ class Clips:
 
         if threads is not None:
             torch.set_num_threads(threads)
-        found, where = registry.find(model), devices.resolve_device(device)
-        free = dtype is None and bool(found.load_arguments)
-        kwargs = {"compile": compile} if "compile" in found.load_arguments else {}
-        resolved = None if free else devices.resolve_dtype(dtype, None, where)
-        self.pipe = found.load(resolved, where, backend, **kwargs)
-        self.defaults, self.encoding, self.where = found.call_defaults, encoding, where
+        entry, where = registry.find(model), devices.resolve_device(device)
+        loader_chooses = dtype is None and bool(entry.load_arguments)
+        kwargs = {"compile": compile} if "compile" in entry.load_arguments else {}
+        resolved = None if loader_chooses else devices.resolve_dtype(dtype, None, where)
+        self.pipe = entry.load(resolved, where, backend, **kwargs)
+        self.defaults, self.encoding, self.where = entry.call_defaults, encoding, where
         self._rescue = tempfile.TemporaryDirectory(prefix="reducio-serve-")
         self.pipe.rescue_folder = Path(self._rescue.name)
-        # The clip runs in a thread, so that the event loop can answer, and hear a cancel, meanwhile.
+        # The clip is made in a thread, so that the event loop can answer requests and cancel clips meanwhile.
         self._maker = ThreadPoolExecutor(1, "clip")
         self._writers = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), "encode")
         self._turn: asyncio.Lock | None = None
@@ -77,23 +78,23 @@ class Clips:
             self.pipe.warmup(progress=False)
 
     async def make(self, request: dict[str, Any], given: Mapping[str, bytes]) -> AsyncIterator[Event]:
-        """Make the clip of `request["call"]` and tell of it. given: the caller's files by suffix.
+        """Make the clip of `request["call"]` and yield its events. given: the caller's files by suffix.
 
-        Events: {"stage", "step", "percent"} as the clip goes on, the first one when it begins, with a "preview" (WebP)
-        in the steps that ask for one; then one of {"files": bytes by suffix, "result": {...}} or {"error": {"code",
-        "message"}}, with "latents", a file for `reducio-fast decode`, where a decode ran out of memory. Closing the
+        Events: {"stage", "step", "percent"} while the clip is made, the first one when it begins, with a "preview"
+        (WebP) in the steps that show one; then one of {"files": bytes by suffix, "result": {...}} or {"error": {"code",
+        "message"}}, with "latents", a file for `reducio-fast decode`, if the decode ran out of memory. Closing the
         generator, or cancelling its task, ends the clip at its next step or tile; when that returns the clip has
         stopped.
         """
         loop, events, stop = asyncio.get_running_loop(), asyncio.Queue[Event | None](), threading.Event()
         self._turn = self._turn or asyncio.Lock()
 
-        def tell(event: Event | None) -> None:
+        def emit(event: Event | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         latents: list[bytes] = []
         async with self._turn:
-            work = loop.run_in_executor(self._maker, self._clip, request, given, stop, tell, latents)
+            work = loop.run_in_executor(self._maker, self._clip, request, given, stop, emit, latents)
             work.add_done_callback(lambda done: events.put_nowait(None))
             try:
                 while (event := await events.get()) is not None:
@@ -102,14 +103,14 @@ class Clips:
                 stop.set()
                 await _settled(work)
         if (failure := work.exception()) is not None:
-            yield {"error": self._told(failure)} | ({"latents": latents[-1]} if latents else {})
+            yield {"error": self._client_error(failure)} | ({"latents": latents[-1]} if latents else {})
             return
         output, peak, seconds = work.result()
         yield {"stage": "video.write", "step": 0, "percent": ENCODING}
         try:
             files, result = await loop.run_in_executor(self._writers, self._encode, output, request.get("interpolate"))
         except Exception as error:
-            yield {"error": self._told(error)}
+            yield {"error": self._client_error(error)}
             return
         yield {"files": files, "result": result | {"peak_bytes": peak, "seconds_of_clip": round(seconds, 4)}}
 
@@ -118,10 +119,10 @@ class Clips:
         request: dict[str, Any],
         given: Mapping[str, bytes],
         stop: threading.Event,
-        tell: Callable[[Event], None],
+        emit: Callable[[Event], None],
         latents: list[bytes],
     ) -> tuple[Any, int, float]:
-        """The clip, its peak memory and its seconds. latents: where those go that could not be decoded."""
+        """The clip, its peak memory in bytes and its seconds. latents: receives those that could not be decoded."""
         from .requests import motion_file, open_picture
 
         start = time.perf_counter()
@@ -131,45 +132,45 @@ class Clips:
         def listen(stage: str, step: int) -> None:
             if stop.is_set():
                 raise Stopped
-            tell({"stage": stage, "step": step, "percent": percent(stage, step)})
+            emit({"stage": stage, "step": step, "percent": percent(stage, step)})
 
-        tell({"stage": "", "step": 0, "percent": 0})
-        more: dict[str, Any] = {"image": open_picture(given[PICTURE])} if PICTURE in given else {}
-        own = hasattr(self.pipe, "listener")
+        emit({"stage": "", "step": 0, "percent": 0})
+        extra: dict[str, Any] = {"image": open_picture(given[PICTURE])} if PICTURE in given else {}
+        has_listener = hasattr(self.pipe, "listener")
 
         def show(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if (frames := tensors.get("frames")) is not None:
-                told = {"stage": "dit.step", "step": step + 1, "percent": percent("dit.step", step + 1)}
-                tell(told | {"preview": _strip(frames)})
+                event = {"stage": "dit.step", "step": step + 1, "percent": percent("dit.step", step + 1)}
+                emit(event | {"preview": _strip(frames)})
             return {}
 
-        if own:
+        if has_listener:
             self.pipe.listener = listen
             if "preview_every" in call:
-                more["callback_on_step_end"] = show
-        else:  # a peer, which tells of its denoising steps alone
+                extra["callback_on_step_end"] = show
+        else:  # a peer, which reports only its denoising steps
 
             def after_step(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
                 listen("dit.step", step + 1)
                 return {}
 
-            more["callback_on_step_end"] = after_step
+            extra["callback_on_step_end"] = after_step
         try:
             if MOTION in given:
                 with motion_file(given[MOTION]) as path:
-                    more["motion_latents"] = self.pipe.encode_motion(path, call["height"], call["width"])
-            output = self.pipe(**call, **more, progress=False)
+                    extra["motion_latents"] = self.pipe.encode_motion(path, call["height"], call["width"])
+            output = self.pipe(**call, **extra, progress=False)
         finally:
-            if own:
+            if has_listener:
                 self.pipe.listener = None
-            for left in Path(self._rescue.name).iterdir():  # of a decode without memory
-                latents.append(left.read_bytes())
-                left.unlink(missing_ok=True)
+            for file in Path(self._rescue.name).iterdir():  # of a decode that ran out of memory
+                latents.append(file.read_bytes())
+                file.unlink(missing_ok=True)
             _give_back_memory()
         return output, self._peak_bytes(), time.perf_counter() - start
 
     def _encode(self, output: Any, factor: int | None) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """The files of a clip by suffix, and what is told of it. factor: of the frame rate, 2 or 4."""
+        """The files of a clip by suffix, and the result for the client. factor: multiplies the frame rate, 2 or 4."""
         import numpy as np
         from PIL import Image
 
@@ -199,8 +200,8 @@ class Clips:
         }
         return files, result
 
-    def _told(self, error: BaseException) -> dict[str, str]:
-        """What the client is told of an exception; the log has the rest."""
+    def _client_error(self, error: BaseException) -> dict[str, str]:
+        """The client's error for an exception; the log has the rest."""
         if isinstance(error, Stopped):
             return {"code": "stopped", "message": "the clip was stopped"}
         cause = error.__cause__ if isinstance(error, ReducioError) else error
@@ -220,7 +221,7 @@ class Clips:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def describe(self) -> dict[str, Any]:
-        """What runs the clips: device, threads and, of our own families, why each network runs as it does."""
+        """The device, the threads and, for our own families, why each network runs as it does."""
         import torch
 
         report = dict(getattr(self.pipe, "report", {}))
@@ -234,8 +235,8 @@ class _Progress:
         self.pipe, self.parts, self.reached = pipe, 0, 0
         self.steps = call.get("num_inference_steps") or defaults.get("num_inference_steps") or 1  # of a peer
         self.videos = call.get("num_videos_per_prompt", 1)
-        # How many steps the first stage takes is its own choice; PixArt's default is 20.
-        self.drawing = (call.get("content_kwargs") or {}).get("num_inference_steps", 20)
+        # The first stage chooses its number of steps itself; PixArt's default is 20.
+        self.content_steps = (call.get("content_kwargs") or {}).get("num_inference_steps", 20)
 
     def __call__(self, stage: str, step: int) -> int:
         request = getattr(getattr(self.pipe, "call", None), "request", None)
@@ -245,7 +246,7 @@ class _Progress:
         begin, end = SPANS.get(stage, (DECODING, DECODING))
         share = 0.0
         if stage == "content.generate":
-            share = step / self.drawing
+            share = step / self.content_steps
         elif stage == "dit.step":
             done = min(1.0, step / (getattr(request, "num_inference_steps", None) or self.steps))
             share = (max(0, self.parts - 1) + done) / clips
@@ -264,7 +265,7 @@ async def _settled(work: asyncio.Future[Any]) -> None:
         except asyncio.CancelledError:
             cancelled = True
     if not work.cancelled():
-        work.exception()  # looked at: asyncio complains of exceptions that nothing asks for
+        work.exception()  # retrieved, because asyncio logs exceptions that nothing retrieves
     if cancelled:
         raise asyncio.CancelledError
 
@@ -300,8 +301,8 @@ def _sheet(pictures: list[Any]) -> Any:
 
 
 def _give_back_memory() -> None:
-    """glibc keeps what clips of mixed sizes fragment: 0.77 GB after fifty sizes of the default model on a CPU, all of
-    which this returns to the system."""
+    """Return free memory to the system. glibc keeps what clips of mixed sizes fragment: 0.77 GB after fifty sizes of
+    the default model on a CPU, all of which this returns."""
     if sys.platform == "linux":
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,6 +1,6 @@
 """`reducio-fast demo`: a page in the browser that makes clips, the fast path beside the reference.
 
-`make_clips` is all that happens on a click, and knows nothing of the page; `page` is the page, and the only place that
+`make_clips` does all the work of a click, independently of the page; `page` builds the page, and is the only place that
 imports gradio.
 """
 
@@ -13,7 +13,7 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,13 @@ def make_clips(
     interpolate: int = 1,
     **kwargs: Any,
 ) -> Iterator[Clip]:
-    """The clip of the fast path and, with `both`, that of the reference for the same seed, as they become ready; of
-    several seeds (`num_videos_per_prompt`) one clip that shows them side by side.
+    """Yield the clip of the fast path and, with `both`, that of the reference for the same seed, as they become ready.
+    Several seeds (`num_videos_per_prompt`) give one clip that shows them side by side.
 
     They are written to `folder` as .mp4, with `interpolate` (1, 2 or 4) times their rate. `kwargs` are those of
-    `generate` (model, dtype, device, height, ...). Setting `stop` raises Cancelled at the end of the step that is
-    running; the models stay loaded. `preview(picture)` is given a film strip, uint8 [H, 4 W, 3], of the fast path's
-    clip as it stands, every fifth of its steps. `steps` and `guidance_scale` default to those of the model. Raises
-    ReducioError.
+    `generate` (model, dtype, device, height, ...). Setting `stop` raises Cancelled at the end of the running step; the
+    models stay loaded. `preview(picture)` gets a film strip, uint8 [H, 4 W, 3], of the fast path's unfinished clip
+    every `steps // 5` steps. `steps` and `guidance_scale` default to those of the model. Raises ReducioError.
     """
     defaults = registry.call_defaults(kwargs.get("model"))
     steps = defaults["num_inference_steps"] if steps is None else steps
@@ -102,12 +101,12 @@ def make_clips(
             if preview is not None and (frames := tensors.get("frames")) is not None:
                 preview(film_strip(frames))
 
-        looks: dict[str, Any] = {"preview_every": max(1, steps // 5)} if preview is not None and number == 0 else {}
+        previews: dict[str, Any] = {"preview_every": max(1, steps // 5)} if preview is not None and number == 0 else {}
 
         report(0)
         out = generate(
             prompt, image, backend=backend, seed=seed, num_inference_steps=steps, guidance_scale=guidance_scale,
-            callback_on_step_end=step_end, progress=False, **looks, **kwargs,
+            callback_on_step_end=step_end, progress=False, **previews, **kwargs,
         )  # fmt: skip
         if out.is_list:
             out = out.as_grid()
@@ -118,19 +117,19 @@ def make_clips(
         yield Clip(label, path, out)
 
 
-def events_of(prompt: str, image: Any, previews: bool, **words: Any) -> Iterator[tuple[str, Any]]:
-    """What happens while `make_clips` is at work in a thread of its own: ("progress", (share, what)), ("preview",
-    picture) and ("clip", clip), in their order. A page can show the first two only between two events of its own."""
+def events_of(prompt: str, image: Any, previews: bool, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+    """Run `make_clips` in a thread and yield its events in their order: ("progress", (share, what)), ("preview",
+    picture) and ("clip", clip). A page can show the first two only between two events of its own."""
     events: queue.Queue[tuple[str, Any]] = queue.Queue()
-    words["progress"] = lambda share, what: events.put(("progress", (share, what)))
-    words["preview"] = (lambda picture: events.put(("preview", picture))) if previews else None
+    kwargs["progress"] = lambda share, what: events.put(("progress", (share, what)))
+    kwargs["preview"] = (lambda picture: events.put(("preview", picture))) if previews else None
 
     def work() -> None:
         try:
-            for clip in make_clips(prompt, image, **words):
+            for clip in make_clips(prompt, image, **kwargs):
                 events.put(("clip", clip))
             events.put(("end", None))
-        except BaseException as error:  # raised again in the thread that asked
+        except BaseException as error:  # raised again in the calling thread
             events.put(("error", error))
 
     thread = threading.Thread(target=work, daemon=True)
@@ -143,7 +142,7 @@ def events_of(prompt: str, image: Any, previews: bool, **words: Any) -> Iterator
 
 
 def motion_of(clip: str, kwargs: dict[str, Any]) -> Any:
-    """Motion latents of a clip on disk, by the autoencoder of the model that the page shows."""
+    """Motion latents of a clip on disk, encoded by the autoencoder of the page's model."""
     source = strict_files.embedded_model() if kwargs.get("model") is None else kwargs["model"]
     autoencoder = VideoAutoencoder.load(source, kwargs.get("dtype"), kwargs.get("device"))
     settings, config = autoencoder.settings, autoencoder.config
@@ -160,7 +159,7 @@ def serve(
 ) -> tuple[str, Callable[[], None]]:
     """Start the page; returns its address and a function that waits until it is stopped.
 
-    Raises ReducioError without gradio, for a model that is not there, and for a port that cannot be had.
+    Raises ReducioError if gradio is not installed, if there is no such model, or if the port cannot be bound.
     """
     if model is not None:
         hub.find_model(model)
@@ -175,20 +174,37 @@ def serve(
     return url, app.block_thread
 
 
+def call_options(
+    defaults: Mapping[str, Any], frames: int, videos: int, loop: bool, strength: float, keep: bool, negative: str
+) -> dict[str, Any]:
+    """The controls' values as arguments of the model's call: those that it takes and that the page shows.
+
+    `defaults` are the call's (`registry.call_defaults`). SVD's clips keep their own number of frames.
+    """
+    options: dict[str, Any] = {}
+    if "loop" in defaults:
+        options |= {"num_videos_per_prompt": videos, "loop": loop}
+    if "motion_strength" in defaults:
+        options |= {"num_frames": frames, "motion_strength": strength, "keep_content": keep}
+    if "loop" in defaults or negative:
+        options |= {"negative_prompt": negative or None}
+    return options
+
+
 def page(kwargs: dict[str, Any]) -> Any:
     """The page, a `gradio.Blocks` that is not yet served. `kwargs` go to `generate` with each click."""
     defaults = registry.call_defaults(kwargs.get("model"))
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it at its import; nothing leaves here
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it at import; no usage data is sent
     try:
         import gradio as gr
     except ImportError as error:
         raise ReducioError("demo: gradio is not installed; pip install 'reducio-fast[demo]'") from error
 
-    # Words of our own models; a peer's call has others. SVD's clips have a length of their own, and read no text.
-    steered, own = "loop" in defaults, "motion_strength" in defaults
-    stops: dict[str | None, threading.Event] = {}  # by browser session: Cancel stops one's own clip only
-    scratch = tempfile.TemporaryDirectory(prefix="reducio-demo-")  # goes with the page, and with the process
-    folders: dict[str | None, Path] = {}  # by browser session: of its last clips, which its next click replaces
+    # Our own models have these arguments, a peer's call has others. SVD's clips have their own length and read no text.
+    steered, is_reducio = "loop" in defaults, "motion_strength" in defaults
+    stops: dict[str | None, threading.Event] = {}  # by browser session, so that Cancel stops only the session's clip
+    scratch = tempfile.TemporaryDirectory(prefix="reducio-demo-")  # deleted with the page, and with the process
+    folders: dict[str | None, Path] = {}  # by browser session: its last clips, which its next click replaces
 
     def run(
         prompt: str,
@@ -213,30 +229,24 @@ def page(kwargs: dict[str, Any]) -> Any:
         shutil.rmtree(folders.pop(session, Path(scratch.name) / "none"), ignore_errors=True)
         folder = folders[session] = Path(tempfile.mkdtemp(dir=scratch.name))
         clips: list[Clip] = []
-        words: dict[str, Any] = (
-            {"num_frames": int(frames), "num_videos_per_prompt": int(videos), "loop": loop} if steered else {}
-        )
-        if own:
-            words |= {"motion_strength": strength, "keep_content": keep}
-        if steered or negative:
-            words |= {"negative_prompt": negative or None}
+        options = call_options(defaults, int(frames), int(videos), loop, strength, keep, negative)
         try:
-            if own and motion is not None:
-                words["motion_latents"] = motion_of(motion, kwargs)
-            given: dict[str, Any] = {
+            if is_reducio and motion is not None:
+                options["motion_latents"] = motion_of(motion, kwargs)
+            arguments: dict[str, Any] = {
                 "both": both,
                 "seed": int(seed or 0),
                 "steps": None if steps is None else int(steps),
             }
-            given |= {"guidance_scale": guidance, "folder": folder, "stop": stop, "interpolate": int(rate)}
-            given |= words | kwargs
-            for kind, news in events_of(prompt, image, previews=steered, **given):
+            arguments |= {"guidance_scale": guidance, "folder": folder, "stop": stop, "interpolate": int(rate)}
+            arguments |= options | kwargs
+            for kind, payload in events_of(prompt, image, previews=steered, **arguments):
                 if kind == "progress":
-                    bar(news[0], desc=news[1])
+                    bar(payload[0], desc=payload[1])
                 elif kind == "preview":
-                    yield (*show(clips, "The clip as it stands."), news)
+                    yield (*show(clips, "The clip as it stands."), payload)
                 else:
-                    clips.append(news)
+                    clips.append(payload)
                     yield (*show(clips, "Waiting for the reference." if both and len(clips) == 1 else ""), None)
         except Cancelled:
             return
@@ -247,8 +257,8 @@ def page(kwargs: dict[str, Any]) -> Any:
         fast, reference = (clips + [None, None])[:2]
         if len(clips) == 2:
             a, b = (sum(clip.out.timings.values()) for clip in clips)
-            likeness = psnr(clips[0].out.frames, clips[1].out.frames)
-            frames = f"frames {likeness:.1f} dB alike" if math.isfinite(likeness) else "frames equal byte for byte"
+            decibels = psnr(clips[0].out.frames, clips[1].out.frames)
+            frames = f"frames {decibels:.1f} dB alike" if math.isfinite(decibels) else "frames equal byte for byte"
             status = f"Same seed: {clips[0].label} {a:.2f} s, reference {b:.2f} s; {frames}."
         elif len(clips) == 1 and not status:
             status = f"{clips[0].label}: {sum(clips[0].out.timings.values()):.2f} s."
@@ -257,10 +267,10 @@ def page(kwargs: dict[str, Any]) -> Any:
 
     def cancel(request: Any) -> str:
         if (stop := stops.get(request.session_hash)) is not None:
-            stop.set()  # ends the work at the end of its step; `cancels` below ends the waiting for it
+            stop.set()  # ends the work at the end of its step; `cancels` below ends the wait for it
         return "Cancelled."
 
-    # gradio finds the argument for the session by its type, which it cannot look up by name in here.
+    # gradio finds the argument for the session by its type, which it cannot look up by name inside this function.
     for function in (run, cancel):
         function.__annotations__["request"] = gr.Request
 
@@ -269,7 +279,7 @@ def page(kwargs: dict[str, Any]) -> Any:
         shutil.rmtree(folders.pop(request.session_hash, Path(scratch.name) / "none"), ignore_errors=True)
 
     leave.__annotations__["request"] = gr.Request
-    # gradio copies what it shows into a cache of its own; seconds between two looks, and age after which a file goes.
+    # gradio copies shown files into its own cache; delete_cache: seconds between two checks, and age of deleted files.
     with gr.Blocks(title="reducio-fast", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         app.unload(leave)
         gr.Markdown("# reducio-fast\nText, and an image if you have one, becomes a clip.")
@@ -286,14 +296,14 @@ def page(kwargs: dict[str, Any]) -> Any:
                     end = gr.Button("Cancel", elem_id="cancel")
             with gr.Column():
                 image = gr.Image(label="Content frame (optional)", type="numpy", height=240)
-                motion = gr.Video(label="Take the motion of this clip (optional)", height=160, visible=own)
+                motion = gr.Video(label="Take the motion of this clip (optional)", height=160, visible=is_reducio)
         with gr.Accordion("Longer, steered", open=False, visible=steered):
             negative = gr.Textbox("", label="Negative prompt: what to lead away from", elem_id="negative")
-            strength = gr.Slider(0, 2, 1, step=0.25, label="Motion: 0 still, 1 as generated", visible=own)
-            frames = gr.Slider(16, 64, 16, step=8, label="Frames", visible=own)
+            strength = gr.Slider(0, 2, 1, step=0.25, label="Motion: 0 still, 1 as generated", visible=is_reducio)
+            frames = gr.Slider(16, 64, 16, step=8, label="Frames", visible=is_reducio)
             videos = gr.Slider(1, 9, 1, step=1, label="Seeds, side by side")
             loop = gr.Checkbox(False, label="Loop: there and back")
-            keep = gr.Checkbox(False, label="Keep the content frame where nothing moves", visible=own)
+            keep = gr.Checkbox(False, label="Keep the content frame where nothing moves", visible=is_reducio)
             rate = gr.Radio([1, 2, 4], value=1, label="Frame rate: frames in between by interpolation")
         status = gr.Textbox(label="Status", interactive=False, elem_id="status")
         strip = gr.Image(label="Preview: four frames of the clip as it stands", interactive=False, visible=steered)
@@ -304,8 +314,8 @@ def page(kwargs: dict[str, Any]) -> Any:
                     outputs.append(gr.Video(label=title, autoplay=True, loop=True, elem_id=name))
                     outputs.append(gr.Dataframe(headers=["stage", "seconds"], label="Seconds", interactive=False))
         outputs.append(strip)
-        given = [prompt, image, seed, steps, guidance, both, negative, strength, frames, videos, loop]
-        given += [keep, rate, motion]
-        work = start.click(run, given, outputs, concurrency_limit=1, show_progress_on=status)
+        inputs = [prompt, image, seed, steps, guidance, both, negative, strength, frames, videos, loop]
+        inputs += [keep, rate, motion]
+        work = start.click(run, inputs, outputs, concurrency_limit=1, show_progress_on=status)
         end.click(cancel, None, status, cancels=[work], queue=False)
     return app

@@ -1,4 +1,4 @@
-"""Takes jobs from the queue in order, has workers make them, keeps their files: owns every change of a job's state."""
+"""Takes jobs from the queue in order, gives them to workers and keeps their files. Makes all changes of their state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WorkerLost(Exception):
 
 
 class Home(Protocol):
-    """Where workers live: `serve.LocalHome` or `on_ray.RayHome`. `slots`: jobs that are handed out at once."""
+    """A place where workers run: `serve.LocalHome` or `on_ray.RayHome`. `slots`: jobs that are handed out at once."""
 
     slots: int
 
@@ -48,14 +48,14 @@ class _Work:
     job: Job
     task: asyncio.Task[None] | None = None
     begun: bool = False
-    keeps_files: bool = False  # past the point where the work could be stopped
-    ended_because: str = ""  # "deleted", "timeout" or "drained", where the dispatcher ends it
+    keeps_files: bool = False  # the files of the clip are being written; the work can no longer be stopped
+    ended_because: str = ""  # "deleted", "timeout" or "drained", if the dispatcher ends it
     event: Event = field(default_factory=lambda: {"stage": "", "step": 0, "percent": 0})
     timer: asyncio.TimerHandle | None = None
 
 
 class Dispatcher:
-    """Runs in the event loop of the server. `changed(id)` and `follow(id)` tell of a job, `delete` ends one."""
+    """Runs in the event loop of the server. `progress(id)` and `watch(id)` report on a job, `delete(id)` ends it."""
 
     def __init__(self, store: Store, files: JobFiles, limits: Limits, metrics: Metrics) -> None:
         self.store, self.files, self.limits, self.metrics = store, files, limits, metrics
@@ -67,7 +67,7 @@ class Dispatcher:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Take up what the last process left, then begin."""
+        """Recover the jobs that the last process left, then begin."""
         for job in self.store.recover():
             LOG.warning("%s: was in work when the server ended; now %s", job.id, job.status)
         self.files.sweep(self.store.ids())
@@ -120,7 +120,7 @@ class Dispatcher:
         except _Failed as error:
             size = 0
             if error.latents is not None:
-                with contextlib.suppress(OSError):  # a full disk: the job fails for its first reason
+                with contextlib.suppress(OSError):  # on a full disk the job keeps its first error
                     size = await asyncio.to_thread(self.files.write, job.id, {LATENTS: error.latents})
             self.store.fail(job.id, error.code, error.message, size)
             status = FAILED
@@ -141,11 +141,11 @@ class Dispatcher:
             if status in (COMPLETED, FAILED):
                 self.metrics.jobs.labels(status).inc()
                 self._log(job.id, status)
-            self._tell(job.id)
+            self._notify(job.id)
             self.wake()
 
     async def _follow_events(self, work: _Work) -> Event:
-        """The last event of a job: its files."""
+        """Follow the events of a job; returns the last one, which has its files."""
         job = work.job
         assert self.home is not None
         given = {}
@@ -161,14 +161,14 @@ class Dispatcher:
                     raise _Failed(event["error"]["code"], event["error"]["message"], event.get("latents"))
                 if "files" in event:
                     return event
-                if "preview" in event:  # for those who watch now; nothing keeps it
-                    self._tell(job.id, event)
+                if "preview" in event:  # only for clients that watch now; it is not stored
+                    self._notify(job.id, event)
                     continue
-                # Monotone, whatever a worker says: a client's bar does not go back.
+                # Kept monotone, so that a client's progress bar does not go back.
                 work.event = event | {"percent": max(event["percent"], work.event["percent"])}
                 if event["percent"] >= ENCODING and work.timer is not None:
                     work.timer.cancel()
-                self._tell(job.id, work.event)
+                self._notify(job.id, work.event)
         raise WorkerLost("its events ended without a clip")
 
     def _begin(self, work: _Work) -> None:
@@ -190,7 +190,7 @@ class Dispatcher:
         self.metrics.peak.set(result.get("peak_bytes", 0))
 
     def _log(self, id: str, status: str) -> None:
-        """One line of JSON a job, without its prompt."""
+        """Log one line of JSON per job, without its prompt."""
         if (job := self.store.get(id)) is not None:
             line = {"job": id, "owner": job.owner, "status": status, "attempts": job.attempts, "error": job.error_code}
             line |= {"wait_s": round((job.started_at or job.created_at) - job.created_at, 3)}
@@ -199,7 +199,7 @@ class Dispatcher:
                 line["traceparent"] = job.request["traceparent"]
             LOG.info("%s", json.dumps(line))
 
-    # ---- what others ask ----
+    # ---- for the routes ----
 
     def progress(self, id: str) -> Event:
         """How far a job in work is."""
@@ -214,12 +214,12 @@ class Dispatcher:
             await asyncio.wait([work.task])
         self.store.delete(id)  # first: a crash in between leaves files without a job, which the next start sweeps
         await asyncio.to_thread(self.files.remove, id)
-        self._tell(id)
+        self._notify(id)
         self._count()
 
     @contextlib.contextmanager
     def watch(self, id: str) -> Iterator[asyncio.Queue[Event | None]]:
-        """A queue that gets each event of the job, and None for another change."""
+        """A queue that gets each event of the job, and None for any other change."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._watchers.setdefault(id, set()).add(queue)
         try:
@@ -229,7 +229,7 @@ class Dispatcher:
             if not self._watchers[id]:
                 del self._watchers[id]
 
-    def _tell(self, id: str, event: Event | None = None) -> None:
+    def _notify(self, id: str, event: Event | None = None) -> None:
         for queue in self._watchers.get(id, ()):
             queue.put_nowait(event)
 
@@ -243,10 +243,10 @@ class Dispatcher:
             await asyncio.sleep(min(SWEEP_SECONDS, max(0.2, self.limits.keep_seconds / 4)))
 
     def stop(self) -> None:
-        """Begin no further job; those who wait for one are let go."""
+        """Begin no further job, and release the clients that wait for one."""
         self.stopping.set()
         for id in list(self._watchers):
-            self._tell(id)
+            self._notify(id)
 
     async def drain(self, grace: float) -> None:
         """Give jobs in work `grace` seconds, then end them at their next step and put them back into the queue."""

@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: one shape of body, one line of text, no path of the server."""
+"""Errors for clients: one shape of body, one line of text, no path of the server."""
 
 from __future__ import annotations
 

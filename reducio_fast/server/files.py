@@ -1,4 +1,4 @@
-"""The folder of a server: the file of jobs, and of each job its picture and its clip, named by its id."""
+"""The folder of a server: the file of jobs, and the picture and the clip of each job, named by its id."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..system.paths import check_output_folder, expanded
 from .jobs import COMPLETED, FAILED
 
 JOBS, LOCK = "jobs.sqlite3", "lock"
-# What a finished job has, by the end of its name: the clip, its content frame, two small pictures.
+# Suffixes of the files of a finished job: the clip, its content frame, two small pictures.
 CLIP, CONTENT, THUMBNAIL, SPRITESHEET = ".mp4", ".content.png", ".thumbnail.webp", ".spritesheet.jpg"
 LATENTS = ".latents.safetensors"  # of a failed job: what was sampled before the decode ran out of memory
 # As the caller sent them: the content frame, and a clip whose motion is wanted.
@@ -21,8 +21,8 @@ PICTURE, MOTION = ".picture", ".motion"
 
 
 class JobFiles:
-    """`folder`/files holds `ID.SUFFIX`. One process at a time has the folder. Raises ReducioError where another one
-    has it, or it cannot be written."""
+    """`folder`/files holds `ID.SUFFIX`. One process at a time may use the folder. Raises ReducioError if another
+    process uses it or it cannot be written."""
 
     def __init__(self, folder: str | Path) -> None:
         self.root = expanded(folder, "data")
@@ -61,7 +61,7 @@ class JobFiles:
         return path.read_bytes() if path.is_file() else None
 
     def remove(self, id: str, *suffixes: str) -> None:
-        """Remove the files of a job, all of them where no suffix is named."""
+        """Remove the files of a job, all of them if no suffix is given."""
         for path in self.folder.glob(f"{id}.*"):
             if not suffixes or path.name.removeprefix(id) in suffixes:
                 path.unlink(missing_ok=True)

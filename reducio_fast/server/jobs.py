@@ -1,7 +1,7 @@
-"""Jobs in one SQLite file: what was asked for, who asked, what became of it.
+"""Jobs in one SQLite file: the request, its owner and its outcome.
 
 Every method is one transaction, so a process that is killed between any two statements leaves each job in one state. A
-job is `queued` until a worker begins it; which queued jobs a worker has already been given is `claimed`.
+job is `queued` until a worker begins it; `claimed` says whether it has been given to a worker.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One row. `request` is what `requests.Asked` keeps, `result` what a worker says of a finished clip. Times are
-    seconds since 1970, `bytes` those of the files that the job has."""
+    """One row. `request` is `requests.Asked.row()`, `result` the worker's result of a finished clip. Times are seconds
+    since 1970, `bytes` is the size of the files that the job has."""
 
     number: int
     id: str
@@ -72,7 +72,7 @@ class Job:
 
 
 class QueueFull(Exception):
-    """No room for another job. `of_owner`: whether it is the owner's own share that is used up."""
+    """The queue has no room for another job. `of_owner`: whether the owner's own limit is reached."""
 
     def __init__(self, of_owner: bool, limit: int) -> None:
         super().__init__(f"{limit} jobs are open" + (" for this key" if of_owner else ""))
@@ -92,7 +92,7 @@ class Store:
 
     def __init__(self, path: str | Path) -> None:
         self._lock = threading.RLock()
-        # Each commit reaches the disk before the answer does: an accepted job survives a power cut too.
+        # Each commit is on disk before the answer is sent, so an accepted job survives a power cut too.
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
@@ -128,10 +128,11 @@ class Store:
         limit_of_owner: int | None = None,
         size: int = 0,
     ) -> tuple[Job, bool]:
-        """A new job at the end of the queue, and True; or the one that this owner's `key` made before, and False.
+        """Add a job at the end of the queue; returns it and True, or the job that this owner's `key` made before and
+        False.
 
-        `size`: bytes of the files that it has already. Raises QueueFull where as many are open as the limits allow, and
-        KeyReused where the key came with another request.
+        `size`: bytes of the files that it has already. Raises QueueFull if as many jobs are open as the limits allow,
+        and KeyReused if the key came with another request before.
         """
         text = json.dumps(request, sort_keys=True)
         with self._transaction() as connection:
@@ -151,13 +152,13 @@ class Store:
             return self._rows(f"{_SELECT} WHERE id = ?", id)[0], True
 
     def get(self, id: str, owner: str | None = None) -> Job | None:
-        """None where there is no such job, or it is another owner's. `owner` None: anybody's."""
+        """The job, None if there is none or it belongs to another owner. `owner` None finds the jobs of all owners."""
         rows = self._rows(f"{_SELECT} WHERE id = ? AND (? IS NULL OR owner = ?)", id, owner, owner)
         return rows[0] if rows else None
 
     def page(self, owner: str, after: str | None, limit: int, descending: bool) -> tuple[list[Job], bool]:
-        """At most `limit` jobs of an owner behind the job `after`, in order of their creation, and whether there are
-        more."""
+        """At most `limit` jobs of an owner that follow the job `after`, in order of their creation, and whether there
+        are more."""
         order, compare = ("DESC", "<") if descending else ("ASC", ">")
         behind = "" if after is None else f"AND number {compare} (SELECT number FROM jobs WHERE id = ? AND owner = ?)"
         values = (owner,) if after is None else (owner, after, owner)
@@ -174,7 +175,7 @@ class Store:
         return rows[0] if rows else None
 
     def begin(self, id: str) -> None:
-        """A worker works on this claimed job."""
+        """A worker has begun this claimed job."""
         self._change("status = 'in_progress', started_at = ?", "status = 'queued' AND claimed = 1", id, time.time())
 
     def finish(self, id: str, result: dict[str, Any], size: int) -> None:
@@ -201,8 +202,8 @@ class Store:
         )
 
     def put_back(self, id: str, counts: bool = True) -> str | None:
-        """A claimed job whose worker did not end it: queued again in its place, or failed after MAX_ATTEMPTS that
-        count. `counts` False: this attempt was ended by us. Returns its status, None where it was not claimed."""
+        """Queue a claimed job again in its old place, because its worker did not end it, or fail it after MAX_ATTEMPTS
+        that count. `counts` False: this server ended the attempt. Returns the status, None if it was not claimed."""
         with self._transaction():
             rows = self._rows(f"{_SELECT} WHERE id = ? AND claimed = 1", id)
             if not rows:
@@ -241,7 +242,7 @@ class Store:
         return out
 
     def queued_before(self, job: Job) -> int:
-        """How many jobs that are not begun are made before this one."""
+        """The number of queued jobs that are made before this one."""
         sql = "SELECT count(*) FROM jobs WHERE status = 'queued' AND number < ?"
         with self._lock:
             return int(self._connection.execute(sql, (job.number,)).fetchone()[0])
@@ -280,6 +281,6 @@ def _job(row: tuple[Any, ...]) -> Job:
 
 
 def _comparable(request: dict[str, Any]) -> dict[str, Any]:
-    """Without what the server draws by itself."""
+    """The request without the seed, if the server has drawn it."""
     drawn = ("seed",) if request.get("seed_drawn") else ()
     return {name: value for name, value in request.items() if name not in drawn}

@@ -1,4 +1,4 @@
-"""Keys: who may ask, and whose jobs are whose."""
+"""API keys, which give access to the server and identify the owner of a job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVERYBODY = ""  # the owner of all jobs of a server without keys
 
 
 class Keys:
-    """A file of lines `NAME:SHA256`, the hash in hex of the key that NAME sends. None: no key is asked for.
+    """A file of lines `NAME:SHA256`, the hash in hex of the key that NAME sends. None: no key is required.
 
     Raises ReducioError for a file that cannot be read or holds anything else.
     """
@@ -47,9 +47,9 @@ class Keys:
             return EVERYBODY
         scheme, _, key = (authorization or "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).hexdigest()
-        # Every entry is compared, so that the time of an answer does not say which names exist.
-        found = [name for name, known in self._hashes.items() if hmac.compare_digest(known, digest)]
-        if scheme.lower() != "bearer" or not found:
+        # Every entry is compared, so that the time of an answer does not reveal which names exist.
+        owners = [name for name, known in self._hashes.items() if hmac.compare_digest(known, digest)]
+        if scheme.lower() != "bearer" or not owners:
             raise ApiError(401, "the Authorization header must be 'Bearer KEY' with a key of this server",
                            code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
-        return found[0]
+        return owners[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Metrics:
-    """One registry a server, so that several servers of one process do not share numbers."""
+    """One registry per server, so that several servers of one process do not share numbers."""
 
     def __init__(self) -> None:
         import prometheus_client as prometheus

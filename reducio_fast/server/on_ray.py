@@ -1,4 +1,4 @@
-"""The worker's second home: replicas of Ray Serve on a cluster, one a GPU, as many as the queue asks for."""
+"""Workers as replicas of Ray Serve on a cluster, one per GPU, as many as the queue needs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .dispatcher import WorkerLost
 
 LOG = logging.getLogger("reducio_fast.server")
 APPLICATION = "reducio-fast"
-# A replica that makes a clip may be slow to say how long its queue is; Ray's own 0.1 s fill the log with warnings.
+# A replica that makes a clip may report its queue length late; Ray's default of 0.1 s fills the log with warnings.
 os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "5")
-# Jobs that a replica has at once: one in the making, and one whose file is written.
+# Jobs per replica at once: one whose clip is made, and one whose file is written.
 AT_ONCE = 2
 SHUTDOWN_SECONDS = 20
 
@@ -24,8 +24,8 @@ SHUTDOWN_SECONDS = 20
 class RayHome:
     """Deploys `clips.Clips` and waits until a replica is ready, which may take minutes.
 
-    worker: arguments of `Clips`. replicas: least and most. gpus: of a replica; None is one where the cluster has any.
-    Raises ReducioError without Ray or where no cluster answers.
+    worker: arguments of `Clips`. replicas: smallest and largest number. gpus: per replica; None means one if the
+    cluster has any. Raises ReducioError if Ray is not installed or no cluster answers.
     """
 
     def __init__(self, worker: dict[str, Any], address: str, replicas: tuple[int, int], gpus: float | None) -> None:
@@ -50,17 +50,17 @@ class RayHome:
             },
             graceful_shutdown_timeout_s=SHUTDOWN_SECONDS,
         )(Clips)
-        # No proxy: the jobs' file has one writer, which is the server that has this home.
+        # No proxy: the file of jobs has one writer, the server of this home.
         serve.start(proxy_location="Disabled")
         handle = serve.run(deployment.bind(**worker), name=APPLICATION, route_prefix=None)
         self._handle = handle.options(stream=True)
         self._described = handle.describe.remote().result(timeout_s=60)
-        # A few more than the replicas take: the autoscaler sees what is wanted in what waits at its router.
+        # One more than the replicas take: the autoscaler measures the demand by the requests that wait at its router.
         self.slots = AT_ONCE * most + 1
 
     async def make(self, request: dict[str, Any], given: Mapping[str, bytes]) -> AsyncIterator[Event]:
-        """As `Clips.make`. Raises WorkerLost where the replica died. Closing it cancels the call, whose clip then ends
-        at its next step."""
+        """As `Clips.make`. Raises WorkerLost if the replica died. Closing the generator cancels the call, whose clip
+        then ends at its next step."""
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException, RequestCancelledError
 
@@ -80,7 +80,7 @@ class RayHome:
                 response.cancel()
 
     def describe(self) -> dict[str, Any]:
-        """What a replica runs on."""
+        """`Clips.describe` of a replica."""
         return self._described
 
     def close(self) -> None:

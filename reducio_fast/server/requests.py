@@ -1,4 +1,4 @@
-"""What a client may ask of a clip: fields of a form or of JSON, checked and turned into the arguments of a call."""
+"""Requests of clients: fields of a form or of JSON, checked and turned into the arguments of a call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_DRAWN_SEED = 2**32  # a seed that the server draws stays easy to type
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one server takes. `sizes`: (height, width); None: the model's own and the aspect buckets."""
+    """The limits of one server. `sizes`: (height, width); None: the model's own and the aspect buckets."""
 
     queue: int = 64
     queue_per_key: int = 16
@@ -36,7 +36,7 @@ class Limits:
     prompt_characters: int = 4000
     steps: int = 100
     frames: int = 64
-    videos: int = 9  # of a job, side by side
+    videos: int = 9  # per job, side by side
     sizes: tuple[tuple[int, int], ...] | None = None
     job_seconds: float = 600
     keep_seconds: float = 24 * 3600
@@ -86,14 +86,14 @@ def _numbers(name: str, value: Any) -> list[float]:
     return [_number(name, each) for each in value]
 
 
-def _switch(name: str, value: Any) -> bool:
+def _boolean(name: str, value: Any) -> bool:
     value = _plain(value)
     if not isinstance(value, bool):
         raise ReducioError(f"{name}: must be true or false, is {_brief(value)}")
     return value
 
 
-def _words(name: str, value: Any) -> dict[str, Any]:
+def _object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ReducioError(f"{name}: must be an object, is {_brief(value)}")
     plain = {key: _plain(each) for key, each in value.items()}
@@ -104,7 +104,7 @@ def _words(name: str, value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A form's text as the number or truth value that it spells."""
+    """Convert a form's text to the number or truth value that it spells."""
     if not isinstance(value, str):
         return value
     for spelled, meant in (("true", True), ("false", False)):
@@ -116,7 +116,7 @@ def _plain(value: Any) -> Any:
         return value
 
 
-# Arguments of a call that a client may give, where the family has them. Tensors, callbacks and output types are not.
+# Arguments of a call that a client may give, if the family has them: no tensors, callbacks or output types.
 FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": _text,
     "negative_prompt": _text,
@@ -140,17 +140,17 @@ FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "cache_threshold": _number,
     "direction": _text,
     "overlap": _whole,
-    "match_colours": _switch,
-    "loop": _switch,
+    "match_colours": _boolean,
+    "loop": _boolean,
     "motion_strength": _number,
     "motion_score": _number,
-    "keep_content": _switch,
+    "keep_content": _boolean,
     "preview_every": _whole,
-    "content_kwargs": _words,
+    "content_kwargs": _object,
 }
 WIRE = ("model", "size", "seconds", "input_reference")  # of OpenAI's videos API
-OWN = ("interpolate", "motion_reference")  # what this server does besides the call
-MAX_MOTION_PIXELS = 2**22  # of a frame of `motion_reference`; 16 frames of them are 200 MB
+OWN = ("interpolate", "motion_reference")  # of this server, besides the arguments of the call
+MAX_MOTION_PIXELS = 2**22  # per frame of `motion_reference`; 16 such frames are 200 MB
 
 
 @dataclass(slots=True)
@@ -167,7 +167,7 @@ class Asked:
     more: dict[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """What the file of jobs keeps."""
+        """The request as the file of jobs stores it."""
         import hashlib
 
         return {
@@ -182,8 +182,8 @@ class Asked:
 
 
 class Checker:
-    """Checks requests for one model without its weights: `pipeline` is `registry.Model.checker()`, None for a peer,
-    whose call checks itself when it runs. Safe to call from several threads."""
+    """Checks requests for one model without its weights. `pipeline` is `registry.Model.checker()`, None for a peer,
+    whose call checks its arguments when it runs. Safe to call from several threads."""
 
     def __init__(
         self, name: str, pipeline: Any, defaults: Mapping[str, Any], limits: Limits, fps: float | None
@@ -206,7 +206,7 @@ class Checker:
     def __call__(
         self, fields: Mapping[str, Any], files: Mapping[str, bytes] | None = None, more: dict[str, Any] | None = None
     ) -> Asked:
-        """Raises ApiError 400 with the line that the command line has for it."""
+        """Check a request. Raises ApiError 400 with the same line as the command line."""
         try:
             return self._check(fields, files or {}, more or {})
         except ReducioError as error:
@@ -219,7 +219,7 @@ class Checker:
             raise ReducioError(f"{unknown[0][:60]}: no field of a clip; known are {', '.join(known)}")
         if (model := fields.get("model")) not in (None, "", self.name):
             raise ReducioError(f"model: {_brief(model)} is not served here; {self.name} is")
-        # What is null or empty in a form was not given, but for the prompt.
+        # A field that is null, or empty and not the prompt, was not given.
         call = {n: v for n, v in fields.items() if n in self.fields and v is not None and (v != "" or n == "prompt")}
         call = {name: self.fields[name](name, value) for name, value in call.items()}
         self._check_limits(call)
@@ -233,7 +233,7 @@ class Checker:
             more = more | {"interpolate": check_factor(_whole("interpolate", factor))}
         given: dict[str, Any] = {} if picture is None else {"image": open_picture(picture)}
         if "preview_every" in call:
-            given["callback_on_step_end"] = _no_callback  # stands for the worker's own, which sends the frames
+            given["callback_on_step_end"] = _no_callback  # stands in for the worker's callback, which sends the frames
         if motion is not None and not hasattr(self.pipeline, "encode_motion"):
             raise ReducioError(f"motion_reference: {self.name} takes no motion of another clip")
         if self.pipeline is not None:
@@ -270,7 +270,7 @@ class Checker:
                 raise ReducioError(f"{name}: {call[name]} asked for, {most} are the most")
 
     def _size(self, size: Any, has_picture: bool) -> tuple[int | None, int | None]:
-        """(height, width) of `WIDTHxHEIGHT`, as OpenAI writes it; without one the call's own choice."""
+        """(height, width) of `WIDTHxHEIGHT`, OpenAI's notation; without a size (None, None), or a peer's own size."""
         if size in (None, "", "auto"):
             return (None, None) if self.pipeline is not None else self.own
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size) if isinstance(size, str) else None
@@ -278,7 +278,7 @@ class Checker:
             raise ReducioError(f"size: must be WIDTHxHEIGHT such as {self.own[1]}x{self.own[0]}, is {_brief(size)}")
         height, width = int(match[2]), int(match[1])
         if (height, width) not in self.sizes:
-            if self.pipeline is not None:  # a size that no clip can have gets the line that says why
+            if self.pipeline is not None:  # for a size that no clip can have this raises the error that says why
                 call = {"prompt": "x"} if "prompt" in self.defaults else {}
                 image = {"image": Image.new("RGB", (64, 64), "gray")} if "prompt" not in call or has_picture else {}
                 self.pipeline.check_inputs(**call, **image, height=height, width=width)
@@ -299,8 +299,8 @@ def _served(own: tuple[int, int]) -> tuple[tuple[int, int], ...]:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """A client's picture, decoded once here so that what is wrong with it is told before the job is accepted. Raises
-    ReducioError for bytes that are no picture, and for too many pixels before they take memory."""
+    """Decode a client's picture, so that its errors are reported before the job is accepted. Raises ReducioError for
+    bytes that are no picture, and for too many pixels before they take memory."""
     try:
         image = Image.open(io.BytesIO(data))
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
@@ -314,7 +314,7 @@ def _no_callback(*_: Any) -> None:
 
 
 def check_motion(data: bytes, num_frames: int) -> None:
-    """Raises ReducioError for bytes that are no clip of so many frames, and for frames of too many pixels."""
+    """Raise ReducioError for bytes that are no clip of `num_frames` frames, and for frames of too many pixels."""
     with motion_file(data) as path, contextlib.closing(ffmpeg.frames(path)) as frames:
         count = 0
         try:
@@ -334,7 +334,7 @@ def check_motion(data: bytes, num_frames: int) -> None:
 
 @contextlib.contextmanager
 def motion_file(data: bytes) -> Iterator[Path]:
-    """The clip as a file, which ffmpeg needs to find its index."""
+    """The clip as a file. ffmpeg needs a file to find the clip's index."""
     with tempfile.TemporaryDirectory(prefix="reducio-serve-") as folder:
         path = Path(folder) / "motion"
         path.write_bytes(data)
@@ -342,13 +342,13 @@ def motion_file(data: bytes) -> Iterator[Path]:
 
 
 def _blank(config: Any, height: int, width: int) -> Any:
-    """Stands for the motion latents of a clip, for checks."""
+    """Zeros of the shape of a clip's motion latents, for checks."""
     import torch
 
     return torch.zeros(config.latent_shape(height, width))
 
 
-# Fields that are files, or `data:` URLs of a kind.
+# Fields that are files or `data:` URLs: the suffix of the job's file, and the kind of media in the URL.
 UPLOADS = {"input_reference": (PICTURE, "image"), "motion_reference": (MOTION, "video")}
 
 

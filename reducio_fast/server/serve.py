@@ -1,4 +1,4 @@
-"""`reducio-fast serve`: binds the address, loads the model beside the answering server, ends in good order."""
+"""`reducio-fast serve`: binds the address, loads the model while the server already answers, ends in good order."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ DEFAULT_NAME = "reducio-tiny"  # of the embedded model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """A server. model, dtype, device, backend, compile, encoding, threads: of `clips.Clips`. name: of the model, for
-    clients. data: the folder of jobs and clips. grace: seconds that a running clip has when the server is ended. ray:
-    address of a cluster, "local" for one on this machine, None to make clips in this process."""
+    """Settings of a server. model, dtype, device, backend, compile, encoding, threads: arguments of `clips.Clips`.
+    name: the model's name for clients. data: the folder of jobs and clips. grace: seconds that a running clip has when
+    the server is ended. ray: address of a cluster, "local" for one on this machine, None to make clips in this process.
+    """
 
     model: str | None = None
     dtype: str | None = None
@@ -50,8 +51,8 @@ class Settings:
     grace: float = 30.0
     limits: Limits = field(default_factory=Limits)
     ray: str | None = None
-    replicas: tuple[int, int] = (1, 1)  # least and most
-    gpus: float | None = None  # a replica; None: one where the cluster has any
+    replicas: tuple[int, int] = (1, 1)  # smallest and largest number
+    gpus: float | None = None  # per replica; None: one if the cluster has any
 
     @property
     def worker(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class Settings:
 
 
 class LocalHome:
-    """One worker in this process. Two jobs at once: the file of one is written beside the clip of the next."""
+    """One worker in this process. Two jobs at once: the file of one is written while the next clip is made."""
 
     slots = 2
 
@@ -75,8 +76,8 @@ class LocalHome:
 def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
     """Bind the address; returns it as a URL, and a function that serves until the process is told to end.
 
-    Raises ReducioError without the extra, for an address that cannot be had or is open to others without keys, for a
-    folder that is in use, and from the second function for a model that is not there.
+    Raises ReducioError if the extra is not installed, if the address cannot be bound or is open to others without keys,
+    or if the folder is in use; the returned function raises it if there is no such model.
     """
     try:
         import fastapi  # noqa: F401
@@ -117,7 +118,7 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
 
 
 class _Started:
-    """What a running server has: the service, and the model that is loaded beside it."""
+    """The state of a running server: the service, and the model that is loaded in the background."""
 
     def __init__(self, settings: Settings, keys: Keys, files: JobFiles) -> None:
         self.settings, self.keys, self.files = settings, keys, files
@@ -148,7 +149,7 @@ class _Started:
             await asyncio.to_thread(self._close_home)
 
     async def _load(self, service: Service) -> None:
-        """The checker first, which reads configurations alone: then requests are taken. Then the weights."""
+        """Load the checker first, which reads only configurations, so that requests are accepted; then the weights."""
         try:
             checker = await asyncio.to_thread(self._checker)
             service.checker.set_result(checker)
@@ -160,7 +161,7 @@ class _Started:
             LOG.error("the model cannot be loaded: %s", error)
             if not service.checker.done():
                 service.checker.set_exception(ApiError(503, "the model cannot be loaded", code="not_loaded"))
-                service.checker.exception()  # looked at: asyncio complains of what nothing asks for
+                service.checker.exception()  # retrieved, because asyncio logs exceptions that nothing retrieves
             service.dispatcher.stop()
             self.server.should_exit = True
             return
@@ -171,10 +172,10 @@ class _Started:
         from ..pipelines import registry
 
         settings = self.settings
-        found = registry.find(settings.model)
+        entry = registry.find(settings.model)
         name = settings.name or (DEFAULT_NAME if settings.model is None else Path(settings.model).name)
-        pipeline = None if found.checker is None else found.checker()
-        return Checker(name, pipeline, found.call_defaults, settings.limits, found.fps)
+        pipeline = None if entry.checker is None else entry.checker()
+        return Checker(name, pipeline, entry.call_defaults, settings.limits, entry.fps)
 
     def _home(self, service: Service) -> Home:
         if self.settings.ray is None:
@@ -192,8 +193,8 @@ class _Started:
 
 
 def _new_server(config: Any) -> Any:
-    """A uvicorn server that says when a signal has come: connections that wait for a clip must be let go before its
-    own end. Its class is made here, since uvicorn is not there without the extra."""
+    """A uvicorn server that calls a function when a signal arrives: connections that wait for a clip must be released
+    before it ends itself. The class is defined here, because uvicorn is not installed without the extra."""
     import uvicorn
 
     class Server(uvicorn.Server):

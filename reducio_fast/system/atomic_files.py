@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders; all files of this package are written through this module."""
+"""Atomic writes of files and folders, for all rooms but `compile/`, which has `whole_files`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    into = path.is_dir()
-    temporary = _temporary(path, inside=into)
+    is_folder = path.is_dir()
+    temporary = _temporary(path, inside=is_folder)
     temporary.touch()
     mode = temporary.stat().st_mode
     temporary.unlink()
     try:
         yield temporary
         share(temporary, mode)
-        if into:
+        if is_folder:
             _move_children(temporary, path)
         else:
             os.replace(temporary, path)

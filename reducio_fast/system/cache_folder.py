@@ -26,11 +26,11 @@ def root() -> Path:
             return Path(chosen).expanduser().absolute()
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "reducio-fast"
     except RuntimeError as error:  # the user database has no entry for the user id or for the NAME of ~NAME
-        return _elsewhere(str(error))
+        return _temporary_root(str(error))
 
 
 @functools.cache
-def _elsewhere(reason: str) -> Path:
+def _temporary_root(reason: str) -> Path:
     """Cache folder below the temporary folder. `functools.cache` limits the warning to one per reason."""
     folder = Path(tempfile.gettempdir()) / f"reducio-fast-{os.getuid()}"
     LOG.warning("cache: %s; files go to %s", reason, folder)
@@ -39,7 +39,7 @@ def _elsewhere(reason: str) -> Path:
 
 @contextmanager
 def for_compilers() -> Iterator[None]:
-    """Inside, the environment variables of Inductor and Triton may be set so that their files go to our folder too.
+    """Inside the block, Inductor's and Triton's environment variables may be set to send their files to our folder too.
 
     Only the command line uses this, because it owns its process; a library must not change its caller's environment.
     """

@@ -42,9 +42,9 @@ def _folded(data: Tensor) -> Tensor:
     """A weighted sum modulo 2^64 with a distinct odd factor for each column of 8-byte words. Every change of a single
     word changes it, and so does nearly every exchange of two words."""
     words = data[: data.numel() // 8 * 8].view(torch.int64)
-    rest = data[words.numel() * 8 :].to(torch.int64)
+    last_bytes = data[words.numel() * 8 :].to(torch.int64)
     rows = words.numel() // COLUMNS
-    whole, tail = words[: rows * COLUMNS].view(rows, COLUMNS).sum(0), torch.cat([words[rows * COLUMNS :], rest])
+    whole, tail = words[: rows * COLUMNS].view(rows, COLUMNS).sum(0), torch.cat([words[rows * COLUMNS :], last_bytes])
     return (whole * _factors(COLUMNS, data.device)).sum() + (tail * _factors(tail.numel(), data.device)).sum() * 3
 
 

@@ -1,8 +1,8 @@
-"""The processor time that this process may have, and threads that leave it to others while they wait.
+"""The CPU cores that this process may use, and OpenMP threads that sleep while they wait.
 
-torch starts as many threads as the machine has cores. In a container with a quota they are stopped again and again, and
-where other work runs, OpenMP's threads spin for those that do not get a core: a warm clip of the default model once
-took 31 s instead of 0.4 on two crowded cores, and 2 to 3 s with threads that sleep.
+torch starts as many threads as the machine has cores. In a container with a CPU quota they are stopped again and again.
+Beside other work, OpenMP's threads spin while they wait for threads that have no core: a warm clip of the default model
+once took 31 s instead of 0.4 s on two crowded cores, and 2 to 3 s with threads that sleep.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# By any of these a user says how OpenMP's threads are to wait; and how many there are to be.
+# Environment variables by which a user chooses how OpenMP's threads wait, and how many there are.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Turns of libgomp's waiting loop before a thread sleeps, about 10 us: long enough for the next of a chain of small
-# products, short enough to leave a shared core. Its own default is 300,000 turns, and 0 under OMP_WAIT_POLICY=passive.
+# Turns of libgomp's wait loop before a thread sleeps, about 10 us: long enough to reach the next of several small
+# products, short enough to free a shared core. libgomp's default is 300,000 turns, and 0 under OMP_WAIT_POLICY=passive.
 SPIN = "10000"
 
 
 def usable(root: Path = Path("/")) -> int:
-    """Cores that this process may use: of its affinity, as far as the quota of its control group reaches. At least 1.
+    """Cores that this process may use: those of its affinity, limited by the quota of its control group. At least 1.
 
     `root`: where /proc and /sys are.
     """
@@ -35,24 +35,24 @@ def usable(root: Path = Path("/")) -> int:
 def _quota_v2(root: Path) -> float | None:
     """The smallest quota, in cores, from this process's group up to the root of the hierarchy."""
     group = _group(root, "")
-    found = []
+    quotas = []
     folder = root / "sys/fs/cgroup"
     for part in [*_upwards(group), ""] if group is not None else [""]:
         limit, _, period = _read(folder / part / "cpu.max").partition(" ")
         if limit.isdigit() and period.strip().isdigit():
-            found.append(int(limit) / int(period))
-    return min(found) if found else None
+            quotas.append(int(limit) / int(period))
+    return min(quotas) if quotas else None
 
 
 def _quota_v1(root: Path) -> float | None:
     group = _group(root, "cpu")
-    found = []
+    quotas = []
     folder = root / "sys/fs/cgroup/cpu"
     for part in [*_upwards(group), ""] if group is not None else [""]:
         limit, period = (_read(folder / part / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
         if limit.isdigit() and period.isdigit() and int(period):
-            found.append(int(limit) / int(period))
-    return min(found) if found else None
+            quotas.append(int(limit) / int(period))
+    return min(quotas) if quotas else None
 
 
 def _group(root: Path, controller: str) -> str | None:
@@ -78,8 +78,8 @@ def _read(path: Path) -> str:
 
 @contextmanager
 def sleeping_threads() -> Iterator[None]:
-    """Around the first import of torch: its OpenMP threads soon sleep while they wait, unless the user has chosen how.
-    The runtime reads its environment when it is loaded, so nothing stays set for child processes."""
+    """For the first import of torch: its OpenMP threads sleep after a short wait, unless the user has chosen how they
+    wait. The OpenMP runtime reads its environment when it is loaded, so nothing stays set for child processes."""
     if "torch" in sys.modules or any(os.environ.get(name) for name in WAITING):
         yield
         return
@@ -91,7 +91,7 @@ def sleeping_threads() -> Iterator[None]:
 
 
 def too_many(threads: int) -> int | None:
-    """To how many of its `threads` torch should keep; None: to all, as the user has chosen them or cores suffice."""
+    """The number to which torch should reduce its `threads`; None if the user has set it or there are enough cores."""
     if any(os.environ.get(name) for name in COUNTS):
         return None
     limit = usable()

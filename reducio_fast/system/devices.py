@@ -23,10 +23,10 @@ def resolve_dtype(dtype: Any, torch_dtype: Any, device: torch.device) -> torch.d
     requested = torch_dtype if dtype is None else dtype
     if requested is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    found = DTYPES.get(requested.removeprefix("torch.")) if isinstance(requested, str) else requested
-    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
+    resolved = DTYPES.get(requested.removeprefix("torch.")) if isinstance(requested, str) else requested
+    if not isinstance(resolved, torch.dtype) or resolved not in DTYPES.values():
         raise ReducioError(f"dtype: must be one of {', '.join(DTYPES)}, is {requested!r}")
-    return found
+    return resolved
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -49,12 +49,12 @@ def resolve_device(device: Any) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ReducioError(f"device: {device!r} cannot be used here ({line})") from error
-    return found
+    return resolved
 
 
 def triton_missing() -> str | None:

@@ -123,8 +123,8 @@ def _nvidia_driver() -> str:
 def _hub_cache() -> str:
     """The published encoders and first stages that the hub's cache holds; uses no network."""
     hub = importlib.import_module("huggingface_hub")
-    found = [name for name, file in PUBLISHED.items() if isinstance(hub.try_to_load_from_cache(name, file), str)]
-    return ", ".join(found) or "no published encoder or first stage"
+    cached = [name for name, file in PUBLISHED.items() if isinstance(hub.try_to_load_from_cache(name, file), str)]
+    return ", ".join(cached) or "no published encoder or first stage"
 
 
 def _variables() -> dict[str, str]:
@@ -133,5 +133,5 @@ def _variables() -> dict[str, str]:
 
 
 def _embedded_model() -> str:
-    files = [f for f in (Path(__file__).parent / "models" / "tiny").rglob("*") if f.is_file()]
+    files = [f for f in (Path(__file__).parents[1] / "models" / "tiny").rglob("*") if f.is_file()]
     return f"{sum(f.stat().st_size for f in files) / 1e6:.1f} MB" if files else "absent"

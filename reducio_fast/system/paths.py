@@ -28,14 +28,14 @@ def status(path: str | os.PathLike[str], argument: str | None = None) -> os.stat
 
 def is_file(path: str | os.PathLike[str], argument: str | None = None) -> bool:
     """Whether the path is a regular file. Raises ReducioError as `status` does."""
-    found = status(path, argument)
-    return found is not None and stat.S_ISREG(found.st_mode)
+    info = status(path, argument)
+    return info is not None and stat.S_ISREG(info.st_mode)
 
 
 def is_folder(path: str | os.PathLike[str], argument: str | None = None) -> bool:
     """Whether the path is a folder. Raises ReducioError as `status` does."""
-    found = status(path, argument)
-    return found is not None and stat.S_ISDIR(found.st_mode)
+    info = status(path, argument)
+    return info is not None and stat.S_ISDIR(info.st_mode)
 
 
 def expanded(path: str | os.PathLike[str], argument: str | None = None) -> Path:

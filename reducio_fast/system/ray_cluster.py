@@ -1,4 +1,4 @@
-"""Ray, started or joined quietly: without its dashboard, its reports of use, its token file."""
+"""Starts or joins Ray without its dashboard, its usage reports and its token file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from .errors import ReducioError, first_line
 
 
 def connect(address: str, log_level: int = logging.ERROR) -> Any:
-    """The module `ray`, connected. `address` "local" starts a cluster on this machine, whose end is `ray.shutdown()`.
+    """Connect to a Ray cluster; returns the module `ray`. `address` "local" starts a cluster on this machine, which
+    `ray.shutdown()` ends.
 
-    Raises ReducioError where Ray is not installed or no cluster answers.
+    Raises ReducioError if Ray is not installed or no cluster answers.
     """
-    # Before the import: else it writes a token into the home folder and reports its use.
+    # Set before the import; otherwise Ray writes a token into the home folder and reports its usage.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:

@@ -55,7 +55,7 @@ def profile_stages(*kinds: str) -> Iterator[None]:
 
 
 def annotate(name: str) -> AbstractContextManager[None]:
-    """A named profiler range around the block; nothing outside of `profile_stages`."""
+    """A named profiler range around the block. Does nothing outside of `profile_stages`."""
     return _range(name) if _marks else nullcontext()
 
 

@@ -1,8 +1,8 @@
-"""What SVD is trained to do: EDM's denoising (arXiv 2206.00364) with the noise levels of arXiv 2311.15127.
+"""SVD's training objective: EDM's denoising (arXiv 2206.00364) with the noise levels of arXiv 2311.15127.
 
 With data of unit variance, EDM's preconditioned denoiser D(x; s) = c_skip x + c_out F(c_in x; c_noise) has
-c_skip = 1 / (s^2 + 1), c_out = -s / sqrt(s^2 + 1), c_in = 1 / sqrt(s^2 + 1) and c_noise = ln(s) / 4. What the network F
-has to give is then v = (n - s x) / sqrt(s^2 + 1) of clean x and noise n, which has unit variance at every s; and the
+c_skip = 1 / (s^2 + 1), c_out = -s / sqrt(s^2 + 1), c_in = 1 / sqrt(s^2 + 1) and c_noise = ln(s) / 4. The target of the
+network F is then v = (n - s x) / sqrt(s^2 + 1) of clean x and noise n, which has unit variance at every s; and the
 weight (1 + s^2) / s^2 on the squared error of D is one on that of F. Letters in shapes: B batch, T frames, h w cells.
 """
 
@@ -35,7 +35,7 @@ class NoiseLevels:
         return (self.mean + self.std * torch.randn(count, generator=generator)).exp()
 
 
-# Of the paper's stages, by what is trained and the size of its clips.
+# Noise levels of the paper's stages, by task and size of the clips.
 PUBLISHED_LEVELS = {
     "image": NoiseLevels(mean=-1.2, std=1.0),
     "text-to-video-576x1024": NoiseLevels(mean=0.5, std=1.4),
@@ -43,25 +43,25 @@ PUBLISHED_LEVELS = {
     "image-to-video-576x1024": NoiseLevels(mean=1.0, std=1.6),
     "interpolation": NoiseLevels(mean=1.0, std=1.2),
 }
-# Of the noise on the conditioning picture, whose strength the network is told.
+# Noise on the conditioning picture; its strength is an input of the network.
 AUGMENTATION = NoiseLevels(mean=-3.0, std=0.5)
 
 
 def velocity(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """What the network has to predict, [B, ...]; sigma [B]."""
+    """The network's target v, [B, ...]; sigma: [B]."""
     s = _spread(sigma, clean)
     return (noise - s * clean) / (s.square() + 1).sqrt()
 
 
 def denoised(noisy: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
-    """D: the clean latent that a prediction stands for."""
+    """D: the clean latent that a prediction implies."""
     s = _spread(sigma, noisy)
     total = s.square() + 1
     return noisy / total - s / total.sqrt() * prediction
 
 
 def loss_weight(sigma: Tensor) -> Tensor:
-    """On the squared error of `denoised`."""
+    """Weight on the squared error of `denoised`, [B]."""
     return (1 + sigma.square()) / sigma.square()
 
 
@@ -77,8 +77,7 @@ def velocity_error(unet: VideoUNet, clean: Tensor, noise: Tensor, sigma: Tensor,
 
 
 def without_some(condition: ImageCondition, dropped: Tensor) -> ImageCondition:
-    """The condition without the image for those of the batch where `dropped` [B] is true: what guidance leads away
-    from."""
+    """The condition, without the image in the clips where `dropped` [B] is true: the unconditional half of guidance."""
     bare = condition.without_image()
     chosen = [
         torch.where(_spread(dropped, full), none, full)

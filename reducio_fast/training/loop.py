@@ -105,13 +105,13 @@ class Outcome:
 
     def figures(self, world_size: int) -> dict[str, float]:
         """Figures for a command to print: steps, wall time, process-seconds per step, and the last logged figures."""
-        a_step = self.seconds / max(1, self.step)
-        times = {"seconds_a_step": a_step, "process_seconds_a_step": a_step * world_size}
+        per_step = self.seconds / max(1, self.step)
+        times = {"seconds_a_step": per_step, "process_seconds_a_step": per_step * world_size}
         return {"steps": self.step, "seconds": self.seconds, **self.last, **times}
 
 
 def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
-    """bfloat16 for what is inside, if wanted, and where the device does not have to emulate it."""
+    """A context that computes in bfloat16, if `wanted` and if the device does not have to emulate it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and multiplies_bfloat16(device))
 
 
@@ -177,15 +177,15 @@ def run(
     )
     if not resume:
         checkpoints.clear()
-    found, state = checkpoints.latest(), _State()
+    latest, state = checkpoints.latest(), _State()
     conditions = {"world_size": processes.world_size, "threads": torch.get_num_threads()}
-    if found is not None:
-        _check(name, found, config, conditions, accept_changes)
+    if latest is not None:
+        _check(name, latest, config, conditions, accept_changes)
         tensors = _tensors(losses, optimizer, average)
-        checkpoints.load(found, tensors)
+        checkpoints.load(latest, tensors)
         set_model_state_dict(losses, tensors["model"])
         set_optimizer_state_dict(losses, optimizer, tensors["optimizer"])
-        state = _State(**json.loads((found / checkpoint_folders.RUN).read_text(encoding="utf-8"))["state"])
+        state = _State(**json.loads((latest / checkpoint_folders.RUN).read_text(encoding="utf-8"))["state"])
     log = RunLog(folder, state.step, config.tensorboard) if processes.first else None
     began, before = time.monotonic(), state.seconds
     own = range(processes.rank, config.micro_batches, processes.world_size)
@@ -345,19 +345,19 @@ def _tensors(losses: nn.Module, optimizer: torch.optim.Optimizer, average: dict[
     }
 
 
-def _check(name: str, found: Path, config: LoopConfig, conditions: dict[str, int], accept_changes: bool) -> None:
+def _check(name: str, folder: Path, config: LoopConfig, conditions: dict[str, int], accept_changes: bool) -> None:
     """Raise `ReducioError` if resuming from the checkpoint would change the weights of an uninterrupted run."""
     try:
-        saved = json.loads((found / checkpoint_folders.RUN).read_text(encoding="utf-8"))
+        saved = json.loads((folder / checkpoint_folders.RUN).read_text(encoding="utf-8"))
         made = {**saved["config"], **saved["conditions"]}
     except (OSError, ValueError, KeyError) as error:
-        raise ReducioError(f"train {name}: cannot read checkpoint {found}: {error}") from error
+        raise ReducioError(f"train {name}: cannot read checkpoint {folder}: {error}") from error
     wanted = {**_plain(config), **conditions}
     # A sum of at most two batches is the same for any number of processes.
     harmless = _HARMLESS | ({"world_size"} if config.micro_batches <= 2 else frozenset())
     for key, value in wanted.items():
         if made.get(key) != value and key not in harmless and not accept_changes:
             raise ReducioError(
-                f"train {name}: checkpoint {found} was made with {key}={made.get(key)}, this run has {key}={value}; "
+                f"train {name}: checkpoint {folder} was made with {key}={made.get(key)}, this run has {key}={value}; "
                 "the weights would not be those of one run: --accept-changes resumes anyway, --no-resume starts anew"
             )

@@ -74,9 +74,9 @@ def run_stages(
     data: str | os.PathLike[str] | None = None,
     accept_changes: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Runs the stages, or those of them that are named, in the recipe's order; returns the figures each reached.
+    """Run the stages, or only the named ones, in the recipe's order; return the final figures of each.
 
-    Raises ReducioError for an unknown stage, a stage whose forerunners have not run, and a scale that is not above 0.
+    Raises ReducioError for an unknown stage, a stage whose needed folders are missing, and a scale that is not above 0.
     """
     chosen = list(stages) if names is None else list(names)
     for name in chosen:
@@ -110,7 +110,7 @@ def run_stages(
 
 
 def _scaled(settings: Any, scale: float) -> Any:
-    """The settings with the loop inside them made shorter (or longer) by `scale`, and for a trial run smaller pools."""
+    """The settings with the length of their loop times `scale`, and with smaller pools if `scale` is below 1."""
     if scale == 1.0 or not hasattr(settings, "loop"):
         return settings
     loop = settings.loop

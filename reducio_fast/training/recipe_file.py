@@ -63,8 +63,8 @@ def configured(config: _Recipe, changes: dict[str, Any]) -> _Recipe:
         raise ReducioError(f"recipe: config: {error}") from error
 
 
-def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
-    for key, value in more.items():
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):
             _merge(values[key], value)
         else:
@@ -98,7 +98,7 @@ def _convert(field_type: Any, value: Any, where: str) -> Any:
         kinds = [inner] * len(value) if inner is not None else list(arguments)
         if len(kinds) != len(value):
             raise ReducioError(f"{where}={value!r} must have {len(kinds)} entries")
-        return tuple(_convert(kind, one, where) for kind, one in zip(kinds, value, strict=True))
+        return tuple(_convert(kind, entry, where) for kind, entry in zip(kinds, value, strict=True))
     if field_type is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = origin or field_type

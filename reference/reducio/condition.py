@@ -1,4 +1,4 @@
-"""What a Reducio-DiT is told beside the latent: text, semantic tokens and the content latent; and guidance by text."""
+"""The conditioning inputs of a Reducio-DiT: text, semantic tokens and the content latent; and guidance by text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..sampler import Denoiser, Guided
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Condition:
-    """What the model is told, in the shapes `ReducioDiT` takes: text [B, L, C], and where given text_mask [B, L],
+    """The conditioning inputs, in the shapes that `ReducioDiT` takes: text [B, L, C] and, if given, text_mask [B, L],
     semantic [B, n, C], content [B, C, h, w] and clip [B, 2] (frame rate and motion)."""
 
     text: Tensor
@@ -50,22 +50,23 @@ def join(first: Condition, second: Condition) -> Condition:
 
 
 def denoiser(model: Any, cond: Condition, uncond: Condition | None = None, guidance_scale: float = 1.0) -> Denoiser:
-    """What `sample` calls once a step: `model` under a condition, guided away from `uncond` where the scale exceeds 1.
+    """The function that `sample` calls once per step: `model` with a condition, guided away from `uncond` if the scale
+    exceeds 1.
 
     model: called as `ReducioDiT` is; a variance that it predicts is dropped. `uncond` defaults to
     `cond.without_text(model.null_text)`. Raises ValueError where the two conditions differ in shape.
     """
 
-    def told(condition: Condition) -> Denoiser:
+    def conditioned(condition: Condition) -> Denoiser:
         def predict(x: Tensor, timestep: Tensor) -> Tensor:
             text, mask, semantic, content = condition.text, condition.text_mask, condition.semantic, condition.content
-            words = {} if condition.clip is None else {"clip": condition.clip}
-            prediction = model(x, timestep.expand(len(x)), text, mask, semantic, content, **words)
+            optional = {} if condition.clip is None else {"clip": condition.clip}
+            prediction = model(x, timestep.expand(len(x)), text, mask, semantic, content, **optional)
             return prediction[:, : x.shape[1]].to(x.dtype)
 
         return predict
 
     if not guidance_scale > 1:
-        return told(cond)
-    both = told(join(cond.without_text(model.null_text) if uncond is None else uncond, cond))
-    return Guided(lambda x, timestep: both(torch.cat([x, x]), timestep), told(cond), guidance_scale)
+        return conditioned(cond)
+    both = conditioned(join(cond.without_text(model.null_text) if uncond is None else uncond, cond))
+    return Guided(lambda x, timestep: both(torch.cat([x, x]), timestep), conditioned(cond), guidance_scale)

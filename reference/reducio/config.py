@@ -33,7 +33,7 @@ class VAEConfig(DictMixin):
     content_channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
     latent_channels: int = 16
     num_frames: int = 16
-    # One kind for every fusion point, or one entry a decoder level. The middle always uses attention: its grid (H/32)
+    # One kind for every fusion point, or one entry per decoder level. The middle always uses attention: its grid (H/32)
     # differs from the content grid (H/8), so nothing could be added to it cell by cell.
     fusion: str | tuple[str, ...] = "attn"
     fusion_levels: tuple[int | None, ...] = (None, None, 2, 3, None, None)  # content feature fused at decoder level i
@@ -43,7 +43,7 @@ class VAEConfig(DictMixin):
     tile_size: int = 256  # pixels
     tile_overlap: float = 0.25  # share of a tile that is read beyond it
     # Fields the release keeps constant.
-    # Per level in the encoders; the decoder has this many on either side of a fusion. One number, or one entry a level.
+    # At each level of the encoders; the decoder has this many on either side of a fusion. One number, or one per level.
     num_res_blocks: int | tuple[int, ...] = 2
     num_heads: int = 8  # middle self-attention
     fusion_head_dim: int = 64  # a fusion point has channels / fusion_head_dim heads
@@ -52,11 +52,11 @@ class VAEConfig(DictMixin):
     # pixels, where there is no window, and runs so above 512 pixels untiled; the default does the same. True masks the
     # padded keys.
     mask_window_padding: bool = False
-    # The next two are this project's, not the paper's; the released weights have the defaults.
+    # The next two fields are this project's, not the paper's; the released weights have the defaults.
     # "sincos" gives queries and keys of the fusion attention their place in the frame. Published: none; a network of
     # 437M parameters learns it from its zero padding; one of 2M does not (about 1 dB at equal steps).
     fusion_position: str = "none"
-    # "warp": the decoder moves the content frame by a flow and adds what a flow cannot do; "rgb" draws each pixel anew.
+    # "warp": the decoder moves the content frame by a flow and adds a residual; "rgb": it predicts every pixel itself.
     output: str = "rgb"
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class VAEConfig(DictMixin):
 
     @property
     def warps(self) -> bool:
-        """Whether `decode` moves the content frame, which content features then end with."""
+        """Whether `decode` moves the content frame, which is then the last entry of the content features."""
         return self.output == "warp"
 
     @property
@@ -215,7 +215,7 @@ class DiTConfig(DictMixin):
     size_conditioning: bool = False  # height, width, aspect ratio join the time embedding, as in PixArt's 1024 model
     spatial_factor: int = 32  # pixels per latent cell: gives size_conditioning its pixels
     # Frame rate and amount of motion join the time embedding, each by an MLP of its own (this project's; the paper has
-    # neither). What is not known of a clip adds nothing.
+    # neither). An unknown value adds nothing.
     clip_conditioning: bool = False
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ class PatchEmbedding(nn.Module):
         """Fixed positions, float32 [t or 1, h * w, D]."""
         config = self.config
         position = position_2d(h, w, config.hidden_size, config.position_base_size, config.position_scale, device)[None]
-        # A single frame has no place in time: an image then goes through exactly as in PixArt.
+        # A single frame gets no temporal position, so an image is processed exactly as in PixArt.
         if config.temporal_position and t > 1:
             position = position + sinusoid(torch.arange(t, device=device), config.hidden_size)[:, None]
         return position.float()
@@ -164,7 +164,7 @@ class SemanticProjection(nn.Module):
 
 
 class ContentEmbedding(nn.Module):
-    """SD-VAE latent of the content image -> condition tokens with 2D positions, dealt out to dilated groups."""
+    """SD-VAE latent of the content image -> condition tokens with 2D positions, split into dilated groups."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class LatentTransformer(nn.Module):
         return x_BLD
 
     def final_layer(self, x_BLD: Tensor, embedding_BD: Tensor) -> Tensor:
-        """Modulated norm and output projection. The table meets the raw time embedding."""
+        """Modulated norm and output projection. The table is added to the raw time embedding."""
         shift_B1D, scale_B1D = (self.scale_shift_table + embedding_BD[:, None]).split(1, dim=1)
         return self.proj_out(modulate(self.norm_out(x_BLD), shift_B1D, scale_B1D))
 
@@ -320,7 +320,7 @@ class ReducioDiT(LatentTransformer):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """PixArt-alpha's initialisation: Xavier linears, and zeros where a branch or the output starts silent."""
+        """PixArt-alpha's initialisation: Xavier linears, and zeros where a branch or the output starts at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten: a patch convolution is a linear layer
@@ -328,10 +328,10 @@ class ReducioDiT(LatentTransformer):
         small = (self.adaln_single, self.caption_projection, self.semantic_projection)
         for linear in (m for part in small for m in part.modules() if isinstance(m, nn.Linear)):
             nn.init.normal_(linear.weight, std=0.02)
-        silent = [self.proj_out]
+        zeroed = [self.proj_out]
         for block in self.transformer_blocks:
-            silent += [block.attn2.to_out[0], *([block.attn_temporal.to_out[0]] if block.per_frame else [])]
-        for linear in silent:
+            zeroed += [block.attn2.to_out[0], *([block.attn_temporal.to_out[0]] if block.per_frame else [])]
+        for linear in zeroed:
             nn.init.zeros_(linear.weight)
 
     def forward(

@@ -21,10 +21,11 @@ def sinusoid_table(length: int, dim: int) -> Tensor:
 
 
 def place_table(height: int, width: int, dim: int, pixels: int, like: Tensor) -> Tensor:
-    """Where each cell of a grid lies: [dim, height, width], sines then cosines, x in the first half of channels.
+    """Position embedding of a grid's cells: [dim, height, width], sines then cosines, x in the first half of channels.
 
-    A cell is `pixels` wide and counts at its middle, in units of 8 pixels (a cell of the deepest content feature):
-    equal values are equal places on every grid and in a frame of any size. Wave lengths run from 50 to 5000 pixels.
+    A cell is `pixels` wide. Its position is that of its middle, in units of 8 pixels (a cell of the deepest content
+    feature): equal values mean equal places on every grid and in a frame of any size. Wavelengths run from 50 to 5000
+    pixels.
     """
     waves = torch.arange(dim // 4, dtype=torch.float64, device=like.device) / max(1, dim // 4)
     frequency = 100.0**-waves
@@ -83,7 +84,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, x_BLC: Tensor, context_BSC: Tensor, key_mask: Tensor | None = None, keys_BSC: Tensor | None = None
     ) -> Tensor:
-        """`keys_BSC`: what keys are made from where that is not what values are made from."""
+        """`keys_BSC`: the input of the keys, if it is not that of the values (`context_BSC`)."""
         keys_BSC = context_BSC if keys_BSC is None else keys_BSC
 
         def heads(t: Tensor) -> Tensor:
@@ -97,10 +98,10 @@ class CrossAttention(nn.Module):
 class AttentionFusion(nn.Module):
     """Every video token attends to the content tokens: y = x + p_t; out = y + Attn(LayerNorm(y), content).
 
-    The fixed time embedding p_t stays in the residual stream. Content has no norm and is shared by all frames. With
-    `cells`, the pixels a cell of the video's and of the content's grid spans, queries and keys are made from inputs to
-    which `place_table` is added; values never are. Above `window_size`^2 content cells, a window of the video attends
-    only to its window of the content.
+    The fixed time embedding p_t stays in the residual stream. Content has no norm and is shared by all frames. `cells`:
+    pixels per cell of the video's and of the content's grid; with it, `place_table` is added to the inputs of queries
+    and keys, never to those of values. Above `window_size`^2 content cells, a window of the video attends only to its
+    window of the content.
     """
 
     def __init__(

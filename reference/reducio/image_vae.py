@@ -52,7 +52,7 @@ class ImageVAEConfig(DictMixin):
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent cell, in each direction."""
+        """Pixels per latent cell, in each direction."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -189,7 +189,7 @@ class Decoder(Coder):
 
 
 class ImageVAE(nn.Module):
-    """Images to latents and back. Latents here are not yet times `scaling_factor`."""
+    """Images to latents and back. Latents here are not yet multiplied by `scaling_factor`."""
 
     def __init__(self, config: ImageVAEConfig) -> None:
         super().__init__()

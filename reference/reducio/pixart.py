@@ -1,4 +1,4 @@
-"""PixArt-alpha's image transformer, which draws content frames: the network of `dit.py` on one frame, told text alone.
+"""PixArt-alpha's image transformer, which draws content frames: the network of `dit.py` on one frame and text alone.
 
 Source: PixArt-alpha (arXiv 2310.00426). State-dict names and configuration are those of diffusers'
 `PixArtTransformer2DModel`, so a published folder loads as it is. Legend as in `dit.py`; h w in lower case are cells of
@@ -16,7 +16,7 @@ from ..config import DictMixin
 from .config import DiTConfig
 from .dit import NORM_EPS, AdaLNSingle, CaptionProjection, DiTBlock, JointCondition, LatentTransformer, PatchEmbedding
 
-PIXELS = 8  # of a cell of the image latent, in each direction
+PIXELS = 8  # per cell of the image latent, in each direction
 # Sample sizes, in cells, from which diffusers derives what a published configuration leaves open.
 UNIT_SCALE_SIZE, SIZE_CONDITIONED = 64, 128
 # Fields that diffusers has for other transformers, with the one value that PixArt gives each.
@@ -34,7 +34,7 @@ FIXED = {
 class PixArtConfig(DictMixin):
     """diffusers' fields and defaults: PixArt-XL at 1024 pixels.
 
-    Raises ValueError for a transformer that diffusers' class could also build and PixArt is not: other norms or
+    Raises ValueError for a transformer that diffusers' class could also build but that is not PixArt: other norms or
     activations, attention without biases, captions that are not projected.
     """
 
@@ -59,7 +59,7 @@ class PixArtConfig(DictMixin):
     use_additional_conditions: bool | None = None
     caption_channels: int | None = 4096
     attention_type: str = "default"
-    # Of files that diffusers wrote for its general transformer, under which PixArt was first published.
+    # From files that diffusers wrote for its general transformer, as which PixArt was first published.
     double_self_attention: bool = False
     only_cross_attention: bool = False
     num_vector_embeds: int | None = None
@@ -88,7 +88,7 @@ class PixArtConfig(DictMixin):
     @property
     def transformer(self) -> DiTConfig:
         """The same transformer in this package's terms."""
-        scale, told = self.interpolation_scale, self.use_additional_conditions
+        scale, additional = self.interpolation_scale, self.use_additional_conditions
         return DiTConfig(
             latent_channels=self.in_channels,
             patch_size=(1, self.patch_size, self.patch_size),
@@ -99,7 +99,7 @@ class PixArtConfig(DictMixin):
             learn_sigma=self.latent_output_channels != self.in_channels,
             position_base_size=max(self.sample_size // self.patch_size, 1),
             position_scale=float(max(self.sample_size // UNIT_SCALE_SIZE, 1) if scale is None else scale),
-            size_conditioning=self.sample_size == SIZE_CONDITIONED if told is None else told,
+            size_conditioning=self.sample_size == SIZE_CONDITIONED if additional is None else additional,
             spatial_factor=PIXELS,
         )
 
@@ -123,7 +123,7 @@ class PixArt(LatentTransformer):
         self, latent: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None = None, size: Tensor | None = None
     ) -> Tensor:
         """latent [B, C, h, w]; timestep [B] or one for all; text [B, L, caption_channels]; mask [B, L], nonzero =
-        attend; size [B, 2] height and width in pixels, read by models that are told sizes, by default the latent's.
+        attend; size [B, 2] height and width in pixels, read by models with size conditioning, by default the latent's.
         Returns [B, out_channels, h, w] in the weights' dtype: the prediction and, where it is learned, the variance.
 
         Raises ValueError for a latent whose sides are no multiples of the patch.

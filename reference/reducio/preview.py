@@ -4,7 +4,7 @@ This project's own; the paper has none. It is distilled from a video autoencoder
 latents it reads. Like `Warp` it moves the content image by a flow and adds a residual, since an image that is moved
 keeps details that so small a network could not draw.
 
-Legend: B batch, C channels, T frames, t h w the latent's time steps, rows and columns, f frames a time step.
+Legend: B batch, C channels, T frames, t h w the latent's time steps, rows and columns, f frames per time step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import DictMixin
 from .vae import move
 
-FINE = 4  # cells of the fine grid to a latent cell, along each axis: an eighth of the frame where a cell is 32 pixels
+FINE = 4  # cells of the fine grid per latent cell, along each axis: an eighth of the frame if a cell is 32 pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class PreviewConfig(DictMixin):
 
     @property
     def scale(self) -> int:
-        """Pixels of the preview to a cell of the fine grid, along each axis."""
+        """Pixels of the preview per cell of the fine grid, along each axis."""
         return self.spatial_factor // 2 // FINE
 
 

@@ -1,4 +1,4 @@
-"""T5's encoder and ByT5's tokenizer, for models whose prompts are bytes, as the embedded one.
+"""T5's encoder and ByT5's tokenizer, for models whose prompts are bytes, such as the embedded one.
 
 Sources: T5 v1.1 (arXiv 1910.10683) and ByT5 (arXiv 2105.13626). State-dict names and configuration are those of
 transformers' `T5EncoderModel`, whose arithmetic it repeats step by step. Legend: B prompts, L tokens, D hidden size,
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Of the configuration, what this encoder computes; transformers' class could also build others.
+# Fields of the configuration that this encoder fixes; transformers' class could also build other encoders.
 FIXED = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}
 
 
@@ -38,7 +38,7 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> T5Config:
-        """Of a published config.json. Raises ValueError for another kind of encoder."""
+        """From a published config.json. Raises ValueError for another kind of encoder."""
         for name, value in FIXED.items():
             if values.get(name) != value:
                 raise ValueError(f"{name}={values.get(name)!r}: must be {value!r}")
@@ -75,8 +75,8 @@ class SelfAttention(nn.Module):
         return self.o(out.transpose(1, 2).flatten(2))
 
     def position_bias(self, length: int) -> Tensor:
-        """What the distance of two tokens adds to their score, [1, N, L, L]: half of the buckets for either direction,
-        of those half for single steps and the rest for logarithmically longer ones."""
+        """The bias that the distance of two tokens adds to their score, [1, N, L, L]. Each direction has half of the
+        buckets: half of those are for single steps, the rest for logarithmically longer ones."""
         config = self.config
         place = torch.arange(length, device=self.o.weight.device)
         distance = place[None, :] - place[:, None]
@@ -136,9 +136,9 @@ class Stack(nn.Module):
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         bias = self.block[0].layer[0].SelfAttention.position_bias(x_BLD.shape[1])
-        hidden = torch.where(mask_BL.bool()[:, None, None], 0.0, torch.finfo(x_BLD.dtype).min).to(x_BLD.dtype)
+        mask_bias = torch.where(mask_BL.bool()[:, None, None], 0.0, torch.finfo(x_BLD.dtype).min).to(x_BLD.dtype)
         for block in self.block:
-            x_BLD = block(x_BLD, bias + hidden)
+            x_BLD = block(x_BLD, bias + mask_bias)
         return self.final_layer_norm(x_BLD)
 
 
@@ -160,10 +160,11 @@ class Tokens:
 
 
 class ByteTokenizer:
-    """ByT5's: the bytes of a text, moved up by the three special tokens, and an end. Called as transformers' is."""
+    """ByT5's tokenizer: the bytes of a text, offset by the three special tokens, then an end token. It is called like
+    the one of transformers."""
 
     PAD, END, OFFSET = 0, 1, 3
-    SPECIAL = ("<pad>", "</s>", "<unk>")  # which a text may spell
+    SPECIAL = ("<pad>", "</s>", "<unk>")  # a text may contain them
 
     def __call__(self, text: str | list[str], max_length: int | None = None, **kwargs: Any) -> Tokens:
         """One text -> lists of ids; a list with `max_length` -> tensors, padded and cut to that."""
@@ -178,7 +179,7 @@ class ByteTokenizer:
         return Tokens(ids, mask)
 
     def encode(self, text: str) -> list[int]:
-        """With the special tokens that a text spells, and the spaces around them left out."""
+        """The ids of a text. A special token in the text becomes its id, and the spaces around it are dropped."""
         parts = re.split(rf"\s*({'|'.join(self.SPECIAL)})\s*", text)
         ids: list[int] = []
         for number, part in enumerate(parts):

@@ -26,7 +26,7 @@ from .fusion import (
 )
 from .tiling import Grid, blend_grid, stitch, tile_grid
 
-# One tensor [B, C, H, W] a level, then the middle: 128@256, 256@128, 512@64, 512@32, 512@32. With `output="warp"` the
+# One tensor [B, C, H, W] per level, then the middle: 128@256, 256@128, 512@64, 512@32, 512@32. With `output="warp"` the
 # content image itself comes last: it is cut in tiles, blended and kept as the features are.
 Features = list[Tensor]
 NORM_EPS = 1e-6
@@ -46,7 +46,7 @@ class VideoConv(nn.Conv3d):
 
 
 class PerFrameGroupNorm(nn.GroupNorm):
-    """GroupNorm with statistics of one frame at a time, as a causal model needs: a clip-wide mean sees the future."""
+    """GroupNorm with statistics per frame, as a causal model needs: a clip-wide mean depends on later frames."""
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         frames = x_BCTHW.transpose(1, 2)
@@ -288,7 +288,7 @@ class DecoderLevel(nn.Module):
 class Decoder(nn.Module):
     """Motion latent [B, 16, T/f, H/32, W/32] and content features -> clip [B, 3, T, H, W], not clamped.
 
-    With `output="warp"` -> what `Warp` takes, [B, 5, T, H, W].
+    With `output="warp"` it returns the input of `Warp`, [B, 5, T, H, W].
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -300,7 +300,7 @@ class Decoder(nn.Module):
         fusion = partial(fusion_modules, config, layers)
         self.conv_in = layers.conv(config.latent_channels, widths[-1])
         self.mid = Middle(layers, widths[-1], fusion("attn", last, config.content_levels))
-        self.up = nn.ModuleList(  # indexed by level as published: 0 is full resolution, the last is entered first
+        self.up = nn.ModuleList(  # indexed by level as published: 0 is full resolution, the last runs first
             DecoderLevel(
                 layers,
                 widths[min(i + 1, last)],
@@ -325,9 +325,9 @@ class Warp(nn.Module):
     """The content image moved by a flow, plus a residual: a decoder that copies instead of drawing again.
 
     Frame t at (y, x) is the image at (y, x) + flow (bilinear, the border repeated) plus the residual. The flow's coarse
-    part comes straight from the latent, by a path without norms (through the deep decoder the size of a motion has to
-    survive a dozen of them), bicubic to full size; the decoder refines it. Flows are in latent cells, 32 pixels.
-    Published decoders have none of it. A 2M-parameter decoder returned even the very frame it was given at 20 dB.
+    part comes straight from the latent, by a path without norms (in the deep decoder the magnitude of a motion passes a
+    dozen of them), and is resized to the frame (bicubic); the decoder refines it. Flows are in latent cells, 32 pixels.
+    Published decoders do not warp. Without it a 2M-parameter decoder returned even the frame it was given at 20 dB.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -475,7 +475,7 @@ class ReducioVAE(nn.Module):
     def normalize_latent(self, z: Tensor) -> Tensor:
         """Parameter-free layer norm of each sample over all of C, T, H, W: the decoder and the DiT see only these.
 
-        With `causal`, each time step is normalised on its own, so that no step learns of a later one.
+        With `causal`, each time step is normalised on its own, so that no step depends on a later one.
         """
         if not self.config.causal:
             return F.layer_norm(z, z.shape[1:], eps=LATENT_NORM_EPS)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import DictMixin
 
-# The call that diffusers' pipeline and Stability's script publish. The network is told fps - 1.
+# Published defaults of diffusers' pipeline and Stability's script. The network's input is fps - 1.
 HEIGHT, WIDTH, NUM_INFERENCE_STEPS, FPS, MOTION_BUCKET_ID, NOISE_AUG_STRENGTH = 576, 1024, 25, 7, 127, 0.02
 MIN_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE = 1.0, 3.0
 
@@ -22,7 +22,7 @@ NORM_GROUPS = 32
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VideoUNetConfig(DictMixin):
-    """The space-time U-Net. Lists are one entry a level, the finest first; a number stands for all levels."""
+    """The space-time U-Net. Lists have one entry per level, the finest first; a number stands for all levels."""
 
     sample_size: int | None = 96
     in_channels: int = 8  # the noisy latent and that of the conditioning image
@@ -30,7 +30,7 @@ class VideoUNetConfig(DictMixin):
     down_block_types: tuple[str, ...] = (ATTENTION_DOWN,) * 3 + (PLAIN_DOWN,)
     up_block_types: tuple[str, ...] = (PLAIN_UP,) + (ATTENTION_UP,) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    addition_time_embed_dim: int | tuple[int, ...] = 256  # of each number that the network is told; or one a number
+    addition_time_embed_dim: int | tuple[int, ...] = 256  # channels of every time id, or one entry per time id
     projection_class_embeddings_input_dim: int = 768
     layers_per_block: int | tuple[int, ...] = 2
     cross_attention_dim: int | tuple[int, ...] = 1024
@@ -70,7 +70,7 @@ class VideoUNetConfig(DictMixin):
                 )
 
     def per_level(self, name: str) -> tuple[int, ...]:
-        """The field `name`, one number a level."""
+        """The field `name`, one number per level."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
@@ -82,7 +82,7 @@ class VideoUNetConfig(DictMixin):
 
 
 def time_id_widths(config: Any) -> tuple[int, ...]:
-    """Channels that embed each of the numbers a U-Net is told, of this configuration or of diffusers'."""
+    """Embedding channels of each time id of a U-Net, from this configuration or from diffusers'."""
     width = config.addition_time_embed_dim
     return width if isinstance(width, tuple) else (width,) * (config.projection_class_embeddings_input_dim // width)
 
@@ -114,14 +114,14 @@ class TemporalVAEConfig(DictMixin):
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent cell: 8."""
+        """Pixels per latent cell: 8."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FrameVAEConfig(DictMixin):
-    """Stable Diffusion's autoencoder of images (diffusers' `AutoencoderKL`), which SV3D decodes its frames with. Fields
-    below `scaling_factor` can have one value alone; defaults are those of SV3D's file, without a post_quant_conv."""
+    """Stable Diffusion's autoencoder of images (diffusers' `AutoencoderKL`), with which SV3D decodes its frames. Fields
+    below `scaling_factor` can have only one value; defaults are those of SV3D's file, without a post_quant_conv."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -155,5 +155,5 @@ class FrameVAEConfig(DictMixin):
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent cell: 8."""
+        """Pixels per latent cell: 8."""
         return 2 ** (len(self.block_out_channels) - 1)

@@ -42,7 +42,7 @@ class ConsistencyConfig(DictMixin):
 
 
 class ConsistencyScheduler:
-    """Steps as diffusers' schedulers do. Each step but the only one of a schedule draws noise from `generator`."""
+    """Steps like diffusers' schedulers. If a schedule has more than one step, each draws noise from `generator`."""
 
     order = 1
 
@@ -55,7 +55,7 @@ class ConsistencyScheduler:
 
     @property
     def init_noise_sigma(self) -> float:
-        """Of the first latent: that of data of unit variance under noise of `sigma_max`."""
+        """Standard deviation of the first latent: data of unit variance plus noise of `sigma_max`."""
         return math.sqrt(self.config.sigma_max**2 + 1)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str = "cpu") -> None:
@@ -72,7 +72,7 @@ class ConsistencyScheduler:
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """Of the step that comes next, whatever `timestep` says."""
+        """Scales `sample` for the next step of the schedule; `timestep` is not read."""
         sigma = float(self.sigmas[self._step])
         return sample / math.sqrt(sigma**2 + self.config.sigma_data**2)
 
@@ -84,7 +84,7 @@ class ConsistencyScheduler:
         generator: torch.Generator | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """The latent at the next noise level: the clean one that `model_output`, v, predicts, under fresh noise."""
+        """The latent at the next noise level: the clean latent that `model_output`, v, predicts, plus fresh noise."""
         sigma, following = (float(s) for s in self.sigmas[self._step : self._step + 2])
         skip, out = edm_weights(sigma, self.config.sigma_data)
         clean = skip * sample + out * model_output
@@ -102,6 +102,6 @@ class ConsistencyScheduler:
 
 
 def fresh_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise of the shape of `like`, drawn where `generator` is."""
+    """Standard normal noise of the shape of `like`, drawn on the device of `generator` (None: of `like`)."""
     place = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=place).to(like.device, like.dtype)

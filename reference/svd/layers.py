@@ -1,4 +1,4 @@
-"""Layers that the U-Net and the decoder share. Frames travel as items of the batch: N = B * T, in that order."""
+"""Layers that the U-Net and the decoder share. Frames are items of the batch: N = B * T, in that order."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class SpatioTemporalResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width by a convolution of stride 2. The VAE pads on the right and below alone."""
+    """Half the height and width by a convolution of stride 2. The VAE pads only on the right and below."""
 
     def __init__(self, channels: int, asymmetric: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the U-Net is told of a clip, and the denoiser that `reference.sample` steps with.
+"""The U-Net's conditioning inputs for a clip, and the denoiser that `reference.sample` steps with.
 
 The schedule is EDM's (arXiv 2206.00364) as diffusers' `EulerDiscreteScheduler` has it for Stable Video Diffusion:
 sigmas from 700 to 0.002 by Karras' rule, a latent scaled by 1 / sqrt(sigma^2 + 1) on its way in, v as prediction, and a
@@ -19,8 +19,9 @@ from ..sampler import guided
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageCondition:
-    """Of B clips: `embeds` [B, S, E] of the image encoder, or a frame [B, T, S, E]; `latents` of the image, not scaled
-    by the autoencoder's factor, [B, 4, h, w] or a frame [B, T, 4, h, w]; `added_time_ids` [B, n] or [B, T, n]."""
+    """Inputs of B clips: `embeds` of the image encoder, [B, S, E] or, per frame, [B, T, S, E]; `latents` of the image,
+    not scaled by the autoencoder's factor, [B, 4, h, w] or, per frame, [B, T, 4, h, w]; `added_time_ids` [B, n] or
+    [B, T, n]."""
 
     embeds: Tensor
     latents: Tensor
@@ -36,19 +37,19 @@ class ImageCondition:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EndConditions:
-    """Of clips that are given both ends: the picture of the first frame, and that of the last."""
+    """Conditions of clips whose two ends are given: the image of the first frame and that of the last."""
 
     first: ImageCondition
     last: ImageCondition
 
 
-# Of ten steps, made for SVD by Align Your Steps (arXiv 2404.14507).
+# Sigmas of ten steps, made for SVD by Align Your Steps (arXiv 2404.14507).
 ALIGN_YOUR_STEPS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
 
 
 def align_your_steps(steps: int) -> list[float]:
-    """Sigmas of so many steps, one more than there are steps, the last one 0: the paper's ten, or, as it advises for
-    other numbers, points on the straight lines between their logarithms."""
+    """Sigmas of `steps` steps, one more than there are steps, the last one 0: the paper's ten steps or, as it advises
+    for other numbers, linear interpolation between the logarithms of their sigmas."""
     places = torch.linspace(0, len(ALIGN_YOUR_STEPS) - 1, steps + 1, dtype=torch.float64)
     left = places.floor().long().clamp(max=len(ALIGN_YOUR_STEPS) - 2)
     logs = torch.tensor(ALIGN_YOUR_STEPS, dtype=torch.float64).log()
@@ -63,18 +64,18 @@ def join(first: ImageCondition, second: ImageCondition) -> ImageCondition:
 
 
 def guidance_per_frame(scale: float | Tensor, device: torch.device) -> float | Tensor:
-    """A scale, or one a frame [T], so that it broadcasts against [B, T, C, H, W]."""
+    """A scale, or one per frame [T], in a shape that broadcasts against [B, T, C, H, W]."""
     return scale.to(device)[:, None, None, None] if isinstance(scale, Tensor) else scale
 
 
 def needs_guidance(scale: float | Tensor) -> bool:
-    """Whether any frame is guided: as in diffusers, where a scale is above 1."""
+    """Whether any frame is guided: as in diffusers, if a scale is above 1."""
     return float(scale.max()) > 1 if isinstance(scale, Tensor) else scale > 1
 
 
 def towards_last(first: Tensor, last: Tensor) -> Tensor:
-    """Two predictions [B, T, ...] of the same frames as one: at the first frame the first, at the last frame the last,
-    and between them what lies on the straight line."""
+    """Two predictions [B, T, ...] of the same frames as one: the first at the first frame, the last at the last frame,
+    and linear interpolation between them."""
     share = torch.linspace(0, 1, first.shape[1], device=first.device, dtype=first.dtype)
     return torch.lerp(first, last, share.view(-1, *[1] * (first.ndim - 2)))
 
@@ -82,11 +83,11 @@ def towards_last(first: Tensor, last: Tensor) -> Tensor:
 def two_ended(
     first: Callable[[Tensor, Tensor], Tensor], last: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A denoiser from two that continue a picture each: one forwards in time, the other from the end backwards.
+    """A denoiser from two that each continue an image: one forwards in time, the other from the end backwards.
 
     Time-reversal fusion (arXiv 2403.14611): weights that animate a first frame make, with time reversed, a clip that
-    ends there. Both see one latent, so what each step makes of their predictions is one clip with both ends. Every
-    scheduler's step is linear in the prediction: fusing it is fusing the steps.
+    ends with that frame. Both read one latent, so the fused prediction of each step describes one clip with both ends.
+    Every scheduler's step is linear in the prediction, so fusing the predictions fuses the steps.
     """
 
     def predict(latent: Tensor, timestep: Tensor) -> Tensor:
@@ -106,13 +107,13 @@ def denoiser(
         first, last = (denoiser(unet, end, uncond, guidance_scale) for end in (cond.first, cond.last))
         return two_ended(first, last)
     guides = needs_guidance(guidance_scale)
-    told = join(cond.without_image() if uncond is None else uncond, cond) if guides else cond
+    condition = join(cond.without_image() if uncond is None else uncond, cond) if guides else cond
 
     def predict(latent: Tensor, timestep: Tensor) -> Tensor:
-        both = told.to(latent.device, unet.dtype)
-        image = both.latents
+        inputs = condition.to(latent.device, unet.dtype)
+        image = inputs.latents
         image = image[:, None].expand(-1, latent.shape[1], -1, -1, -1) if image.ndim == 4 else image
         sample = torch.cat([latent.to(unet.dtype), image], dim=2)
-        return unet(sample, timestep, both.embeds, both.added_time_ids).to(latent.dtype)
+        return unet(sample, timestep, inputs.embeds, inputs.added_time_ids).to(latent.dtype)
 
     return guided(predict, guidance_per_frame(guidance_scale, cond.latents.device)) if guides else predict

@@ -32,7 +32,7 @@ def sinusoid(values: Tensor, channels: int) -> Tensor:
 
 
 def embed_numbers(config: Any, numbers: Tensor) -> Tensor:
-    """Numbers that a network of this config, ours or diffusers', is told: [..., n] -> float32 [..., sum of widths]."""
+    """Time ids of a network of this config, ours or diffusers': [..., n] -> float32 [..., sum of widths]."""
     each = zip(numbers.unbind(-1), time_id_widths(config), strict=True)
     return torch.cat([sinusoid(number, width) for number, width in each], dim=-1)
 
@@ -125,7 +125,7 @@ class SpatioTemporalTransformer(nn.Module):
         x = self.proj_in(self.norm(x_NChw).flatten(2).transpose(1, 2).contiguous())
         numbers_N = torch.arange(frames, device=x.device).repeat(len(x) // frames)
         position_N1C = self.time_pos_embed(sinusoid(numbers_N, x.shape[-1]).to(x.dtype))[:, None]
-        # Over time a position attends to what the first frame is told.
+        # Blocks over time attend to the context of the first frame.
         context_BSE = context_NSE.unflatten(0, (-1, frames))[:, 0]
         for spatial, temporal in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
             x = spatial(x, context_NSE)
@@ -223,7 +223,7 @@ class UpLevel(Level):
 
 
 class VideoUNet(nn.Module):
-    """Predicts v for every frame of a noisy latent that has the conditioning image's latent beside it."""
+    """Predicts v for every frame of a noisy latent, concatenated with the conditioning image's latent."""
 
     def __init__(self, config: VideoUNetConfig) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class VideoUNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def embed(self, timestep: Tensor, added_time_ids: Tensor, batch: int, frames: int) -> Tensor:
-        """timestep [] or [B], added_time_ids [B, n] or, one a frame, [B, T, n] -> [B * T, E]."""
+        """timestep [] or [B], added_time_ids [B, n] or, per frame, [B, T, n] -> [B * T, E]."""
         channels = self.config.block_out_channels[0]
         time = self.time_embedding(sinusoid(timestep.expand(batch), channels).to(self.dtype))
         added = self.add_embedding(embed_numbers(self.config, added_time_ids).to(self.dtype))
@@ -255,9 +255,9 @@ class VideoUNet(nn.Module):
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, added_time_ids: Tensor
     ) -> Tensor:
         """sample [B, T, in_channels, H, W], of any H and W of at least one cell on the coarsest level; timestep [] or
-        [B], for the published schedule a quarter of the logarithm of sigma; encoder_hidden_states [B, S, C], or a frame
-        [B, T, S, C]; added_time_ids [B, n] or a frame [B, T, n]: fps - 1, motion bucket, noise augmentation. Returns
-        [B, T, out_channels, H, W]. Raises ValueError for shapes that do not fit.
+        [B], for the published schedule a quarter of the logarithm of sigma; encoder_hidden_states [B, S, C] or, per
+        frame, [B, T, S, C]; added_time_ids [B, n] or, per frame, [B, T, n]: fps - 1, motion bucket, noise augmentation.
+        Returns [B, T, out_channels, H, W]. Raises ValueError for shapes that do not fit.
         """
         check_inputs(self.config, sample, encoder_hidden_states, added_time_ids)
         batch, frames = sample.shape[:2]
@@ -269,15 +269,15 @@ class VideoUNet(nn.Module):
         x = self.conv_in(sample.flatten(0, 1))
         skips = [x]
         for level in self.down_blocks:
-            x, more = level(x, frames, embedding, context)
-            skips += more
+            x, level_skips = level(x, frames, embedding, context)
+            skips += level_skips
         x = self.mid_block(x, frames, embedding, context)
         uneven = any(n % 2 ** (len(self.up_blocks) - 1) for n in sample.shape[-2:])
         for level in self.up_blocks:
             count = len(level.resnets)
-            own, skips = skips[-count:], skips[:-count]
+            level_skips, skips = skips[-count:], skips[:-count]
             size = skips[-1].shape[2:] if uneven and skips else None
-            x = level(x, own, frames, embedding, context, size)
+            x = level(x, level_skips, frames, embedding, context, size)
         out = self.conv_out(F.silu(self.conv_norm_out(x)))
         return out.unflatten(0, (batch, frames))
 

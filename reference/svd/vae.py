@@ -86,7 +86,7 @@ class DecoderMiddle(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         x = self.resnets[0](x, frames)
-        # diffusers pairs the further blocks with its one attention: only the second block of any number runs.
+        # diffusers pairs the blocks after the first with its one attention: those after the second never run.
         for attention, block in zip(self.attentions, self.resnets[1:], strict=False):
             x = block(attention(x), frames)
         return x
@@ -131,7 +131,7 @@ class TemporalDecoder(nn.Module):
 
 
 class TemporalVAE(nn.Module):
-    """Images to latents, and clips of latents to frames. Latents here are not yet times `scaling_factor`."""
+    """Images to latents, and clips of latents to frames. Latents here are not yet multiplied by `scaling_factor`."""
 
     def __init__(self, config: TemporalVAEConfig) -> None:
         super().__init__()
@@ -154,8 +154,8 @@ class TemporalVAE(nn.Module):
     def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
         """[B, T, 4, H/8, W/8] -> frames [B, T, 3, H, W], not clamped.
 
-        chunk: as many frames at once as diffusers' `decode_chunk_size`, over the frames of all clips in a row. Each
-        chunk then sees only its own frames, so the clip differs from that of all frames together (None).
+        chunk: frames decoded at once, as diffusers' `decode_chunk_size`, over the frames of all clips in a row. Each
+        chunk then depends only on its own frames, so the clip differs from that of all frames together (None).
         """
         if latents.ndim != 5 or latents.shape[2] != self.config.latent_channels:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from published_weights import json_file
 from reducio_fast.checkpoints.convert import convert, export
+from reducio_fast.checkpoints.foreign_files import read_weights
 from reducio_fast.cli.main import main
 from reducio_fast.system.errors import ReducioError
 
@@ -44,6 +47,22 @@ def test_a_pickle_that_runs_code_is_refused(kind: str, tmp_path: Path, capsys: p
     assert [p.name for p in tmp_path.iterdir()] == ["model.ckpt"]
     pickle.loads(pickle.dumps(Touch(trap)))
     assert trap.is_dir(), "the trap works"
+
+
+def test_a_pipeline_folder_is_read_by_component(bundle: Path, tmp_path: Path):
+    weights = "diffusion_pytorch_model.safetensors"
+    stored = {name: load_file(bundle / name / weights).keys() for name in ("transformer", "vae", "content_encoder")}
+    for component, folder in ((None, "transformer"), *((name, name) for name in stored)):
+        assert read_weights(bundle, component)[0].keys() == stored[folder]
+    for name in ("transformer", "vae"):  # diffusers' own names: the content encoder of a pipeline is its vae
+        shutil.copytree(bundle / ("content_encoder" if name == "vae" else name), tmp_path / name)
+    json_file(tmp_path / "model_index.json", {"transformer": [None, None], "vae": [None, None]})
+    for component, folder in (
+        ("content_encoder", "content_encoder"),
+        ("vae", "content_encoder"),
+        (None, "transformer"),
+    ):
+        assert read_weights(tmp_path, component)[0].keys() == stored[folder]
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path):

@@ -300,6 +300,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["cpu"]["cpu_cores"] >= 1
     assert len(found["devices"]) == torch.cuda.device_count()
+    assert 15 < float(found["embedded_model"].removesuffix(" MB")) <= 25
     assert run(["env"]) == 0
     text = capsys.readouterr().out
     words = ("python", "torch", "diffusers", "transformers", "open_clip", "cpu_features", "device", "REDUCIO_CACHE_DIR")

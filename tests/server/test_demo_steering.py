@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from reducio_fast.media.video_files import read_video, write_video
+from reducio_fast.pipelines import registry
 from reducio_fast.server import demo_page
 from reducio_fast.system.errors import ReducioError
 
@@ -39,6 +40,16 @@ def test_seeds_side_by_side_with_the_motion_of_a_clip(bundle: Path, tmp_path: Pa
     (smooth,) = demo_page.make_clips(PROMPT, interpolate=2, keep_content=True, **words)
     assert smooth.out.fps == 2 * clip.out.fps and len(smooth.out.frames) >= 31
     assert read_video(smooth.path)[1] == smooth.out.fps
+
+
+@pytest.mark.parametrize("model", [None, "svd", "ltx"])
+def test_a_click_passes_only_what_the_model_takes(model: str | None) -> None:
+    """In particular SVD's clips keep their own number of frames: the page shows no slider for them."""
+    defaults = registry.call_defaults(model)
+    options = demo_page.call_options(defaults, 16, 2, True, 0.5, True, "blue")
+    assert set(options) <= {*defaults, "negative_prompt"} and options["negative_prompt"] == "blue"
+    assert ("num_frames" in options) == ("motion_strength" in options) == (model is None)
+    assert ("loop" in options) == (model in (None, "svd"))
 
 
 def test_mistakes_reach_the_page(bundle: Path, tmp_path: Path) -> None:

@@ -64,18 +64,18 @@ def find_sources(inputs: Sequence[str | os.PathLike[str]], captions: Mapping[str
 
     Raises `ReducioError` for a path that does not exist, or if there is no video at all.
     """
-    found = set()
+    videos = set()
     for given in map(Path, inputs):
         if given.is_dir():
-            found |= {p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()}
+            videos |= {p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()}
         elif given.is_file():
-            found.add(given)
+            videos.add(given)
         else:
             raise ReducioError(f"no such file or folder: {given}")
-    if not found:
+    if not videos:
         raise ReducioError(f"no video ({', '.join(SUFFIXES)}) in {', '.join(map(str, inputs))}")
     captions = captions or {}
-    return [Source(str(p), captions.get(str(p), captions.get(p.name))) for p in sorted(found)]
+    return [Source(str(p), captions.get(str(p), captions.get(p.name))) for p in sorted(videos)]
 
 
 def curate(
@@ -158,7 +158,7 @@ def _write_error(source: Source, settings: Settings, reason: str) -> None:
 
 
 def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yield one row per shot. Frames are decoded once; two a second are kept as JPEG until all shots are found."""
+    """Yield one row per shot. Frames are decoded once; two per second are kept as JPEG until all shots are found."""
     cv2 = scores.opencv()
     finder: ShotFinder | None = None
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []  # (frame number, small gray frame, JPEG)

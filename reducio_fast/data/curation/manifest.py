@@ -75,10 +75,10 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def thumbnails(folder: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
     """JPEG pictures of clips by id, from the parts of their videos. Five million of them would be 20 GB."""
     wanted = {row["id"]: part_path(folder, row["video"]) for row in rows}
-    found = {
+    pictures = {
         row["id"]: row["thumbnail"] for part in set(wanted.values()) for row in _read_file(part, ["id", THUMBNAIL])
     }
-    return {name: found[name] for name in wanted if found.get(name)}
+    return {name: pictures[name] for name in wanted if pictures.get(name)}
 
 
 def _read_file(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -46,8 +46,8 @@ def text_area(frames: Sequence[np.ndarray]) -> float:
 
 
 def _text_share(frame: np.ndarray) -> float:
-    found = _reader()(np.ascontiguousarray(frame[..., ::-1]), use_det=True, use_cls=False, use_rec=True)
-    boxes = () if getattr(found, "boxes", None) is None else found.boxes
+    result = _reader()(np.ascontiguousarray(frame[..., ::-1]), use_det=True, use_cls=False, use_rec=True)
+    boxes = () if getattr(result, "boxes", None) is None else result.boxes
     return min(1.0, sum(polygon_area(np.asarray(box, np.float64)) for box in boxes) / (frame.shape[0] * frame.shape[1]))
 
 

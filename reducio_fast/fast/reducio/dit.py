@@ -1,10 +1,11 @@
-"""The fast twin of `reference/reducio/dit.py`: the same network; what no step changes is computed once a clip.
+"""The fast twin of `reference/reducio/dit.py`: the same network, with all step-independent work done once per clip.
 
 What differs from the reference, and why:
 - query, key and value of self-attention are one matrix product;
-- cross-attention keys and values, which no step changes, are made in `prepare`, and hidden tokens go to the end, so
-  that a count per item replaces the mask;
-- the modulation of every block and step is a table made once a schedule (it depends on the timestep only);
+- cross-attention keys and values do not depend on the step: `prepare` computes them, with hidden tokens moved to the
+  end, so that a count per item replaces the mask;
+- the modulation of every block and step is a table computed once per schedule: it depends on the timestep and, where
+  the model has them, on size and clip conditions, but not on the latent;
 - residual, gate, LayerNorm and modulation are one pass, across block boundaries and into the final layer;
 - both halves of guidance share everything up to the first cross-attention;
 - the variance half of the final layer is never computed.
@@ -36,13 +37,13 @@ from ..parallel import Lanes, Ranks
 from ..plan import Plan
 from ..sampler import BlockCache
 
-POSITIONS = 8  # sizes of clip whose positions are kept
+POSITIONS = 8  # clip sizes whose position tables are kept
 
 
 class Prepared(NamedTuple):
-    """What stays the same over all steps of a clip, for a batch of B items (both halves of guidance together)."""
+    """Cross-attention inputs, the same in all steps of a clip, for a batch of B items (both halves of guidance)."""
 
-    keys_values: list[tuple[Tensor, Tensor]]  # one a block, [B, S, N, K] each
+    keys_values: list[tuple[Tensor, Tensor]]  # one pair per block, [B, S, N, K] each
     key_count: Tensor | None  # int32 [B]; None: every key is visible
 
     @property
@@ -50,7 +51,7 @@ class Prepared(NamedTuple):
         return len(self.keys_values[0][0])
 
     def half(self, number: int) -> Prepared:
-        """Views of a half of guidance: 0 the unconditional one, 1 that of the condition."""
+        """Views of one half of guidance: 0 is the unconditional half, 1 the conditional one."""
         items = slice(self.batch // 2) if number == 0 else slice(self.batch // 2, None)
         keys_values = [(k[items], v[items]) for k, v in self.keys_values]
         return Prepared(keys_values, None if self.key_count is None else self.key_count[items])
@@ -60,7 +61,7 @@ class Modulation(NamedTuple):
     """Shifts, scales and gates of every block and of the final layer, for one step [1, ...] or a schedule [steps, ...].
 
     `blocks` [steps, depth, 6, D] in the reference's order (shift, scale, gate of attention, then of feed-forward),
-    `final` [steps, 2, D] (shift, scale). `position` [t or 1, h * w, D] is that of the clip's patches, of every step.
+    `final` [steps, 2, D] (shift, scale). `position` [t or 1, h * w, D]: of the clip's patches, the same for every step.
     """
 
     blocks: Tensor
@@ -76,9 +77,9 @@ StepInputs = tuple[Modulation, Prepared]
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class FastDenoiser:
-    """The twin under a condition, both halves of guidance in one batch: what `fast.sampler.sample` runs.
+    """The twin with its condition, both halves of guidance in one batch. `fast.sampler.sample` runs it.
 
-    size: height and width in pixels, for models that are told (None: the latent's own).
+    size: height and width in pixels, for models with size conditioning (None: those of the latent).
     """
 
     model: FastTransformer
@@ -104,7 +105,7 @@ class FastDenoiser:
         return [(modulation.step(step), self.prepared) for step in range(len(timesteps))]
 
     def conditional(self, inputs: StepInputs) -> StepInputs:
-        """Of a step with both halves of guidance, what predicts with the condition alone."""
+        """From the inputs of a step, those that predict with the condition alone."""
         return inputs[0], inputs[1].half(1) if self.guidance_scale > 1 else inputs[1]
 
     def predict(self, latent: Tensor, inputs: StepInputs) -> Tensor:
@@ -114,11 +115,11 @@ class FastDenoiser:
         return self.model.denoise(latent, *inputs, cache)
 
     def bare(self) -> FastDenoiser:
-        """The same without its condition, whose keys and values a graph would keep from their next user."""
+        """The same without its condition: a graph may keep it, and the next clip reuses the condition's buffers."""
         return FastDenoiser(self.model, Prepared([], None), self.guidance_scale)
 
     def plain(self) -> Denoiser:
-        """The same for the reference's sampler, which any scheduler steps."""
+        """The same for the reference's sampler, which works with any scheduler."""
 
         def prediction(latent: Tensor, timestep: Tensor, alone: bool) -> Tensor:
             inputs = self.schedule(timestep.reshape(1), latent)[0]
@@ -132,8 +133,8 @@ class FastDenoiser:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class DividedDenoiser(FastDenoiser):
-    """The same by several processes: halves of guidance, and of each half tokens and heads. Its steps run without
-    graphs, which cannot hold every backend's exchanges."""
+    """The same, divided between several processes: by halves of guidance, and within each half by tokens and heads.
+    Its steps run without graphs, which cannot hold every backend's exchanges."""
 
     @property
     def graphs(self) -> None:
@@ -158,7 +159,7 @@ class DividedDenoiser(FastDenoiser):
 class FastSelfAttention(nn.Module):
     """Query, key and value from one product [D, 3D]; the kernel reads them in place."""
 
-    lanes: Lanes | None = None  # with which the tokens are shared
+    lanes: Lanes | None = None  # processes that share the tokens
 
     def __init__(self, attention: Attention, plan: Plan, path: str) -> None:
         super().__init__()
@@ -197,7 +198,7 @@ class FastCrossAttention(nn.Module):
 
 
 class FastDiTBlock(nn.Module):
-    """One block, from its first modulated norm, which it is given, to that of the next block or of the final layer."""
+    """One block. Its first modulated norm is an input; it returns that of the next block or of the final layer."""
 
     def __init__(self, block: DiTBlock, plan: Plan, path: str) -> None:
         super().__init__()
@@ -219,9 +220,10 @@ class FastDiTBlock(nn.Module):
         key_count: Tensor | None,
         frames: int,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream and its modulated norm -> both at the end of the block. `following_2D`: shift and scale.
+        """The residual stream and its modulated norm -> both at the end of the block. `following_2D`: shift and scale
+        of the norm that is returned.
 
-        In the first block the batch may be half of the keys': then both halves of guidance part here.
+        In the first block the batch may be half of the keys' batch: it is then repeated for both halves of guidance.
         """
         _, _, gate_1, shift_2, scale_2, gate_2 = modulation_6D
         x_BLD = torch.addcmul(x_BLD, gate_1, self.self_attention(y_BLD, frames))
@@ -251,7 +253,7 @@ class FastTransformer(Regional):
     """What the twins of `ReducioDiT` and `PixArt` share: a step, given the keys and values of a condition."""
 
     compiled_on_cpu = True
-    graph_names: tuple[str, ...]  # of a step first
+    graph_names: tuple[str, ...]  # the first is that of a step
     block_name = "dit.block"
 
     def __init__(self, model: LatentTransformer, sizes: DiTConfig, plan: Plan) -> None:
@@ -259,7 +261,7 @@ class FastTransformer(Regional):
         self.config, self.sizes = model.config, sizes
         self.pos_embed, self.adaln_single = model.pos_embed, model.adaln_single
         self.patch_weight = frozen(self.pos_embed.proj.weight.flatten(1))  # patches do not overlap: a matrix product
-        self.conditioner = (model,)  # in a tuple: embeds conditions, without its weights being listed twice
+        self.conditioner = (model,)  # embeds conditions; in a tuple, so that its weights are not listed twice
         self.transformer_blocks = nn.ModuleList(
             FastDiTBlock(block, plan, f"transformer_blocks.{i}") for i, block in enumerate(model.transformer_blocks)
         )
@@ -272,28 +274,28 @@ class FastTransformer(Regional):
         )
         self.first_norm = plan.pick("transformer_blocks.0.norm1", "ada_layer_norm")
         self.step_update = plan.pick("sampler", "guidance_dpm_step")
-        self.masks_keys = self.transformer_blocks[0].attn2.attend is attention.twin  # our kernel stops at a count
+        self.masks_keys = self.transformer_blocks[0].attn2.attend is attention.twin  # our kernel takes a count
         self.positions: dict[Grid, Tensor] = {}  # of the last sizes; graphs read copies
-        self.graphs: Graphs | None = None  # through which the sampler runs a step; None: eagerly
+        self.graphs: Graphs | None = None  # the sampler runs a step through them; None: eagerly
 
     @property
     def dtype(self) -> torch.dtype:
         return self.out_weight.dtype
 
     def keys_values(self, condition: JointCondition) -> Prepared:
-        """Of every block, made once a clip."""
+        """Keys and values of every block, computed once per clip."""
         tokens, count = condition.tokens, None
         if condition.mask is not None:
-            # Attention does not ask in which order its keys come: visible ones first, and a count says how many.
+            # Attention does not depend on the order of its keys: visible keys go first, and a count replaces the mask.
             order = condition.mask.int().argsort(dim=1, descending=True, stable=True)
             tokens = [t.gather(1, order[..., None].expand_as(t)) for t in tokens]
             count = condition.mask.sum(1, dtype=torch.int32)
             if count.is_meta and self.masks_keys:
-                count = None  # a forecast has no prompt: of the longest, every key is seen
+                count = None  # a forecast has no prompt and assumes the longest, whose keys are all visible
             elif count.device.type == "cpu" and self.graphs is None:
-                # No keys but those that some item sees, and no mask where all see as many: 20% of a small model's step.
-                # On a GPU the kernel stops at the count; asking for it would wait. Graphs need one shape for prompts of
-                # any length; compiled blocks take any number of keys.
+                # Keep only keys that some item sees, and no mask if all see equally many: 20% of a small model's step.
+                # On a GPU the kernel stops at the count; reading it here would wait for the device. Graphs need one
+                # shape for prompts of any length; compiled blocks take any number of keys.
                 seen = max(int(count.max()), 1)
                 tokens = [t[:, :seen] for t in tokens]
                 count = None if bool((count == seen).all()) else count
@@ -303,7 +305,7 @@ class FastTransformer(Regional):
         return Prepared(keys_values, count)
 
     def lent(self, denoiser: FastDenoiser) -> FastDenoiser:
-        """The denoiser with keys and values where a step's graph reads them in place: 361 MB at 1024x1024."""
+        """The denoiser, its keys and values in buffers that a step's graph reads in place: 361 MB at 1024x1024."""
         if self.graphs is not None:
             pairs = denoiser.prepared.keys_values
             flat = self.graphs.lend(denoiser.graph_name, [x for pair in pairs for x in pair], denoiser)
@@ -319,12 +321,12 @@ class FastTransformer(Regional):
         size: Tensor | None = None,
         clip: Tensor | None = None,
     ) -> Modulation:
-        """The table of a schedule: timesteps [steps]; latent_size (T, H, W) in cells; size and clip [1, 2]."""
+        """Modulations of a schedule: timesteps [steps]; latent_size (T, H, W) in cells; size and clip [1, 2]."""
         if size is None:
             pixels = [float(n * self.sizes.spatial_factor) for n in latent_size[1:]]
             size = torch.tensor([pixels], device=timesteps.device)
-        told = [None if x is None else x.to(timesteps.device).expand(len(timesteps), 2) for x in (size, clip)]
-        shared_S6D, embedding_SD = self.adaln_single(timesteps, *told)
+        conditions = [None if x is None else x.to(timesteps.device).expand(len(timesteps), 2) for x in (size, clip)]
+        shared_S6D, embedding_SD = self.adaln_single(timesteps, *conditions)
         blocks, final = self.tables + shared_S6D[:, None], self.final_table + embedding_SD[:, None]
         return Modulation(blocks, final, self.position(self.grid(latent_size), timesteps.device))
 
@@ -334,7 +336,7 @@ class FastTransformer(Regional):
         return T // pt, H // ph, W // pw
 
     def position(self, grid: Grid, device: torch.device) -> Tensor:
-        """Of the last POSITIONS sizes the table is kept: 18.9 MB each at 1024x1024."""
+        """The position table of a grid. Those of the last POSITIONS sizes are kept: 18.9 MB each at 1024x1024."""
         table = self.positions.pop(grid, None)
         if table is None or table.device != device:
             table = self.pos_embed.position(*grid, device)
@@ -352,9 +354,9 @@ class FastTransformer(Regional):
         cache: BlockCache | None = None,
         lanes: Lanes | None = None,
     ) -> Tensor:
-        """One prediction. latent [B, C, T, H, W], or half of `prepared`'s batch: then both halves of guidance, the
-        unconditional first, are predicted from the one latent. Returns [prepared.batch, latent_channels, T, H, W].
-        lanes: processes that share its tokens."""
+        """One prediction. latent [B, C, T, H, W], where B is the batch of `prepared` or half of it: then both halves of
+        guidance, the unconditional first, are predicted from one latent. Returns [prepared.batch, latent_channels, T,
+        H, W]. lanes: processes that share its tokens."""
         x, y, grid = self.run_blocks(latent, modulation, prepared, cache, lanes)
         out = F.linear(y, self.out_weight, self.out_bias)
         return self.conditioner[0].unpatchify(out if lanes is None else lanes.all_tokens(out), grid)
@@ -373,7 +375,7 @@ class FastTransformer(Regional):
         x = self.tokens(latent, modulation.position)
         x = x if lanes is None else lanes.own(x)
         if self.regions is not None and len(x) != prepared.batch:
-            x = torch.cat([x, x])  # one shape for all blocks to compile: half a self-attention of all more, if that
+            x = torch.cat([x, x])  # all blocks then compile for one shape; costs at most half a self-attention
         y = self.first_norm(x, _rows(blocks_M6D[0, 0], len(x)), _rows(blocks_M6D[0, 1], len(x)), NORM_EPS)
         last = len(self.transformer_blocks) - 1
         for block in self.transformer_blocks:
@@ -409,8 +411,8 @@ class FastTransformer(Regional):
 class FastReducioDiT(FastTransformer):
     """Built from a reference model, whose unpacked weights it shares. Evaluation only.
 
-    A clip is sampled with `prepare` once, `modulations` once a schedule and `denoise` once a step, which `denoiser`
-    ties together; called like the reference it does all three. Source of the network: see `reference/reducio/dit.py`.
+    To sample a clip, call `prepare` once, `modulations` once per schedule and `denoise` once per step; `denoiser` ties
+    them together. Called like the reference, it does all three. Source of the network: see `reference/reducio/dit.py`.
     """
 
     graph_names = ("dit.step",)
@@ -445,7 +447,7 @@ class FastReducioDiT(FastTransformer):
 
     @torch.no_grad()
     def denoiser(self, cond: Condition, uncond: Condition | None = None, guidance_scale: float = 1.0) -> FastDenoiser:
-        """As the reference's, for `fast.sampler.sample`: keys and values of the condition are made here, once."""
+        """As the reference's, for `fast.sampler.sample`: computes keys and values of the condition, once."""
         if guidance_scale > 1:
             cond = join(cond.without_text(self.null_text) if uncond is None else uncond, cond)
         prepared = self.prepare(cond.text, cond.text_mask, cond.semantic, cond.content)
@@ -467,7 +469,7 @@ class FastReducioDiT(FastTransformer):
 
 
 def _shared(name: str, values: Tensor | None) -> Tensor | None:
-    """What all items of a batch have in common, as a batch of one."""
+    """The value that all items of a batch share, as a batch of one. Raises ValueError if they differ."""
     if values is None or not values.ndim:
         return values
     same = (values == values[:1]) | (values.isnan() & values[:1].isnan())

@@ -133,12 +133,12 @@ class FastImageVAE(Regional):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """As the reference's, which runs it."""
+        """Runs the reference's `encode`."""
         return self.reference[0].encode(images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """As the reference's: [N, C, h, w] -> [N, 3, H, W], a tensor of the caller's own."""
+        """As the reference's: [N, C, h, w] -> [N, 3, H, W], a tensor that the caller owns."""
         z = latents.to(self.dtype)
         run: Any = self._decode
         if self.graphs is not None:

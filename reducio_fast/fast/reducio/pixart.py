@@ -69,7 +69,7 @@ class FastPixArt(FastTransformer):
         size: Tensor | None = None,
     ) -> FastDenoiser:
         """For `fast.sampler.sample` on latents [1, C, 1, h, w]: text [1, L, C] and mask [1, L] of the prompt; negative:
-        those of what guidance leads away from, needed where `guidance_scale` exceeds 1; size [1, 2] in pixels."""
+        those of the negative prompt, needed if `guidance_scale` exceeds 1; size [1, 2] in pixels."""
         if guidance_scale > 1:
             if negative is None:
                 raise ValueError(f"guidance_scale={guidance_scale} needs the negative prompt's text")

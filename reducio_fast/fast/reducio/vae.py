@@ -3,11 +3,11 @@
 What differs from the reference, and why:
 - a convolution reads a buffer whose zero halo the pass before it has written: no masks, no separate padding (on a CPU
   the library's own padding costs less);
-- GroupNorm and SiLU are one pass over memory, with statistics that the convolution before has left behind on a GPU;
+- GroupNorm and SiLU are one pass over memory; on a GPU the convolution before them computes their statistics;
 - residuals and biases are added where a convolution ends;
 - up-sampling and the convolution after it are folded into smaller convolutions over the low-resolution tensor;
 - content keys and values serve all frames of a clip, and attention reads query, key and value from one product;
-- the dead second middle block of the content encoder is not there;
+- the second middle block of the content encoder, which influences nothing, is left out;
 - a decoder that warps moves the content frame, refines and adds in one pass over the frames;
 - tiles of one shape are decoded together where memory allows, and blended, cropped and converted in one pass.
 
@@ -50,7 +50,7 @@ Features = list[Tensor]  # as in the reference, but [N, 1, H, W, C]
 
 
 class FastResBlock(nn.Module):
-    """`stats`: what reads the result begins with a GroupNorm over the clip. Statistics that nothing reads would cost a
+    """`stats`: the next layer begins with a GroupNorm over the clip. Statistics that nothing reads would cost a
     convolution 5500 to 11200 cycles of 73000 to 139000 on an H200 (a simulation of its machine code)."""
 
     def __init__(self, block: ref.ResBlock, plan: Plan, path: str, stats: bool = True) -> None:
@@ -118,7 +118,7 @@ class FastDownsample(nn.Module):
 
 
 class FastUpsample(nn.Module):
-    """Nearest x2 and the convolution after it, as one convolution a phase of the finer grid."""
+    """Nearest x2 and the convolution after it, as one convolution per phase of the finer grid."""
 
     def __init__(self, up: ref.Upsample, plan: Plan, path: str) -> None:
         super().__init__()
@@ -207,8 +207,8 @@ class FastDecoderLevel(nn.Module):
         super().__init__()
         self.fuse = _fusions(level, plan, path)
         self.upsample = FastUpsample(level.upsample, plan, f"{path}.upsample") if hasattr(level, "upsample") else None
-        # After the first blocks comes a fusion, the second blocks, or at once what follows them.
-        normed = self.upsample is None  # the next level's first norm, or the last norm of all
+        # The first blocks are followed by a fusion, by the second blocks or, without either, by what follows those.
+        normed = self.upsample is None  # a norm follows: the next level's first, or the decoder's last
         first = not self.fuse and (normed or len(level.block_2) > 0)
         self.block_1 = _res_blocks(level.block_1, plan, f"{path}.block_1", first)
         self.block_2 = _res_blocks(level.block_2, plan, f"{path}.block_2", normed)
@@ -222,7 +222,7 @@ class FastDecoderLevel(nn.Module):
             for block in self.block_2:
                 act = block(act)
             return act
-        # The last convolution before an up-sampling writes the padded buffer that this one reads.
+        # The last convolution before an up-sampling writes the padded buffer that the up-sampling reads.
         for block in self.block_2[:-1]:
             act = block(act)
         padding = self.upsample.padding
@@ -262,7 +262,7 @@ class FastWarp(nn.Module):
 
 
 class FastAttentionFusion(nn.Module):
-    """Content keys and values are computed once and serve every frame. In windows the reference's own code runs."""
+    """Content keys and values are computed once and serve every frame. With windows, the reference's own code runs."""
 
     def __init__(self, fusion: AttentionFusion, plan: Plan, path: str) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class FastAttentionFusion(nn.Module):
         if self.cells is not None:
             h = h + place_table(H, W, C, self.cells[0], h).movedim(0, -1)
             places = place_table(*content.shape[2:], self.cells[1], content).flatten(1).T
-            kv[..., :C] += F.linear(places, self.kv_weight[:C])  # keys alone
+            kv[..., :C] += F.linear(places, self.kv_weight[:C])  # only to the keys
         q = self.to_q(h).view(N, T * H * W, self.num_heads, -1)
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         return Activation(y + self.to_out(self.attend(q, k, v).flatten(2)).view(y.shape))
@@ -326,11 +326,11 @@ class FastReducioVAE(nn.Module):
     """Built from a reference model, whose unpacked weights it shares. Evaluation only.
 
     `encode`, `encode_content` and `decode` take and return what the reference's do, except that content features are
-    channels-last: they travel between these methods only. Source of the network: see `reference/reducio/vae.py`.
+    channels-last; no other method reads them. Source of the network: see `reference/reducio/vae.py`.
     """
 
-    # On a CPU a decoder's time is oneDNN's convolutions. What a compiler makes of the rest of the default model gains
-    # nothing (0.98 of uncompiled) and takes most of the compiling.
+    # On a CPU oneDNN's convolutions take a decoder's time. Compiling the rest of the default model gains nothing (0.98
+    # of uncompiled) and takes most of the compile time.
     compiled_on_cpu = False
     graph_names = ("vae.encode_content", "vae.decode")
     makes_bytes = True  # `decode` has `as_uint8`
@@ -346,9 +346,9 @@ class FastReducioVAE(nn.Module):
         self.post_weight, self.post_bias = frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
         self.warp = None if model.warp is None else FastWarp(model.warp, plan, "warp")
         self.blend = plan.pick("tiles", "blend_tiles")
-        self.graphs: Graphs | None = None  # one graph each shape of tile; None: eagerly
-        # Raised where the memory forecast finds room for more tiles. On a CPU one is best: a tile alone keeps every
-        # core busy, and its activations closer.
+        self.graphs: Graphs | None = None  # one graph per tile shape; None: eagerly
+        # The memory forecast raises it when there is room for more tiles. On a CPU one is best: a single tile keeps
+        # every core busy, and its activations closer.
         self.tile_batch = 1
         self.ranks: Ranks | None = None  # processes that decode each clip together
 
@@ -391,7 +391,8 @@ class FastReducioVAE(nn.Module):
     ) -> Tensor:
         """Clip [B, 3, T, H, W], not clamped, as the reference's; or, `as_uint8`, frames [B, T, H, W, 3] of 0..255.
 
-        Raises ValueError as the reference does, and, since bytes cannot say it, for values that are not finite.
+        Raises ValueError as the reference does and, with `as_uint8`, for values that are not finite, which bytes cannot
+        represent.
         """
         self.reference[0].check_latent(latent, features, tiled)
         stride, _, latent_stride, latent_extent = self.reference[0].tile_sizes()
@@ -417,7 +418,7 @@ class FastReducioVAE(nn.Module):
         return channels_first(F.linear(self.encoder_3d(channels_last(video)), self.quant_weight, self.quant_bias))
 
     def _encode_content(self, tile: Tensor) -> Features:
-        # Made dense outside of the graph, which then serves tiles of pictures of any width.
+        # The tile is made dense outside of the graph, so that one graph serves tiles of images of any width.
         return self._graphed("vae.encode_content", self.encoder_2d, channels_last(tile))
 
     def _decode(self, latent: Tensor, features: Features, keep: bool = True) -> Tensor:
@@ -437,19 +438,19 @@ class FastReducioVAE(nn.Module):
         def decode(numbers: Sequence[int]) -> dict[int, Tensor]:
             return self._decode_batches(latents, features, numbers)
 
-        def room(number: int) -> Tensor:
+        def empty(number: int) -> Tensor:
             (B, _, _, h, w), cell = latents[number].shape, self.config.spatial_factor
             return latents[number].new_empty((B, self.config.num_frames, h * cell, w * cell, 3), dtype=self.dtype)
 
         if self.ranks is not None:
-            return self.ranks.pieces([z.shape[-2] * z.shape[-1] for z in latents], decode, room)
+            return self.ranks.pieces([z.shape[-2] * z.shape[-1] for z in latents], decode, empty)
         decoded = decode(range(len(latents)))
         return [decoded[i] for i in range(len(latents))]
 
     def _decode_batches(
         self, latents: list[Tensor], features: list[Features], numbers: Sequence[int]
     ) -> dict[int, Tensor]:
-        """Tiles of one shape as one batch of at most `tile_batch`; items do not see each other."""
+        """Decodes tiles of one shape in batches of at most `tile_batch`; items do not influence each other."""
         shapes: dict[tuple[Any, ...], list[int]] = {}
         for i in numbers:
             shapes.setdefault((tuple(latents[i].shape), *(tuple(f.shape) for f in features[i])), []).append(i)
@@ -467,7 +468,7 @@ class FastReducioVAE(nn.Module):
 
 
 def _res_blocks(blocks: nn.ModuleList, plan: Plan, path: str, stats: bool) -> nn.ModuleList:
-    """The twins of a level's blocks, of which each but the last is followed by the next one's norm."""
+    """The twins of a level's blocks. Each block but the last is followed by the norm of the next block."""
     last = len(blocks) - 1
     return nn.ModuleList(
         FastResBlock(block, plan, f"{path}.{i}", stats=stats or i < last) for i, block in enumerate(blocks)

@@ -1,7 +1,6 @@
 """Layers of SVD's twins on channels-last frames [N, H, W, C], N = B * T.
 
-Attributes of the networks behind them are read by the names that diffusers has too, so that a twin can be built from
-its modules as well as from the reference.
+The reference and diffusers have the same attribute names, so a twin can be built from the modules of either.
 
 What is folded when a twin is built, all exact:
 - AlphaBlender: with x_temporal = x_spatial + h, the blend a * x_spatial + (1 - a) * x_temporal is
@@ -38,7 +37,7 @@ class Conv(nn.Module):
         self.stride, self.padding = conv.stride, conv.padding
 
     def forward(self, x_NHWC: Tensor, bias: Tensor | None = None) -> Tensor:
-        """bias: in place of its own."""
+        """bias: replaces the layer's own."""
         bias = self.bias if bias is None else bias
         return as_frames(F.conv2d(as_images(x_NHWC), self.kernel, bias, self.stride, self.padding))
 
@@ -53,15 +52,15 @@ class Norm(nn.Module):
         self.run, self._statistics = plan.pick(path, "group_norm_silu"), plan.clip_statistics()
 
     def forward(self, x: Tensor, front: int = 0, back: int = 0, halo: bool = False) -> Tensor:
-        """x [B, T, H, W, C] -> the same, with zero frames before and after, or a ring of zeros around each."""
+        """x [B, T, H, W, C] -> the same shape plus `front` and `back` frames of zeros, or a ring of zeros per frame."""
         return self.run(x, self.weight, self.bias, self.groups, self.eps, self.silu, False, None, front, back, halo)
 
     def statistics(self, x_HWC: Tensor) -> Tensor:
-        """What `of_frame` needs of each frame, [tiles, 3, C]: count, mean, squared deviations."""
+        """A frame's statistics for `of_frame`, [tiles, 3, C]: count, mean and squared deviations."""
         return self._statistics(x_HWC[None, None])[0]
 
     def of_frame(self, x_HWC: Tensor, sums_T3C: Tensor) -> Tensor:
-        """One frame [H, W, C] of a clip, whose frames' statistics are `sums`, one after the other."""
+        """Normalise one frame [H, W, C] of a clip; `sums` are the concatenated statistics of all its frames."""
         arguments = (self.weight, self.bias, self.groups, self.eps, self.silu, False, sums_T3C[None])
         return self.run(x_HWC[None, None], *arguments, 0, 0, False)[0, 0]
 
@@ -95,7 +94,7 @@ class TimeConv(nn.Module):
 
 
 class ResidualConv(nn.Module):
-    """A 3x3 convolution in space and what it is added to, in one kernel, of frames that have a ring of zeros."""
+    """A 3x3 convolution in space plus a residual, in one kernel. Each input frame has a ring of zeros around it."""
 
     def __init__(self, conv: nn.Conv2d, plan: Plan, path: str) -> None:
         super().__init__()
@@ -104,7 +103,7 @@ class ResidualConv(nn.Module):
 
     @staticmethod
     def shape(conv: nn.Conv2d) -> str:
-        """Its class in a plan's table."""
+        """The shape class of the convolution in a plan's table."""
         return f"{conv.in_channels}->{conv.out_channels} frames"
 
     def forward(self, padded: Tensor, residual_NHWC: Tensor) -> Tensor:
@@ -113,10 +112,10 @@ class ResidualConv(nn.Module):
 
 
 class SpatialRes(nn.Module):
-    """A res block in space; `row` is its part of the time embedding with conv1's bias, [C] or one a frame [N, C].
+    """A spatial res block; `row` is its projected time embedding plus conv1's bias, [C] or one per frame [N, C].
 
-    What conv2 is added to costs no pass of its own where our kernel runs; a 1x1 shortcut is added in place, its bias
-    with conv2's.
+    Where our kernel runs, conv2 adds the residual without another pass over memory. A 1x1 shortcut is added in place;
+    its bias is folded into conv2's.
     """
 
     def __init__(self, block: Any, plan: Plan, path: str) -> None:
@@ -145,7 +144,7 @@ class SpatialRes(nn.Module):
 
 
 class TemporalRes(nn.Module):
-    """A res block over the frames of each position, already blended with what it is added to."""
+    """A res block over the frames of each position. The blend with its input is folded into conv2."""
 
     def __init__(self, block: Any, spatial_share: Tensor, plan: Plan, path: str) -> None:
         super().__init__()
@@ -154,7 +153,7 @@ class TemporalRes(nn.Module):
         self.conv2 = TimeConv(block.conv2, plan, f"{path}.conv2", 1 - spatial_share)
 
     def forward(self, x_BTHWC: Tensor, row: Tensor | None = None) -> Tensor:
-        """row: with conv1's bias, [C], or one a frame [B, T, C]."""
+        """row: projected time embedding plus conv1's bias, [C], or one per frame [B, T, C]."""
         bias = row if row is None or row.ndim == 1 else torch.zeros_like(self.conv1.bias)
         h = self.conv1(self.norm1(x_BTHWC, 1, 1), bias)
         if row is not None and row.ndim == 3:
@@ -162,8 +161,11 @@ class TemporalRes(nn.Module):
         return self.conv2(self.norm2(h, 1, 1), residual=x_BTHWC)
 
     def streamed(self, frames: list[Tensor]) -> list[Tensor]:
-        """The same of one clip whose frames [H, W, C] come as a list, which is emptied on the way: beside them one more
-        clip is alive, and three normed frames. Exact, since the norms' statistics are those of all frames."""
+        """The forward pass on one clip, given as a list of frames [H, W, C], which is emptied on the way.
+
+        Beside the frames, one more clip and three normed frames are alive. The result is exact, since the norms use the
+        statistics of all frames.
+        """
         hidden = self._convolve(frames, self.norm1, self.conv1)
         return self._convolve(hidden, self.norm2, self.conv2, onto=frames)
 
@@ -190,7 +192,7 @@ class SpatioTemporalRes(nn.Module):
         self.channels_in = len(self.spatial.norm1.weight)
 
     def forward(self, x_NHWC: Tensor, frames: int, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """rows: the time embedding's parts for the block in space and for the one in time."""
+        """rows: the projected time embeddings of the spatial and of the temporal res block."""
         spatial_row, temporal_row = rows if rows is not None else (None, None)
         x = self.spatial(x_NHWC, spatial_row)
         if temporal_row is not None and temporal_row.ndim == 2:

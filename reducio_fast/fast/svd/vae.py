@@ -1,9 +1,8 @@
-"""The fast twin of SVD's autoencoder: all frames of a clip decoded together, in little more memory than two of its
-tensors.
+"""The fast twin of SVD's autoencoder. It decodes all frames of a clip in little more memory than two of their tensors.
 
-Nothing in the decoder but its blocks over time looks beyond a frame. So up-sampling and the block in space run frame by
-frame, and a block over time needs its input, the result of its first convolution, and three normed frames: at
-25x576x1024 in half precision 7.5 GB, where all frames at once take 30.
+Only the temporal blocks of the decoder read several frames. Up-sampling and spatial blocks therefore run frame by
+frame. A temporal block needs its input, the result of its first convolution, and three normed frames. At 25x576x1024 in
+half precision this is 7.5 GB; decoding all frames at once takes 30 GB.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from .layers import Conv, Norm, SpatialRes, SpatioTemporalRes, TimeConv
 
 Clip = Tensor | list[Tensor]  # [T, H, W, C], or frames [H, W, C]
 
-# Bytes up to which a clip's tensor stays whole: one frame of it would be too little work for a call. Above, up to a
-# sixteenth of the finest level's, whose two tensors are then still the most that is alive.
+# Up to this many bytes a clip's tensor stays whole: one frame would be too little work for a kernel call. For large
+# clips the bound is a sixteenth of the finest level's tensor, so the two tensors of that level still set the peak.
 TOGETHER = 2**25
 
 
 class FrameAttention(nn.Module):
-    """One head over all positions of a frame [1, H, W, C]; heads of 512 stay with torch."""
+    """Attention with one head over all positions of a frame [1, H, W, C]. torch computes heads of 512 channels."""
 
     def __init__(self, attention: Any, plan: Plan, path: str) -> None:
         super().__init__()
@@ -86,12 +85,12 @@ class FastTemporalVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """As the reference's, which runs it: one image a clip."""
+        """As the reference's, and run by the reference: there is only one image per clip."""
         return self.reference[0].encode(images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
-        """As the reference's, [B, T, 4, h, w] -> [B, T, 3, H, W]. `chunk` frames at once are diffusers' chunks."""
+        """As the reference's, [B, T, 4, h, w] -> [B, T, 3, H, W]. `chunk` is diffusers' `decode_chunk_size`."""
         batch, frames = latents.shape[:2]
         z = latents.flatten(0, 1).to(self.dtype)
         pieces = z.split(frames if chunk is None else chunk)
@@ -119,8 +118,8 @@ class FastTemporalVAE(nn.Module):
         return torch.stack(results).permute(0, 3, 1, 2)
 
     def _block(self, x: Clip, block: SpatioTemporalRes, grow: UpConv | None = None) -> Clip:
-        """A spatio-temporal res block, behind the up-sampling `grow`. Frame by frame once the clip has become large;
-        each frame is let go of once it was read."""
+        """The up-sampling `grow`, if any, and a spatio-temporal res block. Large clips run frame by frame, and each
+        frame is freed after it was read."""
         cancellation.check()
 
         def in_space(x_NHWC: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ class FastTemporalVAE(nn.Module):
 
 
 def _each(x: Clip, run: Callable[[Tensor], Tensor]) -> Any:
-    """`run` on a clip, or on each frame as [1, H, W, C] of a list, which is emptied on the way."""
+    """Apply `run` to a clip, or to each frame of a list as [1, H, W, C]; the list is emptied on the way."""
     if isinstance(x, Tensor):
         return run(x)
     results = []
@@ -144,7 +143,7 @@ def _each(x: Clip, run: Callable[[Tensor], Tensor]) -> Any:
 
 
 class FastFrameVAE(nn.Module):
-    """The twin of SV3D's `FrameVAE`: the same layers in space, frame by frame. Evaluation only."""
+    """The twin of SV3D's `FrameVAE`: the same spatial layers, frame by frame. Evaluation only."""
 
     compiled_on_cpu = False
     graph_names = ("vae.decode",)

@@ -23,16 +23,16 @@ def reducio_joint(config: Any) -> Joint:
 
 
 def svd_joint(frames: int, overlap: Any) -> Joint:
-    """For models whose clips start with their picture: it is the neighbour's frame number `-overlap`."""
+    """For models whose clips start with their image: it is frame number `-overlap` of the clip before."""
     overlap = validation.check_count("overlap", overlap, frames - 1)
     return Joint(frames=frames, content=0, steps=frames, held=overlap, time_axis=1, overlap=overlap)
 
 
 def plan(joint: Joint, num_frames: Any, direction: Any, match_colours: Any) -> Chain | None:
-    """The chain that makes `num_frames`; None where that is one clip.
+    """The chain of clips that makes `num_frames`; None if one clip is enough.
 
-    Raises ReducioError for a number that whole clips do not reach, with the two nearest, and for other values that do
-    not fit.
+    Raises ReducioError for a number of frames that whole clips do not give, with the two nearest, and for invalid
+    values of the other arguments.
     """
     if direction not in DIRECTIONS:
         raise ReducioError(f"direction: must be one of {', '.join(DIRECTIONS)}, is {direction!r}")

@@ -29,14 +29,15 @@ class ReducioOutput:
     """What a call returns. For a single prompt nothing has a clip axis; for a list everything has it in front.
 
     `frames`: "np" uint8 [T, H, W, 3]; "pil" a list of images; "pt" float32 [T, 3, H, W] in [0, 1], as in diffusers;
-    "latent" the motion latent [16, T/f, H/32, W/32]. `content`: the content frame, uint8 [H, W, 3], which is the clip's
-    centre frame, number (T - 1) // 2; given back as `image` with the same seed it makes the same clip (None for latents
-    that needed none, and where a peer drew from text alone). `timings`: seconds per stage, summed over the clips.
+    "latent" the motion latent [16, T/f, H/32, W/32] (SVD: [T, 4, H/8, W/8]). `content`: the content frame, uint8
+    [H, W, 3], which is the clip's frame number (T - 1) // 2 (SVD: the image at the clip's size); passed as `image` with
+    the same seed it makes the same clip (None for latents that needed none, and for peers that use text alone).
+    `timings`: seconds per stage, summed over the clips.
     """
 
     frames: Any
     content: np.ndarray | None
-    seeds: list[int]  # none of clips that were encoded from a file
+    seeds: list[int]  # empty for clips that were encoded from a file
     fps: float
     timings: dict[str, float]
     output_type: str = "np"
@@ -46,13 +47,13 @@ class ReducioOutput:
 
     @property
     def seed(self) -> int:
-        """Of the first clip."""
+        """Seed of the first clip."""
         return self.seeds[0]
 
     def as_float(self) -> np.ndarray:
         """Frames as float32 in [0, 1], [T, H, W, 3] or [N, T, H, W, 3]: what diffusers calls "np".
 
-        `diffusers.utils.export_to_video` takes these, or PIL images; bytes it would multiply by 255.
+        `diffusers.utils.export_to_video` takes these, or PIL images; it would multiply bytes by 255.
         """
         if self.output_type == "latent":
             raise ReducioError("as_float: output_type='latent' holds no frames; use pipe.decode(latents, image)")
@@ -62,17 +63,17 @@ class ReducioOutput:
 
     def grid(self, columns: int | None = None) -> np.ndarray:
         """All clips of a list side by side as one, uint8 [T, rows * H, columns * W, 3], a contact sheet of seeds: see
-        `media.contact_sheet`. Raises ReducioError for latents and where `columns` is no number of clips."""
+        `media.contact_sheet`. Raises ReducioError for latents, and for `columns` not from 1 to the number of clips."""
         if self.output_type == "latent":
             raise ReducioError("grid: output_type='latent' holds no frames; use pipe.decode(latents, image)")
         return contact_sheet([as_array(clip) for clip in (self.frames if self.is_list else [self.frames])], columns)
 
     def as_grid(self, columns: int | None = None) -> ReducioOutput:
-        """The clips side by side as one, see `grid`, which has no content frame."""
+        """The clips side by side as one clip, which has no content frame: see `grid`."""
         return dataclasses.replace(self, frames=self.grid(columns), content=None, output_type="np", is_list=False)
 
     def interpolated(self, factor: int) -> ReducioOutput:
-        """The same with `factor` (2 or 4) times the rate, as bytes: see `media.frame_interpolation`."""
+        """The same clips at `factor` (2 or 4) times the frame rate, as bytes: see `media.frame_interpolation`."""
         if self.output_type == "latent":
             raise ReducioError("interpolate: output_type='latent' holds no frames; use pipe.decode(latents, image)")
         clips = [interpolate(as_array(clip), factor) for clip in (self.frames if self.is_list else [self.frames])]
@@ -81,17 +82,17 @@ class ReducioOutput:
         return dataclasses.replace(self, frames=frames.view(ByteFrames), fps=fps, output_type="np")
 
     def save(self, path: str | os.PathLike[str], encoding: str = "quality") -> Path | list[Path]:
-        """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; of a list, clip i as NAME-i.SUFFIX.
+        """Write .mp4, .gif, .webp or a folder of PNGs, and return the path; for a list, clip i goes to NAME-i.SUFFIX.
 
-        encoding: of an .mp4. "quality" and "fast" encode H.264 on the CPU at one quality, "fast" in a third of the CPU
+        encoding: for .mp4. "quality" and "fast" encode H.264 on the CPU at one quality, "fast" in a third of the CPU
             time; "hardware" uses a hardware encoder and raises if none works; "auto" uses one if it works, else "fast".
             `encoder` names the one that was used.
-        Raises ReducioError where that fails; frames that were not written are then kept in the cache folder, as PNGs,
+        Raises ReducioError if writing fails. Frames that were not written are then kept in the cache folder, as PNGs,
         and the error says where: after `generate(...).save(path)` no variable holds them.
         """
         if self.output_type == "latent":
             raise ReducioError("save: output_type='latent' holds no frames; make them with pipe.decode(latents, image)")
-        start, name, by = time.perf_counter(), Path(path), ffmpeg.encoder(encoding)
+        start, name, encoder = time.perf_counter(), Path(path), ffmpeg.encoder(encoding)
         clips, paths = [self.frames], [name]
         if self.is_list:
             clips = self.frames
@@ -105,17 +106,17 @@ class ReducioOutput:
                     write_video(as_array(frames), each, self.fps, encoding)
                     written += 1
         except ReducioError as error:
-            left = [as_array(clip) for clip in list(clips)[written:]]
+            unwritten = [as_array(clip) for clip in list(clips)[written:]]
             label = f"seed{self.seeds[written]}" if self.seeds else f"clip{written}"
-            raise ReducioError(f"{error}; {keep_frames(left, self.fps, label)}") from error
-        self.encoder = by.name if name.suffix.lower() == ".mp4" else name.suffix.lower().removeprefix(".") or "png"
+            raise ReducioError(f"{error}; {keep_frames(unwritten, self.fps, label)}") from error
+        self.encoder = encoder.name if name.suffix.lower() == ".mp4" else name.suffix.lower().removeprefix(".") or "png"
         self.timings["video.write"] = self.timings.get("video.write", 0.0) + time.perf_counter() - start
         return paths if self.is_list else name
 
 
 def to_output(video: Tensor, output_type: str) -> Any:
-    """float32 [3, T, H, W] in [-1, 1] -> what `ReducioOutput.frames` holds for one clip; but for "pt" also from bytes
-    uint8 [T, H, W, 3]."""
+    """float32 [3, T, H, W] in [-1, 1] -> what `ReducioOutput.frames` holds for one clip. Also takes bytes, uint8
+    [T, H, W, 3], except for "pt"."""
     return from_frames(as_frames(video, output_type), output_type)
 
 
@@ -160,12 +161,12 @@ def stack(frames: list[Any]) -> Any:
 
 
 # diffusers returns a list of clips, as floats, and its users write `export_to_video(out.frames[0])`. Here that is one
-# frame, or bytes, which `export_to_video` multiplies by 255 and takes modulo 256: a file of noise without a word.
+# frame, or bytes, which `export_to_video` multiplies by 255 and takes modulo 256: a file of noise, without an error.
 INSTEAD = "write export_to_video(out.as_float(), path), or out.save(path)"
 
 
 class ByteFrames(np.ndarray):
-    """Frames as bytes, which refuse to be scaled as if they were floats in [0, 1]."""
+    """Frames as bytes. Raises ReducioError when they are scaled by 255, as if they were floats in [0, 1]."""
 
     def __mul__(self, other: Any) -> Any:
         if self.dtype == np.uint8 and isinstance(other, int) and other == 255 and self.size and self.max() > 1:
@@ -176,7 +177,7 @@ class ByteFrames(np.ndarray):
 
 
 class FrameImage(Image.Image):
-    """One frame, which refuses to be taken for a list of frames."""
+    """One frame. Raises ReducioError when it is indexed, as if it were a list of frames."""
 
     def __getitem__(self, index: Any) -> Any:
         raise ReducioError(f"frames: this is one image of the clip, not the clip; {INSTEAD}")

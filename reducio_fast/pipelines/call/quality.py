@@ -17,15 +17,15 @@ from ...reference.sampler import Shortcuts
 from ...system.errors import ReducioError
 
 SCHEDULES = ("own", "quadratic", "lu", "exponential")
-# Guidance above this makes the equation stiff: 8 quadratic steps, nearer to the solution than 20 equal ones at 4.5, are
-# twice as far at 7.5, and 12 are nearer again (24 prompts of the default model).
+# Guidance above this makes the equation stiff. At 4.5, 8 quadratic steps are nearer to the solution than 20 equal ones;
+# at 7.5 they are twice as far, and 12 are nearer again (24 prompts of the default model).
 STRONG_GUIDANCE, STRONG_STEPS = 5.5, 12
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """num_inference_steps, of both stages: `content_steps` None leaves the first stage its own. schedule: of SCHEDULES,
-    where the steps lie. The rest as in `reference.sampler.Shortcuts`."""
+    """num_inference_steps: of the second stage. content_steps: of the first stage; None: its own number. schedule: one
+    of SCHEDULES, where the steps lie. The other fields are as in `reference.sampler.Shortcuts`."""
 
     num_inference_steps: int = NUM_INFERENCE_STEPS
     schedule: str = "own"
@@ -49,7 +49,7 @@ SETTINGS = tuple(f.name for f in dataclasses.fields(Quality))
 
 def resolve(sampling: Any, quality: Any, arguments: Mapping[str, Any], guidance_scale: float | None = None) -> Quality:
     """The quality of a call. `sampling`: the model's own setting, a dict of `quality` and of SETTINGS, or None.
-    `arguments`: those of the call by name, None where left out. Raises ReducioError."""
+    `arguments`: those of the call by name, None where left out. Raises ReducioError for invalid values."""
     own = _checked_setting(sampling)
     name = own.get("quality", "exact") if quality is None else quality
     if not isinstance(name, str) or name not in PRESETS:
@@ -57,14 +57,14 @@ def resolve(sampling: Any, quality: Any, arguments: Mapping[str, Any], guidance_
     chosen = dataclasses.asdict(PRESETS[name])
     if quality is None:
         chosen |= {key: value for key, value in own.items() if key != "quality"}
-    steps_are_a_presets = quality is not None or "num_inference_steps" not in own
+    steps_from_preset = quality is not None or "num_inference_steps" not in own
     chosen |= {key: value for key, value in arguments.items() if value is not None}
-    check = Quality(**(chosen | {"guidance_interval": _interval(chosen["guidance_interval"])}))
-    _check(check)
+    resolved = Quality(**(chosen | {"guidance_interval": _interval(chosen["guidance_interval"])}))
+    _check(resolved)
     strong = guidance_scale is not None and guidance_scale > STRONG_GUIDANCE
-    if strong and steps_are_a_presets and arguments.get("num_inference_steps") is None:
-        check = dataclasses.replace(check, num_inference_steps=max(check.num_inference_steps, STRONG_STEPS))
-    return check
+    if strong and steps_from_preset and arguments.get("num_inference_steps") is None:
+        resolved = dataclasses.replace(resolved, num_inference_steps=max(resolved.num_inference_steps, STRONG_STEPS))
+    return resolved
 
 
 def _checked_setting(sampling: Any) -> dict[str, Any]:

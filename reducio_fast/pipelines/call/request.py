@@ -79,8 +79,8 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class ClipRequest:
-    """What is asked of one clip of a call, checked. `latents`: its initial noise, float32 [1, C, T/f, H/32, W/32].
-    `motion`: its latent, which is then not sampled. `hold`: the part of it that another clip has given."""
+    """The checked request for one clip of a call. `latents`: its initial noise, float32 [1, C, T/f, H/32, W/32].
+    `motion`: its latent, which is then not sampled. `hold`: the part of its latent that comes from another clip."""
 
     prompt: str  # "" where only `embeds.text` was given
     negative_prompt: str  # "" for none
@@ -96,8 +96,9 @@ class ClipRequest:
 class Joint:
     """How a model's clips fit together.
 
-    frames: of one clip. content: the number of the frame that a clip is told, which is the last (behind) or first
-    (before) frame of its neighbour. steps: of the latent along `time_axis` [1, ...]; `held` of them lie in the overlap.
+    frames: of one clip. content: the number of the frame that conditions a clip; it is frame `hop + content` of the
+    clip before it, or frame 0 of the clip after it. steps: of the latent [1, ...] along `time_axis`; `held` of them lie
+    in the overlap.
     """
 
     frames: int
@@ -109,18 +110,18 @@ class Joint:
 
     @property
     def hop(self) -> int:
-        """New frames of a clip that continues behind."""
+        """Frames that a clip adds after its neighbour."""
         return self.frames - self.overlap
 
     @property
     def hop_back(self) -> int:
-        """New frames of a clip that leads up to its neighbour: the ones before its content frame."""
+        """Frames that a clip adds before its neighbour: those before its content frame."""
         return self.content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
-    """So many clips behind the first one and before it."""
+    """A chain of clips: the first one, `after` clips that follow it, and `before` clips that precede it."""
 
     joint: Joint
     after: int
@@ -138,7 +139,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked of a call, checked: its clips, and what they have in common."""
+    """The checked request for a call: its clips, and what they have in common."""
 
     clips: list[ClipRequest]
     is_list: bool  # whether results get a clip axis
@@ -160,7 +161,7 @@ class Request:
     chain: Chain | None = None  # of clips that make one longer clip
     motion_strength: float = 1.0
     clip_condition: tuple[float, float] | None = (
-        None  # frame rate and motion score (NaN: open), where the model has them
+        None  # frame rate and motion score (NaN: not known), where the model has them
     )
     keep_content: bool = False
     loop: bool = False
@@ -168,16 +169,16 @@ class Request:
 
     @property
     def previews(self) -> bool:
-        """Whether the callback is given frames."""
+        """Whether the callback receives frames."""
         return self.preview_every is not None or "frames" in self.callback_tensor_inputs
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """What a family makes of one clip's request before sampling.
+    """The inputs of sampling, which a family computes from one clip's request.
 
     frame: the content frame, uint8 [H, W, 3], None where nothing reads it. noise: of a unit normal, [1, ...]. cond,
-    uncond: conditions of the family's own class. tensors: further ones that a callback may ask for.
+    uncond: conditions of the family's own class. tensors: further tensors that a callback may request.
     """
 
     frame: np.ndarray | None
@@ -185,4 +186,4 @@ class SamplingInputs:
     cond: Any
     uncond: Any = None
     tensors: dict[str, Tensor | None] = field(default_factory=dict)
-    follow: Embeds = field(default_factory=Embeds)  # that hold for a clip which continues this one
+    follow: Embeds = field(default_factory=Embeds)  # conditions that a clip which continues this one reuses

@@ -30,11 +30,11 @@ class CallState:
     progress: tqdm = field(default_factory=lambda: tqdm(disable=True))
     interrupted: bool = False  # the current clip is the last one, and ends after its current step
     stage: str = ""  # the current one: "content.generate", "dit.step" ...
-    step: int = 0  # steps that it has done, of those stages that have any
-    listener: Callable[[str, int], None] | None = None  # called when either changes; what it raises ends the call
+    step: int = 0  # steps done in the current stage, if it has steps
+    listener: Callable[[str, int], None] | None = None  # called when either changes; an exception from it ends the call
     timestep: Tensor | None = None  # timestep that the callback is called for
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
-    # Latents and content frames of the clips so far, small enough to keep: decoding may run out of memory.
+    # Latents and content frames of the clips so far. They are kept, being small, since decoding may run out of memory.
     undecoded: list[tuple[Tensor, np.ndarray]] = field(default_factory=list)
 
     @contextmanager
@@ -49,8 +49,8 @@ class CallState:
     def make_clips(
         self, make_clip: Callable[[ClipRequest], tuple[np.ndarray | None, Any]], fps: float, progress: dict[str, Any]
     ) -> ReducioOutput:
-        """The output of the call: `make_clip` gives the content frame and the frames of each clip. It ends early where
-        it was asked to; ReducioError where there is no clip yet."""
+        """The output of the call; `make_clip` returns the content frame and the frames of each clip. An interrupted
+        call ends early, and raises ReducioError if it has no clip yet."""
         request, frames = self.request, list[Any]()
         contents: list[np.ndarray] = []  # empty where nothing needs a content frame
         with self.show_progress(progress):
@@ -82,13 +82,13 @@ class CallState:
 
     @contextmanager
     def at(self, run: Stage, timings: dict[str, float], stage: str) -> Iterator[None]:
-        """`run(timings, stage)` around the block; inside, `stage` is the current one."""
+        """Run the block within `run(timings, stage)`, with `stage` as the current stage."""
         self.tell(stage, 0)
         with run(timings, stage):
             yield
 
     def tell(self, stage: str, step: int) -> None:
-        """Note that `step` steps of a stage are done, and say so to the listener."""
+        """Record that `step` steps of a stage are done, and call the listener."""
         self.stage, self.step = stage, step
         if self.listener is not None:
             self.listener(stage, step)
@@ -99,14 +99,14 @@ class CallState:
         return rescue(self.undecoded, seeds, self.request.fps, folder, pipeline)
 
     def content_step(self, step: int) -> None:
-        """After a step of the first stage: raise StopSampling where the call was asked to end."""
+        """To be called after each step of the first stage: raises StopSampling if the call was asked to end."""
         self.tell(self.stage, step + 1)
         if self.interrupted:
             raise StopSampling
 
     def decoding_check(self) -> Callable[[], None]:
-        """For `cancellation.cancellable`: raises StopSampling once the call is interrupted during its decode, and what
-        the listener raises. A call that was interrupted before still decodes the latent that it has reached."""
+        """A check for `cancellation.cancellable`: it calls the listener, and raises StopSampling once the call is
+        interrupted during its decode. A call that was interrupted earlier still decodes the latent it has reached."""
         before = self.interrupted
 
         def check() -> None:

@@ -17,14 +17,14 @@ MAX_STRENGTH = 4.0
 
 
 def check_strength(strength: Any) -> float:
-    """0 stands still, 1 is the clip as generated; above it motion grows and saturates near 1.2 of itself."""
+    """0 is a still, 1 the clip as generated; above 1 the motion grows, and saturates near 1.2 times that of 1."""
     if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not 0 <= float(strength) <= MAX_STRENGTH:
         raise ReducioError(f"motion_strength: must be a number from 0 to {MAX_STRENGTH:g}, is {strength!r}")
     return float(strength)
 
 
 def clip_condition(motion_score: Any, config: Any, fps: float) -> tuple[float, float] | None:
-    """Frame rate and motion score (NaN: open) for a model with `clip_conditioning`; None for another one."""
+    """Frame rate and motion score (NaN: not known) for a model with `clip_conditioning`; None for another model."""
     if motion_score is None:
         return (fps, math.nan) if config.clip_conditioning else None
     if not config.clip_conditioning:
@@ -46,8 +46,8 @@ def check_switch(name: str, value: Any) -> bool:
 def check_steering(
     inputs: Any, joint: Joint | None, num_frames: Any, direction: Any, scheduler: Any, blind: bool
 ) -> dict[str, Any]:
-    """The fields of a `Request` that all families share: `chain`, `loop`, `preview_every`. joint None: the family's
-    clips are not to be chained in this call. blind: what decodes previews is not on the device between the steps."""
+    """The fields of a `Request` that all families share: `chain`, `loop`, `preview_every`. joint None: clips are not
+    chained in this call. blind: the decoder of previews is not on the device between the steps."""
     check_switch("match_colours", inputs.match_colours)
     links = None if joint is None else chain.plan(joint, num_frames, direction, inputs.match_colours)
     every, loop = inputs.preview_every, check_switch("loop", inputs.loop)
@@ -92,7 +92,7 @@ def check_motion(inputs: Any, factor: int) -> tuple[int, int] | None:
 
 
 def motion_of_clips(motion: Tensor | None, shape: Any, count: int) -> list[Tensor | None]:
-    """One latent [1, ...] a clip; a single one serves all."""
+    """One latent [1, ...] per clip; a single one is used for all clips."""
     if motion is None:
         return [None] * count
     if motion.ndim == 4:
@@ -101,15 +101,15 @@ def motion_of_clips(motion: Tensor | None, shape: Any, count: int) -> list[Tenso
 
 
 def prompts_of(inputs: Any) -> tuple[list[str], list[str], bool]:
-    """As `validation.check_prompts`; with motion and pictures given there need not be any."""
+    """As `validation.check_prompts`; prompts may be left out when motion and images are given."""
     unprompted = inputs.prompt is None and inputs.prompt_embeds is None
     if inputs.motion_latents is None or not unprompted:
         return validation.check_prompts(inputs.prompt, inputs.negative_prompt, inputs.prompt_embeds)
     image, motion = inputs.image, inputs.motion_latents
-    many = isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
-    if not many and isinstance(motion, Tensor) and motion.ndim == 5:
+    is_list = isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
+    if not is_list and isinstance(motion, Tensor) and motion.ndim == 5:
         return [""] * len(motion), [""] * len(motion), True
-    count = len(image) if many else 1
+    count = len(image) if is_list else 1
     if not count:
         raise ReducioError("image: the list is empty")
-    return [""] * count, [""] * count, many
+    return [""] * count, [""] * count, is_list

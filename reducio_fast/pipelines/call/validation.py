@@ -56,7 +56,7 @@ def _negatives(negative_prompt: Any, prompts: Sequence[str]) -> tuple[list[str],
 
 
 def _check_encodable(name: str, texts: Sequence[str]) -> None:
-    """Python keeps bytes of a command line or a file that are no UTF-8 as lone surrogates; no tokenizer takes these."""
+    """Bytes of a command line or file that are not UTF-8 become lone surrogates, which no tokenizer takes."""
     for text in texts:
         try:
             text.encode()
@@ -110,7 +110,7 @@ def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type:
 
 
 def check_times(scheduler: Any, timesteps: Tensor) -> None:
-    """Refuse as many steps as make two of them share a time: a multistep scheduler divides by the time between."""
+    """Refuse a number of steps at which two steps share a time: a multistep scheduler divides by the time between."""
     if len(torch.unique(timesteps)) < len(timesteps):
         raise ReducioError(
             f"num_inference_steps: {len(timesteps)} is too many for this {type(scheduler).__name__}: two of the steps "
@@ -119,14 +119,14 @@ def check_times(scheduler: Any, timesteps: Tensor) -> None:
 
 
 def check_latents(latents: Any, shape: Sequence[int], count: int, is_list: bool, name: str = "latents") -> list[Tensor]:
-    """Latents as one float32 [1, C, T, H, W] a clip. A single clip's may come without the clip axis."""
+    """Latents as one float32 [1, C, T, H, W] per clip. Those of a single clip may come without the clip axis."""
     return [item.float() for item in check_tensor(latents, shape, count, is_list, name)]
 
 
 def check_tensor(value: Any, shape: Sequence[int | None], count: int, is_list: bool, name: str) -> list[Tensor]:
-    """A finite floating-point tensor [count, *shape] as one [1, *shape] a clip; None in `shape` is any length.
+    """A finite floating-point tensor [count, *shape] as one [1, *shape] per clip; None in `shape` is any length.
 
-    A single clip's may come without the clip axis.
+    The tensor of a single clip may come without the clip axis.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise ReducioError(f"{name}: must be a floating-point tensor, is {_brief(value)}")
@@ -139,7 +139,7 @@ def check_tensor(value: Any, shape: Sequence[int | None], count: int, is_list: b
 def check_text(
     embeds: Any, mask: Any, shape: tuple[int, int], count: int, is_list: bool, negative: bool = False
 ) -> list[tuple[Tensor, Tensor] | None]:
-    """`prompt_embeds` [count, L, C] and `prompt_attention_mask` [count, L] as one pair a clip; None for none given."""
+    """`prompt_embeds` [count, L, C] and `prompt_attention_mask` [count, L] as one pair per clip; None if not given."""
     prefix = "negative_" if negative else ""
     name, mask_name = f"{prefix}prompt_embeds", f"{prefix}prompt_attention_mask"
     if embeds is None:
@@ -148,7 +148,7 @@ def check_text(
         return [None] * count
     texts = check_tensor(embeds, shape, count, is_list, name)
     if not isinstance(mask, Tensor):
-        # Not taken for all ones: a forgotten mask would let the model read the padding, and show in no shape.
+        # A missing mask is not taken for all ones: the model would read the padding, and no shape would show it.
         raise ReducioError(f"{mask_name}: must be the tensor that belongs to {name}, is {_brief(mask)}")
     masks = _with_clip_axis(mask, shape[:1], count, is_list, mask_name).bool().split(1)
     return list(zip(texts, masks, strict=True))
@@ -157,7 +157,7 @@ def check_text(
 def check_embeds(
     config: DiTConfig, content_size: tuple[int, int], count: int, is_list: bool, arguments: Arguments
 ) -> list[Embeds]:
-    """The conditions that are given instead of computed, per clip, in the widths of the DiT that will read them."""
+    """The conditions that the caller gives instead of having them computed, per clip, in the widths of the DiT."""
     text = (config.caption_length, config.caption_channels)
     none = [None] * count
     embeds, mask = arguments.prompt_embeds, arguments.prompt_attention_mask
@@ -186,7 +186,7 @@ def _with_clip_axis(value: Tensor, shape: Sequence[int | None], count: int, is_l
 
 
 def check_generators(count: int, seed: Any, generator: Any) -> list[torch.Generator]:
-    """One generator a clip: the caller's, or CPU generators of seed, seed + 1, ...; seed None draws a first one."""
+    """One generator per clip: the caller's, or CPU generators of seed, seed + 1, ...; seed None draws the first."""
     if generator is not None:
         generators = [generator] if isinstance(generator, torch.Generator) else generator
         if not isinstance(generators, list | tuple) or not all(isinstance(g, torch.Generator) for g in generators):
@@ -217,7 +217,7 @@ def resolve_backend(backend: Any) -> tuple[str, str]:
 
 
 def check_compile(compile: Any, backend: str, why: str) -> None:
-    """Raises ReducioError for what is not a choice, and for compiling what the fast path does not run."""
+    """Raises ReducioError for an invalid `compile`, and for True without the fast path."""
     if compile is not None and not isinstance(compile, bool):
         raise ReducioError(f"compile: must be True, False or None, is {compile!r}")
     if compile and backend == "reference":
@@ -225,7 +225,7 @@ def check_compile(compile: Any, backend: str, why: str) -> None:
 
 
 def check_quantise(word: Any, backend: str, device: torch.device) -> None:
-    """Raises ReducioError for what is not known or cannot run on `device`, and without the fast path."""
+    """Raises ReducioError for a mode that is not known or cannot run on `device`, and without the fast path."""
     chosen, why = resolve_backend(backend)
     if chosen != "fast":
         raise ReducioError(f"quantise: {word!r} needs the fast path, but backend is reference: {why}")
@@ -247,7 +247,7 @@ def _brief(value: Any) -> str:
 
 
 def check_sigmas(sigmas: Any) -> None:
-    """A schedule of noise levels: numbers that fall from step to step."""
+    """Check a schedule of noise levels: numbers that fall from step to step."""
     if not isinstance(sigmas, list | tuple | np.ndarray | Tensor) or len(sigmas) < 2:
         raise ReducioError(f"sigmas: must be a list of at least two numbers, is {sigmas!r}")
     try:

@@ -1,8 +1,8 @@
-"""LoRA adapters of the denoiser: read strictly, merged into the weights, and taken out again to the bit.
+"""LoRA adapters of the denoiser: read strictly, merged into the weights, and removed again bit for bit.
 
-A LoRA (arXiv 2106.09685) says dW = scale * B A, with A [rank, in] and B [out, rank]. Adapters here are always merged:
+A LoRA (arXiv 2106.09685) is dW = scale * B A, with A [rank, in] and B [out, rank]. Adapters here are always merged:
 nothing is added to a step, the fast twins pack the merged weights, and a hot swap is one pass over the weights. Every
-weight is made from its kept original, W = W0 + sum(weight_i * dW_i), added up in float32 and rounded once; so any
+weight is made from its kept original, W = W0 + sum(weight_i * dW_i), summed in float32 and rounded once; so any
 sequence of calls ends in the same bits, and without an adapter in those of W0.
 
 The merge is our own fifty lines and not peft's: peft adds and later subtracts, which does not give the original bits
@@ -47,7 +47,7 @@ class Merge:
         return self.fused if self.fused is not None else self.active if self.enabled else {}
 
     def apply(self) -> None:
-        """Make the weights what the settings say."""
+        """Write the weights that the settings describe."""
         chosen = self.effect
         terms: dict[str, list[tuple[float, LowRank]]] = {}
         for name, weight in chosen.items():
@@ -69,7 +69,7 @@ class Merge:
             del self._originals[path], self._written[path]
 
     def forget(self) -> None:
-        """Drop every adapter. What is fused stays in the weights for good."""
+        """Drop every adapter. Fused adapters stay in the weights for good."""
         if self.fused is not None:
             self._originals, self._written = {}, {}
         self.loaded, self.active, self.fused, self.enabled = {}, {}, None, True
@@ -77,7 +77,7 @@ class Merge:
 
     @contextmanager
     def casting(self) -> Iterator[None]:
-        """Inside, the weights are cast or moved: they change, and are still those that `apply` wrote."""
+        """A context in which weights are cast or moved: they change, but still count as those that `apply` wrote."""
         self._check_untouched()
         yield
         self._written = {path: _Written.now(written.parameter) for path, written in self._written.items()}
@@ -111,9 +111,9 @@ class _Written:
 
 
 class Adapters:
-    """The LoRA methods of a pipeline, for its denoiser as it is now: another network has no adapters.
+    """The LoRA methods of a pipeline, for its current denoiser: a denoiser assigned later starts without adapters.
 
-    Methods raise ReducioError, with nothing changed, for adapters that do not exist and while a fused one forbids it.
+    Methods raise ReducioError, with nothing changed, for adapters that do not exist and for what a fused one forbids.
     """
 
     def __init__(self, components: Components, executor: Executor) -> None:
@@ -130,7 +130,7 @@ class Adapters:
         """Read a LoRA and make it the active adapter, with weight 1.
 
         source: a .safetensors file, a folder or hub id (`weight_name` picks the file), or the tensors by name. Names
-        are peft's, `PATH.lora_A.weight` and `PATH.lora_B.weight`, bare or behind `transformer.`, `unet.` or
+        are peft's, `PATH.lora_A.weight` and `PATH.lora_B.weight`, bare or after `transformer.`, `unet.` or
         `base_model.model.`; scale is alpha / rank from `PATH.alpha`, from the file's metadata or from peft's
         adapter_config.json, else 1.
         adapter_name: by default "default_0", "default_1", ... hotswap: replace the loaded adapter of that name, which
@@ -234,7 +234,7 @@ class Adapters:
         return self._current().effect
 
     def casting(self) -> AbstractContextManager[None]:
-        """Inside, the caller casts or moves the denoiser, adapters and all."""
+        """A context in which the caller casts or moves the denoiser with its adapters."""
         return self._current().casting()
 
     def _check_components(self, components: Sequence[str] | None) -> None:
@@ -243,7 +243,7 @@ class Adapters:
             raise ReducioError(f"components: must be {only}, is {list(components)!r}")
 
     def _current(self, method: str | None = None) -> Merge:
-        """The adapters of the denoiser as it is now. `method`: one that may not be called while some are fused."""
+        """The adapters of the current denoiser. `method`: name of one that may not be called while some are fused."""
         if self.merge is None or self.merge.network is not self.components.denoiser:
             self.merge = Merge(self.components.denoiser)
         if method is not None and self.merge.fused is not None:

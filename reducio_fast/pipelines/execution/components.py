@@ -52,7 +52,7 @@ class Components:
         return [n for name in self.layout.of_stage(stage) for n in _networks_of(self._parts[name])]
 
     def networks(self) -> list[nn.Module]:
-        """All of them; one that two components share may come twice."""
+        """All networks; one that two components share may come twice."""
         return [n for name in self.layout.names for n in _networks_of(self._parts[name])]
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -94,7 +94,7 @@ class Components:
         return Components(self.layout, copied)
 
     def for_thread(self) -> Components:
-        """The same networks, with schedulers of its own: a call writes to them."""
+        """The same networks, with copies of the schedulers, since a call writes to those."""
         parts = dict(self._parts)
         for name, part in parts.items():
             if name == "scheduler":

@@ -56,7 +56,7 @@ class TiledDecoder:
         return Decoding(tiled, self.config.tile_size)
 
     def ways(self, decoding: Decoding) -> Iterator[Decoding]:
-        """`decoding`, then what needs less memory, in the order in which it is tried.
+        """`decoding`, then the ways that need less memory, in the order in which they are tried.
 
         Tiles change the clip a little (normalisation sees a tile), so a clip that is to be decoded whole stays whole.
         """
@@ -70,20 +70,20 @@ class TiledDecoder:
     def wider(
         self, decoding: Decoding, height: int, width: int, peak: Callable[[Decoding], int], room: int
     ) -> Decoding:
-        """As many tiles at once as fit into `room` bytes: each further tile needs the same."""
+        """`decoding` with as many tiles at once as fit into `room` bytes: each further tile needs the same."""
         runs_fast = self.executor.backend_of(self.components.layout.decoder) == "fast"
         if not decoding.tiled or self.executor.device.type == "cpu" or not runs_fast:
             return decoding
-        one, two = (peak(dataclasses.replace(decoding, tile_batch=n)) for n in (1, 2))
+        peak_1, peak_2 = (peak(dataclasses.replace(decoding, tile_batch=n)) for n in (1, 2))
         tiles = -(-height // decoding.tile_size) * -(-width // decoding.tile_size)
-        more = (room - one) // (two - one) if two > one else tiles
-        return dataclasses.replace(decoding, tile_batch=max(1, min(tiles, 1 + more)))
+        further = (room - peak_1) // (peak_2 - peak_1) if peak_2 > peak_1 else tiles
+        return dataclasses.replace(decoding, tile_batch=max(1, min(tiles, 1 + further)))
 
     def generous(self, height: int, width: int) -> int:
-        """Bytes above any forecast, for the price of a multiplication: 64 full-size tensors of the widest fine level of
-        a tile; and what grows with the frame where the decoder works in tiles: 8 clips as floats, and 8 tensors of that
-        width for the encoders of the content frame and its features. (Default model at 4096x4096: forecast 20.5 GiB,
-        1310 bytes a pixel; this 39, 2050 a pixel.)
+        """An upper bound in bytes for any forecast, at the cost of a multiplication: 64 full-size tensors of the widest
+        fine level of a tile; and for what grows with the frame when the decoder works in tiles, 8 clips as floats and 8
+        tensors of that width for the encoders of the content frame and its features. (Default model at 4096x4096: the
+        forecast is 20.5 GiB, 1310 bytes per pixel; this is 39 GiB, 2050 bytes per pixel.)
         """
         config = self.config
         reach = int(config.tile_size * (1 + config.tile_overlap))
@@ -98,8 +98,8 @@ class TiledDecoder:
     ) -> Tensor:
         """[1, 16, T/f, H/32, W/32] and the content frame -> float32 [3, T, H, W] in [-1, 1].
 
-        Where bytes are wanted ("np", "pil") the fast path makes them itself: uint8 [T, H, W, 3]. Out of memory, it
-        tries again in ways that need less; the error is raised where none is left.
+        For "np" and "pil" the fast path itself returns bytes, uint8 [T, H, W, 3]. If memory runs out, it tries again in
+        ways that need less, and raises the error if none is left.
         """
         failure: BaseException | None = None
         ways = self.ways(decoding or self.default(*frame.shape[:2]))
@@ -113,14 +113,14 @@ class TiledDecoder:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                failure = error.with_traceback(None)  # its frames hold the tensors that there is no room for
+                failure = error.with_traceback(None)  # the traceback's frames hold the tensors that did not fit
             if self.executor.device.type == "cuda":
                 torch.cuda.empty_cache()
         assert failure is not None
         raise failure
 
     def decode(self, latent: Tensor, frame: np.ndarray, decoding: Decoding, output_type: str = "pt") -> Tensor:
-        """`decode` in one way, without another try."""
+        """Decode in this one way, without another try."""
         vae = with_tiles(self.executor.network(self.components.layout.decoder), decoding)
         dtype, device = next(vae.parameters()).dtype, self.executor.device
         features = vae.encode_content(to_unit(frame, device, dtype)[None], tiled=decoding.tiled)
@@ -137,7 +137,7 @@ class TiledDecoder:
 
 
 def half_tile(config: VAEConfig) -> int | None:
-    """Half the tile, where half an overlap is still a whole number of latent cells: 128 pixels in the release."""
+    """Half the tile size, 128 pixels in the release. None if it or its overlap is no whole number of latent cells."""
     half = config.tile_size // 2
     overlap = half * config.tile_overlap
     return half if half % config.spatial_factor == 0 and overlap % config.spatial_factor == 0 else None

@@ -27,8 +27,8 @@ DEFAULTS: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUID
 # What a pipeline raises for an argument that it takes and cannot follow.
 WRONG_ARGUMENT = (ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError)
 OURS = ("prompt", "negative_prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
-# A frame of up to a quarter more or less than the drawer's own number of pixels is drawn as it is. All of PixArt's
-# buckets of one base lie within: their areas are 0.90 to 1.00 of the square's.
+# A frame whose number of pixels is within these factors of the pipeline's native one is drawn at its own size. All of
+# PixArt's buckets of one base are: their areas are 0.90 to 1.00 of the square's.
 OWN_AREA = (0.8, 1.25)
 BINNED = (256, 512, 1024)  # native sizes for which diffusers has PixArt's table of sizes per aspect ratio
 
@@ -75,7 +75,7 @@ def draw_image(
     chosen = fixed | defaults | _callback(accepted, on_step)
     chosen |= {name: value for name, value in asked.items() if name in accepted or takes_any}
     if negative_prompt.strip() and "negative_prompt" in accepted:
-        chosen["negative_prompt"] = negative_prompt  # else what the pipeline itself takes for none
+        chosen["negative_prompt"] = negative_prompt  # else the pipeline's own default
     rows, columns = chosen.get("height", height), chosen.get("width", width)
     warn_of_scaling(pipeline, rows, columns, height, width)
     pipeline.set_progress_bar_config(disable=not progress, desc="content.generate", leave=False)
@@ -92,7 +92,7 @@ def draw_image(
 
 
 def warn_of_scaling(pipeline: Any, rows: int, columns: int, height: int, width: int) -> None:
-    """Once, where a picture of rows x columns has to be scaled up to the clip's size."""
+    """Warn once if a picture of rows x columns has to be scaled up to the clip's size."""
     if rows < height or columns < width:
         warn_once(
             f"content frame: {type(pipeline).__name__} draws {rows}x{columns}, which is scaled up to the clip's "
@@ -115,8 +115,8 @@ def _callback(accepted: Mapping[str, Any], on_step: Callable[[int], None]) -> di
 
 
 def drawing_size(pipeline: Any, height: int, width: int) -> tuple[int, int]:
-    """Height and width at which a pipeline draws a frame of height x width: the frame's own where it is near the
-    pipeline's native number of pixels or that is not known; else the native size of the nearest aspect ratio."""
+    """Height and width at which a pipeline draws a frame of height x width: the frame's own if its number of pixels is
+    near the pipeline's native one, or that is not known; else the native size of the nearest aspect ratio."""
     native = native_size(pipeline)
     if native is None or OWN_AREA[0] <= height * width / native**2 <= OWN_AREA[1]:
         return height, width
@@ -126,14 +126,14 @@ def drawing_size(pipeline: Any, height: int, width: int) -> tuple[int, int]:
 
         table = getattr(tables, f"ASPECT_RATIO_{native}_BIN")
         return PixArtImageProcessor.classify_height_width_bin(height, width, ratios=table)
-    step = max(native // 16, 2 * pipeline.vae_scale_factor)  # PixArt's tables have 16 steps a side too
+    step = max(native // 16, 2 * pipeline.vae_scale_factor)  # PixArt's tables have 16 steps per side too
     ratio = math.sqrt(height / width)
     return max(step, round(native * ratio / step) * step), max(step, round(native / ratio / step) * step)
 
 
 def native_size(pipeline: Any) -> int | None:
-    """Side in pixels of the square image a diffusers pipeline was made for; None where it does not tell."""
-    # Not by truth values: a network under torch.compile has none (its `__len__` raises).
+    """Side in pixels of the square image a diffusers pipeline was made for; None if that is not known."""
+    # `is not None`, since a network under torch.compile has no truth value (its `__len__` raises).
     network = next((x for name in ("transformer", "unet") if (x := getattr(pipeline, name, None)) is not None), None)
     latent = getattr(pipeline, "default_sample_size", None) or getattr(
         getattr(network, "config", None), "sample_size", None

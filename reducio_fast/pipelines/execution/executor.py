@@ -52,11 +52,11 @@ if hasattr(os, "register_at_fork"):
 class Executor:
     """Runs the networks of `components`.
 
-    `engine` gives the implementation of each: `fast.engine.Engine`, or `PlainEngine` for the reference. What keeps a
-    network from running as its twin is asked anew at every call, since users change schedulers, hooks, adapters and
-    modules at any time: with backend "auto" the network then runs as it is, and `report` says why. Raises ReducioError
-    where backend "fast" cannot run the model, and for values of `backend` and `compile` that do not exist or do not go
-    together.
+    `engine` gives the implementation of each: `fast.engine.Engine`, or `PlainEngine` for the reference. Every call
+    checks again what keeps a network from running as its twin, since users change schedulers, hooks, adapters and
+    modules at any time. With backend "auto" such a network runs as it is, and `report` says why. Raises ReducioError
+    where backend "fast" cannot run the model, and for values of `backend` and `compile` that do not exist or cannot be
+    combined.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Executor:
             self.check()
 
     def renew_lock(self) -> None:
-        """In a child process that was forked while a thread of its parent made a clip: that thread is not here."""
+        """Renew the lock in a forked child process, which lacks the parent's thread that may hold it."""
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class Executor:
             self.look()
 
     def reason_without_cache(self) -> str | None:
-        """Why a step computes all blocks: a block cache lives in the fast twin and its sampler."""
+        """Why a step computes all blocks, or None: the block cache is part of the fast twin and its sampler."""
         self.refresh()
         name = self.components.layout.denoiser
         if self.backend_of(name) != "fast":
@@ -197,7 +197,7 @@ class Executor:
             line += f"; {self.engine.quantisation.described(self.components[name], self.device)}"
         return line
 
-    # ---- where and in what ----
+    # ---- device and dtype ----
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +205,7 @@ class Executor:
         return self.components.device if self.offload is None else self.offload.device
 
     def choose_dtype(self, free: bool) -> None:
-        """Whether twins may take the dtype that suits this machine; networks without a twin keep their own."""
+        """Set whether twins may take the dtype that suits this machine; networks without a twin keep their own."""
         if self.engine.name == "fast":
             self.engine.free_dtype = free
 
@@ -237,7 +237,7 @@ class Executor:
             self.choose_dtype(dtype is None and self.engine.free_dtype)
 
     def start_offload(self, gpu_id: int | None, device: Any) -> None:
-        """Weights go to the CPU, and to `device` while their stage runs."""
+        """Move all weights to the CPU, and to `device` only while their stage runs."""
         if device is None and not torch.cuda.is_available():
             raise ReducioError("enable_model_cpu_offload: there is no GPU here, all weights are on the CPU already")
         chosen = devices.resolve_device((f"cuda:{gpu_id or 0}") if device is None else device)
@@ -249,7 +249,7 @@ class Executor:
             self.offload = Offload(chosen)
 
     def end_offload(self) -> None:
-        """All weights go to the device where the stages ran."""
+        """Move all weights to the device where the stages ran."""
         with self.lock:
             if self.offload is not None:
                 device, self.offload = self.offload.device, None
@@ -266,7 +266,7 @@ class Executor:
             return network
         try:
             return self.engine.twin(network, self.device)
-        except Exception as error:  # packing met what `missing_twin` did not foresee
+        except Exception as error:  # packing failed in a way that `missing_twin` does not predict
             if is_out_of_memory(error) or self.asked == "fast" or self.engine.name != "fast":
                 raise
             reason = f"{name} could not be packed ({type(error).__name__}: {first_line(error)})"
@@ -287,8 +287,8 @@ class Executor:
         shortcuts: Shortcuts = NO_SHORTCUTS,
         data_hook: DataHook | None = None,
     ) -> Tensor:
-        """See `reference.sample`: by the fast sampler where a twin denoises and it follows the scheduler, else by the
-        reference's, which follows any. Raises ValueError as they do."""
+        """Sample as `reference.sample` does: with the fast sampler if a twin denoises and that sampler can follow the
+        scheduler, else with the reference's, which follows any. Raises ValueError as they do."""
         engine = self.engine
         if not hasattr(denoise, "plain"):
             engine = self._plain
@@ -308,7 +308,7 @@ class Executor:
         return networks + [twin for twin in twins if not any(twin is network for network in networks)]
 
     def resident_bytes(self) -> int:
-        """Of all weights that are on the device now and that a forecast counts as well."""
+        """Bytes of all weights that are on the device now and that a forecast counts as well."""
         if self.components.device != self.device:
             return 0
         return weight_bytes(*self.components.networks(), *self.engine.packed())
@@ -343,7 +343,7 @@ class Executor:
 
     @contextmanager
     def stage(self, timings: dict[str, float], name: str) -> Iterator[None]:
-        """The stage's weights are on the device inside; its seconds are added to `timings`, its range is marked."""
+        """A context with the stage's weights on the device; adds its seconds to `timings`, marks a profiler range."""
         start = self.clock()
         with annotate(name):
             with self.placed(name):
@@ -353,7 +353,7 @@ class Executor:
 
     @contextmanager
     def placed(self, stage: str) -> Iterator[None]:
-        """Under offloading, the stage's networks are on the device inside, and on the CPU again afterwards."""
+        """A context in which, under offloading, the stage's networks are on the device; afterwards on the CPU again."""
         if self.offload is None:
             yield
             return
@@ -368,7 +368,7 @@ class Executor:
             self._placed = {}
 
     def clock(self) -> float:
-        """Seconds, once the device has done what was launched."""
+        """The time in seconds, read when the device has finished all launched work."""
         return clock(self.device)
 
     # ---- copies ----

@@ -43,7 +43,7 @@ Text = tuple[Tensor, Tensor]  # features [1, L, C] and mask [1, L]
 
 @dataclass(slots=True)
 class Parts:
-    """A PixArt-alpha first stage of this package's own networks, where no library was imported. Its call has the
+    """A PixArt-alpha first stage of this package's own networks, for which no library is imported. Its call has the
     arguments and defaults of diffusers' pipeline."""
 
     transformer: PixArt
@@ -77,7 +77,6 @@ class Parts:
 class FirstStage:
     """Draws content frames by a diffusers text-to-image pipeline, `pipeline()`, or its twins.
 
-    encode_caption(pipeline, caption, length): text and mask of a caption that is as the encoder reads it.
     clean_caption: PixArt's cleaning.
     """
 
@@ -88,7 +87,7 @@ class FirstStage:
         clean_caption: Callable[[str], str] | None = None,
     ) -> None:
         self.pipeline, self.executor, self.clean_caption = pipeline, executor, clean_caption
-        self._adoptions: dict[str, Any] = {}  # networks by name, and ours on their parameters
+        self._adoptions: dict[str, Any] = {}  # component name -> its network and ours on the same parameters
 
     @property
     def line(self) -> str:
@@ -100,7 +99,7 @@ class FirstStage:
         return "fast: its transformer and decoder run as twins"
 
     def twins(self) -> tuple[Any, Any]:
-        """Of the transformer and of the autoencoder. Raises ReducioError, with the reason, where diffusers draws."""
+        """Twins of the transformer and of the autoencoder. Raises ReducioError, with the reason, if diffusers draws."""
         transformer, vae = self._networks()
         return self.executor.engine.twin(transformer), self.executor.engine.twin(vae)
 
@@ -111,7 +110,7 @@ class FirstStage:
         return self._adopted("transformer", pipeline.transformer), self._adopted("vae", pipeline.vae)
 
     def obstacle(self) -> str | None:
-        """The reason why diffusers draws, as far as it shows without reading the networks."""
+        """The reason why diffusers draws, as far as it is known without reading the networks; else None."""
         pipeline = self.pipeline()
         if self.executor.engine.name != "fast":
             return "the networks run on the reference"
@@ -148,7 +147,7 @@ class FirstStage:
             raise ReducioError(f"{name} {error}") from error
 
     def with_steps(self, steps: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments for the pipeline that also say, where it follows them, at how many quadratic steps it draws."""
+        """The pipeline's arguments, with `steps` quadratic steps added if it can follow them and `kwargs` has none."""
         pipeline = self.pipeline()
         given = {"num_inference_steps", "timesteps", "sigmas"} & kwargs.keys()
         if steps is None or given or not isinstance(pipeline, Parts) and type(pipeline).__name__ not in PIPELINES:
@@ -156,7 +155,7 @@ class FirstStage:
         scheduler = getattr(pipeline, "scheduler", None)  # None where a call is checked without a model's weights
         if scheduler is None or "quadratic" not in known(scheduler):
             return kwargs
-        _, timesteps = scheduled(scheduler, "quadratic", steps)  # of the scheduler's own order
+        _, timesteps = scheduled(scheduler, "quadratic", steps)  # the scheduler keeps its own solver order
         return kwargs | {"num_inference_steps": steps, "timesteps": timesteps}
 
     def draw(
@@ -177,7 +176,7 @@ class FirstStage:
             twins = self.twins()
             asked = self.arguments(kwargs or {}, height, width)
         except ReducioError:
-            for network in pipeline_networks(pipeline):  # each time: it may be another, or have a LoRA, since
+            for network in pipeline_networks(pipeline):  # at each call: it may be another network now, or have a LoRA
                 self.executor.engine.adopt("content.block", network)
             return draw_image(*given)
         warn_of_scaling(pipeline, asked["height"], asked["width"], height, width)
@@ -232,7 +231,7 @@ class FirstStage:
         negative = self._encode(pipeline, negative_prompt, length, cleans) if guidance > 1 else None
         device, factor = text.device, pipeline.vae_scale_factor
         shape = (1, transformer.sizes.latent_channels, asked["height"] // factor, asked["width"] // factor)
-        # Drawn in the dtype of the text, as diffusers does: half-precision numbers are drawn otherwise.
+        # Drawn in the dtype of the text, as in diffusers: in half precision the same seed draws other numbers.
         noise = torch.randn(shape, generator=generator, device=generator.device, dtype=text.dtype).float().to(device)
         size = torch.tensor([[float(asked["height"]), float(asked["width"])]], device=device)
         denoise = transformer.denoiser(text, mask, negative, guidance, size)

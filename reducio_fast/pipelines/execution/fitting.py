@@ -18,7 +18,7 @@ from .decoding import Decoding, TiledDecoder
 from .executor import Executor
 
 LOG = logging.getLogger("reducio_fast")
-KEPT = 256  # forecasts, and sizes with their way: a server that meets ever new sizes does not grow by them
+KEPT = 256  # forecasts, and choices by size: bounds the memory of a server that gets ever new sizes
 
 
 class Fitter:
@@ -73,26 +73,26 @@ class Fitter:
             return Fit(default)
         room = memory_fit.room(free, self.executor.resident_bytes())
 
-        def known(way: Decoding) -> Forecast:
+        def forecast_of(way: Decoding) -> Forecast:
             return self.forecast(height, width, way)
 
         earlier = self.fits.get((height, width))
         same = earlier is not None and (earlier.offload, earlier.decoding.tiled) == (offloading, default.tiled)
-        if earlier is not None and same and known(earlier.decoding).peak(earlier.offload) <= room:
-            return earlier  # another number of tiles at once would be another graph
+        if earlier is not None and same and forecast_of(earlier.decoding).peak(earlier.offload) <= room:
+            return earlier  # another number of tiles at once would need another graph
         offloads = [True] if offloading else [False] if device.type == "cpu" else [False, True]
-        fit = memory_fit.fit(self.decoder.ways(default), known, room, offloads)
+        fit = memory_fit.fit(self.decoder.ways(default), forecast_of, room, offloads)
         if fit is None:
             factor = self.decoder.config.spatial_factor
-            raise memory_fit.refuse(known(default), self.forecast, factor, room, offloads[-1], str(device))
-        way = self.decoder.wider(fit.decoding, height, width, lambda wider: known(wider).peak(fit.offload), room)
+            raise memory_fit.refuse(forecast_of(default), self.forecast, factor, room, offloads[-1], str(device))
+        way = self.decoder.wider(fit.decoding, height, width, lambda wider: forecast_of(wider).peak(fit.offload), room)
         if way != default and not way.tile_batch > 1:
             LOG.warning("vae.decode: %dx%d is decoded %s to fit into memory", height, width, way)
         return Fit(way, fit.offload)
 
     def settle(self, height: int, width: int) -> Decoding:
-        """Choose how clips of this size are made from now on, start offloading where that is part of it, and return
-        how they are decoded. ReducioError where they cannot be made."""
+        """Choose how clips of this size are made from now on, start offloading if the choice includes it, and return
+        how they are decoded. Raises ReducioError if they cannot be made."""
         fit = shared(self.executor.ranks, self.fit, height, width)  # tiles of all processes must be the same
         if fit.offload and self.executor.offload is None:
             LOG.warning("memory: weights are offloaded to the CPU between stages, all at once do not fit")

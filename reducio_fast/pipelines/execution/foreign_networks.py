@@ -1,4 +1,4 @@
-"""Our networks on the parameters of diffusers' own, so that they have fast twins while users keep what they loaded."""
+"""Our networks on the parameters of diffusers' networks: ours have fast twins, and users keep the ones they loaded."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import nn
 from ...fast.twins import difference, parts_of
 from ...system.errors import ReducioError
 
-# What computes attention as the networks' definition says: a twin may do it in their place.
+# Processors that compute attention as the networks define it: a twin may replace them.
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
 
 def adopt(theirs: nn.Module, network_class: Any, config_class: Any, name: str, as_parameters: bool = False) -> Any:
-    """`network_class` on the very tensors of `theirs`, or on its very parameters, which then also move together."""
+    """`network_class` on the tensors of `theirs`, or on its parameters (`as_parameters`): both then move together."""
     stated = json.loads(theirs.to_json_string())  # type: ignore[operator]
     try:
         config = config_class.from_dict(stated)
         with torch.device("meta"):
             network = network_class(config)
         tensors = theirs.state_dict(keep_vars=as_parameters)
-        for parameter_name, parameter in network.named_parameters():  # else assigning would switch theirs on
+        for parameter_name, parameter in network.named_parameters():  # else assigning sets theirs to require gradients
             if parameter_name in tensors:
                 parameter.requires_grad_(tensors[parameter_name].requires_grad)
         network.load_state_dict(tensors, strict=True, assign=True)
@@ -35,7 +35,7 @@ def adopt(theirs: nn.Module, network_class: Any, config_class: Any, name: str, a
 class Adoption:
     """A network of diffusers and ours on the same parameters.
 
-    class_name: diffusers'. `replaced`: a method of the network that may have been set on it, by `accelerate`.
+    class_name: diffusers' class. replaced: name of a method of the network that `accelerate` may have replaced.
     """
 
     def __init__(self, theirs: nn.Module, class_name: str, network_class: Any, config_class: Any, replaced: str = ""):
@@ -47,12 +47,12 @@ class Adoption:
         self._network: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Forget ours, for a copy whose network has other parameters."""
+        """The state without our network: the network of a copy has other parameters."""
         return vars(self) | {"_parameters": None, "_network": None}
 
     def network(self) -> Any:
-        """Ours, on the parameters as they are now. Raises ReducioError, with the reason, where the network is not what
-        its class built, but for the values of its weights."""
+        """Our network on the current parameters. Raises ReducioError, with the reason, if diffusers' network differs
+        from what its class builds in more than the values of its weights."""
         if why := self._changed():
             self._parameters = None
             raise ReducioError(why)

@@ -38,11 +38,11 @@ class Sampler:
     ) -> Tensor:
         """Unit noise [1, ...] on any device -> the latent, float32, of the last step taken.
 
-        guidance_scale: a number, or a tensor of one a frame where the family's denoiser takes that. schedule: see
+        guidance_scale: a number, or a tensor of one per frame if the family's denoiser takes that. schedule: see
         `schedules.scheduled`. data_hook: sees, and may replace, the data prediction of each step: see
         `reference.sample`.
         """
-        # The latent stays float32 whatever the networks run in: twenty updates in bfloat16 lose what they add.
+        # The latent is float32 whatever dtype the networks run in: in bfloat16, twenty updates lose what they add.
         noise = noise.to(self.executor.device)
         network = self.executor.network(self.components.layout.denoiser)
         scheduler, timesteps = scheduled(self.components.scheduler, schedule, num_inference_steps)

@@ -11,18 +11,18 @@ from ...system.errors import ReducioError
 
 # diffusers' fields that choose another spacing; at most one may be set.
 SPACINGS = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
-# Up to so many quadratic steps the second order extrapolates over more than it gains: at 6, 0.19 from the solution
-# instead of 0.07 (24 prompts of the default model).
+# Up to this many quadratic steps, second order loses more by extrapolating over long steps than it gains: at 6 steps,
+# 0.19 from the solution instead of 0.07 (24 prompts of the default model).
 FIRST_ORDER_STEPS = 6
 FIELDS = {"lu": "use_lu_lambdas", "exponential": "use_exponential_sigmas"}
 
 
 def scheduled(scheduler: Any, schedule: str, steps: int) -> tuple[Any, list[int] | None]:
-    """A scheduler and, where they are not its own, the timesteps to set on it. schedule: of `call.quality.SCHEDULES`.
+    """A scheduler and, if they are not its own, the timesteps to set on it. schedule: one of `call.quality.SCHEDULES`.
 
-    "quadratic": timesteps that crowd towards the end, of first order where they are few. "lu": equal steps of the
-    logarithm of signal to noise (DPM-Solver, arXiv 2206.00927, diffusers' `use_lu_lambdas`). "exponential": of that of
-    sigma. Raises ReducioError for one that the scheduler does not know.
+    "quadratic": timesteps that crowd towards the end, of first order if they are few. "lu": equal steps of the
+    logarithm of signal to noise (DPM-Solver, arXiv 2206.00927, diffusers' `use_lu_lambdas`). "exponential": equal steps
+    of the logarithm of sigma. Raises ReducioError for a schedule that the scheduler cannot follow.
     """
     if schedule == "own":
         return scheduler, None
@@ -41,7 +41,7 @@ def scheduled(scheduler: Any, schedule: str, steps: int) -> tuple[Any, list[int]
 
 
 def known(scheduler: Any) -> list[str]:
-    """The schedules that it can follow."""
+    """The schedules that the scheduler can follow."""
     config = dict(scheduler.config)
     able = ["own"]
     if config.get("use_flow_sigmas") or "num_train_timesteps" not in config:

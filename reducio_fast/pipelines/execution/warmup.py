@@ -71,7 +71,7 @@ def _check_sizes(pipe: Any, sizes: Sequence[int | Size] | None) -> list[Size]:
 
 
 def _clip(pipe: Any, height: int, width: int) -> Callable[[deadline.Check], None]:
-    """One clip in as few steps as touch everything, its content frame from the first stage where there is one."""
+    """One clip in the fewest steps that run everything, its content frame from the first stage if there is one."""
 
     def make(check: deadline.Check) -> None:
         frame = np.full((height, width, 3), GREY, np.uint8)
@@ -80,11 +80,11 @@ def _clip(pipe: Any, height: int, width: int) -> Callable[[deadline.Check], None
             with torch_state.inference(), pipe.executor.lock, pipe.executor.placed("content.generate"):
                 frame = pipe.content.draw(PROMPT, "", height, width, generator, False, kwargs)
             check()
-        words: dict[str, Any] = {"prompt": PROMPT} if "text_encoder" in pipe.layout.names else {}
+        arguments: dict[str, Any] = {"prompt": PROMPT} if "text_encoder" in pipe.layout.names else {}
         if (num_frames := getattr(pipe.vae.config, "num_frames", None)) is not None:
-            words["num_frames"] = num_frames
+            arguments["num_frames"] = num_frames
         pipe(
-            **words,
+            **arguments,
             image=frame,
             height=height,
             width=width,

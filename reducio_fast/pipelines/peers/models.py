@@ -35,7 +35,7 @@ class Peer:
     name: str
     title: str
     hub_id: str
-    denoiser: str  # name of the component that runs once a step
+    denoiser: str  # name of the component that runs once per step
     pipelines: tuple[str, ...]  # diffusers classes whose folders are taken; the first is the one built
     call: dict[str, Any]  # height, width, num_frames, num_inference_steps, guidance_scale, fps
     tiny_call: dict[str, Any]
@@ -125,8 +125,8 @@ _TINY_WAN = {
     "num_layers": 2,
     "rope_max_seq_len": 32,
 }
-# Bytes stand in for T5's tokenizer, whose vocabulary only a download would bring: padded to the same length, the
-# encoder does the same work.
+# A byte tokenizer replaces T5's, whose vocabulary would need a download: padded to the same length, the encoder does
+# the same work.
 _BYTES: Component = ("transformers", "ByT5Tokenizer", {})
 
 PEERS = {
@@ -230,7 +230,7 @@ def build_random(peer: Peer, tiny: bool, dtype: torch.dtype, device: torch.devic
 
 
 def _component(library: str, class_name: str, kwargs: dict[str, Any], device: torch.device) -> Any:
-    """A component by its class; where `library` is a configuration class of transformers, a model of that."""
+    """A component by its class; if `library` is a configuration class of transformers, a model with that."""
     if library in networks.LIBRARIES:
         cls = getattr(importlib.import_module(library), class_name)
         if not issubclass(cls, torch.nn.Module):

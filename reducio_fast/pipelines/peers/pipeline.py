@@ -3,7 +3,7 @@
 They are here for the comparison a user would make on one machine: what a second of video, or a megapixel of it, costs.
 A peer is named like a model: `svd` (its hub repository), `svd:FOLDER`, a folder whose model_index.json names one of
 the pipelines below, or `svd:random` and `svd:random-tiny`: random weights at the published size, or small enough for
-any CPU. Speed does not depend on what the weights are.
+any CPU. Speed does not depend on the values of the weights.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Source:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The call that is made where the caller says nothing."""
+        """The default values of a call."""
         return self.peer.call | (self.peer.tiny_call if self.weights == RANDOM_TINY else {})
 
 
 def find(model: Any) -> Source | None:
-    """The peer that `model` names, by word or by a folder's index; None where it names none, so is one of ours."""
+    """The peer that `model` names, by its name or by a folder's index. None if it names no peer."""
     if not isinstance(model, str | os.PathLike):
         return None
     name, _, weights = str(model).partition(":")
@@ -62,7 +62,7 @@ def find(model: Any) -> Source | None:
 
 
 class PeerPipeline:
-    """A loaded peer. Call it with the arguments of `ReducioPipeline`; what it gives back is the same kind of output."""
+    """A loaded peer. Call it with the arguments of `ReducioPipeline`; it returns the same kind of output."""
 
     def __init__(self, source: Source, pipeline: Any) -> None:
         self.source, self.pipeline = source, pipeline
@@ -113,16 +113,16 @@ class PeerPipeline:
         progress: bool = True,
         **peers_own: Any,
     ) -> ReducioOutput:
-        """Make one clip, or one of each prompt (where the peer reads none: of each image) in a list.
+        """Make one clip, or for a list one clip per prompt (per image where the peer reads no prompt).
 
         Sizes, frames, steps and guidance default to the published call of the peer (`source.defaults`). The image is
         scaled to cover the clip and cropped. For SVD, `guidance_scale` is that of the last frame; the first frame's
         is 1. Clips are made one after the other, clip i from a CPU generator of seed + i. `timings` has our stages;
-        `dit.step` is the whole denoising loop, whichever network runs in it. `callback_on_step_end` is handed on to
-        diffusers; to set `pipe._interrupt` ends the loop of LTX-Video and Wan, diffusers' SVD cannot be stopped.
+        `dit.step` is the whole denoising loop, whichever network runs in it. `callback_on_step_end` is passed on to
+        diffusers; setting `pipe._interrupt` ends the loop of LTX-Video and Wan, but diffusers' SVD cannot be stopped.
         `peers_own`: further arguments of the diffusers pipeline's call, such as SVD's `fps`, `motion_bucket_id`,
         `noise_aug_strength`, `decode_chunk_size`, `min_guidance_scale`, `max_guidance_scale`, `sigmas` and `latents`,
-        handed on as they are (see `own_arguments`).
+        passed on as they are (see `own_arguments`).
 
         Raises ReducioError before any work for an argument that does not fit.
         """
@@ -222,7 +222,7 @@ class PeerPipeline:
         return [None] * count, [None] * count, image_files.read_images(image, count), is_list
 
     def _num_frames(self, asked: Any) -> int:
-        """A count the VAE can hold: any for SVD, which has no compression in time, else k x factor + 1."""
+        """A frame count that fits the VAE: any for SVD, which has no compression in time, else k x factor + 1."""
         if asked is None:
             published = self.source.defaults.get("num_frames")
             return self.pipeline.unet.config.num_frames if published is None else published
@@ -246,7 +246,7 @@ def check_call(source: Source, backend: str, names: Iterable[str]) -> None:
     check_own(source.peer, set(names) - set(ours))
 
 
-# Arguments of a diffusers call that ours sets itself, or that change the shape of what comes back.
+# Arguments of a diffusers call that ours sets itself, or that change the shape of the result.
 SET_HERE = (
     "output_type",
     "return_dict",
@@ -264,7 +264,7 @@ def own_arguments(peer: Peer) -> list[str]:
 
 
 def check_own(peer: Peer, names: Iterable[str]) -> None:
-    """Raise ReducioError for a name that is none of `own_arguments`."""
+    """Raise ReducioError for a name that is not among `own_arguments`."""
     if names and (unknown := sorted(set(names) - set(known := own_arguments(peer)))):
         raise ReducioError(f"{unknown[0]}: not a word of the peer {peer.name}; known are {', '.join(known)}")
 
@@ -274,10 +274,10 @@ def check_own(peer: Peer, names: Iterable[str]) -> None:
 
 @contextmanager
 def _stages(pipeline: Any, denoiser: str, timings: dict[str, float]) -> Iterator[Callable[[], None]]:
-    """Time a diffusers pipeline by our stages, from outside; yields what must be called at the end of each step.
+    """Time a diffusers pipeline by our stages, from outside; yields a function to call at the end of each step.
 
     Encoders and decoder are timed around their calls. The loop lasts from the first call of the denoiser to the end
-    of the last step, so it has the scheduler and guidance in it.
+    of the last step, so it includes the scheduler and guidance.
     """
     device = pipeline._execution_device
     loop: list[float] = []

@@ -21,9 +21,9 @@ from .motion import Motion
 
 
 class VideoAutoencoder:
-    """A `ReducioVAE`, and what a pipeline runs it with: its fast twin, tiles, further tries where memory runs out.
+    """A `ReducioVAE` that runs as in a pipeline: with its fast twin, in tiles, and with retries if memory runs out.
 
-    `settings`: the frame rate and size that the model says it was made for.
+    `settings`: the frame rate and size that the model states.
     """
 
     def __init__(self, vae: ReducioVAE, settings: dict[str, Any], backend: str = "auto") -> None:
@@ -41,9 +41,9 @@ class VideoAutoencoder:
         device: str | torch.device | None = None,
         backend: str = "auto",
     ) -> VideoAutoencoder:
-        """From whatever `checkpoints.vae_alone.load_vae` reads; dtype and device as in `ReducioPipeline`."""
-        place = devices.resolve_device(device)
-        vae, settings = load_vae(source, devices.resolve_dtype(dtype, None, place), place)
+        """Load any source of `checkpoints.vae_alone.load_vae`; dtype and device as in `ReducioPipeline`."""
+        target_device = devices.resolve_device(device)
+        vae, settings = load_vae(source, devices.resolve_dtype(dtype, None, target_device), target_device)
         autoencoder = cls(vae, settings, backend)
         autoencoder.executor.choose_dtype(dtype is None)
         return autoencoder
@@ -54,14 +54,14 @@ class VideoAutoencoder:
 
     @property
     def network(self) -> Any:
-        """What computes: the `ReducioVAE` itself or its fast twin, which has the same methods."""
+        """The network that computes: the `ReducioVAE` itself or its fast twin, which has the same methods."""
         self.executor.check()
         return self.executor.network("vae")
 
     @torch_state.inference()
     def encode(self, clip: np.ndarray) -> Tensor:
-        """uint8 [T, H, W, 3] with T the model's -> motion latent, float32 [1, 16, T/f, H/32, W/32], as the denoiser
-        makes it: the posterior's mode, normalised."""
+        """uint8 [T, H, W, 3], with the model's T -> motion latent, float32 [1, 16, T/f, H/32, W/32]: the posterior's
+        mode, normalised as the denoiser's latents are."""
         with self.executor.exclusive():
             return self.motion.encode(clip)
 
@@ -74,8 +74,8 @@ class VideoAutoencoder:
         motion_strength: float = 1.0,
         keep_content: bool = False,
     ) -> Any:
-        """One latent [1, 16, T/f, H/32, W/32] and its content frame, uint8 [H, W, 3] -> frames, as
-        `ReducioOutput.frames` has them; the last two as in `ReducioPipeline`."""
+        """One latent [1, 16, T/f, H/32, W/32] and its content frame, uint8 [H, W, 3] -> frames, in the form of
+        `ReducioOutput.frames`; `motion_strength` and `keep_content` are as in `ReducioPipeline`."""
         with self.executor.exclusive():
             video = self.motion.decode(latent, content, output_type, None, motion_strength, keep_content)
             return to_output(video, output_type)

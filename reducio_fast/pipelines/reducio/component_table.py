@@ -38,10 +38,10 @@ def load_scheduler(loading: Loading) -> Any:
 def load_text_encoder(loading: Loading) -> nn.Module:
     if loading.source is None:
         return _load_foreign(loading)
-    place = encoders.find_text_encoder(loading.source).resolve()
+    folder = encoders.find_text_encoder(loading.source).resolve()
     width = loading.parts["transformer"].config.caption_channels
-    loading.loaded[place] = encoders.load_text_encoder(loading.source, loading.dtype, loading.device, width)
-    return loading.loaded[place]
+    loading.loaded[folder] = encoders.load_text_encoder(loading.source, loading.dtype, loading.device, width)
+    return loading.loaded[folder]
 
 
 def load_tokenizer(loading: Loading) -> Any:
@@ -58,10 +58,10 @@ def load_image_encoder(loading: Loading) -> SemanticEncoder:
 def load_content_encoder(loading: Loading) -> nn.Module:
     if loading.source is None:
         return _load_foreign(loading)
-    place = encoders.find_content_encoder(loading.source).resolve()
+    folder = encoders.find_content_encoder(loading.source).resolve()
     channels = loading.parts["transformer"].config.content_channels
-    loading.loaded[place] = encoders.load_content_encoder(loading.source, loading.dtype, loading.device, channels)
-    return loading.loaded[place]
+    loading.loaded[folder] = encoders.load_content_encoder(loading.source, loading.dtype, loading.device, channels)
+    return loading.loaded[folder]
 
 
 def load_preview_decoder(loading: Loading) -> PreviewDecoder:
@@ -104,8 +104,8 @@ def _refuse_source(name: str, loading: Loading) -> None:
 
 
 def check_settings(parts: Components) -> None:
-    """Raise ReducioError for a setting, of the caller or of a folder's index, that no clip could be made or saved with.
-    Its name is in the line."""
+    """Raise ReducioError, with the name, for a setting with which no clip could be made or saved. A setting comes from
+    the caller or from a folder's index."""
     for name in ("fps", "content_scaling_factor"):
         if not (finite_number(name, parts[name]) > 0):
             raise ReducioError(f"{name}: must be above 0, is {parts[name]!r}")
@@ -117,7 +117,7 @@ def check_settings(parts: Components) -> None:
 
 
 def check_components(parts: Components) -> None:
-    """Raise ReducioError for networks that cannot work together: at once, not by a shape error within a clip."""
+    """Raise ReducioError for networks that cannot work together, before a clip could fail with a shape error."""
     config = parts["transformer"].config
     text_channels = getattr(getattr(parts["text_encoder"], "config", None), "hidden_size", config.caption_channels)
     tower = getattr(parts["image_encoder"], "visual", None)

@@ -1,4 +1,4 @@
-"""text.encode and image.encode: what the Reducio-DiT is told about a clip."""
+"""text.encode and image.encode: the conditioning inputs of the Reducio-DiT for a clip."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Conditioner:
             text, mask = self._to_device(*(clip.embeds.text or self.encode_text(clip.prompt)))
         with self.executor.stage(timings, "image.encode"):
             semantic, latent = self.encode_image(frame, clip.embeds)
-        told = None if rate_and_motion is None else torch.tensor([rate_and_motion], device=self.executor.device)
-        return Condition(text, mask, semantic, latent, told)
+        clip_values = None if rate_and_motion is None else torch.tensor([rate_and_motion], device=self.executor.device)
+        return Condition(text, mask, semantic, latent, clip_values)
 
     def without_prompt(self, cond: Condition, clip: ClipRequest, timings: dict[str, float]) -> Condition:
         """The unconditional half of guidance. The image stays in both halves: guidance changes the text alone."""
@@ -62,18 +62,18 @@ class Conditioner:
         self, prompts: list[str], negatives: list[str]
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """See `ReducioPipeline.encode_prompt`."""
-        pairs = [self.encode_text(text) for text in prompts]  # one by one: a text's bytes depend on no other
-        against = [self.encode_text(text) if text.strip() else None for text in negatives]
+        pairs = [self.encode_text(text) for text in prompts]  # one by one: a text's bytes do not depend on the others
+        negative_pairs = [self.encode_text(text) if text.strip() else None for text in negatives]
         embeds, masks = (torch.cat(each) for each in zip(*pairs, strict=True))
         if not any(text.strip() for text in negatives):
             return embeds, masks, None, None
         null = self.components["transformer"].null_text[None].to(embeds)
-        chosen = [(null, mask) if pair is None else pair for pair, (_, mask) in zip(against, pairs, strict=True)]
+        chosen = [(null, mask) if pair is None else pair for pair, (_, mask) in zip(negative_pairs, pairs, strict=True)]
         negative_embeds, negative_masks = (torch.cat(each) for each in zip(*chosen, strict=True))
         return embeds, masks, negative_embeds, negative_masks
 
     def encode_image(self, frame: np.ndarray | None, embeds: Embeds) -> tuple[Tensor | None, Tensor | None]:
-        """Semantic tokens and content latent of a frame, except what `embeds` hold; encoders read float32 pixels."""
+        """Semantic tokens and content latent of a frame, unless `embeds` has them; encoders read float32 pixels."""
         image = None if frame is None else to_unit(frame, self.executor.device, torch.float32)[None]
         semantic, latent = embeds.semantic, embeds.content
         if semantic is None and self.components["image_encoder"] is not None:
@@ -92,7 +92,7 @@ class Conditioner:
         return height // factor, width // factor
 
     def check(self, request: Request) -> None:
-        """Refuse a call that needs an encoder or a first stage that is not there."""
+        """Raise ReducioError for a call that needs an encoder or a first stage that is not loaded."""
         for clip in request.clips:
             for name, argument, value in (
                 ("image_encoder", "semantic_embeds", clip.embeds.semantic),

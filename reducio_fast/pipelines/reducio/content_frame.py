@@ -1,8 +1,9 @@
 """Stage one: the content frame, drawn by any diffusers text-to-image pipeline or taken from the user's own image.
 
 Reducio (arXiv 2411.13552) takes its content frames from an off-the-shelf model: PixArt-alpha where the paper measures
-speed, SDXL where it measures quality. Both give a uint8 picture of the clip's size, so a drawn frame that is
-saved and given back makes the same clip. It is the clip's centre frame, number (T - 1) // 2, not its first.
+speed, SDXL where it measures quality. A drawn frame and a user's image are both uint8 pictures of the clip's size, so a
+drawn frame that is saved and passed back makes the same clip. The content frame is the clip's centre frame, number
+(T - 1) // 2, not its first.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class ContentFrame:
     def __call__(
         self, clip: ClipRequest, request: Request, progress: bool, on_step: Callable[[int], None] = lambda step: None
     ) -> np.ndarray | None:
-        """uint8 [H, W, 3] of the clip's size; None where nothing reads it. `on_step` is called after each step of a
-        first stage that offers that; what it raises ends the drawing."""
+        """uint8 [H, W, 3] of the clip's size; None if nothing reads it. `on_step` is called after each step of a first
+        stage that supports it; an exception from it ends the drawing."""
         if clip.image is not None:
             return fit_image(clip.image, request.height, request.width)
         if not needs_frame(self.components, clip, request):

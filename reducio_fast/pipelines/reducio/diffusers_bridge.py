@@ -1,8 +1,8 @@
 """How diffusers' own `DiffusionPipeline.from_pretrained` opens a model folder.
 
 It imports the folder's `pipeline.py`, which names the pipeline below, then reads each component by the [library, class]
-of the index: it looks the class up in the package `reducio_fast`, which passes these names on, and calls its
-`from_pretrained`. Installed packages do the work; a folder brings no code of its own but that one import.
+of the index: it looks the class up in the package `reducio_fast`, which re-exports these names, and calls its
+`from_pretrained`. Installed packages do the work; a folder contains no code except that one import.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...reference.reducio import preview
 from . import encoders, pipeline
 from .autoencoder import VideoAutoencoder
 
-ModelMixin = nn.Module  # by this name diffusers learns how the networks of a library are loaded
+ModelMixin = nn.Module  # diffusers looks this name up to find out how to load the networks of a library
 
 
 class ReducioVAE(reference.ReducioVAE):
@@ -39,11 +39,11 @@ class ReducioVAE(reference.ReducioVAE):
         device: str | torch.device = "cpu",
         backend: str = "reference",
     ) -> Any:
-        """The video autoencoder alone, from whatever `checkpoints.vae_alone.load_vae` reads: a model folder, a folder
-        of the VAE, the release's .ckpt or a hub id. Raises ReducioError.
+        """The video autoencoder alone, from any source of `checkpoints.vae_alone.load_vae`: a model folder, a folder of
+        the VAE, the release's .ckpt or a hub id. Raises ReducioError.
 
-        `backend` "fast" gives the twin, a frozen `FastReducioVAE` with the same methods, "auto" the twin where it can
-        run."""
+        `backend` "fast" returns the twin, a frozen `FastReducioVAE` with the same methods; "auto" returns the twin if
+        it can run."""
         vae, settings = load_vae(source, torch_dtype, device)
         return vae if backend == "reference" else VideoAutoencoder(vae, settings, backend).network
 
@@ -73,7 +73,10 @@ class SemanticEncoder(encoders.SemanticEncoder):
 
 
 class TextToImage(nn.Module):
-    """The folder of a first stage, until the components that it shares are there. Only a module is told the dtype."""
+    """Holds the folder of a first stage until the components that it shares are loaded.
+
+    It is a module because diffusers passes the dtype to modules only.
+    """
 
     def __init__(self, folder: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -88,7 +91,7 @@ class TextToImage(nn.Module):
 
 
 class DiffusersReducioPipeline(pipeline.ReducioPipeline, DiffusionPipeline):
-    """A `ReducioPipeline` that diffusers' loader can build. All behaviour is ours; of diffusers it has the config."""
+    """A `ReducioPipeline` that diffusers' loader can build. All behaviour is ours; only the config is diffusers'."""
 
     _optional_components = list(REDUCIO.optional)
 
@@ -100,8 +103,8 @@ class DiffusersReducioPipeline(pipeline.ReducioPipeline, DiffusionPipeline):
 
 
 def _signature() -> inspect.Signature:
-    """Of `ReducioPipeline.__init__`, its components without defaults: diffusers takes a parameter with a default for a
-    plain setting."""
+    """The signature of `ReducioPipeline.__init__`, without defaults for components: diffusers treats a parameter with a
+    default as a plain setting."""
     ours = inspect.signature(pipeline.ReducioPipeline.__init__)
     parameters = [
         p.replace(default=p.empty if p.name in REDUCIO.names else p.default, kind=p.POSITIONAL_OR_KEYWORD)

@@ -26,14 +26,14 @@ from .conditioner import Conditioner
 
 LOG = logging.getLogger("reducio_fast")
 PROMPT = "a red circle"
-# Two steps: a multistep scheduler keeps its last prediction from then on.
+# Two steps: from the second step on, a multistep scheduler keeps its last prediction.
 STEPS, GUIDANCE_SCALE = 2, 4.5
 
 
 class DryStages:
-    """The parts of a pipeline, built again on weights of the meta device. Use within the entered `dry`.
+    """The parts of a pipeline, rebuilt with weights on the meta device. Use it inside the context of `dry`.
 
-    Each stage hands shapes on to the next, so run them in order.
+    Each stage passes its shapes to the next, so run them in order.
     """
 
     def __init__(self, components: Components, executor: Executor, tiling: bool | None, dry: DryRun) -> None:
@@ -50,7 +50,7 @@ class DryStages:
         self.condition: dict[str, Any] = {}  # what the encoders returned
         self.first_stage = FirstStage(lambda: self.components["text_to_image"], self.executor)
         live = FirstStage(lambda: components["text_to_image"], executor)
-        self.drawing_twins: Sequence[Any] = ()  # where diffusers draws, none
+        self.drawing_twins: Sequence[Any] = ()  # none if diffusers draws
         if components["text_to_image"] is not None and live.obstacle() is None:
             with suppress(ReducioError):
                 self.drawing_twins = self.first_stage.twins()
@@ -86,14 +86,14 @@ class DryStages:
             return 0
         kwargs = {"num_inference_steps": STEPS}
         if self.drawing_twins:
-            asked = self.first_stage.arguments(kwargs, height, width)
+            arguments = self.first_stage.arguments(kwargs, height, width)
             self.dry.unfolding = False  # the twins call oneDNN at every size
-            return self.dry.peak_of(self.first_stage.pixels, self.drawing_twins, PROMPT, "", generator, asked)[1]
+            return self.dry.peak_of(self.first_stage.pixels, self.drawing_twins, PROMPT, "", generator, arguments)[1]
         try:
-            # Pixels have no contents here: the drawing ends where its decoder does.
+            # Pixels have no contents here, so the drawing ends after its decoder.
             pipeline.image_processor.postprocess = lambda *_, **__: np.zeros((1, height, width, 3), np.float32)
             return self.dry.peak_of(draw_image, pipeline, PROMPT, "", height, width, generator, False, kwargs)[1]
-        except Exception as error:  # foreign code, which may ask a tensor for its contents in any way
+        except Exception as error:  # foreign code may read a tensor's contents in any way
             LOG.info("content.generate: no forecast for a %s (%s)", type(pipeline).__name__, error)
             return None
 

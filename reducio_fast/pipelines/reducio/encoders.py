@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 TOWER_CONFIG = "open_clip_config.json"
 TOWER_WEIGHTS = "open_clip_model.safetensors"
-# What an open_clip file of a whole CLIP holds beside the image tower: its text side, bare or in a box.
+# Key prefixes of an open_clip file of a whole CLIP besides the image tower: the text tower, bare or under `text.`.
 CLIP_TEXT = (
     "text.",
     "transformer.",
@@ -47,10 +47,10 @@ CLIP_TEXT = (
     "logit_scale",
     "logit_bias",
 )
-# What a published T5 holds beside the encoder.
+# Key prefixes of a published T5 besides the encoder.
 T5_DECODER = ("decoder.", "lm_head.")
-# Which files of a hub repository are fetched for an encoder, alone there or in the folders of a diffusers pipeline:
-# neither pickles nor the half-precision twins of the same weights.
+# Files that are fetched from a hub repository for an encoder, which is alone there or in a folder of a diffusers
+# pipeline: neither pickles nor the half-precision copies of the same weights.
 TEXT_FILES = tuple(
     f"{inner}{file}"
     for inner in ("", "text_encoder/")
@@ -67,9 +67,9 @@ VAE_FILES = tuple(f"{inner}{file}" for inner in ("", "vae/") for file in (CONFIG
 def clean_caption(text: str) -> str:
     """A caption as PixArt-alpha's text encoder was trained to read it; "" where nothing is left.
 
-    diffusers' own cleaning, which runs twice over each caption as upstream does: lower case, no markup, addresses, file
-    names, ids, CJK characters or rare punctuation. Raises ReducioError where a package it needs is missing; diffusers
-    would leave the caption as it is.
+    This is diffusers' own cleaning, which runs twice over each caption as upstream does: lower case, no markup,
+    addresses, file names, ids, CJK characters or rare punctuation. Raises ReducioError if a package that it needs is
+    missing; diffusers would leave the caption as it is.
     """
     require("bs4", "ftfy", argument="clean_caption")
     return _caption_cleaner()._text_preprocessing(text, clean_caption=True)[0]
@@ -117,15 +117,15 @@ class ContentEncoder:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent, in each direction."""
+        """Pixels per latent cell, in each direction."""
         return 2 ** (len(getattr(self.vae.config, "block_out_channels", (0,) * 4)) - 1)
 
     @torch.no_grad()
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> [B, 4, H/8, W/8] in the autoencoder's dtype.
 
-        The mode of the posterior; with a generator a draw from it, which is what the release stored for training. A
-        clip needs the mode: then its content latent follows from its content frame alone.
+        Returns the mode of the posterior; with a generator, a sample of it, which is what the release stored for
+        training. A clip needs the mode, so that its content latent depends on its content frame alone.
         """
         weight = next(self.vae.parameters())
         if isinstance(self.vae, ImageVAE) and generator is None:
@@ -164,7 +164,7 @@ class SemanticEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> [B, patches, width].
 
-        The whole frame is resized to the tower's square, its aspect ratio not kept, by the release's own resize.
+        The release's own resize scales the whole frame to the tower's square; the aspect ratio is not kept.
         """
         weight = self.visual.conv1.weight
         size = self.visual.image_size
@@ -184,7 +184,7 @@ class SemanticEncoder(nn.Module):
     ) -> SemanticEncoder:
         """Load the image tower (`visual.*`, strictly) of an open_clip folder or hub repository; see `find_tower`.
 
-        `width`, where given, is refused before any weight is read if the tower has another.
+        Raises ReducioError before any weight is read if `width` is given and the tower has another.
         """
         folder = find_tower(name)
         config = read_json(folder / TOWER_CONFIG)
@@ -204,9 +204,9 @@ PLAIN_TOWER = ("image_size", "patch_size", "width", "layers", "head_width", "mlp
 
 
 def _tower(embed_dim: int, vision: dict[str, Any], quick_gelu: bool) -> Any:
-    """Ours for a plain vision transformer, whose numbers are open_clip's to the bit; open_clip's for one with options.
+    """Our tower for a plain vision transformer, bit-identical to open_clip's; open_clip's for one with options.
 
-    open_clip brings timm, torchvision and transformers along, half a second that a plain one need not pay.
+    open_clip imports timm, torchvision and transformers, which takes half a second; a plain tower needs none of them.
     """
     sizes = {name: vision[name] for name in PLAIN_TOWER if name in vision}
     options = {name: value for name, value in vision.items() if name not in (*PLAIN_TOWER, "output_tokens") and value}
@@ -226,8 +226,8 @@ def _tower(embed_dim: int, vision: dict[str, Any], quick_gelu: bool) -> Any:
 
 
 def find_tower(name: str | os.PathLike[str]) -> Path:
-    """The folder of an open_clip model: a folder itself, a hub id, either with open_clip's prefixes `local-dir:` and
-    `hf-hub:`, or a model and a tag of its own list, `ViT-H-14/laion2b_s32b_b79k`."""
+    """The folder of an open_clip model. `name` is a folder or a hub id, either with or without open_clip's prefixes
+    `local-dir:` and `hf-hub:`, or a model and a tag of open_clip's own list, `ViT-H-14/laion2b_s32b_b79k`."""
     if isinstance(name, str):
         name = name.removeprefix("local-dir:").removeprefix("hf-hub:")
         if not Path(name).is_dir() and name.count("/") == 1:
@@ -243,8 +243,8 @@ def load_text_encoder(
 ) -> nn.Module:
     """The text encoder of a transformers folder or hub id, or of a diffusers pipeline: T5, mT5, UMT5, CLIP ...
 
-    Of a whole T5 the encoder is taken. `width`, where given, is refused before any weight is read if the encoder has
-    another.
+    Of a whole T5, only the encoder is loaded. Raises ReducioError before any weight is read if `width` is given and the
+    encoder has another.
     """
     from transformers import AutoConfig, AutoModelForTextEncoding
 
@@ -274,7 +274,7 @@ def load_content_encoder(
 ) -> nn.Module:
     """The autoencoder of a diffusers folder or hub id, alone there or the `vae` of a pipeline.
 
-    `channels`, where given, are refused before any weight is read if the latent has others.
+    Raises ReducioError before any weight is read if `channels` is given and the latent has another number.
     """
     folder = find_content_encoder(name)
     config = read_json(folder / CONFIG)

@@ -1,7 +1,7 @@
 """A model folder read with this package's own networks alone: what `generate` needs for a clip in a fresh process.
 
-diffusers, transformers and open_clip are two seconds of imports, and 1600 modules. Where every component of a folder is
-one that this package knows too (a T5 that reads bytes, Stable Diffusion's autoencoder, PixArt, DPM-Solver++), a clip
+Importing diffusers, transformers and open_clip takes two seconds and loads 1600 modules. If this package has its own
+version of every component of a folder (a byte-level T5, Stable Diffusion's autoencoder, PixArt, DPM-Solver++), a clip
 needs none of them, and its bytes are the same: tests compare each of these components with the library's to the bit.
 """
 
@@ -45,18 +45,18 @@ KNOWN_DRAWER = {name: KNOWN[name] for name in ("scheduler", "text_encoder", "tok
     "vae": KNOWN["content_encoder"],
     "transformer": ("diffusers", "PixArtTransformer2DModel"),
 }
-# Arguments of a call that only the libraries' own objects can follow.
+# Arguments of a call that need the libraries' own objects.
 FOREIGN_ARGUMENTS = ("content_kwargs", "schedule")
 
 
 def can_follow(kwargs: dict[str, Any]) -> bool:
-    """Whether a call with these arguments needs no library's object."""
+    """Whether a call with these arguments needs no object of a library."""
     return all(kwargs.get(name) is None for name in FOREIGN_ARGUMENTS)
 
 
 @torch_state.inference()
 def load(folder: Path, dtype: torch.dtype, device: torch.device, free_dtype: bool) -> ReducioPipeline | None:
-    """The pipeline on the fast path; None for a folder that the libraries have to read, or refuse."""
+    """The pipeline on the fast path; None for a folder that the libraries must read or reject."""
     try:
         with loading():
             parts = _read(folder, dtype, device)
@@ -70,9 +70,9 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, free_dtype: boo
 
 
 def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Components and settings. Raises one of the errors above."""
+    """Components and settings. Raises one of the errors that `load` catches."""
     index = strict_files.read_json(folder / strict_files.INDEX)
-    if index.get("_class_name") != REDUCIO.pipeline or dtype == torch.float16:  # of T5, some layers stay in float32
+    if index.get("_class_name") != REDUCIO.pipeline or dtype == torch.float16:  # some T5 layers stay in float32
         raise ValueError("another pipeline")
     previews = index.get("preview_decoder") not in (None, [None, None])
     _compare(index, KNOWN | PREVIEW if previews else KNOWN)

@@ -1,7 +1,7 @@
-"""What the motion latent allows by itself: the motion of a clip on another picture, more of it or less, still pixels.
+"""Operations on the motion latent: move another picture with a clip's motion, scale the motion, keep still pixels.
 
-The latent holds motion and next to no appearance: decoded with another content frame it moves that picture. All of this
-needs the video autoencoder alone, so it works with the published weights and without a prompt.
+The latent holds motion and almost no appearance: decoded with another content frame, it moves that picture. All of
+these need only the video autoencoder, so they work with the published weights and without a prompt.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from ..execution.components import Components
 from ..execution.decoding import Decoding, TiledDecoder
 from ..execution.executor import Executor
 
-# Of `keep_content`, in grey levels of 255: where the clip and its still differ by less than NEAR, the content frame's
-# own pixels stand; above FAR the decoder's do. REACH: pixels around a place that count too. On the embedded model of
-# November 2026 (6 scenes, CPU, float32) frame 7 rose from 29 to 35 dB and the clip by 0.9; with 3 and 9 by 0.3.
+# For `keep_content`, in grey levels of 255: where the clip and its still differ by less than NEAR, the content frame's
+# own pixels are used; above FAR, the decoder's. REACH: side in pixels of the square around a pixel that counts too. On
+# the embedded model of November 2026 (6 scenes, CPU, float32) frame 7 rose from 29 to 35 dB and the clip by 0.9; with 3
+# and 9 by 0.3.
 NEAR, FAR, REACH = 8.0, 24.0, 5
 
 
@@ -35,8 +36,8 @@ class Motion:
         self.components, self.executor, self.decoder = components, executor, decoder
 
     def encode(self, clip: np.ndarray) -> Tensor:
-        """uint8 [T, H, W, 3] with T the model's -> motion latent, float32 [1, 16, T/f, H/32, W/32], as the denoiser
-        makes it: the posterior's mode, normalised."""
+        """uint8 [T, H, W, 3], with the model's T -> motion latent, float32 [1, 16, T/f, H/32, W/32]: the posterior's
+        mode, normalised as the denoiser's latents are."""
         vae = self.executor.network("vae")
         dtype = next(vae.parameters()).dtype
         video = to_unit(clip, self.executor.device, dtype).transpose(0, 1)[None]
@@ -48,9 +49,10 @@ class Motion:
         return self.encode(np.repeat(frame[None], self.decoder.config.num_frames, axis=0))
 
     def scaled(self, latent: Tensor, frame: np.ndarray, strength: float) -> Tensor:
-        """The latent on the line from the still of its content frame: 0 is the still, 1 itself, beyond 1 more of it.
+        """The latent with its motion scaled, on the line from its content frame's still (0) through itself (1).
 
-        Normalised again, as every latent that the decoder has seen: beyond 1 the way bends, and motion saturates.
+        The result is normalised again, as every latent of the decoder's training: above 1 the line bends and the motion
+        saturates.
         """
         if strength == 1:
             return latent
@@ -68,8 +70,8 @@ class Motion:
         strength: float,
         keep: bool,
     ) -> Tensor:
-        """Frames as the decoder returns them, with this much of the motion, and the content frame's own pixels where
-        nothing moves if `keep`."""
+        """Frames as the decoder returns them, with the motion scaled by `strength`; if `keep`, with the content frame's
+        own pixels where nothing moves."""
         video = self.decoder(self.scaled(latent, frame, strength), frame, output_type, decoding)
         if not keep:
             return video
@@ -83,9 +85,9 @@ def _unit(video: Tensor) -> Tensor:
 
 
 def kept_content(clip: Tensor, still: Tensor, frame: Tensor) -> Tensor:
-    """[T, 3, H, W] in [-1, 1]: the clip, but where it agrees with the still the content frame [3, H, W] itself."""
+    """The clip, [T, 3, H, W] in [-1, 1], with the content frame's pixels, [3, H, W], where it agrees with the still."""
     difference = (clip - still).abs().mean(dim=1, keepdim=True) * 127.5
-    # The largest within reach, so that the rim of what moves is not mixed; then smooth, so that no edge shows.
+    # The maximum within reach keeps the rim of moving objects unmixed; the average then hides the edge of the mixture.
     near = F.max_pool2d(difference, REACH, stride=1, padding=REACH // 2)
     near = F.avg_pool2d(near, REACH, stride=1, padding=REACH // 2, count_include_pad=False)
     weight = ((FAR - near) / (FAR - NEAR)).clamp(0, 1)
@@ -93,9 +95,9 @@ def kept_content(clip: Tensor, still: Tensor, frame: Tensor) -> Tensor:
 
 
 def read_motion(video: Any, num_frames: int, start: int = 0, step: int = 1) -> np.ndarray:
-    """Frames `start`, `start + step` ... of a clip, as many as a latent has: uint8 [T, h, w, 3].
+    """Frames `start`, `start + step` ... of a clip, `num_frames` in all: uint8 [T, h, w, 3].
 
-    video: a path, or uint8 [T, h, w, 3], or a list of pictures. Raises ReducioError where there are too few.
+    video: a path, or uint8 [T, h, w, 3], or a list of pictures. Raises ReducioError if there are too few.
     """
     needed = (num_frames - 1) * step + 1
     if isinstance(video, str | os.PathLike):

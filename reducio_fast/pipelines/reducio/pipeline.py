@@ -49,14 +49,15 @@ StepCallback = Callable[["ReducioPipeline", int, Tensor, dict[str, Tensor]], "di
 class ReducioPipeline(VideoPipeline):
     """The loaded model. Each component can be any object with the same call (the small ones are in `encoders`).
 
-    `text_to_image` may be None (then each call needs an image), `text_encoder` too (then it needs `prompt_embeds`), and
-    so may `image_encoder` and `content_encoder` (the DiT is then not told about that side of the image, unless by
-    `semantic_embeds` and `content_latents`). `report` says what runs each network, and why. Threads may share it.
+    `text_to_image` may be None (each call then needs an image), and so may `text_encoder` (a call then needs
+    `prompt_embeds`), `image_encoder` and `content_encoder` (the DiT then lacks that condition, unless a call gives
+    `semantic_embeds` or `content_latents`). `report` says what runs each network, and why. Threads may share a
+    pipeline.
 
     clean_caption: put prompts through PixArt's caption cleaning, for a model trained on PixArt's captions; the
         published recipe does. content_scaling_factor: multiplies the content latent; 1, as the release extracts it,
-        although Stable Diffusion itself has 0.18215. sampling: what calls of this model have for `quality` and the
-        arguments beside it, unless they say otherwise: {"quality": "balanced", "cache_threshold": 0.1}.
+        although Stable Diffusion itself has 0.18215. sampling: this model's defaults for a call's `quality` and the
+        arguments that it presets: {"quality": "balanced", "cache_threshold": 0.1}.
     """
 
     layout = REDUCIO
@@ -110,12 +111,12 @@ class ReducioPipeline(VideoPipeline):
 
     def _sampling_inputs(self, clip: ClipRequest, call: CallState, stage: Stage) -> SamplingInputs:
         request = call.request
-        # Drawn even where latents are given, and before the first stage draws: so the content frame of a seed is the
-        # same with and without latents, and the noise the same with and without an image.
+        # The noise is drawn even if latents are given, and before the first stage draws. So a seed's content frame is
+        # the same with and without latents, and its noise is the same with and without an image.
         noise = initial_latent((1, *request.latent_shape), [clip.generator])
         with stage(call.timings, "content.generate"):
-            asked = (clip, request, not call.progress.disable, call.content_step)
-            frame = shared(self.executor.ranks, self.content, *asked)
+            arguments = (clip, request, not call.progress.disable, call.content_step)
+            frame = shared(self.executor.ranks, self.content, *arguments)
         if clip.motion is not None:
             return SamplingInputs(frame, noise, None)
         cond = self.conditioner(clip, frame, call.timings, request.clip_condition)
@@ -145,8 +146,8 @@ class ReducioPipeline(VideoPipeline):
     ) -> ReducioPipeline:
         """Load a model folder, or a hub repository `owner/name`, in the diffusers layout (safetensors only).
 
-        `device` None is a GPU where there is one; `dtype` None is bfloat16 on a GPU, float32 on a CPU, where the fast
-        path computes in bfloat16 if the processor multiplies that faster (`report` says so; a named dtype holds
+        `device` None is a GPU if there is one; `dtype` None is bfloat16 on a GPU, and float32 on a CPU, where the fast
+        path computes in bfloat16 if the processor multiplies it faster (`report` says so; a named dtype is used
         everywhere). `torch_dtype` is the older name of `dtype`. Further arguments replace components by name: an
         object, or the folder or hub id to load it from (`text_encoder="google/flan-t5-xxl"`,
         `image_encoder="ViT-H-14/laion2b_s32b_b79k"`, `text_to_image="PixArt-alpha/PixArt-XL-2-1024-MS"`); None leaves
@@ -157,11 +158,11 @@ class ReducioPipeline(VideoPipeline):
         graphs of its kernels; False switches off both.
 
         `quantise` "fp8" (on an A100 "int8") computes the decoder's residual blocks in 8-bit numbers, whose ranges
-        `reducio-fast calibrate` has left in the folder. A CPU emulates it.
+        `reducio-fast calibrate` wrote into the folder. A CPU emulates it.
         """
         validation.resolve_backend(backend)  # before gigabytes are read
         device = devices.resolve_device(device)
-        free = dtype is None and torch_dtype is None
+        free_dtype = dtype is None and torch_dtype is None
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
         folder, largest = hub.find_model(model), dict[str, Tensor]()
         if quantise is not None:
@@ -172,17 +173,17 @@ class ReducioPipeline(VideoPipeline):
         with loading():
             parts = model_folder.read_model(folder, components, REDUCIO, LOADERS, dtype, device)
             pipe = cls(**parts, backend=backend, compile=compile)
-        pipe.executor.choose_dtype(free)
+        pipe.executor.choose_dtype(free_dtype)
         if quantise is not None:
             pipe.executor.quantise(quantise, largest, folder)
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the folder `from_pretrained` reads, each weight in the dtype it has.
+        """Write the folder that `from_pretrained` reads, each weight in its own dtype.
 
-        Components that `text_to_image` shares with this pipeline are written once. An earlier model in that place is
-        replaced when all is written; a failure leaves what was there. Raises ReducioError where a component was
-        unloaded: the folder would lack it.
+        Components that `text_to_image` shares with this pipeline are written once. An earlier model in that folder is
+        replaced once everything is written; a failure leaves it as it was. Raises ReducioError if a component was
+        unloaded, because the folder would lack it.
         """
         if (active := self.get_active_adapters()) and not self.fused_loras:
             raise ReducioError(
@@ -250,51 +251,52 @@ class ReducioPipeline(VideoPipeline):
     ) -> ReducioOutput | tuple[Any]:
         """Make a clip of a prompt, or of each prompt in a list, or `num_videos_per_prompt` of each.
 
-        prompt: text; longer than the model reads (120 tokens) it is cut with a warning.
-        image: the content frame (path, PIL image or array; one for all, or a list or array with one a prompt), scaled
-            to cover the clip and cropped. None draws it from the prompt, for each clip anew.
+        prompt: text. A text longer than the model reads (120 tokens) is cut, with a warning.
+        image: the content frame (path, PIL image or array; one for all, or a list or array with one per prompt), scaled
+            to cover the clip and cropped. None draws a new one from the prompt for each clip.
         negative_prompt: what guidance leads away from. None or "" is the model's null text.
-        height, width: pixels, multiples of 32. By default the aspect bucket of the image (see `buckets`), without one
-            the size the model was made for.
-        num_frames: more than the model's 16 are made by clips that continue each other, each adding 8: see `long_clip`.
-        num_inference_steps: of the second stage; None: the quality's, 20 for "exact".
+        height, width: pixels, multiples of 32. By default the aspect bucket of the image (see `buckets`); without an
+            image, the size the model was made for.
+        num_frames: more than the model's 16 are made of clips that continue each other, each adding 8: see `long_clip`.
+        num_inference_steps: steps of the second stage; None is the quality's number, 20 for "exact".
         guidance_scale: 1 or less switches guidance off.
-        seed: clip i takes seed + i; None draws one at random. generator: instead of seeds, one a clip.
-        latents: the initial noise [N, 16, T/f, H/32, W/32], without N for a single clip; the seeds still serve the
-            first stage.
+        seed: clip i takes seed + i; None draws one at random. generator: one per clip, instead of seeds.
+        latents: the initial noise [N, 16, T/f, H/32, W/32], without N for a single clip; the first stage still uses the
+            seeds.
         output_type: see `ReducioOutput`.
         callback_on_step_end(pipe, step, timestep, tensors): called after each step of the second stage, with a dict of
             the tensors named in `callback_on_step_end_tensor_inputs` (of `_callback_tensor_inputs`). It may return
-            {"latents": replacement}, and may set `pipe._interrupt = True`, which ends the call with the latent reached.
+            {"latents": replacement}, and may set `pipe._interrupt = True`, which ends the call with the current latent.
         prompt_embeds [N, L, C], prompt_attention_mask [N, L]: the prompt as the DiT reads it, from `encode_prompt` here
-            or elsewhere; no text encoder is needed then, and a prompt only serves to draw the content frame. The same
-            two with `negative_` in front. All without N for a single prompt.
+            or elsewhere. The call then needs no text encoder, and a prompt only serves to draw the content frame. The
+            names with `negative_` in front are the same for the negative prompt. All are without N for a single prompt.
         semantic_embeds [N, tokens, C], content_latents [N, 4, H/8, W/8]: the image as the DiT reads it, from
-            `encode_image`. The content frame itself is still needed, for decoding: unless output_type is "latent".
+            `encode_image`. Decoding still needs the content frame itself, unless output_type is "latent".
         content_kwargs: further arguments for the text-to-image pipeline, such as {"num_inference_steps": 30,
             "guidance_scale": 7.0, "height": 768, "width": 1344}; by default its own steps and guidance, at the size
             nearest to the clip's shape that it was made for.
         return_dict: False returns the tuple `(frames,)` alone.
-        quality: "exact", the default, "balanced" or "draft": presets of the arguments below and of both stages' steps,
-            each of which an argument of its own overrides; what they cost and lose is in docs/speed.md.
+        quality: "exact" (the default), "balanced" or "draft": presets of the arguments below and of both stages' steps.
+            Each can be overridden by its own argument; docs/speed.md has the cost and the loss of the presets.
         schedule: where the steps lie: "own" (as the scheduler says), "quadratic", "lu" or "exponential".
-        guidance_interval: shares of the steps between which guidance works; outside of it a step is half the work.
-        guidance_reuse: of as many guided steps one computes both halves of guidance; 1 means each.
-        cache_threshold: above 0, the blocks behind the first are left out of a step where the first one's output has
-            changed by less than this share; the fast path alone follows it.
-        direction: of long clips: "forward" from the content frame, or "both" ways (further clips add 8 and 7 in turn).
-        match_colours: each further clip is told its content frame with the mean and spread of colours of the first.
+        guidance_interval: shares of the steps between which guidance is on; a step outside of it is half the work.
+        guidance_reuse: one of this many guided steps computes both halves of guidance; 1 means every step.
+        cache_threshold: above 0, a step skips the blocks after the first one if the first one's output has changed by
+            less than this share; only the fast path does so.
+        direction: for long clips, "forward" from the content frame, or "both" ways (further clips add 8 and 7 in turn).
+        match_colours: give each further clip's content frame the mean and spread of colours of the first one.
         motion_strength: 0 stands still, 1 is the motion as generated, up to 4; above 1 it saturates.
-        motion_score: how much moves, in percent of the short side in half a second as `reducio-fast curate` measures
+        motion_score: amount of motion, in percent of the short side per half second as `reducio-fast curate` measures
             it, for a model trained with `clip_conditioning`; None leaves it open.
-        motion_latents [16, T/f, H/32, W/32]: the motion, from `encode_motion` or another call, for one clip or for all;
-            nothing is sampled then, and no prompt needed beside an image.
-        keep_content: where nothing moves, the content frame's own pixels instead of the decoder's; decodes twice.
-        loop: frames go forward and back again, 2T - 2 of them, so that the last meets the first.
-        preview_every: every so many steps the callback's tensors have `frames`, uint8 [T, h, w, 3], of the clip as it
-            stands, in half size by the model's `preview_decoder` or else by its own. Naming "frames": in each step.
+        motion_latents [16, T/f, H/32, W/32]: the motion, from `encode_motion` or another call, for one clip or for all.
+            With it nothing is sampled, and a call with an image needs no prompt.
+        keep_content: use the content frame's own pixels where nothing moves, not the decoder's; decodes twice.
+        loop: play the frames forward and back again, 2T - 2 of them, so that the last one meets the first.
+        preview_every: every this many steps the callback's tensors have `frames`, uint8 [T, h, w, 3], of the unfinished
+            clip: in half size if the model has a `preview_decoder`, else in full size from its own decoder. Naming
+            "frames" in `callback_on_step_end_tensor_inputs` without it adds them in each step.
 
-        Raises ReducioError before any work for an argument that does not fit, and later where values stop being finite.
+        Raises ReducioError before any work for an argument that does not fit, and later if a value is not finite.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
         request = self.check_inputs(**arguments)
@@ -302,8 +304,8 @@ class ReducioPipeline(VideoPipeline):
         return out if return_dict else (out.frames,)
 
     def check_inputs(self, **arguments: Any) -> Request:
-        """Arguments of a call, checked before any work and spread over its clips; those left out have the defaults of
-        the call. Raises ReducioError."""
+        """Check the arguments of a call, before any work, and spread them over its clips. Arguments that are left out
+        have the call's defaults. Raises ReducioError."""
         call = inspect.signature(self.__call__).bind(**arguments)
         call.apply_defaults()
         inputs = Arguments(**call.arguments)
@@ -318,7 +320,7 @@ class ReducioPipeline(VideoPipeline):
         """The text side of the condition, once for many calls or for another process.
 
         Returns, as in diffusers' PixArt pipelines, prompt_embeds [N, L, C], prompt_attention_mask [N, L] and the two of
-        the negative prompt (None without one): arguments of a call, which gives the same bytes with them as without.
+        the negative prompt (None without one). A call with these arguments gives the same bytes as with the prompts.
         """
         prompts, negatives, _ = validation.check_prompts(prompt, negative_prompt)
         self.conditioner.check_text_encoder()
@@ -337,12 +339,12 @@ class ReducioPipeline(VideoPipeline):
         """Frames of motion latents, as `output_type="latent"` returns them, and their content frames (`out.content`).
 
         latents [16, T/f, H/32, W/32] with one image, or [N, 16, ...] with a list or array of N. Returns what
-        `ReducioOutput` calls `frames`. The last two are as in a call. Raises ReducioError for shapes that do not fit
-        and values that are not finite.
+        `ReducioOutput` calls `frames`. `motion_strength` and `keep_content` are as in a call. Raises ReducioError for
+        shapes that do not fit and values that are not finite.
         """
         if output_type not in validation.OUTPUT_TYPES[:-1]:
             raise ReducioError(f"output_type: must be one of np, pil, pt, is {output_type!r}")
-        words = (steering.check_strength(motion_strength), steering.check_switch("keep_content", keep_content))
+        options = (steering.check_strength(motion_strength), steering.check_switch("keep_content", keep_content))
         is_list = isinstance(latents, Tensor) and latents.ndim == 5
         rows, columns = latents.shape[-2:] if isinstance(latents, Tensor) and latents.ndim in (4, 5) else (1, 1)
         factor, count = self.vae.config.spatial_factor, len(latents) if is_list else 1
@@ -354,9 +356,9 @@ class ReducioPipeline(VideoPipeline):
         fitted = [image_files.fit_image(i, height, width) for i in images if i is not None]
         with self.executor.lock, self.executor.placed("vae.decode"):
             self.executor.check()
-            way = self.fitter.fits.get((height, width))
+            fit = self.fitter.fits.get((height, width))
             decoded = [
-                self.motion.decode(z, i, output_type, None if way is None else way.decoding, *words)
+                self.motion.decode(z, i, output_type, None if fit is None else fit.decoding, *options)
                 for z, i in zip(clips, fitted, strict=True)
             ]
             frames = [to_output(clip, output_type) for clip in decoded]

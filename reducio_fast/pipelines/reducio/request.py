@@ -19,7 +19,7 @@ from ..one_clip import preview_decoder
 
 
 def request_of(pipe: Any, inputs: Arguments) -> Request:
-    """Checked, and spread over the clips of the call. Raises ReducioError."""
+    """Check the arguments and spread them over the clips of the call. Raises ReducioError."""
     config = pipe.vae.config
     prompts, negatives, many_prompts = steering.prompts_of(inputs)
     images = image_files.read_images(inputs.image, len(prompts))
@@ -72,7 +72,7 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
 
 
 def quality_of(pipe: Any, inputs: Arguments) -> Quality:
-    """What the call's arguments and the model's own setting make of its sampling. Raises ReducioError."""
+    """The sampling settings that follow from the call's arguments and the model's own setting. Raises ReducioError."""
     scale = inputs.guidance_scale
     scale_is_number = isinstance(scale, int | float)
     names = ("num_inference_steps", "schedule", "guidance_interval", "guidance_reuse", "cache_threshold")

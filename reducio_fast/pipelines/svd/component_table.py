@@ -15,8 +15,8 @@ from ...reference.svd.vae import FrameVAE, TemporalVAE
 from ...system.errors import ReducioError
 from ..execution.components import Components
 
-# How many numbers a U-Net is told: fps - 1, motion bucket, noise augmentation; in SV3D the augmentation, and in SV3D_p
-# also the camera's polar angle and azimuth, a frame.
+# The possible numbers of a U-Net's added time ids. SVD: fps - 1, motion bucket, noise augmentation. SV3D: the noise
+# augmentation; in SV3D_p also the camera's polar angle and azimuth, per frame.
 TIME_IDS, ORBIT_IDS = (3,), (1, 3)
 IMAGE_ENCODER, FEATURE_EXTRACTOR = "CLIPVisionModelWithProjection", "CLIPImageProcessor"
 
@@ -30,8 +30,8 @@ def load_frame_vae(loading: Loading) -> FrameVAE:
 
 
 def load_unet(loading: Loading) -> VideoUNet:
-    """The folder's; or, by its configuration, the weights of a file, as distilled U-Nets are published; or those of
-    another component folder."""
+    """The folder's U-Net; or the folder's configuration with the weights of a file, as distilled U-Nets are published;
+    or the U-Net of another component folder."""
     if loading.source is None:
         return _load(VideoUNet, VideoUNetConfig, loading)
     path = hub.find_weights(loading.source, "unet", "unet")
@@ -44,12 +44,12 @@ def load_unet(loading: Loading) -> VideoUNet:
 
 
 def load_scheduler(loading: Loading) -> Any:
-    """The folder's, or one by its word."""
+    """The folder's scheduler, or one of `SCHEDULERS` by its name."""
     if loading.source is not None:
-        word = str(loading.source)
-        if word not in SCHEDULERS:
-            raise ReducioError(f"scheduler: {word!r} given; known are {', '.join(SCHEDULERS)}, or give an object")
-        return SCHEDULERS[word]()
+        name = str(loading.source)
+        if name not in SCHEDULERS:
+            raise ReducioError(f"scheduler: {name!r} given; known are {', '.join(SCHEDULERS)}, or give an object")
+        return SCHEDULERS[name]()
     if (loading.library, loading.class_name) == (OURS, ConsistencyScheduler.__name__):
         values = strict_files.read_json(loading.folder / CONFIG_FILE)
         try:
@@ -60,7 +60,7 @@ def load_scheduler(loading: Loading) -> Any:
 
 
 def euler_scheduler() -> Any:
-    """That of the published folders."""
+    """The scheduler of the published folders."""
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler.from_config(published_svd.SCHEDULER)
@@ -124,7 +124,7 @@ def _refuse_source(loading: Loading) -> None:
 
 
 def check_components(parts: Components) -> None:
-    """Raise ReducioError for networks that cannot work together: at once, not by a shape error within a clip."""
+    """Raise ReducioError for networks that cannot work together, before a clip could fail with a shape error."""
     orbits = parts.layout is SV3D
     networks_needed: tuple[tuple[str, type], ...] = (("unet", VideoUNet), ("vae", FrameVAE if orbits else TemporalVAE))
     for name, network_class in networks_needed:

@@ -1,4 +1,4 @@
-"""image.encode: what Stable Video Diffusion's U-Net is told about a clip, exactly as diffusers' pipeline tells it."""
+"""image.encode: the conditioning inputs of Stable Video Diffusion's U-Net, exactly as in diffusers' pipeline."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ CLIP_SIZE = (224, 224)
 
 
 class ImageConditioner:
-    """Encodes the picture for cross-attention, and as the latent that stands beside every frame's."""
+    """Encodes the picture for cross-attention, and as the latent that is concatenated to every frame's latent."""
 
     def __init__(self, components: Components, executor: Executor) -> None:
         self.components, self.executor = components, executor
 
     def __call__(self, picture: np.ndarray, noise: Tensor, request: SVDRequest) -> ImageCondition:
-        """picture: uint8 [h, w, 3] of any size; noise: [1, 3, H, W], with which the clip's first frame is blurred."""
+        """picture: uint8 [h, w, 3] of any size; noise: [1, 3, H, W], added to it times `request.noise_aug_strength`."""
         fitted = self.fit(picture, request)
-        seen = fitted if request.crops else picture  # the image encoder sees what is not yet stretched
-        embeds = self.embed(seen)
+        unstretched = fitted if request.crops else picture  # the image encoder's input is not stretched
+        embeds = self.embed(unstretched)
         image = to_unit(fitted, noise.device, torch.float32)[None] + request.noise_aug_strength * noise
         latents = self.encode(image).to(embeds.dtype)
         return ImageCondition(embeds, latents, request.time_ids[None].to(embeds.device, embeds.dtype))
@@ -45,19 +45,20 @@ class ImageConditioner:
         return np.array(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
     def embed(self, picture: np.ndarray) -> Tensor:
-        """Of the image encoder, [1, 1, E] in its dtype."""
+        """The image encoder's embedding, [1, 1, E] in its dtype."""
         encoder: Any = self.components["image_encoder"]
         pixels = to_unit(picture, torch.device("cpu"), torch.float32)[None]
         small = (blur_and_resize(pixels, CLIP_SIZE) + 1) / 2
-        done = {"do_center_crop": False, "do_resize": False, "do_rescale": False}
-        inputs = self.components["feature_extractor"](images=small, **done, return_tensors="pt").pixel_values
+        only_normalise = {"do_center_crop": False, "do_resize": False, "do_rescale": False}
+        inputs = self.components["feature_extractor"](images=small, **only_normalise, return_tensors="pt").pixel_values
         weight = next(encoder.parameters())
         return encoder(inputs.to(self.executor.device, weight.dtype)).image_embeds[:, None]
 
     def encode(self, image: Tensor) -> Tensor:
         """[1, 3, H, W] in [-1, 1] -> the posterior's mode, without the scaling factor, in the dtype it is computed in.
 
-        float32 under float16 weights where the model asks for it: at full size the encoder's values leave float16.
+        With float16 weights it computes in float32 if the config says `force_upcast`: at full size the encoder's values
+        exceed float16.
         """
         vae: Any = self.components["vae"]
         dtype = vae.dtype

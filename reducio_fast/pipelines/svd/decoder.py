@@ -22,17 +22,17 @@ from ..call import validation
 from ..execution.components import Components
 from ..execution.executor import Executor
 
-# Bytes alive for each byte of a full-size tensor of the finest level, measured by forecasts: all frames at once need
-# the convolution's input and output, the norm's and the residual.
+# Bytes alive per byte of a full-size tensor of the finest level, measured by forecasts: all frames at once need the
+# convolution's input and output, the norm's and the residual.
 FULL_SIZE_TENSORS = 6
 HUB_ID = "stabilityai/stable-video-diffusion-img2vid-xt"
 
 
 @dataclass(frozen=True, slots=True)
 class ClipDecoding:
-    """How a clip of `frames` is decoded: all together, or in chunks that do not see each other.
+    """How a clip of `frames` frames is decoded: all together, or in independent chunks.
 
-    A chunk is diffusers' `decode_chunk_size`: another clip, so never chosen to save memory.
+    `chunk` is diffusers' `decode_chunk_size`. It changes the clip, so it is never chosen to save memory.
     """
 
     frames: int
@@ -45,7 +45,7 @@ class ClipDecoding:
 
 
 class ClipDecoder:
-    """Decodes with the model's autoencoder. `frames` and `chunk` are those of the call at work."""
+    """Decodes with the model's autoencoder. `frames` and `chunk` are those of the current call."""
 
     tiling: bool | None = None
 
@@ -74,7 +74,7 @@ class ClipDecoder:
         return decoding
 
     def generous(self, height: int, width: int) -> int:
-        """Bytes above any forecast, for the price of a multiplication."""
+        """A number of bytes above any forecast, at the cost of a multiplication."""
         frames = self.frames if self.chunk is None else min(self.chunk, self.frames)
         finest = self.config.block_out_channels[0] * self.components.dtype.itemsize
         return 2 * FULL_SIZE_TENSORS * frames * height * width * 2 * finest + 2**30
@@ -82,7 +82,7 @@ class ClipDecoder:
     def __call__(
         self, latent: Tensor, frame: np.ndarray | None, output_type: str = "pt", decoding: ClipDecoding | None = None
     ) -> Tensor:
-        """[1, T, 4, H/8, W/8] -> float32 [3, T, H, W] in [-1, 1]; where bytes are wanted, uint8 [T, H, W, 3]."""
+        """[1, T, 4, H/8, W/8] -> float32 [3, T, H, W] in [-1, 1] for "pt"; uint8 [T, H, W, 3] for other types."""
         video = self.finish(self.decode(latent, decoding or self.default(0, 0)), frame)
         if not torch.isfinite(video).all():
             raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
@@ -102,8 +102,7 @@ class ClipDecoder:
 
 
 class OrbitDecoder(ClipDecoder):
-    """For SV3D: the last frame, where the camera is back where it began, is the picture itself, as Stability's script
-    returns it."""
+    """For SV3D: the last frame, with the camera back at its start, is the picture itself, as in Stability's script."""
 
     def finish(self, video: Tensor, frame: np.ndarray | None) -> Tensor:
         if frame is None:
@@ -119,28 +118,29 @@ def decode_latents(
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> np.ndarray:
-    """[N, T, 4, H/8, W/8] -> uint8 [N, T, H, W, 3], with nothing loaded but the autoencoder of `model`: a folder or a
-    hub id, with or without "svd:" in front, or svd-tiny. Raises ReducioError for another model or other latents."""
-    place = devices.resolve_device(device)
+    """[N, T, 4, H/8, W/8] -> uint8 [N, T, H, W, 3]. Loads only the autoencoder of `model`: a folder or a hub id, with
+    or without "svd:" in front, or svd-tiny. Raises ReducioError for another model or other latents."""
+    target_device = devices.resolve_device(device)
     name = str(model).removeprefix("svd:") if str(model) != "svd" else HUB_ID
     if name == SVD_TINY:
         folder = embedded_model(SVD_TINY)
     else:
         folder = hub.find_model(name, files=("vae/*",), ignored=("*/*.fp16.*",))
-    resolved = devices.resolve_dtype(dtype, None, place)
-    stated = strict_files.read_json(folder / "vae" / strict_files.CONFIG).get("_class_name")
-    is_frames = stated == networks.published_class(FrameVAE)[1]
-    network_class: Any = FrameVAE if is_frames else TemporalVAE
-    config_class = FrameVAEConfig if is_frames else TemporalVAEConfig
-    vae = networks.load_model(network_class, config_class, folder / "vae", resolved, place)
+    resolved_dtype = devices.resolve_dtype(dtype, None, target_device)
+    class_name = strict_files.read_json(folder / "vae" / strict_files.CONFIG).get("_class_name")
+    is_frame_vae = class_name == networks.published_class(FrameVAE)[1]
+    network_class: Any = FrameVAE if is_frame_vae else TemporalVAE
+    config_class = FrameVAEConfig if is_frame_vae else TemporalVAEConfig
+    vae = networks.load_model(network_class, config_class, folder / "vae", resolved_dtype, target_device)
     shape = (None, vae.config.latent_channels, None, None)
     clips = validation.check_tensor(latents, shape, len(latents), True, "latents")
     network: Any = vae
     if validation.resolve_backend(backend)[0] != "reference":
-        from ...fast.engine import Engine  # needs Triton, which the reference does without
+        from ...fast.engine import Engine  # needs Triton; the reference does not
 
         engine = Engine()
         engine.free_dtype = dtype is None
         network = engine.twin(vae)
-    videos = [network.decode((z / vae.config.scaling_factor).to(place, network.dtype))[0].float() for z in clips]
+    factor = vae.config.scaling_factor
+    videos = [network.decode((z / factor).to(target_device, network.dtype))[0].float() for z in clips]
     return np.stack([to_bytes(video).cpu().numpy() for video in videos])

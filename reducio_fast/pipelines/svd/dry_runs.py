@@ -17,11 +17,11 @@ from ..execution.sampling import Sampler
 from .conditioner import CLIP_SIZE
 from .decoder import ClipDecoder, ClipDecoding
 
-STEPS = 2  # a step's memory does not depend on its number; the second has the first one's results beside it
+STEPS = 2  # a step's memory does not depend on its number; in the second one the first one's results are alive too
 
 
 class DryStages:
-    """The parts of a pipeline, built again on weights of the meta device. Use within the entered `dry`."""
+    """The parts of a pipeline, rebuilt with weights on the meta device. Use it inside the context of `dry`."""
 
     def __init__(self, components: Components, executor: Executor, decoder: ClipDecoder, dry: DryRun) -> None:
         self.dry, self.on_cpu = dry, executor.device.type == "cpu"
@@ -78,7 +78,7 @@ class DryStages:
             torch.empty((1, len(time_id_widths(unet))), dtype=self.dtype, device=META),
         )
         noise, generator = self._latent(height, width, 1, frames), torch.Generator()
-        scale = 3.0  # guided: twice the batch of a call without
+        scale = 3.0  # with guidance: twice the batch of a call without it
         return self.dry.peak_of(self.sampler, noise, cond, None, scale, STEPS, generator, None)[1]
 
     def _decode(self, height: int, width: int, way: ClipDecoding) -> int | None:

@@ -1,7 +1,7 @@
-"""An image of an object -> the views of a camera that goes round it: SV3D (arXiv 2403.12008), of SVD's parts.
+"""An image of an object -> the views of a camera that circles it: SV3D (arXiv 2403.12008), built from SVD's parts.
 
-Two published models: SV3D_u orbits at the height of the picture, SV3D_p on a path of the caller's, whose polar angle
-and azimuth its U-Net is told a frame. The frames are decoded one by one, by Stable Diffusion's autoencoder of images.
+Two models are published. SV3D_u orbits at the height of the picture. SV3D_p follows the caller's path: the polar angle
+and azimuth of each frame are inputs of its U-Net. Stable Diffusion's image autoencoder decodes the frames one by one.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ SIDE, STEPS, MAX_GUIDANCE_SCALE, NOISE_AUG_STRENGTH, ELEVATION = 576, 50, 2.5, 1
 
 
 def triangle(frames: int, least: float, most: float) -> Tensor:
-    """Guidance of each frame [T]: the least where the picture is seen, at both ends, and the most from behind."""
+    """Guidance scale per frame [T]: `least` at both ends, where the picture is seen, and `most` from behind."""
     place = torch.linspace(0, 1, frames)
     return least + 2 * (place - (place + 0.5).floor()).abs() * (most - least)
 
 
 def camera_path(frames: int, elevations: Any, azimuths: Any) -> Tensor:
-    """Polar angle and azimuth in radians, [T, 2]; azimuths count from that of the last frame, where the picture is.
+    """Polar angle and azimuth in radians, [T, 2]; azimuths are relative to that of the last frame, the picture.
 
-    elevations: degrees above the horizon, one or one a frame. azimuths: degrees, one a frame; None is once round.
+    elevations: degrees above the horizon, one or one per frame. azimuths: degrees, one per frame; None is one turn.
     """
     elevations = _angles(
         "elevations", [elevations] * frames if isinstance(elevations, numbers.Real) else elevations, frames
@@ -131,14 +131,14 @@ class SV3DPipeline(SVDPipeline):
         content_kwargs: dict[str, Any] | None = None,
         fps: int = published.FPS,
     ) -> ReducioOutput | tuple[Any]:
-        """Make the views of an object round it; the last one is the picture itself.
+        """Make the views of a camera that circles an object; the last one is the picture itself.
 
         image: the object in the middle, on white or with a transparent background, which becomes white.
-        height, width: pixels; the weights know 576x576. num_frames: of the weights, 21.
-        min_guidance_scale, max_guidance_scale: at the picture and at its back; between them it rises and falls evenly.
-        elevations: of the camera, degrees above the horizon, one or one a frame (SV3D_p alone, there 10 by default).
-        azimuths: degrees, one a frame; by default once round in equal steps (SV3D_p alone).
-        fps: of the clip as it is saved; the network is not told. All others are as in `SVDPipeline`.
+        height, width: pixels; the weights were made for 576x576. num_frames: by default the weights' own, 21.
+        min_guidance_scale, max_guidance_scale: at the picture and from behind; between them it rises and falls evenly.
+        elevations: of the camera, degrees above the horizon, one or one per frame (SV3D_p only, 10 by default).
+        azimuths: degrees, one per frame; by default one turn in equal steps (SV3D_p only).
+        fps: of the saved clip; it is no input of the network. All others are as in `SVDPipeline`.
 
         Raises ReducioError before any work for an argument that does not fit.
         """
@@ -155,12 +155,12 @@ class SV3DPipeline(SVDPipeline):
         usual: dict[str, Any] = {"motion_bucket_id": published.MOTION_BUCKET_ID, "last_image": None, "overlap": None}
         usual |= {"match_colours": False, "loop": False, "preview_every": None}
         request = self._request(SVDArguments(**usual, **values))
-        told = torch.full((request.num_frames, 1), request.noise_aug_strength, dtype=torch.float64)
+        augmentation = torch.full((request.num_frames, 1), request.noise_aug_strength, dtype=torch.float64)
         scales = (float(values["min_guidance_scale"]), request.guidance_scale)
         frames = request.num_frames
         return dataclasses.replace(
             request,
-            time_ids=told[0] if path is None else torch.cat([told, path], dim=1),
+            time_ids=augmentation[0] if path is None else torch.cat([augmentation, path], dim=1),
             guidance_per_frame=triangle(frames, *scales) if scales[1] > 1 else torch.ones(frames),
         )
 
@@ -176,6 +176,6 @@ class SV3DPipeline(SVDPipeline):
         return camera_path(frames, ELEVATION if elevations is None else elevations, azimuths)
 
     def _warn(self, inputs: SVDArguments, frames: int, trained: int) -> None:  # type: ignore[override]
-        """Of what runs, but outside of what the weights were trained on."""
+        """Warn of values that run but that the weights were not trained on."""
         if frames != trained:
             LOG.warning("num_frames: %d, these weights were made for %d", frames, trained)

@@ -89,7 +89,7 @@ class SVDPipeline(VideoPipeline):
         backend: str = "auto",
         compile: bool | None = None,
     ) -> None:
-        """sample_height, sample_width: pixels of a clip where a call names none."""
+        """sample_height, sample_width: a clip's size in pixels if a call names none."""
         parts = Components(self.layout, locals())
         check_components(parts)
         self._assemble(parts, Executor(parts, backend, compile))
@@ -133,19 +133,19 @@ class SVDPipeline(VideoPipeline):
         """
         validation.resolve_backend(backend)
         device = devices.resolve_device(device)
-        free = dtype is None and torch_dtype is None
+        free_dtype = dtype is None and torch_dtype is None
         dtype = devices.resolve_dtype(dtype, torch_dtype, device)
         folder = cls.find_folder(model, variant)
         with loading():
             parts = model_folder.read_model(folder, components, cls.layout, cls.loaders, dtype, device, variant)
             pipe = cls(**parts, backend=backend, compile=compile)
-        pipe.executor.choose_dtype(free)
+        pipe.executor.choose_dtype(free_dtype)
         return pipe
 
     @staticmethod
     def find_folder(model: str | os.PathLike[str], variant: str | None = None) -> Path:
-        """A folder itself, the embedded one by its name, or the local copy of a hub repository, of whose copies of the
-        weights one is fetched."""
+        """The folder of `model`: a folder itself, the embedded one by its name, or the local copy of a hub repository,
+        which is fetched with one variant of its weights."""
         if str(model) == SVD_TINY:
             return embedded_model(SVD_TINY)
         weights = "*/*.safetensors" if variant is None else f"*/*.{variant}.safetensors"
@@ -158,7 +158,7 @@ class SVDPipeline(VideoPipeline):
         return cls(**networks_of(pipeline), backend=backend, compile=compile)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the folder that `from_pretrained`, and diffusers' own, reads; each weight in the dtype it has."""
+        """Write the folder that `from_pretrained` and diffusers' own read, each weight in its own dtype."""
         target = expanded(save_directory, "save_directory")
         sizes = {name: self.parts[name] for name in self.layout.settings}
         usual = {"sample_height": published.HEIGHT, "sample_width": published.WIDTH}
@@ -202,27 +202,28 @@ class SVDPipeline(VideoPipeline):
     ) -> ReducioOutput | tuple[Any]:
         """Make a clip of an image, or of each image in a list, or `num_videos_per_prompt` of each.
 
-        image: path, PIL image or array; the clip's first frame. None draws it from `prompt`, where the model has a
+        image: path, PIL image or array; the clip's first frame. None draws it from `prompt`, if the model has a
             `text_to_image`.
-        height, width: pixels, multiples of 8. The weights know 576x1024.
+        height, width: pixels, multiples of 8. The published weights were made for 576x1024.
         num_frames: by default what the weights were made for, 14 or 25.
-        num_inference_steps, sigmas: the schedule; `sigmas` are one more than there are steps and end with 0. The word
-            "align-your-steps" is that paper's schedule, made for 10 steps.
-        min_guidance_scale, max_guidance_scale: of the first and the last frame, linear between; max of 1 or less
-            switches guidance off, and half of the work with it. guidance_scale: another name of the maximum.
-        fps: frames a second, of the clip and of what the network is told (which gets fps - 1, as it was trained).
-        motion_bucket_id: how much moves, 1 to 255. noise_aug_strength: how much noise the picture gets; with more the
+        num_inference_steps, sigmas: the schedule; `sigmas` has one value more than there are steps and ends with 0. The
+            name "align-your-steps" is that paper's schedule, made for 10 steps.
+        min_guidance_scale, max_guidance_scale: of the first and the last frame, linear between; a maximum of 1 or less
+            switches guidance off and halves the work. guidance_scale: another name of the maximum.
+        fps: frames per second of the clip; the network's input is fps - 1, as in its training.
+        motion_bucket_id: amount of motion, 1 to 255. noise_aug_strength: amount of noise on the picture; with more, the
             clip departs further from it.
-        decode_chunk_size: None decodes all frames together. A number decodes so many at once that do not see the
+        decode_chunk_size: None decodes all frames together. A number decodes this many at once, independently of the
             others, as diffusers does: less memory, and seams between the chunks.
-        generator: one a clip; or seed: clip i takes seed + i. Drawn are the picture's noise, then the latent's.
+        generator: one per clip; or seed: clip i takes seed + i. It draws the picture's noise, then the latent's.
         latents: the initial noise [N, T, 4, H/8, W/8], without N for a single clip.
         output_type, callback_on_step_end, return_dict: as in `ReducioPipeline`.
-        overlap: None samples `num_frames` at once. A number makes them of clips of the model's length, each of which
-            begins with so many frames of the one before it: their latents are held, and what follows is sampled.
+        overlap: None samples `num_frames` at once. A number makes them from clips of the model's length. Each clip
+            begins with this many frames of the clip before it: their latents are held, and the others are sampled.
         match_colours, loop, preview_every: as in `ReducioPipeline`.
         image_fit: "stretch" squeezes the picture into the clip's shape, as diffusers does; "crop" cuts it.
-        last_image: what the clip ends with: one, or one an image. Each step then costs twice (arXiv 2403.14611).
+        last_image: the picture that the clip ends with: one, or one per image. Each step then costs twice as much
+            (arXiv 2403.14611).
 
         Raises ReducioError before any work for an argument that does not fit.
         """
@@ -236,8 +237,8 @@ class SVDPipeline(VideoPipeline):
             self.fitter.fits.clear()
 
     def check_inputs(self, **arguments: Any) -> SVDRequest:
-        """Arguments of a call, checked before any work and spread over its clips; those left out have the defaults of
-        the call. Raises ReducioError."""
+        """Check the arguments of a call, before any work, and spread them over its clips. Arguments that are left out
+        have the call's defaults. Raises ReducioError."""
         call = inspect.signature(self.__call__).bind(**arguments)
         call.apply_defaults()
         return self._request(SVDArguments(**call.arguments))
@@ -254,8 +255,8 @@ class SVDPipeline(VideoPipeline):
             if side > validation.MAX_SIDE:
                 raise ReducioError(f"{name}: {side} is above the largest side, {validation.MAX_SIDE}")
         trained = self.unet.config.num_frames
-        asked = trained if inputs.num_frames is None else validation.check_count("num_frames", inputs.num_frames)
-        frames = asked if inputs.overlap is None else trained
+        total = trained if inputs.num_frames is None else validation.check_count("num_frames", inputs.num_frames)
+        frames = total if inputs.overlap is None else trained
         steps = inputs.num_inference_steps
         sigmas = inputs.sigmas
         if isinstance(sigmas, str):
@@ -266,8 +267,8 @@ class SVDPipeline(VideoPipeline):
             validation.check_sigmas(sigmas)
             steps = len(sigmas) - 1
         max_steps = self.scheduler.config.num_train_timesteps
-        most = inputs.max_guidance_scale if inputs.guidance_scale is None else inputs.guidance_scale
-        for scale in (inputs.min_guidance_scale, most):
+        max_scale = inputs.max_guidance_scale if inputs.guidance_scale is None else inputs.guidance_scale
+        for scale in (inputs.min_guidance_scale, max_scale):
             validation.check_sampling(steps, max_steps, scale, inputs.output_type)
         numbers_given = {n: getattr(inputs, n) for n in ("fps", "motion_bucket_id", "noise_aug_strength")}
         for name, value in numbers_given.items():
@@ -290,16 +291,16 @@ class SVDPipeline(VideoPipeline):
         if inputs.latents is not None:
             latents = validation.check_latents(inputs.latents, shape, count, is_list)
         joint = None if inputs.overlap is None else svd_joint(trained, inputs.overlap)
-        steered = steering.check_steering(inputs, joint, asked, "forward", self.scheduler, self.offloading)
+        steered = steering.check_steering(inputs, joint, total, "forward", self.scheduler, self.offloading)
         self._warn(inputs, frames, trained)
         embeds = [Embeds()] * len(images)
         per_clip = ([x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds))
         last = [x for x in last_images(inputs.last_image, len(images)) for _ in range(per_image)]
-        scales = (float(inputs.min_guidance_scale), float(most))
-        open_ = [None] * count  # no motion is given, and none of it is held
+        scales = (float(inputs.min_guidance_scale), float(max_scale))
+        unset = [None] * count  # `motion` and `hold`
         return SVDRequest(
             clips=[
-                SVDClipRequest(*clip) for clip in zip(*per_clip, generators, latents, open_, open_, last, strict=True)
+                SVDClipRequest(*clip) for clip in zip(*per_clip, generators, latents, unset, unset, last, strict=True)
             ],
             is_list=is_list,
             height=height,
@@ -313,7 +314,7 @@ class SVDPipeline(VideoPipeline):
             callback_tensor_inputs=tuple(names),
             content_kwargs=check_content_kwargs(self.text_to_image, inputs.content_kwargs),
             progress=inputs.progress,
-            # As in diffusers, guidance is on or off by the last frame's scale.
+            # As in diffusers, the last frame's scale switches guidance on or off.
             guidance_per_frame=torch.linspace(*scales, frames) if scales[1] > 1 else torch.ones(frames),
             sigmas=None if sigmas is None else [float(sigma) for sigma in sigmas],
             num_frames=frames,
@@ -345,7 +346,7 @@ class SVDPipeline(VideoPipeline):
 
     @staticmethod
     def _warn(inputs: SVDArguments, frames: int, trained: int) -> None:
-        """Of what runs, but outside of what the weights were trained on."""
+        """Warn of values that run but that the weights were not trained on."""
         if frames != trained:
             LOG.warning("num_frames: %d, these weights were made for %d", frames, trained)
         for name, value, (low, high) in (
@@ -368,7 +369,7 @@ class SVDPipeline(VideoPipeline):
         with stage(call.timings, "image.encode"):
             conditions = [self.conditioner(*end, request) for end in zip(ends, noises, strict=True)]
         cond: Any = conditions[0] if len(conditions) == 1 else EndConditions(*conditions)
-        # Drawn in the dtype that the weights have, since half-precision numbers are drawn otherwise; kept in float32.
+        # Drawn in the weights' dtype, because half-precision draws differ from float32 ones; kept in float32.
         start = _noise(request.latent_shape, clip.generator, conditions[0].embeds.dtype)
         return SamplingInputs(self.conditioner.fit(picture, request), start, cond)
 
@@ -380,6 +381,8 @@ class SVDPipeline(VideoPipeline):
         not read: SVD's decoder needs none."""
         if output_type not in validation.OUTPUT_TYPES[:-1]:
             raise ReducioError(f"output_type: must be one of np, pil, pt, is {output_type!r}")
+        if decode_chunk_size is not None:
+            validation.check_count("decode_chunk_size", decode_chunk_size)
         is_list = isinstance(latents, Tensor) and latents.ndim == 5
         shape = (None, self.vae.config.latent_channels, None, None)
         clips = validation.check_tensor(latents, shape, len(latents) if is_list else 1, is_list, "latents")

@@ -59,18 +59,18 @@ class SVDClipRequest(ClipRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SVDRequest(Request):
-    """`latent_shape` is [T, 4, H/8, W/8], `guidance_scale` the highest of a frame. `time_ids`: what the network is told
-    in numbers, float64 [n] or, a frame, [T, n]."""
+    """`latent_shape` is [T, 4, H/8, W/8], `guidance_scale` the highest of all frames. `time_ids`: the network's added
+    time ids, float64 [n], or [T, n] if each frame has its own."""
 
     num_frames: int
     time_ids: Tensor
     noise_aug_strength: float
     decode_chunk_size: int | None
-    crops: bool  # the picture, instead of stretching it to the clip's shape
+    crops: bool  # crop the picture instead of stretching it to the clip's shape
 
 
 def last_images(last_image: Any, count: int) -> list[np.ndarray | None]:
-    """What `count` clips end with: one picture for all, or one for each. Raises ReducioError."""
+    """The last pictures of `count` clips: one for all, or one for each. Raises ReducioError."""
     if isinstance(last_image, list | tuple) and len(last_image) != count:
         raise ReducioError(f"last_image: {len(last_image)} given for {count} images; give one for all or one an image")
     return image_files.read_images(last_image, count)

@@ -1,1 +1,1 @@
-"""Training around Stable Video Diffusion: LoRAs on its attention over time, and the small embedded model."""
+"""Training for Stable Video Diffusion: LoRAs on its attention over time, and the small embedded model."""

@@ -1,8 +1,8 @@
 """The recipe of a LoRA on SVD's attention over time: clips of one kind of camera motion in, a file of megabytes out.
 
-arXiv 2311.15127 taught horizontal moves, zooms and stillness so, at rank 16, in 5,000 steps. Everything but the updates
-is frozen, and what the network is told of a clip is made by the pipeline's own parts. Letters in shapes: B batch, C
-channels, T frames, H W rows and columns.
+arXiv 2311.15127 trained horizontal moves, zooms and stillness this way, at rank 16, in 5,000 steps. Everything but the
+updates is frozen, and the pipeline's own parts make the network's conditioning inputs. Letters in shapes: B batch,
+C channels, T frames, H W rows and columns.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _LEVELS = PUBLISHED_LEVELS["image-to-video-576x1024"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoRARecipe:
-    """How a LoRA is trained. Sizes of the batch are global: processes and micro-batches share it."""
+    """Settings of a LoRA's training. `batch` is global: all processes and micro-batches share it."""
 
     loop: LoopConfig
     batch: int
     rank: int = 16
     layers: str = TEMPORAL_ATTENTION  # a regular expression for the paths of linear layers
     size: tuple[int, int] = (576, 1024)  # rows and columns of the crops
-    least_area: float = 0.8  # of the frame's largest crop of that shape, that a crop shows
-    mirror: bool = False  # half of the clips: a pan to the left would be one to the right
+    least_area: float = 0.8  # least area of a crop, as a share of the frame's largest crop of that shape
+    mirror: bool = False  # mirrors half of the clips; this turns a pan to the left into one to the right
     num_frames: int | None = None  # None: what the weights were made for
-    rate: float = 7.0  # frames a second of the clips, and what the network is told
+    rate: float = 7.0  # frames per second of the clips; the network's input is rate - 1
     motion_bucket_id: float = 127.0
     noise_mean: float = _LEVELS.mean
     noise_std: float = _LEVELS.std
-    condition_drop: float = 0.1  # clips without their image: what guidance leads away from
+    condition_drop: float = 0.1  # share of clips without their image, for classifier-free guidance
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class LoRARecipe:
 
 
 class Losses:
-    """Loss of a batch, drawn from the clips as (seed, step, place in the batch) say."""
+    """Loss of a batch. Each drawn clip depends only on (seed, step, place in the batch)."""
 
     def __init__(self, pipe: SVDPipeline, unet: VideoUNet, clips: ClipFiles, recipe: LoRARecipe) -> None:
         self.pipe, self.unet, self.clips, self.recipe = pipe, unet, clips, recipe
@@ -73,17 +73,17 @@ class Losses:
         drawn = [self.draw(rng) for rng in rngs]
         clean = torch.cat([latents for latents, _, _ in drawn])
         condition = drawn[0][1]
-        for _, more, _ in drawn[1:]:
-            condition = join(condition, more)
-        noise, sigma, dropped = (torch.stack(each) for each in zip(*(rest for *_, rest in drawn), strict=True))
+        for _, other, _ in drawn[1:]:
+            condition = join(condition, other)
+        noise, sigma, dropped = (torch.stack(each) for each in zip(*(randoms for *_, randoms in drawn), strict=True))
         condition = without_some(condition, dropped.to(clean.device))
         error = velocity_error(self.unet, clean, noise.to(clean.device), sigma.to(clean.device), condition)
         return error.mean(), {"velocity_error": error.mean().detach()}
 
     @torch.no_grad()
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, ImageCondition, tuple[Tensor, Tensor, Tensor]]:
-        """A clip's latents [1, T, 4, h, w], what the network is told of it, and noise, noise level and whether the
-        image is left out."""
+        """A clip's latents [1, T, 4, h, w], its conditioning inputs, and (noise, noise level, whether the image is
+        dropped)."""
         recipe, pipe = self.recipe, self.pipe
         video = self.clips.draw(rng, self.frames, recipe.rate, recipe.size, recipe.least_area, recipe.mirror)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -113,7 +113,7 @@ def train_lora(
     accept_changes: bool = False,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Trains a LoRA for the SVD model `model` and writes `out/lora`. Returns the last logged figures, with `steps` and
+    """Train a LoRA for the SVD model `model` and write `out/lora`. Returns the last logged figures, with `steps` and
     `seconds`.
 
     Args:

@@ -18,12 +18,12 @@ from ...checkpoints.strict_files import save_tensors
 from ...system.atomic_files import written_whole
 from ...system.errors import ReducioError
 
-# What camera motions were taught through (arXiv 2311.15127, appendix): attention over frames, and nothing of a frame.
+# The layers trained for camera motions (arXiv 2311.15127, appendix): attention over frames, none within a frame.
 TEMPORAL_ATTENTION = r"(.+\.)?temporal_transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
 
 
 class LowRankUpdate(nn.Module):
-    """weight -> weight + up @ down. Starts as no change."""
+    """weight -> weight + up @ down. The update starts at zero."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class LowRankUpdate(nn.Module):
 
 
 def add_updates(network: nn.Module, rank: int, pattern: str = TEMPORAL_ATTENTION) -> nn.ModuleDict:
-    """Freezes the network and gives the linear layers whose path `pattern` matches an update each; returns these by
-    path, with dots as bars. Raises ReducioError for a rank below 1 and where no layer matches."""
+    """Freeze the network and add an update to each linear layer whose path `pattern` matches. Returns the updates by
+    path, with bars for dots. Raises ReducioError for a rank below 1 and if no layer matches."""
     if rank < 1:
         raise ReducioError(f"rank={rank}: must be at least 1")
     network.requires_grad_(False)
@@ -56,14 +56,14 @@ def add_updates(network: nn.Module, rank: int, pattern: str = TEMPORAL_ATTENTION
 
 
 def remove_updates(network: nn.Module) -> None:
-    """The layers have their own weights again."""
+    """Give the layers their own weights again."""
     for layer in network.modules():
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
 
 
 def save_updates(updates: nn.ModuleDict, folder: Path, prefix: str = "unet.") -> Path:
-    """Write a LoRA by peft's names, which `load_lora_weights` reads, here and in diffusers; returns the file."""
+    """Write a LoRA with peft's names, which `load_lora_weights` reads here and in diffusers; return the file."""
     tensors = {}
     for key, update in updates.items():
         path = prefix + key.replace("|", ".")

@@ -23,8 +23,8 @@ from ..loop import LoopConfig
 from ..recipe import Context
 from .toy_clips import FRAMES, SIZE, draw_clip
 
-# SVD's norms have 32 groups. Where images end and where latents begin a group needs channels that keep what it loses:
-# with one channel in each, a norm over a whole frame takes every flat colour away.
+# SVD's norms have 32 groups. At the first level, next to the images, and at the last, next to the latents, each group
+# needs several channels: with one channel per group, a norm over a whole frame removes every flat colour.
 TINY_VAE = TemporalVAEConfig(
     block_out_channels=(96, 32, 64),
     down_block_types=("DownEncoderBlock2D",) * 3,
@@ -36,18 +36,18 @@ START_LOGVAR = -4.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoencoderSettings:
-    """Phases: until which share of the steps, frames of a clip, clips of a batch; whole clips come last."""
+    """A phase: the share of the steps at which it ends, frames of a clip, clips of a batch; whole clips come last."""
 
     loop: LoopConfig
     phases: tuple[tuple[float, int, int], ...] = ((0.6, 1, 12), (0.8, 4, 3), (1.0, FRAMES, 1))
-    kl_weight: float = 1e-4  # on the KL of a latent's number: keeps latents near zero and smooth enough to model
+    kl_weight: float = 1e-4  # on the mean KL per latent value: keeps latents near zero and smooth enough to model
     evaluated: int = 32  # held-out clips reconstructed at the end
     config: TemporalVAEConfig = field(default_factory=lambda: TINY_VAE)
 
 
 @torch.no_grad()
 def initialize(vae: TemporalVAE) -> None:
-    """Start as a chain of convolutions that hand the signal on, with silent residual branches."""
+    """Initialise variance-preserving convolutions and zero residual branches."""
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
@@ -68,8 +68,8 @@ def moments(vae: TemporalVAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_autoencoder(context: Context, settings: AutoencoderSettings) -> dict[str, float]:
-    """Trains and saves `vae/`, with the scaling factor that gives its latents unit variance. Figures: PSNR on clips of
-    scenes never trained on, and of the frame-to-frame change of them."""
+    """Train and save `vae/`, with the scaling factor that gives its latents unit variance. Figures: PSNR on clips of
+    held-out scenes, and PSNR of their frame-to-frame change."""
     torch.manual_seed(settings.loop.seed)
     vae = TemporalVAE(settings.config)
     initialize(vae)

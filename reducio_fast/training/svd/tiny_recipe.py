@@ -1,10 +1,10 @@
 """The recipe of the small embedded SVD: `train("out")` makes `out/bundle`, the folder that the package ships.
 
-Three networks are trained, from nothing, on the toy world; the last stage packs them in float16. The stages run in
-order; each can be run alone once those it needs have left their components, and each resumes from its checkpoint.
+Three networks are trained from scratch on the toy world; the last stage packs them in float16. The stages run in order.
+A stage can run alone once the components that it needs are in the output folder, and each resumes from its checkpoint.
 
-With one thread of a CPU that multiplies bfloat16 (AMX) a step took 1.4 to 1.9 s of CPU time in the autoencoder and 2.3
-in the U-Net, on a machine that others used meanwhile: about seven hours in all.
+With one thread of a CPU that multiplies bfloat16 (AMX), on a shared machine, a step took 1.4 to 1.9 s of CPU time in
+the autoencoder and 2.3 in the U-Net: about seven hours in all.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BUNDLE = "bundle"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleSettings:
-    """How large the folder may get, and how many clips are made with it."""
+    """The folder's maximum size, and the number and the steps of the clips that are made with it."""
 
     size: int = SIZE
     max_bytes: int = 8_000_000
@@ -50,12 +50,12 @@ class BundleSettings:
 
 
 def export(context: Context, settings: BundleSettings) -> dict[str, float]:
-    """Writes `bundle/` from the components in `context.out`, and makes clips with it.
+    """Write `bundle/` from the components in `context.out`, and make clips with it.
 
-    Figures: bytes; PSNR of first frames against the pictures they were made of; mean change from frame to frame, of
-    0..255, when little and when much motion is asked for.
+    Figures: bytes; PSNR of the first frames against the pictures that they were made from; mean change from frame to
+    frame, of 0..255, for a low and for a high motion bucket.
 
-    Raises ReducioError where a weight does not fit the dtype, or the folder is too large; it is then removed.
+    Raises ReducioError if a weight does not fit the dtype, or if the folder is too large, which is then removed.
     """
     from diffusers import EulerDiscreteScheduler
     from transformers import CLIPImageProcessor
@@ -88,12 +88,12 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
     rng = np.random.default_rng(0)
     pictures = [draw_clip(rng, held_out=True, size=settings.size).frames[0] for _ in range(settings.clips)]
     figures: dict[str, float] = {"bytes": size}
-    for word, pace in (("little", "slowly"), ("much", "fast")):
+    for amount, pace in (("little", "slowly"), ("much", "fast")):
         call = {"num_inference_steps": settings.steps, "motion_bucket_id": MOTION_BUCKETS[pace], "progress": False}
         clips = torch.from_numpy(pipe(pictures, **call).frames).float()
-        figures[f"{word}_motion"] = float(clips.diff(dim=1).abs().mean())
+        figures[f"{amount}_motion"] = float(clips.diff(dim=1).abs().mean())
         first = (clips[:, 0] - torch.from_numpy(np.stack(pictures)).float()).square().flatten(1).mean(1)
-        figures[f"first_frame_psnr_{word}"] = float(psnr_of_error(first, 255.0).mean())
+        figures[f"first_frame_psnr_{amount}"] = float(psnr_of_error(first, 255.0).mean())
     return context.record("export", figures)
 
 
@@ -133,7 +133,7 @@ def train(
     device: str = "cpu",
     accept_changes: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Runs the recipe, or the named stages of it in the recipe's order, and returns the figures each stage reached.
+    """Run the recipe, or its named stages in the recipe's order, and return the final figures of each stage.
 
     Args and errors as in `training.tiny.recipe.train`; nothing is downloaded.
     """

@@ -1,7 +1,7 @@
 """The U-Net of the small embedded SVD, trained by EDM's objective on latents that are encoded once.
 
-What it is told of a clip comes from the very networks that the pipeline uses. Letters in shapes: B batch, T frames, C
-channels, H W rows and columns, h w latent cells.
+The pipeline's own networks make its conditioning inputs. Letters in shapes: B batch, T frames, C channels, H W rows and
+columns, h w latent cells.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ LEVELS_SHOWN = (0.1, 1.0, 10.0, 100.0)  # noise levels whose error on held-out c
 class UNetSettings:
     loop: LoopConfig
     pool: int = 4096  # encoded clips
-    held_out_pool: int = 64  # of scenes never trained on, for the figures
+    held_out_pool: int = 64  # encoded clips of held-out scenes, for the figures
     batch: int = 6
-    condition_drop: float = 0.1  # clips without their picture, for guidance
+    condition_drop: float = 0.1  # share of clips without their picture, for classifier-free guidance
     levels: NoiseLevels = PUBLISHED_LEVELS["image-to-video-320x576"]
     size: int = SIZE
     config: VideoUNetConfig = field(default_factory=lambda: TINY_UNET)
@@ -73,7 +73,7 @@ class Pool:
             folder.mkdir(parents=True, exist_ok=True)
             encoded = [self._encode(settings, held_out, i, encoder) for i in range(count)]
             with written_whole(path) as temporary:
-                save_tensors({name: torch.stack([one[name] for one in encoded]) for name in encoded[0]}, temporary)
+                save_tensors({name: torch.stack([clip[name] for clip in encoded]) for name in encoded[0]}, temporary)
         self.tensors = load_tensors(path)
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class Pool:
 
     @torch.no_grad()
     def batch(self, index: Tensor, device: torch.device) -> tuple[Tensor, ImageCondition]:
-        """Clean latents [B, T, 4, h, w] and conditions, each picture under noise of its own."""
+        """Clean latents [B, T, 4, h, w] and conditions; each picture gets its own noise."""
         rows = {name: tensor[index].to(device) for name, tensor in self.tensors.items()}
         pictures = rows["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1
         strength = AUGMENTATION.draw(len(index)).to(device)
@@ -103,8 +103,8 @@ class Pool:
 
 
 def train_unet(context: Context, settings: UNetSettings) -> dict[str, float]:
-    """Trains and saves `unet/`. Figures: error of v on clips of held-out scenes, by noise level, and at the highest of
-    them without the picture, which it must beat."""
+    """Train and save `unet/`. Figures: error of v on clips of held-out scenes by noise level, and, as a bound that the
+    error with the picture must beat, the error without the picture at the highest level."""
     torch.manual_seed(settings.loop.seed)
     device = context.device
     vae = load_model(TemporalVAE, TemporalVAEConfig, context.out / "vae", torch.float32)

@@ -1,7 +1,7 @@
-"""What the small embedded SVD is trained on: 14 frames of the toy world, told in SVD's own terms.
+"""Training clips of the small embedded SVD: 14 frames of the toy world, with SVD's own conditions.
 
-The picture does not say where its shape will go, and neither is the network told: only, as SVD is, how much moves
-(motion bucket) and at how many frames a second. Letters in shapes: T frames, H W rows and columns.
+The picture does not show where its shape will go, and no condition says it. As in SVD, the conditions are the amount of
+motion (motion bucket) and the frame rate. Letters in shapes: T frames, H W rows and columns.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 from ...data import toy_world
 
 FRAMES, SIZE, FPS = 14, 64, 7
-# Motion buckets by the world's paces; and frame rates, at the double of which the same motion takes twice the frames.
+# Motion buckets by the world's paces; and frame rates: at twice the rate the same motion takes twice as many frames.
 MOTION_BUCKETS = {"slowly": 64, "": 127, "fast": 191}
 RATES = (7, 10, 14)
 
 
 class ToyClip(NamedTuple):
-    """uint8 [T, H, W, 3], whose first frame is the picture, and what the network is told of it."""
+    """Frames, uint8 [T, H, W, 3], of which the first is the picture, and the conditions of the clip."""
 
     frames: np.ndarray
     fps: int
@@ -27,7 +27,7 @@ class ToyClip(NamedTuple):
 
 
 def draw_clip(rng: np.random.Generator, held_out: bool = False, size: int = SIZE, frames: int = FRAMES) -> ToyClip:
-    """A clip of a training scene, or of one that is kept from training."""
+    """A clip of a training scene, or of a held-out one."""
     scene = toy_world.sample_scene(rng, held_out)
     fps = int(rng.choice(RATES))
     whole = toy_world.render(scene, rng, size, FRAMES * fps // FPS)

@@ -71,7 +71,7 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
                 raise ReducioError(f"export: {name} has values that do not fit {dtype} in {key}")
 
     # One byte per weight is enough for a block that never runs and exists because released checkpoints contain it, and
-    # for two small networks, to fit into `max_bytes`: previews are coarse, and what the image encoder says is one of
+    # for two small networks, to fit into `max_bytes`: previews are coarse, and the image encoder's output is one of
     # three conditions.
     parts["vae"].encoder_2d.mid.block_2.to(torch.float8_e4m3fn)
     for name in ("preview_decoder", "image_encoder"):

@@ -37,7 +37,7 @@ class ContentSettings:
 
     loop: LoopConfig
     phases: tuple[tuple[float, int, int], ...] = ((0.55, 64, 4), (0.8, 64, 8), (1.0, FRAME_SIZE, 6))
-    """(share of the steps at which the phase ends, pixels a side, batch)"""
+    """(share of the steps at which the phase ends, pixels per side, batch)"""
     photo_share: float = 0.25
     kl_weight: float = 3e-4  # keeps latents near zero mean and smooth enough for stage one to model
     model: dict[str, Any] = field(

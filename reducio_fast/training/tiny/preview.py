@@ -30,7 +30,7 @@ class PreviewSettings:
 
     loop: LoopConfig
     phases: tuple[tuple[float, int, int], ...] = ((0.7, 64, 4), (1.0, FULL_SIZE, 2))
-    """(share of the steps at which the phase ends, pixels a side, batch)"""
+    """(share of the steps at which the phase ends, pixels per side, batch)"""
     photo_share: float = 0.3
     portrait_share: float = 0.7  # as the transformer's training, whose latents are previewed
     weakest: float = 0.3  # least factor of a latent
@@ -51,7 +51,7 @@ def initialize(model: PreviewDecoder) -> None:
 def train_preview(context: Context, settings: PreviewSettings) -> dict[str, float]:
     """Distil and save `preview_decoder/`. Figures: PSNR of held-out scenes against the autoencoder's clip in half size.
 
-    `psnr_still` is the same of the repeated content image.
+    `psnr_still` is the same for the repeated content image.
     """
     torch.manual_seed(settings.loop.seed)
     vae = load_model(ReducioVAE, VAEConfig, context.out / "vae", torch.float32, context.device)
@@ -97,7 +97,7 @@ def train_preview(context: Context, settings: PreviewSettings) -> dict[str, floa
             errors.append((model(z, image) - target).square().mean())
             still.append((F.avg_pool2d(image, 2)[:, :, None] - target).square().mean())
     figures = {
-        name: float(psnr_of_error(torch.stack(found), 2.0).mean())
-        for name, found in (("psnr", errors), ("psnr_still", still))
+        name: float(psnr_of_error(torch.stack(squares), 2.0).mean())
+        for name, squares in (("psnr", errors), ("psnr_still", still))
     }
     return context.record("preview", {"steps": outcome.step, "seconds": outcome.seconds} | figures)

@@ -40,7 +40,7 @@ STAGES: dict[str, Stage] = {
     "text_to_image": Stage(
         train_text_to_image,
         TextToImageSettings(
-            loop=LoopConfig(steps=5000, learning_rate=1e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.0, seed=4)
+            loop=LoopConfig(steps=8000, learning_rate=1e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.0, seed=4)
         ),
         makes=("text_to_image",),
         needs=("text_encoder", "tokenizer", "content_encoder"),

@@ -1,6 +1,6 @@
 """The video autoencoder of the tiny model. One loop first trains the encoder on motion, then encoder and decoder.
 
-Frames grow from 64 to 256 pixels a side. Clips are real video, photographs under camera moves, and scenes of the toy
+Frames grow from 64 to 256 pixels per side. Clips are real video, photographs under camera moves, and scenes of the toy
 world. Letters in shapes: B batch, T frames, H W rows and columns, C channels.
 """
 
@@ -44,7 +44,7 @@ TINY_VAE = VAEConfig(
     fusion_head_dim=16,
 )
 START_LOGVAR = -6.0
-FULL_SIZE = 128  # least pixels a side at which clips are drawn; smaller clips are crops of them
+FULL_SIZE = 128  # least pixels per side at which clips are drawn; smaller clips are crops of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Phase:
     """
 
     until: float
-    size: int  # pixels a side
+    size: int  # pixels per side
     batch: int
     video_share: float = 0.3
     photo_share: float = 0.35
@@ -65,7 +65,7 @@ class Phase:
 
 # The encoder trains first. A wrong flow is no better for the decoder than a repeated content frame, so encoder and
 # decoder trained together did not learn motion in 700 steps. An encoder with only the flow of the latent's cells as its
-# target did not in 400. With the motion between frames at H/4 as a second target (1024 positions a frame instead of
+# target did not in 400. With the motion between frames at H/4 as a second target (256 positions per frame instead of
 # 4), the encoder starts to learn motion after 350 steps.
 PHASES = (
     Phase(until=0.366, size=64, batch=8, video_share=0.15, photo_share=0.65, decodes=False, flow_weight=1.0),

@@ -202,6 +202,12 @@ def test_mistakes_are_one_line(pipe: SVDPipeline, picture: Image.Image, argument
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, "8", True])
+def test_decoding_checks_its_chunk_as_a_call_does(pipe: SVDPipeline, chunk: Any):
+    with pytest.raises(ReducioError, match="decode_chunk_size: must be a whole number of at least 1, is "):
+        pipe.decode(torch.zeros(2, 4, 8, 8), decode_chunk_size=chunk)
+
+
 def test_what_was_not_trained_is_said(pipe: SVDPipeline, picture: Image.Image, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, "reducio_fast"):
         pipe(picture, **CALL | {"num_inference_steps": 1}, **QUIET, fps=60, motion_bucket_id=300)
