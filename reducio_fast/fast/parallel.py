@@ -127,14 +127,14 @@ class Ranks:
                 dist.broadcast(piece, owner)
         return pieces
 
-    def same(self, value: Tensor) -> Tensor:
+    def broadcast_tensor(self, value: Tensor) -> Tensor:
         """Rank 0's tensor, in every process."""
         with self._leaving():
             value = value.contiguous()
             dist.broadcast(value, 0)
         return value
 
-    def told(self, value: T) -> T:
+    def broadcast_value(self, value: T) -> T:
         """Rank 0's value, in every process; plain data."""
         box = [value]
         with self._leaving():
@@ -158,7 +158,7 @@ class Ranks:
             raise error
         self._follow(int(worst))
 
-    def led(self, work: Callable[[], Tensor | None], latent: Tensor) -> Tensor | None:
+    def on_rank_0(self, work: Callable[[], Tensor | None], latent: Tensor) -> Tensor | None:
         """Runs `work` in rank 0 alone; it may replace the latent or end the clip. Returns the new latent, or None."""
         answer, error, outcome = None, None, _GO
         if self.rank == 0:
@@ -167,11 +167,11 @@ class Ranks:
                 outcome = _GO if answer is None else _REPLACED
             except BaseException as raised:
                 error, outcome = raised, _STOPPED if isinstance(raised, StopSampling) else _FAILED
-        outcome = self.told(outcome)
+        outcome = self.broadcast_value(outcome)
         if error is not None:
             raise error
         if outcome == _REPLACED:
-            return self.same(latent.clone() if answer is None else answer)
+            return self.broadcast_tensor(latent.clone() if answer is None else answer)
         self._follow(outcome)
         return None
 

@@ -90,7 +90,7 @@ def shared(ranks: Any, work: Callable[..., T], *args: Any) -> T:
     """The result of `work(*args)`. Of several processes each does the work, and all get the result of rank 0."""
     with together(ranks):
         result = work(*args)
-    return result if ranks is None else ranks.told(result)
+    return result if ranks is None else ranks.broadcast_value(result)
 
 
 def agree(ranks: Any, request: Request) -> None:
@@ -98,7 +98,7 @@ def agree(ranks: Any, request: Request) -> None:
     prompts = [(clip.prompt, clip.negative_prompt) for clip in request.clips]
     own = [prompts, *(str(getattr(request, name)) for name in SAME)]
     states = [(clip.generator.initial_seed(), clip.generator.get_state()) for clip in request.clips]
-    leading, states = ranks.told((own, states))
+    leading, states = ranks.broadcast_value((own, states))
     with ranks.together():
         if leading != own:
             raise ReducioError("parallelize: the processes were given different calls")

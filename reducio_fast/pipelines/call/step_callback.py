@@ -33,10 +33,10 @@ class StepCallback:
         if ranks is None:
             return self.after_step(step, timestep, latent)
         try:
-            return ranks.led(lambda: self.after_step(step, timestep, latent), latent)
+            return ranks.on_rank_0(lambda: self.after_step(step, timestep, latent), latent)
         except StopSampling:
             self.call.interrupted = True
-            self.replaced = ranks.same(latent.clone() if self.replaced is None else self.replaced)
+            self.replaced = ranks.broadcast_tensor(latent.clone() if self.replaced is None else self.replaced)
             raise
 
     def after_step(self, step: int, timestep: Tensor, latent: Tensor) -> Tensor | None:

@@ -50,7 +50,7 @@ class Sampler:
             denoise = network.denoiser(cond, uncond, guidance_scale)
             given = (denoise, scheduler, noise, num_inference_steps, callback, generator)
             latent = self.executor.sample(*given, sigmas, timesteps, shortcuts, data_hook)
-            return latent if self.executor.ranks is None else self.executor.ranks.same(latent)
+            return latent if self.executor.ranks is None else self.executor.ranks.broadcast_tensor(latent)
         except ReducioError:
             raise
         except (ValueError, ZeroDivisionError) as error:
