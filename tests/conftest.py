@@ -7,12 +7,12 @@ import random
 import tempfile
 from pathlib import Path
 
-# Before anything imports huggingface_hub, which reads it once: a test that would download must fail, here as in CI.
+# Set before huggingface_hub is imported, which reads it once: a test that tries to download must fail, here as in CI.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Not the user's: what tests compile is kept between runs all the same.
+# Tests have a cache folder of their own, not the user's. Compiled code stays in it between runs.
 os.environ.setdefault("REDUCIO_CACHE_DIR", str(Path(tempfile.gettempdir()) / "reducio-fast-tests"))
 
-# Before torch is imported: workers side by side, each with a thread for every core, would wait for each other.
+# Set before torch is imported: parallel workers with one thread per core each would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """A GPU is one: tests on it take turns."""
+    """With a GPU no workers, so that its tests run one at a time; else one worker per core, at most 8."""
     return 0 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m "not slow"` does not import files whose tests are all slow: that took each worker as long as it then ran."""
+    """With `-m "not slow"`, skips files whose tests are all slow: importing them took a worker as long as its tests."""
     if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
         return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text(encoding="utf-8") or None
     return None
@@ -56,7 +56,7 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The checkout."""
+    """Root folder of the checkout."""
     return ROOT
 
 

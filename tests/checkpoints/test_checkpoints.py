@@ -30,7 +30,7 @@ from reducio_fast.system.errors import ReducioError
 SIZES = {"hidden_size": 24, "depth": 1, "num_heads": 2, "caption_channels": 8, "caption_length": 6}
 CONFIGS = {
     "dit": (ReducioDiT, DiTConfig(**SIZES, semantic_channels=8, attention="2d+1d")),
-    # Linear fusion has a mask that no file holds; it must survive the loading.
+    # Linear fusion has a mask that is not stored in the file; loading must keep it.
     "vae": (
         ReducioVAE,
         VAEConfig(
@@ -160,7 +160,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path):
 
 
 def with_header(path: Path, header: str | bytes, data: int) -> Path:
-    """A safetensors file of any header, truthful or not, and `data` bytes."""
+    """Write a safetensors file with this header, valid or not, and `data` zero bytes."""
     header = header.encode() if isinstance(header, str) else header
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(data))
     return path
@@ -217,7 +217,7 @@ def test_header_lengths_that_lie(start: bytes, message: str, tmp_path: Path):
 
 
 def test_a_header_names_each_tensor_once(tmp_path: Path):
-    """Of two entries by one name some readers take the first, some the last."""
+    """If two entries have the same name, some readers take the first and some the last."""
     one = json.dumps(entry([2], 0, 8))
     with pytest.raises(ReducioError, match="not a safetensors file"):
         load_tensors(with_header(tmp_path / WEIGHTS, f'{{"a": {one}, "a": {one}}}', 8))
@@ -238,7 +238,7 @@ def test_honest_headers_pass(tmp_path: Path):
 
 @pytest.mark.slow
 def test_no_pickle_is_read_unrestricted(root: Path):
-    """Every torch.load says weights_only=True, and outside of tests nothing else that unpickles is called."""
+    """Every torch.load passes weights_only=True, and outside of tests no other function that unpickles is called."""
     loads = 0
     for file in sorted(root.rglob("*.py")):
         if any(part.startswith(".") or part == "build" for part in file.relative_to(root).parts):
@@ -247,15 +247,15 @@ def test_no_pickle_is_read_unrestricted(root: Path):
             if not isinstance(node, ast.Call):
                 continue
             called, where = ast.unparse(node.func), f"{file.relative_to(root)}:{node.lineno}"
-            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            kwargs = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             if called == "torch.load":
                 loads += 1
-                assert words.get("weights_only") == "True", where
-            assert words.get("allow_pickle") != "True", where
+                assert kwargs.get("weights_only") == "True", where
+            assert kwargs.get("allow_pickle") != "True", where
             unpickles = called in ("pickle.load", "pickle.loads", "torch.jit.load", "joblib.load", "pd.read_pickle")
-            # TorchScript's own reader knows no Python classes; the file is one that the user names to judge clips with.
-            named = called == "torch.jit.load" and file.parts[-2:] == ("evaluation", "networks.py")
-            assert not unpickles or named or "tests" in file.parts, where
+            # TorchScript's reader loads no Python classes; the file is a network that the user names for scoring clips.
+            allowed = called == "torch.jit.load" and file.parts[-2:] == ("evaluation", "networks.py")
+            assert not unpickles or allowed or "tests" in file.parts, where
     assert loads >= 2, "the converter's, and that of a network that judges clips"
 
 
@@ -310,7 +310,7 @@ def test_new_folder_appears_whole_or_not_at_all(tmp_path: Path):
 
 
 def test_files_are_as_readable_as_the_user_wants_them(network, tmp_path: Path):
-    """safetensors itself makes a file for its owner alone."""
+    """safetensors itself writes files that only their owner can read."""
     umask = os.umask(0o027)
     try:
         with new_folder(tmp_path / "model", INDEX, "model") as work:
@@ -338,14 +338,14 @@ def test_find_model(tmp_path: Path):
 def test_a_hub_repository_is_its_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import huggingface_hub
 
-    asked = []
+    calls = []
 
     def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        asked.append((name, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
+        calls.append((name, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert find_model("owner/name") == tmp_path and asked == [("owner/name", True, False)]
+    assert find_model("owner/name") == tmp_path and calls == [("owner/name", True, False)]
 
 
 def test_autoencoder_loads_strictly(tmp_path: Path):

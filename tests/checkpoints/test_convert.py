@@ -1,4 +1,4 @@
-"""Published weights in, and out again: true names and shapes, exact round trips, and files that are refused."""
+"""Conversion of published weights in both directions: true names and shapes, exact round trips, and refused files."""
 
 from __future__ import annotations
 
@@ -31,12 +31,10 @@ from reducio_fast.cli.main import main
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.errors import ReducioError
 
-# All levels and names of the release, at a 32nd of its width.
-
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """Notes the tensors that would be written: full-size files are gigabytes."""
+    """Records the tensors instead of writing them: full-size files are gigabytes."""
     notes: list[dict[str, Tensor]] = []
 
     def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -123,7 +121,7 @@ def test_what_is_converted_again_keeps_its_configuration(tmp_path: Path):
 
 
 def original_names(state: dict[str, Tensor], depth: int, tokens: int, caption: tuple[int, int]) -> dict[str, Tensor]:
-    """A diffusers PixArt state dict as the .pth files have it, written down from PixArt-alpha's own modules."""
+    """A diffusers PixArt state dict under the names of the .pth files, taken from PixArt-alpha's own modules."""
     places = [
         ("x_embedder.proj", "pos_embed.proj"),
         ("t_embedder.mlp.0", "adaln_single.emb.timestep_embedder.linear_1"),
@@ -195,16 +193,16 @@ def test_the_pth_and_the_folder_give_the_same_tensors(sized: bool, tmp_path: Pat
     peer.save_pretrained(tmp_path / "transformer")
     names = original_names(peer.state_dict(), 2, 256, (7, 20))
     torch.save({"state_dict": {f"module.{n}": t for n, t in names.items()}}, tmp_path / "PixArt.pth")
-    words = NARROW_DIT | {"size_conditioning": sized}
-    first = convert(tmp_path / "PixArt.pth", tmp_path / "a", config=words)
-    second = convert(tmp_path / "transformer", tmp_path / "b", config=words, null_text="fresh")
+    changes = NARROW_DIT | {"size_conditioning": sized}
+    first = convert(tmp_path / "PixArt.pth", tmp_path / "a", config=changes)
+    second = convert(tmp_path / "transformer", tmp_path / "b", config=changes, null_text="fresh")
     a, b = (load_model(ReducioDiT, DiTConfig, tmp_path / name) for name in "ab")
     assert a.config == b.config == config
     assert torch.equal(a.null_text, names["y_embedder.y_embedding"])
     assert set(second["fresh"]) - set(first["fresh"]) == {"null_text"}
     kept = [n for n in a.state_dict() if n != "null_text"]
     assert all(torch.equal(a.state_dict()[n], b.state_dict()[n]) for n in kept), "the fresh ones too: a fixed seed"
-    # Back: only patches and fused layers were moved, so every number of PixArt is found again.
+    # And back: only patches and fused layers were rearranged, so every value of PixArt's weights is recovered.
     back = a.state_dict()
     back["pos_embed.proj.weight"] = back["pos_embed.proj.weight"].view(48, 4, 2, 2)
     for leaf in ("weight", "bias"):
@@ -216,7 +214,7 @@ def test_the_pth_and_the_folder_give_the_same_tensors(sized: bool, tmp_path: Pat
 @pytest.mark.parametrize("learn_sigma", [True, False], ids=["sigma", "no-sigma"])
 @torch.no_grad()
 def test_a_pixart_predicts_the_same_as_a_reducio_dit(learn_sigma: bool, tmp_path: Path):
-    """A patch-2, 4-channel PixArt is our model on the space-to-depth latent, variance or not."""
+    """A 4-channel PixArt of patch size 2 equals our model on the space-to-depth latent, with or without variance."""
     config = DiTConfig(**NARROW_DIT, learn_sigma=learn_sigma, position_base_size=4)
     peer = randomized(pixart(config, sample_size=8, in_channels=4, out_channels=8, patch_size=2), seed=4)
     peer.save_pretrained(tmp_path / "transformer")
@@ -341,7 +339,7 @@ def test_a_diffusers_vae_folder_with_its_old_attention_names(tmp_path: Path):
 
 
 def test_shards_and_variants(tmp_path: Path):
-    """Weights in several files with an index; a half-precision copy beside the plain file, which is the one taken."""
+    """Weights in several files with an index, and a half-precision copy beside the plain file: the latter is read."""
     vae = randomized(AutoencoderKL(**NARROW_SD))
     vae.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1

@@ -59,7 +59,7 @@ def folder(file: Path) -> Path:
 
 
 def test_the_whole_list_of_names_at_published_size():
-    """Every tensor of svd_xt.safetensors finds its place in diffusers' classes, or is known to have none."""
+    """Every tensor of svd_xt.safetensors maps to one of diffusers' classes, or is known to have no counterpart."""
     stated = single_file("svd_xt")
     parts, left_out = published_svd.split({n: torch.empty(s, device="meta") for n, s in stated.items()})
     assert not parts[""] and len(stated) == len(left_out) + 1428 + 374 + 392
@@ -82,7 +82,7 @@ def test_the_whole_list_of_names_at_published_size():
 
 
 def test_the_numbers_of_stabilitys_classes(folder: Path):
-    """Names alone could be exchanged: what Stability's U-Net, encoder and decoder give for these weights, ours give."""
+    """Our U-Net, encoder and decoder give the outputs of Stability's; a check of names alone could miss a swap."""
     golden = load_file(GOLDEN / "svd_stability.safetensors")
     config = json.loads((folder / "unet" / "config.json").read_text())
     unet = VideoUNet(VideoUNetConfig.from_dict(config | STABILITY_EPS))
@@ -111,7 +111,7 @@ def test_the_image_encoder_is_open_clips(folder: Path):
 
 
 def test_the_folder_runs_here_and_in_diffusers(folder: Path):
-    """Whole clips of both agree; and each weight is the file's, to the bit."""
+    """Whole clips of both pipelines agree, and the folder has the expected number of tensors."""
     ours = SVDPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
     theirs = StableVideoDiffusionPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)

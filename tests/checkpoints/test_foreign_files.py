@@ -22,7 +22,7 @@ from reducio_fast.system.errors import ReducioError
 
 
 class Touch:
-    """Pickled, it would make a file when it is read."""
+    """An object whose pickle makes a folder when it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,7 +92,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """One small file of each kind, by its ending, that names the tensors of a VAE of no known size."""
+    """{suffix: one small file of that kind}. The tensors have a VAE's names, but its size is unknown."""
     folder = tmp_path_factory.mktemp("honest")
     state = {"encoder_3d.conv_in.weight": torch.arange(6.0).view(2, 3), "loss.logvar": torch.zeros(())}
     torch.save({"state_dict": state}, folder / "a.ckpt")
@@ -105,7 +105,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.slow
 def test_damaged_files_end_in_our_own_error(data: st.DataObject, ending: str, honest: dict[str, bytes], tmp_path: Path):
-    """Whatever bytes are changed, cut off or put in: one line, or the very tensors if the damage lies elsewhere."""
+    """Whatever bytes are changed, cut off or inserted: a ReducioError of one line, and nothing is written."""
     content = bytearray(honest[ending])
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(content) - 1))

@@ -1,4 +1,4 @@
-"""The folder as a hub repository: its card, its road through diffusers' own loader, and its upload."""
+"""The model folder as a hub repository: its card, loading with diffusers' own loader, and its upload."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def folder(pipe: ReducioPipeline, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(autouse=True)
 def own_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """diffusers copies a folder's pipeline.py there before it imports it."""
+    """diffusers copies a folder's pipeline.py into this cache before it imports it."""
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-def open_with_diffusers(folder: Path, **words) -> DiffusersReducioPipeline:
+def open_with_diffusers(folder: Path, **kwargs) -> DiffusersReducioPipeline:
     return DiffusionPipeline.from_pretrained(
-        folder, custom_pipeline="pipeline", trust_remote_code=True, backend="reference", **words
+        folder, custom_pipeline="pipeline", trust_remote_code=True, backend="reference", **kwargs
     )
 
 
@@ -83,8 +83,8 @@ def test_diffusers_runs_no_code_of_a_folder_unasked(folder: Path):
 
 
 def test_the_loader_knows_all_words_of_the_pipeline():
-    words = [list(inspect.signature(c.__init__).parameters) for c in (DiffusersReducioPipeline, ReducioPipeline)]
-    assert words[0] == words[1]
+    parameters = [list(inspect.signature(c.__init__).parameters) for c in (DiffusersReducioPipeline, ReducioPipeline)]
+    assert parameters[0] == parameters[1]
 
 
 def test_the_card(folder: Path, pipe: ReducioPipeline, tmp_path: Path):
@@ -107,8 +107,8 @@ def test_the_card(folder: Path, pipe: ReducioPipeline, tmp_path: Path):
 
 
 def test_saving_again_keeps_the_card_of_its_author(folder: Path, tmp_path: Path):
-    words = {name: None for name in ("text_encoder", "tokenizer", "image_encoder", "content_encoder", "text_to_image")}
-    small = ReducioPipeline.from_pretrained(folder, device="cpu", backend="reference", **words)
+    absent = {name: None for name in ("text_encoder", "tokenizer", "image_encoder", "content_encoder", "text_to_image")}
+    small = ReducioPipeline.from_pretrained(folder, device="cpu", backend="reference", **absent)
     target = tmp_path / "model"
     small.save_pretrained(target)
     assert "# model\n" in (target / "README.md").read_text()
@@ -118,7 +118,7 @@ def test_saving_again_keeps_the_card_of_its_author(folder: Path, tmp_path: Path)
 
 
 class FakeHub:
-    """What `push` calls of huggingface_hub's HfApi; no test has a network."""
+    """The methods of huggingface_hub's HfApi that `push` calls; no test has a network."""
 
     has_card, uploads, refusal = False, [], None
 
@@ -141,8 +141,8 @@ class FakeHub:
 
 
 def test_push_to_hub_uploads_what_is_saved(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    words = {name: None for name in ("text_encoder", "tokenizer", "image_encoder", "content_encoder", "text_to_image")}
-    small = ReducioPipeline.from_pretrained(folder, device="cpu", backend="reference", **words)
+    absent = {name: None for name in ("text_encoder", "tokenizer", "image_encoder", "content_encoder", "text_to_image")}
+    small = ReducioPipeline.from_pretrained(folder, device="cpu", backend="reference", **absent)
     monkeypatch.setattr(FakeHub, "uploads", [])
     real = {name for name, _ in inspect.getmembers(huggingface_hub.HfApi)}
     assert {"create_repo", "file_exists", "upload_folder"} <= real

@@ -22,10 +22,10 @@ def test_a_model_folder_grows_until_it_loads(bundle: Path, tmp_path: Path, capsy
     import shutil
 
     text_width = json.loads((bundle / "text_encoder" / "config.json").read_text())["d_model"]
-    words = NARROW_DIT | {"caption_channels": text_width}
+    dit_kwargs = NARROW_DIT | {"caption_channels": text_width}
     model = tmp_path / "model"
     torch.save({"state_dict": randomized(ReducioVAE(VAEConfig(**NARROW_VAE))).state_dict()}, tmp_path / "vae.ckpt")
-    randomized(pixart(DiTConfig(**words), sample_size=32)).save_pretrained(tmp_path / "pixart" / "transformer")
+    randomized(pixart(DiTConfig(**dit_kwargs), sample_size=32)).save_pretrained(tmp_path / "pixart" / "transformer")
     json_file(tmp_path / "pixart" / "model_index.json", {"transformer": [None, None], "vae": [None, None]})
     four_levels = {
         "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -34,15 +34,15 @@ def test_a_model_folder_grows_until_it_loads(bundle: Path, tmp_path: Path, capsy
     }
     randomized(AutoencoderKL(**NARROW_SD | four_levels)).save_pretrained(tmp_path / "sd")
     without = "text_encoder, tokenizer, image_encoder, content_encoder, preview_decoder, text_to_image"
-    for source, config, says in (
+    for source, config, expected in (
         ("vae.ckpt", NARROW_VAE, f"  the model can do without {without}\n  the model still needs transformer\n"),
-        ("pixart", words, f"  the model can do without {without}\nwrote"),
+        ("pixart", dit_kwargs, f"  the model can do without {without}\nwrote"),
         ("sd", {}, f"  the model can do without {without.replace('content_encoder, ', '')}\nwrote"),
     ):
         options = ["--into", str(model), "--config", json_file(tmp_path / "c.json", config)]
         options += ["--null-text", "fresh"] if source == "pixart" else []
         assert main(["convert", str(tmp_path / source), *options]) == 0
-        assert says in capsys.readouterr().out
+        assert expected in capsys.readouterr().out
     index = json.loads((model / "model_index.json").read_text())
     assert (index["sample_height"], index["sample_width"], index["fps"]) == (256, 256, 16)
     assert index["clean_caption"] is True, "PixArt's captions are cleaned"

@@ -1,4 +1,4 @@
-"""The path of someone who has the published autoencoder and nothing else."""
+"""What works with the published autoencoder alone."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_add_and_linear_fusion_have_the_names_of_the_release(bundle: Path) -> No
             if name.startswith("decoder.up.") and ".fuse." in name
         }
         assert parts == expected
-    # The embedded model was written before; its names are read as they are now.
+    # The embedded model was saved under earlier names, which loading maps to the present ones.
     stored = load_tensors(bundle / "vae" / "diffusion_pytorch_model.safetensors")
     vae = reducio_fast.ReducioVAE.from_pretrained(bundle)
     earlier = [name for name in stored if ".content_conv." in name]
@@ -118,7 +118,7 @@ def test_add_and_linear_fusion_have_the_names_of_the_release(bundle: Path) -> No
 
 
 def clip_file(folder: Path, frames: int = 40) -> Path:
-    """A clip of 20 frames a second, so that its rate is the model's own."""
+    """A clip of 20 frames per second, close enough to the model's rate that every frame is read."""
     rows = np.linspace(0, 255, 80)[None, :, None, None]
     clip = np.broadcast_to((rows + np.arange(frames)[:, None, None, None] * 5) % 256, (frames, 80, 96, 3))
     return write_video(clip.astype(np.uint8), folder / "clip.mp4", 20)
@@ -128,7 +128,7 @@ def clip_file(folder: Path, frames: int = 40) -> Path:
 def test_encode_then_decode_needs_no_model_but_the_vae(
     release: Path, tmp_path: Path, backend: str, network: ReducioVAE
 ):
-    """The latents are the reference's own, and the clip is what `reconstruct` makes: from the release's file alone."""
+    """From the release's file alone, the latents equal the reference's and the clip equals that of `reconstruct`."""
     clip, weights = clip_file(tmp_path), str(next(release.glob("*.ckpt")))
     size = ["--height", "64", "--width", "96"]
     latents, out = tmp_path / "latents.safetensors", tmp_path / "frames"
@@ -167,8 +167,8 @@ def test_what_encode_refuses(
     clip_file(tmp_path)
     (tmp_path / "here.safetensors").mkdir()
     assert main(["encode", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("l*.safetensors"))
 
 

@@ -49,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs a command that must fail; returns its one line after checking everything a refusal promises."""
+    """Runs a command that must fail, checks all properties of a refusal, and returns its one line."""
     before = {f: f.stat().st_mtime_ns for f in Path.cwd().rglob("*")}
     assert run(argv) == 2
     captured = capsys.readouterr()
@@ -129,7 +129,7 @@ def test_reconstruct_names_both_frame_counts(bundle: Path, here: Path, capsys: p
 
 
 def test_the_installed_command_shows_no_traceback(tmp_path: Path) -> None:
-    """The true process, from another folder than the checkout."""
+    """A real process, run from a folder outside the checkout."""
     command = [sys.executable, "-m", "reducio_fast", "generate", "x", "--out", "absent/c.mp4", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -160,7 +160,7 @@ def test_ends_without_a_traceback(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(**words: object) -> None:
+    def fail(**kwargs: object) -> None:
         raise error
 
     monkeypatch.setattr(generate, "generate", fail)
@@ -170,7 +170,7 @@ def test_ends_without_a_traceback(
 
 
 def test_a_defect_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**words: object) -> None:
+    def fail(**kwargs: object) -> None:
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr(generate, "generate", fail)
@@ -181,11 +181,11 @@ def test_a_defect_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatc
 def test_generate_passes_its_words_on(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only what was given: the model's call has the defaults, and the printed configuration shows them."""
+    """Only given options are passed on: the model's call has the defaults, and the printed configuration shows them."""
     seen = {}
 
-    def stand_in(**words: object) -> SimpleNamespace:
-        seen.update(words)
+    def stand_in(**kwargs: object) -> SimpleNamespace:
+        seen.update(kwargs)
         frames = np.zeros((16, 64, 96, 3), np.uint8)
         save = lambda path, encoding: write_video(frames, path, 16)  # noqa: E731 - one line of a stand-in
         answers = {"seed": 7, "seeds": [7], "fps": 16, "timings": {"dit.step": 0.5}, "encoder": "gif"}
@@ -251,24 +251,24 @@ def test_reconstruct(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str
     assert both.shape == (16, 64, 192, 3)
     assert fps == pytest.approx(10)
     assert 15 < result["psnr"] < 60 and 0.3 < result["ssim"] <= 1
-    # The figures are of what was written, up to the loss of the .mp4 (whose chroma has half the resolution).
+    # The figures are those of the written frames, up to the loss of the .mp4 (whose chroma has half the resolution).
     assert psnr(both[:, :, :96], both[:, :, 96:]) == pytest.approx(result["psnr"], abs=1.5)
 
 
 @pytest.mark.slow
 def test_reconstruct_reads_at_the_rate_of_the_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the release: of a clip of 30 frames a second every second one, for a model of 16."""
+    """As in the release, a model of 16 frames per second reads every second frame of a clip of 30."""
     clip = np.stack([np.full((64, 64, 3), 6 * t, np.uint8) for t in range(33)])
     write_video(clip, "fast.mp4", 30)
     size = ["--height", "64", "--width", "64", "--json"]
-    for more, step in ([], 2), (["--consecutive"], 1):
-        assert run(["reconstruct", "fast.mp4", "--out", "both.mp4", *more, *size]) == 0
+    for options, step in ([], 2), (["--consecutive"], 1):
+        assert run(["reconstruct", "fast.mp4", "--out", "both.mp4", *options, *size]) == 0
         result = json.loads(capsys.readouterr().out)
         both, fps = read_video("both.mp4")
         assert (result["step"], result["dtype"]) == (step, "float32") and fps == pytest.approx(30 / step)
         assert np.abs(both[:, 32, 32, 0].astype(int) - clip[::step][:16, 0, 0, 0]).max() <= 4
     line = refused(["reconstruct", "fast.mp4", "--out", "c.mp4", "--start", "10", *size[:4]], capsys)
-    assert "every 2th" not in line and "12 frames from number 10 on" in line and "--consecutive" in line
+    assert "12 frames from number 10 on that are 2 apart (--consecutive takes all); the model takes 16" in line
 
 
 @pytest.mark.slow
@@ -296,11 +296,11 @@ def test_evaluate(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
 
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["env", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert found["cpu"]["cpu_cores"] >= 1
-    assert len(found["devices"]) == torch.cuda.device_count()
-    assert 15 < float(found["embedded_model"].removesuffix(" MB")) <= 25
+    report = json.loads(capsys.readouterr().out)
+    assert report["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert report["cpu"]["cpu_cores"] >= 1
+    assert len(report["devices"]) == torch.cuda.device_count()
+    assert 15 < float(report["embedded_model"].removesuffix(" MB")) <= 25
     assert run(["env"]) == 0
     text = capsys.readouterr().out
     words = ("python", "torch", "diffusers", "transformers", "open_clip", "cpu_features", "device", "REDUCIO_CACHE_DIR")
@@ -311,7 +311,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
 def test_env_survives_a_broken_installation(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A torch whose library does not load, and no packages: what env is for."""
+    """`env` works with a torch whose library does not load and without any package."""
 
     def no_torch(name: str) -> None:
         raise OSError(f"lib{name}.so: cannot open shared object file")
@@ -319,9 +319,9 @@ def test_env_survives_a_broken_installation(
     monkeypatch.setattr(machine_report.importlib, "import_module", no_torch)
     monkeypatch.setattr(machine_report, "PACKAGES", ("no-such-package",))
     assert run(["env", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["devices"] == "unavailable: OSError: libtorch.so: cannot open shared object file"
-    assert found["packages"] == {"no-such-package": None}
+    report = json.loads(capsys.readouterr().out)
+    assert report["devices"] == "unavailable: OSError: libtorch.so: cannot open shared object file"
+    assert report["packages"] == {"no-such-package": None}
     assert run(["env"]) == 0
     assert "libtorch.so" in capsys.readouterr().out
 
@@ -337,9 +337,9 @@ def test_env_survives_a_broken_installation(
 @pytest.mark.slow
 def test_compile_check_builds_for_a_gpu_that_is_not_here(target: str, kernel: str, only: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    words = f"compile-check --json --jobs 1 --targets {target} --kernels {kernel} --only".split()
-    words = [sys.executable, "-P", "-m", "reducio_fast", *words, only]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd="/")
+    argv = f"compile-check --json --jobs 1 --targets {target} --kernels {kernel} --only".split()
+    argv = [sys.executable, "-P", "-m", "reducio_fast", *argv, only]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd="/")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["builds"] and result["wrong"] == 0

@@ -1,4 +1,4 @@
-"""The options and the command of longer and steered clips, on the embedded model where something is made."""
+"""The options and the command for longer and steered clips; the embedded model makes them."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_mistakes_are_one_line(
 
 def test_a_long_loop_with_previews(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "clip"
-    words = ["--num-frames", 24, "--loop", "--motion-strength", 0.5, "--preview-every", 2]
-    assert run("generate", PROMPT, "-o", out, *words, *FEW) == 0
+    options = ["--num-frames", 24, "--loop", "--motion-strength", 0.5, "--preview-every", 2]
+    assert run("generate", PROMPT, "-o", out, *options, *FEW) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["config"]["num_frames"] == 46 and result["config"]["motion_strength"] == 0.5
     assert read_video(out)[0].shape == (46, 128, 128, 3)

@@ -1,4 +1,4 @@
-"""The command as a process: signals, streams, users without the usual. One line and a status, never a traceback."""
+"""The command as a process: signals, streams, users without a home. Errors are one line and a status, no traceback."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def test_sigterm_leaves_no_file_and_no_ffmpeg(tmp_path: Path) -> None:
 def run_as_unknown_user(
     folder: Path, commands: list[list[str]], environment: dict[str, str]
 ) -> tuple[list[int], list[str]]:
-    """Statuses and lines on stderr of commands, run in `folder` as a user without name or home.
+    """Run commands in `folder` as a user without name or home; return their statuses and the lines on stderr.
 
-    The interpreter may be in root's own home, so all modules are imported as root before: by a clip, and by commands
-    that refuse files which are not there.
+    The interpreter may be in root's home, so root imports all modules first: by making a clip, and by commands that
+    refuse missing files.
     """
     folder.chmod(0o777)
     for parent in folder.parents[:3]:
@@ -131,16 +131,16 @@ def test_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
     ]
     statuses, lines = run_as_unknown_user(tmp_path, commands, {})
     assert statuses == [2] * len(commands)
-    said = [line for line in lines if "error: " in line]
-    assert [line.split()[1].removesuffix(":") for line in said] == [command[0] for command in commands]
-    assert len(lines) == len(commands) and all("private" in line for line in said), lines
+    errors = [line for line in lines if "error: " in line]
+    assert [line.split()[1].removesuffix(":") for line in errors] == [command[0] for command in commands]
+    assert len(lines) == len(commands) and all("private" in line for line in errors), lines
 
 
 def test_an_mp4_that_cannot_be_encoded_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
     broken = tmp_path / "ffmpeg"
     broken.write_text("#!/bin/sh\ncat >/dev/null; echo 'Unknown encoder libx264' >&2; exit 8\n")
     broken.chmod(0o755)
-    model = tmp_path / "model"  # no model: who reads it first would say so
+    model = tmp_path / "model"  # not a model: reading it first would give another error
     model.mkdir()
     (model / "model_index.json").write_text('{"_class_name": "ReducioPipeline"}')
     done = run(

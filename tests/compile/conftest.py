@@ -1,4 +1,4 @@
-"""Graphs that are recorded instead of captured: every rule of `Graphs` is tested with no GPU."""
+"""Graphs that are recorded instead of captured, so that every rule of `Graphs` is tested without a GPU."""
 
 from __future__ import annotations
 

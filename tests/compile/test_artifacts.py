@@ -1,4 +1,4 @@
-"""Compiled blocks as files: found again by the next process, never by a block they were not made for."""
+"""Compiled blocks as files: the next process finds them again; a block that they were not made for never does."""
 
 from __future__ import annotations
 
@@ -52,45 +52,45 @@ def run(regions: Regions, block: nn.Module, length: int = 8, free: bool = False)
     actual = regions.run("block", block, (gate, x), {}, [x] if free else [])
     expected = type(block).forward(block, gate, x)
     oracle = copy.deepcopy(block).double()(gate.double(), x.double())
-    for one, other, right in zip(actual, expected, oracle, strict=True):
-        assert one.dtype == other.dtype and judge(one, other, right).right
+    for fast, eager, exact in zip(actual, expected, oracle, strict=True):
+        assert fast.dtype == eager.dtype and judge(fast, eager, exact).right
     return actual
 
 
-def told(regions: Regions) -> dict[str, int]:
-    found = regions.describe()
-    assert found["misses"] == {} and found["failures"] == []
-    return {name: found["regions"]["block"][name] for name in ("compiled", "loaded", "calls")}
+def counts(regions: Regions) -> dict[str, int]:
+    description = regions.describe()
+    assert description["misses"] == {} and description["failures"] == []
+    return {name: description["regions"]["block"][name] for name in ("compiled", "loaded", "calls")}
 
 
 @needs_compiler
 def test_code_is_kept_for_the_next_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     first = Regions(store=tmp_path)
-    a, b = run(first, Block()), run(first, Block())  # weights of its own, the same code
-    assert not torch.equal(a[0], b[0]) and told(first) == {"compiled": 1, "loaded": 0, "calls": 2}
+    a, b = run(first, Block()), run(first, Block())  # other weights, the same code
+    assert not torch.equal(a[0], b[0]) and counts(first) == {"compiled": 1, "loaded": 0, "calls": 2}
     (file,) = tmp_path.iterdir()
     second = Regions(store=tmp_path)
     block = Block()
     again = run(second, block)
-    assert told(second) == {"compiled": 0, "loaded": 1, "calls": 1}
+    assert counts(second) == {"compiled": 0, "loaded": 1, "calls": 1}
     assert torch.equal(run(second, block)[0], again[0])
     assert torch.equal(first("block", block, *_arguments(8))[0], again[0])  # loaded or just compiled: the same bytes
 
-    file.write_bytes(file.read_bytes()[: 1 << 10])  # a disk that was full
+    file.write_bytes(file.read_bytes()[: 1 << 10])  # as after a full disk
     third = Regions(store=tmp_path)
     with caplog.at_level(logging.WARNING, "reducio_fast"):
         run(third, block)
-    assert told(third)["compiled"] == 1
+    assert counts(third)["compiled"] == 1
     assert [r.getMessage().split(":")[0] for r in caplog.records if r.name == "reducio_fast"] == ["cache"]
-    fourth = Regions(store=tmp_path)  # what was compiled anew has taken the place of the damaged file
+    fourth = Regions(store=tmp_path)  # the newly compiled code has replaced the damaged file
     run(fourth, block)
-    assert told(fourth)["loaded"] == 1
+    assert counts(fourth)["loaded"] == 1
 
 
 @needs_compiler
 def test_code_of_another_block_is_found_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As after a change that no digest sees: the file under a block's name holds what another one computes."""
+    """As after a change that no digest detects: the file with a block's name holds another block's code."""
     torch.manual_seed(0)
     one, other = tmp_path / "one", tmp_path / "other"
     run(Regions(store=one), Block())
@@ -101,7 +101,7 @@ def test_code_of_another_block_is_found_out(tmp_path: Path, caplog: pytest.LogCa
     regions = Regions(store=one)
     with caplog.at_level(logging.WARNING, "reducio_fast"):
         run(regions, Block())
-    assert told(regions)["compiled"] == 1 and "away from the block's" in caplog.text
+    assert counts(regions)["compiled"] == 1 and "away from the block's" in caplog.text
 
 
 @needs_compiler
@@ -109,18 +109,18 @@ def test_a_free_length_has_one_code(tmp_path: Path) -> None:
     block, regions = Block(), Regions(store=tmp_path)
     for length in (8, 5, 120, 8):
         run(regions, block, length, free=True)
-    assert told(regions) == {"compiled": 1, "loaded": 0, "calls": 4}
+    assert counts(regions) == {"compiled": 1, "loaded": 0, "calls": 4}
     again = Regions(store=tmp_path)
     run(again, block, 33, free=True)
-    assert told(again) == {"compiled": 0, "loaded": 1, "calls": 1}
-    run(again, block, 1, free=True)  # one of its own, since a single one could be broadcast
-    assert told(again) == {"compiled": 1, "loaded": 1, "calls": 2}
-    # A slice of something longer is not dense: what it is copied to has the freedom too.
+    assert counts(again) == {"compiled": 0, "loaded": 1, "calls": 1}
+    run(again, block, 1, free=True)  # length 1 has its own code, since it could be broadcast
+    assert counts(again) == {"compiled": 1, "loaded": 1, "calls": 2}
+    # A strided slice is not dense: the length of its contiguous copy is free too.
     gate, x = _arguments(9)
     part = x[:, ::2]
     result = again.run("block", block, (gate, part), {}, [part])
     torch.testing.assert_close(result, block(gate, part))
-    assert told(again) == {"compiled": 1, "loaded": 1, "calls": 3}
+    assert counts(again) == {"compiled": 1, "loaded": 1, "calls": 3}
 
 
 @needs_compiler
@@ -129,7 +129,7 @@ def test_a_store_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     occupied.write_text("no folder")
     regions = Regions(store=occupied)
     run(regions, Block())
-    assert told(regions)["compiled"] == 1
+    assert counts(regions)["compiled"] == 1
 
 
 def test_digest_is_the_same_in_every_process() -> None:
@@ -141,13 +141,13 @@ def test_digest_is_the_same_in_every_process() -> None:
         "print(artifacts.digest(('block', nn.Linear, F.gelu, torch.float32, torch.Size([2, 3]), 0.5, None, "
         "torch.ops.aten.add)))"
     )
-    words = [sys.executable, "-P", "-c", code]
+    command = [sys.executable, "-P", "-c", code]
     threads = torch.get_num_threads()
-    same, fewer = (
-        subprocess.run([*words, str(n)], check=True, capture_output=True, text=True).stdout.strip()
+    same, other = (
+        subprocess.run([*command, str(n)], check=True, capture_output=True, text=True).stdout.strip()
         for n in (threads, threads + 1)
     )
-    assert same == artifacts.digest(key) != fewer
+    assert same == artifacts.digest(key) != other
     assert artifacts.digest(("other", *key[1:])) != same and artifacts.digest((key[0], nn.Conv2d, *key[2:])) != same
 
 
@@ -157,7 +157,7 @@ def test_a_change_of_source_finds_nothing_old(tmp_path: Path, monkeypatch: pytes
     import blocks_of_a_test  # type: ignore[import-not-found]
 
     before = artifacts.digest((blocks_of_a_test.Block,))
-    (tmp_path / "helper_beside_it.py").write_text("x = 1\n")  # what its functions may call
+    (tmp_path / "helper_beside_it.py").write_text("x = 1\n")  # the block's functions may call it
     artifacts.source_digest.cache_clear()
     assert artifacts.digest((blocks_of_a_test.Block,)) != before
 
@@ -166,7 +166,7 @@ def test_tensors_from_elsewhere_are_not_compiled_in() -> None:
     class Reads(Block):
         def __init__(self) -> None:
             super().__init__()
-            self.hidden = [torch.ones(16)]  # no weight, no buffer: a sibling may hold another
+            self.hidden = [torch.ones(16)]  # neither weight nor buffer: a sibling may hold another tensor
 
         def forward(self, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             return super().forward(gate, x * self.hidden[0])
@@ -181,7 +181,7 @@ def test_tensors_from_elsewhere_are_not_compiled_in() -> None:
 
 
 def test_what_a_block_holds_besides_weights_is_in_its_key() -> None:
-    """Settings, processors, hooks, adapters: each makes other code, once the block has been looked at again."""
+    """A change of settings, processors, hooks or adapters makes new code when the block is adopted again."""
 
     class Processor:
         def __init__(self, factor: float) -> None:
@@ -242,7 +242,7 @@ def test_with_gradients_blocks_run_as_they_are() -> None:
 
 
 def test_the_collector_is_as_before() -> None:
-    """Pauses that overlap in two threads end with the last; what was made inside is garbage like any other."""
+    """Pauses that overlap in two threads end with the last one; objects made during a pause are collected as usual."""
     assert gc.isenabled()
     entered, leave = threading.Event(), threading.Event()
 

@@ -19,14 +19,14 @@ from reducio_fast.compile.cache import CacheError, ForeignCache, Origin
 from reducio_fast.system import cache_folder, environment_variables
 from reducio_fast.triton_kernels import tables
 
-FILES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path / "cache"))
-    for name in FILES:
-        monkeypatch.setenv(name, "")  # so that it is put back after `use` has set it
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it after `use` has set it
         monkeypatch.delenv(name)
     return tmp_path / "cache"
 
@@ -53,7 +53,7 @@ def filled(origin: Origin) -> dict[str, bytes]:
 def move_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on this process has an empty cache folder, as another machine has."""
     monkeypatch.setenv("REDUCIO_CACHE_DIR", str(folder))
-    for name in FILES:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -79,7 +79,7 @@ def test_folders_that_are_set_already_stay(origin: Origin, monkeypatch: pytest.M
 
 def test_what_another_version_left_is_not_looked_at(origin: Origin, caplog: pytest.LogCaptureFixture) -> None:
     cache.use(dataclasses.replace(origin, torch="1.0"), cache_folder.root())
-    for name in FILES:
+    for name in VARIABLES:
         del os.environ[name]
     cache.use(origin, cache_folder.root())
     cache.use(origin, cache_folder.root())
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_changes_nothing(
 ) -> None:
     own_folder.write_text("a file")
     cache.use(origin, cache_folder.root())
-    assert not any(name in os.environ for name in FILES)
+    assert not any(name in os.environ for name in VARIABLES)
     assert len(caplog.messages) == 1 and "cannot be written" in caplog.messages[0]
 
 
@@ -251,7 +251,7 @@ def test_what_is_no_archive_is_refused(origin: Origin, tmp_path: Path) -> None:
 
 
 def test_torchs_own_default_is_nobodys_choice(origin: Origin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """torch writes it into the environment as soon as it is asked, which importing diffusers is enough for."""
+    """torch writes its default folder into the environment on the first query, which importing diffusers causes."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     assert cache_dir() == os.environ["TORCHINDUCTOR_CACHE_DIR"]

@@ -1,7 +1,7 @@
 """Regional compilation: its bookkeeping, no graph breaks, no recompiles over all sizes, and one real compilation.
 
-Blocks are traced for real wherever a test speaks of breaks or recompiles; the graphs are counted and run as they are,
-since C++ code for each of a hundred shapes would take an hour.
+Tests of breaks and recompiles really trace the blocks. They count the graphs and run them as they are, since C++ code
+for each of a hundred shapes would take an hour.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SIZES = [size for base in BASES for size in buckets(base, 32)]
 
 
 class Counting:
-    """A compiler that is not one: `traced` counts graphs, each of a whole function, `made` the functions it gets."""
+    """A stand-in for the compiler: `made` counts its functions, `traced` its graphs, each of a whole function."""
 
     def __init__(self, trace: bool = True) -> None:
         self.trace, self.made, self.traced = trace, 0, 0
@@ -67,7 +67,7 @@ class Counting:
 
 @pytest.fixture(autouse=True)
 def no_gradients() -> Iterator[None]:
-    """Compiled code is for inference: with gradients blocks run as they are, and a test says so."""
+    """Compiled code is for inference: with gradients blocks run as they are, which another test checks."""
     with torch.no_grad():
         yield
 
@@ -81,7 +81,7 @@ def lively(network: nn.Module) -> nn.Module:
 
 
 def step(dit: FastReducioDiT, cells: tuple[int, int] = (2, 2), device: str = "cpu") -> Tensor:
-    """One guided denoising step of a clip of so many latent cells."""
+    """One guided denoising step of a clip of `cells` (height, width) latent cells."""
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0]]).to(device)
@@ -129,10 +129,10 @@ def test_siblings_share_what_is_compiled() -> None:
         assert torch.equal(regions("scale", first, x.double()), 2 * x.double())
     assert torch.equal(regions("scale", first, x.double()), 2 * x.double())
     assert (compiler.made, compiler.traced) == (6, 6)
-    told = regions.describe()
-    assert told["regions"]["scale"]["compiled"] == 6 and told["regions"]["scale"]["calls"] == 9
-    assert told["misses"] == {} and told["failures"] == []
-    json.dumps(told)
+    description = regions.describe()
+    assert description["regions"]["scale"]["compiled"] == 6 and description["regions"]["scale"]["calls"] == 9
+    assert description["misses"] == {} and description["failures"] == []
+    json.dumps(description)
 
 
 def test_beyond_the_limit_or_the_deadline_blocks_run_as_they_are() -> None:
@@ -154,8 +154,8 @@ def test_what_cannot_be_compiled_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     regions, module = Regions(Counting()), Breaks()
     for _ in range(3):
         assert torch.equal(regions("breaks", module, torch.ones(3)), torch.full((3,), 3.0))
-    told = regions.describe()
-    assert told["misses"] == {"compilation failed": 3} and len(told["failures"]) == 1
+    description = regions.describe()
+    assert description["misses"] == {"compilation failed": 3} and len(description["failures"]) == 1
     assert [r.levelno for r in caplog.records if r.name == "reducio_fast"] == [logging.WARNING]
     assert torch.equal(regions("scale", Scale(), torch.ones(3)), torch.full((3,), 2.0))
 
@@ -180,7 +180,7 @@ def test_without_a_compiler_one_line_says_so(caplog: pytest.LogCaptureFixture) -
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> Plan:
-    """As on a CPU; or with the registered ops, which is how a GPU's graph sees our kernels."""
+    """As on a CPU, or with the registered ops, which stand for our kernels in a GPU's graph."""
     if kernels:
         monkeypatch.setattr(Plan, "_decide", lambda self, op, shape: ("kernel", "as on a GPU"))
     return Plan(torch.device("cpu"), torch.float32)
@@ -215,10 +215,10 @@ def test_levels_have_no_breaks(changes: dict[str, Any], kernels: bool, monkeypat
     connect(vae, regions := Regions(compiler))
     actual = clip(vae, (32, 64))
     assert judge(actual, expected, expected).right and torch.equal(clip(vae, (32, 64)), actual)
-    told = regions.describe()
-    assert told["misses"] == {}
-    assert compiler.traced == compiler.made == sum(region["compiled"] for region in told["regions"].values())
-    assert {name: region["calls"] for name, region in told["regions"].items()} == {
+    description = regions.describe()
+    assert description["misses"] == {}
+    assert compiler.traced == compiler.made == sum(region["compiled"] for region in description["regions"].values())
+    assert {name: region["calls"] for name, region in description["regions"].items()} == {
         "vae.encoder_level": 8,
         "vae.middle": 4,
         "vae.decoder_level": 12,
@@ -227,7 +227,7 @@ def test_levels_have_no_breaks(changes: dict[str, Any], kernels: bool, monkeypat
 
 
 def test_walking_through_sizes_recompiles_nothing() -> None:
-    """One graph for each number of latent cells, and none when the walk is made again."""
+    """One graph per number of latent cells, and no further graph on the second walk."""
     dit = FastReducioDiT(lively(ReducioDiT(DiTConfig(**DIT))), Plan(torch.device("cpu"), torch.float32))
     compiler = Counting()
     connect(dit, Regions(compiler))
@@ -242,10 +242,10 @@ def test_walking_through_sizes_recompiles_nothing() -> None:
 
 
 def test_every_bucket_has_its_code_after_one_walk() -> None:
-    """All sizes at 256, 512 and 1024, tiled as they are, on the meta device: keys without arithmetic."""
+    """All sizes at 256, 512 and 1024, with their tiles, on the meta device: keys without arithmetic."""
     meta, compiler = torch.device("meta"), Counting(trace=False)
     assert len(SIZES) == 91
-    # One width and no residual blocks: what is walked through is shapes.
+    # One width and no residual blocks: only the shapes matter.
     narrow = VAE | {
         "channel_multipliers": (1,) * 6,
         "content_channel_multipliers": (1,) * 4,
@@ -272,7 +272,7 @@ def test_every_bucket_has_its_code_after_one_walk() -> None:
 
     walk()
     once = compiler.made
-    # Levels of one width share code where one tile's half is another tile's whole.
+    # Levels of one width share code where half the size of one tile is the full size of another.
     most = len({h * w for h, w in SIZES}) + regions_of(vae) * len(tiles)
     assert most / 2 < once <= most < compiled_blocks.LIMIT
     walk()
@@ -289,7 +289,7 @@ def regions_of(vae: FastReducioVAE) -> int:
 
 @pytest.mark.skipif(artifacts.obstacle() is not None, reason="needs a C++ compiler")
 def test_compiled_code_equals_eager() -> None:
-    """Norm, activation and padding in Inductor's own loops, and once compiled no more."""
+    """Norm, activation and padding in Inductor's own loops, compiled only once."""
     vae = FastReducioVAE(lively(ReducioVAE(VAEConfig(**VAE))), Plan(torch.device("cpu"), torch.float32))
     norm, regions, given = (
         vae.decoder.norm_out,
@@ -301,21 +301,21 @@ def test_compiled_code_equals_eager() -> None:
         for _ in range(2):
             verdict = judge(regions("vae.norm_out", norm, *given), eager, oracle)
             assert verdict.right, str(verdict)
-    told = regions.describe()
-    assert told["misses"] == {} and told["regions"]["vae.norm_out"]["calls"] == 2
+    description = regions.describe()
+    assert description["misses"] == {} and description["regions"]["vae.norm_out"]["calls"] == 2
 
 
 def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = Counting(trace=False)
     monkeypatch.setattr(artifacts, "compile_function", compiler)
-    words = {"device": "cpu", "dtype": "float32", "backend": "fast"}
+    kwargs = {"device": "cpu", "dtype": "float32", "backend": "fast"}
     call = {"num_inference_steps": 1, "progress": False}
-    plain = ReducioPipeline.from_pretrained(bundle, **words)
+    plain = ReducioPipeline.from_pretrained(bundle, **kwargs)
     expected = plain("a red circle", **call)
     assert compiler.made == 0
-    pipe = ReducioPipeline.from_pretrained(bundle, compile=True, **words)
+    pipe = ReducioPipeline.from_pretrained(bundle, compile=True, **kwargs)
     actual = pipe("a red circle", **call)
-    # Compiled or not, the same operations: but the halves of guidance part later in a transformer that is not.
+    # Both run the same operations, but in the uncompiled transformer the halves of guidance part later.
     assert np.abs(actual.frames.astype(int) - expected.frames).max() <= 1
     assert np.array_equal(actual.content, expected.content)
     made = compiler.made
@@ -325,7 +325,7 @@ def test_pipelines_compile_by_choice(bundle: Path, monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         pipe.vae.decoder.conv_out.bias.add_(0.5)
     pipe("a red circle", **call)
-    assert compiler.made == made  # neither other words nor other weights need other code
+    assert compiler.made == made  # neither another prompt nor other weights need other code
     stages = [stage.stage for stage in pipe.forecast(64, 64).stages if stage.activations]
     assert {"content.generate", "dit.step"} <= set(stages) and compiler.made == made  # a dry run compiles nothing
     assert plain.describe()["regions"] is None and plain.describe()["plan"] and plain.describe()["backend"] == "fast"
@@ -338,14 +338,14 @@ def test_a_size_outside_the_buckets_says_once_that_it_compiles(
     pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="float32", backend="fast", compile=True)
     call = {"image": np.zeros((64, 64, 3), np.uint8), "num_inference_steps": 1, "output_type": "latent"}
 
-    def told(**size: int) -> list[str]:
+    def messages(**size: int) -> list[str]:
         caplog.clear()
         pipe("a red circle", progress=False, **call, **size)
         return [r.getMessage() for r in caplog.records if r.name == "reducio_fast"]
 
     line = "compile: 96x160 is in no bucket, its blocks are compiled for this size alone"
-    assert told(height=96, width=160) == [line] and told(height=96, width=160) == []
-    assert told() == told(height=256, width=256) == told(height=192, width=320) == []
+    assert messages(height=96, width=160) == [line] and messages(height=96, width=160) == []
+    assert messages() == messages(height=256, width=256) == messages(height=192, width=320) == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""SVD's blocks compile: traced whole, shared by siblings, and equal to what they are without."""
+"""SVD's blocks compile: they are traced whole, siblings share their code, and the results equal the uncompiled ones."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def no_gradients() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernels", "tokens"), [(False, 3), (True, 1)], ids=["as on a CPU", "as on a GPU"])
 def test_blocks_have_no_breaks(kernels: bool, tokens: int, monkeypatch: pytest.MonkeyPatch):
-    """With one token of the image, which is a constant, and with several, which are attended to."""
-    if kernels:  # the registered ops, which is how a GPU's graph sees our kernels
+    """With one image token, whose cross-attention is a constant, and with several, which need attention."""
+    if kernels:  # the registered ops, which stand for our kernels in a GPU's graph
         monkeypatch.setattr(Plan, "_decide", lambda self, op, shape: ("kernel", "as on a GPU"))
     model, _ = unets(32, 64)
     fast = FastVideoUNet(model, Plan(torch.device("cpu"), torch.float32))
@@ -33,9 +33,10 @@ def test_blocks_have_no_breaks(kernels: bool, tokens: int, monkeypatch: pytest.M
     connect(fast, regions := Regions(lambda fn, tensors, free: traced.append(fn) or trace(fn, tensors, free)))
     for _ in range(2):
         torch.testing.assert_close(fast(**inputs), expected, rtol=1e-5, atol=1e-5)
-    told = regions.describe()
-    assert told["misses"] == {} and not told["failures"]
+    description = regions.describe()
+    assert description["misses"] == {} and not description["failures"]
+    by_name = description["regions"]
     # Two levels with one res block: 1 + 1 down, 2 in the middle, 2 + 2 up; transformers at 1, 1 and 2 of them.
-    assert {name: region["calls"] for name, region in told["regions"].items()} == {"dit.res": 16, "dit.transformer": 8}
-    compiled = {name: region["compiled"] for name, region in told["regions"].items()}
+    assert {name: region["calls"] for name, region in by_name.items()} == {"dit.res": 16, "dit.transformer": 8}
+    compiled = {name: region["compiled"] for name, region in by_name.items()}
     assert sum(compiled.values()) == len(traced) and compiled["dit.transformer"] == 2, "the three of one level are one"

@@ -1,4 +1,4 @@
-"""Graphs: the rules of the bookkeeping, with a capture function of the test's own; on a GPU real ones against eager."""
+"""The bookkeeping rules of `Graphs`, with a recorder as the capture function; test_graphs_of_twins.py has real ones."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_replays_equal_eager(graphs: Graphs, recorder: Recorder) -> None:
         expected, (expected_total, _) = affine(x, (scale, shift), 2.0)
         assert torch.equal(y, expected) and torch.equal(total, expected_total) and plain == "plain"
     assert (recorder.captures, recorder.replays) == (1, 4)
-    told = graphs.describe()
-    assert told["hits"] == 4 and told["misses"] == {"first sight": 1}
-    (graph,) = told["graphs"]
+    description = graphs.describe()
+    assert description["hits"] == 4 and description["misses"] == {"first sight": 1}
+    (graph,) = description["graphs"]
     assert graph["name"] == "affine" and graph["hits"] == 4
     assert graph["inputs"] == {"float32 3x4": 1, "float32 4": 2}
     assert graph["buffer_bytes"] == 4 * (12 + 4 + 4 + 12 + 1)
-    json.dumps(told)
+    json.dumps(description)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_consumed_results_are_the_buffers_themselves(graphs: Graphs) -> None:
 
 
 def test_unchanged_inputs_are_not_copied_again(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clip's keys and values stay over its steps; a write to them, or others in their place, are noticed."""
+    """A clip's keys and values stay the same over its steps; a write to them, or a replacement, is noticed."""
     x, held = numbers(2), numbers(2)
     run = lambda: graphs("add", torch.add, x, held)  # noqa: E731
     run(), run()
@@ -106,17 +106,17 @@ def test_inference_tensors_are_always_copied(graphs: Graphs) -> None:
     with torch.inference_mode():
         x = numbers(2)
         for _ in range(4):
-            x.add_(1)  # no version tells of it
+            x.add_(1)  # an inference tensor has no version that shows it
             assert torch.equal(graphs("double", lambda x: 2 * x, x), 2 * x)
     assert graphs.describe()["hits"] == 3
 
 
 class Owner:
-    """An owner of lent buffers, which it has filled."""
+    """An owner of lent buffers, which hold its tensors."""
 
 
 def test_what_is_lent_is_there_once(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of one clip after another: one buffer, which no replay and no capture copies."""
+    """The keys and values of successive clips use one buffer, which neither a replay nor a capture copies."""
     copies, copy = [], Tensor.copy_
     monkeypatch.setattr(Tensor, "copy_", lambda self, source: copies.append(source) or copy(self, source))
     first, values = Owner(), numbers(3)
@@ -126,10 +126,10 @@ def test_what_is_lent_is_there_once(graphs: Graphs, monkeypatch: pytest.MonkeyPa
         x = numbers(3)
         assert torch.equal(graphs("add", torch.add, x, lent), x + lent)
     assert not any(source is lent for source in copies)
-    told = graphs.describe()
+    description = graphs.describe()
     assert (
-        told["hits"] == 2 and told["lent_bytes"] == 12 and told["graphs"][0]["buffer_bytes"] == 36
-    )  # x, the sum, and what is lent
+        description["hits"] == 2 and description["lent_bytes"] == 12 and description["graphs"][0]["buffer_bytes"] == 36
+    )  # x, the sum, and the lent tensor
     del first
     second, others = Owner(), numbers(3) + 5
     (again,) = graphs.lend("add", [others], second)
@@ -142,7 +142,7 @@ def test_what_is_lent_is_there_once(graphs: Graphs, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_lent_and_read_by_no_graph_goes(graphs: Graphs) -> None:
-    """A clip of another size each time: its keys and values are not kept for a graph that was never captured."""
+    """Each clip has another size: its keys and values are not kept, since no graph that reads them was captured."""
     for size in range(1, 9):
         owner = Owner()
         graphs.lend("add", [numbers(size)], owner)
@@ -151,7 +151,7 @@ def test_what_is_lent_and_read_by_no_graph_goes(graphs: Graphs) -> None:
 
 
 def test_what_is_lent_is_never_overwritten(graphs: Graphs) -> None:
-    """Two clips at once: the second's are its own, and its calls do not go through the graph of the first."""
+    """Two clips at once: the second keeps its own tensors, and its calls do not use the graph of the first."""
     first, second, values, others = Owner(), Owner(), numbers(3), numbers(3) + 5
     (lent,) = graphs.lend("add", [values], first)
     (own,) = graphs.lend("add", [others], second)
@@ -162,14 +162,14 @@ def test_what_is_lent_is_never_overwritten(graphs: Graphs) -> None:
         assert torch.equal(graphs("add", torch.add, x, lent), x + before)
         assert torch.equal(graphs("add", torch.add, x, own), x + others)
     assert torch.equal(lent, before) and graphs.describe()["misses"]["lent to another"] == 3
-    with torch.inference_mode():  # no later copy into such a tensor is allowed outside
+    with torch.inference_mode():  # no copy into such a tensor is allowed outside of this mode
         inside = numbers(3)
         assert graphs.lend("inference", [inside], Owner())[0] is inside
     assert graphs.describe()["lent_bytes"] == 12
 
 
 def test_bytes_are_bounded(recorder: Recorder) -> None:
-    """Three keys of 80 bytes, inputs and outputs, where two fit: the one that was not used for longest goes."""
+    """Three keys of 80 bytes (inputs and outputs) where two fit: the least recently used one is dropped."""
     graphs = Graphs(recorder, limit_bytes=170)
     keys = [numbers(10), numbers(2, 5), numbers(5, 2)]
 
@@ -197,9 +197,9 @@ def test_past_the_limit_calls_run_eagerly(recorder: Recorder) -> None:
         for _ in range(3):
             x = numbers(size)
             assert torch.equal(graphs("double", lambda x: 2 * x, x), 2 * x)
-    told = graphs.describe()
-    assert recorder.captures == 2 and len(told["graphs"]) == 2
-    assert told["hits"] == 4 and told["misses"] == {"first sight": 3, "limit": 2}
+    description = graphs.describe()
+    assert recorder.captures == 2 and len(description["graphs"]) == 2
+    assert description["hits"] == 4 and description["misses"] == {"first sight": 3, "limit": 2}
 
 
 def test_what_comes_often_takes_the_place_of_the_rarest(recorder: Recorder) -> None:
@@ -215,7 +215,7 @@ def test_what_comes_often_takes_the_place_of_the_rarest(recorder: Recorder) -> N
     call(3, 10)
     sizes = sorted(graph["inputs"].popitem()[0] for graph in graphs.describe()["graphs"])
     assert sizes == ["float32 1", "float32 3"] and recorder.captures == 3
-    for _ in range(20):  # as often as each other: nothing is captured over and over
+    for _ in range(20):  # equally often: nothing is captured again and again
         call(2, 1)
         call(3, 1)
     assert recorder.captures == 3
@@ -281,11 +281,11 @@ def test_a_failed_capture_runs_eagerly_and_is_not_tried_again(
         assert graphs("double", lambda x: 2 * x, torch.ones(2)).tolist() == [2.0, 2.0]
     recorder.error = None
     assert graphs("double", lambda x: 2 * x, torch.ones(2)).tolist() == [2.0, 2.0]
-    told = graphs.describe()
-    assert recorder.captures == 1 and told["misses"] == {"first sight": 2, "capture failed": 4}
-    assert told["failures"] == ["double: RuntimeError: operation not permitted when stream is capturing"]
+    description = graphs.describe()
+    assert recorder.captures == 1 and description["misses"] == {"first sight": 2, "capture failed": 4}
+    assert description["failures"] == ["double: RuntimeError: operation not permitted when stream is capturing"]
     assert [r.levelno for r in caplog.records] == [logging.WARNING] and "no graph of double" in caplog.text
-    assert len(told["graphs"]) == 1 and graphs("good", torch.neg, torch.ones(2)).tolist() == [-1.0, -1.0]
+    assert len(description["graphs"]) == 1 and graphs("good", torch.neg, torch.ones(2)).tolist() == [-1.0, -1.0]
 
 
 def test_errors_of_the_function_reach_the_caller(graphs: Graphs) -> None:
@@ -305,7 +305,7 @@ def test_a_capture_without_memory_gives_back_what_graphs_hold(graphs: Graphs, re
         graphs("double", lambda x: 2 * x, numbers(2))
     assert graphs.describe()["graphs"] == []
     recorder.error = None
-    graphs("negative", torch.neg, numbers(2))  # seen before: captured again, while the other stays without
+    graphs("negative", torch.neg, numbers(2))  # seen before, so captured again; the other one gets no graph
     graphs("double", lambda x: 2 * x, numbers(2))
     assert [graph["name"] for graph in graphs.describe()["graphs"]] == ["negative"]
 
@@ -357,7 +357,7 @@ def test_new_shapes_for_ever_do_not_grow_it(recorder: Recorder) -> None:
 
 
 def test_threads_share_it(graphs: Graphs, recorder: Recorder) -> None:
-    """Each gets the results of its own inputs, though all write to one graph's buffers."""
+    """Each thread gets the results of its own inputs, though all write to one graph's buffers."""
     wrong = []
 
     def work(seed: int) -> None:
@@ -372,5 +372,5 @@ def test_threads_share_it(graphs: Graphs, recorder: Recorder) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    told = graphs.describe()
-    assert not wrong and recorder.captures == 1 and told["hits"] + sum(told["misses"].values()) == 400
+    description = graphs.describe()
+    assert not wrong and recorder.captures == 1 and description["hits"] + sum(description["misses"].values()) == 400

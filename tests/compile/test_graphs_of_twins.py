@@ -19,7 +19,7 @@ from reducio_fast.reference.sampler import StopSampling
 
 
 def networks(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[ReducioDiT, ReducioVAE]:
-    """Narrow, with every branch alive, and of the head sizes that kernels know."""
+    """Narrow networks with every branch active and with head sizes that the kernels support."""
     dit = ReducioDiT(
         DiTConfig(
             hidden_size=128,
@@ -47,7 +47,7 @@ def networks(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[R
 
 
 def condition(device: str = "cpu", dtype: torch.dtype = torch.float32, cells: int = 4) -> tuple[Tensor, Condition]:
-    """Noise of one clip, and what the network is told."""
+    """Noise of one clip, and its conditioning inputs."""
     g = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]], device=device)
@@ -78,7 +78,7 @@ def pairs(device: str, dtype: torch.dtype, graphs: Graphs | None) -> tuple[Twins
 
 
 def walk(eager: Twins, graphed: Twins, device: str, dtype: torch.dtype) -> None:
-    """Whatever may change from clip to clip and from step to step, with and without graphs, bit for bit."""
+    """Change everything that may change between clips and steps; results with and without graphs are bit-equal."""
 
     def stop(step: int, timestep: Tensor, latent: Tensor) -> None:
         if step == 2:
@@ -96,13 +96,13 @@ def walk(eager: Twins, graphed: Twins, device: str, dtype: torch.dtype) -> None:
         (replace, 1.5, 4),
         (lambda step, timestep, latent: seen.append(latent), 4.5, 4),
     ):
-        noise, told = condition(device, dtype, cells)
+        noise, cond = condition(device, dtype, cells)
         expected, actual = (
-            sample(twins.transformer, DPMSolverMultistepScheduler(), noise, told, None, guidance, 4, callback)
+            sample(twins.transformer, DPMSolverMultistepScheduler(), noise, cond, None, guidance, 4, callback)
             for twins in (eager, graphed)
         )
         assert torch.equal(actual, expected)
-    # Every latent that a callback was shown is still what it was.
+    # Every latent that a callback received still has its value.
     assert all(torch.equal(one, other) for one, other in zip(seen[:4], seen[4:], strict=True))
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
@@ -119,13 +119,13 @@ def walk(eager: Twins, graphed: Twins, device: str, dtype: torch.dtype) -> None:
 def test_sampler_and_decoder_through_graphs(graphs: Graphs, recorder: Recorder) -> None:
     eager, graphed = pairs("cpu", torch.float32, graphs)
     walk(eager, graphed, "cpu", torch.float32)
-    told = graphs.describe()
-    names = [graph["name"] for graph in told["graphs"]]
-    assert names.count("dit.step") == 3  # guided in two sizes and not guided in one; the scale is no part of the key
+    description = graphs.describe()
+    names = [graph["name"] for graph in description["graphs"]]
+    assert names.count("dit.step") == 3  # guided in two sizes and not guided in one; the scale is not part of the key
     assert names.count("vae.decode") == 2 and names.count("vae.encode_content") == 2  # tiles of 64x96 and 64x32
-    assert told["misses"] == {"first sight": 7}
-    # Of the steps 4 + 4 + 3 + 4 + 4 + 4, less three first sights; of the tiles two of three clips.
-    assert {name: sum(g["hits"] for g in told["graphs"] if g["name"] == name) for name in names} == {
+    assert description["misses"] == {"first sight": 7}
+    # Steps: 4 + 4 + 3 + 4 + 4 + 4, less three first sights. Tiles: those of two of the three clips.
+    assert {name: sum(g["hits"] for g in description["graphs"] if g["name"] == name) for name in names} == {
         "dit.step": 20,
         "vae.encode_content": 4,
         "vae.decode": 4,
@@ -148,15 +148,15 @@ def test_bytes_may_read_the_graphs_own_buffer(graphs: Graphs) -> None:
 def test_changed_weights_end_their_graphs(graphs: Graphs) -> None:
     dit, vae = networks()
     engine = Engine(graphs=graphs)
-    noise, told = condition()
-    words = (DPMSolverMultistepScheduler(), noise, told, None, 4.5, 3)
-    first = sample(twins_of(engine, dit, vae).transformer, *words)
+    noise, cond = condition()
+    args = (DPMSolverMultistepScheduler(), noise, cond, None, 4.5, 3)
+    first = sample(twins_of(engine, dit, vae).transformer, *args)
     assert len(graphs.describe()["graphs"]) == 1
     with torch.no_grad():
         dit.transformer_blocks[0].ff.net[2].weight.mul_(2)
-    second = sample(twins_of(engine, dit, vae).transformer, *words)
+    second = sample(twins_of(engine, dit, vae).transformer, *args)
     assert not torch.equal(first, second)
-    assert torch.equal(second, sample(twins_of(Engine(), dit, vae).transformer, *words))
+    assert torch.equal(second, sample(twins_of(Engine(), dit, vae).transformer, *args))
     assert engine.describe()["graphs"]["resets"] == 1
     json.dumps(engine.describe())
 
@@ -168,11 +168,11 @@ def test_real_graphs_equal_eager(dtype: torch.dtype) -> None:
     graphs = Graphs()
     eager, graphed = pairs("cuda", dtype, graphs)
     walk(eager, graphed, "cuda", dtype)
-    told = graphs.describe()
-    assert told["failures"] == [] and set(told["misses"]) == {"first sight"}
-    names = [graph["name"] for graph in told["graphs"]]
+    description = graphs.describe()
+    assert description["failures"] == [] and set(description["misses"]) == {"first sight"}
+    names = [graph["name"] for graph in description["graphs"]]
     assert names.count("dit.step") == 3 and "vae.decode" in names and "vae.encode_content" in names
-    assert told["pool_bytes"] > 0
+    assert description["pool_bytes"] > 0
     held = torch.cuda.memory_allocated()
     graphs.reset()
     assert torch.cuda.memory_allocated() < held and graphs.describe()["pool_bytes"] == 0

@@ -1,4 +1,4 @@
-"""Counts and hazards of machine code, on fragments in the words of nvdisasm and of AMD's assembler."""
+"""Counts and hazards of machine code, on fragments in the syntax of nvdisasm and of AMD's assembler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reducio_fast.measurement import machine_limits, rate_model
 
 
 def sass(*lines: str) -> str:
-    """Lines as nvdisasm prints them: a label stands alone, an instruction has its address before and ends with ;"""
+    """Lines as nvdisasm prints them: a label stands alone, an instruction follows its address and ends with ;"""
     return "\n".join(
         line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;"
         for i, line in enumerate(lines)
@@ -35,7 +35,7 @@ HOPPER = (
     "BAR.SYNC.DEFER_BLOCKING 0x0",
     "UTMASTG.2D [UR8], [UR4]",
     "EXIT",
-    ".L_x_2:",  # waits out of line: its way back is no loop of the products
+    ".L_x_2:",  # waits out of line: its backward branch is not the loop of the products
     "@!P0 BRA `(.L_x_2)",
     "BRA `(.L_x_3)",
     ".L_x_4:",
@@ -76,7 +76,7 @@ def test_an_ampere_loop() -> None:
 
 
 def test_products_of_eight_bits_take_half_the_time() -> None:
-    """Of twice as many numbers in as many cycles; gfx950 has gfx942's instruction at its bfloat16's rate, no faster."""
+    """Twice as many numbers in as many cycles; gfx950 runs gfx942's instruction at its own bfloat16 rate, no faster."""
     sass = "\n".join(
         [".L_x_1:"]
         + [f"  /*{16 * i:04x}*/ {text} ;" for i, text in enumerate(
@@ -166,7 +166,7 @@ def build(**changes: object) -> Build:
 
 
 def test_limits_name_what_is_exceeded() -> None:
-    """Each committed limit is about a number that exists, and a build beyond it is told by name and both values."""
+    """Each committed limit is about a count that exists; a build beyond it is reported by name and both values."""
     known = set(machine_limits.counts(build()))
     for target, entries in machine_limits.limits()["targets"].items():
         for variant, entry in entries.items():
@@ -175,9 +175,9 @@ def test_limits_name_what_is_exceeded() -> None:
     code = build().code
     assert code is not None
     worse = build(registers=9999, code=dataclasses.replace(code, in_flight=0, division=3))
-    told = machine_limits.exceeded(worse)
-    assert any(line.startswith("registers: 9999, the limit is ") for line in told)
-    assert "in_flight: 0, it must be 1 or more" in told
+    messages = machine_limits.exceeded(worse)
+    assert any(line.startswith("registers: 9999, the limit is ") for line in messages)
+    assert "in_flight: 0, it must be 1 or more" in messages
     assert machine_limits.divides(worse) == ["3 instructions of an integer division in the loop"]
     assert machine_limits.exceeded(build(code=None)) == []
 
@@ -188,8 +188,8 @@ def test_other_compilers_are_not_held() -> None:
 
 
 def test_the_model_of_the_chip() -> None:
-    """A layer of 128 channels on an H200 as the simulation of its machine code has it: 538 TFLOP/s. Less outside of the
-    loop is faster; a second block on the multiprocessor hides some; products that are drained do not overlap."""
+    """A layer of 128 channels on an H200 runs at 538 TFLOP/s in the simulation of its machine code. Less work outside
+    of the loop is faster; a second block on the multiprocessor hides some of it; drained products do not overlap."""
     shape = rate_model.convolution(128, 128, 16, 320, 27, {"BLOCK_M": 256, "BLOCK_K": 128, "BLOCK_C": 64})
     assert shape[1:] == (6481, 54)
     now = rate_model.rate(build(), *shape)

@@ -61,9 +61,9 @@ def test_hard_cuts_and_fades(pictures: list[np.ndarray]) -> None:
     assert shots_of(a[:1]) == [(0, 1)] and ShotFinder(24).shots() == []
     weight = np.linspace(0, 1, 24)[:, None, None, None]
     slow = (a[-1:] * (1 - weight) + b[:1] * weight).astype(np.uint8)
-    found = shots_of(np.concatenate([a, slow, b]))
-    assert len(found) == 2, found
-    (start, end), (again, last) = found
+    shots = shots_of(np.concatenate([a, slow, b]))
+    assert len(shots) == 2, shots
+    (start, end), (again, last) = shots
     assert (start, last) == (0, 104) and 40 <= end < again <= 64  # no shot contains the frames of the fade
 
 

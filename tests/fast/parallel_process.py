@@ -109,7 +109,7 @@ def kill(*_: Any) -> None:
 
 
 def fail(pipe: ReducioPipeline, case: str) -> None:
-    """Print how the call ends whose step of that name fails, in rank 1 or in the callback."""
+    """Make the step that `case` names fail, in rank 1 or in the callback, and print how the call ends."""
     call = dict(CALL)
     network, method, broken = {
         "decode": ("vae", "_decode", no_memory),
@@ -126,7 +126,7 @@ def fail(pipe: ReducioPipeline, case: str) -> None:
     if network is not None and RANK == 1:
         twin = pipe.executor.network(network)
         setattr(twin, method, broken)
-        undo = lambda: delattr(twin, method)  # noqa: E731 - the class's own is there again
+        undo = lambda: delattr(twin, method)  # noqa: E731 - uncovers the class's method
     try:
         pipe(**call)
         print(f"{case}, rank {RANK}: NO ERROR", flush=True)  # noqa: T201 - what the test reads

@@ -41,9 +41,9 @@ def test_transformer(changes: dict[str, Any]) -> None:
     mask, size = torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0]]), torch.tensor([[96.0, 64.0]] * 2)
 
     def peer(network: Any, dtype: torch.dtype) -> torch.Tensor:
-        told = {"resolution": size.to(dtype), "aspect_ratio": torch.full((2, 1), 1.5, dtype=dtype)}
+        conditions = {"resolution": size.to(dtype), "aspect_ratio": torch.full((2, 1), 1.5, dtype=dtype)}
         return network(
-            latent.to(dtype), text.to(dtype), torch.tensor([400, 400]), told, encoder_attention_mask=mask
+            latent.to(dtype), text.to(dtype), torch.tensor([400, 400]), conditions, encoder_attention_mask=mask
         ).sample  # fmt: skip
 
     eager, oracle = peer(theirs, torch.float32), peer(copy.deepcopy(theirs).double(), torch.float64)
@@ -51,7 +51,7 @@ def test_transformer(changes: dict[str, Any]) -> None:
     assert_right(ours(*given), eager, oracle)
     fast = FastPixArt(ours, plan())
     assert_right(fast(*given), eager, oracle)
-    # A step knows one latent for both halves of guidance, and leaves the variance out.
+    # A denoising step takes one latent for both halves of guidance, and leaves the variance out.
     denoise = fast.denoiser(text[1:], mask[1:], (text[:1], mask[:1]), 3.0, size[:1])
     both = denoise.predict(latent[:1, :, None], denoise.schedule(torch.tensor([400]), latent[:1, :, None])[0])
     again = fast(latent[:1].expand(2, -1, -1, -1), *given[1:])[:, :4]

@@ -1,6 +1,6 @@
 """One clip by several processes, on gloo: tiles bit-equal, halves and heads within rounding, and all end together.
 
-Each case runs in processes of its own; the model is small and random, its frames larger than a tile reads.
+Each case runs in its own processes. The model is small and random, and its frames are larger than a tile reads.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def close(value: Tensor, alone: Tensor, truth: Tensor) -> bool:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_every_process_has_the_clip_of_one(alone: dict[str, Any], tmp_path: Path, processes: int) -> None:
-    """Tiles are bit-equal. Halves and heads are equal up to rounding: two processes take a half each, without guidance
-    three heads each; three take two halves and one waits, or two heads each."""
+    """Tiles are bit-equal. Halves and heads are equal up to rounding: two processes take one half each, or three heads
+    each without guidance; of three, two take one half each and one waits, or all take two heads each."""
     run(tmp_path, "clips", processes)
     ranks = [load(tmp_path, "clips", rank) for rank in range(processes)]
     first = ranks[0]
@@ -83,8 +83,8 @@ def test_every_process_has_the_clip_of_one(alone: dict[str, Any], tmp_path: Path
 
 
 def test_all_processes_end_together(alone: dict[str, Any], tmp_path: Path) -> None:
-    """Where a process fails, the others raise too, and make the next clip together; but not where it failed between
-    two exchanges, or is gone."""
+    """When a process fails, the others raise too, and all make the next clip together, unless it failed between two
+    exchanges or is gone."""
     began = time.monotonic()
     text = "\n".join(
         run(tmp_path / "failed", "different+callback+decode+attention", 2) + run(tmp_path / "gone", "killed", 2)
@@ -121,15 +121,15 @@ def test_the_longest_tiles_first() -> None:
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     """Two processes, one file and one report."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    words = ["reducio_fast", "generate", "a red circle moving right on a black background", "--out", "clip.mp4",
-             "--num-inference-steps", "2", "--seed", "3", "--backend", "fast", "--json", "--no-progress"]  # fmt: skip
+    args = ["reducio_fast", "generate", "a red circle moving right on a black background", "--out", "clip.mp4",
+            "--num-inference-steps", "2", "--seed", "3", "--backend", "fast", "--json", "--no-progress"]  # fmt: skip
     done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*command, *args], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"path": "clip.mp4"') == 1
     assert read_video(tmp_path / "clip.mp4")[0].shape == (16, 128, 128, 3)
     refused = subprocess.run(
-        [*command, *words, "--compile"], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ)
+        [*command, *args, "--compile"], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ)
     )
     assert refused.returncode != 0 and "parallelize: compile=True was chosen" in refused.stderr

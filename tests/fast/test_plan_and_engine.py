@@ -42,7 +42,7 @@ def test_plan_lists_every_module() -> None:
 
 
 def test_flash_attention_where_it_can_say_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chosen when the model is built, by a table that names it; counts of keys and masks by frames stay ours."""
+    """The plan picks it when the model is built, if the table names it; key counts and frame masks keep our kernel."""
     from reducio_fast.fast import plan as planning
 
     calls, library = [], types.ModuleType("flash_attn")
@@ -83,26 +83,26 @@ def pipes(bundle: Path) -> tuple[ReducioPipeline, ReducioPipeline]:
 
 def test_changed_weights_are_packed_again(bundle: Path) -> None:
     pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="float32", backend="fast")
-    image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 1, "progress": False}
-    first = pipe("a red circle", image, **words).frames
-    assert np.array_equal(pipe("a red circle", image, **words).frames, first)
+    image, kwargs = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 1, "progress": False}
+    first = pipe("a red circle", image, **kwargs).frames
+    assert np.array_equal(pipe("a red circle", image, **kwargs).frames, first)
     with torch.no_grad():
         pipe.vae.decoder.conv_out.bias.add_(0.5)
-    second = pipe("a red circle", image, **words).frames
+    second = pipe("a red circle", image, **kwargs).frames
     assert not np.array_equal(second, first)
     same = {name: getattr(pipe, name) for name in ("sample_height", "sample_width")}
     reference = ReducioPipeline(**pipe.components, **same, backend="reference")
-    assert np.abs(reference("a red circle", image, **words).frames.astype(int) - second).max() <= 1
+    assert np.abs(reference("a red circle", image, **kwargs).frames.astype(int) - second).max() <= 1
 
 
 def test_a_cpu_that_multiplies_bfloat16_faster_computes_in_it(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no dtype was asked for, in the twins alone; a named one holds everywhere."""
+    """Only the twins do, and only if no dtype is named; a named dtype holds everywhere."""
     monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
     monkeypatch.setattr(cpu_dtypes, "_time", lambda name, timer: {"float32": 2.0, "bfloat16": 1.0})
-    image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 2, "progress": False}
+    image, kwargs = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 2, "progress": False}
     prompt, load = "a red circle moving right", partial(ReducioPipeline.from_pretrained, bundle, device="cpu")
 
     def dtypes(pipe: ReducioPipeline) -> tuple[torch.dtype, ...]:
@@ -111,22 +111,22 @@ def test_a_cpu_that_multiplies_bfloat16_faster_computes_in_it(
 
     pipe, wide, half = load(), [torch.float32] * 2, [torch.bfloat16] * 2
     assert dtypes(pipe) == (*wide, *half) and "in bfloat16: its products take 0.50" in pipe.report["vae"]
-    latent = pipe(prompt, image, output_type="latent", **words).frames
+    latent = pipe(prompt, image, output_type="latent", **kwargs).frames
     named, reference = load(dtype="float32"), load(backend="reference")
     assert dtypes(named) == (*wide, *wide) and named.report["vae"].endswith("in float32: asked for")
     assert reference.executor.network("vae") is reference.vae and reference.dtype == torch.float32
     pipes = reference, named, load(dtype="bfloat16", backend="reference")
-    oracle, float32, rounded = (p(prompt, image, output_type="latent", **words).frames for p in pipes)
+    oracle, float32, rounded = (p(prompt, image, output_type="latent", **kwargs).frames for p in pipes)
     assert latent.dtype == torch.float32 and relative_error(float32, oracle) < 1e-4
     assert_right(latent, rounded, oracle)
     assert dtypes(pipe.to("cpu")) == (*wide, *half) and dtypes(pipe.to(dtype="float32")) == (*wide, *wide)
-    assert torch.equal(pipe(prompt, image, output_type="latent", **words).frames, float32)
+    assert torch.equal(pipe(prompt, image, output_type="latent", **kwargs).frames, float32)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
     assert dtypes(load()) == (*wide, *wide)
 
 
 def test_the_table_of_dtypes_is_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each product in both dtypes, by its own time, and the next process reads them."""
+    """Each product is timed in both dtypes, and the next process reads the times."""
     monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     network = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(64, 32), torch.nn.Conv3d(16, 16, 3))
@@ -164,7 +164,7 @@ def test_the_table_of_dtypes_is_measured_once_a_machine(tmp_path: Path, monkeypa
 
 
 def test_bytes_and_values_are_one_clip(bundle: Path) -> None:
-    """The fast path's own bytes are those of its values, and refuse what no byte can say."""
+    """The fast path's bytes are its rounded values, and a value that is not finite is refused."""
     pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="float32", backend="fast")
     latents = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
@@ -176,18 +176,18 @@ def test_bytes_and_values_are_one_clip(bundle: Path) -> None:
 
 
 def test_any_scheduler_steps_the_fast_network(bundle: Path) -> None:
-    """One that the fast sampler does not follow is stepped by the reference's, with one line of report."""
+    """The reference's sampler steps a scheduler that the fast sampler does not support, with one line of report."""
     load = partial(ReducioPipeline.from_pretrained, bundle, device="cpu", dtype="float32", scheduler=DDIMScheduler())
-    image, words = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 3, "progress": False}
+    image, kwargs = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 3, "progress": False}
     fast, plain = load(backend="fast"), load(backend="reference")
-    latents = [p("a red circle", image, output_type="latent", **words).frames for p in (fast, plain)]
+    latents = [p("a red circle", image, output_type="latent", **kwargs).frames for p in (fast, plain)]
     assert relative_error(*latents) < 1e-4 and not torch.equal(*latents)
     assert "the reference's sampler steps: DDIMScheduler has no table" in fast.report["transformer"]
     assert fast.backend == "fast" and "\n" not in fast.report["transformer"]
 
 
 def test_a_bare_gpu_machine_can_import_the_fast_path() -> None:
-    """torch, Triton, numpy and safetensors are enough for the rooms that a GPU machine runs."""
+    """torch, Triton, numpy and safetensors are enough for the modules that a GPU machine runs."""
     code = textwrap.dedent("""
         import sys
 

@@ -62,8 +62,8 @@ def noise() -> Tensor:
 @pytest.mark.parametrize("config", UNIPC, ids=str)
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 def test_unipc(config: dict[str, Any], steps: int) -> None:
-    made: Callable[[], Any] = lambda: UniPCMultistepScheduler(**config)  # noqa: E731
-    ours, theirs = by_table(made(), steps, noise()), by_diffusers(made(), steps, noise())
+    make: Callable[[], Any] = lambda: UniPCMultistepScheduler(**config)  # noqa: E731
+    ours, theirs = by_table(make(), steps, noise()), by_diffusers(make(), steps, noise())
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -73,9 +73,9 @@ def test_unipc(config: dict[str, Any], steps: int) -> None:
 @pytest.mark.parametrize("steps", [4, 10, 20])
 def test_spacings(config: dict[str, Any], steps: int) -> None:
     timesteps = None if config else quadratic_timesteps(steps)
-    made: Callable[[], Any] = lambda: DPMSolverMultistepScheduler(prediction_type="v_prediction", **config)  # noqa: E731
-    given = (steps, noise(), timesteps)  # which diffusers steps in float32
-    torch.testing.assert_close(by_table(made(), *given), by_diffusers(made(), *given), rtol=1e-5, atol=1e-6)
+    make: Callable[[], Any] = lambda: DPMSolverMultistepScheduler(prediction_type="v_prediction", **config)  # noqa: E731
+    given = (steps, noise(), timesteps)  # diffusers steps these in float32
+    torch.testing.assert_close(by_table(make(), *given), by_diffusers(make(), *given), rtol=1e-5, atol=1e-6)
 
 
 def test_what_unipc_cannot_do_linearly_is_refused() -> None:
@@ -114,10 +114,10 @@ def model() -> tuple[Any, Any, Condition]:
 
 def run(
     sampler: Any, network: Any, cond: Condition, scheduler: Any, dtype: torch.dtype = torch.float32, steps: int = 6,
-    **words: Any,
+    **kwargs: Any,
 ) -> Tensor:  # fmt: skip
     latent = torch.randn(1, 16, 4, 2, 2, generator=torch.Generator().manual_seed(2)).to(dtype)
-    return sampler(network.denoiser(cond, None, 3.0), scheduler, latent, steps, **words)
+    return sampler(network.denoiser(cond, None, 3.0), scheduler, latent, steps, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_block_cache_leaves_blocks_out(model: tuple[Any, Any, Condition]) -> N
 
 
 def test_a_kept_residual_is_exact_where_the_step_is_the_same(model: tuple[Any, Any, Condition]) -> None:
-    """A second prediction of the same latent at the same time takes the other blocks' residual from the first."""
+    """A second prediction of the same latent at the same timestep reuses the other blocks' residual from the first."""
     _, twin, cond = model
     denoise = twin.denoiser(cond, None, 3.0)
     latent = torch.randn(1, 16, 4, 2, 2, generator=torch.Generator().manual_seed(2))

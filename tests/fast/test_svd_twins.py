@@ -1,6 +1,6 @@
 """SVD's fast twins against the reference: every configuration of both networks, and the sampler's table.
 
-The oracle is the reference in float64, eager the reference in float32, the rule that of `accuracy_rule`.
+The oracle is the reference in float64, eager is the reference in float32, the rule is that of `accuracy_rule`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_unet(case: str) -> None:
 
 
 def test_unet_in_float64_is_the_reference() -> None:
-    """Nothing that is folded is an approximation."""
+    """Folding is exact, not an approximation."""
     model, _ = unets(32, 64, dtype=torch.float64)
     inputs = unet_inputs(model.config, 5, (8, 12), torch.float64)
     assert relative(FastVideoUNet(model, plan(torch.float64))(**inputs), model(**inputs)) < 1e-14
@@ -80,7 +80,7 @@ def test_unet_in_half_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("told", ["ids of the clip", "ids of a frame", "tokens of a frame", "the same ids"])
 def test_what_each_frame_is_told(told: str) -> None:
-    """SV3D tells each frame its own elevation and azimuth; usual clips share one row, which takes a shorter way."""
+    """SV3D gives each frame its own elevation and azimuth; frames of other clips share one row, on a shorter path."""
     model, _ = unets(32, 64)
     inputs, draw = unet_inputs(model.config, 4, (4, 4)), torch.Generator().manual_seed(2)
     if told == "ids of a frame":
@@ -117,7 +117,7 @@ def test_unet_refuses_what_the_reference_refuses() -> None:
 @pytest.mark.parametrize("frames", [1, 2, 5])
 @pytest.mark.parametrize("size", [(6, 8), (5, 3)], ids=str)
 def test_decoder(frames: int, size: tuple[int, int], together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frame by frame from the start, from some level on, and never."""
+    """It runs frame by frame from the start, from some level on, or never."""
     monkeypatch.setattr("reducio_fast.fast.svd.vae.TOGETHER", together)
     model, theirs = vaes(32, 64, 64)
     z = torch.randn(2, frames, 4, *size, generator=torch.Generator().manual_seed(0))
@@ -140,8 +140,8 @@ def test_chunks_are_diffusers(chunk: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_frame_by_frame_is_all_at_once() -> None:
-    """A norm over time has the statistics of all frames, also where it reads one after the other; and frames whose mean
-    is a hundred times their spread do not lose them."""
+    """A norm over time has the statistics of all frames, also where it reads one after the other; the statistics stay
+    accurate when the mean is a hundred times the spread."""
     block = torch.nn.GroupNorm(8, 16, dtype=torch.float64)
     torch.nn.init.normal_(block.weight, generator=torch.Generator().manual_seed(0))
     x = torch.randn(4, 3, 5, 16, generator=torch.Generator().manual_seed(1)).double() + 100
@@ -160,7 +160,7 @@ def test_frame_by_frame_is_all_at_once() -> None:
 
 
 class InOne(Plan):
-    """As on a GPU; what `pick` gives runs on a CPU too."""
+    """A plan as on a GPU; the functions that `pick` returns run on a CPU too."""
 
     def runs_kernel(self, op: str, shape: str) -> bool:
         return True
@@ -168,7 +168,7 @@ class InOne(Plan):
 
 @pytest.mark.parametrize("case", UNETS)
 def test_skips_are_joined_in_place(case: str) -> None:
-    """Kernels leave room for them, but not res blocks alone, nor where a size is not twice the one below."""
+    """Kernels leave room for them, except res blocks without transformers, or if a size is not twice the one below."""
     channels, frames, size, tokens, changes = UNETS[case]
     model, _ = unets(*channels, dtype=torch.float64, **changes)
     inputs = unet_inputs(model.config, frames, size, torch.float64, tokens=tokens)
@@ -209,7 +209,7 @@ def test_folded_up_sampling(size: tuple[int, int] | None) -> None:
 
 
 def test_streaming_needs_little_more_than_two_tensors() -> None:
-    """Live bytes at published widths, of tensors without contents: the reference holds six full-size ones."""
+    """Peak live bytes at published widths, with meta tensors: the reference holds six full-size tensors."""
     from reducio_fast.reference.svd.config import TemporalVAEConfig
     from reducio_fast.reference.svd.vae import TemporalVAE
 
@@ -236,7 +236,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.usefixtures("kernels")
 def test_layers_on_kernels(dtype: torch.dtype) -> None:
-    """A block of each kind: the interpreter takes a minute for a network."""
+    """One block of each kind, since the interpreter takes a minute for a network."""
     draw = torch.Generator().manual_seed(0)
     vae, _ = vaes(32, dtype=dtype)
     block = vae.decoder.mid_block.resnets[0].temporal_res_block
@@ -313,8 +313,8 @@ def test_sampling(guidance: str) -> None:
     noise = torch.randn(1, 5, 4, 8, 8, generator=draw)
 
     def run(network: Any, sample: Any, dtype: torch.dtype) -> Tensor:
-        told = ImageCondition(*(tensor.to(dtype) for tensor in (cond.embeds, cond.latents, cond.added_time_ids)))
-        denoise = network.denoiser(told, None, scale)
+        condition = ImageCondition(*(tensor.to(dtype) for tensor in (cond.embeds, cond.latents, cond.added_time_ids)))
+        denoise = network.denoiser(condition, None, scale)
         return sample(denoise, EulerDiscreteScheduler(**PUBLISHED), noise.to(dtype), 4)
 
     oracle = run(copy.deepcopy(model).double(), ref.sample, torch.float64)

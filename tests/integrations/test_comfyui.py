@@ -1,6 +1,6 @@
 """The ComfyUI node pack, loaded from its folder as ComfyUI loads one, against a stand-in for ComfyUI's documented
 interface: classes with the signatures of `comfy_api.latest.io`, which refuse arguments that those do not have. ComfyUI
-itself is no package that can be installed, so its own loader is not run here."""
+itself is not an installable package, so its own loader is not run here."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _type(of: type) -> SimpleNamespace:
 
 @pytest.fixture
 def comfy(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the nodes did to ComfyUI: `progress`, and whether its user has interrupted."""
+    """State of the stand-in: `progress` records the nodes' updates, `interrupted` means that the user interrupts."""
     state = SimpleNamespace(progress=[], interrupted=False)
 
     class ProgressBar:
@@ -116,7 +116,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture
 def nodes(comfy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """By id. ComfyUI imports the folder's `__init__.py` under a name of its own and awaits `comfy_entrypoint()`."""
+    """The nodes by id. ComfyUI imports `__init__.py` under a name that it chooses and awaits `comfy_entrypoint()`."""
     name = "custom_nodes_comfyui"
     spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     assert spec is not None and spec.loader is not None
@@ -137,17 +137,17 @@ def nodes(comfy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
 def test_schemas_fit_their_functions(nodes: dict[str, Any]) -> None:
     assert list(nodes) == ["ReducioLoad", "ReducioGenerate", "ReducioEncodeMotion", "ReducioDecode", "ReducioLongClip"]
     for node in nodes.values():
-        schema, words = node.define_schema(), inspect.signature(node.execute).parameters
-        assert {each.id for each in schema.inputs} == set(words)
-        assert all(each.optional == (words[each.id].default is not inspect.Parameter.empty) for each in schema.inputs)
+        schema, params = node.define_schema(), inspect.signature(node.execute).parameters
+        assert {each.id for each in schema.inputs} == set(params)
+        assert all(each.optional == (params[each.id].default is not inspect.Parameter.empty) for each in schema.inputs)
         assert schema.outputs and all(output.display_name for output in schema.outputs)
 
 
 @pytest.mark.slow
 def test_a_workflow(nodes: dict[str, Any], comfy: SimpleNamespace) -> None:
     (model,) = nodes["ReducioLoad"].execute("", "auto", "float32").args
-    words = {"negative_prompt": "", "seed": 1, "steps": 2, "guidance": 4.5, "previews": True}
-    motion, content = nodes["ReducioGenerate"].execute(model, PROMPT, **words).args
+    options = {"negative_prompt": "", "seed": 1, "steps": 2, "guidance": 4.5, "previews": True}
+    motion, content = nodes["ReducioGenerate"].execute(model, PROMPT, **options).args
     assert content.shape == (1, 128, 128, 3) and content.dtype == torch.float32 and 0 <= content.min() <= 1
     assert [(value, total) for value, total, _ in comfy.progress] == [(1, 2), (2, 2)]
     kind, picture, _ = comfy.progress[-1][2]
@@ -160,9 +160,9 @@ def test_a_workflow(nodes: dict[str, Any], comfy: SimpleNamespace) -> None:
     assert other.shape == motion.shape and torch.equal(middle[0], frames[7])
     comfy.progress.clear()
     long, _ = nodes["ReducioLongClip"].execute(
-        model, PROMPT, **words | {"previews": False}, num_frames=24, motion_strength=1.0, loop=True, image=content
+        model, PROMPT, **options | {"previews": False}, num_frames=24, motion_strength=1.0, loop=True, image=content
     ).args  # fmt: skip
     assert long.shape == (46, 128, 128, 3) and [value for value, *_ in comfy.progress] == [1, 2, 3, 4]
     comfy.interrupted = True
     with pytest.raises(InterruptedError):
-        nodes["ReducioGenerate"].execute(model, PROMPT, **words)
+        nodes["ReducioGenerate"].execute(model, PROMPT, **options)

@@ -1,4 +1,4 @@
-"""`bench`: what it measures with, what it compares and what it refuses."""
+"""`bench`: its instruments, its comparisons and what it refuses."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_a_convolution_counts_two_operations_a_product() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Time that only the contenders move on."""
+    """A clock that only the contenders advance."""
     now = SimpleNamespace(value=0.0)
     monkeypatch.setattr(bench, "clock", lambda device: now.value)
     return now
 
 
 def contender(clock: SimpleNamespace, name: str, decode: list[float], shade: int = 100) -> Contender:
-    """Two warm-up clips of 9 s, then clips whose decoder takes what the list says."""
+    """Two warm-up clips of 9 s, then clips whose decoder takes the seconds in the list."""
     seconds = iter([9.0, 9.0, *decode])
 
     def run() -> tuple[np.ndarray, dict[str, float]]:
@@ -75,19 +75,19 @@ def contender(clock: SimpleNamespace, name: str, decode: list[float], shade: int
     return Contender(name, f"{name} for a test", torch.float32, run, "direct" if name == "reference" else "folded")
 
 
-MADE = SimpleNamespace(
+WORKLOAD = SimpleNamespace(
     device=CPU,
     flops={"direct": {"dit.step": 2e12, "vae.decode": 8e12}, "folded": {"dit.step": 1e12, "vae.decode": 4e12}},
 )
 
 
 def test_speed_up_is_the_median_of_ratios_within_a_turn(clock: SimpleNamespace) -> None:
-    """In the second turn the machine is slow for both: the ratio of that turn is as good as any."""
+    """In the second turn the machine is slow for both, so the ratio of that turn is still valid."""
     makers = [
         lambda: contender(clock, "reference", [5.0, 50.0, 4.0]),
         lambda: contender(clock, "fast", [1.0, 16.0, 1.0], shade=101),
     ]
-    rows = bench.compare(makers, ["reference", "fast"], MADE, 3, {"matmul_tflops": 20.0}, lambda line: None)
+    rows = bench.compare(makers, ["reference", "fast"], WORKLOAD, 3, {"matmul_tflops": 20.0}, lambda line: None)
     fast = rows["fast"]
     assert fast["speed_up"] == {"median": 3.0, "min": 2.5, "max": 3.0}  # 6/2, 51/17, 5/2
     assert fast["stages_speed_up"]["vae.decode"] == {"median": 4.0, "min": 3.125, "max": 5.0}
@@ -104,12 +104,12 @@ def test_a_contender_that_cannot_be_built_is_left_out(clock: SimpleNamespace) ->
 
     makers = [lambda: contender(clock, "reference", [2.0]), broken, lambda: contender(clock, "fast", [1.0])]
     lines: list[str] = []
-    rows = bench.compare(makers, ["reference", "compiled", "fast"], MADE, 1, {"matmul_tflops": 1.0}, lines.append)
+    rows = bench.compare(makers, ["reference", "compiled", "fast"], WORKLOAD, 1, {"matmul_tflops": 1.0}, lines.append)
     assert rows["compiled"] == {"skipped": "RuntimeError: no C++ compiler"}
     assert rows["fast"]["speed_up"]["median"] == 1.5
     assert any("compiled: skipped" in line for line in lines)
     with pytest.raises(RuntimeError, match="compiler"):  # nothing is left to compare with
-        bench.compare([broken], ["reference"], MADE, 1, {"matmul_tflops": 1.0}, lines.append)
+        bench.compare([broken], ["reference"], WORKLOAD, 1, {"matmul_tflops": 1.0}, lines.append)
 
 
 def test_on_red_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +117,8 @@ def test_on_red_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("timed")
 
     rows = [{"what": "vae.encode", "right": True}, {"what": "vae.decode", "right": False}]
-    made = SimpleNamespace(what="a test", device=CPU, dtype=torch.float32, parity=lambda: rows, contender=run)
-    monkeypatch.setattr(bench, "workload", lambda *words: made)
+    stand_in = SimpleNamespace(what="a test", device=CPU, dtype=torch.float32, parity=lambda: rows, contender=run)
+    monkeypatch.setattr(bench, "workload", lambda *args: stand_in)
     with pytest.raises(ReducioError, match="nothing is timed, for 1 of 2 comparisons fail, the first: vae.decode"):
         bench.bench(device="cpu", cold=False)
 
@@ -138,12 +138,12 @@ def test_the_ladder_adds_one_thing_a_rung() -> None:
     from reducio_fast.triton_kernels.registry import OPS
 
     of_svd = {name for name, _ in svd_clip.KERNELS}
-    asked_for = {"quantised_conv3d"}  # by `quantise=`: it changes the result, which a rung must not
-    assert rungs[-1].kernels | of_svd | asked_for == set(OPS), "every other kernel is a rung of one ladder"
+    optional = {"quantised_conv3d"}  # only with `quantise=`: it changes the result, which a rung must not do
+    assert rungs[-1].kernels | of_svd | optional == set(OPS), "every other kernel is a rung of one ladder"
 
 
 def test_a_plan_without_a_kernel_takes_the_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, which is asked for its architecture only: statistics are taken where both kernels run."""
+    """A plan for a GPU needs only its architecture. Statistics are taken where both kernels run."""
     from reducio_fast.fast import plan
     from reducio_fast.triton_kernels import registry
 
@@ -257,7 +257,7 @@ def test_mistakes(
 
 
 def test_the_schedule_of_a_bare_machine_is_diffusers_own() -> None:
-    """The stand-in steps as its original does, by hand and as the fast sampler's table."""
+    """The stand-in takes diffusers' steps, both through `step` and as the fast sampler's table."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from reducio_fast.fast.solver_tables import coefficients
@@ -280,6 +280,6 @@ def test_the_schedule_of_a_bare_machine_is_diffusers_own() -> None:
 
 def test_full_size_is_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(GivenConditions, "random", lambda *words: seen.append(words))
+    monkeypatch.setattr(GivenConditions, "random", lambda *args: seen.append(args))
     workload("512", None, "bfloat16", SimpleNamespace(type="cuda"))
     assert seen[0][:5] == ("full size 512", DIT_PRESETS["reducio-512"], VAEConfig(), 512, torch.bfloat16)

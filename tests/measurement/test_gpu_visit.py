@@ -44,9 +44,9 @@ def bare(tmp_path: Path) -> dict[str, str]:
     return bare_environment(tmp_path)
 
 
-def visit(root: Path, env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+def visit(root: Path, env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     script = root / "benchmarks" / "gpu_visit.sh"
-    return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, env=env, cwd="/")
+    return subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, env=env, cwd="/")
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +78,17 @@ def test_every_part_leaves_its_file(dry_run: Path) -> None:
 
 
 def test_a_bare_machine_benchmarks_given_conditions(dry_run: Path) -> None:
-    """`bench narrow --ladder` with torch, Triton, numpy and safetensors alone: what its row holds."""
+    """The row of `bench narrow --ladder` with torch, Triton, numpy and safetensors alone."""
     row, printed = read(dry_run, "bench-1024"), (dry_run / "bench-1024.log").read_text()
     assert list(row["contenders"]) == ["reference", "fast"]
-    # On a CPU no kernel can be switched: what is left is each network's algebra, and everything together.
+    # On a CPU no kernel can be switched: the rungs that remain are each network's algebra and everything together.
     assert list(row["ladder"]) == ["reference", "transformer", "decoder", "engine", "compile"]
     assert all(r["right"] for r in row["parity"]) and len(row["parity"]) == 3
-    for found in (*row["contenders"].values(), *row["ladder"].values()):
-        assert set(found["stages_s"]) == set(found["tflops"]) == {"dit.step", "vae.decode"}
-        inner = sum(stage["median"] for stage in found["stages_s"].values())
-        assert 0.9 * inner < found["clip_s"]["median"] < 1.2 * inner + 0.05
-        assert found["peak_gb"] > 0.1 and found["joules"] is None
+    for entry in (*row["contenders"].values(), *row["ladder"].values()):
+        assert set(entry["stages_s"]) == set(entry["tflops"]) == {"dit.step", "vae.decode"}
+        inner = sum(stage["median"] for stage in entry["stages_s"].values())
+        assert 0.9 * inner < entry["clip_s"]["median"] < 1.2 * inner + 0.05
+        assert entry["peak_gb"] > 0.1 and entry["joules"] is None
     fast = row["contenders"]["fast"]
     assert fast["psnr_db"] is None or fast["psnr_db"] > 50  # None: the very same bytes
     assert fast["tflops"]["vae.decode"] == pytest.approx(
@@ -123,7 +123,7 @@ def test_a_visit_that_is_over_says_so(root: Path, tmp_path: Path, bare: dict[str
 
 
 def test_the_parts_fit_into_one_visit(root: Path) -> None:
-    """All but those of the second call, which has a window of its own."""
+    """All parts except those of the second call, which has its own time window."""
     script = (root / "benchmarks" / "gpu_visit.sh").read_text().split("else\n    needs_gpu precompile")[0]
     seconds = {name: int(n) for name, n in re.findall(r"^    part (\S+) (\d+) ", script, re.M)}
     assert set(seconds) == {*HERE, *ON_A_GPU}
@@ -131,7 +131,7 @@ def test_the_parts_fit_into_one_visit(root: Path) -> None:
 
 
 def test_results_of_tests_survive_a_visit_that_ends(root: Path, bare: dict[str, str], tmp_path: Path) -> None:
-    """The log is read as far as it goes, of one process or of many."""
+    """The log of one process or of several is read as far as it was written."""
     script = (root / "benchmarks" / "gpu_visit.sh").read_text()
     code = script.split("""rm -f "$out/tests.lines"\n""")[1].split("\nEND\n")[0]
     (tmp_path / "tests.lines").write_text(
@@ -147,7 +147,7 @@ def test_results_of_tests_survive_a_visit_that_ends(root: Path, bare: dict[str, 
 
 
 def test_usage(root: Path, tmp_path: Path, bare: dict[str, str]) -> None:
-    for words in ([], ["--dry-run"], [str(tmp_path / "x"), "--fast"]):
-        refused = visit(root, bare, *words)
-        assert refused.returncode == 2 and refused.stderr.startswith("usage:"), words
+    for arguments in ([], ["--dry-run"], [str(tmp_path / "x"), "--fast"]):
+        refused = visit(root, bare, *arguments)
+        assert refused.returncode == 2 and refused.stderr.startswith("usage:"), arguments
     assert not (tmp_path / "x").exists()

@@ -1,4 +1,5 @@
-"""The launches of a full-size clip on a GPU that is not here: what is built, read, and compiled beforehand."""
+"""The launches of a full-size clip on an absent GPU: which kernels are built, which statistics are read, and what is
+compiled beforehand."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ CODE = textwrap.dedent("""
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    # In a process where Triton compiles: here it interprets.
+    # In a process of its own, where Triton compiles; in this one it interprets.
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -80,8 +81,8 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_compile_check_builds_what_a_clip_launches(dry_run: dict[str, Any]) -> None:
-    """Every launch, of a clip of ours and of SVD, is among the builds; of convolutions and SVD's norms every bfloat16
-    build is launched, but a causal model's."""
+    """Every launch of our clip and of SVD's is among the builds. Every bfloat16 build of a convolution or of SVD's
+    norms is launched, except those of a causal model."""
     built = {json.dumps(build[1:]): build[0] for build in dry_run["built"]}
     launched = {json.dumps(launch) for launch in dry_run["launched"] + dry_run["svd"]}
     assert launched - set(built) == set()
@@ -102,7 +103,7 @@ def test_kernels_are_compiled_beforehand(dry_run: dict[str, Any]) -> None:
 
 
 def test_keys_of_the_published_sizes() -> None:
-    """Against the model itself, on tensors without data."""
+    """Compared with the model itself, on tensors without data."""
     import torch
 
     from reducio_fast.reference import DIT_PRESETS, ReducioDiT

@@ -1,4 +1,4 @@
-"""`profile`: stages on the time line only when asked, and a table that gives each stage what it launched."""
+"""`profile`: stages are on the time line only on request, and the table lists for each stage what it launched."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_kernels_belong_to_the_stage_that_launched_them() -> None:
     step, decode = stages["dit.step"], stages["vae.decode"]
     assert dict(step.ops) == {"gemm": [2, 50.0], "norm": [1, 15.0]}
     assert dict(decode.ops) == {"conv3d_kernel": [1, 100.0], "Memcpy DtoH": [1, 30.0]}
-    assert (step.wall, step.busy) == (100, 40 + 20)  # 15..55 and 95..115, what overlaps once
+    assert (step.wall, step.busy) == (100, 40 + 20)  # 15..55 and 95..115: an overlap counts once
     assert (step.launches, step.synchronisations) == (3, 1)
     assert (decode.launches, decode.synchronisations, decode.busy) == (1, 0, 130)
 

@@ -1,4 +1,4 @@
-"""benchmarks/report.py: rows to a table between markers, and to a picture."""
+"""benchmarks/report.py turns rows into a table between markers and into a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def report(root: Path) -> ModuleType:
     return module
 
 
-def figures(decode: float, ratio: float, **more: object) -> dict:
+def figures(decode: float, ratio: float, **changes: object) -> dict:
     def spread(value: float) -> dict:
         return {"median": value, "min": value * 0.9, "max": value * 1.1}
 
@@ -35,10 +35,10 @@ def figures(decode: float, ratio: float, **more: object) -> dict:
         "stages_speed_up": {"dit.step": spread(1.0), "vae.decode": spread(ratio)},
         "tflops": {"dit.step": 0.02, "vae.decode": 0.1 / decode},
         "share_of_roof": {"dit.step": 0.1, "vae.decode": 0.25},
-    } | more
+    } | changes
 
 
-def row(date: str = "2026-11-20", **more: object) -> dict:
+def row(date: str = "2026-11-20", **changes: object) -> dict:
     return {
         "benchmark": "bench", "what": "default: 16x128x128 from a prompt, 20 steps", "note": None, "pairs": 3,
         "machine": {"device": {"name": "A card"}, "packages": {"torch": "2.11.0"}, "commit": "0123456789abcdef",
@@ -48,7 +48,7 @@ def row(date: str = "2026-11-20", **more: object) -> dict:
         "contenders": {"reference": figures(1.5, 1.0), "fast": figures(0.5, 2.0),
                        "compiled": {"skipped": "RuntimeError: no compiler"}},
         "ladder": {}, "cold": {"fast": {"empty_caches": {"load_s": 1.0, "first_clip_s": 2.0}}},
-    } | more  # fmt: skip
+    } | changes  # fmt: skip
 
 
 def test_table(report: ModuleType) -> None:

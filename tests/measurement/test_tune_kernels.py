@@ -1,4 +1,4 @@
-"""`bench --tune`: the search on made-up clocks, the table it writes, and what the compiler says of real candidates."""
+"""`bench --tune`: the search on made-up clocks, the table it writes, and what the compiler refuses."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def problem(op: str, key: str, plan: str, calls: float) -> Problem:
 
 
 def test_tune_writes_settings_and_a_plan(root: Path, tmp_path: Path) -> None:
-    """One clock for every launch, which reads the settings in force as a kernel would."""
+    """One clock for every launch; it reads the settings in force, as a kernel does."""
     problems = [
         problem("conv3d", "K<=128", "128->128", 100),
         problem("conv3d", "K<=128", "256->128", 10),
@@ -99,7 +99,7 @@ def test_tune_writes_settings_and_a_plan(root: Path, tmp_path: Path) -> None:
         problem("attention", "72", "cross 72", 50),
     ]
     vendor = {"128->128": 2.0, "256->128": 0.5, "512->512": 0.98, "cross 72": 5.0}  # 0.98: within the threshold
-    asked: list[tuple[str, str, tuple[str, ...]]] = []
+    checked: list[tuple[str, str, tuple[str, ...]]] = []
 
     def clock(p: Problem, way: str) -> float:
         if way == "vendor":
@@ -110,7 +110,7 @@ def test_tune_writes_settings_and_a_plan(root: Path, tmp_path: Path) -> None:
         return 1.0 + (entry["num_warps"] != 4)
 
     def allowed(op: str, key: str, variants: tuple[str, ...], candidates: list[Settings]) -> list[bool]:
-        asked.append((op, key, variants))
+        checked.append((op, key, variants))
         return everything(candidates)
 
     before = tune_kernels.in_force("conv3d", "K<=128", "sm_90")
@@ -123,10 +123,10 @@ def test_tune_writes_settings_and_a_plan(root: Path, tmp_path: Path) -> None:
         "conv3d 512->512": "kernel",
         "attention cross 72": "kernel",
     }
-    # The group that costs most comes first, and the compiler is asked about its own builds.
-    assert asked[0] == ("conv3d", "K<=128", ("conv3d bf16",))
+    # The group that costs most comes first, and the compiler checks that group's own builds.
+    assert checked[0] == ("conv3d", "K<=128", ("conv3d bf16",))
     assert [r["key"] for r in rows if "settings" in r] == ["K<=128", "72", "*"]
-    assert tune_kernels.in_force("conv3d", "K<=128", "sm_90") == before  # what is in force is as it was
+    assert tune_kernels.in_force("conv3d", "K<=128", "sm_90") == before  # the settings in force are restored
 
     path = tmp_path / "tables" / "sm_90.json"
     tune_kernels.write(table, "sm_90", path)
@@ -135,11 +135,11 @@ def test_tune_writes_settings_and_a_plan(root: Path, tmp_path: Path) -> None:
     assert written["conv3d"]["K<=128"] == table["conv3d"]["K<=128"] and written["plan"] == table["plan"]
     kept = [(op, key) for op, entries in shipped.items() for key in entries if key not in table.get(op, {})]
     assert kept and all(written[op][key] == shipped[op][key] for op, key in kept)  # what was not measured stays
-    assert max(map(len, path.read_text().splitlines())) > 60  # an entry a line, as in the tables that ship
+    assert max(map(len, path.read_text().splitlines())) > 60  # one entry per line, as in the shipped tables
 
 
 def test_a_wrong_result_is_never_the_fastest() -> None:
-    """The compiler's mistake is the fastest candidate of one class, and in force already for another."""
+    """A miscompiled candidate is the fastest of one class, and another one is already in force for another class."""
     problems = [problem("conv3d", "K<=128", "128->128", 1), problem("conv3d", "*", "512->512", 1)]
 
     def stages(p: Problem) -> int:
@@ -194,7 +194,7 @@ def test_settings_come_back_after_a_failure() -> None:
 
 
 def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
-    """The names of tune's problems against those that the kernels' own files give."""
+    """The names of tune's problems are compared with those in the kernels' own files."""
     from reducio_fast.triton_kernels.conv3d import blocks_for
     from reducio_fast.triton_kernels.registry import OPS
 
@@ -228,7 +228,7 @@ def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
     ids=lambda make: " ".join(map(str, (make.func.__name__, *make.args))),
 )
 def test_both_ways_compute_the_same(make: functools.partial, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our op against the vendor's way on small inputs in float32; of a convolution the statistics are compared."""
+    """Our op compared with the vendor's on small inputs in float32; for a convolution the statistics are compared."""
     from reducio_fast.triton_kernels import conv3d, group_norm_silu
 
     def random(device: torch.device, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -247,7 +247,7 @@ def test_both_ways_compute_the_same(make: functools.partial, monkeypatch: pytest
 
 
 def test_the_compiler_prunes() -> None:
-    """For a GPU that is not here: good settings pass, an over-full shared memory and spilled registers do not."""
+    """For a GPU that is not here: settings in force pass, settings that need too much shared memory do not."""
     code = textwrap.dedent("""
         from reducio_fast.measurement.tune_kernels import compile_problems, in_force
 

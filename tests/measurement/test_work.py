@@ -1,4 +1,4 @@
-"""What Stable Video Diffusion takes, counted: the reference as diffusers, and the twins below it."""
+"""The counted work of Stable Video Diffusion: the reference takes as much as diffusers, the fast twins take less."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_the_reference_is_diffusers(work: dict[str, Any]) -> None:
         with torch.device("meta"):
             unet = UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20)).half().eval().to("meta")
         counter.given(unet)
-        sample, told = torch.empty(2, 25, 8, 72, 128, **META), torch.empty(2, 1, 1024, **META)
-        return lambda: unet(sample, torch.empty((), **META), told, torch.empty(2, 3, **META))
+        sample, context = torch.empty(2, 25, 8, 72, 128, **META), torch.empty(2, 1, 1024, **META)
+        return lambda: unet(sample, torch.empty((), **META), context, torch.empty(2, 3, **META))
 
     theirs = count(run)
     assert theirs.flops == pytest.approx(work["unet"].flops, rel=1e-9)
@@ -107,8 +107,8 @@ def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     unet = VideoUNetConfig(block_out_channels=(32, 32, 64, 64), num_attention_heads=1, layers_per_block=1, num_frames=3)
     vae = TemporalVAEConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
     monkeypatch.setattr("reducio_fast.measurement.svd_clip.NARROW", (unet, vae, 64, 64, 2))
-    words = "bench svd-narrow --contenders reference,fast --pairs 1 --ladder --no-cold --no-progress --device cpu"
-    assert main(words.split()) == 0
+    command = "bench svd-narrow --contenders reference,fast --pairs 1 --ladder --no-cold --no-progress --device cpu"
+    assert main(command.split()) == 0
     out = capsys.readouterr().out
     assert "parity: 2 of 2 right" in out and "decoder" in out
     assert main("bench svd --device cpu".split()) == 2

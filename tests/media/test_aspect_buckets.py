@@ -153,19 +153,19 @@ def test_whole_frames_or_tiles_as_asked(pipe: ReducioPipeline, monkeypatch: pyte
 
 
 def test_size_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    asked = []
+    sizes = []
 
     def generate(**kwargs):
-        asked.append((kwargs["height"], kwargs["width"]))
+        sizes.append((kwargs["height"], kwargs["width"]))
         raise ReducioError("far enough")
 
     monkeypatch.setattr("reducio_fast.pipelines.generate.generate", generate)
     photo = tmp_path / "photo.png"
     Image.new("RGB", (160, 90)).save(photo)
     start = ["generate", "a red circle", "--out", str(tmp_path / "clip.mp4")]
-    for more in (["--size", "256"], ["--size", "1024", "--image", str(photo)], ["--height", "64", "--width", "96"]):
-        assert main([*start, *more]) == 2
-    assert asked == [(256, 256), (768, 1344), (64, 96)]
+    for options in (["--size", "256"], ["--size", "1024", "--image", str(photo)], ["--height", "64", "--width", "96"]):
+        assert main([*start, *options]) == 2
+    assert sizes == [(256, 256), (768, 1344), (64, 96)]
     capsys.readouterr()
     assert main([*start, "--size", "256", "--height", "128"]) == 2
     assert "--size 256 and --height 128 --width None: give one or the other" in capsys.readouterr().err

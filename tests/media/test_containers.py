@@ -24,8 +24,8 @@ def run_ffmpeg(*arguments: str | Path) -> None:
     subprocess.run(command, check=True)
 
 
-def source(path: Path, *more: str, size: str = "64x48", rate: int = 25, seconds: float = 1) -> Path:
-    run_ffmpeg("-f", "lavfi", "-i", f"testsrc=s={size}:r={rate}:d={seconds}", *more, path)
+def source(path: Path, *options: str, size: str = "64x48", rate: int = 25, seconds: float = 1) -> Path:
+    run_ffmpeg("-f", "lavfi", "-i", f"testsrc=s={size}:r={rate}:d={seconds}", *options, path)
     return path
 
 

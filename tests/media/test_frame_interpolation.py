@@ -1,4 +1,4 @@
-"""Frames between frames: dropped from clips and restored, better than the mean of both neighbours."""
+"""Frame interpolation: dropped frames are restored better than by the mean of both neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reducio_fast.system.errors import ReducioError
 
 
 def clip(frames: int, height: int = 96, width: int = 96, pace: int = 1) -> np.ndarray:
-    """A textured picture that pans, `pace` pixels a frame."""
+    """A textured picture that pans by `pace` pixels per frame."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (height // 6 + 1, width // 3 + 1, 3)).astype(np.float32)
     picture = np.repeat(np.repeat(coarse, 6, axis=0), 6, axis=1)[:height]

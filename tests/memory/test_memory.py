@@ -113,20 +113,20 @@ def test_forecast_is_within_15_percent_of_what_is_allocated(
     frame = np.zeros((*size, 3), np.uint8)
     for stage in ("dit.step", "vae.decode"):
         pipe.executor.networks_of(stage)  # packs the weights first, so that no stage allocates them
-    found = {}
+    allocated = {}
     text, mask = pipe.conditioner.encode_text(PROMPT * 5)  # fills the model's caption length
     assert mask.all()
-    (semantic, image), found["image.encode"] = measured(tmp_path, pipe.conditioner.encode_image, frame, Embeds())
+    (semantic, image), allocated["image.encode"] = measured(tmp_path, pipe.conditioner.encode_image, frame, Embeds())
     cond = Condition(text, mask, semantic, image)
     uncond = cond.without_text(pipe.transformer.null_text)
     generator = torch.Generator().manual_seed(0)
     config = pipe.vae.config
     shape = (config.latent_channels, config.num_frames // config.temporal_factor)
     noise = initial_latent((1, *shape, *(n // config.spatial_factor for n in size)), [generator])
-    latent, found["dit.step"] = measured(tmp_path, pipe.sampler, noise, cond, uncond, 4.5, 2, generator, None)
+    latent, allocated["dit.step"] = measured(tmp_path, pipe.sampler, noise, cond, uncond, 4.5, 2, generator, None)
     way = pipe.decoder.default(*size)
-    _, found["vae.decode"] = measured(tmp_path, pipe.decoder.decode, latent, frame, way)
-    shares = {stage: expected[stage] / bytes for stage, bytes in found.items()}
+    _, allocated["vae.decode"] = measured(tmp_path, pipe.decoder.decode, latent, frame, way)
+    shares = {stage: expected[stage] / bytes for stage, bytes in allocated.items()}
     assert all(0.85 <= share <= 1.15 for share in shares.values()), shares
 
 
@@ -269,9 +269,9 @@ def test_latents_are_saved_when_the_decode_runs_out_of_memory(
     argv = ["decode", str(file), "--out", str(tmp_path / "clip"), "--backend", "fast", "--device", "cpu"]
     argv += ["--dtype", "float32", "--json"]  # the dtype of the call
     assert main.main(argv) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["seeds"] == [3, 4] and told["fps"] == pipe.fps
-    for path, clip in zip(told["paths"], expected, strict=True):
+    result = json.loads(capsys.readouterr().out)
+    assert result["seeds"] == [3, 4] and result["fps"] == pipe.fps
+    for path, clip in zip(result["paths"], expected, strict=True):
         assert (read_video(path)[0] == clip).all()
 
 

@@ -12,7 +12,7 @@ MAPPED = ("reference", "compile", "triton_kernels")  # root folders that are ins
 
 @pytest.fixture(scope="session")
 def layout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds `reducio_fast` with links to every room."""
+    """A folder that holds `reducio_fast` with links to all of its entries."""
     folder = tmp_path_factory.mktemp("layout")
     package = folder / "reducio_fast"
     package.mkdir()
@@ -24,7 +24,7 @@ def layout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied_layout(layout: Path, tmp_path: Path) -> Path:
-    """The same as files of the test's own, to break."""
+    """A copy of the layout that a test may break."""
     skipped = shutil.ignore_patterns("__pycache__", "*.safetensors")
     shutil.copytree(layout, tmp_path / "layout", symlinks=False, ignore=skipped)
     return tmp_path / "layout"

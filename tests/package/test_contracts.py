@@ -1,4 +1,4 @@
-"""The import contracts of pyproject.toml hold, and would notice what they forbid."""
+"""The import contracts of pyproject.toml hold, and they report imports that they forbid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation holds: its links lead somewhere, its commands parse, its Python compiles, and what says `run` runs.
+"""The documentation is correct: links lead to files, commands parse, Python compiles, and what is marked `run` runs.
 
 A fence is marked in its info string: ```bash run``` goes through the command, ```python run``` is executed, each in a
 folder with a picture `photo.png`; `MODEL` is the embedded model's folder. Other fences are parsed only: they need a
@@ -27,7 +27,7 @@ FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def snippets(*languages: str, pages: list[Path], run: bool | None = None) -> list:
-    """(page, code) of the fences in these languages, each named by its page and line."""
+    """The code of the fences in these languages, each with its page and line as id."""
     found = []
     for page in pages:
         text = page.read_text()
@@ -70,7 +70,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_parse(code: str) -> None:
     assert subprocess.run(["bash", "-n"], input=code, text=True, capture_output=True, check=False).stderr == ""
     for argv in commands(code):
-        main.parser().parse_args(argv)  # leaves with status 2 where a word is wrong
+        main.parser().parse_args(argv)  # exits with status 2 if an argument is wrong
 
 
 @pytest.mark.parametrize("code", snippets("bash", pages=PAGES, run=True))
@@ -97,7 +97,7 @@ def test_python_runs(code: str, here: Path, bundle: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_that_a_page_names_exist(page: Path) -> None:
-    """In running text, that is; those in commands are parsed above."""
+    """Only options in running text; those in commands are parsed above."""
     actions = next(a for a in main.parser()._actions if isinstance(a, argparse._SubParsersAction))
     known = {option for command in actions.choices.values() for option in command._option_string_actions}
     foreign = {"--local-dir"}  # of `hf download`

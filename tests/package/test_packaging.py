@@ -32,7 +32,7 @@ SENTINEL = "models/tiny/deeply/nested/sentinel.safetensors"
 
 @pytest.fixture(scope="module")
 def dist(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of an sdist and the wheel built from it, of a copy without stale builds and stray files."""
+    """Folder of an sdist and the wheel built from it. The source is a copy without stale builds and stray files."""
     source = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("__pycache__", "golden", ".*_cache")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
@@ -57,12 +57,12 @@ def wheel(dist: Path) -> Iterator[zipfile.ZipFile]:
 
 @pytest.fixture(scope="module")
 def clean(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bin/ of a new environment with the wheel in it. Its requirements are this one's: they are gigabytes."""
+    """bin/ of a new environment with the wheel in it. It shares the requirements of this one, which are gigabytes."""
     folder = tmp_path_factory.mktemp("clean") / "venv"
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
-    # Folders that a .pth names are searched, but their own .pth files are not read: no editable install comes along.
+    # Folders listed in a .pth are searched, but their own .pth files are not read, so no editable install is visible.
     (site / "shared.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index"]
     done = subprocess.run([*install, str(next(dist.glob("*.whl")))], capture_output=True, text=True)
@@ -132,7 +132,7 @@ def test_requirements_are_floors_and_leave_triton_to_torch(wheel: zipfile.ZipFil
     requirements = [Requirement(line) for line in lines]
     assert {"torch", "safetensors", "diffusers"} <= {r.name for r in requirements}
     assert not [r for r in requirements if "triton" in r.name]
-    # Capped is the client alone that tests drive the server with: its next major version may drop the videos API.
+    # Only the openai client, which tests use, is capped: its next major version may drop the videos API.
     assert {s.operator for r in requirements for s in r.specifier if r.name != "openai"} == {">="}
     assert all('extra == "test"' in str(r.marker) for r in requirements if r.name == "openai")
 
@@ -162,8 +162,8 @@ def test_wheel_in_a_clean_environment(clean: Path, tmp_path: Path) -> None:
     places = run_clean([clean / "python", "-c", code], tmp_path)
     assert places.returncode == 0, places.stderr
     assert all(Path(place).is_relative_to(clean.parent) for place in json.loads(places.stdout))
-    words = "generate x --out clip.gif --num-inference-steps 1 --no-progress --device cpu --json".split()
-    made = run_clean([clean / "reducio-fast", *words], tmp_path)
+    arguments = "generate x --out clip.gif --num-inference-steps 1 --no-progress --device cpu --json".split()
+    made = run_clean([clean / "reducio-fast", *arguments], tmp_path)
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["config"]["num_frames"] == 16 and (tmp_path / "clip.gif").stat().st_size > 0
 
@@ -225,5 +225,5 @@ def test_root_folders_import_ours_relatively(root: Path, folder: str) -> None:
                 names = [node.module]
             assert not ours & {name.split(".")[0] for name in names}, f"{file}:{node.lineno}"
             if folder == "reference" and isinstance(node, ast.ImportFrom):
-                depth = len(file.relative_to(root / folder).parts)  # so many dots lead to the folder itself
+                depth = len(file.relative_to(root / folder).parts)  # this many dots lead to the folder itself
                 assert node.level <= depth, f"{file}:{node.lineno}: an import from outside the oracle's folder"

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_mypy(root: Path, layout: Path) -> None:
-    # The cache stays in the checkout: without one torch's own types take most of the time.
+    # The cache stays in the checkout: without one, mypy spends most of its time on torch's types.
     cache = f"--cache-dir={root / '.mypy_cache'}"
     config = f"--config-file={root / 'pyproject.toml'}"
     command = [sys.executable, "-P", "-m", "mypy", config, cache, "-p", "reducio_fast"]

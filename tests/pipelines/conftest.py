@@ -24,7 +24,7 @@ TOWER = {
 
 
 def randomise(network: nn.Module) -> nn.Module:
-    """Fresh values everywhere: several layers start at zero, which would leave whole paths unseen."""
+    """Fills every tensor with random values: several layers start at zero, which would leave whole paths untested."""
     with torch.no_grad():
         for tensor in network.state_dict().values():
             if tensor.is_floating_point():
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content_encoder = AutoencoderKL(
         **blocks, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4
     )
-    drawer = PixArtTransformer2DModel(
+    pixart = PixArtTransformer2DModel(
         sample_size=8,
         num_attention_heads=2,
         attention_head_dim=16,
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cross_attention_dim=32,
     )
     tokenizer, schedule = ByT5Tokenizer(), {"beta_start": 1e-4, "beta_end": 0.02}
-    for network in (vae, transformer, text_encoder, content_encoder, drawer):
+    for network in (vae, transformer, text_encoder, content_encoder, pixart):
         randomise(network)
     pipe = ReducioPipeline(
         vae,
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer,
         randomise(SemanticEncoder(TOWER)),
         content_encoder,
-        PixArtAlphaPipeline(tokenizer, text_encoder, content_encoder, drawer, DPMSolverMultistepScheduler(**schedule)),
+        PixArtAlphaPipeline(tokenizer, text_encoder, content_encoder, pixart, DPMSolverMultistepScheduler(**schedule)),
         fps=12,
         sample_height=64,
         sample_width=64,
@@ -91,7 +91,7 @@ def clip(pipe: ReducioPipeline):
 
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
-    """A folder of the test's own, to break."""
+    """A copy of the model folder that a test may damage."""
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 

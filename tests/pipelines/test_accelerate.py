@@ -84,11 +84,11 @@ def test_what_the_twin_cannot_do_runs_as_before(pipe: StableVideoDiffusionPipeli
     assert pipe.unet.conv_in.weight.grad is not None
     assert acceleration.report["unet"] == "as before: gradients are recorded"
     with torch.no_grad():
-        apart = inputs | {"timestep": torch.tensor([0.2, 0.7])}
-        two = pipe.unet(**apart).sample
+        separate = inputs | {"timestep": torch.tensor([0.2, 0.7])}
+        batch = pipe.unet(**separate).sample
         for item, timestep in enumerate((0.2, 0.7)):
-            one = pipe.unet(**{k: v[item : item + 1] for k, v in inputs.items() if v.ndim} | {"timestep": timestep})
-            torch.testing.assert_close(one.sample[0], two[item], rtol=1e-4, atol=1e-4)
+            single = pipe.unet(**{k: v[item : item + 1] for k, v in inputs.items() if v.ndim} | {"timestep": timestep})
+            torch.testing.assert_close(single.sample[0], batch[item], rtol=1e-4, atol=1e-4)
     acceleration.undo()
 
 
@@ -143,22 +143,22 @@ class Another(UNetSpatioTemporalConditionModel):
         return super().forward(*args, **kwargs)
 
 
-class Kin(UNetSpatioTemporalConditionModel):
-    """As derivatives do that change how it is made alone."""
+class Derived(UNetSpatioTemporalConditionModel):
+    """Like derivatives that change only how the network is built."""
 
 
 def test_subclasses_hooks_and_second_calls() -> None:
     config = unet_config(32, 64)
-    kin, another = Kin(**config), Another(**config)
-    acceleration = accelerate(SimpleNamespace(components={"unet": kin, "other": None}))
+    derived, another = Derived(**config), Another(**config)
+    acceleration = accelerate(SimpleNamespace(components={"unet": derived, "other": None}))
     assert acceleration.report == {"unet": "fast"}
-    again = accelerate(SimpleNamespace(components={"unet": kin}))
+    again = accelerate(SimpleNamespace(components={"unet": derived}))
     assert again.report == {"unet": "as before: its forward was replaced before, by hooks or by accelerate"}
     acceleration.undo()
     left = accelerate(SimpleNamespace(components={"unet": another}))
     assert left.report == {"unet": "as before: Another has a forward of its own"}
-    kin._hf_hook = object()
-    assert "replaced before, by hooks" in accelerate(SimpleNamespace(components={"unet": kin})).report["unet"]
+    derived._hf_hook = object()
+    assert "replaced before, by hooks" in accelerate(SimpleNamespace(components={"unet": derived})).report["unet"]
 
 
 def test_a_pipeline_of_another_kind() -> None:
@@ -168,29 +168,29 @@ def test_a_pipeline_of_another_kind() -> None:
 
 @pytest.mark.parametrize("sample_size", [8, 128])
 def test_pixart(sample_size: int) -> None:
-    """The picture stays, whatever the network is told; what the twin does not take runs as before."""
-    drawer = pixart(sample_size)
-    drawer.set_progress_bar_config(disable=True)
+    """The picture stays, whatever the network's conditions; what the twin does not support runs as before."""
+    pipeline = pixart(sample_size)
+    pipeline.set_progress_bar_config(disable=True)
     call = {"height": 64, "width": 48, "num_inference_steps": 2, "use_resolution_binning": False, "output_type": "np"}
 
     def draw(**changes: Any) -> np.ndarray:
-        words = {"prompt": "a red circle", "clean_caption": False, "generator": torch.Generator().manual_seed(0)}
-        return drawer(**(words | call | changes)).images[0]
+        arguments = {"prompt": "a red circle", "clean_caption": False, "generator": torch.Generator().manual_seed(0)}
+        return pipeline(**(arguments | call | changes)).images[0]
 
     before, unguided = draw(), draw(guidance_scale=1.0)
-    with accelerate(drawer) as acceleration:
+    with accelerate(pipeline) as acceleration:
         assert acceleration.report == {"transformer": "fast", "vae": "fast"}
         fast = draw()
         assert np.abs(fast - before).max() <= 2 / 255 and not np.array_equal(fast, before), "the twins ran"
         assert np.abs(draw(guidance_scale=1.0) - unguided).max() <= 2 / 255
         assert np.array_equal(draw(), fast)
-        drawer.transformer.proj_out.weight.data.mul_(-1)
+        pipeline.transformer.proj_out.weight.data.mul_(-1)
         changed = draw()
         assert np.abs(changed - before).max() > 2 / 255, "changed weights are seen"
-        drawer.vae.enable_tiling()
+        pipeline.vae.enable_tiling()
         tiled = draw()
         assert np.abs(tiled - changed).max() > 2 / 255, "tiles are no whole picture"
-        hook = drawer.transformer.proj_out.register_forward_hook(doubled)
+        hook = pipeline.transformer.proj_out.register_forward_hook(doubled)
         draw()
         assert acceleration.report["transformer"] == "as before: proj_out has forward hooks"
         hook.remove()

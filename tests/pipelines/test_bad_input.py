@@ -1,4 +1,4 @@
-"""What bad input gets: one line that names the argument and both values, before any work."""
+"""Bad input raises an error of one line that names the argument and both values, before any work starts."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_output_types_hold_one_clip(pipe: ReducioPipeline, clip):
 
 @pytest.mark.slow
 def test_the_reference_networks_make_the_clip(folder: Path):
-    """The whole second stage once more, step by step from its parts."""
+    """Repeats the whole second stage step by step from its parts."""
     from reducio_fast.reference import Condition, initial_latent, sample
 
     pipe = ReducioPipeline.from_pretrained(folder, device="cpu", backend="reference")
@@ -105,8 +105,8 @@ def test_latents_replace_the_noise_alone(pipe: ReducioPipeline, clip):
 
 @pytest.mark.slow
 def test_guidance(pipe: ReducioPipeline, clip):
-    def frames(**words):
-        return pipe(PROMPT, clip.content, seed=3, **words, **FAST).frames
+    def frames(**kwargs):
+        return pipe(PROMPT, clip.content, seed=3, **kwargs, **FAST).frames
 
     assert np.array_equal(frames(negative_prompt=""), clip.frames), "no negative prompt is the null text"
     assert not np.array_equal(frames(negative_prompt="noise"), clip.frames)
@@ -138,9 +138,9 @@ def test_backend_is_reported(pipe: ReducioPipeline, folder: Path, monkeypatch: p
     assert list(pipe.report) == ["transformer", "vae", "text_to_image"]
     assert all(pipe.report[name].startswith("fast: the best there is; in ") for name in ("transformer", "vae"))
     assert pipe.report["text_to_image"] == "fast: its transformer and decoder run as twins"
-    asked = ReducioPipeline.from_pretrained(folder, backend="reference")
+    reference = ReducioPipeline.from_pretrained(folder, backend="reference")
     lines = dict.fromkeys(("transformer", "vae"), "reference: asked for")
-    assert asked.report == lines | {"text_to_image": "diffusers: the networks run on the reference"}
+    assert reference.report == lines | {"text_to_image": "diffusers: the networks run on the reference"}
     monkeypatch.setattr("triton.__version__", "3.5.1")
     old = ReducioPipeline.from_pretrained(folder)
     assert old.backend == "reference" and "Triton is 3.5.1, the kernels need 3.6" in old.report["vae"]
@@ -158,8 +158,8 @@ def test_several_clips_of_a_prompt(pipe: ReducioPipeline, clip):
     images = [clip.content, clip.content[::-1]]
     pair = pipe([PROMPT] * 2, images, num_videos_per_prompt=2, seed=3, output_type="latent", **FAST)
     assert [np.array_equal(c, clip.content) for c in pair.content] == [True, True, False, False]
-    one = pipe(PROMPT, num_videos_per_prompt=2, latents=torch.zeros(2, *SHAPE), output_type="latent", **FAST)
-    assert one.frames.shape == (2, *SHAPE), "more than one clip of a single prompt is a list"
+    single_prompt = pipe(PROMPT, num_videos_per_prompt=2, latents=torch.zeros(2, *SHAPE), output_type="latent", **FAST)
+    assert single_prompt.frames.shape == (2, *SHAPE), "more than one clip of a single prompt is a list"
 
 
 def test_the_words_of_diffusers(pipe: ReducioPipeline, clip):
@@ -200,7 +200,7 @@ def test_tiling_can_be_asked_for_and_switched_off(folder: Path, monkeypatch: pyt
 @pytest.mark.parametrize("output_type", ["np", "pil", "pt"])
 @pytest.mark.slow
 def test_frames_go_through_export_to_video_of_diffusers(pipe: ReducioPipeline, clip, output_type: str, tmp_path: Path):
-    """Written by diffusers from what a call returns, read back by us: the clip, up to the codec's loss."""
+    """diffusers writes what a call returns; read back, it is the clip up to the codec's loss."""
     from diffusers.utils import export_to_video
 
     from reducio_fast.media.video_files import read_video

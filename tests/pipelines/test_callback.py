@@ -69,14 +69,14 @@ def test_callback_gets_the_tensors_it_names(pipe: ReducioPipeline, clip):
     def watch(own, step, timestep, tensors):
         seen.append(tensors)
         assert own.num_timesteps == 2 and torch.equal(own.current_timestep, timestep)
-        return dict(tensors)  # diffusers' own examples hand back what they were given
+        return dict(tensors)  # diffusers' own examples return the dict they receive
 
     names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    words = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": names, **FAST}
-    assert np.array_equal(pipe(PROMPT, seed=3, **words).frames, clip.frames)
+    kwargs = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": names, **FAST}
+    assert np.array_equal(pipe(PROMPT, seed=3, **kwargs).frames, clip.frames)
     assert [list(tensors) for tensors in seen] == [names] * 2
     assert seen[0]["prompt_embeds"].shape == seen[0]["negative_prompt_embeds"].shape == (1, 40, 32)
-    pipe(PROMPT, clip.content, guidance_scale=1, output_type="latent", **words)
+    pipe(PROMPT, clip.content, guidance_scale=1, output_type="latent", **kwargs)
     assert seen[-1]["negative_prompt_embeds"] is None
     for answer, message in (
         (5, "callback_on_step_end: must return a dict or None, returned a int"),
@@ -111,7 +111,7 @@ def test_an_error_in_the_callback_stays_the_users_own(pipe: ReducioPipeline, cli
 
 @pytest.mark.slow
 def test_threads_take_turns(pipe: ReducioPipeline, clip):
-    """One pipeline, four threads: every clip is what it is alone, and a stop ends the clip of its own call only."""
+    """One pipeline, four threads: every clip equals one made alone, and a stop ends only the clip of its own call."""
     from concurrent.futures import ThreadPoolExecutor
 
     def stop(own, step, timestep, tensors):
@@ -128,7 +128,7 @@ def test_threads_take_turns(pipe: ReducioPipeline, clip):
 
 
 def test_encoders_wait_for_the_clip_of_another_thread(pipe: ReducioPipeline, clip):
-    """What a clip works with is not moved, called or taken away under it."""
+    """No component that a running clip uses is moved, called or removed."""
     import threading
     from concurrent.futures import ThreadPoolExecutor
     from concurrent.futures import TimeoutError as NotYet
@@ -159,18 +159,18 @@ def test_a_model_that_loads_rests_while_another_thread_makes_a_clip(pipe: Reduci
 
     from reducio_fast.pipelines.execution import loading
 
-    rests: list[float] = []
-    monkeypatch.setattr(loading.time, "sleep", rests.append)
+    pauses: list[float] = []
+    monkeypatch.setattr(loading.time, "sleep", pauses.append)
 
     def load() -> ReducioPipeline:
         return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32")
 
     load()
-    assert not rests, "alone it takes no rest"
+    assert not pauses, "alone it takes no rest"
     with ThreadPoolExecutor(1) as other:
         pipe(PROMPT, callback_on_step_end=lambda *_: other.submit(load).result(60) and None, **FAST)
     slices = loading.Yielding
-    assert rests and all(slices.REST * slices.SLICE < rest <= slices.REST * slices.LONGEST for rest in rests)
+    assert pauses and all(slices.REST * slices.SLICE < pause <= slices.REST * slices.LONGEST for pause in pauses)
 
 
 def test_only_the_first_rank_shows_progress(pipe: ReducioPipeline, clip, monkeypatch, capsys):

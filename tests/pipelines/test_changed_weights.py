@@ -1,4 +1,4 @@
-"""A clip is of the weights that are there now, however they were written; a twin packs nothing but what it knows."""
+"""A clip uses the current weights, however they were written; a twin packs only the modules that it supports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def latent(pipe: ReducioPipeline) -> torch.Tensor:
 
 @pytest.fixture
 def pipe(bundle: Path) -> ReducioPipeline:
-    # In float32 by name: a CPU with AMX else runs the twin in bfloat16, whose rounding exceeds what is looked for.
+    # float32, since a CPU with AMX otherwise runs the twin in bfloat16, whose rounding hides the differences tested.
     return ReducioPipeline.from_pretrained(bundle, text_to_image=None, dtype="float32")
 
 
@@ -155,7 +155,7 @@ def test_a_replaced_model_folder_is_loaded_anew(bundle: Path, tmp_path: Path) ->
     assert (clip() != before).any()
 
 
-# ---- what a twin does not know runs as it is ----
+# ---- a network that a twin does not support runs as it is ----
 
 
 def hook(network: nn.Module) -> None:
@@ -215,7 +215,7 @@ def test_a_changed_network_runs_as_it_is(pipe: ReducioPipeline, change: Callable
     change(pipe.transformer)
     assert pipe.backend == "reference" and pipe.report["transformer"].startswith("reference: transformer ")
     assert pipe.report["vae"].startswith("fast: ")
-    if change not in (half_of_it_in_float16,):  # which no layer can multiply
+    if change not in (half_of_it_in_float16,):  # no layer can multiply its mixed dtypes
         expected = latent(ReducioPipeline(**pipe.components, backend="reference"))
         assert torch.equal(latent(pipe), expected)
     pipe.transformer = original
@@ -236,11 +236,11 @@ def test_a_patched_class_is_noticed(pipe: ReducioPipeline, monkeypatch: pytest.M
 
 
 def test_auto_follows_the_scheduler(pipe: ReducioPipeline) -> None:
-    ours = pipe.scheduler
-    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(ours.config)
+    original = pipe.scheduler
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(original.config)
     assert "EulerAncestral" in pipe.report["transformer"]
     latent(pipe)
-    pipe.scheduler = ours
+    pipe.scheduler = original
     assert pipe.backend == "fast"
 
 

@@ -1,4 +1,4 @@
-"""Conditions that are given instead of computed: the same bytes, no encoder needed, and networks that can be let go."""
+"""Conditions passed in instead of computed: the same bytes, no encoder needed, and networks that can be unloaded."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def image() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def bare(folder: Path) -> ReducioPipeline:
-    """The two networks and the VAE alone, as a process that gets its conditions from another one holds them."""
+    """The transformer and the VAE alone, as in a process that receives its conditions from another one."""
     return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", **dict.fromkeys(ENCODERS))
 
 
 def encode(pipe: ReducioPipeline, prompt: Any, image: Any, negative: Any = None) -> dict[str, torch.Tensor]:
-    text, mask, against, against_mask = pipe.encode_prompt(prompt, negative)
+    text, mask, negative_text, negative_mask = pipe.encode_prompt(prompt, negative)
     semantic, latents = pipe.encode_image(image)
-    words = {
+    embeds = {
         "prompt_embeds": text,
         "prompt_attention_mask": mask,
-        "negative_prompt_embeds": against,
-        "negative_prompt_attention_mask": against_mask,
+        "negative_prompt_embeds": negative_text,
+        "negative_prompt_attention_mask": negative_mask,
         "semantic_embeds": semantic,
         "content_latents": latents,
     }
-    return {name: tensor for name, tensor in words.items() if tensor is not None}
+    return {name: tensor for name, tensor in embeds.items() if tensor is not None}
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_given_makes_the_bytes_of_computed(
     if not many:
         stored = {name: tensor[0] for name, tensor in stored.items()}  # without the clip axis it is a single clip
     for own in (pipe, bare):
-        given = own(image=image, seed=3, **stored, **FAST)
-        assert np.array_equal(given.frames, computed.frames) and given.seeds == computed.seeds
+        from_embeds = own(image=image, seed=3, **stored, **FAST)
+        assert np.array_equal(from_embeds.frames, computed.frames) and from_embeds.seeds == computed.seeds
     text_only = {name: tensor for name, tensor in stored.items() if "prompt" in name}
     assert np.array_equal(pipe(image=image, seed=3, **text_only, **FAST).frames, computed.frames)
     image_only = {name: tensor for name, tensor in stored.items() if "prompt" not in name}
@@ -93,25 +93,25 @@ def test_for_any_prompt(pipe: ReducioPipeline, bare: ReducioPipeline, prompt: st
 
 
 def test_each_condition_reaches_the_model(pipe: ReducioPipeline, image: np.ndarray):
-    words = encode(pipe, PROMPT, image, "noise")
-    latent = pipe(image=image, output_type="latent", **words, **FAST).frames
-    for name in words:
+    embeds = encode(pipe, PROMPT, image, "noise")
+    latent = pipe(image=image, output_type="latent", **embeds, **FAST).frames
+    for name in embeds:
         if "mask" in name:
-            changed = words[name].clone()
+            changed = embeds[name].clone()
             changed[:, 0] = False
         else:
-            changed = words[name] + 1
-        other = pipe(image=image, output_type="latent", **(words | {name: changed}), **FAST).frames
+            changed = embeds[name] + 1
+        other = pipe(image=image, output_type="latent", **(embeds | {name: changed}), **FAST).frames
         assert not torch.equal(other, latent), name
 
 
 def test_one_clip_or_a_list_of_them(pipe: ReducioPipeline, image: np.ndarray):
-    words = encode(pipe, PROMPT, image)
-    listed = pipe(image=image, output_type="latent", **words, **FAST)
+    embeds = encode(pipe, PROMPT, image)
+    listed = pipe(image=image, output_type="latent", **embeds, **FAST)
     assert listed.is_list and listed.frames.shape == (1, 16, 4, 2, 2)
-    named = pipe(PROMPT, image, output_type="latent", **words, **FAST)
+    named = pipe(PROMPT, image, output_type="latent", **embeds, **FAST)
     assert not named.is_list and torch.equal(named.frames, listed.frames[0])
-    twice = pipe(image=image, output_type="latent", num_videos_per_prompt=2, **words, **FAST)
+    twice = pipe(image=image, output_type="latent", num_videos_per_prompt=2, **embeds, **FAST)
     assert twice.frames.shape == (2, 16, 4, 2, 2) and torch.equal(twice.frames[0], named.frames)
 
 
@@ -176,7 +176,7 @@ def test_what_is_missing_is_named_before_any_work(bare: ReducioPipeline, image: 
 def test_unload(folder: Path, image: np.ndarray, tmp_path: Path):
     pipe = ReducioPipeline.from_pretrained(folder, device="cpu")
     computed = pipe(PROMPT, image, "noise", **FAST)
-    words = encode(pipe, PROMPT, image, "noise")
+    embeds = encode(pipe, PROMPT, image, "noise")
     with pytest.raises(ReducioError, match="unload: text_to_image uses the text_encoder too; unload both or neither"):
         pipe.unload("text_encoder")
     with pytest.raises(ReducioError, match="unload: 'vae' given; must be of text_encoder, image_encoder"):
@@ -186,15 +186,15 @@ def test_unload(folder: Path, image: np.ndarray, tmp_path: Path):
     pipe.unload("text_encoder", "image_encoder", "content_encoder", "text_to_image")
     gc.collect()
     assert [ref() for ref in seen] == [None] * 3, "something still holds a network that was let go"
-    assert np.array_equal(pipe(PROMPT, image, **words, **FAST).frames, computed.frames)
-    # Without it the model would make another clip than before, and say nothing.
+    assert np.array_equal(pipe(PROMPT, image, **embeds, **FAST).frames, computed.frames)
+    # Without the semantic embeds the model would silently make a different clip.
     with pytest.raises(ReducioError, match="semantic_embeds: None given, and the image_encoder was unloaded"):
-        pipe(PROMPT, image, **(words | {"semantic_embeds": None}), **FAST)
+        pipe(PROMPT, image, **(embeds | {"semantic_embeds": None}), **FAST)
     with pytest.raises(ReducioError, match="save_directory: content_encoder, image_encoder, .* unloaded"):
         pipe.save_pretrained(tmp_path / "saved")
     pipe.image_encoder = tower
     assert "image_encoder" not in pipe.unloaded
-    assert np.array_equal(pipe(PROMPT, image, **(words | {"semantic_embeds": None}), **FAST).frames, computed.frames)
+    assert np.array_equal(pipe(PROMPT, image, **(embeds | {"semantic_embeds": None}), **FAST).frames, computed.frames)
 
 
 @pytest.mark.slow

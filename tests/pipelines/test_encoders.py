@@ -1,4 +1,4 @@
-"""The full-size encoders by the names people know, as small random networks of the very classes, against their peers:
+"""The full-size encoders under their usual names, as small random networks of the same classes, against their peers:
 transformers and diffusers' PixArt for text, open_clip for patch tokens, diffusers for latents."""
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CAPTIONS = {
 
 
 def test_caption_cleaning_is_pixarts():
-    """Pinned texts, so that another version of diffusers that cleans otherwise is noticed; twice, as upstream does."""
+    """Pinned results, to notice a version of diffusers that cleans differently; cleaned twice, as upstream does."""
     from diffusers import PixArtAlphaPipeline
 
     pipeline = PixArtAlphaPipeline(None, None, None, None, None)
@@ -80,12 +80,12 @@ def test_text_is_what_diffusers_pixart_feeds_its_transformer(t5: Path):
     model, tokenizer = load_text_encoder(t5, torch.float32, "cpu"), load_tokenizer(t5)
     peer = PixArtAlphaPipeline(tokenizer, model, None, None, None)
     for text in (PROMPT, "a", "A <b>RED</b> circle http://a.com", PROMPT * 20):
-        words = {"device": torch.device("cpu"), "do_classifier_free_guidance": False, "max_sequence_length": LENGTH}
-        theirs, their_mask, *_ = peer.encode_prompt(text, clean_caption=True, **words)
+        kwargs = {"device": torch.device("cpu"), "do_classifier_free_guidance": False, "max_sequence_length": LENGTH}
+        theirs, their_mask, *_ = peer.encode_prompt(text, clean_caption=True, **kwargs)
         ours, mask = TextEncoder(model, tokenizer, LENGTH, clean=True)([text])
         assert torch.equal(ours, theirs) and torch.equal(mask.long(), their_mask) and ours.shape == (1, LENGTH, 32)
         lowered = text.lower().strip()  # what diffusers does to a caption that it does not clean
-        theirs, *_ = peer.encode_prompt(lowered, clean_caption=False, **words)
+        theirs, *_ = peer.encode_prompt(lowered, clean_caption=False, **kwargs)
         assert torch.equal(TextEncoder(model, tokenizer, LENGTH)([lowered])[0], theirs)
 
 
@@ -103,17 +103,17 @@ def test_text_is_what_transformers_computes(t5: Path):
 
 
 def test_float16_keeps_what_transformers_keeps(t5: Path):
-    """T5-XXL leaves float16's range in `wo`: transformers keeps it in float32, and so does every cast here."""
+    """T5-XXL exceeds float16's range in `wo`: transformers keeps `wo` in float32, and so does every cast here."""
     from transformers import T5EncoderModel
 
     theirs = T5EncoderModel.from_pretrained(t5, dtype=torch.float16)
     ours = load_text_encoder(t5, torch.float16, "cpu")
     again = networks.cast(load_text_encoder(t5, torch.float32, "cpu"), "cpu", torch.float16)
-    kinds = {name: tensor.dtype for name, tensor in theirs.state_dict().items()}
-    assert set(kinds.values()) == {torch.float16, torch.float32}
+    dtypes = {name: tensor.dtype for name, tensor in theirs.state_dict().items()}
+    assert set(dtypes.values()) == {torch.float16, torch.float32}
     for model in (ours, again):
         for name, tensor in model.state_dict().items():
-            assert tensor.dtype == kinds[name] and torch.equal(tensor, theirs.state_dict()[name]), name
+            assert tensor.dtype == dtypes[name] and torch.equal(tensor, theirs.state_dict()[name]), name
     bfloat = networks.cast(ours, "cpu", torch.bfloat16)
     assert {parameter.dtype for parameter in bfloat.parameters()} == {torch.bfloat16}
 
@@ -127,8 +127,8 @@ def test_a_tokenizer_published_as_sentencepiece_alone(t5: Path, tmp_path: Path, 
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(tmp_path / "spiece"), vocab_size=40, minloglevel=2, **ids
     )
-    marks = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 0}
-    config = {"tokenizer_class": "T5Tokenizer", "additional_special_tokens": []} | marks
+    special_tokens = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 0}
+    config = {"tokenizer_class": "T5Tokenizer", "additional_special_tokens": []} | special_tokens
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     peer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     assert load_tokenizer(tmp_path)(PROMPT).input_ids == [*peer.encode(PROMPT), peer.eos_id()]
@@ -156,9 +156,9 @@ def test_patch_tokens_are_open_clips_own(clip_folder: Path):
     tokens = encoder(image)
     square = _resize_with_antialiasing(image, (224, 224))
     with torch.no_grad():
-        words = {"image_indices": 1, "normalize_intermediates": True, "image_output_fmt": "NLC"}
+        kwargs = {"image_indices": 1, "normalize_intermediates": True, "image_output_fmt": "NLC"}
         prepared = normalise((square + 1) / 2)
-        out = clip.forward_intermediates(prepared, intermediates_only=True, **words)["image_intermediates"][0]
+        out = clip.forward_intermediates(prepared, intermediates_only=True, **kwargs)["image_intermediates"][0]
         clip.visual.output_tokens = True
         _, alone = clip.visual(prepared)
     assert tokens.shape == (2, 256, 40)
@@ -231,7 +231,7 @@ def test_latents_are_diffusers_own(vae_folder: Path, tmp_path: Path):
     assert type(vae) is type(peer) and same_weights(vae, peer)
     image = torch.rand(2, 3, 64, 96) * 2 - 1
     with torch.no_grad():
-        # By the same object: on a CPU with AVX2 alone the last bits of a convolution depend on where its weights lie.
+        # The same object: on a CPU with AVX2 alone a convolution's last bits depend on where its weights are in memory.
         posterior = vae.encode(image).latent_dist
     encoder = ContentEncoder(vae)
     assert (
@@ -246,7 +246,7 @@ def test_latents_are_diffusers_own(vae_folder: Path, tmp_path: Path):
 
 
 def test_an_autoencoder_with_the_names_of_its_time(vae_folder: Path, tmp_path: Path):
-    """stabilityai/sd-vae-ft-ema was published before diffusers renamed its attention; strict loading must know it."""
+    """stabilityai/sd-vae-ft-ema predates diffusers' renaming of attention; strict loading must take the old names."""
     folder = Path(shutil.copytree(vae_folder, tmp_path / "old"))
     file = folder / "diffusion_pytorch_model.safetensors"
     renamed = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -262,12 +262,12 @@ def test_an_autoencoder_with_the_names_of_its_time(vae_folder: Path, tmp_path: P
     assert torch.equal(encoders[0](image), encoders[1](image))
 
 
-# ---- full size, on no memory at all ----------------------------------------------------------------------------------
+# ---- full size, on the meta device -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_token_counts_and_widths_at_full_size():
-    """120 x 4096, 256 x 1280 and 4 x H/8 x W/8, the DiT's defaults, from the published configurations."""
+    """The published configurations give the DiT's defaults: 120 x 4096, 256 x 1280 and 4 x H/8 x W/8."""
     from diffusers import AutoencoderKL
     from open_clip import get_model_config
     from open_clip.model import CLIP

@@ -46,7 +46,7 @@ def clip_text(projection: bool = False) -> Any:
     return randomise((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
 
 
-def unet(**words: Any) -> Any:
+def unet(**kwargs: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     blocks = {
@@ -54,7 +54,7 @@ def unet(**words: Any) -> Any:
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }
     sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
-    return randomise(UNet2DConditionModel(sample_size=8, **blocks, **sizes, **words))
+    return randomise(UNet2DConditionModel(sample_size=8, **blocks, **sizes, **kwargs))
 
 
 def sdxl() -> Any:
@@ -78,14 +78,14 @@ def stable_diffusion() -> Any:
     from transformers import CLIPConfig, CLIPImageProcessor
 
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    eye = tiny | {"image_size": 16, "patch_size": 8}
-    checker = randomise(StableDiffusionSafetyChecker(CLIPConfig(text_config=tiny, vision_config=eye, projection_dim=8)))
-    checker.concept_embeds_weights.fill_(2.0)  # above any cosine: nothing is found unsafe, and blacked out
+    vit = tiny | {"image_size": 16, "patch_size": 8}
+    checker = randomise(StableDiffusionSafetyChecker(CLIPConfig(text_config=tiny, vision_config=vit, projection_dim=8)))
+    checker.concept_embeds_weights.fill_(2.0)  # above any cosine: no image is found unsafe and blacked out
     checker.special_care_embeds_weights.fill_(2.0)
-    eyes = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
     network = unet(cross_attention_dim=16)
     scheduler = PNDMScheduler(skip_prk_steps=True)
-    return StableDiffusionPipeline(autoencoder(), clip_text(), clip_tokenizer(), network, scheduler, checker, eyes)
+    return StableDiffusionPipeline(autoencoder(), clip_text(), clip_tokenizer(), network, scheduler, checker, processor)
 
 
 def flux() -> Any:
@@ -103,12 +103,12 @@ def flux() -> Any:
 
 
 PIPELINES = {"pixart": pixart, "sdxl": sdxl, "sd": stable_diffusion, "flux": flux}
-OWN = {"pixart": {"use_resolution_binning": False}, "flux": {"max_sequence_length": 16}}
+EXTRA_KWARGS = {"pixart": {"use_resolution_binning": False}, "flux": {"max_sequence_length": 16}}
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The name of a kind, and the folder that diffusers itself writes of it."""
+    """The name of a kind of pipeline, and the folder that diffusers saves it to."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("first") / request.param
     PIPELINES[request.param]().save_pretrained(folder)
@@ -116,7 +116,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_draws_what_diffusers_draws(saved: tuple[str, Path]):
-    """The peer: diffusers' own loader and call, same folder, same words, same seed."""
+    """Against diffusers' own loader and call: same folder, same arguments, same seed."""
     from diffusers import DiffusionPipeline
 
     name, folder = saved
@@ -127,12 +127,12 @@ def test_draws_what_diffusers_draws(saved: tuple[str, Path]):
         parameter.requires_grad for network in networks.pipeline_networks(ours) for parameter in network.parameters()
     )
     size = {"height": 64, "width": 96}
-    words = {"num_inference_steps": 2, "guidance_scale": 3.0} | size | OWN.get(name, {})
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0} | size | EXTRA_KWARGS.get(name, {})
     theirs.set_progress_bar_config(disable=True)
-    drawn = theirs(PROMPT, generator=torch.Generator().manual_seed(5), output_type="np", **words).images[0]
+    drawn = theirs(PROMPT, generator=torch.Generator().manual_seed(5), output_type="np", **call).images[0]
     expected = fit_image((drawn.clip(0, 1) * 255).round().astype(np.uint8), 64, 64)
     assert expected.std() > 1, "a blank picture would show nothing"
-    kwargs = {word: value for word, value in words.items() if word != "use_resolution_binning"}
+    kwargs = {key: value for key, value in call.items() if key != "use_resolution_binning"}
     image = draw_image(ours, PROMPT, "", 64, 64, torch.Generator().manual_seed(5), False, kwargs)
     assert np.array_equal(image, expected)
 
@@ -144,8 +144,8 @@ def test_its_own_steps_and_guidance_are_the_default(saved: tuple[str, Path], mon
     seen: list[dict] = []
 
     class Watched(type(pipeline)):
-        def __call__(self, *args: Any, **words: Any) -> Any:
-            seen.append({**defaults, **words})
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append({**defaults, **kwargs})
             return SimpleNamespace(images=np.zeros((1, 64, 64, 3), np.float32))
 
         __call__.__signature__ = inspect.signature(type(pipeline).__call__)
@@ -180,7 +180,7 @@ def test_a_published_pixart_names_its_transformer_by_an_older_class(tmp_path: Pa
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "3KB"}], ids=["whole", "sharded"])
 def test_a_folder_of_half_precision_files_alone(tmp_path: Path, shards: dict):
-    """As `hf download --include "*fp16*"` leaves it, of every part."""
+    """As `hf download --include "*fp16*"` leaves it: the fp16 files of every part and no other weights."""
     pipeline = pixart()
     pipeline.save_pretrained(tmp_path, variant="fp16", **shards)
     assert not list(tmp_path.glob("*/*model.safetensors")) and list(tmp_path.glob("*/*.fp16*.safetensors"))
@@ -193,8 +193,8 @@ def test_a_folder_of_half_precision_files_alone(tmp_path: Path, shards: dict):
 # ---- the size that is drawn ------------------------------------------------------------------------------------------
 
 
-def maker(native: int, kind: str = "default") -> Any:
-    """What is read of a pipeline to tell its native size, in the three places where pipelines keep it."""
+def stub(native: int, kind: str = "default") -> Any:
+    """A stub that has a pipeline's native size in one of the three places where pipelines keep it."""
     config = SimpleNamespace(config=SimpleNamespace(sample_size=native // 8))
     return {
         "default": SimpleNamespace(default_sample_size=native // 8, vae_scale_factor=8),
@@ -209,40 +209,42 @@ def test_a_size_near_the_native_one_is_drawn_as_it_is(kind: str):
 
     for native in BASES:
         for size in buckets(native):
-            assert drawing_size(maker(native, kind), *size) == size
-    assert drawing_size(maker(768), 768, 768) == (768, 768)
+            assert drawing_size(stub(native, kind), *size) == size
+    assert drawing_size(stub(768), 768, 768) == (768, 768)
     assert drawing_size(SimpleNamespace(), 96, 96) == (96, 96), "a pipeline that tells no size is asked for the clip's"
 
 
 def test_other_sizes_are_drawn_at_the_native_one_of_the_nearest_ratio():
     """For 256, 512 and 1024 the answer is the one PixArt's pipeline gives itself; ratios by hand for the others."""
     from diffusers.image_processor import PixArtImageProcessor
-    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_256_BIN, ASPECT_RATIO_1024_BIN
+    from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as pixart
 
+    tables = {native: getattr(pixart, f"ASPECT_RATIO_{native}_BIN") for native in (256, 512, 1024)}
     for height, width in ((1024, 1024), (768, 1344), (1344, 768), (512, 2048), (64, 4096)):
-        expected = PixArtImageProcessor.classify_height_width_bin(height, width, ratios=ASPECT_RATIO_256_BIN)
-        assert drawing_size(maker(256), height, width) == expected
-        expected = PixArtImageProcessor.classify_height_width_bin(height // 4, width // 4, ratios=ASPECT_RATIO_1024_BIN)
-        assert drawing_size(maker(1024), height // 4, width // 4) == expected
-    assert drawing_size(maker(256), 1024, 1024) == (256, 256) and drawing_size(maker(1024), 256, 256) == (1024, 1024)
-    assert drawing_size(maker(768), 1024, 1024) == (768, 768)
+        for native, table in tables.items():
+            size = (height, width) if native == 256 else (height // 4, width // 4)
+            assert drawing_size(stub(native), *size) == PixArtImageProcessor.classify_height_width_bin(
+                *size, ratios=table
+            )
+    assert drawing_size(stub(256), 1024, 1024) == (256, 256) and drawing_size(stub(1024), 256, 256) == (1024, 1024)
+    assert drawing_size(stub(768), 1024, 1024) == (768, 768)
     for height, width in ((256, 512), (512, 256), (1024, 2048)):
-        drawn = drawing_size(maker(768), height, width)
+        drawn = drawing_size(stub(768), height, width)
         assert all(side % 48 == 0 for side in drawn) and 0.9 < drawn[0] * drawn[1] / 768**2 < 1.1
         assert drawn[0] / drawn[1] == pytest.approx(height / width, rel=0.1)
 
 
 def test_a_smaller_drawer_is_scaled_up_with_one_warning(caplog: pytest.LogCaptureFixture):
-    asked = []
+    sizes = []
 
     class Small:
         default_sample_size, vae_scale_factor = 32, 8
 
-        def set_progress_bar_config(self, **words: Any) -> None:
+        def set_progress_bar_config(self, **kwargs: Any) -> None:
             pass
 
         def __call__(self, prompt: str, height: int, width: int, generator: Any, output_type: str) -> Any:
-            asked.append((height, width))
+            sizes.append((height, width))
             half = np.zeros((1, height, width, 3), np.float32)
             half[:, :, width // 2 :] = 1
             return SimpleNamespace(images=half)
@@ -251,7 +253,7 @@ def test_a_smaller_drawer_is_scaled_up_with_one_warning(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         images = [draw_image(Small(), PROMPT, "", 1024, 1024, torch.Generator(), False) for _ in range(2)]
         small = draw_image(Small(), PROMPT, "", 64, 64, torch.Generator(), False)
-    assert asked == [(256, 256)] * 3 and small.shape == (64, 64, 3)
+    assert sizes == [(256, 256)] * 3 and small.shape == (64, 64, 3)
     assert images[0].shape == (1024, 1024, 3) and images[0][:, :500].max() < 5 and images[0][:, 524:].min() > 250
     lines = [record.message for record in caplog.records]
     assert len(lines) == 1 and "Small draws 256x256, which is scaled up to the clip's 1024x1024" in lines[0]
@@ -287,7 +289,7 @@ def test_code_is_imported_from_known_libraries_only(tmp_path: Path):
             load_text_to_image(tmp_path, {}, torch.float32, "cpu")
 
 
-WORDS: dict[str, dict[str, Any]] = {
+KWARGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "fewer steps": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "unguided": {"guidance_scale": 1.0},
@@ -299,7 +301,7 @@ WORDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("words", "scheduler"), [*((w, "DPMSolverMultistepScheduler") for w in WORDS), ("as it is", "DDIMScheduler")]
+    ("words", "scheduler"), [*((w, "DPMSolverMultistepScheduler") for w in KWARGS), ("as it is", "DDIMScheduler")]
 )
 def test_twins_draw_what_diffusers_draws(words: str, scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers
@@ -310,15 +312,15 @@ def test_twins_draw_what_diffusers_draws(words: str, scheduler: str, monkeypatch
     ours = pixart()
     ours.scheduler = getattr(diffusers, scheduler).from_config(ours.scheduler.config)
     executor = SimpleNamespace(engine=Engine(), offload=None)
-    executor.sample = lambda *given, **more: Executor.sample(executor, *given, **more)
+    executor.sample = lambda *args, **kwargs: Executor.sample(executor, *args, **kwargs)
     executor._plain = PlainEngine()
     stage = first_stage.FirstStage(lambda: ours, executor, clean_caption)
-    given = (PROMPT + " .. 12", "blue", 64, 64)
-    expected = draw_image(ours, *given, torch.Generator().manual_seed(5), False, WORDS[words])
+    arguments = (PROMPT + " .. 12", "blue", 64, 64)
+    expected = draw_image(ours, *arguments, torch.Generator().manual_seed(5), False, KWARGS[words])
     seen: list[int] = []
     if words != "for diffusers":
         monkeypatch.setattr(first_stage, "draw_image", None)
-    drawn = stage.draw(*given, torch.Generator().manual_seed(5), False, WORDS[words], seen.append)
+    drawn = stage.draw(*arguments, torch.Generator().manual_seed(5), False, KWARGS[words], seen.append)
     assert np.abs(drawn.astype(int) - expected).max() <= 1 and drawn.std() > 5
     assert seen == list(range(3 if words in ("fewer steps", "its own timesteps") else 20))
     assert stage.line == "fast: its transformer and decoder run as twins"
@@ -329,21 +331,21 @@ def test_why_diffusers_draws() -> None:
     from reducio_fast.pipelines.execution.first_stage import FirstStage
 
     ours, other = pixart(), sdxl()
-    drawer = ours
+    pipeline = ours
     executor = SimpleNamespace(engine=Engine(), offload=None)
-    stage = FirstStage(lambda: drawer, executor)
+    stage = FirstStage(lambda: pipeline, executor)
     ours.vae.enable_tiling()
     assert stage.line == "diffusers: the autoencoder decodes in tiles or slices"
     ours.vae.disable_tiling()
     ours.transformer.proj_out.register_forward_hook(lambda *_: None)
     assert stage.line == "diffusers: transformer proj_out has forward hooks"
-    drawer = other
+    pipeline = other
     assert stage.line.startswith("diffusers: a StableDiffusionXLPipeline draws by itself")
     executor.engine = PlainEngine()
     assert stage.line == "diffusers: the networks run on the reference"
 
 
 def test_a_network_under_torch_compile_tells_its_size() -> None:
-    """It has no truth value: torch 2.14's wrapper raises in `__len__`."""
+    """A compiled network has no truth value: torch 2.14's wrapper raises in `__len__`."""
     compiled = SimpleNamespace(unet=torch.compile(unet()), vae_scale_factor=8)
     assert native_size(compiled) == 64 and native_size(SimpleNamespace(vae_scale_factor=8)) is None

@@ -1,4 +1,4 @@
-"""The model folder: what is written is what is read, parts can be replaced, and broken ones are named."""
+"""The model folder: it loads as it was saved, parts can be replaced, and errors name broken parts."""
 
 from __future__ import annotations
 

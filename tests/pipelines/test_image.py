@@ -67,7 +67,7 @@ def test_image_of_any_mode(pipe: ReducioPipeline, mode: str):
 
 def test_image_is_scaled_to_cover_and_cropped(pipe: ReducioPipeline):
     wide = Image.new("RGB", (400, 100), "red")
-    wide.paste("blue", (150, 0, 250, 100))  # the centre that is left, give or take the filter's ringing
+    wide.paste("blue", (150, 0, 250, 100))  # the centre that remains after the crop, up to the filter's ringing
     out = pipe(PROMPT, wide, output_type="latent", **FAST)
     assert (np.abs(out.content[:, 1:-1].astype(int) - (0, 0, 255)) <= 1).all() and (out.content[:, 0, 0] < 20).all()
     small = pipe(PROMPT, Image.new("RGB", (3, 5), "green"), height=32, width=96, output_type="latent", **FAST)
@@ -89,14 +89,14 @@ def test_broken_images_are_refused(pipe: ReducioPipeline, tmp_path: Path):
 
 
 class OtherDrawer:
-    """A text-to-image pipeline with few words, as others in diffusers are."""
+    """A text-to-image pipeline with few arguments, as others in diffusers have."""
 
     components: dict = {}
 
     def __init__(self, value: float = 0.5):
         self.value, self.seen = value, []
 
-    def set_progress_bar_config(self, **words):
+    def set_progress_bar_config(self, **kwargs):
         pass
 
     def __call__(self, prompt, height, width, num_inference_steps, guidance_scale, generator, output_type):

@@ -46,8 +46,8 @@ def test_a_fresh_process_imports_neither() -> None:
         print([name for name in heavy if name in sys.modules], len(sys.modules))
     """)
     done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True, cwd="/")
-    found, _, count = done.stdout.strip().rpartition(" ")
-    assert found == "[]" and int(count) < 3000, done.stdout  # 4508 modules with the libraries
+    imported, _, count = done.stdout.strip().rpartition(" ")
+    assert imported == "[]" and int(count) < 3000, done.stdout  # 4508 modules with the libraries
 
 
 @torch.no_grad()
@@ -65,8 +65,8 @@ def test_components_are_the_libraries_to_the_bit(pipe: ReducioPipeline) -> None:
         expected, tokens = tokenizer([text], **kwargs), pipe.tokenizer([text], **kwargs)
         assert torch.equal(expected.input_ids, tokens.input_ids)
         assert torch.equal(expected.attention_mask, tokens.attention_mask)
-        given = (tokens.input_ids, tokens.attention_mask)
-        assert torch.equal(encoder(given[0], attention_mask=given[1])[0], pipe.text_encoder(*given)[0])
+        inputs = (tokens.input_ids, tokens.attention_mask)
+        assert torch.equal(encoder(inputs[0], attention_mask=inputs[1])[0], pipe.text_encoder(*inputs)[0])
     image = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     vae = theirs("diffusers", "AutoencoderKL", "content_encoder")
     assert torch.equal(vae.encode(image).latent_dist.mode(), pipe.content_encoder.encode(image))
@@ -98,9 +98,9 @@ def test_steps_are_diffusers_to_the_bit() -> None:
     for changes in ({}, {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}):
         theirs = DPMSolverMultistepScheduler(**changes)
         ours = MultistepSchedule({"_class_name": "DPMSolverMultistepScheduler", **theirs.config})
-        for words in ({"num_inference_steps": 1}, {"num_inference_steps": 20}, {"timesteps": [999, 500, 3]}):
-            theirs.set_timesteps(**words)
-            ours.set_timesteps(**words)
+        for kwargs in ({"num_inference_steps": 1}, {"num_inference_steps": 20}, {"timesteps": [999, 500, 3]}):
+            theirs.set_timesteps(**kwargs)
+            ours.set_timesteps(**kwargs)
             assert torch.equal(ours.sigmas, theirs.sigmas) and torch.equal(ours.timesteps, theirs.timesteps)
     for name, value in (("use_karras_sigmas", True), ("timestep_spacing", "trailing"), ("beta_schedule", "sigmoid")):
         with pytest.raises(ValueError, match=name):
@@ -109,15 +109,15 @@ def test_steps_are_diffusers_to_the_bit() -> None:
 
 @pytest.mark.slow
 def test_clips_are_the_same_bytes() -> None:
-    words = {"num_inference_steps": 2, "progress": False}
+    kwargs = {"num_inference_steps": 2, "progress": False}
     generating.forget()
-    clip = generate(PROMPT, quality="balanced", **words)
+    clip = generate(PROMPT, quality="balanced", **kwargs)
     assert isinstance(generating.kept()[0].text_to_image, Parts)
-    whole = ReducioPipeline.from_pretrained(embedded_model())(PROMPT, quality="balanced", **words)
+    whole = ReducioPipeline.from_pretrained(embedded_model())(PROMPT, quality="balanced", **kwargs)
     assert np.array_equal(clip.content, whole.content) and np.array_equal(clip.frames, whole.frames)
-    asked = generate(PROMPT, content_kwargs={"num_inference_steps": 3}, **words)
+    other = generate(PROMPT, content_kwargs={"num_inference_steps": 3}, **kwargs)
     assert type(generating.kept()[-1].text_to_image).__name__ == "PixArtAlphaPipeline" and len(generating.kept()) == 2
-    assert not np.array_equal(asked.content, clip.content)
+    assert not np.array_equal(other.content, clip.content)
     generating.forget()
 
 

@@ -1,5 +1,5 @@
-"""Clips longer than the model's, more or less motion, motion of another clip, previews, loops: on small random
-networks, for which everything that does not depend on what a model has learnt must hold."""
+"""Clips longer than the model's, more or less motion, motion of another clip, previews and loops, on small random
+networks: these tests hold whatever a model has learnt."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def moving() -> np.ndarray:
 
 
 def latents_of(pipe: ReducioPipeline, **kwargs) -> list[torch.Tensor]:
-    """What the decoder was given, clip by clip."""
+    """The latents that the decoder received, one per clip."""
     seen, decode = [], pipe.decoder.decode
 
-    def watch(latent, *rest):
+    def watch(latent, *args):
         seen.append(latent.clone())
-        return decode(latent, *rest)
+        return decode(latent, *args)
 
     pipe.decoder.decode = watch
     try:
@@ -110,15 +110,15 @@ def test_other_forms_of_a_long_clip(pipe: ReducioPipeline):
 
 
 def test_matched_colours_reach_the_next_clip(pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch):
-    told, encode = [], pipe.conditioner.encode_image
+    content_frames, encode = [], pipe.conditioner.encode_image
 
     def watch(frame, embeds):
-        told.append(frame)
+        content_frames.append(frame)
         return encode(frame, embeds)
 
     monkeypatch.setattr(pipe.conditioner, "encode_image", watch)
     pipe(PROMPT, num_frames=24, match_colours=True, **FAST)
-    first, second = told
+    first, second = content_frames
     assert not np.array_equal(first, second)
     for statistic in (np.mean, np.std):
         assert np.allclose(statistic(first, (0, 1)), statistic(second, (0, 1)), atol=1.5)
@@ -173,13 +173,13 @@ def test_strength_lies_between_the_still_and_the_clip(both: ReducioPipeline, mov
     motion, still = both.encode_motion(moving), both.encode_motion([moving[7]] * 16)
 
     def latent(strength: float) -> torch.Tensor:
-        words = {"motion_latents": motion, "motion_strength": strength, "progress": False}
-        return both(image=moving[7], output_type="latent", **words).frames
+        kwargs = {"motion_latents": motion, "motion_strength": strength, "progress": False}
+        return both(image=moving[7], output_type="latent", **kwargs).frames
 
     def share(strength: float) -> float:
-        """Where on the way from the still to the clip the latent lies."""
-        way = (motion - still).flatten()
-        return float((latent(strength) - still).flatten() @ way / (way @ way))
+        """The latent's position on the line from the still (0) to the clip (1)."""
+        direction = (motion - still).flatten()
+        return float((latent(strength) - still).flatten() @ direction / (direction @ direction))
 
     assert torch.equal(latent(1), motion) and torch.equal(latent(0), still)
     shares = [share(strength) for strength in (0.25, 0.75, 1.5, 4)]
@@ -187,7 +187,7 @@ def test_strength_lies_between_the_still_and_the_clip(both: ReducioPipeline, mov
     frames = both(image=moving[7], motion_latents=motion, motion_strength=0.5, progress=False).frames
     assert np.array_equal(both.decode(latent(0.5), moving[7]), frames)
     assert np.array_equal(both.decode(motion, moving[7], motion_strength=0.5), frames)
-    # What is sampled is moved in the same way.
+    # The same holds for a sampled latent.
     plain = both(PROMPT, output_type="latent", **FAST)
     assert torch.equal(both(PROMPT, motion_strength=1, output_type="latent", **FAST).frames, plain.frames)
     assert torch.equal(
@@ -226,9 +226,9 @@ def test_content_frame_kept_where_nothing_moves(both: ReducioPipeline, moving: n
     assert not (both.decode(still, moving[7]) == moving[7]).all()
     from reducio_fast.pipelines.reducio.motion import kept_content
 
-    clip, nothing, frame = torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 32, 32), torch.full((3, 32, 32), 0.5)
-    clip[:, :, 8:16, 8:16] = 1.0  # what moves
-    out = kept_content(clip, nothing, frame)
+    clip, still_clip, frame = torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 32, 32), torch.full((3, 32, 32), 0.5)
+    clip[:, :, 8:16, 8:16] = 1.0  # the moving part
+    out = kept_content(clip, still_clip, frame)
     assert (out[:, :, 8:16, 8:16] == 1).all() and (out[:, :, 24:] == 0.5).all()
 
 
@@ -238,17 +238,17 @@ def test_previews(both: ReducioPipeline):
     def watch(own, step, timestep, tensors):
         seen.append((sorted(tensors), tensors["frames"]))
 
-    words = FAST | {"num_inference_steps": 4}
-    plain = both(PROMPT, **words)
-    out = both(PROMPT, callback_on_step_end=watch, preview_every=2, **words)
+    kwargs = FAST | {"num_inference_steps": 4}
+    plain = both(PROMPT, **kwargs)
+    out = both(PROMPT, callback_on_step_end=watch, preview_every=2, **kwargs)
     assert np.array_equal(out.frames, plain.frames), "looking changes nothing"
     assert [names for names, _ in seen] == [["frames", "latents"]] * 4
     assert [None if frames is None else frames.shape for _, frames in seen] == [None, (16, 64, 64, 3)] * 2
-    off = np.abs(seen[3][1].astype(int) - out.frames)
-    assert off.max() <= 1, "the last step ends on its data prediction, but for the rounding of a solver's sum"
+    error = np.abs(seen[3][1].astype(int) - out.frames)
+    assert error.max() <= 1, "the last step ends on its data prediction, but for the rounding of a solver's sum"
     assert {"preview", "dit.step", "vae.decode"} <= set(out.timings) and all(s >= 0 for s in out.timings.values())
     seen.clear()
-    both(PROMPT, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["frames"], **words)
+    both(PROMPT, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["frames"], **kwargs)
     assert all(names == ["frames"] and frames is not None for names, frames in seen) and len(seen) == 4
 
 
@@ -260,20 +260,20 @@ def small_decoder() -> PreviewDecoder:
 
 def test_previews_of_a_preview_decoder(both: ReducioPipeline, small_decoder: PreviewDecoder):
     seen = []
-    words = FAST | {"num_inference_steps": 4}
-    plain = both(PROMPT, **words)
+    kwargs = FAST | {"num_inference_steps": 4}
+    plain = both(PROMPT, **kwargs)
     both.preview_decoder = small_decoder
     try:
-        out = both(PROMPT, callback_on_step_end=lambda *a: seen.append(a[3]["frames"]), preview_every=2, **words)
-        latent = both(PROMPT, output_type="latent", **words).frames
+        out = both(PROMPT, callback_on_step_end=lambda *a: seen.append(a[3]["frames"]), preview_every=2, **kwargs)
+        latent = both(PROMPT, output_type="latent", **kwargs).frames
         assert np.array_equal(out.frames, plain.frames), "looking changes nothing"
         assert [None if frames is None else frames.shape for frames in seen] == [None, (16, 32, 32, 3)] * 2
         image = torch.from_numpy(out.content).permute(2, 0, 1)[None] / 127.5 - 1
         expected = (small_decoder(latent[None], image)[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5
         assert np.abs(seen[3] - expected.numpy()).max() <= 1, "the last step ends on its data prediction"
-        seen.clear()  # a latent with more or less motion is read by the model's own decoder
+        seen.clear()  # the model's own decoder decodes a latent with more or less motion
         both(PROMPT, callback_on_step_end=lambda *a: seen.append(a[3]["frames"]), preview_every=4, motion_strength=2.0,
-             **words)  # fmt: skip
+             **kwargs)  # fmt: skip
         assert seen[3].shape == (16, 64, 64, 3)
     finally:
         both.preview_decoder = None

@@ -1,4 +1,4 @@
-"""LoRA adapters: peft and diffusers are the peers, the bytes of the clip before and after are the judge."""
+"""LoRA adapters, against peft and diffusers, and by the bytes of the clip before and after."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_a_folder_saved_by_peft_computes_as_peft_does(own: ReducioPipeline, conf
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    words = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "target_modules": TARGETS} | config
-    twin = get_peft_model(copy.deepcopy(own.transformer), LoraConfig(**words))
+    kwargs = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "target_modules": TARGETS} | config
+    twin = get_peft_model(copy.deepcopy(own.transformer), LoraConfig(**kwargs))
     twin.save_pretrained(tmp_path)
     plain = predict(own.transformer)
     own.load_lora_weights(tmp_path)
@@ -90,7 +90,7 @@ def test_a_folder_saved_by_peft_computes_as_peft_does(own: ReducioPipeline, conf
 
 
 def test_a_file_saved_by_diffusers_brings_its_alpha(own: ReducioPipeline, tmp_path: Path):
-    """Names behind `transformer.`, settings in the file's header."""
+    """Names have the prefix `transformer.`; the settings are in the file's header."""
     from diffusers.loaders import WanLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
@@ -107,7 +107,7 @@ def test_a_file_saved_by_diffusers_brings_its_alpha(own: ReducioPipeline, tmp_pa
 
 
 def test_adapters_are_chosen_as_in_diffusers(own: ReducioPipeline):
-    """The same words to a layer of the same width in Wan's transformer: the same weights after each."""
+    """The same calls on a layer of the same width in Wan's transformer give the same weights after each call."""
     from diffusers import WanTransformer3DModel
 
     path, peer_path = "transformer_blocks.0.attn1.to_q", "blocks.0.attn1.to_q"
@@ -133,10 +133,10 @@ def test_adapters_are_chosen_as_in_diffusers(own: ReducioPipeline):
         own.set_adapters(names, weights)
         peer.set_adapters(names, weights)
         check(f"set {names} {weights}")
-    for word in ("disable_lora", "enable_lora"):
-        getattr(own, word)()
-        getattr(peer, word)()
-        check(word)
+    for method in ("disable_lora", "enable_lora"):
+        getattr(own, method)()
+        getattr(peer, method)()
+        check(method)
     own.fuse_lora(lora_scale=0.5)
     peer.fuse_lora(lora_scale=0.5)
     check("fuse")
@@ -173,8 +173,8 @@ def test_fused_then_unfused_is_the_same_clip(folder: Path, backend: str, image: 
 def test_fast_equals_reference_with_an_adapter(folder: Path, image: np.ndarray):
     made = []
     for backend in ("reference", "fast"):
-        words = {"device": "cpu", "dtype": "float32", "text_to_image": None, "backend": backend}
-        own = ReducioPipeline.from_pretrained(folder, **words)
+        kwargs = {"device": "cpu", "dtype": "float32", "text_to_image": None, "backend": backend}
+        own = ReducioPipeline.from_pretrained(folder, **kwargs)
         without = own(PROMPT, image, **FAST).frames  # so that the fast twins exist before the swap
         own.load_lora_weights(lora(own.transformer, 1))
         made.append((without, own(PROMPT, image, **FAST).frames))
@@ -340,7 +340,7 @@ def test_words_that_do_not_fit_the_adapters(own: ReducioPipeline):
 
 
 def test_a_swap_packs_the_transformer_alone(own: ReducioPipeline, image: np.ndarray) -> None:
-    """Decoder and its graphs stay: each network has a fingerprint of its own."""
+    """The decoder and its graphs stay: each network has a fingerprint of its own."""
     own(PROMPT, image, **FAST | {"output_type": "np"})
     transformer, vae = (own.executor.network(name) for name in ("transformer", "vae"))
     for step in (

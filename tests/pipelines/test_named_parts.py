@@ -45,11 +45,11 @@ def motion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pixart(t5: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A first stage as it lies on the hub: with a text encoder, a tokenizer and an autoencoder of its own."""
+    """A first stage as published on the hub: with its own text encoder, tokenizer and autoencoder."""
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     torch.manual_seed(1)
-    drawer = PixArtTransformer2DModel(
+    transformer = PixArtTransformer2DModel(
         sample_size=8,
         num_attention_heads=2,
         attention_head_dim=8,
@@ -61,7 +61,7 @@ def pixart(t5: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     )
     parts = load_tokenizer(t5), load_text_encoder(t5, torch.float32, "cpu"), AutoencoderKL.from_pretrained(vae_folder)
     folder = tmp_path_factory.mktemp("pixart")
-    PixArtAlphaPipeline(*parts, randomise(drawer), DPMSolverMultistepScheduler()).save_pretrained(folder)
+    PixArtAlphaPipeline(*parts, randomise(transformer), DPMSolverMultistepScheduler()).save_pretrained(folder)
     return folder
 
 
@@ -83,8 +83,8 @@ def test_a_pipeline_of_named_parts(motion: Path, t5: Path, clip_folder: Path, va
     semantic, latents = pipe.encode_image(out.content)
     assert text.shape == (1, LENGTH, 32) and semantic.shape == (1, 256, 40) and latents.shape == (1, 4, 8, 8)
     bare = ReducioPipeline.from_pretrained(motion, device="cpu")
-    given = {"prompt_embeds": text, "prompt_attention_mask": mask, "semantic_embeds": semantic}
-    frames = bare(image=out.content, content_latents=latents, seed=3, **given, **FAST).frames
+    conditions = {"prompt_embeds": text, "prompt_attention_mask": mask, "semantic_embeds": semantic}
+    frames = bare(image=out.content, content_latents=latents, seed=3, **conditions, **FAST).frames
     assert np.array_equal(frames[0], out.frames)
 
 
@@ -105,11 +105,11 @@ def test_generate_takes_the_same_names(motion: Path, pixart: Path, clip_folder: 
 
     generate.forget()
     names = {"text_encoder": str(pixart), "content_encoder": str(pixart), "image_encoder": str(clip_folder)}
-    words = {"model": motion, "device": "cpu", "text_to_image": str(pixart)} | names
-    first = reducio_fast.generate(PROMPT, seed=3, **words, **FAST)
-    again = reducio_fast.generate(PROMPT, seed=3, **words, **FAST)
+    kwargs = {"model": motion, "device": "cpu", "text_to_image": str(pixart)} | names
+    first = reducio_fast.generate(PROMPT, seed=3, **kwargs, **FAST)
+    again = reducio_fast.generate(PROMPT, seed=3, **kwargs, **FAST)
     assert np.array_equal(first.frames, again.frames) and len(generate.kept()) == 1
-    reducio_fast.generate(PROMPT, first.content, **(words | {"text_to_image": None}), **FAST)
+    reducio_fast.generate(PROMPT, first.content, **(kwargs | {"text_to_image": None}), **FAST)
     assert len(generate.kept()) == 2
 
 
@@ -128,9 +128,9 @@ def test_an_encoder_of_another_width_is_refused_before_its_weights_are_read(moti
         ("content_encoder", "content_encoder: .*vae gives 16 channels, the transformer reads 4"),
     ):
         folder = tmp_path / {"text_encoder": "t5", "image_encoder": "clip", "content_encoder": "vae"}[name]
-        words = {name: folder} | ({"tokenizer": None} if name == "text_encoder" else {})
+        kwargs = {name: folder} | ({"tokenizer": None} if name == "text_encoder" else {})
         with pytest.raises(ReducioError, match=message) as caught:
-            ReducioPipeline.from_pretrained(motion, device="cpu", **words)
+            ReducioPipeline.from_pretrained(motion, device="cpu", **kwargs)
         assert "\n" not in str(caught.value)
 
 
@@ -140,12 +140,12 @@ def test_injected_parts_of_another_width_are_refused_too(motion: Path, tmp_path:
 
     text = T5EncoderModel(T5Config(vocab_size=8, d_model=24, num_layers=1, num_heads=2, d_kv=4, d_ff=8))
     vae = AutoencoderKL(latent_channels=16, norm_num_groups=1, block_out_channels=(1,))
-    for words, message in (
+    for kwargs, message in (
         ({"text_encoder": text}, "transformer has caption_channels=32, text_encoder gives 24"),
         ({"content_encoder": vae}, "transformer has content_channels=4, content_encoder gives 16"),
     ):
         with pytest.raises(ReducioError, match=message):
-            ReducioPipeline.from_pretrained(motion, device="cpu", **words)
+            ReducioPipeline.from_pretrained(motion, device="cpu", **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -180,32 +180,32 @@ def test_a_hub_id_in_the_cache_needs_no_network(
         (repository / "refs").mkdir()
         (repository / "refs/main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    text, tower, vae, drawer = sources
+    text, tower, vae, first_stage = sources
     pipe = ReducioPipeline.from_pretrained(
         motion,
         device="cpu",
         text_encoder=text,
         image_encoder="ViT-H-14/laion2b_s32b_b79k",
         content_encoder=vae,
-        text_to_image=drawer,
+        text_to_image=first_stage,
     )
     folders = {"text_encoder": t5, "image_encoder": clip_folder, "content_encoder": vae_folder, "text_to_image": pixart}
     local = ReducioPipeline.from_pretrained(motion, device="cpu", **folders)
     assert np.array_equal(pipe(PROMPT, **FAST).frames, local(PROMPT, **FAST).frames)
-    both = ReducioPipeline.from_pretrained(motion, device="cpu", text_encoder=drawer, text_to_image=drawer)
+    both = ReducioPipeline.from_pretrained(motion, device="cpu", text_encoder=first_stage, text_to_image=first_stage)
     assert both.text_encoder is both.text_to_image.text_encoder
 
 
 def test_code_in_a_folder_is_never_run(motion: Path, t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """transformers would ask at the terminal; an answer must not even be wanted."""
+    """transformers would ask for permission at the terminal; the loader must not ask at all."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    for file, words in (
+    for file, changes in (
         ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "evil.Own"}}),
         ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "evil.Own"]}}),
     ):
         folder = Path(shutil.copytree(t5, tmp_path / file))
         (folder / "tokenizer.json").unlink()
-        (folder / file).write_text(json.dumps(words))
+        (folder / file).write_text(json.dumps(changes))
         (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: ...\n")
         with pytest.raises(ReducioError) as caught:
             ReducioPipeline.from_pretrained(motion, device="cpu", text_encoder=folder)
@@ -214,14 +214,14 @@ def test_code_in_a_folder_is_never_run(motion: Path, t5: Path, tmp_path: Path, m
 
 def test_names_that_fit_no_part(motion: Path, t5: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
-    for words, message in (
+    for kwargs, message in (
         ({"vae": str(t5)}, "vae: '.*' given; only encoders, preview_decoder and text_to_image can be named"),
         ({"text_encoder": tmp_path}, "text_encoder: .* is of the type 'resnet', which is no text encoder"),
         ({"content_encoder": t5}, "content_encoder: .* is of None, must be an AutoencoderKL"),
         ({"image_encoder": t5}, "open_clip_config.json: no such file"),
     ):
         with pytest.raises(ReducioError, match=message):
-            ReducioPipeline.from_pretrained(motion, device="cpu", **words)
+            ReducioPipeline.from_pretrained(motion, device="cpu", **kwargs)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

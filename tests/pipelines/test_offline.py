@@ -26,14 +26,14 @@ socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 
 
 def run(code: str, home: Path) -> subprocess.CompletedProcess:
-    kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGINGFACE_", "XDG_", "REDUCIO_"))}
+    env = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGINGFACE_", "XDG_", "REDUCIO_"))}
     return subprocess.run(
         [sys.executable, "-P", "-c", NO_NETWORK + code],
         capture_output=True,
         text=True,
         cwd=home,
         timeout=200,
-        env=kept | {"HOME": str(home)},
+        env=env | {"HOME": str(home)},
     )
 
 

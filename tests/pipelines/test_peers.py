@@ -1,7 +1,7 @@
-"""Peers behind our words: other models through diffusers, with our seeds, output, timings and errors.
+"""Peers behind our interface: other models run by diffusers, with our seeds, output, timings and errors.
 
-They run with random weights at a tiny size. What they make is compared with diffusers' own pipeline on the same
-weights; that the published sizes are right is checked without their weights, by counting them on the meta device.
+They run with random weights at a tiny size. Their clips are compared with those of diffusers' own pipeline on the
+same weights. The published sizes are checked without their weights, by counting parameters on the meta device.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def picture() -> np.ndarray:
 
 
 def inputs_of(pipe: pipeline.PeerPipeline, picture: np.ndarray) -> dict[str, Any]:
-    words: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
-    return words | ({"prompt": PROMPT} if pipe.reads_text else {}) | ({"image": picture} if pipe.takes_image else {})
+    kwargs: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
+    return kwargs | ({"prompt": PROMPT} if pipe.reads_text else {}) | ({"image": picture} if pipe.takes_image else {})
 
 
 @pytest.mark.parametrize("name", pipeline.PEERS)
@@ -98,22 +98,22 @@ def test_an_unknown_argument_is_refused_with_the_known_ones(picture: np.ndarray)
 
 
 def test_a_clip_does_not_depend_on_its_list(pipes: dict[str, pipeline.PeerPipeline], picture: np.ndarray) -> None:
-    pipe, words = pipes["svd"], {"num_inference_steps": 2, "progress": False}
+    pipe, kwargs = pipes["svd"], {"num_inference_steps": 2, "progress": False}
     pictures = [picture, 255 - picture]
-    both = pipe(image=pictures, seed=5, **words)
+    both = pipe(image=pictures, seed=5, **kwargs)
     assert both.seeds == [5, 6] and both.frames.shape[0] == 2 and both.is_list
-    alone = pipe(image=pictures[1], seed=6, **words)
+    alone = pipe(image=pictures[1], seed=6, **kwargs)
     assert np.array_equal(both.frames[1], alone.frames)
 
 
 def test_output_types(pipes: dict[str, pipeline.PeerPipeline], picture: np.ndarray) -> None:
     pipe = pipes["svd"]
-    words = inputs_of(pipe, picture)
-    frames = pipe(**words).frames
-    pt, latent = pipe(**words, output_type="pt").frames, pipe(**words, output_type="latent").frames
+    kwargs = inputs_of(pipe, picture)
+    frames = pipe(**kwargs).frames
+    pt, latent = pipe(**kwargs, output_type="pt").frames, pipe(**kwargs, output_type="latent").frames
     assert np.array_equal((pt.permute(0, 2, 3, 1) * 255).round().byte().numpy(), frames)
     assert latent.shape == (4, 4, 16, 16)
-    assert np.array_equal(np.stack(pipe(**words, output_type="pil").frames), frames)
+    assert np.array_equal(np.stack(pipe(**kwargs, output_type="pil").frames), frames)
 
 
 def test_callback_stops_where_diffusers_can(pipes: dict[str, pipeline.PeerPipeline]) -> None:
@@ -161,8 +161,8 @@ def test_ltx_folder_of_the_text_pipeline(
     pipe = pipes["ltx"]
     models.diffusers_class("LTXPipeline")(**pipe.pipeline.components).save_pretrained(tmp_path / "ltx")
     again = pipeline.PeerPipeline.from_pretrained(tmp_path / "ltx", device="cpu")
-    words = inputs_of(pipe, picture) | {"height": 64, "width": 64, "num_frames": 9}
-    assert np.array_equal(again(**words).frames, pipe(**words).frames)
+    kwargs = inputs_of(pipe, picture) | {"height": 64, "width": 64, "num_frames": 9}
+    assert np.array_equal(again(**kwargs).frames, pipe(**kwargs).frames)
 
 
 def test_models_that_are_not_peers(tmp_path: Path, bundle: Path) -> None:
@@ -185,7 +185,7 @@ def test_models_that_are_not_peers(tmp_path: Path, bundle: Path) -> None:
 )
 @torch.no_grad()
 def test_published_sizes(name: str, billions: dict[str, float]) -> None:
-    """Built without memory: the denoiser takes what the encoders give, the VAE what the denoiser gives."""
+    """Built on the meta device: the denoiser takes the encoders' outputs, and the VAE takes the denoiser's."""
     meta = torch.device("meta")
     pipe = models.build_random(pipeline.PEERS[name], False, torch.float32, meta)
     for component, size in billions.items():
@@ -226,8 +226,8 @@ def test_bench_row(picture: np.ndarray) -> None:
 
 
 def test_bench_command_with_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "bench narrow --contenders fast --pairs 1 --no-cold --no-progress --device cpu --json"
-    assert main.main([*words.split(), "--peer", "svd:random-tiny"]) == 0
+    command = "bench narrow --contenders fast --pairs 1 --no-cold --no-progress --device cpu --json"
+    assert main.main([*command.split(), "--peer", "svd:random-tiny"]) == 0
     ours, theirs = json.loads(capsys.readouterr().out)["peers"]
     assert (ours["model"], theirs["model"]) == ("ours, fast", "svd")
     assert ours["per_video_second"] == pytest.approx(ours["seconds"] * 16 / ours["num_frames"])
@@ -248,8 +248,8 @@ def here(tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = "generate cat --model ltx:random-tiny --image x.png --out clip.mp4 --num-inference-steps 1"
-    assert main.main([*words.split(), "--device", "cpu", "--no-progress", "--json"]) == 0
+    command = "generate cat --model ltx:random-tiny --image x.png --out clip.mp4 --num-inference-steps 1"
+    assert main.main([*command.split(), "--device", "cpu", "--no-progress", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["config"]["guidance_scale"] == 3.0 and result["config"]["num_inference_steps"] == 1
     frames, fps = read_video(here / "clip.mp4")

@@ -1,4 +1,4 @@
-"""What a caller has set in its process changes no clip, and we change nothing of it; copies are pipelines too."""
+"""The caller's process settings change no clip, and we change none of them; a copy is a pipeline of its own."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def test_a_callers_torch_changes_no_clip(bundle: Path, expected: np.ndarray, sta
 
 
 def test_within_a_device_context_the_clip_is_the_same_to_rounding(bundle: Path) -> None:
-    """torch leaves its fused multi-head attention there, so the last bits differ (docs/troubleshooting.md).
+    """In the context torch uses no fused multi-head attention, so the last bits differ (docs/troubleshooting.md).
 
-    In float32 by name: where a CPU multiplies bfloat16 faster, the twin takes that, and last bits weigh more.
+    In float32: on a CPU that multiplies bfloat16 faster, the twin would use bfloat16, whose last bits weigh more.
     """
     pipe = ReducioPipeline.from_pretrained(bundle, dtype="float32")
     expected = pipe(PROMPT, **KWARGS).frames
@@ -133,7 +133,7 @@ def test_a_copy_keeps_its_adapters(bundle: Path) -> None:
 
 
 def test_a_child_that_is_forked_during_a_clip_can_make_clips(bundle: Path) -> None:
-    """In a process of its own, in which torch has one thread: OpenMP's own do not outlive a fork."""
+    """In a separate process in which torch has one thread: OpenMP's threads do not survive a fork."""
     script = f"""
 import os, threading, torch
 torch.set_num_threads(1)
@@ -170,6 +170,6 @@ def test_the_first_line_that_users_of_diffusers_write(bundle: Path, tmp_path: Pa
         export_to_video(list(right), path, fps=16)
         clip, _ = read_video(path)
         assert np.abs(clip.astype(int) - out.frames).mean() < 6
-    # Bytes stay what they were for everything else.
+    # Every other use still sees uint8.
     assert (out.frames * 2).dtype == np.uint8 and torch.from_numpy(out.frames).dtype == torch.uint8
     np.testing.assert_array_equal((out.frames > 300) * 255, np.zeros(out.frames.shape))

@@ -1,4 +1,4 @@
-"""Whatever is passed: a clip of exactly the form asked for, or our own error in one line; and a seed is a clip.
+"""Any input gives a clip of exactly the requested form, or our own error in one line; and one seed gives one clip.
 
 hypothesis chooses the calls, always the same ones (`derandomize`), on the small random model at 32 to 96 pixels.
 """
@@ -47,16 +47,16 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 @pytest.fixture(scope="session")
 def pipes(folder: Path, pipe: ReducioPipeline) -> dict[str, ReducioPipeline]:
     """Ready pipelines by dtype."""
-    words = {"device": "cpu", "text_to_image": None}
+    kwargs = {"device": "cpu", "text_to_image": None}
     return {
-        dtype: ReducioPipeline.from_pretrained(folder, dtype=dtype, **words) for dtype in ("bfloat16", "float16")
+        dtype: ReducioPipeline.from_pretrained(folder, dtype=dtype, **kwargs) for dtype in ("bfloat16", "float16")
     } | {"float32": pipe}
 
 
-def call(pipe: ReducioPipeline, **words: Any) -> Any:
+def call(pipe: ReducioPipeline, **kwargs: Any) -> Any:
     """The result, or None after our own error, which must be one short line."""
     try:
-        return pipe(**({"num_inference_steps": 1, "progress": False} | words))
+        return pipe(**({"num_inference_steps": 1, "progress": False} | kwargs))
     except ReducioError as error:
         assert "\n" not in str(error) and 10 < len(str(error)) < 500, str(error)
         return None
@@ -321,7 +321,7 @@ def adapter(seed: int, layers: str) -> dict[str, torch.Tensor]:
 
 NAMES = st.sampled_from(["x", "y", "z"])
 WEIGHTS = st.floats(-3, 3, width=32)
-LORA_WORDS = st.one_of(
+LORA_CALLS = st.one_of(
     st.tuples(
         st.just("load"),
         st.builds(adapter, st.integers(0, 9), st.sampled_from(["a", "b", "ab"])),
@@ -338,7 +338,7 @@ LORA_WORDS = st.one_of(
 
 
 @quick(60)
-@given(words=st.lists(LORA_WORDS, max_size=12), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+@given(words=st.lists(LORA_CALLS, max_size=12), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 @pytest.mark.slow
 def test_adapters_leave_no_trace(words: list[tuple], dtype: torch.dtype):
     """After any sequence of words the weights are, to the bit, those of a fresh owner with the adapters that are in

@@ -1,4 +1,4 @@
-"""Presets of quality, and the settings that they are made of, at the face of a call."""
+"""Quality presets, and the settings they consist of, as arguments of a call."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def plain(folder: Path) -> ReducioPipeline:
     return ReducioPipeline.from_pretrained(folder, dtype="float32", backend="reference")
 
 
-def latent(pipe: ReducioPipeline, **words: Any) -> torch.Tensor:
-    return pipe(PROMPT, **(LATENT | words)).frames
+def latent(pipe: ReducioPipeline, **kwargs: Any) -> torch.Tensor:
+    return pipe(PROMPT, **(LATENT | kwargs)).frames
 
 
 @pytest.mark.parametrize(
@@ -64,18 +64,18 @@ def test_both_stages_take_fewer_steps(pipe: ReducioPipeline, monkeypatch: pytest
     seen: dict[str, int] = {}
     sample = pipe.executor.sample
 
-    def counted(denoise: Any, *given: Any, **words: Any) -> Any:
-        seen[type(denoise.model).__name__] = given[2]
-        return sample(denoise, *given, **words)
+    def counted(denoise: Any, *args: Any, **kwargs: Any) -> Any:
+        seen[type(denoise.model).__name__] = args[2]
+        return sample(denoise, *args, **kwargs)
 
     monkeypatch.setattr(pipe.executor, "sample", counted)
-    for words, expected in (
+    for kwargs, expected in (
         ({}, (20, 20)),
         ({"quality": "balanced"}, (10, 10)),
         ({"quality": "balanced", "guidance_scale": 7.5}, (10, 12)),
         ({"quality": "draft", "content_kwargs": {"num_inference_steps": 3}, "num_inference_steps": 4}, (3, 4)),
     ):
-        latent(pipe, image=None, **words)
+        latent(pipe, image=None, **kwargs)
         assert (seen["FastPixArt"], seen["FastReducioDiT"]) == expected
 
 
@@ -124,14 +124,14 @@ def test_what_a_model_cannot_follow(folder: Path, plain: ReducioPipeline) -> Non
 
 @pytest.mark.slow
 def test_the_default_model_is_no_farther_at_balanced() -> None:
-    """From the solution of many steps, on three prompts; figures for more: benchmarks/quality_presets.py."""
+    """From the solution of many steps, on one prompt; figures for more: benchmarks/quality_presets.py."""
     pipe = ReducioPipeline.from_pretrained(embedded_model(), dtype="float32", text_to_image=None, backend="fast")
     frame = np.full((128, 128, 3), (40, 90, 60), np.uint8)
     frame[40:80, 50:90] = (200, 40, 40)
-    words = {"progress": False, "output_type": "latent", "image": frame}
-    solution = pipe(PROMPT, num_inference_steps=200, **words).frames
-    far = {
-        name: float((pipe(PROMPT, quality=name, **words).frames - solution).norm() / solution.norm())
+    kwargs = {"progress": False, "output_type": "latent", "image": frame}
+    solution = pipe(PROMPT, num_inference_steps=200, **kwargs).frames
+    distances = {
+        name: float((pipe(PROMPT, quality=name, **kwargs).frames - solution).norm() / solution.norm())
         for name in ("exact", "balanced")
     }
-    assert far["balanced"] < far["exact"], far
+    assert distances["balanced"] < distances["exact"], distances

@@ -1,4 +1,4 @@
-"""`quantise=`: what the decoder then computes in, what the report says, and what is refused, in one line each."""
+"""`quantise=`: the type the decoder computes in, what the report says, and what is refused, in one line each."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.slow
 CUDA = torch.device("cuda", 0)
 
 
-def load(folder: Path, **words: Any) -> ReducioPipeline:
-    return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", **words)
+def load(folder: Path, **kwargs: Any) -> ReducioPipeline:
+    return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def image() -> np.ndarray:
 def test_the_decoder_computes_in_eight_bits(word: str, bundle: Path, image: np.ndarray) -> None:
     plain, quantised = load(bundle), load(bundle, quantise=word)
     call = {"image": image, "num_inference_steps": 2, "progress": False}
-    one, two = plain("a red circle", **call).frames, quantised("a red circle", **call).frames
-    assert 30 < pooled_psnr(one, two) < 70  # something changed, and hardly
+    plain_frames, quantised_frames = plain("a red circle", **call).frames, quantised("a red circle", **call).frames
+    assert 30 < pooled_psnr(plain_frames, quantised_frames) < 70  # it changed, but little
     line = quantised.report["vae"]
     assert "in float32" in line and f"24 of 34 convolutions of the decoder in {word}" in line and "emulated" in line
     assert word not in quantised.report["transformer"]
@@ -77,13 +77,13 @@ def test_copies_and_saved_folders_keep_it(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_calibration_is_that_of_the_embedded_model(bundle: Path) -> None:
-    """The file in the package is what the command makes of the model, from its own clips."""
+    """The file in the package is what the command computes for the model, from its own clips."""
     vae = load(bundle).vae
     largest, count = calibrate(vae, toy_clips(2, 128, 16))
     kept = calibration_file.read(bundle)
     assert count == 2 and largest.keys() == kept.keys()
     for path, values in largest.items():
-        assert (values <= kept[path] * 1.0001).all()  # of eight clips, these two among them
+        assert (values <= kept[path] * 1.0001).all()  # the kept maxima are over eight clips, these two among them
         assert values.max() > 0.5 * kept[path].max()
 
 
@@ -94,7 +94,7 @@ def test_every_other_model_is_refused(bundle: Path, tmp_path: Path, capsys: pyte
     tensors = load_file(file)
     tensors[next(iter(tensors))] = tensors[next(iter(tensors))] + 1
     save_file(tensors, file)
-    words = [
+    argv = [
         "generate",
         "a red circle",
         "--model",
@@ -104,7 +104,7 @@ def test_every_other_model_is_refused(bundle: Path, tmp_path: Path, capsys: pyte
         "--quantise",
         "fp8",
     ]
-    assert main.main(words) == 2
+    assert main.main(argv) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "calibration of another model" in line and "reducio-fast calibrate" in line
     (other / calibration_file.FILE).unlink()
@@ -124,27 +124,27 @@ def test_every_other_model_is_refused(bundle: Path, tmp_path: Path, capsys: pyte
 
 
 def test_what_cannot_be_followed_is_refused(bundle: Path) -> None:
-    for words, message in (
+    for kwargs, message in (
         ({"quantise": "fp4"}, "'fp4' is not known; known are fp8, int8"),
         ({"quantise": "fp8", "backend": "reference"}, "needs the fast path"),
         ({"quantise": "fp8", "vae": load(bundle).vae}, "the model's own vae"),
     ):
         with pytest.raises(ReducioError, match=message):
-            load(bundle, **words)
+            load(bundle, **kwargs)
     with pytest.raises(ReducioError, match="no argument of a Stable Video Diffusion model"):
         generate(image=np.zeros((64, 64, 3), np.uint8), model="svd:random", quantise="fp8")
 
 
 def test_each_gpu_has_what_it_multiplies() -> None:
-    found = {}
+    results = {}
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "sm_75"):
         with tables.pretend(arch):
-            for word in ("fp8", "int8"):
+            for option in ("fp8", "int8"):
                 try:
-                    found[arch, word] = eight_bit_type(word, CUDA)
+                    results[arch, option] = eight_bit_type(option, CUDA)
                 except ValueError as error:
-                    found[arch, word] = str(error)
-    assert found["sm_90", "fp8"] == found["sm_100", "fp8"] == found["gfx950", "fp8"] == torch.float8_e4m3fn
-    assert found["gfx942", "fp8"] == torch.float8_e4m3fnuz and found["sm_80", "int8"] == torch.int8
-    assert "does not run on sm_80" in found["sm_80", "fp8"] and "int8 runs here" in found["sm_80", "fp8"]
-    assert "fp8 runs here" in found["sm_90", "int8"] and "nothing quantised runs here" in found["sm_75", "fp8"]
+                    results[arch, option] = str(error)
+    assert results["sm_90", "fp8"] == results["sm_100", "fp8"] == results["gfx950", "fp8"] == torch.float8_e4m3fn
+    assert results["gfx942", "fp8"] == torch.float8_e4m3fnuz and results["sm_80", "int8"] == torch.int8
+    assert "does not run on sm_80" in results["sm_80", "fp8"] and "int8 runs here" in results["sm_80", "fp8"]
+    assert "fp8 runs here" in results["sm_90", "int8"] and "nothing quantised runs here" in results["sm_75", "fp8"]

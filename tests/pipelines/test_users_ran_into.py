@@ -68,16 +68,16 @@ def test_latents_in_eight_bits_are_noise_like_any_other(pipe: ReducioPipeline, d
 
 @pytest.mark.parametrize("component", ["vae", "transformer"])
 def test_shards_in_a_model_folder_are_loaded(folder: Path, pipe: ReducioPipeline, component: str) -> None:
-    where = folder / component
-    tensors = load_file(where / WEIGHTS)
+    component_folder = folder / component
+    tensors = load_file(component_folder / WEIGHTS)
     names = sorted(tensors)
     weight_map = {}
     for i, part in enumerate((names[::2], names[1::2])):
         file = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, where / file, metadata={"format": "pt"})
+        save_file({name: tensors[name] for name in part}, component_folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (where / WEIGHTS).unlink()
-    index = where / f"{WEIGHTS}.index.json"
+    (component_folder / WEIGHTS).unlink()
+    index = component_folder / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     loaded = ReducioPipeline.from_pretrained(folder)
     for name, tensor in getattr(loaded, component).state_dict().items():
@@ -221,8 +221,8 @@ def test_a_folder_of_the_owners_name_hides_no_repository(tmp_path: Path, monkeyp
 
 
 def test_steps_that_share_a_time_are_refused_before_the_work(pipe: ReducioPipeline) -> None:
-    """Up to the scheduler's 1000 training steps may be asked for; two of its 1000 times are the same, and the solver
-    divides by the time between."""
+    """A call may take up to the scheduler's 1000 training steps, but two of its 1000 times are the same, and the solver
+    divides by the time between them."""
     call = {"prompt": PROMPT, "image": IMAGE, "height": 32, "width": 32}
     with pytest.raises(ReducioError, match="num_inference_steps: 1000 is too many"):
         pipe(**call, **{**KWARGS, "num_inference_steps": 1000})
@@ -232,11 +232,11 @@ def test_steps_that_share_a_time_are_refused_before_the_work(pipe: ReducioPipeli
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "fast"])
 def test_a_clip_can_be_stopped_while_it_is_decoded(backend: str) -> None:
-    """Between two tiles, from another thread. Asked before the decode, it still gives the clip, as in diffusers."""
+    """Another thread stops it between two tiles. A stop before the decode still gives the clip, as in diffusers."""
     pipe = ReducioPipeline.from_pretrained(embedded_model(), device="cpu", dtype="float32", backend=backend)
-    words = {"seed": 1, "num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
+    kwargs = {"seed": 1, "num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
     image, small = np.full((512, 512, 3), 90, np.uint8), np.full((128, 128, 3), 90, np.uint8)
-    before = pipe("a red circle", image=small, **words).frames
+    before = pipe("a red circle", image=small, **kwargs).frames
 
     def stop_the_decode() -> None:
         while pipe.call is None or pipe.call.stage != "vae.decode":
@@ -248,20 +248,20 @@ def test_a_clip_can_be_stopped_while_it_is_decoded(backend: str) -> None:
     pipe.call = None
     stopper.start()
     with pytest.raises(ReducioError, match="interrupted while the clip was decoded: there is no clip"):
-        pipe("a red circle", image=image, height=512, width=512, **words)
+        pipe("a red circle", image=image, height=512, width=512, **kwargs)
     stopper.join()
-    assert (pipe("a red circle", image=small, **words).frames == before).all()
+    assert (pipe("a red circle", image=small, **kwargs).frames == before).all()
 
     def stop_here(pipe: ReducioPipeline, *_: object) -> None:
         pipe._interrupt = True
 
-    out = pipe("a red circle", image=small, callback_on_step_end=stop_here, **words)
+    out = pipe("a red circle", image=small, callback_on_step_end=stop_here, **kwargs)
     assert out.interrupted and (out.frames == before).all()
 
 
 @pytest.mark.slow
 def test_a_listener_can_end_a_clip_between_two_tiles(pipe: ReducioPipeline) -> None:
-    """What it raises comes out of the call, and the next call has the bytes of the one before."""
+    """The call raises the listener's exception, and the next call gives the same bytes as the one before."""
 
     class Ended(Exception):
         pass
@@ -274,12 +274,12 @@ def test_a_listener_can_end_a_clip_between_two_tiles(pipe: ReducioPipeline) -> N
             raise Ended
 
     image = np.full((512, 512, 3), 90, np.uint8)
-    words = {"image": image, "seed": 1, "num_inference_steps": 1, "progress": False, "height": 512, "width": 512}
-    before = pipe("a red circle", **words).frames
+    kwargs = {"image": image, "seed": 1, "num_inference_steps": 1, "progress": False, "height": 512, "width": 512}
+    before = pipe("a red circle", **kwargs).frames
     pipe.listener = listen
     try:
         with pytest.raises(Ended):
-            pipe("a red circle", **words)
+            pipe("a red circle", **kwargs)
     finally:
         pipe.listener = None
-    assert heard[-1][0] == "vae.decode" and (pipe("a red circle", **words).frames == before).all()
+    assert heard[-1][0] == "vae.decode" and (pipe("a red circle", **kwargs).frames == before).all()

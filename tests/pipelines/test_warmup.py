@@ -99,7 +99,7 @@ def test_error_of_a_job_reaches_the_caller(deadline: float | None) -> None:
 
 
 def recorded(fn: Any, inputs: list[Tensor], pool: Pool) -> tuple[Any, Any]:
-    """A capture that computes the function again: what a graph is, without a GPU."""
+    """Stands in for the capture of a graph, without a GPU: a replay computes the function again."""
     outputs = fn(*inputs)
 
     def leaves(value: Any) -> list[Tensor]:
@@ -193,11 +193,11 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
-    def run(folder: str, *words: str) -> tuple[int, Any, str]:
+    def run(folder: str, *argv: str) -> tuple[int, Any, str]:
         monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path / folder))
         for name in cache.VARIABLE.values():
             monkeypatch.delenv(name, raising=False)
-        status = main.main(["warmup", "--sizes", "64", "--device", "cpu", "--no-progress", "--json", *words])
+        status = main.main(["warmup", "--sizes", "64", "--device", "cpu", "--no-progress", "--json", *argv])
         out, err = capsys.readouterr()
         return status, json.loads(out) if out else None, err
 
@@ -208,7 +208,7 @@ def test_command_takes_a_cache_to_another_folder(
     command: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     archive = tmp_path / "cache.zip"
-    # Without a compiler a CPU has nothing to compile: the entry of a table stands for what a GPU leaves.
+    # A CPU without a compiler has nothing to compile: this table stands in for the files that a GPU writes.
     origin = cache.Origin.here("cpu")
     table = tmp_path / "a" / origin.key / "tables" / "cpu.json"
     table.parent.mkdir(parents=True)
@@ -239,7 +239,7 @@ def test_command_takes_compiled_blocks_along(
     made = list((tmp_path / "a").glob("*/regions/*.bin"))
     assert status == 0 and len(made) >= 2 and result["exported"] > len(made)
 
-    def refuse(*words: Any) -> None:
+    def refuse(*args: Any) -> None:
         raise AssertionError("compiled what the archive holds")
 
     monkeypatch.setattr(artifacts, "compile_function", refuse)

@@ -45,7 +45,7 @@ def make(config: DiTConfig = TINY, seed: int = 0, **changes) -> ReducioDiT:
 
 
 def inputs(config: DiTConfig, batch: int = 2, grid: tuple[int, int, int] = (4, 4, 4), seed: int = 1) -> dict:
-    """A full set of arguments; the second item has two padded text tokens, the content has four cells a latent cell."""
+    """All arguments; the second item has two padded text tokens, the content has four cells per latent cell."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ def inputs(config: DiTConfig, batch: int = 2, grid: tuple[int, int, int] = (4, 4
 
 
 def pixart_for(config: DiTConfig, channels: int = 16, patch: int = 1, **changes) -> PixArtTransformer2DModel:
-    """diffusers' model of the same sizes; `channels` and `patch` name its own split of the 16 input values a token."""
+    """diffusers' model of the same sizes; `channels` and `patch` are its own split of the 16 input values per token."""
     return PixArtTransformer2DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
@@ -115,7 +115,7 @@ def test_one_frame_without_image_is_pixart(grid, masked, changes):
     assert actual.shape == expected.shape == (2, config.out_channels, *grid)
     assert relative_error(actual, expected) < 1e-5
 
-    if config.size_conditioning:  # and the embedding matters: another size, another prediction
+    if config.size_conditioning:  # the embedding matters: another size changes the prediction
         other = model(x["latent"], x["timestep"], x["text"], mask, size=2 * pixels)[:, :, 0]
         assert relative_error(other, expected) > 1e-2
 
@@ -337,7 +337,7 @@ def test_gradients_reach_every_parameter():
 
 @torch.no_grad()
 def test_frame_rate_and_motion_join_the_time_embedding():
-    """Each by an MLP of its own, checked against diffusers' embedding layers; what is not known adds nothing."""
+    """Each has its own MLP, checked against diffusers' embedding layers; an unknown value (NaN) adds nothing."""
     model, given = make(clip_conditioning=True), inputs(TINY)
     emb, timestep = model.adaln_single.emb, given["timestep"]
     size, clip = torch.tensor([[32.0, 32.0]]).repeat(2, 1), torch.tensor([[24.0, 3.5], [math.nan, 0.0]])

@@ -1,4 +1,4 @@
-"""The preview decoder: a content image that is moved, at half the size."""
+"""The preview decoder, which moves the content image at half the size."""
 
 from __future__ import annotations
 
@@ -60,6 +60,6 @@ def test_each_frame_has_its_own_motion() -> None:
 
 def test_configurations_are_checked() -> None:
     assert PreviewConfig.from_dict(SMALL.to_dict()) == SMALL
-    for changes, words in (({"width": 0}, "width=0"), ({"spatial_factor": 12}, "spatial_factor=12: .* multiple of 8")):
-        with pytest.raises(ValueError, match=words):
+    for changes, line in (({"width": 0}, "width=0"), ({"spatial_factor": 12}, "spatial_factor=12: .* multiple of 8")):
+        with pytest.raises(ValueError, match=line):
             PreviewConfig(**changes)

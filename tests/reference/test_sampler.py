@@ -162,7 +162,8 @@ def test_gaussian_data_match_the_closed_form_at_second_order():
 
     assert error(20) < 0.1
     assert error(80) < 1e-3
-    # First order: half the step, half the error. Second, steps uniform in log-SNR: a quarter of the step, a sixteenth.
+    # First order: half the step gives half the error. Second order, with steps uniform in log-SNR: a quarter of the
+    # step gives a sixteenth of the error.
     assert error(40, solver_order=1) / error(80, solver_order=1) == pytest.approx(2, abs=0.2)
     assert error(20, use_lu_lambdas=True) / error(80, use_lu_lambdas=True) == pytest.approx(16, abs=3)
 

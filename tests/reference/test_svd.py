@@ -66,7 +66,7 @@ def test_unet_equals_diffusers(
 
 
 def test_a_token_and_an_embedding_a_frame():
-    """What is the same for every frame is what one for all gives; and a frame's own reaches the clip."""
+    """Equal tokens and ids per frame give the same result as one set for the clip; other values change the result."""
     ours, _ = unets(32, 64, dtype=torch.float64)
     inputs = unet_inputs(ours.config, 3, (4, 4), torch.float64)
     once = ours(**inputs)
@@ -116,7 +116,7 @@ def test_without_time_it_is_a_unet_of_images():
             module.eps = 1e-6 if name.startswith(("up_blocks", "down_blocks.0")) else 1e-5
     inputs = unet_inputs(ours.config, 4, (8, 8), batch=1)
     clip = ours(**inputs)[0]
-    # The image U-Net knows the time alone: what the clip is told besides joins its embedding.
+    # The image U-Net embeds only the timestep: the embedding of the added time ids is added to its bias.
     added = ours.embed(inputs["timestep"], inputs["added_time_ids"], 1, 1)
     plain = ours.time_embedding(sinusoid(inputs["timestep"][None], 32))
     image.time_embedding.linear_2.bias += (added - plain)[0]

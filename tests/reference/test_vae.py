@@ -1,4 +1,4 @@
-"""The reference VAE against the released architecture, diffusers' encoder and its own promises."""
+"""The reference VAE against the released architecture and diffusers' encoder, and its properties."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_warp_without_flow_repeats_the_content_image() -> None:
 
 @torch.no_grad()
 def test_warp_samples_as_scipy_does() -> None:
-    """One flow a frame: bicubic interpolation of equal cells is that value, so scipy can move the image itself."""
+    """One flow per frame: bicubic interpolation of equal cells is that value, so scipy can move the image itself."""
     model, image = still_warp(), clip((64, 96)).double()[:, :, 7]
     flow = torch.randn(2, model.config.temporal_factor).double() * 0.4
     model.warp.flow.bias.copy_(flow.flatten())
@@ -316,7 +316,7 @@ def test_warp_samples_as_scipy_does() -> None:
 
 @torch.no_grad()
 def test_warp_in_tiles_is_the_warp_of_the_whole() -> None:
-    """A tile reads its own piece of the image: but for pixels whose flow leaves the tile, nothing shows of tiles."""
+    """A tile reads its own part of the image: except for pixels whose flow leaves the tile, tiles leave no trace."""
     model, image = still_warp(tile_size=64, tile_overlap=0.5), clip((128, 96)).double()[:, :, 7]
     model.warp.flow.bias.fill_(0.1)
     z = torch.zeros(1, 16, 4, 4, 3).double()

@@ -1,4 +1,4 @@
-"""The worker by itself, with a family that begins with a picture: its events, its files, its end when it is closed."""
+"""The worker by itself, with a model that starts from a picture: its events, its files, its end when it is closed."""
 
 from __future__ import annotations
 

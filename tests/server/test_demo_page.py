@@ -1,4 +1,4 @@
-"""The demo without its page: what a click makes, how it is stopped, and what is said where gradio is not installed.
+"""The demo without its page: what a click makes, how it is stopped, and the message if gradio is not installed.
 
 The page itself is tried in a browser by benchmarks/demo_check.py.
 """
@@ -24,10 +24,10 @@ PROMPT = "a red circle moving right on a black background"
 
 
 def test_both_paths_of_one_seed(bundle: Path, tmp_path: Path) -> None:
-    told: list[tuple[float, str]] = []
+    updates: list[tuple[float, str]] = []
 
     def progress(share: float, what: str) -> None:
-        told.append((share, what))
+        updates.append((share, what))
 
     clips = list(demo_page.make_clips(PROMPT, seed=3, steps=2, folder=tmp_path, progress=progress, device="cpu"))
     assert [clip.label for clip in clips] == ["fast", "reference"]
@@ -36,7 +36,7 @@ def test_both_paths_of_one_seed(bundle: Path, tmp_path: Path) -> None:
     for clip in clips:
         assert read_video(clip.path)[0].shape == clip.out.frames.shape
         assert clip.rows[-1][0] == "sum" and {"dit.step", "vae.decode"} <= {name for name, _ in clip.rows}
-    assert told == [
+    assert updates == [
         (0.0, "fast: starting"),
         (0.25, "fast: step 1 of 2"),
         (0.5, "fast: step 2 of 2"),
@@ -54,11 +54,11 @@ def test_stop_ends_a_clip_at_the_next_step_and_leaves_the_model_usable(bundle: P
         if "step 2" in what:
             stop.set()
 
-    words = {"both": False, "seed": 1, "folder": tmp_path, "device": "cpu"}
+    options = {"both": False, "seed": 1, "folder": tmp_path, "device": "cpu"}
     with pytest.raises(demo_page.Cancelled):
-        list(demo_page.make_clips(PROMPT, steps=9, progress=progress, stop=stop, **words))
+        list(demo_page.make_clips(PROMPT, steps=9, progress=progress, stop=stop, **options))
     assert steps[-1] == "fast: step 2 of 9" and list(tmp_path.iterdir()) == []
-    (after,) = demo_page.make_clips(PROMPT, steps=1, **words)
+    (after,) = demo_page.make_clips(PROMPT, steps=1, **options)
     assert np.isfinite(after.out.frames).all() and after.path.exists()
 
 

@@ -1,4 +1,4 @@
-"""What a click on the demo makes of the words that lengthen and steer a clip."""
+"""The demo's options that lengthen and steer a clip."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from reducio_fast.system.errors import ReducioError
 pytestmark = pytest.mark.slow
 
 PROMPT = "a red circle moving right on a black background"
-WORDS = {"both": False, "steps": 2, "device": "cpu", "content_kwargs": {"num_inference_steps": 2}}
+OPTIONS = {"both": False, "steps": 2, "device": "cpu", "content_kwargs": {"num_inference_steps": 2}}
 
 
 def test_progress_previews_and_a_long_loop(bundle: Path, tmp_path: Path) -> None:
-    words = WORDS | {"folder": tmp_path, "num_frames": 24, "loop": True, "negative_prompt": "blue"}
-    events = list(demo_page.events_of(PROMPT, None, previews=True, motion_strength=0.5, **words))
+    options = OPTIONS | {"folder": tmp_path, "num_frames": 24, "loop": True, "negative_prompt": "blue"}
+    events = list(demo_page.events_of(PROMPT, None, previews=True, motion_strength=0.5, **options))
     kinds = [kind for kind, _ in events]
     assert kinds[0] == "progress" and kinds[-1] == "clip" and kinds.count("preview") == 4
-    assert [news[0] for kind, news in events if kind == "progress"][-1] == 1.0, "all steps of both parts are counted"
-    assert next(news for kind, news in events if kind == "preview").shape == (128, 512, 3)
+    assert [data[0] for kind, data in events if kind == "progress"][-1] == 1.0, "all steps of both parts are counted"
+    assert next(data for kind, data in events if kind == "preview").shape == (128, 512, 3)
     assert read_video(events[-1][1].path)[0].shape == (46, 128, 128, 3)
 
 
@@ -34,10 +34,10 @@ def test_seeds_side_by_side_with_the_motion_of_a_clip(bundle: Path, tmp_path: Pa
         frame[48:80, 20 + 4 * t : 52 + 4 * t] = (220, 30, 30)
     write_video(frames, tmp_path / "motion", 16)
     motion = demo_page.motion_of(str(tmp_path / "motion"), {"device": "cpu"})
-    words = WORDS | {"folder": tmp_path, "num_videos_per_prompt": 2, "motion_latents": motion}
-    (clip,) = demo_page.make_clips(PROMPT, **words)
+    options = OPTIONS | {"folder": tmp_path, "num_videos_per_prompt": 2, "motion_latents": motion}
+    (clip,) = demo_page.make_clips(PROMPT, **options)
     assert clip.out.frames.shape == (16, 128, 256, 3) and clip.out.seeds == [0, 1]
-    (smooth,) = demo_page.make_clips(PROMPT, interpolate=2, keep_content=True, **words)
+    (smooth,) = demo_page.make_clips(PROMPT, interpolate=2, keep_content=True, **options)
     assert smooth.out.fps == 2 * clip.out.fps and len(smooth.out.frames) >= 31
     assert read_video(smooth.path)[1] == smooth.out.fps
 
@@ -54,4 +54,4 @@ def test_a_click_passes_only_what_the_model_takes(model: str | None) -> None:
 
 def test_mistakes_reach_the_page(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ReducioError, match="motion_strength"):
-        list(demo_page.events_of(PROMPT, None, previews=True, folder=tmp_path, motion_strength=9, **WORDS))
+        list(demo_page.events_of(PROMPT, None, previews=True, folder=tmp_path, motion_strength=9, **OPTIONS))

@@ -1,4 +1,4 @@
-"""The front with workers that fail on purpose: what becomes of a job is the dispatcher's word. Real HTTP."""
+"""The front with workers that fail on purpose: the dispatcher decides the outcome of a job. Real HTTP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESULT = {"timings": {"dit.step": 0.1}, "fps": 16, "frames": 16, "encoder": "non
 
 
 class Workers:
-    """`script[prompt]` are what the attempts at that prompt come to: "made", "lost", "error", "defect" or "hangs"."""
+    """`script[prompt]`: outcomes of the attempts at that prompt, each "made", "lost", "error", "defect" or "hangs"."""
 
     slots = 2
 
@@ -36,11 +36,11 @@ class Workers:
 
     async def make(self, request: dict[str, Any], given: Mapping[str, bytes]) -> AsyncIterator[dict[str, Any]]:
         prompt = request["call"]["prompt"]
-        what = self.script.get(prompt, [])
-        outcome = what.pop(0) if what else "made"
+        outcomes = self.script.get(prompt, [])
+        outcome = outcomes.pop(0) if outcomes else "made"
         try:
             yield {"stage": "dit.step", "step": 1, "percent": 50}
-            yield {"stage": "dit.step", "step": 2, "percent": 40}  # a bar does not go back
+            yield {"stage": "dit.step", "step": 2, "percent": 40}  # a progress bar must not go back
             if outcome == "hangs":
                 await asyncio.Event().wait()
             if outcome == "lost":

@@ -1,4 +1,4 @@
-"""The file of jobs under crashes at any statement, keys, the folder, and what a batch reads. No model is loaded."""
+"""The job database with a crash at any statement, keys, the folder, and batches. Only the slow test loads a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Crash(Exception):
 
 
 class Crashing:
-    """A connection that fails at its n-th statement, as a process that is killed there: nothing after it happens."""
+    """A connection that fails at its n-th statement and after it, like a process that is killed there."""
 
     def __init__(self, connection: sqlite3.Connection, statements: int) -> None:
         self.connection, self.left = connection, statements
@@ -53,11 +53,11 @@ OPERATIONS = st.tuples(st.sampled_from(["insert", "claim", "begin", "finish", "f
 @given(st.lists(OPERATIONS, max_size=25))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_crash_loses_or_doubles_a_job(tmp_path: Path, operations: list[tuple[str, int, int]]) -> None:
-    """(operation, which job, statement at which the process dies; 6: it does not). A job that was told to its client
-    stays, in one state; it is handed out at most twice; a clip that was told as completed stays completed."""
+    """Each operation is (name, which job, statement at which the process dies; 6: it does not). A job that was reported
+    to its client is kept, in one state; it is handed out at most twice; a job reported as completed stays completed."""
     path = tmp_path / f"{new_id()}.sqlite3"
     store = Store(path)
-    told: dict[str, str] = {}  # id -> the last state that a client was told
+    reported: dict[str, str] = {}  # id -> the last state that a client received
     claimed: list[str] = []
     handed_out: dict[str, int] = {}
     for operation, which, crash_at in operations:
@@ -67,8 +67,8 @@ def test_no_crash_loses_or_doubles_a_job(tmp_path: Path, operations: list[tuple[
         job = claimed[which % len(claimed)] if claimed else None
         try:
             if operation == "insert":
-                id, _ = store.insert(new_id(), "owner", {"call": {"prompt": str(which)}})[0].id, None
-                told[id] = "queued"
+                id = store.insert(new_id(), "owner", {"call": {"prompt": str(which)}})[0].id
+                reported[id] = "queued"
             elif operation == "claim" and (got := store.claim()) is not None:
                 assert got.id not in claimed, "handed out twice at once"
                 claimed.append(got.id)
@@ -77,31 +77,31 @@ def test_no_crash_loses_or_doubles_a_job(tmp_path: Path, operations: list[tuple[
                 store.begin(job)
             elif job is not None and operation == "finish":
                 store.finish(job, {}, 1)
-                told[job] = COMPLETED
+                reported[job] = COMPLETED
                 claimed.remove(job)
             elif job is not None and operation == "fail":
                 store.fail(job, "code", "line")
-                told[job] = FAILED
+                reported[job] = FAILED
                 claimed.remove(job)
             elif job is not None and operation == "lost":
                 status = store.put_back(job)
                 claimed.remove(job)
-                told[job] = FAILED if status == FAILED else "queued"
-            elif told and operation == "delete":
-                id = sorted(told)[which % len(told)]
+                reported[job] = FAILED if status == FAILED else "queued"
+            elif reported and operation == "delete":
+                id = sorted(reported)[which % len(reported)]
                 store.delete(id)
-                del told[id]
+                del reported[id]
                 claimed = [each for each in claimed if each != id]
         except Crash:
             connection.close()  # what was not committed is gone
             store, claimed = Store(path), []
             store.recover()
-            if operation == "delete":  # the client was told nothing; either is right
-                told = {id: state for id, state in told.items() if store.get(id)}
+            if operation == "delete":  # the client received no answer; either result is right
+                reported = {id: state for id, state in reported.items() if store.get(id)}
     store._connection.close()
     store = Store(path)
     store.recover()
-    for id, state in told.items():
+    for id, state in reported.items():
         found = store.get(id)
         assert found is not None, "lost"
         if state in (COMPLETED, FAILED):
@@ -253,17 +253,17 @@ def test_a_batch_goes_on_where_it_was_killed(
     rows = batch.read_prompts(tmp_path / "p.jsonl")
     worker = {"model": None, "dtype": None, "device": None, "backend": "auto", "compile": None, "encoding": "fast"}
     call = {"height": 64, "width": 64, "num_inference_steps": 1}
-    monkeypatch.setattr(clips, "Clips", functools.cache(clips.Clips))  # both runs have it, one loads it
+    monkeypatch.setattr(clips, "Clips", functools.cache(clips.Clips))  # both runs share it, so it is loaded once
     with pytest.raises(KeyboardInterrupt):
         batch.make_clips(rows, batch.Settings(out=str(tmp_path / "out"), worker=worker, call=call), stop)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.mp4")}
     assert 3 <= len(before) < 7
     (tmp_path / "out" / ".00006.12345678.mp4").touch()
     assert main(command) == 2
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     counts = {"made": 7 - len(before), "kept": len(before), "failed": 1}
-    assert json.loads(told.out) == {"path": str(tmp_path / "out")} | counts
-    assert "1 of 8 prompts made no clip, the first is number 3: prompt: is empty" in told.err
+    assert json.loads(captured.out) == {"path": str(tmp_path / "out")} | counts
+    assert "1 of 8 prompts made no clip, the first is number 3: prompt: is empty" in captured.err
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.mp4")}
     assert len(after) == 7 and before.items() <= after.items()
     manifest = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The server as its users meet it: a process of its own, real HTTP, the unmodified openai client, the default model."""
+"""The server as its users see it: a process of its own, real HTTP, the unmodified openai client, the default model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_create_poll_download_are_the_bytes_of_generate(
     assert set(video.timings) >= {"content.generate", "dit.step", "vae.decode", "video.write"} and video.encoder
     data = client.videos.download_content(video.id).content
     assert read(data, tmp_path).shape == (16, 128, 128, 3)
-    torch.set_num_threads(1)  # as the server has: their number changes the bytes
+    torch.set_num_threads(1)  # as in the server: the number of threads changes the bytes
     reducio_fast.generate(PROMPT, seed=7, progress=False, **STEPS).save(tmp_path / "same.mp4")
     assert (tmp_path / "same.mp4").read_bytes() == data
     thumbnail, sheet = (
@@ -97,7 +97,7 @@ def test_the_overhead_of_a_job_at_the_default_polling(client: openai.OpenAI) -> 
         video = client.videos.create_and_poll(prompt=PROMPT, size="64x64", extra_body={"seed": seed} | STEPS)
         wall = time.perf_counter() - begun
         overheads.append(wall - video.seconds_of_clip - video.timings["video.write"])
-    # 0.1 s is what it is on idle cores; a machine that others use too gets what it needs to run three processes.
+    # The overhead is 0.1 s on idle cores; the limit leaves a shared machine time to run three processes.
     assert statistics.median(overheads) < 0.4, overheads
 
 
@@ -190,7 +190,7 @@ def test_events_tell_of_every_step(client: openai.OpenAI, server: ClipServer) ->
 
 
 def test_previews_are_events(client: openai.OpenAI, server: ClipServer) -> None:
-    """And fields that are this server's own come through an unmodified client."""
+    """An unmodified client also passes on the fields that only this server has."""
     own = {"num_inference_steps": 6, "preview_every": 3, "motion_strength": 0.5, "interpolate": 2}
     video = client.videos.create(prompt=PROMPT, extra_body=own)
     _, body = server.get(f"/v1/videos/{video.id}/events")

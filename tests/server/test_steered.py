@@ -1,4 +1,4 @@
-"""What steers a clip, asked of a server: its fields, previews as events, the motion of another clip, more frames."""
+"""Steered clips from a server: their fields, previews as events, the motion of another clip, more frames."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def frames_of(event: Mapping[str, Any], tmp_path: Path) -> np.ndarray:
 
 
 def test_a_steered_clip_is_that_of_the_call(clips: Clips, checker: Checker, tmp_path: Path) -> None:
-    """Fields of a form are text; here all that one call takes together."""
+    """Fields of a form are text; the test passes all that one call accepts together."""
     fields = {"motion_strength": "1.5", "keep_content": "true", "loop": "true", "quality": "draft", "interpolate": "2",
               "preview_every": "1"}  # fmt: skip
     *steps, last = events(clips, checker(PROMPT | fields))
@@ -68,9 +68,9 @@ def test_a_steered_clip_is_that_of_the_call(clips: Clips, checker: Checker, tmp_
         strip = Image.open(io.BytesIO(event["preview"]))
         assert strip.format == "WEBP" and strip.width == 4 * strip.height
     out = clips.pipe(**PROMPT, motion_strength=1.5, keep_content=True, loop=True, quality="draft", progress=False)
-    more = out.interpolated(2)
-    assert (last["result"]["frames"], last["result"]["fps"]) == (59, 32.0) == (len(more.frames), more.fps)
-    more.save(tmp_path / "own.mp4", encoding="fast")
+    smooth = out.interpolated(2)
+    assert (last["result"]["frames"], last["result"]["fps"]) == (59, 32.0) == (len(smooth.frames), smooth.fps)
+    smooth.save(tmp_path / "own.mp4", encoding="fast")
     assert (tmp_path / "own.mp4").read_bytes() == last["files"][CLIP]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reducio_fast.reference import DiTConfig
 
+# All levels and names of the release, at a 32nd of its width.
 NARROW_VAE = {
     "base_channels": 4,
     "content_base_channels": 4,

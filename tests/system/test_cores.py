@@ -1,4 +1,4 @@
-"""How many cores are this process's, and threads that sleep while they wait."""
+"""The number of cores that this process may use, and threads that sleep while they wait."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_torch_keeps_to_them_during_a_call(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_waiting_threads_sleep_soon() -> None:
-    """libgomp shows what it was told; the environment of children is as it was, and a user's choice holds."""
+    """libgomp prints the setting; the environment of child processes is unchanged, and a user's own setting is kept."""
     code = "import reducio_fast, os; reducio_fast.generate; print(os.environ.get('GOMP_SPINCOUNT'))"
     for chosen, spin, left in (({}, cores.SPIN, "None"), ({"GOMP_SPINCOUNT": "77"}, "77", "77")):
         clean = {name: value for name, value in os.environ.items() if name not in cores.WAITING}

@@ -213,13 +213,13 @@ def test_a_trained_transformer_generates(latents: Path, tmp_path: Path, objectiv
         return
     with torch.no_grad():
         pipe.transformer.adaln_single.emb.motion_embedder.linear_2.weight.normal_(generator=torch.Generator())
-    words = {"seed": 1, "num_inference_steps": 2, "progress": False, "output_type": "latent"}
+    kwargs = {"seed": 1, "num_inference_steps": 2, "progress": False, "output_type": "latent"}
     scores = (None, 1.0, 30.0)
     latents = {backend: [] for backend in ("fast", "reference")}
-    for backend, found in latents.items():
-        parts = ReducioPipeline(**pipe.components, backend=backend)
-        found += [parts("a cat", motion_score=score, **words).frames for score in scores]
-        assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    for backend, samples in latents.items():
+        rebuilt = ReducioPipeline(**pipe.components, backend=backend)
+        samples += [rebuilt("a cat", motion_score=score, **kwargs).frames for score in scores]
+        assert not torch.equal(samples[0], samples[1]) and not torch.equal(samples[1], samples[2])
     for one, other in zip(*latents.values(), strict=True):
         assert (one - other).norm() < 0.05 * other.norm()
     with pytest.raises(ReducioError, match="motion_score: must be a number of at least 0, is -1"):

@@ -1,4 +1,4 @@
-"""EDM's objective by its identities, a network that learns by it, and low-rank updates trained through it."""
+"""EDM's objective: its identities, a network trained with it, and low-rank updates trained with it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 def test_the_target_has_unit_variance_at_every_noise_level():
     target = edm.velocity(drawn(5, 200_000), drawn(5, 200_000, seed=1), SIGMAS)
     torch.testing.assert_close(target.var(1), torch.ones(5, dtype=torch.float64), rtol=0.01, atol=0)
-    # And what the network is shown: c_in times a latent under noise.
-    shown = (drawn(5, 200_000) + SIGMAS[:, None] * drawn(5, 200_000, seed=1)) / (SIGMAS[:, None] ** 2 + 1).sqrt()
-    torch.testing.assert_close(shown.var(1), torch.ones(5, dtype=torch.float64), rtol=0.01, atol=0)
+    # The network's input has unit variance too: c_in times a noisy latent.
+    inputs = (drawn(5, 200_000) + SIGMAS[:, None] * drawn(5, 200_000, seed=1)) / (SIGMAS[:, None] ** 2 + 1).sqrt()
+    torch.testing.assert_close(inputs.var(1), torch.ones(5, dtype=torch.float64), rtol=0.01, atol=0)
 
 
 def test_the_weighted_error_of_the_denoiser_is_that_of_the_network():
@@ -48,7 +48,7 @@ def test_the_weighted_error_of_the_denoiser_is_that_of_the_network():
 
 @pytest.mark.parametrize("index", [0, 12, 24])
 def test_the_scheduler_takes_the_target_back_to_the_data(index: int):
-    """diffusers' Euler steps with v as prediction: its data prediction of our target is the clean latent."""
+    """diffusers' Euler scheduler with v-prediction: given our target, it predicts the clean latent."""
     scheduler = EulerDiscreteScheduler.from_config(SCHEDULER)
     scheduler.set_timesteps(25)
     sigma, timestep = scheduler.sigmas[index].double()[None], scheduler.timesteps[index]
@@ -71,10 +71,10 @@ def test_noise_levels_are_lognormal():
 
 
 def condition(batch: int, size: int = 4) -> ImageCondition:
-    draw = seeded(5)
+    generator = seeded(5)
     return ImageCondition(
-        torch.randn(batch, 1, 24, generator=draw),
-        torch.randn(batch, 4, size, size, generator=draw),
+        torch.randn(batch, 1, 24, generator=generator),
+        torch.randn(batch, 4, size, size, generator=generator),
         torch.tensor([[6.0, 127.0, 0.02]]).repeat(batch, 1),
     )
 
@@ -100,13 +100,13 @@ def test_the_error_of_a_batch_is_that_of_its_clips():
 
 
 def fit(unet: VideoUNet, parameters: list[Tensor], clean: Tensor, cond: ImageCondition, steps: int) -> list[float]:
-    optimizer, errors, draw = torch.optim.Adam(parameters, 3e-3), [], seeded(7)
+    optimizer, errors, generator = torch.optim.Adam(parameters, 3e-3), [], seeded(7)
     levels = edm.NoiseLevels(mean=0.0, std=1.6)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
-        sigma = levels.draw(len(clean), draw)
-        error = edm.velocity_error(unet, clean, torch.randn(clean.shape, generator=draw), sigma, cond).mean()
+        sigma = levels.draw(len(clean), generator)
+        error = edm.velocity_error(unet, clean, torch.randn(clean.shape, generator=generator), sigma, cond).mean()
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
@@ -115,7 +115,7 @@ def fit(unet: VideoUNet, parameters: list[Tensor], clean: Tensor, cond: ImageCon
 
 
 def test_two_clips_are_learnt_and_sampled():
-    """By the objective alone: the sampler then makes, of each picture, the clip that belongs to it."""
+    """After training with the objective alone, the sampler makes the right clip from each picture."""
     torch.manual_seed(0)
     unet = VideoUNet(unets(32, 32)[0].config)
     clean, cond = drawn(2, 2, 4, 4, 4, seed=3).float(), condition(2)
@@ -150,7 +150,7 @@ def test_an_update_starts_as_no_change_and_is_taken_off_again():
 
 
 def test_a_trained_update_is_loaded_as_pefts(tmp_path: Path):
-    """It learns; its file, merged by the pipeline's own loader and held in diffusers' U-Net by peft, gives the same."""
+    """It learns; its file gives the same output, merged by our pipeline or loaded into diffusers' U-Net by peft."""
     from diffusers import StableVideoDiffusionPipeline
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
@@ -159,10 +159,10 @@ def test_a_trained_update_is_loaded_as_pefts(tmp_path: Path):
     theirs: StableVideoDiffusionPipeline = build_random(PEERS["svd"], True, torch.float32, torch.device("cpu"))
     pipe = SVDPipeline.from_diffusers(copy.deepcopy(theirs), backend="reference")
     unet = pipe.unet
-    draw = seeded(5)
+    generator = seeded(5)
     cond = ImageCondition(
-        torch.randn(2, 1, 32, generator=draw),
-        torch.randn(2, 4, 4, 4, generator=draw),
+        torch.randn(2, 1, 32, generator=generator),
+        torch.randn(2, 4, 4, 4, generator=generator),
         torch.tensor([[6.0, 127, 0.02]] * 2),
     )
     clean = drawn(2, 3, 4, 4, 4, seed=3).float()
@@ -197,7 +197,7 @@ def test_a_trained_update_is_loaded_as_pefts(tmp_path: Path):
 
 
 def test_the_recipe_of_a_lora(tmp_path: Path):
-    """From videos to a file that the pipeline loads, by the command; stopped and resumed it is the same file."""
+    """The command trains from videos and writes a file that the pipeline loads; stopped and resumed, it is the same."""
     import numpy as np
     from safetensors.torch import load_file
 
@@ -212,7 +212,7 @@ def test_the_recipe_of_a_lora(tmp_path: Path):
     write_video(toy_world.render(toy_world.sample_scene(rng), rng, 64, 12), tmp_path / "clip.mp4", 7)
     row = dict.fromkeys(manifest.COLUMNS) | {"id": "clip", "video": str(tmp_path / "clip.mp4"), "fps": 7.0}
     manifest.write([row | {"start": 0, "end": 12, "height": 64, "width": 64}], tmp_path / "clips.parquet")
-    words = [
+    argv = [
         "train",
         "svd-lora",
         "--model",
@@ -221,18 +221,18 @@ def test_the_recipe_of_a_lora(tmp_path: Path):
         f"{tmp_path}/clips.parquet",
         "--no-progress",
     ]
-    words += ["--recipe", "svd-lora"]
+    argv += ["--recipe", "svd-lora"]
     changes = ("batch=2", "rank=2", "size=[16, 24]", "num_frames=3", "threads=1")
     changes += ("loop.steps=4", "loop.warmup_steps=1", "loop.micro_batches=2", "loop.log_every=1", "loop.ema_decay=0.0")
-    words += [w for change in changes for w in ("--set", change)]
-    assert main([*words, "--out", f"{tmp_path}/whole", "--set", "loop.checkpoint_every=4"]) == 0
+    argv += [w for change in changes for w in ("--set", change)]
+    assert main([*argv, "--out", f"{tmp_path}/whole", "--set", "loop.checkpoint_every=4"]) == 0
     trained = load_file(tmp_path / "whole" / "lora" / "pytorch_lora_weights.safetensors")
     assert any(t.abs().max() > 0 for n, t in trained.items() if n.endswith("lora_B.weight"))
     for seconds in ("0.0001", "1000"):  # stopped after one step, then to the end
         stop = ["--set", "loop.checkpoint_every=1", "--set", f"loop.max_seconds={seconds}"]
-        assert main([*words, "--out", f"{tmp_path}/parts", *stop]) == 0
+        assert main([*argv, "--out", f"{tmp_path}/parts", *stop]) == 0
     again = load_file(tmp_path / "parts" / "lora" / "pytorch_lora_weights.safetensors")
     assert trained.keys() == again.keys() and all(torch.equal(t, again[n]) for n, t in trained.items())
     pipe = SVDPipeline.from_pretrained(tmp_path / "model", device="cpu", backend="reference")
     pipe.load_lora_weights(tmp_path / "whole" / "lora")
-    assert main([*words, "--out", f"{tmp_path}/bad", "--set", "size=[15, 24]"]) == 2
+    assert main([*argv, "--out", f"{tmp_path}/bad", "--set", "size=[15, 24]"]) == 2

@@ -1,4 +1,4 @@
-"""Noised latents, targets and the variational bound, against diffusers' schedulers and torch.distributions."""
+"""Noised latents, targets and the variational bound, compared with diffusers' schedulers and torch.distributions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_variational_bound_is_a_divergence_of_normals() -> None:
         clean[:1], clean[:1], torch.zeros(1), torch.zeros_like(clean[:1]), torch.tensor([0])
     )
     assert exact > 0
-    # Only the bound has a gradient for the variance, only the error one for the mean.
+    # The variance gets its gradient only from the bound, the mean only from the error.
     output = torch.randn(3, 32, 4, 2, 2, requires_grad=True)
     objective.loss(lambda x, t: output, clean, noise, (step + 0.5) / 1000)[0].backward()
     mean_only = torch.autograd.grad((output[:, :16] - noise).square().flatten(1).mean(1).mean(), output)[0]

@@ -1,4 +1,4 @@
-"""The recipe of the small embedded SVD, at a few steps: it runs to a folder that every road to the model takes."""
+"""The recipe of the small embedded SVD at a few steps: it writes a folder that every interface to the model loads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_toy_clips_are_told_in_svds_terms():
 
 
 def test_the_recipes_networks_fit_into_eight_megabytes():
-    """Counted, two bytes a weight, before anything is trained."""
+    """Counted at two bytes per weight, before any training."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from reducio_fast.reference.svd.unet import VideoUNet
@@ -67,7 +67,7 @@ def test_an_autoencoder_starts_by_handing_flat_pictures_on():
 
 
 def shortened() -> dict[str, Stage]:
-    """Every stage of the recipe, its networks and its code, at two steps and as few clips as there can be."""
+    """Every stage of the recipe, with its networks and its code, at two steps and with as few clips as possible."""
     few = {
         "autoencoder": {"phases": ((0.5, 1, 1), (1.0, 14, 1)), "evaluated": 1},
         "image_encoder": {"batch": 2, "evaluated": 4},
@@ -115,7 +115,7 @@ def test_the_folder_is_one_of_svd(trained: Path):
 def test_every_road_to_the_embedded_model(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """`svd-tiny` by name: where an installation has none it says what makes it; else it makes 14 frames of 64x64."""
+    """`svd-tiny` by name: without its folder the error names the command that makes it, with it 14 frames of 64x64."""
     monkeypatch.setattr(strict_files.resources, "files", lambda name: tmp_path)
     with pytest.raises(ReducioError, match=r"no svd-tiny .*; `reducio-fast train svd-tiny --out DIR` makes it"):
         reducio_fast.generate(model="svd-tiny", image=np.zeros((8, 8, 3), np.uint8))
@@ -128,8 +128,8 @@ def test_every_road_to_the_embedded_model(
         assert out.frames.shape == (14, 64, 64, 3) and out.fps == 7
         assert np.array_equal(out.content, fit_image(clip.frames[0], 64, 64))
     Image.fromarray(clip.frames[0]).save(tmp_path / "photo.png")
-    words = ["generate", "--model", "svd-tiny", "--image", f"{tmp_path}/photo.png", "--out", f"{tmp_path}/clip.gif"]
-    assert main([*words, "--num-inference-steps", "1", "--device", "cpu", "--no-progress"]) == 0
+    argv = ["generate", "--model", "svd-tiny", "--image", f"{tmp_path}/photo.png", "--out", f"{tmp_path}/clip.gif"]
+    assert main([*argv, "--num-inference-steps", "1", "--device", "cpu", "--no-progress"]) == 0
     assert "14 frames of 64x64 at 7 frames a second" in capsys.readouterr().out
     reducio_fast.pipelines.generate.forget()
 

@@ -254,7 +254,7 @@ def test_the_bundle_is_small_without_duplicates(exported: Path) -> None:
     for path in exported.rglob("*.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o644, path
         # The content encoder's second middle block never runs. It, and the matrices of two small networks, are stored
-        # in one byte a weight.
+        # in one byte per weight.
         small = path.parent.name in ("preview_decoder", "image_encoder")
         for name, value in load_file(path).items():
             one_byte = name.startswith("encoder_2d.mid.block_2.") or (small and value.ndim > 1)
@@ -332,7 +332,7 @@ def test_bfloat16_only_where_a_cpu_has_instructions_for_it(monkeypatch: pytest.M
         (True, False, torch.float32),
         (False, True, torch.float32),
     ):
-        told = {"avx2": True, "avx512_bf16": has}
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda told=told: told, raising=False)
+        flags = {"avx2": True, "avx512_bf16": has}
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda flags=flags: flags, raising=False)
         with autocast(cpu, wanted):
             assert (x @ x.T).dtype == dtype

@@ -228,11 +228,11 @@ def test_an_ablation_trains_each_variant_and_compares_held_out_clips(
     assert main(command) == 0
     assert (tmp_path / "ablation.csv").read_text() == before
     capsys.readouterr()
-    for more, message in (
+    for options, message in (
         (["--ablation", "attention"], "--ablation attention is of train dit, not of train vae"),
         (["--seeds", "2"], "--seeds belongs to --ablation"),
         (["--ablation", "fusion", "--set", "held_out=0"], "the recipe needs held_out"),
         (["--ablation", "fusion", "--set", "held_out=2"], "held_out=2: .* holds 2 clips"),
     ):
-        assert main([*argv, "-o", str(tmp_path / "other"), *more]) == 2
+        assert main([*argv, "-o", str(tmp_path / "other"), *options]) == 2
         assert re.search(message, capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""Kernel tests run three ways from one text: Triton's interpreter where there is no GPU, an NVIDIA GPU, an AMD GPU."""
+"""The same kernel tests run in Triton's interpreter (where there is no GPU), on an NVIDIA GPU and on an AMD GPU."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def assert_right() -> Callable[[Tensor, Tensor, Tensor], None]:
 def check_kernel(assert_right: Callable[..., None], dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
     """`check_kernel(launch, twin, *args)`: the oracle is the twin in float64, eager is the twin in `dtype`.
 
-    Inputs are made in float64; floating tensors are cast, other arguments travel as they are. Returns what `launch`
+    Inputs are made in float64; floating tensors are cast, other arguments are passed unchanged. Returns what `launch`
     returns, a tensor or a tuple of them."""
 
     def cast(value: object, to: torch.dtype) -> object:

@@ -43,7 +43,7 @@ def test_kernel_equals_twin_with_a_scale(check_kernel):
 @pytest.mark.parametrize("D", [72, 64])
 @pytest.mark.slow
 def test_padded_keys_are_never_read(D, check_kernel):
-    """Counts of none, one, a whole block, an odd number and all; what lies behind them is NaN."""
+    """Counts of 0, 1, a whole block, an odd number and all; the keys and values behind them are NaN."""
     q, k, v = inputs(5, 9, 53, 1, D)
     count = torch.tensor([0, 1, 32, 21, 53], dtype=torch.int32)
     for x in (k, v):
@@ -74,7 +74,7 @@ def test_views_of_a_fused_projection_need_no_copy(check_kernel, dtype, device):
 
 
 def test_one_frame_of_keys_serves_all_frames(check_kernel):
-    """Fusion attention: the content's keys and values, once, for every item of a batch (a batch stride of 0)."""
+    """Fusion attention: all items of a batch share the content's keys and values (a batch stride of 0)."""
     q, k, v = inputs(3, 20, 33, 1, 64)
     check_kernel(op.launch, op.twin, q, k[:1].expand_as(k), v[:1].expand_as(v))
 

@@ -36,7 +36,7 @@ def test_kernel(grid, dtype, device, assert_right):
 
 @pytest.mark.parametrize("grid", GRIDS[1:3], ids=str)
 def test_bytes(grid, dtype, device):
-    """Equal to rounding the exact value, but where that lies on the edge between two bytes."""
+    """Equal to the rounded exact value, except where that value lies on the edge between two bytes."""
     tiles, columns = tiles_of(*grid)
     low = [tile.to(device, dtype) for tile in tiles]
     frames = op.launch(low, columns, *grid[2:])
@@ -78,8 +78,8 @@ def test_addresses_pass_two_to_the_31(device):
 
 def test_op_passes_opcheck():
     tiles, columns = tiles_of(13, 19, 8, 4)
-    for words in ({}, {"as_uint8": False}):
-        torch.library.opcheck(op.blend_tiles, ([t.float() for t in tiles], columns, 8, 4), words)
+    for kwargs in ({}, {"as_uint8": False}):
+        torch.library.opcheck(op.blend_tiles, ([t.float() for t in tiles], columns, 8, 4), kwargs)
 
 
 def test_mistakes_are_named():

@@ -41,7 +41,7 @@ def combine(stats):
 
 
 def combined(function):
-    """`function` with its partials combined, so that two ways to cut the positions into tiles compare."""
+    """`function` with its partials combined, so that two ways to cut the positions into tiles can be compared."""
 
     def call(*args):
         y, stats = function(*args)

@@ -36,7 +36,7 @@ def test_kernel_equals_twin(shape, check_kernel):
 
 
 def test_scores_far_apart(check_kernel):
-    """The largest score is taken off before the exponential, which would overflow."""
+    """The largest score is subtracted before the exponential, which would overflow."""
     check_kernel(op.launch, op.twin, 8 * qkv_of(1, 7, 2, 1, 16), None)
 
 

@@ -9,7 +9,7 @@ from reducio_fast.triton_kernels import geglu_linear as op
 
 pytestmark = pytest.mark.slow
 
-SHAPES = [((32, 16), 32), ((2, 13, 24), 20), ((1, 40), 9)]  # of x, and channels out
+SHAPES = [((32, 16), 32), ((2, 13, 24), 20), ((1, 40), 9)]  # shape of x, output channels
 
 
 def inputs(shape, K):

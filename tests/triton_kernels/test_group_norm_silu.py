@@ -67,8 +67,8 @@ def test_statistics_from_a_convolution(check_kernel, device, dtype):
     weight, bias = (v.to(device, dtype) for v in affine(16))
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     for run in (op.launch, op.twin):
-        given = run(x, weight, bias, 2, partials=partials)
-        torch.testing.assert_close(given, op.launch(x, weight, bias, 2), **tolerance)
+        merged = run(x, weight, bias, 2, partials=partials)
+        torch.testing.assert_close(merged, op.launch(x, weight, bias, 2), **tolerance)
 
 
 def test_same_bytes_twice(device):
@@ -92,8 +92,8 @@ def test_addresses_pass_two_to_the_31(device):
 
 def test_op_passes_opcheck():
     x, (weight, bias) = torch.randn(1, 2, 3, 4, 8), (v.float() for v in affine(8))
-    for words in ({}, {"front": 1, "back": 1, "halo": True}, {"per_frame": True, "silu": False}):
-        torch.library.opcheck(op.group_norm_silu, (x, weight, bias, 2), words)
+    for kwargs in ({}, {"front": 1, "back": 1, "halo": True}, {"per_frame": True, "silu": False}):
+        torch.library.opcheck(op.group_norm_silu, (x, weight, bias, 2), kwargs)
 
 
 def test_mistakes_are_named():

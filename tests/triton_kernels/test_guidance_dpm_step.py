@@ -23,14 +23,14 @@ SHAPES = [(2, 16, 2, 2, 2), (1, 3, 1, 5, 7), (3, 67)]
 
 
 def inputs(shape: tuple[int, ...], guided: bool, coefficients: list[float] = COEFFICIENTS) -> list[torch.Tensor]:
-    """Prediction, x, previous in float64; coefficients in the float32 that they always have."""
+    """Prediction, x, previous in float64; coefficients in float32, as always."""
     prediction = torch.randn(2 * shape[0] if guided else shape[0], *shape[1:], dtype=torch.float64)
     x, previous = torch.randn(2, *shape, dtype=torch.float64).unbind()
     return [prediction, x, previous, torch.tensor(coefficients)]
 
 
 def check(check_kernel, prediction, x, previous, coefficients):
-    """As `check_kernel`, which would round the coefficients, whose dtype is fixed, to half precision too."""
+    """`check_kernel` without rounding the coefficients, whose dtype is fixed, to half precision."""
 
     def bound(function):
         return lambda *tensors: function(*tensors, coefficients.to(tensors[0].device))
@@ -105,7 +105,7 @@ FLOW = [{}, {"shift": 3.0}, {"invert_sigmas": True}, {"use_karras_sigmas": True}
 
 
 def compare_steps(scheduler, coefficients: torch.Tensor, dtype: torch.dtype, run=op.twin) -> None:
-    """Both samplers walk their own path with the model's outputs in common; every step must agree."""
+    """Both samplers step their own latent with the same model outputs; every step must agree."""
     assert coefficients.shape == (len(scheduler.timesteps), 5)
     assert coefficients.dtype == torch.float64
     scheduler_x = x = torch.randn(2, 3, 5, dtype=dtype)

@@ -21,7 +21,7 @@ SECOND = torch.device("cuda", 1)
 
 
 class Stub:
-    """Stands for a tensor on the second GPU. It is none, so the first use of it ends the launch with an error."""
+    """Stands for a tensor on the second GPU. It is not a tensor, so its first use ends the launch with an error."""
 
     device = SECOND
 
@@ -30,7 +30,7 @@ class Stub:
     "function", [*(op.launch for op in OPS.values()), group_norm_silu.statistics], ids=lambda f: f.__module__
 )
 def test_kernels_run_on_the_device_of_their_tensors(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model on cuda:1 while cuda:0 is current, with a stand-in for torch.cuda.device that keeps the record."""
+    """A model on cuda:1 while cuda:0 is current; a stand-in for torch.cuda.device records the current device."""
     current: list[torch.device] = [torch.device("cuda", 0)]
     seen: list[torch.device] = []
 
@@ -80,7 +80,7 @@ def test_each_thread_has_memory_for_descriptors() -> None:
 
 
 def test_a_thread_that_asks_for_a_twin_has_memory_for_descriptors() -> None:
-    """Compiled blocks launch by Inductor's code, which sets an allocator in the first thread alone."""
+    """Inductor's code launches compiled blocks, and it sets an allocator only in the first thread."""
     from reducio_fast.fast.engine import Engine
 
     def run() -> Any:
@@ -112,7 +112,7 @@ def test_descriptors_from_sm_90_on() -> None:
 
 
 def test_the_current_device_is_asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with two kinds of GPU: "cuda" without a number is the one that is current now."""
+    """A machine with two kinds of GPU: "cuda" without a number is the current device."""
     tables._arch_of.cache_clear()
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(8, 0), (9, 0)][device])

@@ -57,8 +57,8 @@ def test_rounding_is_torchs(eight_bit, device):
 
 @TYPES
 def test_norm_writes_what_torch_would(eight_bit, device):
-    """Norm, activation, multiplier, rounding, in a border of zeros. A sum in another order may round one way or the
-    other where two numbers are as near: then the neighbour, and seldom."""
+    """Norm, activation, multiplier and rounding, inside a border of zeros. After a sum in another order, a value near a
+    tie may round to the neighbouring number, but seldom."""
     x, weight, bias = torch.randn(2, 3, 5, 7, 20).to(device), torch.randn(20).to(device), torch.randn(20).to(device)
     multiplier = torch.logspace(1, 2.5, 20).to(device)
     out = group_norm_silu.launch(
@@ -102,8 +102,8 @@ def test_kernel(shape, K, time, epilogue, eight_bit, dtype, device, assert_right
 
 @TYPES
 def test_scales_lose_what_the_type_loses(eight_bit):
-    """Against the convolution of the unrounded numbers: an error, but no larger than the type's. Loud channels are 100
-    times the quiet ones, so a scale for all of x would lose far more in integers."""
+    """Against the convolution of the unrounded numbers there is an error, but no larger than the type's. Loud channels
+    are 100 times the quiet ones, so one scale for all of x would lose far more in integers."""
     x, weight, _, padded, packed, scale = arguments((2, 3, 9, 8, 32), 24, 3, eight_bit)
     exact = F.conv3d(x.double().permute(0, 4, 1, 2, 3), weight.double(), padding=1).permute(0, 2, 3, 4, 1)
     out, _ = op.twin(padded, packed, scale, torch.zeros(24, dtype=torch.float64))
@@ -120,7 +120,7 @@ def test_channels_that_are_never_seen_stay_finite():
 
 
 def test_descriptor_path(monkeypatch, device):
-    """Blocks by bulk copy, as on sm_90, give the same bytes."""
+    """Bulk copies, as on sm_90, give the same bytes."""
     *_, padded, packed, scale = arguments((1, 3, 5, 7, 32), 24, 3, torch.float8_e4m3fn)
     given = [t.to(device) for t in (padded, packed, scale, torch.randn(24))]
     plain, _ = op.launch(*given)
@@ -129,7 +129,7 @@ def test_descriptor_path(monkeypatch, device):
 
 
 def test_ops_pass_opcheck(device):
-    """In integers: torch has no comparison of FP8 tensors, which opcheck makes."""
+    """In integers, since opcheck compares tensors and torch cannot compare FP8 tensors."""
     *_, padded, packed, scale = arguments((1, 2, 4, 5, 16), 12, 3, torch.int8)
     given = [t.to(device) for t in (padded, packed, scale, torch.randn(12))]
     torch.library.opcheck(op.quantised_conv3d, (*given, None, True, 1, 1, True))
@@ -155,10 +155,10 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=message):
             run(*given)
     x, norm = torch.randn(1, 2, 4, 5, 16), torch.ops.reducio_fast.group_norm_silu
-    for words, message in (
+    for kwargs, message in (
         ({"multiplier": torch.ones(16)}, "both or neither"),
         ({"multiplier": torch.ones(16), "eight_bit": torch.float16}, "one of"),
         ({"multiplier": torch.ones(15), "eight_bit": torch.int8}, r"multiplier has shape \(15,\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            norm(x, torch.ones(16), torch.ones(16), 4, **words)
+            norm(x, torch.ones(16), torch.ones(16), 4, **kwargs)

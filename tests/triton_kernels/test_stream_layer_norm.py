@@ -13,12 +13,13 @@ from reducio_fast.triton_kernels.launch import launcher
 
 pytestmark = pytest.mark.slow
 
-SHAPES = [(2, 16, 64), (1, 3, 72), (3, 5, 128), (2, 9, 320), (3, 7, 33)]  # tokens: four a program, and no multiple
+# A program takes four tokens; most of these counts are not multiples of four.
+SHAPES = [(2, 16, 64), (1, 3, 72), (3, 5, 128), (2, 9, 320), (3, 7, 33)]
 KINDS = ("norm", "branch", "blend", "both")
 
 
 def arguments(shape: tuple[int, int, int], kind: str, row: bool = True) -> tuple[torch.Tensor | float | None, ...]:
-    """Of the op, in float64."""
+    """Arguments of the op, in float64."""
     B, _, D = shape
     x, branch, other = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
     rows, affine = torch.randn(2, B, D, dtype=torch.float64), torch.randn(2, D, dtype=torch.float64)

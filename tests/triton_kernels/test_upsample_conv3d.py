@@ -28,7 +28,7 @@ def inputs(N, T, H, W, C, K, causal):
 
 
 def combined(function):
-    """`function` with the mean and variance that its partials give, so that two ways to cut tiles compare."""
+    """`function` with the mean and variance of its partials, so that two ways to cut tiles can be compared."""
 
     def call(*args):
         y, stats = function(*args)
@@ -88,7 +88,7 @@ def test_kernel_equals_twin(shape, kind, epilogue, check_kernel):
 
 
 def frames(shape):
-    """Frames that do not see each other: a buffer without padding in time, folded weights of one tap, bias, float64."""
+    """Independent frames: x, a buffer without padding in time, weights with one tap in time, bias, in float64."""
     x, padded, weight, bias = inputs(*shape, False)
     return x, padded[:, 1:-1].contiguous(), weight[:, :, :1], bias
 
@@ -157,7 +157,7 @@ def test_folded_weights_hold_every_tap(time, causal):
 
 
 def test_weights_are_folded_in_float32():
-    """1 + 2^-9 + 2^-9 is a bfloat16 step above 1 only if it is not rounded in between."""
+    """1 + 2^-8 + 2^-8 is a bfloat16 step above 1 only if it is not rounded in between."""
     weight = torch.zeros(1, 1, 3, 3, 3, dtype=torch.bfloat16)
     weight[..., 1, 1], weight[..., 1, 2], weight[..., 2, 1] = 1.0, 2**-8, 2**-8
     folded = op.fold_weight(weight, False, False)

@@ -11,8 +11,8 @@ from reducio_fast.triton_kernels import warp_frames as op
 
 pytestmark = pytest.mark.slow
 
-# batch, latent steps, frames a step, H, W, h, w, image rows, image columns, pixels a cell: two-sided odd shapes, one
-# latent cell, an image larger than the frames (a tile's), a frame smaller than a block and one larger.
+# batch, latent steps, frames per step, H, W, h, w, image rows, image columns, pixels per cell: shapes with odd sides,
+# one latent cell, an image larger than the frames (a tile's), a frame smaller than a block and one larger.
 SHAPES = [
     (2, 1, 2, 5, 19, 3, 2, 5, 19, 5),
     (1, 2, 2, 6, 37, 2, 5, 8, 40, 8),
@@ -26,7 +26,7 @@ def inputs(shape: tuple[int, ...], reach: float = 1.0) -> tuple[torch.Tensor, to
     mixed = torch.randn(B, t * F, H, W, 5, dtype=torch.float64)
     mixed[..., :2] *= 0.1
     coarse = reach * torch.randn(B, t, h, w, 2 * F, dtype=torch.float64)
-    # Smooth: where neighbours differ by much, a rounded coordinate alone moves the result by more than its rounding.
+    # Smooth: where neighbours differ much, a rounded coordinate alone changes the result by more than its rounding.
     places = [torch.linspace(0, 3, n, dtype=torch.float64) for n in (image_h, image_w)]
     image = (places[0][:, None] + 2 * places[1])[..., None] * torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
     return mixed, coarse, image.sin().expand(B, -1, -1, -1).contiguous(), cell

@@ -1,4 +1,4 @@
-"""A whole pipeline of Stable Video Diffusion with small random weights: diffusers' own, its folder, and ours of it."""
+"""A whole pipeline of Stable Video Diffusion with small random weights: diffusers', its folder, and ours from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny_svd import seeded
 def theirs() -> StableVideoDiffusionPipeline:
     pipe = build_random(PEERS["svd"], True, torch.float32, torch.device("cpu"))
     generator = seeded(0)
-    for network in (pipe.unet, pipe.vae):  # mix factors, norms and biases away from where they start
+    for network in (pipe.unet, pipe.vae):  # mix factors, norms and biases: away from their initial values
         for parameter in network.parameters():
             if parameter.ndim <= 1:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Clips that are given their first and their last frame, on unchanged weights."""
+"""Clips from a given first and last frame, with unchanged weights."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def ends() -> tuple[ImageCondition, ImageCondition]:
 
 
 def test_each_end_is_what_its_picture_alone_gives(ends: tuple[ImageCondition, ImageCondition]):
-    """At the first frame a step is that of the first picture; at the last, that of the last one in a clip turned
-    round; between them it is neither's."""
+    """At the first frame the prediction is that of the first picture; at the last frame it is that of the last picture
+    for the reversed clip; at the middle frame it is their mean."""
     unet, _ = unets(32, 64)
     x, scale = torch.randn(1, 5, 4, 4, 4, generator=seeded(3)), torch.linspace(1, 3, 5)
     both = unet.denoiser(EndConditions(*ends), None, scale)(x, TIME)
@@ -50,7 +50,7 @@ def test_each_end_is_what_its_picture_alone_gives(ends: tuple[ImageCondition, Im
 
 @pytest.mark.parametrize("fast", [False, True], ids=["reference", "fast"])
 def test_turning_everything_round_turns_the_clip_round(ends: tuple[ImageCondition, ImageCondition], fast: bool):
-    """The other end first and the noise backwards: the same clip backwards, through whole sampling."""
+    """Swapped ends and reversed noise give the reversed clip, through all steps of sampling."""
     from reducio_fast import reference
     from reducio_fast.fast import sampler as fast_sampler
     from reducio_fast.pipelines.svd.component_table import euler_scheduler
@@ -63,14 +63,14 @@ def test_turning_everything_round_turns_the_clip_round(ends: tuple[ImageConditio
     def clip(first: ImageCondition, last: ImageCondition, start: Tensor) -> Tensor:
         return sample(network.denoiser(EndConditions(first, last), None, scale), euler_scheduler(), start, 3)
 
-    there, back = clip(*ends, noise), clip(*ends[::-1], noise.flip(1))
-    torch.testing.assert_close(back.flip(1), there, rtol=1e-3, atol=1e-3)
-    assert (there - clip(ends[0], ends[0], noise)).abs().max() > 0.1
+    forwards, backwards = clip(*ends, noise), clip(*ends[::-1], noise.flip(1))
+    torch.testing.assert_close(backwards.flip(1), forwards, rtol=1e-3, atol=1e-3)
+    assert (forwards - clip(ends[0], ends[0], noise)).abs().max() > 0.1
     if fast:
         plain = reference.sample(
             unets(32, 64)[0].denoiser(EndConditions(*ends), None, scale), euler_scheduler(), noise, 3
         )
-        torch.testing.assert_close(there, plain, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(forwards, plain, rtol=1e-3, atol=1e-3)
 
 
 def test_the_call(pipe: SVDPipeline, fast: SVDPipeline, picture: Image.Image, tmp_path: Path):
@@ -82,16 +82,16 @@ def test_the_call(pipe: SVDPipeline, fast: SVDPipeline, picture: Image.Image, tm
     pair = pipe([picture, other], last_image=[other, picture], **call).frames
     assert torch.equal(pair[0], ours), "a clip's bytes do not depend on its list"
     still = call | {"noise_aug_strength": 0.0, "latents": torch.randn(4, 4, 8, 8, generator=seeded(1))}
-    there = pipe(picture, last_image=other, **still).frames
-    back = pipe(other, last_image=picture, **still | {"latents": still["latents"].flip(0)}).frames
-    torch.testing.assert_close(back.flip(0), there, rtol=1e-3, atol=1e-3)
+    forwards = pipe(picture, last_image=other, **still).frames
+    backwards = pipe(other, last_image=picture, **still | {"latents": still["latents"].flip(0)}).frames
+    torch.testing.assert_close(backwards.flip(0), forwards, rtol=1e-3, atol=1e-3)
     with pytest.raises(ReducioError, match="last_image: 2 given for 1 images"):
         pipe(picture, last_image=[other, other], **call)
     with pytest.raises(ReducioError, match="no such image file: nowhere.png"):
         pipe(picture, last_image="nowhere.png", **call)
     for name, image in (("a", picture), ("b", other)):
         image.save(tmp_path / f"{name}.png")
-    words = [
+    argv = [
         "generate",
         "--model",
         "svd:random-tiny",
@@ -100,5 +100,5 @@ def test_the_call(pipe: SVDPipeline, fast: SVDPipeline, picture: Image.Image, tm
         "--last-image",
         f"{tmp_path}/b.png",
     ]
-    assert main([*words, "--num-inference-steps", "1", "--device", "cpu", "-o", str(tmp_path / "clip.gif")]) == 0
+    assert main([*argv, "--num-inference-steps", "1", "--device", "cpu", "-o", str(tmp_path / "clip.gif")]) == 0
     assert np.asarray(Image.open(tmp_path / "clip.gif").convert("RGB")).shape == (64, 64, 3)

@@ -28,7 +28,7 @@ CALL = USUAL_CALL | {"height": 16, "width": 16}
 
 
 def stepped(scheduler: Any, table: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The latent after every step of diffusers' scheduler, and of the table, under the same stand-in for a network."""
+    """The latents after all steps of the table and of diffusers' scheduler, with the same stand-in for a network."""
     scales = input_scales(scheduler)
     assert scales is not None and len(table) == len(scales) == steps
     theirs = ours = torch.randn(3, 4, generator=seeded(0)).double() * scheduler.init_noise_sigma
@@ -62,8 +62,8 @@ def test_dpm_solver_on_edm_sigmas_is_diffusers(changes: dict, steps: int):
 
 
 def test_dpm_solver_gets_further_in_the_same_steps():
-    """Of data that is a known Gaussian the best prediction of v is linear, and the clip of many steps known: with ten
-    steps the second order is nearer to it than Euler's."""
+    """For Gaussian data the best prediction of v is linear, and 1000 Euler steps give the solution: with ten steps the
+    second-order solver is nearer to it than Euler's."""
     from reducio_fast.pipelines.svd.component_table import euler_scheduler
 
     def clip(scheduler: Any, steps: int) -> Tensor:
@@ -105,7 +105,7 @@ def test_the_consistency_schedule_is_as_published(steps: int):
 
 
 def test_a_consistency_step_is_the_one_of_diffusers_at_no_boundary():
-    """diffusers' scheduler of consistency models differs in its boundary alone, which vanishes as sigma_min does."""
+    """diffusers' consistency scheduler differs in its boundary condition alone, which vanishes as sigma_min does."""
     from diffusers import CMStochasticIterativeScheduler
 
     smallest = 1e-9
@@ -120,7 +120,7 @@ def test_a_consistency_step_is_the_one_of_diffusers_at_no_boundary():
     theirs.scale_model_input(latent, theirs.timesteps[0])
     expected = theirs.step(-output, theirs.timesteps[0], latent, generator=seeded(2)).prev_sample
     result = ours.step(output, ours.timesteps[0], latent, generator=seeded(2))[0]
-    # Their noise is drawn in the latent's dtype, ours too.
+    # Both draw the noise in the latent's dtype.
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -142,21 +142,21 @@ def test_fast_and_reference_draw_the_same_noise(folder: Path, picture: Image.Ima
 def test_distilled_weights_from_a_file_and_back_from_a_folder(
     folder: Path, pipe: SVDPipeline, picture: Image.Image, tmp_path: Path
 ):
-    """A U-Net is published as one file: it takes the folder's configuration, and the scheduler is kept with it."""
+    """A U-Net published as one file takes the folder's configuration, and the scheduler is saved with it."""
     state = {n: 0.5 * t for n, t in pipe.unet.state_dict().items()}
     save_file(state, tmp_path / "distilled.safetensors")
     parts = {"unet": tmp_path / "distilled.safetensors", "scheduler": "consistency"}
     call = CALL | QUIET | {"num_inference_steps": 2, "seed": 3}
-    words = {"device": "cpu", "dtype": "float32", "backend": "reference"}
-    ours = SVDPipeline.from_pretrained(folder, **words, **parts)
+    setup = {"device": "cpu", "dtype": "float32", "backend": "reference"}
+    ours = SVDPipeline.from_pretrained(folder, **setup, **parts)
     assert torch.equal(ours.unet.conv_in.weight, state["conv_in.weight"])
     expected = ours(picture, **call).frames
-    assert np.array_equal(reducio_fast.generate(model=folder, image=picture, **words, **parts, **call).frames, expected)
+    assert np.array_equal(reducio_fast.generate(model=folder, image=picture, **setup, **parts, **call).frames, expected)
     ours.save_pretrained(tmp_path / "kept")
-    again = SVDPipeline.from_pretrained(tmp_path / "kept", **words)
+    again = SVDPipeline.from_pretrained(tmp_path / "kept", **setup)
     assert again.scheduler.config == ours.scheduler.config
     assert np.array_equal(again(picture, **call).frames, expected)
-    other = SVDPipeline.from_pretrained(folder, **words, unet=tmp_path / "kept")
+    other = SVDPipeline.from_pretrained(folder, **setup, unet=tmp_path / "kept")
     assert torch.equal(other.unet.conv_in.weight, state["conv_in.weight"])
 
 
@@ -189,7 +189,7 @@ def test_schedules_that_do_not_fit(pipe: SVDPipeline, picture: Image.Image):
 def test_without_guidance_a_step_is_half_the_batch(
     pipe: SVDPipeline, fast: SVDPipeline, picture: Image.Image, backend: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Counted at the first convolution: 4 frames a step, 8 with guidance."""
+    """Counted at the first convolution: 4 frames per step, 8 with guidance."""
     ours, seen = {"reference": pipe, "fast": fast}[backend], []
     convolve = torch.conv2d
 

@@ -47,7 +47,7 @@ def pipe(folder: Path) -> SV3DPipeline:
 
 
 def test_the_numbers_of_stabilitys_classes(folder: Path):
-    """An embedding a frame, of numbers of different widths, and the decoder of images."""
+    """One embedding per frame, from numbers embedded at different widths, and the decoder of images."""
     golden = load_file(GOLDEN / "svd_stability.safetensors")
     config = json.loads((folder / "unet" / "config.json").read_text())
     unet = VideoUNet(VideoUNetConfig.from_dict(config | STABILITY_EPS))
@@ -57,8 +57,8 @@ def test_the_numbers_of_stabilitys_classes(folder: Path):
     ids = [torch.full((6,), 1e-5), torch.linspace(0.2, 1.7, 6), torch.linspace(0, 6, 6)]
     with torch.no_grad():
         sample = draw("sample", 2 * FRAMES, 8, 8, 8).unflatten(0, (2, FRAMES))
-        told = torch.stack(ids, dim=1).unflatten(0, (2, FRAMES))
-        v = unet(sample, torch.tensor(0.7), draw("context", 2, 1, 24), told).flatten(0, 1)
+        time_ids = torch.stack(ids, dim=1).unflatten(0, (2, FRAMES))
+        v = unet(sample, torch.tensor(0.7), draw("context", 2, 1, 24), time_ids).flatten(0, 1)
         frames = vae.decode(draw("latents", FRAMES, 4, 6, 8)[None])[0]
     torch.testing.assert_close(v, golden["orbit_unet"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(frames, golden["frame_decoder"], rtol=1e-5, atol=1e-5)
@@ -83,7 +83,7 @@ def test_the_autoencoder_is_diffusers(post_quant_conv: bool):
 
 
 def test_cameras_and_guidance_are_those_of_stabilitys_script():
-    """Once round in equal steps, counted from the picture's view, which is the last; guidance highest at the back."""
+    """One turn in equal steps from the picture's view, which is the last frame; guidance is highest at the back."""
     path = camera_path(21, 10.0, None)
     np.testing.assert_allclose(path[:, 0], np.deg2rad(80))
     np.testing.assert_allclose(np.rad2deg(path[:, 1].numpy()), [*(np.arange(1, 21) * 360 / 21), 0.0], atol=1e-9)
@@ -95,7 +95,7 @@ def test_cameras_and_guidance_are_those_of_stabilitys_script():
 
 
 def test_the_call(folder: Path, pipe: SV3DPipeline, tmp_path: Path):
-    """Fast as the reference; the path matters; the last view is the picture."""
+    """The backends agree; the camera path changes the clip; the last view is the picture."""
     picture = Image.fromarray((draw("p", 20, 20, 3).sigmoid() * 255).byte().numpy())
     assert pipe.usual_size == (576, 576) and pipe.unet.config.num_frames == 21
     fast = SV3DPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend="fast")
@@ -117,7 +117,7 @@ def test_the_call(folder: Path, pipe: SV3DPipeline, tmp_path: Path):
 
 
 def test_weights_without_a_path(pipe: SV3DPipeline):
-    """SV3D_u's U-Net is told the augmentation alone."""
+    """SV3D_u's U-Net takes the noise augmentation alone, and no camera path."""
     config = VideoUNetConfig.from_dict(
         pipe.unet.config.to_dict() | {"addition_time_embed_dim": 32, "projection_class_embeddings_input_dim": 32}
     )

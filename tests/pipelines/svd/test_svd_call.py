@@ -65,9 +65,7 @@ def test_latents_and_clips_of_a_list(pipe: SVDPipeline, theirs: Any, picture: Im
 
 
 def test_half_precision_encodes_the_image_in_float32(theirs: Any, picture: Image.Image):
-    """As diffusers under `force_upcast`; and the pipeline is left as it was."""
-    import copy
-
+    """As diffusers does under `force_upcast`; the pipeline is unchanged afterwards."""
     half = copy.deepcopy(theirs).to(torch.float16)
     ours = SVDPipeline.from_diffusers(half, backend="reference")
     cond = []
@@ -144,7 +142,7 @@ def test_a_clip_that_does_not_fit_keeps_its_latents(
 
 def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch):
     pipe(picture, **CALL, **QUIET, seed=1)
-    few, many = pipe.forecast(64, 64), None
+    few = pipe.forecast(64, 64)
     pipe(picture, **CALL | {"num_frames": 8}, **QUIET, seed=1)
     many = pipe.forecast(64, 64)
     assert many.peak() > 1.5 * few.peak() and {s.stage for s in few.stages} == {
@@ -211,9 +209,9 @@ def test_decoding_checks_its_chunk_as_a_call_does(pipe: SVDPipeline, chunk: Any)
 def test_what_was_not_trained_is_said(pipe: SVDPipeline, picture: Image.Image, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, "reducio_fast"):
         pipe(picture, **CALL | {"num_inference_steps": 1}, **QUIET, fps=60, motion_bucket_id=300)
-    said = "\n".join(caplog.messages)
-    assert "num_frames: 4, these weights were made for 25" in said
-    assert "fps: 60, SVD was trained on 5 to 30" in said and "motion_bucket_id: 300" in said
+    messages = "\n".join(caplog.messages)
+    assert "num_frames: 4, these weights were made for 25" in messages
+    assert "fps: 60, SVD was trained on 5 to 30" in messages and "motion_bucket_id: 300" in messages
 
 
 def test_a_warm_up_makes_a_clip_of_the_usual_size(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -254,7 +252,7 @@ def test_the_fast_forecast_is_smaller(pipe: SVDPipeline, fast: SVDPipeline):
 
 
 def test_a_lora_on_temporal_attention(theirs: Any, fast: SVDPipeline, picture: Image.Image):
-    """As camera motions are trained: the clip is that of diffusers' pipeline with the product in its weights."""
+    """As camera motions are trained: diffusers' pipeline with the product added to its weights makes the same clip."""
     path = "down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q"
     generator, merged = seeded(3), copy.deepcopy(theirs)
     weight = merged.unet.get_submodule(path).weight
@@ -289,9 +287,9 @@ def test_align_your_steps(pipe: SVDPipeline, theirs: Any, picture: Image.Image, 
     expected = theirs(picture, **(call | {"sigmas": published}), generator=seeded(), output_type="np").frames[0]
     same(pipe(picture, **call, **QUIET, sigmas="align-your-steps", generator=seeded()).frames, expected)
     picture.save(tmp_path / "photo.png")
-    words = ["generate", "--model", "svd:random-tiny", "--image", str(tmp_path / "photo.png"), "--device", "cpu"]
-    words += ["--num-inference-steps", "3", "--out", str(tmp_path / "clip.gif"), "--image-fit", "crop"]
+    argv = ["generate", "--model", "svd:random-tiny", "--image", str(tmp_path / "photo.png"), "--device", "cpu"]
+    argv += ["--num-inference-steps", "3", "--out", str(tmp_path / "clip.gif"), "--image-fit", "crop"]
     for schedule in ("align-your-steps", "700,15.9,0.4,0"):
-        assert main([*words, "--sigmas", schedule]) == 0
+        assert main([*argv, "--sigmas", schedule]) == 0
     with pytest.raises(SystemExit, match="2"):
-        main([*words, "--sigmas", "700,many"])
+        main([*argv, "--sigmas", "700,many"])

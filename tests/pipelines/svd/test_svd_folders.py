@@ -1,4 +1,4 @@
-"""Folders, files and repositories of Stable Video Diffusion, and what is no such thing."""
+"""Folders, files and repositories of Stable Video Diffusion, and folders that are something else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_folder_goes_round(pipe: SVDPipeline, picture: Image.Image, tmp_path: Path):
-    """What we write, diffusers and we read, with the same numbers."""
+    """Both diffusers and our pipeline load the folder that we write, and make the same clip."""
     pipe.save_pretrained(tmp_path / "again")
     again = SVDPipeline.from_pretrained(tmp_path / "again", device="cpu", dtype="float32", backend="reference")
     expected = pipe(picture, **CALL, **QUIET, seed=5).frames
@@ -43,16 +43,14 @@ def test_every_name_leads_to_our_pipeline(
         out = reducio_fast.generate(model=name, image=picture, device="cpu", backend="reference", **CALL, **QUIET)
         assert np.array_equal(out.frames, expected), name
     picture.save(tmp_path / "photo.png")
-    words = ["generate", "--model", str(folder), "--image", str(tmp_path / "photo.png"), "-o", str(tmp_path / "c.mp4")]
+    argv = ["generate", "--model", str(folder), "--image", str(tmp_path / "photo.png"), "-o", str(tmp_path / "c.mp4")]
     sizes = ["--height", "64", "--width", "64", "--num-frames", "4", "--num-inference-steps", "3", "--fps", "12"]
-    assert main([*words, *sizes, "--guidance-scale", "2", "--backend", "reference", "--device", "cpu"]) == 0
+    assert main([*argv, *sizes, "--guidance-scale", "2", "--backend", "reference", "--device", "cpu"]) == 0
     frames, fps = read_video(tmp_path / "c.mp4")
     assert frames.shape == (4, 64, 64, 3) and fps == 12
 
 
 def test_the_half_precision_files(pipe: SVDPipeline, folder: Path, tmp_path: Path):
-    import shutil
-
     shutil.copytree(folder, tmp_path / "both")
     for part in ("unet", "vae"):
         file = tmp_path / "both" / part / "diffusion_pytorch_model.safetensors"
@@ -77,7 +75,7 @@ def test_the_half_precision_files(pipe: SVDPipeline, folder: Path, tmp_path: Pat
 def test_decode_reads_kept_latents(
     pipe: SVDPipeline, folder: Path, picture: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """By the autoencoder alone, which is all that the folder still has."""
+    """The autoencoder alone decodes: the folder has no other part."""
     from reducio_fast.checkpoints import saved_latents
 
     latents = pipe(picture, **CALL, **QUIET, seed=6, output_type="latent").frames
@@ -89,8 +87,8 @@ def test_decode_reads_kept_latents(
     expected = pipe.decode(latents)
     for backend in ("reference", "fast"):
         out = tmp_path / backend
-        words = ["decode", str(file), "--model", f"svd:{alone}", "--out", str(out), "--device", "cpu"]
-        assert main([*words, "--dtype", "float32", "--backend", backend]) == 0
+        argv = ["decode", str(file), "--model", f"svd:{alone}", "--out", str(out), "--device", "cpu"]
+        assert main([*argv, "--dtype", "float32", "--backend", backend]) == 0
         frames = np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))])
         assert np.abs(frames.astype(int) - expected).max() <= 1
     capsys.readouterr()
@@ -99,8 +97,6 @@ def test_decode_reads_kept_latents(
 
 
 def test_folders_that_are_something_else(folder: Path, bundle: Path, tmp_path: Path):
-    import shutil
-
     with pytest.raises(ReducioError, match="is of a ReducioPipeline, not of a StableVideoDiffusionPipeline"):
         SVDPipeline.from_pretrained(bundle, device="cpu")
     shutil.copytree(folder, tmp_path / "broken")
@@ -141,8 +137,8 @@ def test_a_gated_repository_names_its_page(monkeypatch: pytest.MonkeyPatch):
 def test_of_a_repository_one_copy_of_the_weights_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch):
     import huggingface_hub
 
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append(kw) or str(folder))
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: calls.append(kw) or str(folder))
     SVDPipeline.from_pretrained("stabilityai/stable-video-diffusion-img2vid", device="cpu")
-    assert "*/*.safetensors" in asked[0]["allow_patterns"] and asked[0]["ignore_patterns"] == ["*/*.fp16.*"]
-    assert "*.safetensors" not in asked[0]["allow_patterns"], "not the single file beside the components"
+    assert "*/*.safetensors" in calls[0]["allow_patterns"] and calls[0]["ignore_patterns"] == ["*/*.fp16.*"]
+    assert "*.safetensors" not in calls[0]["allow_patterns"], "not the single file beside the components"
