@@ -32,7 +32,8 @@ def rows(folder: Path) -> list[Row]:
 
 
 def timed(row: Row, part: str = "contenders") -> dict[str, Row]:
-    return {name: f for name, f in row[part].items() if "skipped" not in f}
+    """The figures of contenders that were timed: not skipped, and not after the time ran out."""
+    return {name: f for name, f in row[part].items() if "clip_s" in f}
 
 
 def table(row: Row) -> list[str]:
@@ -141,7 +142,8 @@ def picture(found: list[Row], path: Path) -> None:
             shown = [f["tflops"][s] for s in counted]
             rates.bar(at, shown, 0.8 / len(contenders), color=colours.get(name))
             for x, stage, value in zip(at, counted, shown, strict=True):
-                rates.annotate(f"{f['share_of_roof'][stage]:.0%}", (x, value), ha="center", va="bottom", fontsize=8)
+                if (share := f["share_of_roof"].get(stage)) is not None:  # none in another dtype than the roof's
+                    rates.annotate(f"{share:.0%}", (x, value), ha="center", va="bottom", fontsize=8)
         roof = row["roof"]["matmul_tflops"]
         rates.axhline(roof, color="#b03a2e", linewidth=1.2)
         rates.annotate("matrix product, measured", (1, roof), xycoords=("axes fraction", "data"), ha="right",

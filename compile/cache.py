@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import lzma
 import os
 import platform
 import shutil
@@ -33,6 +34,7 @@ import stat
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -52,6 +54,9 @@ PARTS = (*VARIABLE, "regions", "tables")
 # Far above what a warm-up of all buckets leaves (some 100 MB), far below what would fill a disk.
 MAX_BYTES = 4 << 30
 MAX_ENTRIES = 200_000
+# What zipfile raises for an archive with wrong bytes. RuntimeError includes NotImplementedError (an unknown
+# compression), ValueError a name that is not text.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OverflowError, RuntimeError, ValueError)
 GROUP = "__grp__"  # Triton's list of the files of one kernel: it names them by absolute path
 
 
@@ -158,7 +163,7 @@ def import_archive(source: Path, origin: Origin, root: Path) -> int:
         archive = zipfile.ZipFile(source)
     except FileNotFoundError:
         raise CacheError(f"{source}: no such file") from None
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, *DAMAGED) as error:
         raise CacheError(f"{source}: is no archive of a cache ({error})") from error
     with archive:
         try:
@@ -178,9 +183,11 @@ def import_archive(source: Path, origin: Origin, root: Path) -> int:
                     if not final.exists():
                         final.parent.mkdir(parents=True, exist_ok=True)
                         shutil.move(Path(work, name), final)
-        except OSError as error:
-            raise CacheError(f"{source}: cannot be unpacked to {root} ({error.strerror})") from error
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        except CacheError:
+            raise
+        except OSError as error:  # bz2's, for wrong bytes, has no strerror
+            raise CacheError(f"{source}: cannot be unpacked to {root} ({error.strerror or error})") from error
+        except DAMAGED as error:
             raise CacheError(f"{source}: is damaged ({error})") from error
     return len(entries)
 
@@ -193,8 +200,10 @@ def _check_manifest(archive: zipfile.ZipFile, source: Path, origin: Origin) -> d
             raise CacheError(f"{source}: its manifest has {infos[MANIFEST].file_size} bytes")
         manifest = json.loads(archive.read(MANIFEST))
         origin_there, entries = Origin(**manifest["origin"]), dict(manifest["entries"])
-        total = sum(int(entry["size"]) for entry in entries.values())
-        negative = any(int(entry["size"]) < 0 or not isinstance(entry["sha256"], str) for entry in entries.values())
+        if any(type(e["size"]) is not int or not isinstance(e["sha256"], str) for e in entries.values()):
+            raise TypeError("a size is no integer or a sha256 no text")
+        sizes = [entry["size"] for entry in entries.values()]
+        total, negative = sum(sizes), min(sizes, default=0) < 0
     except CacheError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, TypeVar
 
 _Config = TypeVar("_Config", bound="DictMixin")
@@ -28,6 +29,28 @@ class DictMixin:
         if unknown:
             raise ValueError(f"{cls.__name__}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
         return cls(**{key: _as_tuple(value) for key, value in values.items()})
+
+    def check_numbers(self, *may_be_zero: str) -> None:
+        """Raise ValueError unless every integer is at least 1, or 0 in the fields `may_be_zero`, and every float is
+        finite. Numbers in tuples are checked too; None is accepted where the field's type has it."""
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            kind, value = str(f.type), getattr(self, f.name)
+            if ("int" not in kind and "float" not in kind) or (value is None and kind.endswith("| None")):
+                continue
+            several = isinstance(value, tuple)
+            if value == () or (several and "tuple" not in kind) or (not several and kind.startswith("tuple")):
+                wanted = "a list of numbers" if "tuple" in kind else "one number"
+                raise ValueError(f"{f.name}={value!r}: must be {wanted}")
+            for number in value if several else (value,):
+                if number is None and "None" in kind:
+                    continue
+                if "float" in kind:
+                    right, wanted = isinstance(number, int | float) and abs(number) < math.inf, "a finite number"
+                else:
+                    least = 0 if f.name in may_be_zero else 1
+                    right, wanted = isinstance(number, int) and number >= least, f"an integer of at least {least}"
+                if isinstance(number, bool) or not right:
+                    raise ValueError(f"{f.name}={number!r}: must be {wanted}")
 
 
 def _as_json(value: Any) -> Any:

@@ -463,12 +463,6 @@ def pack_weight(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1).contiguous()
 
 
-def unpack_weight(packed: Tensor, C: int, dims: int = 3) -> Tensor:
-    """The inverse of `pack_weight`: a kernel of `dims` dimensions, C channels in."""
-    shape = (-1, 3, 3, C) if dims == 3 else (3, 3, C)
-    return packed.view(len(packed), *shape).movedim(-1, 1).contiguous()
-
-
 def variants(arch: str) -> Iterator[Variant]:
     """What is shipped for `arch`: the widths of the full-size networks, each with all that its epilogue may do."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32

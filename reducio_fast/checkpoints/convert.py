@@ -22,17 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ..system.atomic_files import new_folder, written_whole
 from ..system.errors import ReducioError
+from ..system.paths import expanded, printable
 from . import hub, null_caption, published_names
 from .convert_svd import convert_single_file, is_single_file
 from .foreign_files import read_weights
 from .layouts import REDUCIO
-from .networks import load_model
-from .strict_files import CONFIG, INDEX, WEIGHTS, check_fit, read_json, save_tensors, version, write_json
+from .networks import load_model, skeleton
+from .strict_files import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    check_fit,
+    check_replaceable,
+    read_json,
+    save_tensors,
+    version,
+    write_json,
+)
 
 # Configuration of diffusers' AutoencoderKL; one architecture, two scales of the latent.
 _SD_VAE = {
@@ -100,15 +111,19 @@ def convert(
     """
     if (out is None) == (into is None):
         raise ReducioError(f"convert: give out or into, not {'neither' if out is None else 'both'}")
+    folder = expanded(out, "out") if out is not None else expanded(str(into), "into")
     path = hub.find_weights(source, component)
     tensors, stated = read_weights(path, component)
     if component is None and is_single_file(tensors):
         if out is None or null_text is not None:
             raise ReducioError(f"{path}: is a whole model and makes a folder of its own; give out, and no null_text")
-        return convert_single_file(path, tensors, Path(out).expanduser(), preset, config, dtype)
+        _check_outside(path, folder)
+        return convert_single_file(path, tensors, folder, preset, config, dtype)
     name = component or _recognise(path, tensors)
     if name not in PRESETS:
         raise ReducioError(f"component: must be one of {', '.join(PRESETS)}, is {name!r}")
+    target = folder if out is not None else folder / name
+    _check_outside(path, target)
     if preset is not None and preset not in PRESETS[name]:
         raise ReducioError(f"preset: must be one of {', '.join(PRESETS[name])} for {name}, is {preset!r}")
     if name == "transformer":
@@ -120,7 +135,6 @@ def convert(
     if dtype is not None:
         cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in converted.tensors.items()}
         converted = dataclasses.replace(converted, tensors=cast)
-    target = Path(out).expanduser() if out is not None else Path(str(into)).expanduser() / name
     lacks = _write(converted, target, None if into is None else target.parent)
     return {
         "source": str(path),
@@ -139,7 +153,7 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[
 
     `source` is a component folder or a model folder. Raises ReducioError for another component or file suffix.
     """
-    folder, target = Path(source).expanduser(), Path(out).expanduser()
+    folder, target = expanded(source, "source"), expanded(out, "out")
     folder = folder / "vae" if (folder / INDEX).is_file() else folder
     if target.suffix not in (".ckpt", ".pt", ".pth", ".safetensors"):
         raise ReducioError(f"out: must end in .ckpt, .pt, .pth or .safetensors, is {str(out)!r}")
@@ -168,15 +182,6 @@ def _recognise(path: Path, tensors: Mapping[str, Tensor]) -> str:
 # ---- the three components ----------------------------------------------------------------------------------------
 
 
-def _skeleton(make: Callable[[], nn.Module], argument: str) -> nn.Module:
-    """Build a network without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return make()
-    except (TypeError, ValueError) as error:
-        raise ReducioError(f"{argument}: {error}") from error
-
-
 def _configured(config_class: Any, base: Any, config: dict[str, Any]) -> Any:
     """`base` with the fields of `config` replaced."""
     try:
@@ -199,7 +204,7 @@ def _make_vae(
         kernels = [t for n, t in tensors.items() if re.fullmatch(r"encoder_3d\.down\.\d+\.downsample\.conv\.weight", n)]
         base = dataclasses.replace(base, temporal_factor=2 ** sum(k.ndim == 5 and k.shape[2] == 3 for k in kernels))
     final = _configured(VAEConfig, base, {n: v for n, v in stated.items() if not n.startswith("_")} | config)
-    expected = _skeleton(lambda: ReducioVAE(final), "config").state_dict()
+    expected = skeleton(lambda: ReducioVAE(final), "config").state_dict()
     check_fit(path, expected, tensors)
     return Component("vae", _head("vae") | final.to_dict(), {n: tensors[n] for n in expected}, left_out, [])
 
@@ -228,7 +233,7 @@ def _make_transformer(
         if preset not in DIT_PRESETS:
             raise ReducioError(f"{path}: does not say its size; give a preset, one of {', '.join(DIT_PRESETS)}")
     final = _configured(DiTConfig, DIT_PRESETS[preset], config)
-    expected = _skeleton(lambda: ReducioDiT(final), "config").state_dict()
+    expected = skeleton(lambda: ReducioDiT(final), "config").state_dict()
     state = published_names.pixart_patches(final, state)
     if "null_text" not in state:
         shape = (final.caption_length, final.caption_channels)
@@ -265,7 +270,7 @@ def _make_content_encoder(
     base = {n: v for n, v in stated.items() if not n.startswith("_")}
     if preset is not None or not base:
         base = base | CONTENT_PRESETS[preset or "sd"]
-    network: Any = _skeleton(lambda: AutoencoderKL(**base | config), "config")
+    network: Any = skeleton(lambda: AutoencoderKL(**base | config), "config")
     expected = network.state_dict()
     left_out: list[str] = []
     if any(n.startswith(LDM_PREFIX) for n in tensors):  # a whole latent diffusion model in one file
@@ -293,13 +298,15 @@ def _head(name: str) -> dict[str, Any]:
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
+def _check_outside(source: Path, target: Path) -> None:
+    """Raise ReducioError if `source` lies in the folder `target`, which is replaced as a whole."""
+    if Path(os.path.realpath(target)) in Path(os.path.realpath(source)).parents:
+        raise ReducioError(f"{printable(target)}: holds the source {source.name}, which it would replace; name another")
+
+
 def _write(component: Component, target: Path, model: Path | None) -> list[str]:
     """Write the component folder, and the index of the `model` it belongs to; returns the components it lacks."""
-    earlier = read_json(target / CONFIG).get("_class_name") if (target / CONFIG).is_file() else None
-    if earlier not in (None, CLASSES[component.name][1]):
-        raise ReducioError(
-            f"{target}: holds a {earlier}, which is not replaced by another class ({CLASSES[component.name][1]})"
-        )
+    check_replaceable(target, CONFIG, CLASSES[component.name][1])
     index: dict[str, Any] = {"_class_name": "ReducioPipeline", "_reducio_fast_version": version()}
     if model is not None and (model / INDEX).is_file():
         index = read_json(model / INDEX)

@@ -20,8 +20,18 @@ from ..system.errors import ReducioError
 from . import published_svd
 from .layouts import SV3D, SVD
 from .model_card import write_card
-from .networks import published_class
-from .strict_files import CONFIG, INDEX, WEIGHTS, check_fit, report, save_tensors, version, write_json
+from .networks import published_class, skeleton
+from .strict_files import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    check_fit,
+    check_replaceable,
+    report,
+    save_tensors,
+    version,
+    write_json,
+)
 
 # Frames per clip, which cannot be read from the tensors.
 PRESETS = {"svd": 14, "svd-xt": 25}
@@ -77,12 +87,15 @@ def convert_single_file(
     config = dict(config or {})
     if unknown := sorted(set(config) - set(COMPONENTS)):
         raise ReducioError(f"config: {unknown[0]!r} is no component; known are {', '.join(COMPONENTS)}")
+    if wrong := [name for name, fields in config.items() if not isinstance(fields, Mapping)]:
+        raise ReducioError(f"config: {wrong[0]} must be an object of fields, is {config[wrong[0]]!r}")
     split, left_out = published_svd.split(tensors)
     orbits = not published_svd.is_temporal(split["vae"])
     if orbits and preset is not None:
         raise ReducioError(f"preset: {path} is an SV3D, whose tensors say all; {preset!r} given")
     frames = SV3D_FRAMES if orbits else frames_of(path, preset)
     layout = SV3D if orbits else SVD
+    check_replaceable(out, INDEX, layout.pipeline)
     if split[""]:
         report(path, [], list(split[""]), [])
     for name, needed in (("vae", "decoder.conv_in.weight"), ("image_encoder", "proj")):
@@ -134,11 +147,7 @@ def _read(path: Path, name: str, read: Any, tensors: Mapping[str, Tensor]) -> di
 
 
 def _network(name: str, network_class: Any, config_class: Any, fields: dict[str, Any]) -> Any:
-    try:
-        with torch.device("meta"):
-            return network_class(config_class.from_dict(fields))
-    except (TypeError, ValueError) as error:
-        raise ReducioError(f"config: {name}: {error}") from error
+    return skeleton(lambda: network_class(config_class.from_dict(fields)), f"config: {name}")
 
 
 def _fitted(path: Path, name: str, network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,9 +164,10 @@ def _unet(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Par
 
 
 def _vae(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], orbits: bool) -> Part:
-    fields = _read(path, "vae", published_svd.vae_config, tensors) | config
+    read = _read(path, "vae", published_svd.vae_config, tensors)
+    fields = read | config
     if orbits:
-        levels = len(fields["block_out_channels"])
+        levels = len(read["block_out_channels"])
         fields = {"up_block_types": ["UpDecoderBlock2D"] * levels, "use_post_quant_conv": False} | fields
         network = _network("vae", FrameVAE, FrameVAEConfig, fields)
     else:
@@ -176,8 +186,7 @@ def _image_encoder(path: Path, tensors: dict[str, Tensor], config: dict[str, Any
 
     class_name = CLIPVisionModelWithProjection.__name__
     fields = _read(path, "image_encoder", published_svd.image_encoder_config, tensors) | config
-    with torch.device("meta"):
-        network = CLIPVisionModelWithProjection(CLIPVisionConfig(**fields))
+    network = _network("image_encoder", CLIPVisionModelWithProjection, CLIPVisionConfig, fields)
     state = _fitted(path, "image_encoder", network, published_svd.image_encoder_names(tensors))
     settings = {"architectures": [class_name], "model_type": "clip_vision_model", **fields}
     return Part("transformers", class_name, settings, network, state, "model.safetensors")

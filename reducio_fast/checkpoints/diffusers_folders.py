@@ -33,7 +33,7 @@ def find_text_to_image(name: str | os.PathLike[str]) -> Path:
     diffusers_logging.set_verbosity_error()  # without a network it would log three lines besides our one-line error
     try:
         return Path(DiffusionPipeline.download(str(name), use_safetensors=True, local_files_only=HF_HUB_OFFLINE))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub client's errors, and those of its HTTP library, have no class in common
         raise not_fetched("text_to_image", str(name), error) from error
     finally:
         diffusers_logging.set_verbosity(verbosity)

@@ -30,10 +30,7 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=ignored
             )
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # all that the hub client raises
+        except Exception as error:  # the client's errors, and those of its HTTP library, have no class in common
             reason = first_line(error)
             raise ReducioError(f"repo_id: {repo_id!r} could not be written on the hub ({reason})") from error
     return str(commit.commit_url)
@@ -66,7 +63,7 @@ def find_model(
     try:
         # Weights as safetensors and the small files around them; pickles in the same repository stay where they are.
         return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(ignored)))
-    except (OSError, ValueError) as error:  # all that the hub client raises
+    except Exception as error:  # as in `push`
         certain = not any("*" in file or "/" in file for file in files)  # else they may not all be there
         raise not_fetched(argument, name, error, files if certain else ()) from error
 
@@ -101,7 +98,7 @@ def fetch_file(repository: str, file: str, argument: str) -> Path:
 
     try:
         return Path(hf_hub_download(repository, file))
-    except (OSError, ValueError) as error:  # all that the hub client raises
+    except Exception as error:  # as in `push`
         raise ReducioError(
             f"{argument}: {repository!r} could not be fetched from the hub ({first_line(error)}); where there is a "
             f"network, run `hf download {repository} {file} --local-dir DIR`, then pass DIR/{file}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..system.devices import widened
 from ..system.errors import ReducioError
 from ..system.paths import expanded, is_file
+from ..system.real_numbers import to_float
 from . import hub, strict_files
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as saved by diffusers, by peft
@@ -144,6 +145,7 @@ def _scale(path: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]
 
 
 def finite_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = to_float(value)
+    if not math.isfinite(number):
         raise ReducioError(f"{name}: must be a finite number, is {value!r}")
-    return float(value)
+    return number

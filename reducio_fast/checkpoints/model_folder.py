@@ -67,14 +67,10 @@ def read_model(
     An object in `overrides` replaces a component, which is then not read. A folder or hub id in `overrides` is the
     place to read the component from.
     """
-    path = folder / strict_files.INDEX
-    index = strict_files.read_json(path)
-    if index.get("_class_name") != layout.pipeline:
-        raise ReducioError(f"{path}: is of a {index.get('_class_name')}, not of a {layout.pipeline}")
-    known = (*layout.names, *layout.settings)
-    for names, where in ((overrides, "from_pretrained"), (index, str(path))):
-        if unknown := sorted(n for n in names if n not in known and not n.startswith("_")):
-            raise ReducioError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    _check_names(overrides, "from_pretrained", layout)
+    index = read_index(folder, layout)
+    if needed := [n for n, v in overrides.items() if v is None and n in layout.names and n not in layout.optional]:
+        raise ReducioError(f"{needed[0]}: None given, a {layout.pipeline} needs one")
     sources = {n: v for n, v in overrides.items() if n in layout.names and isinstance(v, str | os.PathLike)}
     for component in layout.components:
         if component.beside in sources and component.name not in overrides:
@@ -99,16 +95,37 @@ def read_model(
     return parts
 
 
-def read_facts(folder: Path, layout: Layout, configs: Mapping[str, Any]) -> dict[str, Any]:
+def read_index(folder: Path, layout: Layout) -> dict[str, Any]:
+    """The index of a model folder. Raises ReducioError for one of another family or with unknown names."""
+    path = folder / strict_files.INDEX
+    index = strict_files.read_json(path)
+    if index.get("_class_name") != layout.pipeline:
+        raise ReducioError(f"{path}: is of a {index.get('_class_name')}, not of a {layout.pipeline}")
+    _check_names(index, str(path), layout)
+    return index
+
+
+def _check_names(names: Mapping[str, Any], where: str, layout: Layout) -> None:
+    known = (*layout.names, *layout.settings)
+    if unknown := sorted(n for n in names if n not in known and not n.startswith("_")):
+        raise ReducioError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def read_facts(
+    folder: Path, layout: Layout, configs: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Components and settings of a model folder, from its JSON files alone, for checks without weights.
 
     A network in `configs` becomes an object with its `config`, a diffusers pipeline an object of its class without
     components, and any other component an object whose `config` has the entries of its configuration as attributes. The
-    scheduler is loaded.
+    scheduler is loaded. An object in `given` replaces a component, which is then not read.
     """
     index = strict_files.read_json(folder / strict_files.INDEX)
     facts: dict[str, Any] = {name: index[name] for name in layout.settings if name in index}
+    facts |= given or {}
     for name in layout.names:
+        if name in facts:
+            continue
         entry, place = _entry(index, name, folder, layout), folder / name
         if entry is None:
             facts[name] = None
@@ -142,6 +159,7 @@ def _entry(index: dict[str, Any], name: str, folder: Path, layout: Layout) -> tu
 
 def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
     """Write what `read_model` reads, each weight in the dtype it has; the folder appears whole or not at all."""
+    strict_files.check_replaceable(target, strict_files.INDEX, layout.pipeline)
     index: dict[str, Any] = {"_class_name": layout.pipeline, "_reducio_fast_version": strict_files.version()}
     index |= {name: _library_and_class(name, parts[name]) for name in layout.names}
     # A setting that is left out gets its default when it is read.

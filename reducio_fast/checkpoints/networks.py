@@ -19,7 +19,7 @@ from ..reference.reducio.preview import PreviewDecoder
 from ..reference.reducio.text_encoder import T5Encoder
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import FrameVAE, TemporalVAE
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, first_line, is_out_of_memory
 from . import published_names
 from .strict_files import (
     CONFIG,
@@ -99,6 +99,16 @@ class _NoRandomInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def skeleton(make: Callable[[], _Model], argument: str) -> _Model:
+    """Build a network without memory for its weights. Raises ReducioError if `make`, which reads `argument`, fails."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:  # the errors of diffusers and transformers have no class in common
+        reason = f"unknown {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ReducioError(f"{argument}: {reason}") from error
+
+
 def build(
     make: Callable[[], _Model], tensors: Mapping[str, Tensor], where: Path, device: str | torch.device = "cpu"
 ) -> _Model:
@@ -140,7 +150,16 @@ def load_model(
     stored = (pair for file in files for pair in load_tensors(file, dtype, device).items())
     tensors = {published_names.current_name(name): tensor for name, tensor in stored}
     where = files[0] if len(files) == 1 else folder
-    return build(lambda: model_class(config), tensors, where, device)
+
+    def make() -> _Model:
+        try:
+            return model_class(config)
+        except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ReducioError(f"{folder / CONFIG}: {first_line(error)}") from error
+
+    return build(make, tensors, where, device)
 
 
 def read_config(config_class: Any, folder: Path) -> Any:

@@ -8,6 +8,7 @@ frame rate, the seeds and the family.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..system.atomic_files import written_whole
 from ..system.cache_folder import root
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, first_line
 from ..system.paths import check_output_folder, expanded, is_folder, printable
 from .layouts import REDUCIO
 
@@ -69,15 +70,23 @@ def load(path: str | os.PathLike[str]) -> Latents:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
                 raise ReducioError(f"{path}: holds {about.get('format', 'no latents')!r}, must hold {FORMAT!r}")
-            latents, frames = file.get_tensor("latents"), file.get_tensor("content").numpy()
-        fps, seeds = float(json.loads(about["fps"])), list(json.loads(about["seeds"]))
-        return Latents(latents, frames, fps, seeds, about.get("pipeline", REDUCIO.pipeline))
+            latents, content = file.get_tensor("latents"), file.get_tensor("content")
+        fps, seeds = json.loads(about["fps"]), json.loads(about["seeds"])
     except FileNotFoundError:
         raise ReducioError(f"{path}: no such file") from None
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         if isinstance(error, ReducioError):
             raise
-        raise ReducioError(f"{path}: is no file of latents ({error})") from error
+        raise ReducioError(f"{path}: is no file of latents ({first_line(error)})") from error
+    as_saved = {
+        "latents": latents.is_floating_point() and latents.ndim > 0 and len(latents) == len(content),
+        "content": content.dtype == torch.uint8 and content.ndim == 4 and content.shape[3] == 3 and content.numel() > 0,
+        "fps": type(fps) in (int, float) and 0 < fps < math.inf,
+        "seeds": isinstance(seeds, list) and all(type(seed) is int for seed in seeds),
+    }
+    if wrong := [name for name, is_right in as_saved.items() if not is_right]:
+        raise ReducioError(f"{path}: is no file of latents ({', '.join(wrong)} not as `encode` writes them)")
+    return Latents(latents, content.numpy(), float(fps), seeds, about.get("pipeline", REDUCIO.pipeline))
 
 
 def rescue(

@@ -11,17 +11,18 @@ import json
 import math
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, first_line
+from ..system.paths import is_file
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -64,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReducioError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReducioError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict):
         raise ReducioError(f"{path}: holds a JSON {type(values).__name__}, must hold an object")
@@ -73,6 +74,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def check_replaceable(folder: Path, file: str, class_name: str) -> None:
+    """Raise ReducioError if `folder` has the JSON file `file` and that names a class other than `class_name`, or none:
+    folders of other programs have files of these names too."""
+    if not is_file(folder / file):
+        return
+    earlier = read_json(folder / file).get("_class_name")
+    if earlier != class_name:
+        holds = f"a {earlier}" if earlier else f"a {file} without _class_name"
+        raise ReducioError(f"{folder}: holds {holds}, which is not replaced by another class ({class_name})")
 
 
 def check_safetensors(path: Path) -> None:
@@ -99,6 +111,11 @@ def check_safetensors(path: Path) -> None:
     if size != 8 + length + end:
         state = "truncated" if size < 8 + length + end else "damaged"
         raise ReducioError(f"{path}: {state}, has {size} bytes and its header announces {8 + length + end}")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:  # its parser is stricter, for instance about metadata and the encoding
+        raise ReducioError(f"{path}: not a safetensors file ({first_line(error)})") from error
 
 
 def _check_header(path: Path, header: bytes) -> int:
@@ -194,15 +211,25 @@ def load_tensors(
         for name in file.keys():  # noqa: SIM118  safe_open is not iterable
             if name.startswith(skip):
                 continue
-            tensor = file.get_tensor(name)
+            try:
+                tensor = file.get_tensor(name)
+            except SafetensorError as error:  # of a type that torch does not have
+                raise ReducioError(f"{path}: {name} is not readable ({first_line(error)})") from error
             tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     return tensors
 
 
-def report(where: Path, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
+def report(
+    where: Path, missing: list[str], unexpected: list[str], misshapen: list[str], mistyped: Sequence[str] = ()
+) -> None:
     """Raise one ReducioError that lists every disagreement between a file and its model; return if there is none."""
     parts = []
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    kinds: tuple[tuple[str, Sequence[str]], ...] = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", misshapen),
+        ("of another type", mistyped),
+    )
     for problem, names in kinds:
         if names:
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
@@ -212,14 +239,22 @@ def report(where: Path, missing: list[str], unexpected: list[str], misshapen: li
 
 
 def check_fit(where: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fresh: Any = ()) -> None:
-    """Compare `tensors` with `expected` and `report` the differences; tensors named in `fresh` may be missing."""
+    """Compare `tensors` with `expected` and `report` the differences; tensors named in `fresh` may be missing.
+
+    Floating-point types may differ, because weights are stored in any precision.
+    """
     misshapen = [
         f"{n} {list(t.shape)} instead of {list(expected[n].shape)}"
         for n, t in tensors.items()
         if n in expected and t.shape != expected[n].shape
     ]
+    mistyped = [
+        f"{n} {t.dtype} instead of {expected[n].dtype}"
+        for n, t in tensors.items()
+        if n in expected and t.is_floating_point() != expected[n].is_floating_point()
+    ]
     missing = [n for n in expected if n not in tensors and n not in fresh]
-    report(where, missing, [n for n in tensors if n not in expected], misshapen)
+    report(where, missing, [n for n in tensors if n not in expected], misshapen, mistyped)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> Printed:
     if arguments.tune:
         row = tune_kernels.run(arguments.out, arguments.device, arguments.limit, log)
         return row, tuning_lines(row)
+    if arguments.out:
+        bench.check_out(arguments.out)
     models = []
     if arguments.peer:
         from ..measurement import compare_models  # a bare GPU machine, without diffusers, can bench too
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> Printed:
         arguments.model,
         arguments.dtype,
         arguments.device,
-        arguments.contenders.split(",") if arguments.contenders else None,
+        arguments.contenders.split(",") if arguments.contenders is not None else None,
         arguments.ladder,
         arguments.pairs,
         arguments.cold,
@@ -123,7 +125,9 @@ def _table(title: str, figures: dict[str, Row]) -> list[str]:
             if stage in f["stages_s"]:
                 ratio = f["stages_speed_up"].get(stage, {}).get("median")
                 rate = f["tflops"].get(stage)
-                roofs = f"{rate:>10.3f}{f['share_of_roof'][stage]:>9.1%}" if rate is not None else f"{'-':>10}{'-':>9}"
+                share = f["share_of_roof"].get(stage)
+                roofs = f"{rate:>10.3f}" if rate is not None else f"{'-':>10}"
+                roofs += f"{share:>9.1%}" if share is not None else f"{'-':>9}"
                 speed_up = f"{ratio:.2f}" if ratio is not None else "-"
                 out.append(f"{stage:<20}{name:<20}{f['stages_s'][stage]['median']:>9.4f}{speed_up:>10}{roofs}")
     return out

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ..system.errors import ReducioError
 from . import options
 from .printing import Printed
 
+_OF_VIDEOS = ("captions", "clip", "aesthetic", "workers", "ray")  # options that a run without videos cannot follow
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", nargs="*", metavar="PATH", help="videos, and folders of them; none to select only")
-    options.add_out(parser, "DIR", "parts of the manifest, clips.parquet and report.html; a second run goes on")
+    options.add_out(
+        parser, "DIR",
+        "parts of the manifest, clips.parquet and report.html; a second run makes the parts that are missing or were "
+        "made with other options or captions",
+    )  # fmt: skip
     parser.add_argument("--captions", metavar="FILE", help="JSON: {file name or path: caption}")
     parser.add_argument("--no-text", dest="text", action="store_false", help="do not look for text in the picture")
     parser.add_argument("--clip", metavar="DIR", help="an open_clip model, for similarity and the aesthetic head")
@@ -33,36 +38,27 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..data.curation.curate import Settings, curate
 
     thresholds = [select.Threshold.parse(text) for text in arguments.keep]
+    given = [name for name in _OF_VIDEOS if getattr(arguments, name) is not None] + ["no-text"] * (not arguments.text)
+    if given and not arguments.input:
+        raise ReducioError(f"--{given[0]} needs videos; without videos, curate selects from the clips of earlier runs")
     out, result, lines = Path(arguments.out), dict[str, object](), list[str]()
     if arguments.input:
         settings = Settings(arguments.out, arguments.text, arguments.clip, arguments.aesthetic)
         done = curate(
             arguments.input,
             settings,
-            _captions(arguments.captions),
+            options.captions(arguments.captions),
             arguments.workers,
             arguments.ray,
             arguments.progress,
         )
         result |= {"made": done.made, "kept_parts": done.kept, "broken": done.broken}
         lines.append(f"{done.made} videos looked at ({done.broken} cannot be read), {done.kept} were done before")
-    rows = manifest.read(out)
+    rows = manifest.read_parts(out)
     kept, drops = select.select(rows, thresholds, arguments.shortest)
-    manifest.write(kept, out / "clips.parquet")
+    manifest.write(kept, out / manifest.CHOSEN)
     select.write_report(out, rows, kept, drops, thresholds)
-    result |= {"clips": len(rows), "selected": len(kept), "drops": drops, "path": str(out / "clips.parquet")}
+    result |= {"clips": len(rows), "selected": len(kept), "drops": drops, "path": str(out / manifest.CHOSEN)}
     lines += [f"{name}: drops {count}" for name, count in drops.items()]
-    lines.append(f"wrote {out / 'clips.parquet'}: {len(kept)} of {len(rows)} clips; see {out / 'report.html'}")
+    lines.append(f"wrote {out / manifest.CHOSEN}: {len(kept)} of {len(rows)} clips; see {out / 'report.html'}")
     return result, lines
-
-
-def _captions(path: str | None) -> dict[str, str]:
-    if path is None:
-        return {}
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReducioError(f"--captions {path}: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
-        raise ReducioError(f"--captions {path}: must be one JSON object of file names and captions")
-    return values

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from ..system.errors import ReducioError
 from . import options
@@ -20,19 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="toy: held-out prompts and clips of the toy world (default); autoencoder: real video through a model's; "
         "clips: a folder of generated clips; vbench: VBench in an environment of its own",
     )  # fmt: skip
-    parser.add_argument("--model", metavar="DIR", help="model folder (default: the embedded toy model)")
-    parser.add_argument("--prompts", type=options.positive, default=64, help="toy: prompts to draw (default: 64)")
-    parser.add_argument("--seed", type=options.not_negative, default=0)
+    parser.add_argument(
+        "--model", metavar="DIR", help="toy, autoencoder, vbench: model folder (default: the embedded toy model)"
+    )
+    parser.add_argument("--prompts", type=options.positive, help="toy: prompts to draw (default: 64)")
+    parser.add_argument("--seed", type=options.not_negative, help="toy: of the prompts and clips (default: 0)")
     parser.add_argument("--videos", nargs="+", metavar="PATH", help="autoencoder, clips: videos and folders of them")
     parser.add_argument("--real", nargs="+", metavar="PATH", help="clips: real ones, for FVD and motion")
     parser.add_argument(
         "--size", type=options.positive, action="append", help="autoencoder: pixels a side (default: 256)"
     )
-    parser.add_argument("--lpips", metavar="FILE", help="torchvision's weights of AlexNet")
-    parser.add_argument("--fvd", metavar="FILE", help="TorchScript I3D: [B, 3, 16, 224, 224] to features")
+    parser.add_argument("--lpips", metavar="FILE", help="autoencoder: torchvision's weights of AlexNet")
+    parser.add_argument(
+        "--fvd", metavar="FILE", help="autoencoder, clips: TorchScript I3D: [B, 3, 16, 224, 224] to features"
+    )
     parser.add_argument("--classifier", metavar="FILE", help="clips: TorchScript C3D to class logits, for the IS")
     parser.add_argument("--clip", metavar="DIR", help="clips: an open_clip model, with --captions")
-    parser.add_argument("--captions", metavar="FILE", help="JSON: {file name: caption}; vbench: [prompts]")
+    parser.add_argument("--captions", metavar="FILE", help="clips: JSON {file name: caption}; vbench: [prompts]")
     parser.add_argument("--vbench", metavar="PYTHON", help="vbench: the interpreter of VBench's environment")
     parser.add_argument(
         "--dimension", action="append", metavar="NAME", help="vbench: which (default: motion_smoothness)"
@@ -41,14 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_progress(parser)
 
 
+_OWN = {
+    "toy": ("model", "prompts", "seed"),
+    "autoencoder": ("model", "videos", "size", "lpips", "fvd"),
+    "clips": ("videos", "real", "fvd", "classifier", "clip", "captions"),
+    "vbench": ("model", "captions", "vbench", "dimension", "out"),
+}
+
+
 def run(arguments: argparse.Namespace) -> Printed:
+    options.refuse_others(arguments, _OWN)
     return {"toy": _toy, "autoencoder": _autoencoder, "clips": _clips, "vbench": _vbench}[arguments.what](arguments)
-
-
-def _needs(arguments: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(arguments, name) is None:
-            raise ReducioError(f"evaluate {arguments.what} needs --{name}")
 
 
 def _model_folder(arguments: argparse.Namespace) -> Path:
@@ -58,7 +64,7 @@ def _model_folder(arguments: argparse.Namespace) -> Path:
 
 
 def _autoencoder(arguments: argparse.Namespace) -> Printed:
-    _needs(arguments, "videos")
+    options.needs(arguments, "videos")
 
     import torch
 
@@ -83,18 +89,17 @@ def _autoencoder(arguments: argparse.Namespace) -> Printed:
 
 
 def _clips(arguments: argparse.Namespace) -> Printed:
-    _needs(arguments, "videos")
+    options.needs(arguments, "videos")
     from ..evaluation.published import GENERATION
     from ..evaluation.video_report import evaluate_clips
 
-    captions = _json(arguments.captions) if arguments.captions else None
     result = evaluate_clips(
         arguments.videos,
         arguments.real,
         arguments.fvd,
         arguments.classifier,
         arguments.clip,
-        captions,
+        options.captions(arguments.captions),
         arguments.progress,
     )
     lines = [f"{name:<28}{value:>10.4g}" for name, value in result.items()]
@@ -102,34 +107,33 @@ def _clips(arguments: argparse.Namespace) -> Printed:
 
 
 def _vbench(arguments: argparse.Namespace) -> Printed:
-    _needs(arguments, "vbench", "captions", "out")
+    options.needs(arguments, "vbench", "captions", "out")
     from ..evaluation.video_report import run_vbench
     from ..pipelines.reducio.pipeline import ReducioPipeline
 
+    prompts = options.read_json("captions", arguments.captions)
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ReducioError(f"--captions {arguments.captions}: must be one JSON list of prompts")
     pipe = ReducioPipeline.from_pretrained(_model_folder(arguments))
     names = arguments.dimension or ["motion_smoothness"]
-    result = run_vbench(pipe, _json(arguments.captions), arguments.out, arguments.vbench, names)
+    result = run_vbench(pipe, prompts, arguments.out, arguments.vbench, names)
     return result, [json.dumps(result, indent=2)]
-
-
-def _json(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReducioError(f"--captions {path}: {error}") from error
 
 
 def _toy(arguments: argparse.Namespace) -> Printed:
     from ..evaluation.toy_report import evaluate as score
 
     result = score(
-        model=arguments.model, num_prompts=arguments.prompts, seed=arguments.seed, progress=arguments.progress
+        model=arguments.model,
+        num_prompts=arguments.prompts or 64,
+        seed=arguments.seed or 0,
+        progress=arguments.progress,
     )
     lines = [f"{'':<10}{'right':>8}{'share':>9}{'95% interval':>18}"]
     for name in ("colour", "motion", "shape", "all"):
         row = result[name]
         low, high = row["interval"]
-        right = f"{row['right']}/{arguments.prompts}"
+        right = f"{row['right']}/{result['prompts']}"
         lines.append(f"{name:<10}{right:>8}{row['share']:>9.1%}{f'{low:.1%} to {high:.1%}':>18}")
     lines += [f"  wrong: {failure}" for failure in result["failures"]]
     lines.append(f"{'VAE':<10}{'clips':>8}{'PSNR dB':>9}{'SSIM':>8}{'gain dB over the content frame repeated':>42}")

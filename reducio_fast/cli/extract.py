@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> Printed:
         size=arguments.size,
         shard_size=arguments.shard_size,
         seed=arguments.seed,
-        device=arguments.device or "cpu",
-        dtype=arguments.dtype or "float32",
+        device=arguments.device,
+        dtype=arguments.dtype,
     )
     counts = f"{done['clips']} clips, {done['errors']} of them unreadable, {done['shards']} shards made"
     line = f"wrote {arguments.out}: {counts}"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ..system.errors import ReducioError
 
@@ -90,6 +94,39 @@ def replicas(arguments: argparse.Namespace) -> tuple[int, int]:
     least, most = arguments.min_replicas, arguments.max_replicas or arguments.min_replicas
     if most < least:
         raise ReducioError(f"--max-replicas: must be at least --min-replicas; they are {least} and {most}")
-    if arguments.gpus_per_replica is not None and arguments.gpus_per_replica < 0:
-        raise ReducioError(f"--gpus-per-replica: must be at least 0, is {arguments.gpus_per_replica:g}")
+    if (gpus := arguments.gpus_per_replica) is not None and not 0 <= gpus < math.inf:
+        raise ReducioError(f"--gpus-per-replica: must be finite and at least 0, is {gpus:g}")
     return least, most
+
+
+def captions(path: str | None) -> dict[str, str]:
+    """The file of `--captions`: one JSON object of file names, or paths, and captions; empty without a file."""
+    if path is None:
+        return {}
+    values = read_json("captions", path)
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise ReducioError(f"--captions {path}: must be one JSON object of file names and captions")
+    return values
+
+
+def read_json(option: str, path: str) -> object:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReducioError(f"--{option} {path}: {error}") from error
+
+
+def needs(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise `ReducioError` for an option that a kind of run, such as `train dit`, needs and the user left out."""
+    for name in names:
+        if getattr(arguments, name) is None:
+            raise ReducioError(f"{arguments.command} {arguments.what} needs --{name}")
+
+
+def refuse_others(arguments: argparse.Namespace, options: Mapping[str, Sequence[str]]) -> None:
+    """Raise `ReducioError` for an option of another kind of run. `options`: kind -> names that it takes."""
+    for kind, names in options.items():
+        for name in names:
+            if name not in options[arguments.what] and getattr(arguments, name) is not None:
+                option, command = name.replace("_", "-"), arguments.command
+                raise ReducioError(f"{command} {arguments.what} takes no --{option}, which is of {command} {kind}")

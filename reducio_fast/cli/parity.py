@@ -20,13 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Printed:
-    from ..measurement.bench import write
+    from ..measurement.bench import check_out, write
     from ..measurement.parity import compare
 
     def keep(rows: list[dict[str, Any]], whole: bool = False) -> None:
         if arguments.out:
             write(as_json(rows) | {"whole": whole}, arguments.out)
 
+    if arguments.out:
+        check_out(arguments.out)
     rows = compare(arguments.model, arguments.dtype, arguments.device, arguments.full_size, keep)
     keep(rows, whole=True)
     wrong = [row for row in rows if not row["right"]]

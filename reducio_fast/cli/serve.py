@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 
 from ..system.errors import ReducioError
@@ -17,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_compile(parser)
     options.add_encoding(parser)
     parser.add_argument("--name", help="of the model, for clients (default: that of its folder)")
-    parser.add_argument("--threads", type=options.positive, help="of torch on a CPU; their number changes the bytes")
+    parser.add_argument(
+        "--threads", type=options.positive, help="of torch on a CPU, up to its usable cores; they change the bytes"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="another one needs --api-keys (default: this machine)")
     parser.add_argument("--port", type=options.not_negative, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--api-keys", metavar="FILE", help="lines NAME:SHA256; each key sees its own jobs alone")
@@ -45,10 +48,11 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..server.serve import Settings, serve
 
     for name in ("job_seconds", "keep_hours"):
-        if not getattr(arguments, name) > 0:
-            raise ReducioError(f"--{name.replace('_', '-')}: must be above 0, is {getattr(arguments, name):g}")
-    if arguments.grace < 0:
-        raise ReducioError(f"--grace: must be at least 0, is {arguments.grace:g}")
+        value = getattr(arguments, name)
+        if not 0 < 3600 * value < math.inf:  # hours as seconds too
+            raise ReducioError(f"--{name.replace('_', '-')}: must be finite and above 0, is {value:g}")
+    if not 0 <= arguments.grace < math.inf:
+        raise ReducioError(f"--grace: must be finite and at least 0, is {arguments.grace:g}")
     replicas = options.replicas(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -79,7 +83,7 @@ def _sizes(text: str | None) -> tuple[tuple[int, int], ...] | None:
         return None
     sizes = []
     for each in text.split(","):
-        match = re.fullmatch(r"(\d+)x(\d+)", each.strip())
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", each.strip())
         if match is None:
             raise ReducioError(f"--sizes: must be WIDTHxHEIGHT with commas between, is {text!r}")
         sizes.append((int(match[2]), int(match[1])))

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from the last checkpoint (default)"
     )
     parser.add_argument(
-        "--accept-changes", action="store_true", help="resume although the recipe, the processes or the threads changed"
+        "--accept-changes",
+        action="store_true",
+        help="resume although the recipe, the data, the processes or the threads changed",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     options.add_progress(parser)
@@ -66,12 +68,7 @@ _OWN = {
 
 
 def run(arguments: argparse.Namespace) -> Printed:
-    own = _OWN[arguments.what]
-    for model, names in _OWN.items():
-        for name in names:
-            if name not in own and getattr(arguments, name) is not None:
-                option = name.replace("_", "-")
-                raise ReducioError(f"train {arguments.what} takes no --{option}, which is of train {model}")
+    options.refuse_others(arguments, _OWN)
     runs = {"tiny": _tiny, "dit": _dit, "vae": _vae, "svd-tiny": _svd_tiny, "svd-lora": _svd_lora}
     return runs[arguments.what](arguments)
 
@@ -101,7 +98,7 @@ def _staged(arguments: argparse.Namespace, figures: dict[str, dict[str, float]])
 
 
 def _dit(arguments: argparse.Namespace) -> Printed:
-    _needs(arguments, "recipe", "latents")
+    options.needs(arguments, "recipe", "latents")
 
     from ..training.recipe_file import load
     from ..training.reducio.dit import DiTRecipe, train_dit
@@ -114,7 +111,7 @@ def _dit(arguments: argparse.Namespace) -> Printed:
 
 
 def _vae(arguments: argparse.Namespace) -> Printed:
-    _needs(arguments, "recipe", "clips")
+    options.needs(arguments, "recipe", "clips")
 
     from ..training.recipe_file import load
     from ..training.reducio.vae import VAERecipe, train_vae
@@ -127,7 +124,7 @@ def _vae(arguments: argparse.Namespace) -> Printed:
 
 
 def _svd_lora(arguments: argparse.Namespace) -> Printed:
-    _needs(arguments, "model", "recipe", "clips")
+    options.needs(arguments, "model", "recipe", "clips")
 
     from ..training.recipe_file import load
     from ..training.svd.lora import LoRARecipe, train_lora
@@ -137,12 +134,6 @@ def _svd_lora(arguments: argparse.Namespace) -> Printed:
         arguments.model, arguments.clips, arguments.out, recipe, dtype=arguments.dtype, **_shared(arguments)
     )
     return _printed(arguments, figures, "lora")
-
-
-def _needs(arguments: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(arguments, name) is None:
-            raise ReducioError(f"train {arguments.what} needs --{name}")
 
 
 def _shared(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -26,6 +28,11 @@ class ClipFiles:
         self.rows = [row for row in manifest.read(path) if row["error"] is None]
         if not self.rows:
             raise ReducioError(f"{path} holds no clip that could be read")
+
+    def checksum(self) -> str:
+        """SHA-256 of the list of clips: their ids, frames and frame rates."""
+        listed = [[row[name] for name in ("id", "start", "end", "fps")] for row in self.rows]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def take_last(self, count: int) -> ClipFiles | None:
         """Move the last `count` clips into a new `ClipFiles` and return it; None for a count of 0.

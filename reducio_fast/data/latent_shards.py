@@ -52,6 +52,12 @@ class About:
     seed: int
     dtype: str = "float16"
     version: int = VERSION
+    # Settings of the encoders. A folder without the first two was made before they were read from the model, with these
+    # values; None means that a folder does not say.
+    clean_caption: bool = False
+    content_scaling_factor: float = 1.0
+    encoder_dtype: str | None = None
+    caption_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +147,10 @@ def write_about(folder: Path, about: About) -> None:
         for name, digest in about.encoders.items():
             if existing.encoders.get(name) != digest:
                 raise ReducioError(f"{folder} holds latents of another {name}; extract into another folder")
-        if existing != about:
-            field = next(k for k, v in asdict(about).items() if asdict(existing)[k] != v)
-            raise ReducioError(f"{folder} was begun with another {field}; extract into another folder, or remove it")
+        wanted = asdict(about)
+        for name, value in asdict(existing).items():
+            if value is not None and value != wanted[name]:
+                raise ReducioError(f"{folder} was begun with another {name}; extract into another folder, or remove it")
         return
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
@@ -207,10 +214,15 @@ class LatentDataset:
     """The clips of a folder, by bucket. Files are memory-mapped, so reading a row costs only the row's bytes.
 
     Raises `ReducioError` if the folder is incomplete or damaged, or if its latents come from encoders other than
-    `encoders` (component -> SHA-256, see `files_checksum`).
+    `encoders` (component -> SHA-256, see `files_checksum`) or from other `settings` (fields of `About`) of theirs.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], encoders: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        encoders: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.about = read_about(self.folder)
         for name, digest in (encoders or {}).items():
@@ -218,6 +230,12 @@ class LatentDataset:
                 raise ReducioError(
                     f"{self.folder} holds latents that another {name} made "
                     f"({str(self.about.encoders.get(name))[:12]}, not {digest[:12]}); run reducio-fast extract again"
+                )
+        for name, value in (settings or {}).items():
+            if (made := getattr(self.about, name)) != value:
+                raise ReducioError(
+                    f"{self.folder} holds latents made with {name}={made}, the model has {name}={value}; "
+                    "run reducio-fast extract again"
                 )
         if not (self.folder / INDEX).is_file():
             raise ReducioError(f"{self.folder} has no {INDEX}: the extraction was stopped; run it again")
@@ -260,7 +278,7 @@ class LatentDataset:
         row = self.row(bucket, index)
         path = self.folder / bucket / f"shard-{row['shard']:05d}.safetensors"
         try:
-            file = _opened(str(path))
+            file = _open(path)
             names = [name for name in TENSORS if name in file.keys()]  # noqa: SIM118 - not a dict
             tensors = {name: file.get_slice(name)[row["row"]] for name in names if check or name not in self._left_out}
         except (OSError, SafetensorError, IndexError) as error:
@@ -285,7 +303,7 @@ class LatentDataset:
         number, place = divmod(caption, self.about.shard_size)
         path = self.folder / TEXT / f"shard-{number:05d}.safetensors"
         try:
-            file = _opened(str(path))
+            file = _open(path)
             first, last = file.get_slice("offsets")[place : place + 2].tolist()
             return file.get_slice("text")[first:last].float()
         except (OSError, SafetensorError, ValueError) as error:
@@ -321,8 +339,14 @@ def _epoch(counts: tuple[tuple[str, int], ...], batch: int, seed: int, epoch: in
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def _open(path: Path) -> Any:
+    status = path.stat()
+    return _opened(str(path), status.st_ino, status.st_mtime_ns)
+
+
 @functools.lru_cache(maxsize=256)
-def _opened(path: str) -> Any:
+def _opened(path: str, _inode: int, _changed: int) -> Any:
+    # A file that was replaced has another inode or time.
     return safe_open(path, framework="pt")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -44,7 +45,15 @@ def toy_clips(count: int, size: int, length: int) -> Iterator[np.ndarray]:
 
 
 def video_clips(videos: Sequence[str | os.PathLike[str]], size: int, length: int, most: int) -> Iterator[np.ndarray]:
-    """At most `most` clips within the shots of these videos, one from each video in turn."""
-    by_video = [windows(str(source.path), size, length) for source in find_sources(videos)]
-    in_turn = (clip for row in itertools.zip_longest(*by_video) for clip in row if clip is not None)
-    return itertools.islice(in_turn, most)
+    """At most `most` clips within the shots of these videos, one from each video in turn. A video is decoded when its
+    first turn comes."""
+    return itertools.islice(_in_turn([windows(source.path, size, length) for source in find_sources(videos)]), most)
+
+
+def _in_turn(by_video: Iterable[Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
+    waiting = deque(by_video)
+    while waiting:
+        clips = waiting.popleft()
+        for clip in itertools.islice(clips, 1):
+            yield clip
+            waiting.append(clips)

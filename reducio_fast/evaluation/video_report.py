@@ -22,6 +22,7 @@ from ..media.image_files import cover_crop
 from ..media.perceptual import Perceptual
 from ..media.similarity import psnr, ssim
 from ..media.video_files import read_video, write_video
+from ..pipelines.call import validation
 from ..reference import ReducioVAE
 from ..system.errors import ReducioError, first_line
 from .networks import ClipNetwork, FrechetDistance, inception_score
@@ -49,20 +50,24 @@ def evaluate_autoencoder(
 ) -> dict[str, Any]:
     """Reconstruction of real video at each size: the columns of Table 1, and the gain over repeating the content frame.
 
-    Returns for each size `videos`, the `reconstruction_scores` of each video, and `all`: means of `psnr`, `ssim`,
-    `lpips` and `lpips_0_1` over all clips, `rfvd`, and the number of `clips`. Raises `ReducioError` if no shot is long
-    enough.
+    Returns for each size `videos`, the `reconstruction_scores` of each video by its path below the folder that holds
+    them all, and `all`: means of `psnr`, `ssim`, `lpips` and `lpips_0_1` over all clips, `rfvd`, and the number of
+    `clips`. Raises `ReducioError` for a size that the autoencoder does not take and if no shot is long enough.
     """
+    for size in sizes:
+        validation.check_multiple("size", size, vae.config.spatial_factor)
+    sources = find_sources(videos)
+    folder = os.path.commonpath([os.path.dirname(source.path) for source in sources])
     perceptual = None if lpips is None else Perceptual(lpips)
     result: dict[str, Any] = {}
     for size in sizes:
         distance = None if fvd is None else FrechetDistance(ClipNetwork(fvd))
         by_video, rows = {}, []
-        for source in tqdm(find_sources(videos), desc=f"{size} pixels", disable=not progress):
+        for source in tqdm(sources, desc=f"{size} pixels", disable=not progress):
             clips = list(windows(source.path, size, vae.config.num_frames))
             if not clips:
                 continue
-            by_video[Path(source.path).name] = reconstruction_scores(vae, clips)
+            by_video[os.path.relpath(source.path, folder)] = reconstruction_scores(vae, clips)
             for clip in clips:
                 restored = reconstruct(vae, clip)
                 row = {"psnr": psnr(clip, restored), "ssim": ssim(clip, restored)}
@@ -92,12 +97,17 @@ def evaluate_clips(
     Returns `clips` (their number) and `motion` (mean flow between consecutive frames in percent of the short side; 0
     for a still). With `real` also `real_clips` and `real_motion`, with `fvd` and `real` also `fvd`, with `classifier`
     `inception_score`, with `clip_model` `clip_similarity` (mean over clips of the mean over frames; `captions` by file
-    name). Raises `ReducioError` for `fvd` without `real` and for a clip without a caption.
+    name or path). Raises `ReducioError` for `fvd` without `real` and for a clip without a caption.
     """
-    generated_clips = [
-        read_video(source.path)[0] for source in tqdm(find_sources(generated), "read", disable=not progress)
-    ]
-    names = [Path(source.path).name for source in find_sources(generated)]
+    if fvd is not None and real is None:
+        raise ReducioError("fvd needs real clips to compare with")
+    sources = find_sources(generated, captions)
+    texts = [source.caption for source in sources if source.caption is not None]
+    if clip_model is not None and len(texts) < len(sources):
+        lacking = next(source.path for source in sources if source.caption is None)
+        raise ReducioError(f"captions: none given for {lacking}")
+    scorer = None if clip_model is None else scores.ClipScorer(Path(clip_model))
+    generated_clips = [read_video(source.path)[0] for source in tqdm(sources, "read", disable=not progress)]
     real_clips = [] if real is None else [read_video(source.path)[0] for source in find_sources(real)]
     result: dict[str, Any] = {
         "clips": len(generated_clips),
@@ -109,8 +119,6 @@ def evaluate_clips(
             "real_motion": float(np.mean([motion_of(clip) for clip in real_clips])),
         }
     if fvd is not None:
-        if not real_clips:
-            raise ReducioError("fvd needs real clips to compare with")
         distance = FrechetDistance(ClipNetwork(fvd))
         for clips, is_real in ((real_clips, True), (generated_clips, False)):
             for clip in clips:
@@ -120,8 +128,8 @@ def evaluate_clips(
         result["inception_score"], result["inception_score_deviation"] = inception_score(
             ClipNetwork(classifier), generated_clips
         )
-    if clip_model is not None:
-        result["clip_similarity"] = clip_similarity(clip_model, generated_clips, names, captions or {})
+    if scorer is not None:
+        result["clip_similarity"] = clip_similarity(scorer, generated_clips, texts)
     return result
 
 
@@ -130,17 +138,11 @@ def motion_of(clip: np.ndarray) -> float:
     return scores.motion([scores.small_gray(frame) for frame in clip]) or 0.0
 
 
-def clip_similarity(
-    model: str | os.PathLike[str], clips: Sequence[np.ndarray], names: Sequence[str], captions: dict[str, str]
-) -> float:
+def clip_similarity(scorer: scores.ClipScorer, clips: Sequence[np.ndarray], captions: Sequence[str]) -> float:
     """Mean cosine similarity between frames and captions."""
-    scorer = scores.ClipScorer(Path(model))
-    lacking = [name for name in names if name not in captions]
-    if lacking:
-        raise ReducioError(f"captions: none given for {lacking[0]}")
     clip_means = []
-    for clip, name in zip(clips, names, strict=True):
-        similarities = [scorer(frame, captions[name])["clip_similarity"] for frame in clip]
+    for clip, caption in zip(clips, captions, strict=True):
+        similarities = [scorer(frame, caption)["clip_similarity"] for frame in clip]
         clip_means.append(float(np.mean([value for value in similarities if value is not None])))
     return float(np.mean(clip_means))
 

@@ -23,6 +23,7 @@ from .quantisation import Quantisation, eight_bit_type
 
 # Names of attention backends, diffusers' where it has one, and the implementation of each; "auto" leaves it open.
 ATTENTION = {"auto": None, "native": "vendor", "flash": "flash-attn", "reducio": "kernel"}
+FLASH_ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def check_attention(word: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -35,7 +36,7 @@ def check_attention(word: str, device: torch.device, dtype: torch.dtype) -> None
         raise ValueError(f"{word!r} needs a GPU, the pipeline is on {device.type}; auto and native run here")
     if word == "flash" and importlib.util.find_spec("flash_attn") is None:
         raise ValueError("'flash' needs the package flash-attn, which is not here; auto, native and reducio are")
-    if dtype not in ((torch.float16, torch.bfloat16) if word == "flash" else FLOATING):
+    if dtype not in (FLASH_ATTENTION_DTYPES if word == "flash" else FLOATING):
         raise ValueError(f"{word!r} does not take {dtype}; auto and native do")
 
 
@@ -123,6 +124,8 @@ class Plan:
                 return "kernel", "flash-attn takes no count of keys an item"
             if shape.endswith("frames"):
                 return "kernel", "flash-attn takes no mask by frames"
+            if self.dtype not in FLASH_ATTENTION_DTYPES:
+                return "kernel", f"flash-attn does not take {str(self.dtype).removeprefix('torch.')}"
             if importlib.util.find_spec("flash_attn") is None:
                 return "kernel", f"{why} with flash-attn, which is not installed"
         return name, why

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..media.similarity import pooled_psnr
 from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device
 from ..system.errors import ReducioError
+from ..system.paths import check_output_folder, is_folder, printable
 from ..system.stage_clock import clock
 from . import instruments
 from .contenders import Contender, DefaultClip, GivenConditions, workload
@@ -78,6 +80,10 @@ def bench(
     for contender in chosen:
         if contender not in CONTENDERS:
             raise ReducioError(f"bench: contender {contender!r} is unknown; known: {', '.join(CONTENDERS)}")
+        if chosen.count(contender) > 1:
+            raise ReducioError(f"bench: contender {contender!r} is named twice")
+    if not chosen:
+        raise ReducioError(f"bench: contenders is empty; known: {', '.join(CONTENDERS)}")
     if pairs < 1:
         raise ReducioError(f"bench: pairs must be at least 1, is {pairs}")
     device = resolve_device(device)
@@ -132,13 +138,15 @@ def compare(
     """{contender: figures}, with speed-ups over the first contender. One that cannot be built is skipped, with the
     reason. `flush` gets the figures so far, after each first clip and each turn.
 
-    Two clips come before the timed ones: the first compiles, the second measures memory.
+    Clips that come before the timed ones: the first compiles, on a GPU the second captures the graphs that the first
+    did not, and the last measures memory.
     """
     rows: dict[str, Row] = {}
     ready: list[Contender] = []
     frames: dict[str, np.ndarray] = {}
     device = measured.device
     for name, make in zip(names, makers, strict=True):
+        idle_before = instruments.idle_pool_bytes(device)
         try:
             start = clock(device)
             contender = make()
@@ -153,7 +161,9 @@ def compare(
             rows[name] = {"skipped": f"{type(error).__name__}: {lines[0][:300]}"}
             log(f"{name}: skipped, {rows[name]['skipped']}")
             continue
-        with instruments.Peak(device) as peak:
+        if device.type == "cuda":
+            contender.run()
+        with instruments.Peak(device, idle_before) as peak:
             frames[name], _ = contender.run()
         rows[name] = {
             "what": contender.what,
@@ -167,6 +177,9 @@ def compare(
         log(f"{name}: first clip {first:.2f} s")
         flush(rows)
 
+    if not ready:
+        reasons = "; ".join(f"{name}: {row['skipped']}" for name, row in rows.items())
+        raise ReducioError(f"bench: no contender can be measured ({reasons})")
     totals: dict[str, list[float]] = {c.name: [] for c in ready}
     stages: dict[str, list[dict[str, float]]] = {c.name: [] for c in ready}
     joules: dict[str, list[float]] = {c.name: [] for c in ready}
@@ -186,7 +199,9 @@ def compare(
             }
             work = measured.flops[contender.algebra]
             row["tflops"] = {s: round(work[s] / row["stages_s"][s]["median"] / 1e12, 4) for s in work}
-            row["share_of_roof"] = {s: round(rate / roof["matmul_tflops"], 4) for s, rate in row["tflops"].items()}
+            # The roof is that of one dtype.
+            rates = row["tflops"] if row["dtype"] == roof["dtype"] else {}
+            row["share_of_roof"] = {s: round(rate / roof["matmul_tflops"], 4) for s, rate in rates.items()}
             row["psnr_db"] = None if name == first_name else _psnr(frames[first_name], frames[name])
             row["joules"] = round(statistics.mean(joules[name]), 2) if joules[name] else None
         return rows
@@ -233,6 +248,13 @@ def first_clips(
             figures["process_s"] = time.perf_counter() - start  # from the start of the process to its end
             row[state] = {key: round(value, 3) for key, value in figures.items()}
     return row
+
+
+def check_out(path: str | os.PathLike[str]) -> None:
+    """Raise ReducioError if `write` could not write to `path`."""
+    if is_folder(path, "out"):
+        raise ReducioError(f"out: {printable(path)} is a folder; name a file")
+    check_output_folder(Path(path))
 
 
 def write(row: Row, path: str | os.PathLike[str]) -> None:

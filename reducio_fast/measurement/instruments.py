@@ -38,18 +38,22 @@ def spread(values: list[float], digits: int = 5) -> dict[str, float]:
 class Peak:
     """Peak memory in bytes while it is active: the allocator's on a GPU, elsewhere the process's, sampled.
 
-    `above` is the peak minus the memory at the start. The peak includes every loaded model, so compare `above`.
+    On a GPU a replayed graph allocates nothing, so the peak includes the pools of all graphs (`idle_pool_bytes`); what
+    a graph needs is counted twice if it is captured meanwhile.
+    `above` is the peak minus the memory at the start; `idle_before`: the pools that do not belong to the measured code.
+    The peak includes every loaded model, so compare `above`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, idle_before: int = 0) -> None:
         self.device, self.bytes, self.above, self._stop = device, 0, 0, threading.Event()
+        self.idle_before = idle_before
 
     def __enter__(self) -> Peak:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._start = torch.cuda.memory_allocated(self.device)
+            self._start = torch.cuda.memory_allocated(self.device) + self.idle_before
         else:
             with contextlib.suppress(AttributeError, OSError):  # glibc keeps freed memory unless told to return it
                 ctypes.CDLL(None).malloc_trim(0)
@@ -65,12 +69,25 @@ class Peak:
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) + idle_pool_bytes(self.device)
         else:
             self._stop.set()
             self._thread.join()
             self.bytes = max(self.bytes, _resident())
         self.above = self.bytes - self._start
+
+
+def idle_pool_bytes(device: torch.device) -> int:
+    """Bytes that graphs' private pools have reserved on a GPU and no tensor holds: what replays use for intermediates.
+    0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == index and tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+    )
 
 
 def live_peak(call: Callable[[], Any]) -> int:
@@ -214,19 +231,20 @@ def kernel_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 
 
     Timing by eager launches ranks short kernels wrongly (pytorch #179246), and so does data left in the cache.
     """
-    run()  # compiles
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    cache = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        cache.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):  # graphs and events are made on the current one
+        run()  # compiles
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        cache = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            cache.zero_()
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize(device)
     return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
 

@@ -23,6 +23,7 @@ from ..system import stage_clock
 from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device
 from ..system.errors import ReducioError
+from ..system.paths import check_output_folder
 from .bench import CONTENDERS
 from .contenders import workload
 from .instruments import machine
@@ -56,13 +57,12 @@ def profile(
     """Trace one warm clip of a workload to `out` (.json.gz) and return a JSON-ready summary.
 
     `warm` clips run first, so that compilation and graph capture are not in the trace. `shapes` records input shapes,
-    which makes the host slower. Raises ReducioError for an `out` that is not a .json.gz in a folder that exists.
+    which makes the host slower. Raises ReducioError for an `out` that is not a .json.gz in a writable folder.
     """
     path = Path(out)
     if not path.name.endswith(".json.gz"):
         raise ReducioError(f"out: {path} must end in .json.gz")
-    if not path.parent.is_dir():
-        raise ReducioError(f"out: the folder {path.parent} does not exist")
+    check_output_folder(path)
     run, where, title = _ready(name, model, contender, dtype, device, warm)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if where.type == "cuda":

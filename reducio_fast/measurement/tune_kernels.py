@@ -30,6 +30,7 @@ from ..system import cache_folder
 from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device, triton_missing
 from ..system.errors import ReducioError
+from ..system.paths import check_output_folder
 from . import instruments
 from .hot_shapes import Problem, hot_problems
 
@@ -275,8 +276,10 @@ def run(
     """Tune for this machine's GPU. The table goes to the file or folder `out`, by default to the cache folder, where
     the fast path looks for a table that was tuned on this machine.
 
-    Returns a JSON-ready row. Raises ReducioError if there is no GPU or no Triton.
+    Returns a JSON-ready row. Raises ReducioError if there is no GPU or no Triton, or if `out` cannot be written.
     """
+    if out:
+        check_output_folder(Path(out))
     device = resolve_device(device)
     if device.type != "cuda":
         raise ReducioError("tune: there is no GPU here, and settings are found by measuring on one")

@@ -21,7 +21,8 @@ from PIL import Image, features
 
 from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError, first_line
-from ..system.paths import check_output_folder, entries, is_file, is_folder, printable, status
+from ..system.paths import check_output_folder, entries, is_file, is_folder, named, printable, status
+from ..system.real_numbers import to_float
 from . import ffmpeg
 from .image_files import IMAGE_SUFFIXES, decode_image, read_image, to_rgb
 
@@ -79,12 +80,13 @@ def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float, encodin
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or frames.size == 0:
         raise ReducioError(f"frames must be uint8 [T, H, W, 3]; they are {frames.dtype} {list(frames.shape)}")
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
+    rate = to_float(fps)
+    if not 0 < rate < math.inf:
         raise ReducioError(f"fps must be a positive number; it is {fps!r}")
     by = ffmpeg.encoder(encoding)
     try:
         with written_whole(path) as temporary:
-            _writer(path, by)(frames, temporary, fps)
+            _writer(path, by)(frames, temporary, rate)
     except Exception as error:
         raise _cannot_write(path, error) from error
     return path
@@ -118,7 +120,7 @@ def check_output_path(
 
 def _check_name(path: str | os.PathLike[str]) -> Path:
     trailing_slash = os.fspath(path).endswith(os.sep)
-    path = Path(path)
+    path = named(path)
     suffix = path.suffix.lower()
     exists, is_directory = status(path) is not None, is_folder(path)
     is_clip_folder = trailing_slash or is_directory or not suffix

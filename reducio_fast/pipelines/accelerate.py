@@ -15,6 +15,7 @@ from ..reference.svd.config import TemporalVAEConfig, VideoUNetConfig
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import TemporalVAE
 from ..system.errors import ReducioError
+from .call import validation
 from .execution.foreign_networks import Adoption
 
 
@@ -54,8 +55,9 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
     What a twin cannot do runs as before, and `report` says why: LoRA layers that are not fused, gradients, a subclass
     with its own `forward`, hooks (such as those of `enable_model_cpu_offload`), custom attention processors, replaced
     or quantised modules, a module under `torch.compile`.
-    Raises ReducioError for a pipeline without one of these networks.
+    Raises ReducioError for a pipeline without one of these networks, and for another `compile`.
     """
+    validation.check_compile(compile, "fast", "asked for")
     networks, left = dict[str, _Accelerated](), dict[str, str]()
     engine = Engine(compile)
     for name, network in getattr(pipeline, "components", {}).items():

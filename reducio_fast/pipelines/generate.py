@@ -14,6 +14,7 @@ import torch
 from ..system import devices
 from ..system.errors import ReducioError
 from . import registry
+from .call import steering, validation
 from .call.output import ReducioOutput
 from .parallel import parallelize
 from .reducio import light
@@ -44,14 +45,16 @@ def generate(
     resolved = devices.resolve_dtype(dtype, None, device)
     model_entry = registry.find(model)
     model_entry.check_call(backend, kwargs)
-    if model_entry.needs_prompt and prompt is None and kwargs.get("prompt_embeds") is None:
+    validation.resolve_backend(backend)
+    steering.check_switch("parallel", parallel)
+    unprompted = prompt is None and all(kwargs.get(name) is None for name in ("prompt_embeds", "motion_latents"))
+    if model_entry.needs_prompt and unprompted:
         raise ReducioError("prompt: None given; describe the clip")
     # For our models None is not the default dtype: it lets the fast path choose one.
     asked = resolved if dtype is not None or not model_entry.load_arguments else None
     load_kwargs = {name: kwargs.pop(name) for name in model_entry.load_arguments if name in kwargs}
-    # Lists and dicts have no hash, so the key has their id. The kept pipeline keeps them alive, so the id stays unique.
-    settings = [(n, v if getattr(v, "__hash__", None) else (type(v), id(v))) for n, v in load_kwargs.items()]
-    key = (*model_entry.key, asked, device, backend, *settings)
+    settings = [(name, _hashable(value)) for name, value in load_kwargs.items()]
+    key = (*model_entry.key, asked, device, backend, parallel, *settings)  # `parallelize` changes the pipeline
     folders = [registry.folder_state(v) for v in load_kwargs.values() if isinstance(v, str | os.PathLike)]
     files = (model_entry.files, *folders)
     pipe = None
@@ -63,6 +66,16 @@ def generate(
     if parallel and getattr(getattr(pipe, "executor", None), "ranks", None) is None:
         parallelize(pipe)
     return pipe(prompt=prompt, image=image, **kwargs)
+
+
+def _hashable(value: Any) -> Hashable:
+    """The value, or for one without a hash (a list, a dict) its id, which stays unique: the kept pipeline keeps the
+    value alive."""
+    try:
+        hash(value)
+    except TypeError:
+        return type(value), id(value)
+    return value
 
 
 def kept() -> list[Any]:

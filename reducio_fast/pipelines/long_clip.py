@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..media.colours import match_mean_and_spread
+from ..reference.sampler import StopSampling
 from ..system.errors import ReducioError
 from .call.output import from_frames
 from .call.request import Chain, ClipRequest, Hold, Joint
@@ -81,6 +82,8 @@ def stream(pipe: Any, call: CallState) -> Iterator[Any]:
         try:
             for _, frames in pieces_of(pipe, request.clips[0], call, decoding, turn):
                 yield from from_frames(frames, request.output_type)
+        except StopSampling:  # in the first clip of the chain
+            raise call.stopped() from None
         finally:
             call.end()
 
@@ -90,8 +93,9 @@ def pieces_of(
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Yields the first clip's content frame and finished frames, in time order, as they become ready."""
     chain = call.request.chain
+    start = clip if chain is None else dataclasses.replace(clip, last_image=None)
     with guard():
-        first, ready = _link(pipe, clip, call, decoding)
+        first, ready = _link(pipe, start, call, decoding)
     if chain is None:
         yield first.content, ready
         return
@@ -102,7 +106,9 @@ def pieces_of(
         last, ready = made[0], _join(made[1], ready, chain.joint.frames - chain.joint.hop_back)
         del made
     last = first
-    for _ in range(chain.after):
+    for left in reversed(range(chain.after)):
+        if left == 0:  # only the last clip of the chain ends with the last image
+            last = last._replace(following=dataclasses.replace(last.following, last_image=clip.last_image))
         if (made := _neighbour(pipe, last, first, call, decoding, chain, guard)) is None:
             break
         last, ready = made[0], _join(ready, made[1], chain.joint.overlap)
@@ -147,8 +153,11 @@ def _neighbour(
         picture = match_mean_and_spread(picture, first.content)
     hold = carried(beside.latent, joint, backward)
     clip = dataclasses.replace(beside.following, image=picture, hold=hold)
-    with guard():
-        made = _link(pipe, clip, call, decoding)
+    try:
+        with guard():
+            made = _link(pipe, clip, call, decoding)
+    except StopSampling:  # in the decode
+        return None
     return None if call.interrupted else made
 
 

@@ -12,14 +12,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..system.checksum import checksums
 from ..system.errors import ReducioError
 from .call.request import Request
 
 T = TypeVar("T")
 TIMEOUT = 600.0  # seconds; the first clip's slowest process may compile for minutes
 # Fields of a request that must be equal in all processes.
-SAME = ("height", "width", "num_inference_steps", "schedule", "guidance_scale", "output_type", "is_list",
-        "motion_strength", "keep_content", "loop")  # fmt: skip
+SAME = ("height", "width", "num_inference_steps", "schedule", "shortcuts", "guidance_scale", "output_type", "is_list",
+        "chain", "clip_condition", "motion_strength", "keep_content", "loop", "previews", "preview_every")  # fmt: skip
 
 
 def count_processes() -> int:
@@ -96,7 +97,8 @@ def shared(ranks: Any, work: Callable[..., T], *args: Any) -> T:
 def agree(ranks: Any, request: Request) -> None:
     """Give each clip of the request rank 0's random numbers. Raises ReducioError where the calls differ."""
     prompts = [(clip.prompt, clip.negative_prompt) for clip in request.clips]
-    own = [prompts, *(str(getattr(request, name)) for name in SAME)]
+    given = [[None if z is None else checksums([z]) for z in (clip.latents, clip.motion)] for clip in request.clips]
+    own = [prompts, given, *(str(getattr(request, name)) for name in SAME)]
     states = [(clip.generator.initial_seed(), clip.generator.get_state()) for clip in request.clips]
     leading, states = ranks.broadcast_value((own, states))
     with ranks.together():

@@ -29,6 +29,7 @@ from .peers.models import PEERS, build_random
 from .reducio import light
 from .reducio.pipeline import ReducioPipeline
 from .svd.decoder import HUB_ID
+from .svd.from_diffusers import networks_of
 from .svd.orbit import SV3DPipeline
 from .svd.pipeline import SVDPipeline
 
@@ -83,7 +84,7 @@ def find(model: str | os.PathLike[str] | None) -> Model:
         call_defaults=source.defaults,
         check_call=lambda backend, kwargs: peers.check_call(source, backend, kwargs),
         files=folder_state(source.weights),
-        needs_prompt="prompt" in source.defaults,
+        needs_prompt="text_encoder" in source.peer.full,
     )
 
 
@@ -146,16 +147,25 @@ def _random(weights: str) -> Model:
 
     tiny = weights == peers.RANDOM_TINY
 
-    def load(dtype: Any, device: torch.device, backend: str, compile: bool | None = None, **parts: Any) -> SVDPipeline:
+    def load(
+        dtype: Any,
+        device: torch.device,
+        backend: str,
+        compile: bool | None = None,
+        variant: str | None = None,
+        **parts: Any,
+    ) -> SVDPipeline:
+        if variant is not None:
+            raise ReducioError(f"variant: {variant!r} given; random weights have no files")
+        weights_dtype = devices.resolve_dtype(dtype, None, device)
         with loading():
-            built = build_random(PEERS["svd"], tiny, devices.resolve_dtype(dtype, None, device), device)
-            pipe = SVDPipeline.from_diffusers(built, backend, compile)
+            parts = {name: _named(name, part, weights_dtype, device) for name, part in parts.items()}
+            networks = networks_of(build_random(PEERS["svd"], tiny, weights_dtype, device))
+            if tiny:
+                networks["unet"].config = dataclasses.replace(networks["unet"].config, num_frames=TINY_FRAMES)
+                networks |= dict(zip(SVDPipeline.layout.settings, TINY_SIZE, strict=True))
+            pipe = SVDPipeline(**(networks | parts), backend=backend, compile=compile)
         pipe.executor.choose_dtype(dtype is None)
-        if tiny:
-            pipe.sample_height, pipe.sample_width = TINY_SIZE
-            pipe.unet.config = dataclasses.replace(pipe.unet.config, num_frames=TINY_FRAMES)
-        for name, part in parts.items():
-            setattr(pipe, name, part)
         return pipe
 
     return Model(
@@ -167,6 +177,19 @@ def _random(weights: str) -> Model:
         fps=_defaults(SVDPipeline.__call__)["fps"],
         needs_prompt=False,
         checker=lambda: load(torch.float32, torch.device("meta"), "reference"),
+    )
+
+
+def _named(name: str, part: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A component that goes with random weights: an object as it is, a name resolved as beside a folder's weights."""
+    if not isinstance(part, str | os.PathLike):
+        return part
+    if name not in ("scheduler", "text_to_image"):
+        raise ReducioError(
+            f"{name}: {str(part)!r} given; beside random weights only scheduler and text_to_image can be named"
+        )
+    return SVDPipeline.loaders[name](
+        model_folder.Loading(Path(name), "", "", part, SVDPipeline.layout, {}, {}, dtype, device)
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,8 +33,6 @@ from .execution.warmup import warm_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-LOG = logging.getLogger("reducio_fast")
 
 
 class VideoPipeline:
@@ -164,7 +161,8 @@ class VideoPipeline:
 
     def forecast(self, height: int, width: int, decoding: Decoding | None = None) -> Forecast:
         """Bytes that a clip of this size will need, stage by stage, without computing anything: see
-        `memory.forecast.Forecast`. `decoding`: how to decode, if not in the pipeline's own way."""
+        `memory.forecast.Forecast`. `decoding`: how to decode, if not in the pipeline's own way. Raises ReducioError for
+        a size that a call would refuse."""
         return self.fitter.forecast(height, width, decoding)
 
     def warmup(
@@ -228,6 +226,7 @@ class VideoPipeline:
         """Move and cast every network in place; returns self. A dtype may also come alone: `pipe.to(torch.float16)`."""
         with torch_state.inference(), self.adapters.casting():
             self.executor.move(device, dtype)
+            self.fitter.fits.clear()
         return self
 
     def unload(self, *names: str) -> None:
@@ -280,7 +279,7 @@ class VideoPipeline:
     def __getstate__(self) -> dict[str, Any]:
         """The state from which `copy.deepcopy` and `pickle` make an equal pipeline: components, settings, adapters and
         the choices that methods have made. The copy makes new locks, twins, graphs and forecasts."""
-        rebuilt = ("content", "conditioner", "sampler", "decoder", "adapters", "fitter", "call", "listener")
+        rebuilt = ("content", "conditioner", "sampler", "decoder", "motion", "adapters", "fitter", "call", "listener")
         others = {name: value for name, value in vars(self).items() if name not in rebuilt}
         return others | {"vae_tiling": self.vae_tiling, "merge": self.adapters.merge}
 
@@ -300,11 +299,12 @@ class VideoPipeline:
     @vae_tiling.setter
     def vae_tiling(self, value: bool | None) -> None:
         self.decoder.tiling = value
+        self.fitter.fits.clear()
 
     def enable_vae_tiling(self) -> None:
         """Decode each clip in tiles of 256 pixels that read 64 pixels more and are blended, as the release does. The
         default, `vae_tiling = None`, does so above 320 pixels, which is all that one tile reads."""
-        self.decoder.tiling = True
+        self.vae_tiling = True
 
     def disable_vae_tiling(self) -> None:
         """Decode each clip whole.
@@ -312,7 +312,7 @@ class VideoPipeline:
         Above 320 pixels this gives a different clip, not the same one faster: norms then average over the whole frame,
         where the published weights saw 256 pixels, and fusion attends in windows of 512. Memory grows with the frame.
         """
-        self.decoder.tiling = False
+        self.vae_tiling = False
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose what computes attention in the fast twins, by one of diffusers' names or ours; packs the twins again.

@@ -1,6 +1,7 @@
 """`reducio-fast batch`: a file of prompts becomes a folder of clips and a manifest, here or on a Ray cluster.
 
-DIR/prompts.jsonl    the arguments of each clip, by number: a second run must have the same
+DIR/prompts.jsonl    the arguments of each clip, by number, and the model and dtype that were given: a second run must
+                     have the same
 DIR/00000.mp4 ...    each appears whole or not at all; an existing clip is not made again
 DIR/manifest.jsonl   one line per prompt, in order: its file, or why there is none
 """
@@ -57,10 +58,11 @@ class Done:
 
 def read_prompts(path: str | Path) -> list[Row]:
     """The arguments of the calls, one dict per clip: from each line of a .txt that is not empty, each object of a
-    .jsonl, each row of a .csv or .parquet with a column `prompt` (or `image`); further names are further arguments.
+    .jsonl, each row of a .csv or .parquet with a column `prompt` (or `image`); further names are further arguments. A
+    value that is null, or empty and not the prompt, was not given.
 
-    Raises ReducioError for a file that cannot be read and a row without prompt and image; the manifest reports a prompt
-    for which no clip can be made.
+    Raises ReducioError for a file that cannot be read, a row without prompt and image, a .csv row of more cells than
+    the header and a value that JSON does not have; the manifest reports a prompt for which no clip can be made.
     """
     path = expanded(path, "prompts")
     suffix = path.suffix.lower()
@@ -72,42 +74,55 @@ def read_prompts(path: str | Path) -> list[Row]:
         rows = _READERS[suffix](path)
     except ReducioError:
         raise
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors
+    except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's errors are ValueErrors
         raise ReducioError(f"prompts: {path} cannot be read: {first_line(error)}") from error
     if not rows:
         raise ReducioError(f"prompts: {path} holds none")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not ({"prompt", "image"} & set(row)):
-            raise ReducioError(f"prompts: row {number} of {path} has neither prompt nor image")
-    return rows
+    return [_check_row(row, f"row {number} of {path}") for number, row in enumerate(rows)]
 
 
-def _read_lines(path: Path) -> list[Row]:
-    return [{"prompt": line.strip()} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _lines_of(path: Path) -> list[str]:
+    # Not splitlines(): a text of JSON may hold U+2028, which it takes for the end of a line.
+    return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [{"prompt": row} if isinstance(row := json.loads(line), str) else row for line in lines]
+def _read_lines(path: Path) -> list[Any]:
+    return [{"prompt": line.strip()} for line in _lines_of(path)]
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _read_jsonl(path: Path) -> list[Any]:
+    return [{"prompt": row} if isinstance(row := json.loads(line), str) else row for line in _lines_of(path)]
+
+
+def _read_csv(path: Path) -> list[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return [_filled_cells(row) for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[Any]:
     from ..data.parquet import pyarrow_modules
 
-    return [_filled_cells(row) for row in pyarrow_modules()[1].read_table(path).to_pylist()]
+    return pyarrow_modules()[1].read_table(path).to_pylist()
 
 
-def _filled_cells(row: Row) -> Row:
-    """The row without its empty cells, except the prompt's."""
-    return {n: v for n, v in row.items() if isinstance(n, str) and (n == "prompt" or v not in (None, ""))}
+def _check_row(row: Any, where: str) -> Row:
+    """The row without its empty values, except an empty prompt."""
+    if not isinstance(row, dict):
+        raise ReducioError(f"prompts: {where} has neither prompt nor image")
+    if None in row:  # where csv.DictReader puts the cells that have no name
+        raise ReducioError(f"prompts: {where} has more cells than the header; quote the prompt")
+    row = {name: value for name, value in row.items() if value is not None and (name == "prompt" or value != "")}
+    if not {"prompt", "image"} & set(row):
+        raise ReducioError(f"prompts: {where} has neither prompt nor image")
+    for name, value in row.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ReducioError(f"prompts: {where}: {name} is {value!r:.60}, which JSON does not have") from error
+    return row
 
 
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
+_READERS: dict[str, Callable[[Path], list[Any]]] = {
     ".txt": _read_lines,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
@@ -128,7 +143,7 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
     folder.mkdir(parents=True, exist_ok=True)
     check_output_folder(folder / MANIFEST)
     rows = [{"seed": settings.seed + number} | settings.call | row for number, row in enumerate(rows)]
-    _check_same(folder, rows)
+    _check_same(folder, rows, settings.worker)
     for leftover in folder.glob(".*"):  # temporary files of a run that was killed
         if leftover.is_file() and leftover.suffix in SUFFIXES:
             leftover.unlink()
@@ -161,26 +176,30 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
     return Done(len(tasks) - len(errors), kept, sorted(errors))
 
 
-def _check_same(folder: Path, rows: list[Row]) -> None:
-    """Save the arguments of the clips; refuse a folder whose clips have other arguments. A longer list continues it."""
-    lines = [json.dumps(row, sort_keys=True, default=str) for row in rows]
+def _check_same(folder: Path, rows: list[Row], worker: dict[str, Any]) -> None:
+    """Save the arguments of the clips; refuse a folder whose clips have other arguments, or are of another model or
+    dtype. A longer list continues it."""
+    given = {name: str(worker[name]) for name in ("model", "dtype") if worker.get(name) is not None}
+    lines = [json.dumps(row | given, sort_keys=True, default=str) for row in rows]
     path = folder / PROMPTS
-    known = path.read_text(encoding="utf-8").splitlines() if is_file(path) else []
+    known = path.read_text(encoding="utf-8", errors="replace").splitlines() if is_file(path) else []
     for number, (old, new) in enumerate(zip(known, lines, strict=False)):
         if old != new:
-            raise ReducioError(f"out: {folder} holds clips of other prompts or settings (number {number} differs)")
+            raise ReducioError(
+                f"out: {folder} holds clips of other prompts or settings, or of another model (number {number} differs)"
+            )
     if len(lines) >= len(known):
         with written_whole(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _lines(path: Path) -> list[Row]:
-    """The rows of a manifest; a last line that was cut off is left out."""
+    """The rows of a manifest; lines that are none, such as a last line that was cut off, are left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if is_file(path) else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if is_file(path) else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("number"), int)]
 
 
 def _make(clips: Clips, task: Row) -> Any:
@@ -203,6 +222,8 @@ def _make(clips: Clips, task: Row) -> Any:
 
 
 def _save(output: Any, task: Row, encoding: str) -> Row:
+    if output.is_list:  # several seeds: one clip that shows them side by side
+        output = output.as_grid()
     output.save(task["path"], encoding=encoding)
     timings = {name: round(seconds, 4) for name, seconds in output.timings.items()}
     count, height, width = output.frames.shape[:3]

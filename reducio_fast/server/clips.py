@@ -217,15 +217,18 @@ class Clips:
         import torch
 
         if self.where.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.where))
+            return int(torch.cuda.max_memory_reserved(self.where))  # with graphs' pools, whose replays allocate nothing
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def describe(self) -> dict[str, Any]:
-        """The device, the threads and, for our own families, why each network runs as it does."""
+        """The device, the threads that a clip has and, for our own families, why each network runs as it does."""
         import torch
 
+        from ..system import cores
+
+        threads = torch.get_num_threads()
         report = dict(getattr(self.pipe, "report", {}))
-        return {"device": str(self.where), "threads": torch.get_num_threads(), "report": report}
+        return {"device": str(self.where), "threads": cores.too_many(threads) or threads, "report": report}
 
 
 class _Progress:

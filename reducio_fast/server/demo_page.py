@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import hub, strict_files
+from ..checkpoints import strict_files
 from ..media.contact_sheet import film_strip
 from ..media.image_files import cover_crop
 from ..media.similarity import psnr
@@ -162,7 +162,7 @@ def serve(
     Raises ReducioError if gradio is not installed, if there is no such model, or if the port cannot be bound.
     """
     if model is not None:
-        hub.find_model(model)
+        registry.find(model)
     devices.resolve_device(device)
     app = page({"model": model, "dtype": dtype, "device": device})
     try:

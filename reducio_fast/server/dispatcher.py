@@ -6,19 +6,22 @@ import asyncio
 import contextlib
 import json
 import logging
+import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from .clips import ENCODING, Event
 from .files import LATENTS, MOTION, PICTURE, JobFiles
-from .jobs import COMPLETED, FAILED, QUEUED, RUNNING, Job, Store
+from .jobs import QUEUED, RUNNING, Job, Store
 from .metrics import Metrics
 from .requests import Limits
 
 LOG = logging.getLogger("reducio_fast.server")
 SWEEP_SECONDS = 60.0
+RETRY_SECONDS = 1.0  # after an error of the database, such as a full disk
 
 
 class WorkerLost(Exception):
@@ -48,7 +51,7 @@ class _Work:
     job: Job
     task: asyncio.Task[None] | None = None
     begun: bool = False
-    keeps_files: bool = False  # the files of the clip are being written; the work can no longer be stopped
+    ending: bool = False  # its files and its end are being written; the work can no longer be stopped
     ended_because: str = ""  # "deleted", "timeout" or "drained", if the dispatcher ends it
     event: Event = field(default_factory=lambda: {"stage": "", "step": 0, "percent": 0})
     timer: asyncio.TimerHandle | None = None
@@ -67,9 +70,7 @@ class Dispatcher:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Recover the jobs that the last process left, then begin."""
-        for job in self.store.recover():
-            LOG.warning("%s: was in work when the server ended; now %s", job.id, job.status)
+        """Remove the files that the last process left, then begin. The store has recovered its jobs before."""
         self.files.sweep(self.store.ids())
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._sweep())]
 
@@ -87,13 +88,22 @@ class Dispatcher:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self.home is not None and not self.stopping.is_set() and len(self._work) < self.home.slots:
-                job = self.store.claim()
-                if job is None:
-                    break
-                work = self._work[job.id] = _Work(job)
-                work.task = asyncio.create_task(self._make(work))
-            self._count()
+            try:
+                self._hand_out()
+                self._count()
+            except Exception as error:  # not raised: no later job would be made
+                LOG.error("jobs cannot be handed out, tried again in %g s", RETRY_SECONDS, exc_info=error)
+                await asyncio.sleep(RETRY_SECONDS)
+                self.wake()
+
+    def _hand_out(self) -> None:
+        while self.home is not None and not self.stopping.is_set() and len(self._work) < self.home.slots:
+            job = self.store.claim()
+            if job is None:
+                break
+            work = self._work[job.id] = _Work(job)
+            work.task = asyncio.create_task(self._make(work))
+            work.task.add_done_callback(partial(self._leave, work))
 
     def _count(self) -> None:
         counts = self.store.counts()
@@ -101,48 +111,66 @@ class Dispatcher:
         self.metrics.running.set(counts.get(RUNNING, 0))
 
     async def _make(self, work: _Work) -> None:
-        job, status = work.job, ""
+        job, size = work.job, 0
+        write: Callable[[], object]  # writes the end of the job
         try:
             event = await self._follow_events(work)
-            work.keeps_files = True
             size = await asyncio.to_thread(self.files.write, job.id, event["files"])
-            self.store.finish(job.id, event["result"], size)
-            await asyncio.to_thread(self.files.remove, job.id, PICTURE, MOTION)
-            self._measure(job, event["result"])
-            status = COMPLETED
+            write = partial(self.store.finish, job.id, event["result"], size)
         except asyncio.CancelledError:
+            if work.ended_because == "deleted":
+                raise
+            write = partial(self.store.put_back, job.id, counts=False)
             if work.ended_because == "timeout":
                 line = f"the clip took more than {self.limits.job_seconds:g} s"
-                self.store.fail(job.id, "timeout", line)
-                status = FAILED
-            elif work.ended_because != "deleted":
-                self.store.put_back(job.id, counts=False)
+                write = partial(self.store.fail, job.id, "timeout", line)
         except _Failed as error:
-            size = 0
             if error.latents is not None:
                 with contextlib.suppress(OSError):  # on a full disk the job keeps its first error
                     size = await asyncio.to_thread(self.files.write, job.id, {LATENTS: error.latents})
-            self.store.fail(job.id, error.code, error.message, size)
-            status = FAILED
+            write = partial(self.store.fail, job.id, error.code, error.message, size)
         except WorkerLost as error:
-            status = self.store.put_back(job.id) or ""
-            LOG.warning("%s: its worker was lost (%s); now %s", job.id, error, status)
+            LOG.warning("%s: its worker was lost (%s)", job.id, error)
+            write = partial(self.store.put_back, job.id)
         except Exception as error:
             LOG.error("%s failed", job.id, exc_info=error)
             reason = f"internal error ({type(error).__name__}); the log has the rest"
             if isinstance(error, OSError):
                 reason = "the clip could not be kept on disk"
-            self.store.fail(job.id, "internal_error", reason)
-            status = FAILED
-        finally:
-            if work.timer is not None:
-                work.timer.cancel()
-            self._work.pop(job.id, None)
-            if status in (COMPLETED, FAILED):
-                self.metrics.jobs.labels(status).inc()
-                self._log(job.id, status)
-            self._notify(job.id)
-            self.wake()
+            write = partial(self.store.fail, job.id, "internal_error", reason)
+        self._hold(work)
+        await self._write(job.id, write)
+        if (ended := self.store.get(job.id)) is not None and ended.ended:
+            self._measure(ended)
+            await asyncio.to_thread(self.files.remove, job.id, PICTURE, MOTION)
+
+    async def _write(self, id: str, write: Callable[[], object]) -> None:
+        """Change a job in the database, again and again while it cannot be written, as on a full disk. Raises
+        sqlite3.Error if the server ends before that; its next start puts the job back."""
+        while True:
+            try:
+                write()
+                return
+            except sqlite3.Error as error:
+                if self.stopping.is_set():
+                    raise
+                LOG.error("%s: cannot be written, tried again in %g s (%s)", id, RETRY_SECONDS, error)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def _leave(self, work: _Work, task: asyncio.Task[None]) -> None:
+        """The task of a job has ended. A task that is cancelled before its first step runs nothing of `_make`."""
+        self._hold(work)
+        self._work.pop(work.job.id, None)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            LOG.error("%s: its work ended with an error", work.job.id, exc_info=error)
+        if work.ended_because != "deleted" and (task.cancelled() or error is not None):
+            try:
+                self.store.put_back(work.job.id, counts=error is not None)
+            except sqlite3.Error as another:
+                LOG.error("%s: cannot be put back before the next start (%s)", work.job.id, another)
+        self._notify(work.job.id)
+        self.wake()
 
     async def _follow_events(self, work: _Work) -> Event:
         """Follow the events of a job; returns the last one, which has its files."""
@@ -157,6 +185,8 @@ class Dispatcher:
             async for event in events:
                 if not work.begun:
                     self._begin(work)
+                if "error" in event or "files" in event:
+                    self._hold(work)
                 if "error" in event:
                     raise _Failed(event["error"]["code"], event["error"]["message"], event.get("latents"))
                 if "files" in event:
@@ -173,31 +203,39 @@ class Dispatcher:
 
     def _begin(self, work: _Work) -> None:
         work.begun = True
-        self.store.begin(work.job.id)
         self.metrics.wait.observe(time.time() - work.job.created_at)
         loop = asyncio.get_running_loop()
         work.timer = loop.call_later(self.limits.job_seconds, self._end, work, "timeout")
-        self._count()
+        try:
+            self.store.begin(work.job.id)
+            self._count()
+        except sqlite3.Error as error:  # the clip is made all the same; its state remains "queued" until its end
+            LOG.error("%s: its begin cannot be written (%s)", work.job.id, error)
 
     def _end(self, work: _Work, why: str) -> None:
-        if work.task is not None and not work.keeps_files and not work.ended_because:
+        if work.task is not None and not work.ending and not work.ended_because:
             work.ended_because = why
             work.task.cancel()
 
-    def _measure(self, job: Job, result: dict[str, Any]) -> None:
-        for stage, seconds in result["timings"].items():
-            self.metrics.stage.labels(stage).observe(seconds)
-        self.metrics.peak.set(result.get("peak_bytes", 0))
+    def _hold(self, work: _Work) -> None:
+        """From now on the work is not stopped."""
+        work.ending = True
+        if work.timer is not None:
+            work.timer.cancel()
 
-    def _log(self, id: str, status: str) -> None:
-        """Log one line of JSON per job, without its prompt."""
-        if (job := self.store.get(id)) is not None:
-            line = {"job": id, "owner": job.owner, "status": status, "attempts": job.attempts, "error": job.error_code}
-            line |= {"wait_s": round((job.started_at or job.created_at) - job.created_at, 3)}
-            line |= {"seconds_of_clip": (job.result or {}).get("seconds_of_clip")}
-            if "traceparent" in job.request:
-                line["traceparent"] = job.request["traceparent"]
-            LOG.info("%s", json.dumps(line))
+    def _measure(self, job: Job) -> None:
+        """Count a job that has ended, and log it as one line of JSON, without its prompt."""
+        self.metrics.jobs.labels(job.status).inc()
+        if job.result is not None:
+            for stage, seconds in job.result["timings"].items():
+                self.metrics.stage.labels(stage).observe(seconds)
+            self.metrics.peak.set(job.result.get("peak_bytes", 0))
+        line = {"job": job.id, "owner": job.owner, "status": job.status, "attempts": job.attempts}
+        line |= {"error": job.error_code, "wait_s": round((job.started_at or job.created_at) - job.created_at, 3)}
+        line |= {"seconds_of_clip": (job.result or {}).get("seconds_of_clip")}
+        if "traceparent" in job.request:
+            line["traceparent"] = job.request["traceparent"]
+        LOG.info("%s", json.dumps(line))
 
     # ---- for the routes ----
 
@@ -212,7 +250,11 @@ class Dispatcher:
             self._end(work, "deleted")
             assert work.task is not None
             await asyncio.wait([work.task])
-        self.store.delete(id)  # first: a crash in between leaves files without a job, which the next start sweeps
+        # The row first: a crash in between leaves files without a job, which the next start sweeps.
+        if work is None:
+            self.store.delete(id)
+        else:  # a row of a job in work must not stay without any work
+            await self._write(id, partial(self.store.delete, id))
         await asyncio.to_thread(self.files.remove, id)
         self._notify(id)
         self._count()
@@ -237,9 +279,14 @@ class Dispatcher:
 
     async def _sweep(self) -> None:
         while True:
-            for job in self.store.expired(self.limits.keep_seconds, self.limits.keep_bytes):
-                LOG.info("%s: removed, its time is over", job.id)
-                await self.delete(job.id)
+            try:
+                for job in self.store.expired(self.limits.keep_seconds, self.limits.keep_bytes):
+                    # Its files first: on a full disk this makes room for the change of the database.
+                    await asyncio.to_thread(self.files.remove, job.id)
+                    await self.delete(job.id)
+                    LOG.info("%s: removed, its time is over", job.id)
+            except Exception as error:  # not raised: no later clip would be removed
+                LOG.error("clips cannot be removed, tried again later", exc_info=error)
             await asyncio.sleep(min(SWEEP_SECONDS, max(0.2, self.limits.keep_seconds / 4)))
 
     def stop(self) -> None:

@@ -33,6 +33,7 @@ class ApiError(Exception):
 def bad_request(message: str) -> ApiError:
     """400 with the line of a ReducioError, whose argument stands before its first colon."""
     line = without_paths(" ".join(message.split()))
+    line = line.encode("utf-8", "backslashreplace").decode()  # names of fields may hold surrogates, which UTF-8 has not
     argument = re.match(r"(\w+):", line)
     return ApiError(400, line, argument[1] if argument else None, "invalid_value")
 

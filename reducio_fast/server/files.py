@@ -71,9 +71,11 @@ class JobFiles:
         for path in self.folder.iterdir():
             id, _, rest = path.name.partition(".")
             status = statuses.get(id)
-            of_open_job = status not in (None, COMPLETED, FAILED) and f".{rest}" in (PICTURE, MOTION)
+            upload = f".{rest}" in (PICTURE, MOTION)
+            of_clip = status == COMPLETED and not upload
+            of_open_job = status not in (None, COMPLETED, FAILED) and upload
             rescued = status == FAILED and f".{rest}" == LATENTS
-            if status == COMPLETED or of_open_job or rescued:
+            if of_clip or of_open_job or rescued:
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

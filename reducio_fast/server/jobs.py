@@ -281,6 +281,6 @@ def _job(row: tuple[Any, ...]) -> Job:
 
 
 def _comparable(request: dict[str, Any]) -> dict[str, Any]:
-    """The request without the seed, if the server has drawn it."""
-    drawn = ("seed",) if request.get("seed_drawn") else ()
-    return {name: value for name, value in request.items() if name not in drawn}
+    """The request without what differs between attempts at it: the trace, and the seed if the server drew it."""
+    differs = ("traceparent", "seed") if request.get("seed_drawn") else ("traceparent",)
+    return {name: value for name, value in request.items() if name not in differs}

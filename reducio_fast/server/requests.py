@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..media import ffmpeg
 from ..media.frame_interpolation import check_factor
@@ -99,7 +99,7 @@ def _object(name: str, value: Any) -> dict[str, Any]:
     plain = {key: _plain(each) for key, each in value.items()}
     for key, each in plain.items():
         if not isinstance(each, str | int | float | bool):
-            raise ReducioError(f"{name}: {key} must be a number, text or true or false, is {_brief(each)}")
+            raise ReducioError(f"{name}: {key[:60]} must be a number, text or true or false, is {_brief(each)}")
     return plain
 
 
@@ -183,7 +183,8 @@ class Asked:
 
 class Checker:
     """Checks requests for one model without its weights. `pipeline` is `registry.Model.checker()`, None for a peer,
-    whose call checks its arguments when it runs. Safe to call from several threads."""
+    whose call checks its arguments when it runs. Safe to call from several threads. Raises ReducioError if the model
+    has no clip of one of `limits.sizes`."""
 
     def __init__(
         self, name: str, pipeline: Any, defaults: Mapping[str, Any], limits: Limits, fps: float | None
@@ -202,6 +203,11 @@ class Checker:
             own = (defaults.get("height", 512), defaults.get("width", 512))
             self.sizes = limits.sizes or (own,)
         self.own = own
+        for height, width in limits.sizes or ():
+            try:
+                self._check_size(height, width, has_picture=False)
+            except ReducioError as error:
+                raise ReducioError(f"sizes: {width}x{height} cannot be served; {error}") from error
 
     def __call__(
         self, fields: Mapping[str, Any], files: Mapping[str, bytes] | None = None, more: dict[str, Any] | None = None
@@ -278,12 +284,16 @@ class Checker:
             raise ReducioError(f"size: must be WIDTHxHEIGHT such as {self.own[1]}x{self.own[0]}, is {_brief(size)}")
         height, width = int(match[2]), int(match[1])
         if (height, width) not in self.sizes:
-            if self.pipeline is not None:  # for a size that no clip can have this raises the error that says why
-                call = {"prompt": "x"} if "prompt" in self.defaults else {}
-                image = {"image": Image.new("RGB", (64, 64), "gray")} if "prompt" not in call or has_picture else {}
-                self.pipeline.check_inputs(**call, **image, height=height, width=width)
+            self._check_size(height, width, has_picture)
             self._refuse_size(size)
         return height, width
+
+    def _check_size(self, height: int, width: int, has_picture: bool) -> None:
+        """Raise the ReducioError that says why, if no clip of this model can have the size."""
+        if self.pipeline is not None:
+            call = {"prompt": "x"} if "prompt" in self.defaults else {}
+            image = {"image": Image.new("RGB", (64, 64), "gray")} if "prompt" not in call or has_picture else {}
+            self.pipeline.check_inputs(**call, **image, height=height, width=width)
 
     def _refuse_size(self, size: str) -> None:
         near = sorted(self.sizes, key=lambda s: abs(s[0] * s[1] - self.own[0] * self.own[1]))[:6]
@@ -303,7 +313,7 @@ def open_picture(data: bytes) -> Image.Image:
     bytes that are no picture, and for too many pixels before they take memory."""
     try:
         image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises RuntimeError, ZeroDivisionError and more on broken bytes
         reason = "too many pixels" if isinstance(error, Image.DecompressionBombError) else "no picture that is known"
         raise ReducioError(f"image: input_reference cannot be read: it is {reason}") from error
     return Image.fromarray(read_image(image))

@@ -8,6 +8,7 @@ import functools
 import ipaddress
 import logging
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..system import cache_folder
 from ..system.errors import ReducioError
 from .errors import ApiError
 from .files import JobFiles
+from .jobs import Store
 from .keys import Keys
 from .requests import Checker, Limits
 
@@ -77,7 +79,8 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
     """Bind the address; returns it as a URL, and a function that serves until the process is told to end.
 
     Raises ReducioError if the extra is not installed, if the address cannot be bound or is open to others without keys,
-    or if the folder is in use; the returned function raises it if there is no such model.
+    or if the folder is in use or its file of jobs cannot be read; the returned function raises it if there is no such
+    model, or if the model has no clip of one of `limits.sizes`.
     """
     try:
         import fastapi  # noqa: F401
@@ -94,13 +97,14 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
     keys = Keys(settings.api_keys)
     listener = _bind(settings.host, settings.port)
     files = JobFiles(settings.data or cache_folder.root() / "serve")
+    store = _recovered(files)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run() -> None:
         from .app import create_app
 
-        started = _Started(settings, keys, files)
+        started = _Started(settings, keys, files, store)
         app = create_app(started.service, settings.limits)
         config = uvicorn.Config(
             app, log_config=None, timeout_graceful_shutdown=int(settings.grace) + 10, access_log=False
@@ -110,6 +114,7 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
         try:
             server.run(sockets=[listener])
         finally:
+            store.close()
             files.close()
         if started.failure is not None:
             raise started.failure
@@ -120,8 +125,8 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
 class _Started:
     """The state of a running server: the service, and the model that is loaded in the background."""
 
-    def __init__(self, settings: Settings, keys: Keys, files: JobFiles) -> None:
-        self.settings, self.keys, self.files = settings, keys, files
+    def __init__(self, settings: Settings, keys: Keys, files: JobFiles, store: Store) -> None:
+        self.settings, self.keys, self.files, self.store = settings, keys, files, store
         self.server: Any = None
         self.failure: BaseException | None = None
         self._close_home: Callable[[], None] = lambda: None
@@ -130,10 +135,9 @@ class _Started:
     async def service(self) -> AsyncIterator[Service]:
         from .app import Service
         from .dispatcher import Dispatcher
-        from .jobs import Store
         from .metrics import Metrics
 
-        store = Store(self.files.jobs)
+        store = self.store
         dispatcher = Dispatcher(store, self.files, self.settings.limits, Metrics())
         service = Service(store, self.files, dispatcher, self.keys, self.settings.limits)
         dispatcher.start()
@@ -145,7 +149,6 @@ class _Started:
         finally:
             loading.cancel()
             await dispatcher.drain(self.settings.grace)
-            store.close()
             await asyncio.to_thread(self._close_home)
 
     async def _load(self, service: Service) -> None:
@@ -214,6 +217,19 @@ def _new_server(config: Any) -> Any:
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
     loop.call_soon_threadsafe(function)
+
+
+def _recovered(files: JobFiles) -> Store:
+    """The jobs of this folder, with those put back that the last process had in work. Raises ReducioError if their file
+    cannot be read or written."""
+    try:
+        store = Store(files.jobs)
+        for job in store.recover():
+            LOG.warning("%s: was in work when the server ended; now %s", job.id, job.status)
+    except sqlite3.Error as error:
+        files.close()
+        raise ReducioError(f"data: {files.jobs} cannot be used as the file of jobs ({error})") from error
+    return store
 
 
 def _is_loopback(host: str) -> bool:

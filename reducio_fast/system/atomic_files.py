@@ -46,6 +46,12 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         _remove(temporary)
 
 
+def check_replaceable(target: Path, mark: str, kind: str) -> None:
+    """Raise ReducioError if `target` is neither free, an empty folder nor a folder of this kind, see `new_folder`."""
+    if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
+        raise ReducioError(f"save_directory: {target} exists and is no {kind} folder (it has no {mark})")
+
+
 @contextmanager
 def new_folder(target: Path, mark: str, kind: str) -> Iterator[Path]:
     """Yield an empty folder that is renamed to `target` after the block, or deleted if the block fails.
@@ -56,8 +62,7 @@ def new_folder(target: Path, mark: str, kind: str) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))
     try:
-        if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
-            raise ReducioError(f"save_directory: {target} exists and is no {kind} folder (it has no {mark})")
+        check_replaceable(target, mark, kind)
         target.parent.mkdir(parents=True, exist_ok=True)
         in_place = target.is_dir() and _is_fixed(target)
         work = _temporary(target, inside=in_place)

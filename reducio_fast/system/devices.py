@@ -54,6 +54,8 @@ def resolve_device(device: Any) -> torch.device:
     except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ReducioError(f"device: {device!r} cannot be used here ({line})") from error
+    if resolved.type == "meta":
+        raise ReducioError(f"device: {device!r} cannot be used here (its tensors hold no values)")
     return resolved
 
 

@@ -47,6 +47,12 @@ def expanded(path: str | os.PathLike[str], argument: str | None = None) -> Path:
         raise ReducioError(f"{before}{printable(path)} cannot be expanded ({error})") from error
 
 
+def named(path: str | os.PathLike[str]) -> Path:
+    """The path, made absolute if it ends with no name of its own, such as `.`: names beside it begin with its name."""
+    path = Path(path)
+    return path if path.name not in ("", "..") else Path(os.path.realpath(path))
+
+
 def entries(folder: Path) -> list[Path]:
     """The entries of a folder, sorted by name. Raises ReducioError if the folder cannot be listed."""
     try:

@@ -34,6 +34,7 @@ from ..system.errors import ReducioError
 from . import checkpoint_folders
 from .checkpoint_folders import CheckpointFolder
 from .processes import PARALLEL, Processes, accumulating, spread
+from .recipe_file import check_least, check_positive
 from .run_log import RunLog
 
 Figures = Mapping[str, "float | Tensor"]
@@ -72,11 +73,16 @@ class LoopConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every", "max_bad_steps", "micro_batches", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ReducioError(f"LoopConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ReducioError(f"LoopConfig: learning_rate must be above 0, got {self.learning_rate}")
+        counts = ("steps", "log_every", "checkpoint_every", "max_bad_steps", "micro_batches", "keep_checkpoints")
+        check_least(self, 1, *counts)
+        check_least(self, 0, "warmup_steps", "final_rate", "weight_decay", "max_seconds")
+        check_positive(self, "learning_rate")
+        if not self.clip_norm > 0:  # infinity: the gradient is not clipped
+            raise ReducioError(f"LoopConfig: clip_norm must be above 0, got {self.clip_norm}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ReducioError(f"LoopConfig: betas must be two numbers in [0, 1), got {self.betas}")
+        if not 0 <= self.seed < 2**63:
+            raise ReducioError(f"LoopConfig: seed must be a whole number from 0 to {2**63 - 1}, got {self.seed}")
         if self.decay not in DECAYS:
             raise ReducioError(f"LoopConfig: decay={self.decay!r} must be one of {', '.join(DECAYS)}")
         if self.parallel not in PARALLEL:
@@ -138,6 +144,7 @@ def run(
     progress: bool = True,
     blocks: Iterable[nn.Module] = (),
     rate_of: Callable[[str], float] | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Train `model` in place until `config.steps`, and write `checkpoints/` and `log.csv` into `folder`.
 
@@ -148,10 +155,12 @@ def run(
             A step's gradient is the mean over its batches. Parameters that require no gradient do not change.
         processes: this process and its group, from `processes.joined`; None means one process on the CPU.
         resume: continue from the checkpoint in `folder` if there is one; False starts anew and replaces it.
-        accept_changes: resume although the configuration, or the number of processes or threads, changed (an
-            uninterrupted run can then no longer reproduce the weights).
+        accept_changes: resume although the configuration, something in `recorded`, or the number of processes or
+            threads changed (an uninterrupted run can then no longer reproduce the weights).
         blocks: parts of the model that "fsdp" gathers one by one.
         rate_of: maps a parameter's name in `model` to a factor on its learning rate; None means 1 for all.
+        recorded: what else affects the weights, by name (see `recorded_fields`): checkpoints hold it, and a resumed run
+            must have the same.
 
     Raises:
         ReducioError: the loss or the gradient stayed non-finite for `max_bad_steps` steps; the checkpoint belongs to
@@ -178,9 +187,10 @@ def run(
     if not resume:
         checkpoints.clear()
     latest, state = checkpoints.latest(), _State()
+    recorded = _plain(recorded or {})
     conditions = {"world_size": processes.world_size, "threads": torch.get_num_threads()}
     if latest is not None:
-        _check(name, latest, config, conditions, accept_changes)
+        _check(name, latest, config, conditions, recorded, accept_changes)
         tensors = _tensors(losses, optimizer, average)
         checkpoints.load(latest, tensors)
         set_model_state_dict(losses, tensors["model"])
@@ -191,7 +201,8 @@ def run(
     own = range(processes.rank, config.micro_batches, processes.world_size)
 
     def save() -> None:
-        run_data = {"config": _plain(config), "conditions": conditions, "state": asdict(state)}
+        run_data = {"config": _plain(asdict(config)), "conditions": conditions, "recorded": recorded}
+        run_data["state"] = asdict(state)
         run_data["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
         checkpoints.save(state.step, _tensors(losses, optimizer, average), run_data)
 
@@ -332,8 +343,16 @@ def _own(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _plain(config: LoopConfig) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+def recorded_fields(recipe: Any, **data: Any) -> dict[str, Any]:
+    """A recipe's fields and the `data` that it is used with, for `run`. `loop` and `threads` are left out, which `run`
+    records itself, and fields that do not affect the weights."""
+    left_out = ("loop", "threads", "gradient_checkpointing", "evaluated", "held_out_pool", "prompts")
+    return {name: value for name, value in asdict(recipe).items() if name not in left_out} | data
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as they are read back from JSON; other objects as text."""
+    return json.loads(json.dumps(values, default=str))
 
 
 def _tensors(losses: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict[str, Any]:
@@ -345,14 +364,24 @@ def _tensors(losses: nn.Module, optimizer: torch.optim.Optimizer, average: dict[
     }
 
 
-def _check(name: str, folder: Path, config: LoopConfig, conditions: dict[str, int], accept_changes: bool) -> None:
+def _check(
+    name: str,
+    folder: Path,
+    config: LoopConfig,
+    conditions: dict[str, int],
+    recorded: dict[str, Any],
+    accept_changes: bool,
+) -> None:
     """Raise `ReducioError` if resuming from the checkpoint would change the weights of an uninterrupted run."""
     try:
         saved = json.loads((folder / checkpoint_folders.RUN).read_text(encoding="utf-8"))
         made = {**saved["config"], **saved["conditions"]}
+        before = saved.get("recorded", {})  # older checkpoints have none
     except (OSError, ValueError, KeyError) as error:
         raise ReducioError(f"train {name}: cannot read checkpoint {folder}: {error}") from error
-    wanted = {**_plain(config), **conditions}
+    wanted = {**_plain(asdict(config)), **conditions}
+    made |= {key: before[key] for key in recorded if key in before}
+    wanted |= {key: value for key, value in recorded.items() if key in before}
     # A sum of at most two batches is the same for any number of processes.
     harmless = _HARMLESS | ({"world_size"} if config.micro_batches <= 2 else frozenset())
     for key, value in wanted.items():

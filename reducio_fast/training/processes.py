@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ..system.devices import resolve_device
 from ..system.errors import ReducioError
 
 PARALLEL = ("ddp", "fsdp")
@@ -77,25 +78,27 @@ def joined(device: str | torch.device = "cpu", threads: int | None = None) -> It
         threads: torch's number of CPU threads inside the block; None does not change it.
 
     Raises:
-        ReducioError: torchrun's variables are set and the group cannot be formed.
+        ReducioError: the device cannot be used; torchrun's variables are set and the group cannot be formed.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with _group(torch.device(device)) as processes:
+        with _group(device) as processes:
             yield processes
     finally:
         torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
-def _group(device: torch.device) -> Iterator[Processes]:
+def _group(word: str | torch.device) -> Iterator[Processes]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and str(word) == "cuda":
+        word = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = resolve_device(word)
     if world_size == 1:
         yield Processes(0, 1, device)
         return
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError
-from .loop import LoopConfig, LossFunction, Outcome, run
+from .loop import LossFunction, Outcome, recorded_fields, run
 from .processes import Processes, joined
 
 
@@ -36,11 +37,19 @@ class Context:
     def run_folder(self, stage: str) -> Path:
         return self.out / "runs" / stage
 
-    def train(self, stage: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig) -> Outcome:
+    def train(self, stage: str, model: nn.Module, loss_fn: LossFunction, settings: Any) -> Outcome:
         """Run `loop.run` in this stage's folder; then load the averaged weights into the model, in evaluation mode."""
-        folder = self.run_folder(stage)
         outcome = run(
-            stage, model, loss_fn, config, folder, self.processes, self.resume, self.accept_changes, self.progress
+            stage,
+            model,
+            loss_fn,
+            settings.loop,
+            self.run_folder(stage),
+            self.processes,
+            self.resume,
+            self.accept_changes,
+            self.progress,
+            recorded=recorded_fields(settings),
         )
         model.load_state_dict(outcome.averaged)
         return outcome
@@ -76,14 +85,15 @@ def run_stages(
 ) -> dict[str, dict[str, float]]:
     """Run the stages, or only the named ones, in the recipe's order; return the final figures of each.
 
-    Raises ReducioError for an unknown stage, a stage whose needed folders are missing, and a scale that is not above 0.
+    Raises ReducioError for an unknown stage, a stage whose needed folders are missing, and a scale that is not above 0
+    or not finite.
     """
     chosen = list(stages) if names is None else list(names)
     for name in chosen:
         if name not in stages:
             raise ReducioError(f"stages={name!r} is not in the recipe; known: {', '.join(stages)}")
-    if not scale > 0:
-        raise ReducioError(f"scale={scale} must be above 0")
+    if not 0 < scale < math.inf:
+        raise ReducioError(f"scale={scale} must be above 0 and finite")
     out, figures = Path(out), {}
     with joined(device) as processes:
         if processes.world_size > 1:

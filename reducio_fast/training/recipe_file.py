@@ -6,6 +6,7 @@ A recipe is named by the path of its file; a recipe that ships with the package 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -61,6 +62,28 @@ def configured(config: _Recipe, changes: dict[str, Any]) -> _Recipe:
         return dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
         raise ReducioError(f"recipe: config: {error}") from error
+
+
+def check_least(settings: Any, least: float, *names: str) -> None:
+    """Raise `ReducioError` for a named field that is below `least` or not finite; None is not checked."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not least <= value < math.inf:
+            raise ReducioError(f"{type(settings).__name__}: {name} must be finite and at least {least}, got {value}")
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Raise `ReducioError` for a named field that is not above 0 or not finite."""
+    for name in names:
+        if not 0 < (value := getattr(settings, name)) < math.inf:
+            raise ReducioError(f"{type(settings).__name__}: {name} must be finite and above 0, got {value}")
+
+
+def check_share(settings: Any, *names: str) -> None:
+    """Raise `ReducioError` for a named field that is outside 0..1."""
+    for name in names:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ReducioError(f"{name}={getattr(settings, name)} must lie in 0..1")
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -60,15 +60,16 @@ class VAEConfig(DictMixin):
     output: str = "rgb"
 
     def __post_init__(self) -> None:
+        self.check_numbers("num_res_blocks", "fusion_levels")
         for name, known in (("fusion_position", FUSION_POSITIONS), ("output", OUTPUTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
         levels, factor = len(self.channel_multipliers), self.temporal_factor
-        if factor < 1 or factor & (factor - 1) or factor > 2 ** (levels - 1):
+        if factor & (factor - 1) or factor > 2 ** (levels - 1):
             raise ValueError(
                 f"temporal_factor={factor}: must be a power of two up to {2 ** (levels - 1)} for {levels} levels"
             )
-        if self.num_frames < 1 or self.num_frames % factor:
+        if self.num_frames % factor:
             raise ValueError(f"num_frames={self.num_frames} is not a multiple of temporal_factor={factor}")
         if len(self.fusion_levels) != levels:
             raise ValueError(f"fusion_levels has {len(self.fusion_levels)} entries, channel_multipliers has {levels}")
@@ -106,6 +107,13 @@ class VAEConfig(DictMixin):
         ):
             if width % self.norm_groups:
                 raise ValueError(f"{name}: width {width} is not a multiple of norm_groups={self.norm_groups}")
+        for name, base in (
+            ("channel_multipliers", "base_channels"),
+            ("content_channel_multipliers", "content_base_channels"),
+        ):
+            width = getattr(self, base) * getattr(self, name)[-1]
+            if width % self.num_heads:
+                raise ValueError(f"{name}: last width {width} is not a multiple of num_heads={self.num_heads}")
         for level in [levels - 1, *(i for i in range(levels) if self.fusion_levels[i] is not None)]:
             width = self.base_channels * self.channel_multipliers[level]
             if width % self.fusion_head_dim and (
@@ -219,12 +227,9 @@ class DiTConfig(DictMixin):
     clip_conditioning: bool = False
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         if len(self.patch_size) != 3:
             raise ValueError(f"patch_size={self.patch_size}: has {len(self.patch_size)} entries, must have 3 (T, H, W)")
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
-        for name, value in (*sizes.items(), *(("patch_size", p) for p in self.patch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value}: must be an integer of at least 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
         if self.hidden_size % 4:

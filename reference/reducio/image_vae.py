@@ -41,6 +41,7 @@ class ImageVAEConfig(DictMixin):
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         levels = len(self.block_out_channels)
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if getattr(self, name) != (kind,) * levels:

@@ -55,7 +55,7 @@ class PixArtConfig(DictMixin):
     norm_type: str = "ada_norm_single"
     norm_elementwise_affine: bool = False
     norm_eps: float = NORM_EPS
-    interpolation_scale: int | None = None
+    interpolation_scale: float | None = None
     use_additional_conditions: bool | None = None
     caption_channels: int | None = 4096
     attention_type: str = "default"
@@ -72,6 +72,7 @@ class PixArtConfig(DictMixin):
         for name in ("double_self_attention", "only_cross_attention", "num_vector_embeds", "use_linear_projection"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r}: PixArt has none")
+        self.check_numbers("num_vector_embeds")
         width = self.num_attention_heads * self.attention_head_dim
         if self.caption_channels is None:
             raise ValueError("caption_channels=None: PixArt projects its captions")

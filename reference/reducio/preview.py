@@ -32,10 +32,8 @@ class PreviewConfig(DictMixin):
     num_res_blocks: int = 2  # on the fine grid
 
     def __post_init__(self) -> None:
-        for name in ("latent_channels", "temporal_factor", "width", "fine_width", "num_res_blocks"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number above 0")
-        if self.spatial_factor % (2 * FINE) or self.spatial_factor <= 0:
+        self.check_numbers()
+        if self.spatial_factor % (2 * FINE):
             raise ValueError(f"spatial_factor={self.spatial_factor}: must be a multiple of {2 * FINE}")
 
     @property

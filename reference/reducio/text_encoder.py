@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import DictMixin
+
 # Fields of the configuration that this encoder fixes; transformers' class could also build other encoders.
 FIXED = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class T5Config:
+class T5Config(DictMixin):
     d_model: int
     d_kv: int
     d_ff: int
@@ -31,6 +33,14 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        self.check_numbers()
+        if self.relative_attention_num_buckets < 4:
+            raise ValueError(
+                f"relative_attention_num_buckets={self.relative_attention_num_buckets}: must be at least 4, two for "
+                "each direction"
+            )
 
     @property
     def hidden_size(self) -> int:

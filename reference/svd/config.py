@@ -44,6 +44,7 @@ class VideoUNetConfig(DictMixin):
     up_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         levels = len(self.block_out_channels)
         for name, known in (
             ("down_block_types", (ATTENTION_DOWN, PLAIN_DOWN)),
@@ -63,6 +64,8 @@ class VideoUNetConfig(DictMixin):
                 f"projection_class_embeddings_input_dim is {self.projection_class_embeddings_input_dim}, numbers are "
                 f"embedded in {self.addition_time_embed_dim} channels"
             )
+        if odd := [width for width in time_id_widths(self) if width % 2]:
+            raise ValueError(f"addition_time_embed_dim={odd[0]}: must be even, for half are sines and half cosines")
         for channels, heads in zip(self.block_out_channels, self.per_level("num_attention_heads"), strict=True):
             if channels % NORM_GROUPS or channels % heads:
                 raise ValueError(
@@ -102,6 +105,7 @@ class TemporalVAEConfig(DictMixin):
     force_upcast: bool = True  # encode in float32 under float16 weights
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         if set(self.down_block_types) != {"DownEncoderBlock2D"}:
             raise ValueError(f"down_block_types: {self.down_block_types} has others than DownEncoderBlock2D")
         if len(self.down_block_types) != len(self.block_out_channels):
@@ -143,6 +147,7 @@ class FrameVAEConfig(DictMixin):
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         fields = {f.name: f for f in dataclasses.fields(self)}
         fixed = ("shift_factor", "latents_mean", "latents_std", "act_fn", "norm_num_groups", "use_quant_conv")
         for name in (*fixed, "mid_block_add_attention"):

@@ -34,6 +34,10 @@ class ConsistencyConfig(DictMixin):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
+        self.check_numbers()
+        for name in ("sigma_data", "rho"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be greater than 0")
         if self.num_train_timesteps < 2 or not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"num_train_timesteps={self.num_train_timesteps} must be above 1, and 0 < sigma_min={self.sigma_min} < "

@@ -190,6 +190,8 @@ def entry(shape: list, start: int, stop: int, dtype: str = "F32") -> dict:
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "not a safetensors file"),
         ({"a": entry([2], 0, 8) | {"data_offsets": [0]}}, 8, "not a safetensors file"),
         ({"a": [1]}, 8, "not a safetensors file"),
+        ({"a": entry([2], 0, 8), "__metadata__": {"steps": 3}}, 8, "not a safetensors file"),
+        ({"a": entry([4], 0, 3, "F6_E2M3")}, 3, "a is not readable"),
     ],
     ids=str,
 )
@@ -223,6 +225,8 @@ def test_a_header_names_each_tensor_once(tmp_path: Path):
         load_tensors(with_header(tmp_path / WEIGHTS, f'{{"a": {one}, "a": {one}}}', 8))
     with pytest.raises(ReducioError, match="not a safetensors file"):
         load_tensors(with_header(tmp_path / WEIGHTS, "[" * 200_000, 0))  # deeper than any parser goes
+    with pytest.raises(ReducioError, match="not a safetensors file"):
+        load_tensors(with_header(tmp_path / WEIGHTS, f'{{"a": {one}}}'.encode("utf-16"), 8))
 
 
 def test_honest_headers_pass(tmp_path: Path):
@@ -283,9 +287,21 @@ def test_bad_configuration(network, tmp_path: Path):
     path.write_text("[1]")
     with pytest.raises(ReducioError, match="holds a JSON list, must hold an object"):
         load_model(*arguments)
+    path.write_text("[" * 200_000)
+    with pytest.raises(ReducioError, match="not readable as JSON"):
+        load_model(*arguments)
     path.unlink()
     with pytest.raises(ReducioError, match=f"{path}: no such file"):
         load_model(*arguments)
+
+
+def test_weights_of_another_type(network, tmp_path: Path):
+    save_model(network, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, tmp_path / WEIGHTS)
+    with pytest.raises(ReducioError, match=f"1 of another type: {name} torch.int8 instead of torch.float32$"):
+        load_model(type(network), type(network.config), tmp_path)
 
 
 def test_new_folder_appears_whole_or_not_at_all(tmp_path: Path):

@@ -308,6 +308,9 @@ def test_the_image_vaes_at_full_size(preset: str, scale: float, tmp_path: Path, 
 def test_an_ldm_file_becomes_what_diffusers_makes_of_it(tmp_path: Path):
     vae = randomized(AutoencoderKL(**NARROW_SD))
     save_file({n: t.contiguous() for n, t in as_ldm(vae).items()}, tmp_path / "vae.safetensors")
+    for bad in ({"norm_num_groups": 0}, {"act_fn": "none of these"}, {"down_block_types": [5]}):
+        with pytest.raises(ReducioError, match="config: "):
+            convert(tmp_path / "vae.safetensors", tmp_path / "ours", config=NARROW_SD | bad)
     convert(tmp_path / "vae.safetensors", tmp_path / "ours", config=NARROW_SD)
     vae.save_config(tmp_path / "peer")
     peer = AutoencoderKL.from_single_file(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,36 @@ def test_files_that_do_not_fit(
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1, error
     assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": 7}, "hidden size .32. is not a multiple"),
+        ({"num_attention_heads": 0}, "zero"),
+        ({"hidden_act": "none-of-these"}, "unknown 'none-of-these'"),
+        ([1], "must be an object of fields, is .1."),
+    ],
+    ids=["heads", "no-heads", "activation", "list"],
+)
+def test_a_configuration_that_the_image_encoder_refuses(
+    fields: object, message: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = json_file(tmp_path / "config.json", TINY_CONFIG | {"image_encoder": fields})
+    assert main(["convert", str(file), "--config", config, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"config: image_encoder:? .*{message}", error) and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_another_model_is_not_replaced(file: Path, tmp_path: Path):
+    json_file(tmp_path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    with pytest.raises(ReducioError, match="holds a StableDiffusionPipeline, which is not replaced by another class"):
+        convert(file, tmp_path, config=TINY_CONFIG)
+    json_file(tmp_path / "model_index.json", {"_class_name": "StableVideoDiffusionPipeline"})
+    inside = Path(shutil.copy(file, tmp_path))
+    with pytest.raises(ReducioError, match="holds the source svd_xt.safetensors, which it would replace"):
+        convert(inside, tmp_path, config=TINY_CONFIG)
 
 
 def test_a_name_that_does_not_say_the_frames(file: Path, tmp_path: Path):

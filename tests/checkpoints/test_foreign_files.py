@@ -1,4 +1,4 @@
-"""Published files that are refused: pickles with code, damaged and other files."""
+"""Files that are refused: pickles with code, damaged and other files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from published_weights import json_file
+from reducio_fast.checkpoints import saved_latents
 from reducio_fast.checkpoints.convert import convert, export
 from reducio_fast.checkpoints.foreign_files import read_weights
 from reducio_fast.cli.main import main
@@ -121,3 +122,33 @@ def test_damaged_files_end_in_our_own_error(data: st.DataObject, ending: str, ho
     with pytest.raises(ReducioError) as caught:
         convert(file, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "metadata", "named"),
+    [
+        ({"content": torch.zeros(1, 8, 8, 3, dtype=torch.bfloat16)}, {}, "content"),
+        ({"content": torch.zeros(1, dtype=torch.uint8)}, {}, "content"),
+        ({"content": torch.zeros(2, 8, 8, 3, dtype=torch.uint8)}, {}, "latents"),
+        ({"latents": torch.tensor(1.0)}, {}, "latents"),
+        ({"latents": torch.zeros(1, 4, dtype=torch.int64)}, {}, "latents"),
+        ({}, {"seeds": "5"}, "seeds"),
+        ({}, {"seeds": '["a"]'}, "seeds"),
+        ({}, {"fps": "null"}, "fps"),
+        ({}, {"fps": "NaN"}, "fps"),
+        ({}, {"fps": "0"}, "fps"),
+    ],
+    ids=["bfloat16", "1-d", "two-frames", "0-d", "integers", "seed", "seed-names", "null", "nan", "zero"],
+)
+def test_damaged_files_of_latents(
+    changes: dict, metadata: dict, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tensors = {"latents": torch.zeros(1, 4, 4, 1, 1), "content": torch.zeros(1, 8, 8, 3, dtype=torch.uint8)}
+    about = {"format": saved_latents.FORMAT, "fps": "16", "seeds": "[5]"}
+    file = tmp_path / "latents.safetensors"
+    save_file(tensors, file, about)
+    assert saved_latents.load(file).seeds == [5], "it is refused for the change alone"
+    save_file(tensors | changes, file, about | metadata)
+    assert main(["decode", str(file), "--out", str(tmp_path / "clip.gif")]) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: is no file of latents ({named} not as `encode` writes them)" in error and error.count("\n") == 1

@@ -13,9 +13,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError  # of the HTTP library, which differs between releases
 
 from reducio_fast import ReducioPipeline
-from reducio_fast.checkpoints import model_card
+from reducio_fast.checkpoints import hub, model_card
+from reducio_fast.checkpoints.diffusers_folders import find_text_to_image
 from reducio_fast.checkpoints.layouts import REDUCIO
 from reducio_fast.pipelines.reducio.diffusers_bridge import DiffusersReducioPipeline
 from reducio_fast.system.errors import ReducioError
@@ -158,6 +160,32 @@ def test_push_to_hub_uploads_what_is_saved(folder: Path, monkeypatch: pytest.Mon
     assert files == sorted(
         ["README.md", "model_index.json", "pipeline.py", *weights, "scheduler/scheduler_config.json"]
     )
-    monkeypatch.setattr(FakeHub, "refusal", OSError("no network\nat all"))
-    with pytest.raises(ReducioError, match=r"repo_id: 'me/x' could not be written on the hub \(no network\)$"):
-        small.push_to_hub("me/x")
+    for refusal in (OSError("no network\nat all"), HTTPError("no network\nat all")):
+        monkeypatch.setattr(FakeHub, "refusal", refusal)
+        with pytest.raises(ReducioError, match=r"repo_id: 'me/x' could not be written on the hub \(no network\)$"):
+            small.push_to_hub("me/x")
+
+
+def test_a_download_that_the_http_library_ends(monkeypatch: pytest.MonkeyPatch):
+    """The hub client passes on some errors of the library below it, such as those of a proxy."""
+
+    def refuse(*_, **__) -> None:
+        raise HTTPError("the proxy\nsays no")
+
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, refuse)
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
+    for find in (hub.find_model, hub.find_weights, find_text_to_image):
+        with pytest.raises(ReducioError, match=r"could not be fetched from the hub \(the proxy\); .*hf download"):
+            find("owner/name")
+    with pytest.raises(ReducioError, match=r"'owner/name' could not be fetched from the hub \(the proxy\)"):
+        hub.find_weights("owner/name/file.ckpt")
+
+
+def test_the_folder_of_another_pipeline_is_not_replaced(pipe: ReducioPipeline, tmp_path: Path):
+    index = tmp_path / "model_index.json"
+    for content, message in (('{"_class_name": "StableDiffusionPipeline"}', "holds a Stable"), ("{}", "without _cl")):
+        index.write_text(content)
+        with pytest.raises(ReducioError, match=f"{message}.*, which is not replaced by another class .ReducioPipeline"):
+            pipe.save_pretrained(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == [index.name] and index.read_text() == content

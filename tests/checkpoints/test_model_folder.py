@@ -62,3 +62,52 @@ def test_a_model_folder_grows_until_it_loads(bundle: Path, tmp_path: Path, capsy
     assert {p: p.read_bytes() for p in model.rglob("*") if p.is_file()} == before, "a failure leaves the model alone"
     with pytest.raises(ReducioError, match="holds a ReducioVAE, which is not replaced by another class .AutoencoderKL"):
         convert(tmp_path / "sd", model / "vae")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.save(ReducioVAE(VAEConfig(**NARROW_VAE)).state_dict(), tmp_path / "a.ckpt")
+    return tmp_path / "a.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"model_type": "t5"}, "holds a config.json without _class_name, which is not replaced by another class"),
+        ({"_class_name": "ReducioVAE"}, "holds the source a.ckpt, which it would replace; name another"),
+        (None, "exists and is no component folder (it has no config.json)"),
+    ],
+    ids=["transformers", "own-source", "no-config"],
+)
+def test_a_folder_that_is_not_ours_to_replace(
+    stated: dict | None, message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    source = checkpoint
+    if stated is not None:
+        json_file(folder / "config.json", stated)
+    if stated == {"_class_name": "ReducioVAE"}:
+        source = checkpoint.rename(folder / "a.ckpt")
+    (folder / "precious.safetensors").write_bytes(b"mine")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    config = json_file(tmp_path / "c.json", NARROW_VAE)
+    assert main(["convert", str(source), "--out", str(folder), "--config", config]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--out", "~no-such-user/x"],
+        ["--into", "~no-such-user/x"],
+        ["--to", "official", "--out", "~no-such-user/x.ckpt"],
+    ],
+    ids=["out", "into", "official"],
+)
+def test_a_user_without_a_home_folder(options: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["convert", str(checkpoint), *options]) == 2
+    error = capsys.readouterr().err
+    assert f"{options[-2][2:]}: {options[-1]} cannot be expanded" in error and error.count("\n") == 1

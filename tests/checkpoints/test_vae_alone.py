@@ -85,6 +85,20 @@ def test_convert_then_reconstruct_needs_no_size(
         assert read_video("both.gif")[0].shape == (16, 256, 512, 3)
 
 
+def test_dtypes_and_devices_are_named_as_for_a_model(bundle: Path) -> None:
+    load = reducio_fast.ReducioVAE.from_pretrained
+    half = load(bundle, torch_dtype="float16", device=None)
+    assert next(half.parameters()).dtype == torch.float16
+    assert next(half.parameters()).is_cuda == torch.cuda.is_available()
+    with pytest.raises(ReducioError, match="dtype: must be one of float32, float16, bfloat16, is 'half'"):
+        load(bundle, torch_dtype="half")
+    with pytest.raises(ReducioError, match="device: 'gpu' cannot be used here"):
+        load(bundle, device="gpu")
+    for name in ("ReducioDiT", "SemanticEncoder"):
+        with pytest.raises(ReducioError, match="dtype: must be one of .* is 'half'"):
+            getattr(reducio_fast, name).from_pretrained(bundle, torch_dtype="half")
+
+
 def test_what_is_no_autoencoder_is_one_line(release: Path, tmp_path: Path) -> None:
     load = reducio_fast.ReducioVAE.from_pretrained
     shutil.copy(next(release.glob("*.ckpt")), release / "reducio-ft2-fs32-attn23.ckpt")

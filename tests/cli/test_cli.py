@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from reducio_fast.evaluation import toy_report
 from reducio_fast.media.similarity import psnr
 from reducio_fast.media.video_files import read_video, write_video
 from reducio_fast.pipelines import generate
+from reducio_fast.pipelines.call.output import ReducioOutput
 from reducio_fast.system import machine_report
 from reducio_fast.system.errors import ReducioError
 
@@ -208,6 +210,22 @@ def test_generate_passes_its_words_on(
     assert (result["config"]["height"], result["config"]["width"]) == (64, 96)
     assert (result["config"]["num_inference_steps"], result["config"]["guidance_scale"]) == (20, 4.5)
     assert result["timings"]["dit.step"] == 0.5 and result["encoder"] == "gif"
+
+
+def test_generate_into_the_current_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names beside `.` begin with the folder's own: the preview's, and each clip's where there are several."""
+    seen = {}
+
+    def stand_in(**kwargs: Any) -> ReducioOutput:
+        seen.update(kwargs)
+        return ReducioOutput(np.zeros((2, 4, 32, 32, 3), np.uint8), None, [0, 1], 16, {}, is_list=True)
+
+    monkeypatch.setattr(generate, "generate", stand_in)
+    (here / "frames").mkdir()
+    monkeypatch.chdir(here / "frames")
+    assert run(["generate", "x", "--out", ".", "--preview-every", "2", "--num-videos", "2", "--no-progress"]) == 0
+    assert seen["callback_on_step_end"].path == here / "frames-preview.png"
+    assert [len(list((here / name).iterdir())) for name in ("frames-0", "frames-1", "frames")] == [4, 4, 0]
 
 
 @pytest.mark.slow

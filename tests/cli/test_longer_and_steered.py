@@ -46,6 +46,18 @@ MISTAKES = {
     "transfer of nothing": (["transfer", "--motion", "none.mp4", "-o", "x.gif"], "no such file or folder: none.mp4"),
     "no picture": (["transfer", "--motion", "CLIP", "--image", "none.png", "-o", "x.gif"], "no such image .*none.png"),
     "no suffix": (["transfer", "--motion", "CLIP", "--extract", "frame"], "--extract frame: has no suffix of a pict"),
+    "picture alone": (
+        ["transfer", "--motion", "CLIP", "--extract", "f.png", "--image", "x.png"],
+        "--image: .* needs --out",
+    ),
+    "strength alone": (
+        ["transfer", "--motion", "CLIP", "--extract", "f.png", "--motion-strength", 2],
+        "--motion-strength: .* needs --out",
+    ),
+    "keep alone": (
+        ["transfer", "--motion", "CLIP", "--extract", "f.png", "--keep-content"],
+        "--keep-content: .* needs",
+    ),
     "too much": (["transfer", "--motion", "CLIP", "-o", "x.gif", "--motion-strength", 9], "from 0 to 4, is 9"),
     "short": (["transfer", "--motion", "CLIP", "-o", "x.gif", "--start", 1], "has 15 frames from number 1 on; the mo"),
     "size": (["transfer", "--motion", "CLIP", "-o", "x.gif", "--height", 100], "height: 100 is not a multiple of 32"),

@@ -214,6 +214,15 @@ def longer(manifest: dict, contents: dict[str, bytes]) -> None:
         pytest.param(lambda m, c: c.pop("inductor/ab/code.py"), "", "it holds", id="missing"),
         pytest.param(lambda m, c: m["entries"]["inductor/ab/code.py"].update(size=1 << 50), "", "at most", id="huge"),
         pytest.param(lambda m, c: m["entries"]["inductor/ab/code.py"].update(size=-1), "", "at most", id="negative"),
+        *(
+            pytest.param(
+                lambda m, c, size=size: m["entries"]["inductor/ab/code.py"].update(size=size),
+                "",
+                "no readable manifest",
+                id=f"size {size!r}",
+            )
+            for size in ("12000", 12000.5, float("inf"), True)
+        ),
         pytest.param(lambda m, c: m.pop("origin"), "", "no readable manifest", id="no origin"),
         pytest.param(lambda m, c: m.update(entries=[1]), "", "no readable manifest", id="no entries"),
     ],
@@ -235,6 +244,35 @@ def test_tampered_archive_is_refused_and_nothing_unpacked(
         cache.import_archive(archive, origin, cache_folder.root())
     assert not isinstance(caught.value, ForeignCache) and "\n" not in str(caught.value)
     assert [p for p in (tmp_path / "deep").rglob("*") if p.is_file()] == []
+
+
+def test_flipped_bits_are_refused_or_change_nothing(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single bits of the file itself: its compressed streams, headers and directory."""
+    filled(origin)
+    archive = tmp_path / "cache.zip"
+    cache.export_archive(archive, origin, cache_folder.root())
+    whole = archive.read_bytes()
+    with zipfile.ZipFile(archive) as good:
+        first = good.getinfo("tables/sm_90.json")
+        directory = good.start_dir
+    move_to(tmp_path / "other", monkeypatch)
+    stream = first.header_offset + 30 + len(first.filename)
+    # A compressed stream's first bits, its compression in both headers, the needed version of zip, and many others.
+    chosen = [(stream, 1), (stream, 2), (first.header_offset + 8, 2), (directory + 10, 0), (directory + 6, 6)]
+    chosen += [(place, place % 8) for place in range(0, len(whole), max(len(whole) // 60, 1))]
+    refused = 0
+    for place, bit in chosen:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << bit
+        archive.write_bytes(changed)
+        try:
+            cache.import_archive(archive, origin, cache_folder.root())
+        except CacheError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > len(chosen) // 2
 
 
 def test_what_is_no_archive_is_refused(origin: Origin, tmp_path: Path) -> None:

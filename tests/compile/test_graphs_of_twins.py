@@ -7,15 +7,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from recorded_graphs import Recorder
+from reducio_fast.checkpoints.published_svd import SCHEDULER
 from reducio_fast.compile.graphs import Graphs
 from reducio_fast.fast import sampler
 from reducio_fast.fast.engine import Engine
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.reference.sampler import StopSampling
+from reducio_fast.reference.svd.sampler import EndConditions, ImageCondition
+from tiny_svd import unets
 
 
 def networks(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[ReducioDiT, ReducioVAE]:
@@ -130,6 +133,41 @@ def test_sampler_and_decoder_through_graphs(graphs: Graphs, recorder: Recorder) 
         "vae.encode_content": 4,
         "vae.decode": 4,
     }
+
+
+def svd_condition(seed: int, device: str) -> ImageCondition:
+    g = torch.Generator().manual_seed(seed)
+    embeds, latents = torch.randn(1, 1, 24, generator=g), torch.randn(1, 4, 8, 8, generator=g)
+    return ImageCondition(embeds.to(device), latents.to(device), torch.tensor([[6.0, 127.0, 0.02]], device=device))
+
+
+def walk_svd(graphs: Graphs, device: str, dtype: torch.dtype) -> None:
+    """Clips of SVD with other images and scales of guidance, alone and with a last image, bit-equal to eager ones."""
+    model = unets(32, 64)[0].to(device, dtype)
+    eager, graphed = Engine().twin(model), Engine(graphs=graphs).twin(model)
+    eager.graphs = None
+    per_frame = torch.linspace(1, 3, 5)
+    for seed, scale in enumerate((per_frame, 2 * per_frame, 3.0, 6.0, 1.0, per_frame + 1)):
+        conditions = [svd_condition(seed + i, device) for i in range(2)]
+        noise = torch.randn(1, 5, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device)
+        for cond in (conditions[0], EndConditions(*conditions)):
+            expected, actual = (
+                sample(unet, EulerDiscreteScheduler(**SCHEDULER), noise, cond, None, scale, 3)
+                for unet in (eager, graphed)
+            )
+            assert torch.equal(actual, expected), (seed, type(cond).__name__)
+
+
+def test_svd_through_graphs(graphs: Graphs, recorder: Recorder) -> None:
+    walk_svd(graphs, "cpu", torch.float32)
+    # With a scale per frame, with one for all, and without guidance; each for one image and for two.
+    assert recorder.captures == 6 and graphs.describe()["hits"] == 30
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_real_graphs_of_svd_equal_eager(dtype: torch.dtype) -> None:
+    walk_svd(Graphs(), "cuda", dtype)
 
 
 @pytest.mark.slow

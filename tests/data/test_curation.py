@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save
 
 from reducio_fast.cli.main import main
 from reducio_fast.data import photos
+from reducio_fast.data.clip_files import ClipFiles
 from reducio_fast.data.curation import curate, manifest, scores, select
 from reducio_fast.data.curation.shots import ShotFinder, join_cuts
 from reducio_fast.media.video_files import write_video
@@ -195,6 +199,76 @@ def test_the_command_and_its_page(videos: Path, tmp_path: Path, capsys: pytest.C
     # A run with other thresholds reads no video again.
     assert main(["curate", "-o", str(tmp_path / "out"), "--no-progress"]) == 0
     assert len(manifest.read(tmp_path / "out" / "clips.parquet")) == 4
+
+
+def test_what_is_missing_is_refused_before_any_video(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong path or a package that is not installed is no property of a video and is not stored as one."""
+    out = tmp_path / "out"
+    command = ["curate", str(videos / "still.mp4"), "-o", str(out), "--no-progress"]
+    (tmp_path / "other.safetensors").write_bytes(save({"slope": torch.zeros(1)}))
+    for options, message in (
+        (["--clip", "/none"], "/none holds no open_clip model"),
+        (["--clip", "/none", "--aesthetic", "/head"], "aesthetic head /head cannot be read"),
+        (["--clip", "/none", "--aesthetic", str(tmp_path / "other.safetensors")], "must hold weight and bias"),
+        (["--aesthetic", "/head"], "(--aesthetic) needs the open_clip model"),
+    ):
+        assert main([*command, "--no-text", *options]) == 2
+        line = capsys.readouterr().err
+        assert message in line and line.count("\n") == 1
+    scores.text_reader.cache_clear()
+    for package, options in (("cv2", ["--no-text"]), ("scenedetect", ["--no-text"]), ("rapidocr", [])):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, package, None)
+            assert main([*command, *options]) == 2
+        assert 'pip install "reducio-fast[curate]"' in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_error_after_decoding_is_not_stored(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(frames: list[np.ndarray]) -> float:
+        raise ReducioError("no model of the text reader")
+
+    monkeypatch.setattr(scores, "text_area", fails)
+    with pytest.raises(ReducioError, match="no model of the text reader"):
+        curate.curate([videos / "still.mp4"], curate.Settings(str(tmp_path)), workers=0, progress=False)
+    assert not list((tmp_path / manifest.PARTS).iterdir())
+
+
+def test_a_part_made_with_other_settings_or_another_caption_is_made_again(videos: Path, tmp_path: Path) -> None:
+    def made(text: bool, caption: str) -> tuple[int, str | None, float | None]:
+        settings = curate.Settings(str(tmp_path), text=text)
+        done = curate.curate([videos / "still.mp4"], settings, {"still.mp4": caption}, workers=0, progress=False)
+        (row,) = manifest.read(tmp_path)
+        return done.made, row["caption"], row["text_area"]
+
+    assert made(False, "a cat") == (1, "a cat", None)
+    assert made(False, "a cat") == (0, "a cat", None)
+    assert made(False, "a grey cat") == (1, "a grey cat", None)
+    assert made(True, "a grey cat") == (1, "a grey cat", 0)
+
+
+def test_options_that_a_run_without_videos_cannot_follow_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in (["--captions", "x"], ["--clip", "x"], ["--ray", "local"], ["--workers", "2"], ["--no-text"]):
+        assert main(["curate", "-o", str(tmp_path), *options]) == 2
+        assert f"{options[0]} needs videos" in capsys.readouterr().err
+
+
+def test_a_list_is_used_from_another_folder_and_only_its_kept_clips(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "out")
+    monkeypatch.chdir(videos)
+    settings = curate.Settings(out, text=False)
+    curate.curate(["still.mp4", "cut.mp4"], settings, {"./still.mp4": "a cat"}, workers=0, progress=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["curate", "-o", out, "--keep", "motion.max=0.05", "--no-progress"]) == 0, capsys.readouterr().err
+    assert [(row["video"], row["caption"]) for row in ClipFiles(out).rows] == [(str(videos / "still.mp4"), "a cat")]
+    assert len(manifest.read_parts(out)) == 3
+    assert main(["curate", "-o", out, "--no-progress"]) == 0 and len(manifest.read(out)) == 3
 
 
 def test_errors_of_a_manifest_are_named(

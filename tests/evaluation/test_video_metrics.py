@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 from reducio_fast.checkpoints.networks import save_model
 from reducio_fast.cli.main import main
 from reducio_fast.data import photos
-from reducio_fast.evaluation import video_report
+from reducio_fast.evaluation import calibration, video_report
 from reducio_fast.evaluation.networks import ClipNetwork, FrechetDistance, inception_score, prepare
 from reducio_fast.evaluation.published import autoencoder_table
 from reducio_fast.media.perceptual import Perceptual
@@ -151,6 +152,57 @@ def test_an_autoencoder_on_real_video(videos: Path, network: Path, trunk: Path, 
     assert any(line.split()[:2] == ["cut.mp4", "3"] for line in lines)
     assert any(line.startswith("Reducio (ft4)") and "35.88" in line for line in lines)
     assert main(["evaluate", "autoencoder"]) == 2 and "needs --videos" in capsys.readouterr().err
+
+
+def test_videos_of_one_name_and_sizes_that_do_not_fit(videos: Path, tmp_path: Path, monkeypatch) -> None:
+    for name, source in (("a", "cut.mp4"), ("b", "still.mp4")):
+        (tmp_path / name).mkdir()
+        shutil.copy(videos / source, tmp_path / name / "1.mp4")
+    model = lively(ReducioVAE(VAEConfig(**VAE)))
+    result = video_report.evaluate_autoencoder(model, [tmp_path / "a", tmp_path / "b"], [32], progress=False)
+    assert {name: row["clips"] for name, row in result["32"]["videos"].items()} == {"a/1.mp4": 3, "b/1.mp4": 1}
+    monkeypatch.setattr(video_report, "windows", None)  # nothing is decoded
+    with pytest.raises(ReducioError, match="size: 100 is not a multiple of 32"):
+        video_report.evaluate_autoencoder(model, [tmp_path], [32, 100], progress=False)
+
+
+def test_clips_to_calibrate_on_are_taken_in_turn_and_decoded_when_needed(videos: Path, monkeypatch) -> None:
+    opened = []
+
+    def windows(path: str, size: int, length: int):
+        name = Path(path).name
+        opened.append(name)
+        yield from (f"{name} {i}" for i in range(3 if name == "cut.mp4" else 1))
+
+    monkeypatch.setattr(calibration, "windows", windows)
+    assert list(calibration.video_clips([videos], 64, 16, 1)) == ["cut.mp4 0"] and opened == ["cut.mp4"]
+    assert list(calibration.video_clips([videos], 64, 16, 9)) == ["cut.mp4 0", "still.mp4 0", "cut.mp4 1", "cut.mp4 2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--videos x.mp4", "evaluate toy takes no --videos, which is of evaluate autoencoder"),
+        ("autoencoder --videos x.mp4 --prompts 4", "takes no --prompts, which is of evaluate toy"),
+        ("clips --videos x.mp4 --model m", "takes no --model"),
+        ("clips --videos VIDEOS --fvd x.pt", "fvd needs real clips"),
+        ("clips --videos VIDEOS --clip m --captions CAPTIONS", "captions: none given for VIDEOS/still.mp4"),
+        ("clips --videos VIDEOS --clip m --captions LIST", "must be one JSON object"),
+        ("vbench --vbench python --out o --captions CAPTIONS", "must be one JSON list of prompts"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(
+    argv: str, message: str, videos: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(video_report, "read_video", None)
+    captions, prompts = tmp_path / "captions.json", tmp_path / "list.json"
+    captions.write_text(json.dumps({"cut.mp4": "a person"}))
+    prompts.write_text(json.dumps(["a person"]))
+    for word, path in (("VIDEOS", videos), ("CAPTIONS", captions), ("LIST", prompts)):
+        argv, message = argv.replace(word, str(path)), message.replace(word, str(path))
+    assert main(["evaluate", *argv.split(), "--no-progress"]) == 2
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1
 
 
 def test_the_table_has_the_published_columns() -> None:

@@ -59,6 +59,11 @@ def test_flash_attention_where_it_can_say_what_is_asked(monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"no frame \(2\)"):
         attend(x, x, x, frame=2)
     assert [c.implementation for c in on_gpu.choices] == ["kernel", "kernel", "flash-attn"]
+    # Measured in bfloat16, or asked for before the pipeline was cast: float32 keeps our kernel.
+    for word in ("auto", "flash"):
+        wide = Plan(torch.device("cuda"), torch.float32, attention=word)
+        assert wide.pick("c", "attention", "self 72") is torch.ops.reducio_fast.attention
+        assert wide.choices[0].why == "flash-attn does not take float32"
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from reducio_fast.cli import bench as cli_bench
 from reducio_fast.cli import main
 from reducio_fast.measurement import bench, contenders, instruments, svd_clip
 from reducio_fast.measurement.contenders import Contender, GivenConditions, count, ladder, workload
@@ -81,13 +84,18 @@ WORKLOAD = SimpleNamespace(
 )
 
 
+ROOF = {"matmul_tflops": 1.0, "dtype": "float32"}
+
+
 def test_speed_up_is_the_median_of_ratios_within_a_turn(clock: SimpleNamespace) -> None:
     """In the second turn the machine is slow for both, so the ratio of that turn is still valid."""
     makers = [
         lambda: contender(clock, "reference", [5.0, 50.0, 4.0]),
         lambda: contender(clock, "fast", [1.0, 16.0, 1.0], shade=101),
     ]
-    rows = bench.compare(makers, ["reference", "fast"], WORKLOAD, 3, {"matmul_tflops": 20.0}, lambda line: None)
+    rows = bench.compare(
+        makers, ["reference", "fast"], WORKLOAD, 3, {"matmul_tflops": 20.0, "dtype": "float32"}, lambda line: None
+    )
     fast = rows["fast"]
     assert fast["speed_up"] == {"median": 3.0, "min": 2.5, "max": 3.0}  # 6/2, 51/17, 5/2
     assert fast["stages_speed_up"]["vae.decode"] == {"median": 4.0, "min": 3.125, "max": 5.0}
@@ -104,12 +112,27 @@ def test_a_contender_that_cannot_be_built_is_left_out(clock: SimpleNamespace) ->
 
     makers = [lambda: contender(clock, "reference", [2.0]), broken, lambda: contender(clock, "fast", [1.0])]
     lines: list[str] = []
-    rows = bench.compare(makers, ["reference", "compiled", "fast"], WORKLOAD, 1, {"matmul_tflops": 1.0}, lines.append)
+    rows = bench.compare(makers, ["reference", "compiled", "fast"], WORKLOAD, 1, ROOF, lines.append)
     assert rows["compiled"] == {"skipped": "RuntimeError: no C++ compiler"}
     assert rows["fast"]["speed_up"]["median"] == 1.5
     assert any("compiled: skipped" in line for line in lines)
+    with pytest.raises(ReducioError, match=r"no contender can be measured \(fast: RuntimeError: no C\+\+ compiler\)"):
+        bench.compare([broken], ["fast"], WORKLOAD, 1, ROOF, lines.append)
     with pytest.raises(RuntimeError, match="compiler"):  # nothing is left to compare with
-        bench.compare([broken], ["reference"], WORKLOAD, 1, {"matmul_tflops": 1.0}, lines.append)
+        bench.compare([broken], ["reference"], WORKLOAD, 1, ROOF, lines.append)
+
+
+def test_the_share_of_a_roof_of_another_dtype_is_left_out(clock: SimpleNamespace) -> None:
+    """As of `fast-default` on a CPU, which may compute in bfloat16 where the roof is of float32."""
+    half = dataclasses.replace(contender(clock, "fast-default", [1.0]), dtype=torch.bfloat16)
+    makers = [lambda: contender(clock, "reference", [2.0]), lambda: half]
+    rows = bench.compare(makers, ["reference", "fast-default"], WORKLOAD, 1, ROOF, lambda line: None)
+    assert rows["fast-default"]["share_of_roof"] == {} and set(rows["fast-default"]["tflops"]) == {
+        "dit.step",
+        "vae.decode",
+    }
+    assert set(rows["reference"]["share_of_roof"]) == {"dit.step", "vae.decode"}
+    assert not any("%" in line for line in cli_bench._table("", rows) if "fast-default" in line)
 
 
 def test_on_red_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +223,58 @@ def test_peak_sees_memory_that_is_gone_again() -> None:
     assert peak.bytes > peak.above
 
 
+def test_the_peak_on_a_gpu_includes_the_pools_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay allocates nothing: of the clip below the allocator sees 10 bytes, the graph's pool has 60 more."""
+    segments = [
+        {"device": 0, "total_size": 1000, "allocated_size": 10, "segment_pool_id": (0, 0)},
+        {"device": 0, "total_size": 70, "allocated_size": 10, "segment_pool_id": (0, 1)},
+        {"device": 0, "total_size": 5, "allocated_size": 0, "segment_pool_id": (0, 2)},  # of an earlier contender
+        {"device": 1, "total_size": 900, "allocated_size": 0, "segment_pool_id": (0, 3)},
+    ]
+    for name, value in {
+        "synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 100, "max_memory_allocated": 110,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    with instruments.Peak(torch.device("cuda:0"), idle_before=5) as peak:
+        pass
+    assert (peak.bytes, peak.above) == (175, 70)
+    assert instruments.idle_pool_bytes(CPU) == 0
+
+
+def test_a_kernel_is_timed_on_the_device_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs and events take the current device, so the named one must be current while they are made."""
+    current, seen = ["cuda:0"], []
+
+    @contextlib.contextmanager
+    def device(which: torch.device):
+        current.append(str(which))
+        yield
+        current.pop()
+
+    class Recorder:
+        def __init__(self, **kwargs: object) -> None:
+            seen.append(current[-1])
+
+        def replay(self) -> None:
+            seen.append(current[-1])
+
+        def record(self) -> None:
+            seen.append(current[-1])
+
+        def elapsed_time(self, end: object) -> float:
+            return 2.0
+
+    for name, value in {
+        "device": device, "CUDAGraph": Recorder, "Event": Recorder, "graph": lambda graph: contextlib.nullcontext(),
+        "synchronize": lambda device: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: torch.zeros(1))
+    assert instruments.kernel_seconds(lambda: seen.append(current[-1]), torch.device("cuda:1"), repeats=3) == 2e-3
+    assert set(seen) == {"cuda:1"} and current == ["cuda:0"]
+
+
 @pytest.mark.parametrize(
     ("torch_version", "cudnn", "broken"),
     [
@@ -233,11 +308,17 @@ def test_a_broken_pair_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bench 1024 --device cpu", "workload: 1024 is full-size"),
         ("bench huge", "invalid choice: 'huge'"),
         ("bench narrow --contenders fast,fastest", "contender 'fastest' is unknown; known: reference, compiled, fast"),
+        ("bench narrow --contenders reference,fast,fast", "contender 'fast' is named twice"),
+        ("bench narrow --contenders=", "contender '' is unknown"),
+        ("bench narrow --device cpu --out absent/row.json", "the output folder absent does not exist"),
+        ("bench narrow --device cpu --out .", "out: . is a folder; name a file"),
+        ("bench --tune --device cpu --out absent/sm_90.json", "the output folder absent does not exist"),
+        ("parity --device cpu --out absent/rows.json", "the output folder absent does not exist"),
         ("bench narrow --model somewhere --device cpu", "has random weights"),
         ("bench --pairs 0", "--pairs: must be at least 1, is 0"),
         ("bench --tune --device cpu", "tune: there is no GPU here"),
         ("profile narrow --out trace.json", "must end in .json.gz"),
-        ("profile narrow --out absent/trace.json.gz", "the folder absent does not exist"),
+        ("profile narrow --out absent/trace.json.gz", "the output folder absent does not exist"),
         pytest.param(
             "profile narrow --ranges", "no", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
         ),

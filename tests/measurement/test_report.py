@@ -65,6 +65,16 @@ def test_table(report: ModuleType) -> None:
     assert widths == {4}  # every line has as many cells as the head
 
 
+def test_a_row_whose_time_ran_out_is_read(report: ModuleType, tmp_path: Path) -> None:
+    """`bench` writes it after each first clip: that contender has no turns yet."""
+    unfinished = {name: figures(1.0, 1.0)[name] for name in ("what", "dtype", "first_s", "above_start_gb")}
+    contenders = {"reference": figures(1.5, 1.0), "fast": unfinished}
+    (tmp_path / "bench-a.json").write_text(json.dumps(row(contenders=contenders, ladder={"decoder": unfinished})))
+    (tmp_path / "bench-b.json").write_text(json.dumps(row("2026-12-01", contenders={"fast": unfinished})))
+    (found,) = report.rows(tmp_path)
+    assert found["file"] == "bench-a.json" and "| | reference (float32) |" in report.table(found)
+
+
 def test_ladder(report: ModuleType) -> None:
     lines = report.table(row(ladder={"reference": figures(1.5, 1.0), "decoder": figures(0.5, 2.0)}))
     assert "| decoder | 1.00 s | 2.00x | 2.00x | an optimisation |" in lines

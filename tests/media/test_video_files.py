@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_folder_of_pngs_is_exact(tmp_path: Path) -> None:
 
 # 256 colours limit the PSNR of .gif; the quality setting and chroma at half resolution limit .webp and .mp4.
 @pytest.mark.parametrize(("suffix", "bound"), [(".mp4", 34), (".MP4", 34), (".webp", 33), (".gif", 30)])
-@pytest.mark.parametrize("fps", [16, 24, 7.5])
+@pytest.mark.parametrize("fps", [16, 24, 7.5, np.int64(8), Fraction(15, 2)])
 @pytest.mark.slow
 def test_round_trip(tmp_path: Path, suffix: str, bound: float, fps: float) -> None:
     clip = panning()  # 80 and 112 are not multiples of the sizes to which encoders round

@@ -166,6 +166,12 @@ def test_a_pipeline_of_another_kind() -> None:
         accelerate(SimpleNamespace(components={"vae": torch.nn.Linear(2, 2)}))
 
 
+def test_compile_is_checked(pipe: StableVideoDiffusionPipeline) -> None:
+    with pytest.raises(ReducioError, match="compile: must be True, False or None, is 'no'"):
+        accelerate(pipe, compile="no")
+    assert "forward" not in vars(pipe.unet), "nothing was replaced"
+
+
 @pytest.mark.parametrize("sample_size", [8, 128])
 def test_pixart(sample_size: int) -> None:
     """The picture stays, whatever the network's conditions; what the twin does not support runs as before."""

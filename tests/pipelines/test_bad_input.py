@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -69,6 +71,10 @@ BAD_CALLS = {
     "steps": ({"num_inference_steps": 0}, "num_inference_steps: must be a whole number from 1 to 1000, is 0"),
     "many steps": ({"num_inference_steps": 1001}, "from 1 to 1000, is 1001"),
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale: must be a finite number of at least 0, is nan"),
+    "guidance as a switch": ({"guidance_scale": True}, "guidance_scale: must be a finite number .* is True"),
+    "guidance beyond floats": ({"guidance_scale": 10**400}, "guidance_scale: must be a finite number of at least 0"),
+    "strength beyond floats": ({"motion_strength": 10**400}, "motion_strength: must be a number from 0 to 4"),
+    "cache beyond floats": ({"cache_threshold": 10**400}, "cache_threshold: must be a number of at least 0"),
     "seed": ({"seed": -1}, "seed: must be a whole number from 0 to .*, is -1"),
     "generators": ({"prompt": ["a", "b"], "generator": torch.Generator()}, "generator: 1 given for 2 clips"),
     "generator": ({"generator": 5}, "generator: must be a torch.Generator or a list of them, is int 5"),
@@ -112,6 +118,12 @@ def test_bad_call(pipe: ReducioPipeline, words: dict, message: str, monkeypatch:
     assert "\n" not in str(caught.value)
 
 
+def test_any_real_number_is_a_guidance_scale(pipe: ReducioPipeline):
+    for scale in (Fraction(9, 2), np.float32(4.5)):
+        request = pipe.check_inputs(prompt=PROMPT, guidance_scale=scale)
+        assert (request.guidance_scale, type(request.guidance_scale)) == (4.5, float)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -119,6 +131,7 @@ def test_bad_call(pipe: ReducioPipeline, words: dict, message: str, monkeypatch:
         ({"dtype": "int8"}, "dtype: must be one of float32, float16, bfloat16, is 'int8'"),
         ({"dtype": "float32", "torch_dtype": "float16"}, "dtype=float32 and torch_dtype=float16 differ"),
         ({"device": "gpu"}, "device: 'gpu' cannot be used here"),
+        ({"device": "meta"}, "device: 'meta' cannot be used here .its tensors hold no values"),
     ],
 )
 def test_bad_setting(folder: Path, words: dict, message: str):
@@ -137,12 +150,60 @@ def test_values_that_stop_being_finite_are_named(folder: Path):
         broken(PROMPT, **FAST)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"step": 0}, "step: must be a whole number of at least 1, is 0"),
+        ({"step": -1}, "step: must be a whole number of at least 1, is -1"),
+        ({"step": "2"}, "step: must be a whole number of at least 1, is '2'"),
+        ({"start": 1.5}, "start: must be a whole number of at least 0, is 1.5"),
+        ({"start": -20}, "start: must be a whole number of at least 0, is -20"),
+        ({"video": "clip.mp4", "start": 1.5}, "start: must be a whole number of at least 0, is 1.5"),
+        ({"video": np.zeros((40, 0, 64, 3), np.uint8)}, r"motion: must be .*; it is uint8 \[40, 0, 64, 3\]"),
+    ],
+)
+def test_bad_motion(pipe: ReducioPipeline, words: dict, message: str):
+    with pytest.raises(ReducioError, match=message):
+        pipe.encode_motion(**({"video": np.zeros((40, 64, 64, 3), np.uint8)} | words))
+
+
+def test_bad_images_and_sizes(pipe: ReducioPipeline):
+    with pytest.raises(ReducioError, match="image: the list is empty"):
+        pipe.encode_image([])
+    for size, message in (
+        ((100, 64), "height: 100 is not a multiple of 32"),
+        ((0, 64), "height: must be a positive multiple of 32, is 0"),
+        (("64", 64), "height: must be a positive multiple of 32, is '64'"),
+    ):
+        with pytest.raises(ReducioError, match=message):
+            pipe.forecast(*size)
+
+
+def test_tensors_of_no_clip(pipe: ReducioPipeline, clip):
+    embeds = {"prompt_embeds": torch.zeros(0, 40, 32), "prompt_attention_mask": torch.ones(0, 40)}
+    with pytest.raises(ReducioError, match=r"prompt_embeds: is empty, of shape \[0, 40, 32\]"):
+        pipe(**embeds, **FAST)
+    with pytest.raises(ReducioError, match="motion_latents: is empty"):
+        pipe(image=clip.content, motion_latents=torch.zeros(0, *SHAPE), **FAST)
+    with pytest.raises(ReducioError, match=r"semantic_embeds: is empty, of shape \[1, 0, 32\]"):
+        pipe(PROMPT, clip.content, semantic_embeds=torch.zeros(0, 32), **FAST)
+
+
+@pytest.mark.parametrize("timesteps", [5, [None]])
+def test_timesteps_that_the_first_stage_cannot_follow(pipe: ReducioPipeline, timesteps: object):
+    with pytest.raises(ReducioError, match="content frame: PixArtAlphaPipeline: "):
+        pipe(PROMPT, content_kwargs={"timesteps": timesteps}, **FAST)
+
+
 def test_bad_decode(pipe: ReducioPipeline, clip):
     for latents, image, message in (
         (NAN, clip.content, "not finite"),
         (torch.zeros(3), clip.content, r"latents: has shape \[3\]"),
         (torch.zeros(2, *SHAPE), [clip.content], "image: 1 given for 2"),
         (torch.zeros(SHAPE), None, "image: None given"),
+        (torch.zeros(0, *SHAPE), clip.content, r"latents: is empty, of shape \[0, 16, 4, 2, 2\]"),
+        (torch.zeros(16, 4, 0, 2), clip.content, r"latents: is empty, of shape \[1, 16, 4, 0, 2\]"),
+        (torch.zeros(16, 4, 1, 513), clip.content, "width: 16416 is above the largest side, 16384"),
     ):
         with pytest.raises(ReducioError, match=message):
             pipe.decode(latents, image)

@@ -70,6 +70,9 @@ def test_above_a_tile_the_decoder_works_in_tiles(folder: Path, monkeypatch: pyte
     for width in (320, 352):
         pipe(PROMPT, Image.new("RGB", (width, 32)), height=32, width=width, **FAST)
     assert seen == [False, True]
+    pipe.disable_vae_tiling()
+    pipe.decode(torch.zeros(16, 4, 1, 11), Image.new("RGB", (352, 32)))
+    assert seen == [False, True, False], "not in the way of the call before"
 
 
 @pytest.mark.slow

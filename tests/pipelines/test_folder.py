@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +45,29 @@ def test_import_is_quick_and_exports_few_names():
     assert reducio_fast.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="no attribute 'sampler'"):
         _ = reducio_fast.sampler
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "message"),
+    [
+        ("vae", {"norm_groups": 0}, "norm_groups=0: must be an integer of at least 1"),
+        ("vae", {"num_frames": 16.0}, "num_frames=16.0: must be an integer of at least 1"),
+        ("vae", {"num_heads": 3}, "is not a multiple of num_heads=3"),
+        ("vae", {"latent_channels": 10**30}, ""),  # torch says what is wrong with it
+        ("transformer", {"depth": "2"}, "depth='2': must be an integer of at least 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_numbers_in_a_configuration_are_one_line(
+    folder: Path, tmp_path: Path, component: str, changes: dict, message: str
+):
+    shutil.copytree(folder, tmp_path / "model")
+    config = tmp_path / "model" / component / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ReducioError) as caught:
+        ReducioPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    line = str(caught.value)
+    assert line.startswith(f"{config}: ") and message in line and "\n" not in line
 
 
 def test_a_saved_model_loads_to_the_same_bits(folder: Path, pipe: ReducioPipeline, tmp_path: Path):
@@ -131,6 +156,67 @@ def test_generate_keeps_the_loaded_model(folder: Path, clip):
     for backend, dtype in (("reference", "float32"), ("auto", "bfloat16"), ("auto", "float32")):
         reducio_fast.generate(PROMPT, model=folder, backend=backend, dtype=dtype, device="cpu", **FAST)
         assert len(generate.kept()) <= generate.KEPT_PIPELINES
+
+
+class Recorder:
+    """A model that answers a call with its arguments."""
+
+    def __init__(self) -> None:
+        self.executor = SimpleNamespace(ranks=None)
+
+    def __call__(self, **kwargs: Any) -> dict[str, Any]:
+        return kwargs | {"ranks": self.executor.ranks}
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """`generate` finds recorders only; the arguments of each loading."""
+    from reducio_fast.pipelines import generate
+
+    loads: list[dict[str, Any]] = []
+
+    def load(dtype: Any, device: Any, backend: str, **parts: Any) -> Recorder:
+        loads.append(parts)
+        return Recorder()
+
+    model = generate.registry.Model(("recorder",), load, ("fps",), {})
+    monkeypatch.setattr(generate.registry, "find", lambda name: model)
+    monkeypatch.setattr(generate, "parallelize", lambda pipe: setattr(pipe.executor, "ranks", "all"))
+    generate.forget()
+    yield loads
+    generate.forget()
+
+
+def test_generate_needs_no_prompt_beside_motion(recorded: list[dict[str, Any]]):
+    motion = torch.zeros(SHAPE)
+    made = reducio_fast.generate(image="a.png", motion_latents=motion)
+    assert made["motion_latents"] is motion and made["prompt"] is None
+    with pytest.raises(ReducioError, match="prompt: None given"):
+        reducio_fast.generate(image="a.png")
+
+
+def test_generate_takes_values_without_a_hash(recorded: list[dict[str, Any]]):
+    for name, value in (("backend", ["fast"]), ("parallel", ["yes"]), ("dtype", ["float32"])):
+        with pytest.raises(ReducioError, match=rf"{name}: must be .*, is \['"):
+            reducio_fast.generate("a", **{name: value})
+    assert not recorded
+    setting = (1, [2])
+    reducio_fast.generate("a", fps=setting)
+    reducio_fast.generate("b", fps=setting)
+    assert recorded == [{"fps": setting}]
+
+
+def test_generate_alone_after_generate_together(recorded: list[dict[str, Any]]):
+    ranks = [reducio_fast.generate("a", parallel=parallel)["ranks"] for parallel in (True, False, True)]
+    assert ranks == ["all", None, "all"] and len(recorded) == 2
+
+
+@pytest.mark.parametrize("name", ["vae", "transformer", "scheduler"])
+def test_what_a_model_cannot_lack(folder: Path, pipe: ReducioPipeline, name: str):
+    with pytest.raises(ReducioError, match=f"{name}: None given, a ReducioPipeline needs one"):
+        ReducioPipeline.from_pretrained(folder, **{name: None})
+    with pytest.raises(ReducioError, match=f"{name}: None given, a Reducio model needs one"):
+        ReducioPipeline(**pipe.components | {name: None})
 
 
 # ---- broken folders --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ networks: these tests hold whatever a model has learnt."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from reducio_fast import ReducioPipeline
 from reducio_fast.measurement import instruments
 from reducio_fast.media.similarity import pooled_psnr
 from reducio_fast.media.video_files import write_video
+from reducio_fast.pipelines.parallel import agree
 from reducio_fast.reference.reducio.preview import PreviewConfig, PreviewDecoder
 from reducio_fast.system.errors import ReducioError
 
@@ -136,6 +138,27 @@ def test_interrupted_long_clip_keeps_what_is_finished(pipe: ReducioPipeline):
     calls.clear()
     out = pipe([PROMPT] * 2, num_frames=24, callback_on_step_end=lambda *a: stop(*a), **(FAST | {"seed": 5}))
     assert out.interrupted and out.frames.shape[0] == len(out.seeds)
+
+
+def test_a_stop_during_a_decode_keeps_the_finished_parts(pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipe.decoder, "tiling", True)  # a decode in tiles can be stopped
+    whole = pipe(PROMPT, num_frames=24, **FAST).frames
+    decoded, decode, stopped_part = [], pipe.decoder.decode, 3
+
+    def stop(*args):
+        decoded.append(args)
+        pipe._interrupt = len(decoded) == stopped_part
+        return decode(*args)
+
+    monkeypatch.setattr(pipe.decoder, "decode", stop)
+    out = pipe(PROMPT, num_frames=32, **FAST)
+    assert out.interrupted and np.array_equal(out.frames, whole)
+    decoded.clear()
+    assert np.array_equal(np.stack(list(pipe.stream(prompt=PROMPT, num_frames=32, **FAST))), whole)
+    decoded.clear()
+    stopped_part = 1
+    with pytest.raises(ReducioError, match="interrupted while the clip was decoded: there is no clip"):
+        next(pipe.stream(prompt=PROMPT, num_frames=32, **FAST))
 
 
 def test_a_long_clip_needs_the_memory_of_one_clip_and_its_frames(pipe: ReducioPipeline):
@@ -277,6 +300,52 @@ def test_previews_of_a_preview_decoder(both: ReducioPipeline, small_decoder: Pre
         assert seen[3].shape == (16, 64, 64, 3)
     finally:
         both.preview_decoder = None
+
+
+def test_processes_that_decode_together_make_no_previews_with_the_full_decoder(
+    pipe: ReducioPipeline, small_decoder: PreviewDecoder, monkeypatch: pytest.MonkeyPatch
+):
+    """Its tiles are exchanged between all processes, but only the first one has the callback."""
+    monkeypatch.setattr(pipe.executor, "ranks", object())
+    call = {"prompt": PROMPT, "callback_on_step_end": print, "preview_every": 1}
+    message = "preview_every: none while several processes make a clip"
+    with pytest.raises(ReducioError, match=message):
+        pipe.check_inputs(**call)
+    monkeypatch.setattr(pipe, "preview_decoder", small_decoder)
+    assert pipe.check_inputs(**call).previews
+    with pytest.raises(ReducioError, match=message):
+        pipe.check_inputs(**call, motion_strength=2.0)
+
+
+def test_processes_notice_that_their_calls_differ(pipe: ReducioPipeline):
+    class Ranks:
+        """Rank 0 sends its call first; the next calls are those of another rank."""
+
+        sent = None
+
+        def broadcast_value(self, value):
+            self.sent = self.sent or value
+            return self.sent
+
+        def together(self):
+            return nullcontext()
+
+    ranks, latents = Ranks(), torch.zeros(SHAPE)
+    call = {"prompt": PROMPT, "latents": latents, "callback_on_step_end": print}
+    for _ in range(2):
+        agree(ranks, pipe.check_inputs(**call))
+    for other in (
+        {"num_frames": 24},
+        {"guidance_reuse": 2},
+        {"guidance_interval": (0.2, 0.8)},
+        {"callback_on_step_end_tensor_inputs": ["latents", "frames"]},
+        {"preview_every": 2},
+        {"latents": latents + 1},
+        {"latents": None},
+        {"latents": None, "motion_latents": latents},
+    ):
+        with pytest.raises(ReducioError, match="the processes were given different calls"):
+            agree(ranks, pipe.check_inputs(**call | other))
 
 
 def test_a_preview_decoder_is_saved_and_must_fit(folder: Path, tmp_path: Path, small_decoder: PreviewDecoder):

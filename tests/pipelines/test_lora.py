@@ -339,6 +339,28 @@ def test_words_that_do_not_fit_the_adapters(own: ReducioPipeline):
         own.unfuse_lora()
 
 
+def test_a_refusal_changes_no_setting(own: ReducioPipeline):
+    for name, seed in (("red", 1), ("blue", 2)):
+        own.load_lora_weights(lora(own.transformer, seed), adapter_name=name)
+    with torch.no_grad():
+        own.transformer.pos_embed.proj.weight.mul_(2)
+    before = bits(own.transformer)
+    for call in (
+        own.unload_lora_weights,
+        own.fuse_lora,
+        own.disable_lora,
+        lambda: own.set_adapters("red"),
+        lambda: own.delete_adapters("blue"),
+        lambda: own.load_lora_weights(lora(own.transformer, 3), adapter_name="green"),
+        lambda: own.load_lora_weights(lora(own.transformer, 3), adapter_name="red", hotswap=True),
+    ):
+        with pytest.raises(ReducioError, match="LoRA: pos_embed.proj.weight was changed by others"):
+            call()
+        assert own.get_active_adapters() == ["blue"] and own.get_list_adapters() == {"transformer": ["red", "blue"]}
+        assert own.fused_loras == set() and own.adapters.effect == {"blue": 1.0}
+        assert same(bits(own.transformer), before)
+
+
 def test_a_swap_packs_the_transformer_alone(own: ReducioPipeline, image: np.ndarray) -> None:
     """The decoder and its graphs stay: each network has a fingerprint of its own."""
     own(PROMPT, image, **FAST | {"output_type": "np"})

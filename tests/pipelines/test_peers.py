@@ -20,7 +20,9 @@ from reducio_fast.cli import main
 from reducio_fast.cli.bench import comparison_lines
 from reducio_fast.measurement import compare_models
 from reducio_fast.media.video_files import read_video
+from reducio_fast.pipelines import registry
 from reducio_fast.pipelines.peers import models, pipeline
+from reducio_fast.pipelines.svd.component_table import SCHEDULERS
 from reducio_fast.system.errors import ReducioError
 
 pytestmark = pytest.mark.slow
@@ -97,6 +99,26 @@ def test_an_unknown_argument_is_refused_with_the_known_ones(picture: np.ndarray)
         reducio_fast.generate("a red circle", motion_bucket_id=3)
 
 
+def test_components_named_beside_random_weights() -> None:
+    load = registry.find("svd:random-tiny").load
+    call = (torch.float32, torch.device("cpu"), "reference")
+    for name in ("euler", "dpm-solver++"):
+        pipe = load(*call, scheduler=name, sample_height=32)
+        assert type(pipe.scheduler) is type(SCHEDULERS[name]())
+        assert pipe.usual_size == (32, 64) and pipe.unet.config.num_frames == 4
+    for words, message in (
+        ({"scheduler": "nonsense"}, "scheduler: 'nonsense' given; known are euler, dpm"),
+        ({"variant": "nonsense"}, "variant: 'nonsense' given; random weights have no files"),
+        ({"text_to_image": "/nowhere"}, "text_to_image: '/nowhere'"),
+        ({"vae": "elsewhere"}, "vae: 'elsewhere' given; beside random weights only scheduler and text_to_image can be"),
+        ({"unet": Path("unet")}, "unet: 'unet' given; beside random weights only"),
+        ({"scheduler": None}, "scheduler: None given"),
+        ({"unet": 5}, "unet: is a int, must be a VideoUNet"),
+    ):
+        with pytest.raises(ReducioError, match=message):
+            load(*call, **words)
+
+
 def test_a_clip_does_not_depend_on_its_list(pipes: dict[str, pipeline.PeerPipeline], picture: np.ndarray) -> None:
     pipe, kwargs = pipes["svd"], {"num_inference_steps": 2, "progress": False}
     pictures = [picture, 255 - picture]
@@ -133,7 +155,7 @@ def test_callback_stops_where_diffusers_can(pipes: dict[str, pipeline.PeerPipeli
         ("svd", {"image": None}, "image: None given; Stable Video Diffusion XT animates an image"),
         ("svd", {"prompt": "a cat"}, "prompt: Stable Video Diffusion XT animates an image and reads no text"),
         ("svd", {"height": 50}, "height: 50 is not a multiple of 4; the two nearest legal sizes are 48 and 52"),
-        ("svd", {"num_frames": 0}, "num_frames: must be a whole number of at least 1, is 0"),
+        ("svd", {"num_frames": 0}, "num_frames: must be a whole number from 1 to 100000, is 0"),
         ("svd", {"image": []}, "image: the list is empty"),
         ("ltx", {"num_frames": 20}, "num_frames: 20 is not a multiple of 8 plus 1; the two nearest legal counts are"),
         ("ltx", {"width": 100}, "width: 100 is not a multiple of 32"),
@@ -152,6 +174,13 @@ def test_mistakes(
     with pytest.raises(ReducioError) as error:
         pipes[name](**(inputs_of(pipes[name], picture) | words))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ltx", "wan"])
+def test_no_model_is_loaded_without_its_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.PeerPipeline, "from_pretrained", lambda *_: pytest.fail("work began"))
+    with pytest.raises(ReducioError, match="prompt: None given; describe the clip"):
+        reducio_fast.generate(image=Image.new("RGB", (64, 64)), model=f"{name}:random-tiny")
 
 
 def test_ltx_folder_of_the_text_pipeline(

@@ -111,6 +111,7 @@ def test_a_copy_is_a_pipeline_of_its_own(
     pipe(PROMPT, **KWARGS)
     pipe.vae_tiling = False
     other = duplicate(pipe)
+    assert other.motion.decoder is other.decoder and other.motion.executor is other.executor
     np.testing.assert_array_equal(other(PROMPT, **KWARGS).frames, expected)
     assert other.report == pipe.report and other.vae_tiling is False and other.fps == pipe.fps
     for parameter in other.transformer.parameters():

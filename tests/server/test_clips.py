@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from reducio_fast.checkpoints import saved_latents
@@ -15,7 +16,9 @@ from reducio_fast.pipelines import registry
 from reducio_fast.server.clips import Clips
 from reducio_fast.server.errors import ApiError
 from reducio_fast.server.files import CLIP, CONTENT, PICTURE, SPRITESHEET, THUMBNAIL
-from reducio_fast.server.requests import Checker, Limits
+from reducio_fast.server.requests import Checker, Limits, open_picture
+from reducio_fast.system import cores
+from reducio_fast.system.errors import ReducioError
 
 pytestmark = pytest.mark.slow
 MODEL = "svd:random-tiny"
@@ -55,6 +58,16 @@ def test_every_family_is_served(clips: Clips, checker: Checker) -> None:
                      height=64, width=64, progress=False)  # fmt: skip
     content = Image.open(io.BytesIO(last["files"][CONTENT]))
     assert (content.tobytes(), content.size) == (Image.fromarray(out.content).tobytes(), (64, 64))
+
+
+def test_the_threads_that_are_reported_are_those_of_a_clip(clips: Clips, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cores.COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(cores, "usable", lambda: 3)
+    assert clips.describe()["threads"] == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")  # the user's own number is kept
+    assert clips.describe()["threads"] == 64
 
 
 def test_a_closed_clip_stops_at_its_step_and_the_next_one_is_made(clips: Clips, checker: Checker) -> None:
@@ -111,6 +124,11 @@ def test_what_fails_is_told_in_one_line(
         ({"size": "64"}, "size: must be WIDTHxHEIGHT such as 64x64, is '64'"),
         ({"num_frames": 1000}, "num_frames: 1000 asked for, 64 are the most"),
         ({"content_kwargs": [1]}, "content_kwargs: must be an object, is [1]"),
+        (
+            {"content_kwargs": {"\ud800": [1]}},
+            "content_kwargs: \\ud800 must be a number, text or true or false, is [1]",
+        ),
+        ({"\ud800": 1}, "\\ud800: no field of a clip; known are "),
         ({"callback_on_step_end": "x"}, "callback_on_step_end: no field of a clip; known are "),
         ({"seed": True}, "seed: must be a whole number, is True"),
         ({"noise_aug_strength": float("nan")}, "noise_aug_strength: must be a finite number of at least 0, is nan"),
@@ -120,3 +138,27 @@ def test_wrong_fields(checker: Checker, fields: dict[str, Any], line: str) -> No
     with pytest.raises(ApiError) as error:
         checker(fields, {PICTURE: picture()})
     assert error.value.status == 400 and error.value.message.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_inference_steps", value) for value in ("abc", 0, -3, float("nan"), 2.5)),
+        *(("guidance_scale", value) for value in (float("nan"), float("inf"), "abc")),
+        pytest.param("guidance_scale", 10**400, id="guidance_scale-huge"),
+        *(("height", value) for value in ("abc", 0, float("nan"))),
+    ],
+)
+def test_wrong_values_for_the_first_stage(name: str, value: Any) -> None:
+    found = registry.find(None)
+    assert found.checker is not None
+    checker = Checker("reducio", found.checker(), found.call_defaults, Limits(), found.fps)
+    with pytest.raises(ApiError, match=f"^content_kwargs: {name}: must be a (whole|finite) number.*, is "):
+        checker({"prompt": "a red circle", "content_kwargs": {name: value}})
+
+
+def test_broken_pictures_of_every_format_are_refused() -> None:
+    enhanced_metafile = b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(100)  # with an empty frame, by which Pillow divides
+    for data in (b"no picture", enhanced_metafile):
+        with pytest.raises(ReducioError, match="^image: input_reference cannot be read: it is no picture"):
+            open_picture(data)

@@ -75,6 +75,18 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert "gradio is not installed; pip install 'reducio-fast[demo]'" in captured.err
 
 
+@pytest.mark.parametrize("model", ["svd", "svd-tiny", "svd:random-tiny"])
+def test_the_names_of_models_are_known(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stops the command is another line: weights that are not on this machine, or gradio."""
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main.main(["demo", "--model", model]) == 2
+    line = capsys.readouterr().err
+    assert "neither a folder nor a hub id" not in line
+    assert "gradio is not installed" in line or model != "svd:random-tiny"
+
+
 def test_absent_model_is_refused_before_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["demo", "--model", "no-such-model"]) == 2
     assert "no-such-model" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import sqlite3
 import threading
 import time
 import urllib.request
@@ -17,8 +18,12 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
+from reducio_fast.server import dispatcher as dispatching  # noqa: E402
 from reducio_fast.server import serve as serving  # noqa: E402
-from reducio_fast.server.dispatcher import WorkerLost  # noqa: E402
+from reducio_fast.server.dispatcher import Dispatcher, WorkerLost  # noqa: E402
+from reducio_fast.server.files import PICTURE, JobFiles  # noqa: E402
+from reducio_fast.server.jobs import Job, Store, new_id  # noqa: E402
+from reducio_fast.server.metrics import Metrics  # noqa: E402
 from reducio_fast.server.requests import Limits  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -209,3 +214,159 @@ def test_a_model_that_is_not_there_ends_the_server(tmp_path: Path) -> None:
     with pytest.raises(ReducioError, match="none"):
         run()
     assert url.startswith("http://127.0.0.1:")
+
+
+def test_a_size_that_the_model_cannot_make_ends_the_server(tmp_path: Path) -> None:
+    from reducio_fast import ReducioError
+
+    limits = Limits(sizes=((128, 128), (100, 100)))
+    _, run = serving.serve(serving.Settings(port=0, data=str(tmp_path / "data"), limits=limits))
+    with pytest.raises(ReducioError, match="sizes: 100x100 cannot be served; height: .*32"):
+        run()
+
+
+class Disk:
+    """A connection whose writes fail while the disk is `full`."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection, self.full = connection, False
+
+    def execute(self, sql: str, *values: Any) -> Any:
+        if self.full and sql.startswith(("UPDATE", "DELETE", "INSERT", "COMMIT")):
+            raise sqlite3.OperationalError("database or disk is full")
+        return self.connection.execute(sql, *values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+
+class Bench:
+    """A dispatcher without HTTP, inside a running event loop."""
+
+    def __init__(self, folder: Path, home: Any = None, **limits: Any) -> None:
+        self.store, self.files = Store(folder / "jobs.sqlite3"), JobFiles(folder)
+        self.disk = self.store._connection = Disk(self.store._connection)  # type: ignore[assignment]
+        self.dispatcher, self.home = Dispatcher(self.store, self.files, Limits(**limits), Metrics()), home or Workers()
+        self.dispatcher.start()
+        self.dispatcher.open(self.home)
+
+    def add(self, prompt: str) -> str:
+        id = new_id()
+        self.files.write(id, {PICTURE: b"picture"})
+        self.store.insert(id, "", {"call": {"prompt": prompt}, "files": {PICTURE: "hash"}})
+        return id
+
+    async def ended(self, id: str) -> Job:
+        async def wait() -> Job:
+            while (job := self.store.get(id)) is None or not job.ended or self.dispatcher._work:
+                await asyncio.sleep(0.01)
+            return job
+
+        return await asyncio.wait_for(wait(), 5)
+
+
+@pytest.mark.parametrize("full_from", ["before", "begin", "clip", "error"])
+def test_a_full_disk_stops_no_server(full_from: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatching, "RETRY_SECONDS", 0.02)
+
+    class Home(Workers):
+        async def make(self, request: dict[str, Any], given: Mapping[str, bytes]) -> AsyncIterator[dict[str, Any]]:
+            bench.disk.full |= full_from == "begin"
+            async for event in super().make(request, given):
+                bench.disk.full |= full_from in ("clip", "error") and ("files" in event or "error" in event)
+                yield event
+
+    async def run() -> None:
+        nonlocal bench
+        bench = Bench(tmp_path, Home())
+        id = bench.add("x")
+        bench.home.script = {"x": ["error"]} if full_from == "error" else {}
+        bench.disk.full = full_from == "before"
+        bench.dispatcher.wake()
+        await asyncio.sleep(0.15)
+        job = bench.store.get(id)
+        assert job is not None and bench.disk.full and not job.ended
+        bench.disk.full = False
+        job = await bench.ended(id)
+        assert (job.status, job.error_code) == (
+            ("failed", "out_of_memory") if full_from == "error" else ("completed", None)
+        )
+        await bench.dispatcher.drain(0)
+
+    bench: Any = None
+    asyncio.run(run())
+
+
+def test_clips_go_after_the_disk_was_full(tmp_path: Path) -> None:
+    async def run() -> None:
+        bench = Bench(tmp_path, keep_seconds=0.4)
+        id = bench.add("x")
+        bench.dispatcher.wake()
+        await bench.ended(id)
+        bench.disk.full = True
+        while list(bench.files.folder.iterdir()):  # they go first, which makes room
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert bench.store.get(id) is not None
+        bench.disk.full = False
+        while bench.store.get(id) is not None:
+            await asyncio.sleep(0.01)
+        await bench.dispatcher.drain(0)
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_the_server_ends_on_a_full_disk(tmp_path: Path) -> None:
+    async def run() -> str:
+        bench = Bench(tmp_path)
+        bench.home.script = {"x": ["hangs"]}
+        id = bench.add("x")
+        bench.dispatcher.wake()
+        while bench.dispatcher.progress(id)["percent"] < 50:
+            await asyncio.sleep(0.01)
+        bench.disk.full = True
+        await bench.dispatcher.drain(0)
+        return id
+
+    id = asyncio.run(asyncio.wait_for(run(), 5))
+    (job,) = Store(tmp_path / "jobs.sqlite3").recover()
+    assert (job.id, job.status) == (id, "queued")
+
+
+def test_a_job_that_ends_before_its_first_step_leaves_its_place(tmp_path: Path) -> None:
+    async def run() -> None:
+        bench = Bench(tmp_path)
+        await asyncio.sleep(0)  # the dispatcher waits for jobs now
+        for _ in range(Workers.slots):
+            id = bench.add("x")
+            bench.dispatcher.wake()
+            await asyncio.create_task(bench.dispatcher.delete(id))
+            assert bench.store.get(id) is None
+        assert bench.home.ended == []  # none was begun
+        id = bench.add("y")
+        bench.dispatcher.wake()
+        assert (await bench.ended(id)).status == "completed"
+        id = bench.add("z")
+        bench.dispatcher.wake()
+        await asyncio.create_task(bench.dispatcher.drain(0))
+        job = bench.store.get(id)
+        assert job is not None and job.status == "queued" and bench.store.claim() is not None
+
+    asyncio.run(run())
+
+
+def test_what_a_failed_job_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its latents, although the time of the clip ends while they are written, but no upload."""
+    write = JobFiles.write
+    monkeypatch.setattr(JobFiles, "write", lambda *given: time.sleep(0.3) or write(*given))  # type: ignore[func-returns-value]
+
+    async def run() -> None:
+        bench = Bench(tmp_path, job_seconds=0.2)
+        bench.home.script = {"x": ["error"], "y": ["hangs"]}
+        ids = [bench.add(prompt) for prompt in "xy"]
+        bench.dispatcher.wake()
+        assert [(await bench.ended(id)).error_code for id in ids] == ["out_of_memory", "timeout"]
+        assert [path.name for path in bench.files.folder.iterdir()] == [f"{ids[0]}.latents.safetensors"]
+        await bench.dispatcher.drain(0)
+
+    asyncio.run(run())

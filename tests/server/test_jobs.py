@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
 import shlex
 import sqlite3
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +22,7 @@ from hypothesis import strategies as st
 
 from reducio_fast import ReducioError
 from reducio_fast.cli.main import main, parser
+from reducio_fast.pipelines.call.output import ReducioOutput
 from reducio_fast.server import batch, clips
 from reducio_fast.server.errors import ApiError, bad_request, without_paths
 from reducio_fast.server.files import CLIP, PICTURE, JobFiles
@@ -123,6 +127,9 @@ def test_the_queue_is_bounded_and_keys_make_one_job(tmp_path: Path) -> None:
     b = [store.insert(new_id(), "b", {"n": 1}, key=f"k{n}", limit=4, limit_of_owner=2)[0] for n in range(2)]
     again, new = store.insert(new_id(), "b", {"n": 1}, key="k0", limit=4, limit_of_owner=2)
     assert (again.id, new) == (b[0].id, False)
+    # A client that is traced sends another `traceparent` with each attempt.
+    again, new = store.insert(new_id(), "b", {"n": 1, "traceparent": "00-b"}, key="k0")
+    assert (again.id, new) == (b[0].id, False)
     with pytest.raises(KeyReused):
         store.insert(new_id(), "b", {"n": 2}, key="k0")
     with pytest.raises(QueueFull) as full:
@@ -155,7 +162,7 @@ def test_a_folder_has_one_server_and_is_swept(tmp_path: Path) -> None:
     (files.folder / ".video_a.12345678.mp4").touch()
     files.sweep({"video_a": "completed", "video_b": "queued"})
     assert sorted(p.name for p in files.folder.iterdir()) == [
-        "video_a.mp4", "video_a.picture", "video_b.picture",
+        "video_a.mp4", "video_b.picture",
     ]  # fmt: skip
     files.remove("video_a")
     assert [p.name for p in files.folder.iterdir()] == ["video_b.picture"]
@@ -184,6 +191,36 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize(
+    "option, value, line",
+    [
+        ("--keep-hours", "inf", "--keep-hours: must be finite and above 0, is inf"),
+        ("--keep-hours", "1e306", "--keep-hours: must be finite and above 0, is 1e+306"),
+        ("--job-seconds", "inf", "--job-seconds: must be finite and above 0, is inf"),
+        ("--grace", "inf", "--grace: must be finite and at least 0, is inf"),
+        ("--grace", "nan", "--grace: must be finite and at least 0, is nan"),
+        ("--gpus-per-replica", "nan", "--gpus-per-replica: must be finite and at least 0, is nan"),
+        ("--sizes", "0x0,128x128", "--sizes: must be WIDTHxHEIGHT with commas between, is '0x0,128x128'"),
+        ("--sizes", "9" * 5000 + "x1", "--sizes: must be WIDTHxHEIGHT with commas between, is "),
+    ],
+)
+def test_numbers_that_serve_cannot_use(option: str, value: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # Without keys the address is refused, so that no server starts where the number is not.
+    assert main(["serve", "--host", "0.0.0.0", option, value]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and line in err
+
+
+def test_a_damaged_file_of_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fastapi")
+    (tmp_path / "jobs.sqlite3").write_bytes(b"no database" * 1000)
+    assert main(["serve", "--port", "0", "--data", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "jobs.sqlite3 cannot be used as the file of jobs (file is not a database)" in err
+    JobFiles(tmp_path).close()  # the folder is free again
+
+
 def test_a_message_holds_no_path_of_the_server() -> None:
     line = "vae.decode: out of memory at 64x64; latents are in /home/user/.cache/reducio-fast/latents/a.safetensors"
     assert without_paths(line) == "vae.decode: out of memory at 64x64; latents are in a.safetensors"
@@ -209,12 +246,13 @@ def test_the_command_of_the_kubernetes_page_parses(root: Path) -> None:
 
 def test_prompts_of_every_format(tmp_path: Path) -> None:
     rows = [{"prompt": "a red circle", "seed": 3}, {"prompt": 'a "blue", star'}]
-    (tmp_path / "p.txt").write_text("a red circle\n\n  a blue star\n")
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '"plain"\n')
+    (tmp_path / "p.txt").write_text("\ufeffa red circle\n\n  a blue star\n", encoding="utf-8")  # a BOM, of Windows
+    lines = [*(json.dumps(row) for row in rows), '"a\u2028line"', '{"prompt": null, "image": "i.png", "seed": null}']
+    (tmp_path / "p.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     (tmp_path / "p.csv").write_text('prompt,seed\na red circle,3\n"a ""blue"", star",\n')
     pq.write_table(pa.table({"prompt": [r["prompt"] for r in rows], "seed": [3, None]}), tmp_path / "p.parquet")
     assert batch.read_prompts(tmp_path / "p.txt") == [{"prompt": "a red circle"}, {"prompt": "a blue star"}]
-    assert batch.read_prompts(tmp_path / "p.jsonl") == [*rows, {"prompt": "plain"}]
+    assert batch.read_prompts(tmp_path / "p.jsonl") == [*rows, {"prompt": "a\u2028line"}, {"image": "i.png"}]
     assert batch.read_prompts(tmp_path / "p.csv") == [rows[0] | {"seed": "3"}, rows[1]]
     assert batch.read_prompts(tmp_path / "p.parquet") == rows
     for name, text, line in (
@@ -225,11 +263,61 @@ def test_prompts_of_every_format(tmp_path: Path) -> None:
         ("bad.parquet", "x", "cannot be read"),
         ("bad.csv", "text\nx\n", "row 0 of .* has neither prompt nor image"),
         ("number.jsonl", "1\n", "row 0 of .* has neither prompt nor image"),
+        ("null.jsonl", '{"prompt": null}\n', "row 0 of .* has neither prompt nor image"),
+        ("deep.jsonl", "[" * 100_000, "cannot be read"),
+        ("nan.jsonl", '{"prompt": "x", "fps": NaN}\n', "row 0 of .*: fps is nan, which JSON does not have"),
+        ("comma.csv", "prompt\na star\na circle, moving right\n", "row 1 of .* has more cells than the header; quote"),
     ):
         if text is not None:
             (tmp_path / name).write_text(text)
         with pytest.raises(ReducioError, match=line):
             batch.read_prompts(tmp_path / name)
+    path = tmp_path / "picture.parquet"
+    pq.write_table(pa.table({"prompt": pa.array([None], pa.string()), "image": ["i.png"]}), path)
+    assert batch.read_prompts(path) == [{"image": "i.png"}]
+    for value in (datetime.date(2024, 5, 1), Decimal("1.5"), b"x"):
+        pq.write_table(pa.table({"prompt": ["a"], "more": [value]}), path)
+        with pytest.raises(ReducioError, match="row 0 of .*: more is .*, which JSON does not have"):
+            batch.read_prompts(path)
+
+
+def test_a_batch_of_several_seeds_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several seeds of a prompt make one file, which a second run keeps; another model or dtype is refused."""
+
+    class StandIn:
+        encoding = "fast"
+
+        def __init__(self, **_: Any) -> None:
+            self.pipe = self
+
+        def __call__(self, seed: int, num_videos_per_prompt: int = 1, **_: Any) -> ReducioOutput:
+            many = num_videos_per_prompt > 1
+            frames = np.zeros((num_videos_per_prompt, 2, 32, 32, 3), np.uint8)
+            seeds = [seed + i for i in range(num_videos_per_prompt)]
+            return ReducioOutput(frames if many else frames[0], None, seeds, 8, {}, is_list=many)
+
+    monkeypatch.setattr(clips, "Clips", StandIn)
+    rows = [{"prompt": "a", "num_videos_per_prompt": 2}, {"prompt": "b"}]
+
+    def run(**worker: Any) -> batch.Done:
+        return batch.make_clips(rows, batch.Settings(out=str(tmp_path / "out"), worker=worker, call={}))
+
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    assert run(model="m").made == 2
+    made = [json.loads(line) for line in manifest.read_text().splitlines()]
+    assert [(row["file"], row["frames"], row["size"]) for row in made] == [
+        ("00000.mp4", 2, "64x32"),
+        ("00001.mp4", 2, "32x32"),
+    ]
+    assert sorted(path.name for path in manifest.parent.glob("*.mp4")) == ["00000.mp4", "00001.mp4"]
+    with manifest.open("ab") as file:
+        file.write(b'7\n{"number": [1]}\n{"file": "x"}\n\xff\n')
+    done = run(model="m")
+    assert (done.made, done.kept) == (0, 2)
+    assert [json.loads(line) for line in manifest.read_text().splitlines()] == made
+    for worker in ({"model": "other"}, {"model": "m", "dtype": "float16"}, {}):
+        with pytest.raises(ReducioError, match="holds clips of other prompts or settings, or of another model"):
+            run(**worker)
 
 
 @pytest.mark.slow
@@ -274,4 +362,4 @@ def test_a_batch_goes_on_where_it_was_killed(
     assert not list((tmp_path / "out").glob(".*"))
     (tmp_path / "p.jsonl").write_text('{"prompt": "another"}\n')
     assert main(command) == 2
-    assert "holds clips of other prompts or settings (number 0 differs)" in capsys.readouterr().err
+    assert "holds clips of other prompts or settings, or of another model (number 0 differs)" in capsys.readouterr().err

@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file
 
 from reducio_fast import ReducioPipeline
+from reducio_fast.checkpoints.networks import read_config
 from reducio_fast.checkpoints.strict_files import embedded_model
 from reducio_fast.cli.main import main
 from reducio_fast.data import latent_shards, photos
 from reducio_fast.data.curation import manifest
-from reducio_fast.data.latent_shards import Clip, EpochOrder, LatentDataset, plan
+from reducio_fast.data.latent_shards import LatentDataset
 from reducio_fast.media.video_files import read_video, write_video
-from reducio_fast.reference import DiTConfig, ReducioDiT
+from reducio_fast.reference import DiTConfig, ReducioDiT, VAEConfig
 from reducio_fast.system.errors import ReducioError
-from reducio_fast.training import recipe_file
 from reducio_fast.training.loop import LoopConfig
 from reducio_fast.training.reducio import dit, extract
 
@@ -125,34 +125,42 @@ def test_stale_and_damaged_latents_are_refused(clips: Path, latents: Path, tmp_p
         extract.extract(clips, tmp_path / "other", size=100, progress=False)
 
 
-def test_clips_go_to_buckets_and_files_by_their_ids() -> None:
-    def clip(number: int, bucket: tuple[int, int]) -> Clip:
-        return Clip(f"{number:03d}", "v", 0, 1, 16.0, bucket, 0)
-
-    made = [clip(i, (256, 256) if i % 3 else (192, 320)) for i in range(10)]
-    shards = plan(made[::-1], 3)
-    assert shards == plan(made, 3)
-    assert [(s.bucket, s.number, [c.id for c in s.clips]) for s in shards] == [
-        ((192, 320), 0, ["000", "003", "006"]),
-        ((192, 320), 1, ["009"]),
-        ((256, 256), 0, ["001", "002", "004"]),
-        ((256, 256), 1, ["005", "007", "008"]),
-    ]
+def model_with(folder: Path, **changes) -> Path:
+    """The embedded model with other entries in its index; None removes an entry."""
+    folder.mkdir()
+    for part in embedded_model().iterdir():
+        if part.name != "model_index.json":
+            (folder / part.name).symlink_to(part)
+    index = json.loads((embedded_model() / "model_index.json").read_text()) | changes
+    (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if v is not None}))
+    return folder
 
 
-def test_an_epoch_visits_every_clip_in_batches_of_one_bucket() -> None:
-    order = EpochOrder({"a": 5, "b": 4, "c": 1}, batch=2, seed=3)
-    assert order.length == 3 + 2 + 1
-    for epoch in range(2):
-        seen: dict[str, list[int]] = {}
-        for step in range(epoch * 6, epoch * 6 + 6):
-            bucket, rows = order.rows(step)
-            assert len(rows) == 2
-            seen.setdefault(bucket, []).extend(rows)
-        assert {k: sorted(set(v)) for k, v in seen.items()} == {"a": [0, 1, 2, 3, 4], "b": [0, 1, 2, 3], "c": [0]}
-    first = [order.rows(step) for step in range(6)]
-    assert first != [order.rows(step) for step in range(6, 12)]
-    assert first == [EpochOrder({"c": 1, "b": 4, "a": 5}, 2, 3).rows(step) for step in range(6)]
+def test_the_encoders_have_the_settings_of_the_model(clips: Path, latents: Path, tmp_path: Path) -> None:
+    """Extraction encodes as inference does, and latents of other settings are refused; older folders stay readable."""
+    model = model_with(tmp_path / "model", clean_caption=True, content_scaling_factor=0.5)
+    frames = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), np.uint8)
+    made = {}
+    for folder in (embedded_model(), model):
+        settings = extract.ExtractSettings(str(folder), "", size=64)
+        encoders = extract.Encoders(settings, read_config(VAEConfig, folder / "vae"))
+        made[folder] = encoders.encode(frames, "x"), encoders.text(["A <b>Cat</b>"])[0], encoders.text(["a cat"])[0]
+    (plain, raw, _), (scaled, cleaned, expected) = made.values()
+    torch.testing.assert_close(scaled["content"], plain["content"] * 0.5, rtol=2e-3, atol=2e-3)
+    assert torch.equal(cleaned, expected) and not torch.equal(cleaned, raw)
+    with pytest.raises(ReducioError, match="was begun with another clean_caption; extract into another folder"):
+        extract.extract(clips, latents, model, size=128, shard_size=2, progress=False)
+    with pytest.raises(ReducioError, match="was begun with another encoder_dtype; extract into another folder"):
+        extract.extract(clips, latents, size=128, shard_size=2, dtype="bfloat16", progress=False)
+    with pytest.raises(ReducioError, match="made with clean_caption=False, the model has clean_caption=True; run redu"):
+        dit.train_dit(latents, tmp_path / "out", small_recipe(), model, progress=False)
+    old = tmp_path / "latents"
+    shutil.copytree(latents, old)
+    about = json.loads((old / "latents.json").read_text())
+    for name in ("clean_caption", "content_scaling_factor", "encoder_dtype", "caption_length"):
+        del about[name]
+    (old / "latents.json").write_text(json.dumps(about))
+    assert extract.extract(clips, old, size=128, shard_size=2, progress=False)["shards"] == 0
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------
@@ -186,8 +194,15 @@ def test_a_batch_does_not_depend_on_its_micro_batches(latents: Path) -> None:
             torch.equal(b.text[0, : int(b.mask[0].sum())], network.null_text[: int(b.mask[0].sum())]) for b in drawn
         ]
         assert 0 < sum(dropped) < len(dropped)
+        without_image: list[bool] = []
         for b in drawn:
-            assert all(m.any() for m in b.mask) and ((b.content.flatten(1) == 0).all(1) <= 1).all()
+            assert all(m.any() for m in b.mask)
+            none = (b.content.flatten(1) == 0).all(1)  # rows without their content frame
+            assert torch.equal(none, (b.semantic.flatten(1) == 0).all(1))
+            for text, mask in zip(b.text[none], b.mask[none], strict=True):
+                assert torch.equal(text[mask], network.null_text[: int(mask.sum())])
+            without_image += none.tolist()
+        assert 0 < sum(without_image) < len(without_image) == 12
     for name, value in batches[0].items():
         torch.testing.assert_close(value, batches[1][name], rtol=0, atol=0, equal_nan=True, msg=name)
     rates, motions = batches[0]["clip"].unbind(1)
@@ -224,6 +239,50 @@ def test_a_trained_transformer_generates(latents: Path, tmp_path: Path, objectiv
         assert (one - other).norm() < 0.05 * other.norm()
     with pytest.raises(ReducioError, match="motion_score: must be a number of at least 0, is -1"):
         pipe("a cat", motion_score=-1)
+
+
+def test_what_the_export_needs_is_checked_first(latents: Path, tmp_path: Path) -> None:
+    """The old transformer is not needed; other things that are missing are named before the first step."""
+    model = model_with(tmp_path / "model", transformer=None, scheduler=None)
+    (model / "transformer").unlink()
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "diary.txt").write_text("mine")
+    with pytest.raises(ReducioError, match=r"out/model exists and is no model folder"):
+        dit.train_dit(latents, out, small_recipe(), model, progress=False)
+    (out / "model" / "diary.txt").unlink()
+    for index in ({"text_to_image": ["a"]}, {"fps": -1}, {"_class_name": "Other"}):
+        bad = model_with(tmp_path / f"bad {next(iter(index))}", transformer=None, scheduler=None, **index)
+        with pytest.raises(ReducioError, match=next(iter(index)).replace("_class_name", "is of a Other")):
+            dit.train_dit(latents, out, small_recipe(), bad, progress=False)
+    assert not (out / "runs").exists()
+    dit.train_dit(latents, out, small_recipe(loop=replace(LOOP, steps=1)), model, progress=False)
+    pipe = ReducioPipeline.from_pretrained(out / "model", device="cpu")
+    assert pipe.transformer.config.hidden_size == 48 and pipe.scheduler is not None
+
+
+def test_a_resumed_run_has_the_same_recipe_and_latents(latents: Path, tmp_path: Path) -> None:
+    def train(latents: Path = latents, accept: bool = False, **changes) -> float:
+        recipe = small_recipe(loop=replace(LOOP, steps=1), **changes)
+        return dit.train_dit(latents, tmp_path / "out", recipe, accept_changes=accept, progress=False)["steps"]
+
+    train()
+    with pytest.raises(
+        ReducioError, match=r"made with condition_drop=0.1, this run has condition_drop=0.2; .*--accept"
+    ):
+        train(condition_drop=0.2)
+    other = tmp_path / "latents"
+    shutil.copytree(latents, other)
+    about = json.loads((other / "latents.json").read_text())
+    (other / "latents.json").write_text(json.dumps(about | {"clips": "0" * 64}))
+    with pytest.raises(ReducioError, match="made with latents="):
+        train(other)
+    assert train(condition_drop=0.2, accept=True) == train(gradient_checkpointing=True) == 1
+    state = next((tmp_path / "out" / "runs" / "dit" / "checkpoints").glob("step-*/run.json"))
+    values = json.loads(state.read_text())
+    assert values.pop("recorded")["batch"] == 2
+    state.write_text(json.dumps(values))  # as an earlier version wrote it
+    assert train(condition_drop=0.2) == 1
 
 
 def test_a_transformer_of_one_image_condition(latents: Path, tmp_path: Path) -> None:
@@ -272,45 +331,6 @@ def test_the_next_stage_starts_from_the_last(tmp_path: Path) -> None:
     torch.testing.assert_close(size, embedding.timestep_embedder(torch.tensor([5.0])))
     with pytest.raises(ReducioError, match="has other weights than the recipe's"):
         dit.build_network(small_recipe(config={**small_recipe().config, "depth": 3}, start=str(tmp_path)))
-
-
-def test_recipes_as_files(tmp_path: Path) -> None:
-    shipped = {name: recipe_file.load(dit.DiTRecipe, name) for name in recipe_file.shipped() if name.startswith("dit-")}
-    assert set(shipped) == {"dit-256", "dit-512", "dit-1024"}
-    assert [shipped[f"dit-{n}"].batch for n in (256, 512, 1024)] == [512, 512, 768]
-    assert all(
-        r.objective == "epsilon" and r.condition_drop == 0.1 and r.loop.parallel == "fsdp" for r in shipped.values()
-    )
-    changed = recipe_file.load(dit.DiTRecipe, "dit-256", ["loop.steps=7", "batch=64", 'start="somewhere"'])
-    assert (
-        changed.loop.steps == 7
-        and changed.batch == 64
-        and changed.loop.learning_rate == shipped["dit-256"].loop.learning_rate
-    )
-    path = tmp_path / "mine.toml"
-    for text, message in (
-        ("bach = 4", "unknown key 'bach'; known are loop, batch"),
-        ("batch = 'four'\n[loop]\nsteps = 1\nlearning_rate = 1", "batch='four' must be of type int"),
-        (
-            "batch = 4\nmodel = 'reducio-256'\n[loop]\nsteps = 1\nlearning_rate = 1\nrate = 3",
-            "loop: unknown key 'rate'",
-        ),
-        ("batch = 4\n[loop]\nsteps = 1\nlearning_rate = 1", "a recipe needs `model` .* or `start`"),
-        (
-            "batch = 5\nmodel = 'reducio-256'\n[loop]\nsteps = 1\nlearning_rate = 1\nmicro_batches = 2",
-            "must be a multiple of",
-        ),
-        ("model = 'big'\nbatch = 1\n[loop]\nsteps = 1\nlearning_rate = 1", "model='big': must be one of"),
-        ("not toml", "mine.toml: "),
-        ("batch = 1", "loop"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ReducioError, match=message):
-            recipe_file.load(dit.DiTRecipe, str(path))
-    with pytest.raises(ReducioError, match="no such file, and none of ablation-dit, ablation-vae, dit-1024, dit-256"):
-        recipe_file.load(dit.DiTRecipe, "dit-128")
-    with pytest.raises(ReducioError, match="must be KEY=VALUE in TOML's notation"):
-        recipe_file.load(dit.DiTRecipe, "dit-256", ["loop.steps"])
 
 
 RECIPE = """

@@ -196,7 +196,7 @@ def test_a_trained_update_is_loaded_as_pefts(tmp_path: Path):
     torch.testing.assert_close(peft, trained, rtol=1e-4, atol=1e-5)
 
 
-def test_the_recipe_of_a_lora(tmp_path: Path):
+def test_the_recipe_of_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The command trains from videos and writes a file that the pipeline loads; stopped and resumed, it is the same."""
     import numpy as np
     from safetensors.torch import load_file
@@ -233,6 +233,12 @@ def test_the_recipe_of_a_lora(tmp_path: Path):
         assert main([*argv, "--out", f"{tmp_path}/parts", *stop]) == 0
     again = load_file(tmp_path / "parts" / "lora" / "pytorch_lora_weights.safetensors")
     assert trained.keys() == again.keys() and all(torch.equal(t, again[n]) for n, t in trained.items())
+    for change, message in (
+        ("mirror=true", "made with mirror=False, this run has mirror=True"),
+        ("rate=8", "rate=7.0"),
+    ):
+        assert main([*argv, "--out", f"{tmp_path}/parts", "--set", change]) == 2
+        assert message in capsys.readouterr().err
     pipe = SVDPipeline.from_pretrained(tmp_path / "model", device="cpu", backend="reference")
     pipe.load_lora_weights(tmp_path / "whole" / "lora")
     assert main([*argv, "--out", f"{tmp_path}/bad", "--set", "size=[15, 24]"]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -133,6 +133,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     (newest.parent / "latest").write_text("step-00000050")
     assert Regression().run(tmp_path).finished
     assert Regression().run(tmp_path, resume=False).finished
+
+
+@dataclass(frozen=True)
+class Settings:
+    loop: LoopConfig
+    batch: int = 4
+    evaluated: int = 8
+
+
+def test_a_resumed_stage_has_the_same_settings(tmp_path: Path) -> None:
+    context = Context(out=tmp_path, data=tmp_path, progress=False)
+
+    def train(context: Context = context, **changes) -> int:
+        problem = Regression()
+        return context.train("stage", problem.model, problem.loss, Settings(CONFIG, **changes)).step
+
+    train()
+    with pytest.raises(ReducioError, match="made with batch=4, this run has batch=5; .*--accept-changes"):
+        train(batch=5)
+    assert train(evaluated=2) == train(replace(context, accept_changes=True), batch=5) == CONFIG.steps
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

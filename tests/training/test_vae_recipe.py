@@ -136,9 +136,9 @@ def test_it_resumes_to_the_byte_with_a_discriminator_on_schedule(clips: Path, tm
     whole = vae.train_vae(clips, tmp_path / "whole", recipe(), **kwargs)
     assert whole["steps"] == 4 and all(np.isfinite(v) for v in whole.values())
     assert {"lpips", "adversarial", "discriminator", "adaptive"} <= set(whole)
-    header, *rows = (tmp_path / "whole" / "runs" / "vae" / "log.csv").read_text().splitlines()
+    header, *lines = (tmp_path / "whole" / "runs" / "vae" / "log.csv").read_text().splitlines()
     place = header.split(",").index("discriminator")
-    assert [bool(row.split(",")[place]) for row in rows] == [False] * 2 + [True] * 2
+    assert [bool(row.split(",")[place]) for row in lines] == [False] * 2 + [True] * 2
     vae.train_vae(clips, tmp_path / "parts", recipe(loop=replace(LOOP, max_seconds=0.0)), **kwargs)
     figures = vae.train_vae(clips, tmp_path / "parts", recipe(), **kwargs)
     for name, value in whole.items():
@@ -146,6 +146,16 @@ def test_it_resumes_to_the_byte_with_a_discriminator_on_schedule(clips: Path, tm
     files = [tmp_path / n / "vae" / "diffusion_pytorch_model.safetensors" for n in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert load_model(ReducioVAE, VAEConfig, tmp_path / "whole" / "vae").config.base_channels == CONFIG["base_channels"]
+    for changes, data, field in (
+        ({"kl_weight": 1.0}, kwargs, "kl_weight=1e-06, this run has kl_weight=1.0"),
+        ({}, {"progress": False}, "lpips="),
+    ):
+        with pytest.raises(ReducioError, match=f"was made with {field}"):
+            vae.train_vae(clips, tmp_path / "parts", recipe(**changes), **data)
+    rows = manifest.read(clips)
+    manifest.write(rows[:1], tmp_path / "fewer.parquet")
+    with pytest.raises(ReducioError, match="was made with clips="):
+        vae.train_vae(tmp_path / "fewer.parquet", tmp_path / "parts", recipe(), **kwargs)
     # A later stage can start from these weights; another width is an error.
     again = vae.build_vae(recipe(model=None, config={}, start=str(tmp_path / "whole")))
     assert again.config == load_model(ReducioVAE, VAEConfig, tmp_path / "whole" / "vae").config
@@ -195,6 +205,8 @@ def test_recipes_and_the_command(clips: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*argv, "--no-progress", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2 and (tmp_path / "out" / "vae" / "config.json").is_file()
     assert main([*argv, "--latents", "x"]) == 2 and "train vae takes no --latents" in capsys.readouterr().err
+    with pytest.raises(ReducioError, match="size: 100 is not a multiple of 32"):
+        vae.train_vae(clips, tmp_path / "odd", recipe(size=100), progress=False)
     with pytest.raises(ReducioError, match="the adaptive weight needs the whole last layer"):
         recipe(loop=replace(LOOP, parallel="fsdp"))
 

@@ -85,9 +85,7 @@ def test_kernel(shape, K, time, epilogue, eight_bit, dtype, device, assert_right
     residual = torch.randn(*shape[:-1], K).to(device, dtype) if with_residual else None
     given = (padded, packed, scale, bias, residual, stats, front, back, halo)
     (fast, fast_stats), (eager, eager_stats) = op.launch(*given), op.twin(*given)
-    kernel = conv3d.unpack_weight(packed.double(), shape[-1]) if time == 3 else None
-    if kernel is None:
-        kernel = packed.double().view(K, 1, 3, 3, shape[-1]).movedim(-1, 1)
+    kernel = packed.double().view(K, time, 3, 3, shape[-1]).movedim(-1, 1)
     oracle = F.conv3d(padded.double().permute(0, 4, 1, 2, 3), kernel).permute(0, 2, 3, 4, 1) * scale.double() + bias
     oracle = oracle if residual is None else oracle + residual
     statistics = conv3d.statistics(oracle)

@@ -6,6 +6,7 @@ Both write the same parts and so produce the same manifest.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,10 @@ class Settings:
     clip_weights: str | None = None
     aesthetic_head: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.aesthetic_head is not None and self.clip_weights is None:
+            raise ReducioError("the aesthetic head (--aesthetic) needs the open_clip model that it belongs to (--clip)")
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -52,7 +57,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Counts of a run: `kept` parts existed before, `made` parts are new, `broken` of the new ones hold an error."""
+    """Counts of a run: `kept` parts existed before, `made` parts were written, `broken` of those hold an error."""
 
     kept: int
     made: int
@@ -62,20 +67,22 @@ class Outcome:
 def find_sources(inputs: Sequence[str | os.PathLike[str]], captions: Mapping[str, str] | None = None) -> list[Source]:
     """The named videos and all videos below the named folders, sorted. Keys of `captions` are paths or file names.
 
-    Raises `ReducioError` for a path that does not exist, or if there is no video at all.
+    Their paths are absolute, so that a list of them can be used from another folder. Raises `ReducioError` for a path
+    that does not exist, or if there is no video at all.
     """
     videos = set()
     for given in map(Path, inputs):
         if given.is_dir():
-            videos |= {p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()}
+            videos |= {p.absolute() for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()}
         elif given.is_file():
-            videos.add(given)
+            videos.add(given.absolute())
         else:
             raise ReducioError(f"no such file or folder: {given}")
     if not videos:
         raise ReducioError(f"no video ({', '.join(SUFFIXES)}) in {', '.join(map(str, inputs))}")
     captions = captions or {}
-    return [Source(str(p), captions.get(str(p), captions.get(p.name))) for p in sorted(videos)]
+    by_path = {Path(name).absolute(): caption for name, caption in captions.items()}
+    return [Source(str(p), by_path.get(p, captions.get(p.name))) for p in sorted(videos)]
 
 
 def curate(
@@ -86,7 +93,9 @@ def curate(
     ray: str | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Write the missing parts of the manifest into `settings.out`.
+    """Write the parts of the manifest that `settings.out` lacks or that were made with other settings or captions.
+
+    Raises `ReducioError` before any video is read if there is no video or `prepare` cannot load something.
 
     Args:
         workers: processes on this machine; None means one per core, 0 runs in this process.
@@ -95,8 +104,14 @@ def curate(
     from tqdm import tqdm
 
     sources = find_sources(inputs, captions)
+    todo = [
+        source
+        for source in sources
+        if manifest.made_with(manifest.part_path(settings.out, source.path)) != _made_with(source, settings)
+    ]
+    if todo:
+        prepare(settings)
     (Path(settings.out) / manifest.PARTS).mkdir(parents=True, exist_ok=True)
-    todo = [source for source in sources if not manifest.part_path(settings.out, source.path).is_file()]
     if ray is not None:
         results: Iterable[bool] = map_on_ray(todo, lambda source: curate_video(source, settings), ray)
     elif workers == 0:
@@ -136,15 +151,45 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
             remaining.remove(source)
 
 
+@functools.lru_cache(maxsize=1)
+def prepare(settings: Settings) -> scores.ClipScorer | None:
+    """Import and load what a video of these settings needs, once per process; return the scorer, if there is one.
+
+    Raises `ReducioError` for a package that is not installed and a file that cannot be loaded.
+    """
+    scores.opencv()
+    ffmpeg.program()
+    ShotFinder(24.0)
+    if settings.text:
+        scores.text_reader()
+    if settings.clip_weights is None:
+        return None
+    return scores.ClipScorer(settings.clip_weights, settings.aesthetic_head)
+
+
 def curate_video(source: Source, settings: Settings) -> bool:
-    """Write a video's part. Returns False if the video could not be read; the part then holds the error."""
+    """Write a video's part. Returns False if the video could not be read; the part then holds the error.
+
+    Raises `ReducioError` as `prepare` does.
+    """
+    scorer = prepare(settings)
     try:
-        rows = list(_clips(source, settings))
+        decoded = _decode(source)
     except (ReducioError, OSError) as error:
         _write_error(source, settings, first_line(error))
         return False
-    manifest.write(rows, manifest.part_path(settings.out, source.path))
+    _write_part(list(_clips(source, decoded, settings, scorer)), source, settings)
     return True
+
+
+def _made_with(source: Source, settings: Settings) -> dict[str, Any]:
+    """What a part depends on besides the video."""
+    clip, head = (path and os.path.abspath(path) for path in (settings.clip_weights, settings.aesthetic_head))
+    return {"caption": source.caption, "text": settings.text, "clip": clip, "aesthetic": head}
+
+
+def _write_part(rows: list[dict[str, Any]], source: Source, settings: Settings) -> None:
+    manifest.write(rows, manifest.part_path(settings.out, source.path), _made_with(source, settings))
 
 
 def _write_error(source: Source, settings: Settings, reason: str) -> None:
@@ -154,14 +199,26 @@ def _write_error(source: Source, settings: Settings, reason: str) -> None:
         "caption": source.caption,
         "error": reason,
     }
-    manifest.write([row], manifest.part_path(settings.out, source.path))
+    _write_part([row], source, settings)
 
 
-def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yield one row per shot. Frames are decoded once; two per second are kept as JPEG until all shots are found."""
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """What is kept of a video's frames."""
+
+    sha256: str
+    fps: float
+    height: int
+    width: int
+    shots: list[tuple[int, int]]
+    kept: list[tuple[int, np.ndarray, np.ndarray]]  # (frame number, small gray frame, JPEG), two per second
+
+
+def _decode(source: Source) -> _Decoded:
+    """Decode each frame once and find the shots. Raises `ReducioError` or `OSError` if the video cannot be read."""
     cv2 = scores.opencv()
     finder: ShotFinder | None = None
-    kept: list[tuple[int, np.ndarray, np.ndarray]] = []  # (frame number, small gray frame, JPEG)
+    kept: list[tuple[int, np.ndarray, np.ndarray]] = []
     fps, height, width, every = 0.0, 0, 0, 1
     for number, (frame, rate) in enumerate(ffmpeg.frames(Path(source.path))):
         if finder is None:
@@ -172,22 +229,28 @@ def _clips(source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
             jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
             kept.append((number, scores.small_gray(frame), jpeg))
     assert finder is not None, "ffmpeg.frames raises if there is no frame"
-    digest = file_sha256(source.path)
-    scorer = _clip_scorer(settings.clip_weights, settings.aesthetic_head)
-    for start, end in finder.shots():
-        inside = [entry for entry in kept if start <= entry[0] < end]
+    return _Decoded(file_sha256(source.path), fps, height, width, finder.shots(), kept)
+
+
+def _clips(
+    source: Source, decoded: _Decoded, settings: Settings, scorer: scores.ClipScorer | None
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per shot."""
+    cv2 = scores.opencv()
+    for start, end in decoded.shots:
+        inside = [entry for entry in decoded.kept if start <= entry[0] < end]
         chosen = [inside[i] for i in sorted({0, len(inside) // 2, len(inside) - 1})] if inside else []
         pictures = [cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1] for _, _, jpeg in chosen]
         middle = pictures[len(pictures) // 2] if pictures else None
         row: dict[str, Any] = {
-            "id": f"{digest[:16]}-{start:07d}",
+            "id": f"{decoded.sha256[:16]}-{start:07d}",
             "video": source.path,
-            "sha256": digest,
+            "sha256": decoded.sha256,
             "start": start,
             "end": end,
-            "fps": fps,
-            "height": height,
-            "width": width,
+            "fps": decoded.fps,
+            "height": decoded.height,
+            "width": decoded.width,
             "caption": source.caption,
             "motion": scores.motion([gray for _, gray, _ in inside]),
             "text_area": scores.text_area(pictures) if settings.text and pictures else None,
@@ -206,15 +269,3 @@ def _small(cv2: Any, frame: np.ndarray) -> np.ndarray:
         return frame
     size = round(frame.shape[1] * scale), round(frame.shape[0] * scale)
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-
-
-_scorers: dict[tuple[str, str | None], scores.ClipScorer] = {}
-
-
-def _clip_scorer(weights: str | None, head: str | None) -> scores.ClipScorer | None:
-    """The process's scorer, cached because loading it takes longer than scoring a video."""
-    if weights is None:
-        return None
-    if (weights, head) not in _scorers:
-        _scorers[weights, head] = scores.ClipScorer(weights, head)
-    return _scorers[weights, head]

@@ -1,7 +1,8 @@
 """The list of clips: one Parquet part per source video, written atomically; the list is the union of the parts.
 
 So the list depends neither on the order in which the videos were processed nor on the process that did it, and a
-stopped run resumes with the videos that have no part. A video that cannot be read is a row with an error message.
+stopped run resumes with the videos that have no part, or one of other settings. A video that cannot be read is a row
+with an error message.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ...system.errors import ReducioError, first_line
 from ..parquet import pyarrow_modules
 
 VERSION = "1"
-PARTS, THUMBNAIL = "parts", "thumbnail"
+PARTS, CHOSEN, THUMBNAIL = "parts", "clips.parquet", "thumbnail"
 # Column -> type. `start` and `end` are frame numbers of `media.ffmpeg.frames`; `motion` is in percent of the short side
 # per half second, `text_area` is a share of the frame. A row with `error` has no scores.
 COLUMNS: dict[str, str] = {
@@ -40,12 +41,12 @@ COLUMNS: dict[str, str] = {
 }
 
 
-def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Write a manifest of these rows; columns that a row lacks are null."""
+def write(rows: Iterable[Mapping[str, Any]], path: Path, made_with: Mapping[str, Any] | None = None) -> None:
+    """Write a manifest of these rows; columns that a row lacks are null. `made_with`: plain data for `made_with`."""
     pyarrow, parquet = pyarrow_modules()
     complete = [{name: row.get(name) for name in COLUMNS} for row in rows]
     with written_whole(path) as temporary:
-        parquet.write_table(pyarrow.Table.from_pylist(complete, schema=_schema()), temporary)
+        parquet.write_table(pyarrow.Table.from_pylist(complete, schema=_schema(made_with)), temporary)
 
 
 def part_path(folder: str | os.PathLike[str], video: str) -> Path:
@@ -54,38 +55,52 @@ def part_path(folder: str | os.PathLike[str], video: str) -> Path:
     return Path(folder) / PARTS / f"part-{name}.parquet"
 
 
-def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a manifest file, or of all parts of a folder, sorted by id, without the pictures (`thumbnails`).
+def made_with(path: Path) -> dict[str, Any] | None:
+    """The settings that `write` stored in a manifest file; None if there are none or there is no such file."""
+    return _read_file(path, [])[0].get("made_with") if path.is_file() else None
 
-    Raises `ReducioError`, with the command to run, if there is no manifest or it is damaged or of another version.
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a manifest file, sorted by id, without the pictures (`thumbnails`).
+
+    Of a folder, the rows of its clips.parquet, which are the selected clips; without that file, of all parts. Raises
+    `ReducioError`, with the command to run, if there is no manifest or it is damaged or of another version.
     """
     path = Path(path)
     if path.is_dir():
-        parts = sorted((path / PARTS).glob("part-*.parquet"))
-        if not parts:
-            raise ReducioError(
-                f"{path} holds no manifest (no {PARTS}/part-*.parquet); make one with: reducio-fast curate"
-            )
-        rows = [row for part in parts for row in _read_file(part)]
-    else:
-        rows = _read_file(path)
-    return sorted(rows, key=lambda row: row["id"])
+        if not (path / CHOSEN).is_file():
+            return read_parts(path)
+        path /= CHOSEN
+    return sorted(_read_file(path)[1], key=lambda row: row["id"])
+
+
+def read_parts(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of all parts of a folder, as `read` returns them and with its errors."""
+    parts = sorted((Path(folder) / PARTS).glob("part-*.parquet"))
+    if not parts:
+        raise ReducioError(
+            f"{folder} holds no manifest (no {PARTS}/part-*.parquet); make one with: reducio-fast curate"
+        )
+    return sorted((row for part in parts for row in _read_file(part)[1]), key=lambda row: row["id"])
 
 
 def thumbnails(folder: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
     """JPEG pictures of clips by id, from the parts of their videos. Five million of them would be 20 GB."""
     wanted = {row["id"]: part_path(folder, row["video"]) for row in rows}
     pictures = {
-        row["id"]: row["thumbnail"] for part in set(wanted.values()) for row in _read_file(part, ["id", THUMBNAIL])
+        row["id"]: row["thumbnail"] for part in set(wanted.values()) for row in _read_file(part, ["id", THUMBNAIL])[1]
     }
     return {name: pictures[name] for name in wanted if pictures.get(name)}
 
 
-def _read_file(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def _read_file(path: Path, columns: Sequence[str] | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metadata of a manifest file and these columns of its rows; by default all but the pictures."""
+    if columns is None:
+        columns = [name for name in COLUMNS if name != THUMBNAIL]
     pyarrow, parquet = pyarrow_modules()
     again = f"remove {path.name} and run reducio-fast curate again"
     try:
-        table = parquet.read_table(path, columns=columns or [name for name in COLUMNS if name != THUMBNAIL])
+        table = parquet.read_table(path, columns=columns)
     except FileNotFoundError:
         raise ReducioError(f"no such manifest: {path}") from None
     except (OSError, pyarrow.ArrowException) as error:
@@ -93,10 +108,11 @@ def _read_file(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     about = json.loads((table.schema.metadata or {}).get(b"reducio-fast", b"{}"))
     if about.get("manifest") != VERSION:
         raise ReducioError(f"{path} is a manifest of version {about.get('manifest')}, this reads {VERSION}; {again}")
-    return table.to_pylist()
+    return about, table.to_pylist()
 
 
-def _schema() -> Any:
+def _schema(made_with: Mapping[str, Any] | None) -> Any:
     pyarrow, _ = pyarrow_modules()
     fields = [(name, getattr(pyarrow, kind)()) for name, kind in COLUMNS.items()]
-    return pyarrow.schema(fields, metadata={"reducio-fast": json.dumps({"manifest": VERSION})})
+    about = {"manifest": VERSION} | ({} if made_with is None else {"made_with": dict(made_with)})
+    return pyarrow.schema(fields, metadata={"reducio-fast": json.dumps(about)})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, first_line
 
 # Least confidence of the text recogniser: real text scored 0.99, a face mistaken for a letter 0.75.
 MIN_CONFIDENCE = 0.85
@@ -46,7 +46,7 @@ def text_area(frames: Sequence[np.ndarray]) -> float:
 
 
 def _text_share(frame: np.ndarray) -> float:
-    result = _reader()(np.ascontiguousarray(frame[..., ::-1]), use_det=True, use_cls=False, use_rec=True)
+    result = text_reader()(np.ascontiguousarray(frame[..., ::-1]), use_det=True, use_cls=False, use_rec=True)
     boxes = () if getattr(result, "boxes", None) is None else result.boxes
     return min(1.0, sum(polygon_area(np.asarray(box, np.float64)) for box in boxes) / (frame.shape[0] * frame.shape[1]))
 
@@ -58,7 +58,8 @@ def polygon_area(corners: np.ndarray) -> float:
 
 
 @functools.cache
-def _reader() -> Any:
+def text_reader() -> Any:
+    """RapidOCR, loaded once per process. Raises `ReducioError` if it is not installed."""
     try:
         import rapidocr
     except ImportError as error:
@@ -79,22 +80,22 @@ def small_gray(frame: np.ndarray) -> np.ndarray:
 class ClipScorer:
     """Scores the middle frame with open_clip: similarity to a caption, and LAION's aesthetic score by a linear head.
 
-    `weights`: a folder in open_clip's format; `head`: safetensors with `weight` [1, C] and `bias` [1], or None.
+    `weights`: a folder in open_clip's format; `head`: safetensors with `weight` [1, C] and `bias` [1], or None. Raises
+    `ReducioError` if one of them cannot be loaded.
     """
 
     def __init__(self, weights: str | Path, head: str | Path | None = None) -> None:
         import open_clip
         import torch
-        from safetensors.torch import load_file
 
+        self.head = None if head is None else _load_head(head)
         name = f"local-dir:{Path(weights).resolve()}"
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(name)
             self.tokenizer = open_clip.get_tokenizer(name)
-        except (OSError, ValueError, RuntimeError, FileNotFoundError) as error:
-            raise ReducioError(f"{weights} holds no open_clip model: {error}") from error
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            raise ReducioError(f"{weights} holds no open_clip model: {first_line(error)}") from error
         self.model.eval()
-        self.head = None if head is None else load_file(head)
         self._torch = torch
 
     def __call__(self, frame: np.ndarray, caption: str | None) -> dict[str, float | None]:
@@ -112,6 +113,20 @@ class ClipScorer:
             if self.head is not None:
                 scores["aesthetic"] = float((image @ self.head["weight"].T + self.head["bias"]).squeeze())
         return scores
+
+
+def _load_head(path: str | Path) -> Any:
+    """The tensors `weight` and `bias` of a linear head."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        head = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ReducioError(f"the aesthetic head {path} cannot be read: {first_line(error)}") from error
+    if not {"weight", "bias"} <= head.keys():
+        raise ReducioError(f"the aesthetic head {path} must hold weight and bias; it holds {', '.join(head)}")
+    return head
 
 
 def opencv() -> Any:

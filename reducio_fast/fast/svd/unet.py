@@ -49,10 +49,13 @@ class Conditions(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """Inputs of one step. rows: two per res block, the spatial half's and the temporal half's."""
+    """Inputs of one step. rows: two per res block, the spatial half's and the temporal half's. scale: of guidance, []
+    or [T, 1, 1, 1]; None: no guidance. It is an input because a CUDA graph would keep any other value of its capture.
+    """
 
     rows: list[Tensor]
     conditions: Conditions
+    scale: Tensor | None = None
 
 
 class Level(nn.Module):
@@ -133,7 +136,7 @@ class FastVideoUNet(Regional):
         latent_channels = self.config.out_channels
         image = sample[:, :, latent_channels:].permute(0, 1, 3, 4, 2)
         conditions = self.conditions(image, encoder_hidden_states, added_time_ids)
-        rows = self.rows(timestep.flatten()[:1], added_time_ids, *sample.shape[:2])[0]
+        rows = self.rows(timestep.flatten()[:1], added_time_ids, sample.shape[1])[0]
         run = self.denoise if self.graphs is None else functools.partial(self.graphs, "dit.step", self.denoise)
         return run(sample[:, :, :latent_channels], StepInputs(rows, conditions))
 
@@ -145,9 +148,9 @@ class FastVideoUNet(Regional):
         constant = all(own.in_time is not None for blocks in rows for own in blocks)
         return Conditions(image_BThwC.to(self.dtype), added, None if constant else embeds, rows)
 
-    def rows(self, timesteps: Tensor, added: Tensor, batch: int, frames: int) -> list[list[Tensor]]:
+    def rows(self, timesteps: Tensor, added: Tensor, frames: int) -> list[list[Tensor]]:
         """Per step and half of a res block, the sum of its first convolution's bias and its projected time embedding:
-        [C] if the time ids of all clips and frames are equal, else [batch * frames, C]."""
+        [C] if the time ids of all clips and frames are equal, else [B * frames, C]."""
         embed, config = self.time_embedding, self.config
         wave = sinusoid(timesteps, config.block_out_channels[0]).to(self.dtype)
         time = embed.linear_2(F.silu(embed.linear_1(wave)))  # [steps, E]
@@ -220,12 +223,13 @@ class FastVideoUNet(Regional):
 class FastVideoDenoiser:
     """The twin with a condition, both halves of guidance in one batch, as `fast.sampler.sample` takes it.
 
-    scale: of guidance, one number or one per frame [T, 1, 1, 1]; None: no guidance, and half the batch.
+    condition: None in what a graph keeps, see `bare`. scale: of guidance, one number or one per frame [T, 1, 1, 1];
+    None: no guidance, and half the batch.
     """
 
     model: FastVideoUNet
-    condition: ImageCondition
-    scale: float | Tensor | None
+    condition: ImageCondition | None = None
+    scale: float | Tensor | None = None
     guidance_scale: float = 1.0  # of the sampler's kernel: `predict` has guided already, frame by frame
     graph_name: str = "dit.step"
 
@@ -238,8 +242,8 @@ class FastVideoDenoiser:
         return self.model.step_update
 
     def bare(self) -> FastVideoDenoiser:
-        """This denoiser itself: no part of its condition becomes an input of a CUDA graph."""
-        return self
+        """Without the condition and the scale of one clip: `predict` reads both from its inputs."""
+        return FastVideoDenoiser(self.model)
 
     def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The same for the reference's sampler, which any scheduler steps."""
@@ -248,19 +252,22 @@ class FastVideoDenoiser:
         )
 
     def schedule(self, timesteps: Tensor, latent: Tensor) -> list[StepInputs]:
-        condition, frames = self.condition, latent.shape[1]
+        condition, frames, scale = self.condition, latent.shape[1], self.scale
+        assert condition is not None, "a bare denoiser has no schedule"
         image = condition.latents
         image = image[:, None].expand(-1, frames, -1, -1, -1) if image.ndim == 4 else image
         conditions = self.model.conditions(image.permute(0, 1, 3, 4, 2), condition.embeds, condition.added_time_ids)
-        rows = self.model.rows(timesteps, condition.added_time_ids, len(image), frames)
-        return [StepInputs(step, conditions) for step in rows]
+        rows = self.model.rows(timesteps, condition.added_time_ids, frames)
+        if scale is not None and not isinstance(scale, Tensor):
+            scale = latent.new_full((), scale)
+        return [StepInputs(step, conditions, scale) for step in rows]
 
     def predict(self, latent: Tensor, inputs: StepInputs) -> Tensor:
         prediction = self.model.denoise(latent, inputs).to(latent.dtype)
-        if self.scale is None:
+        if inputs.scale is None:
             return prediction
         without, with_image = prediction.chunk(2)
-        return without + self.scale * (with_image - without)
+        return without + inputs.scale * (with_image - without)
 
 
 class EndInputs(NamedTuple):
@@ -294,8 +301,8 @@ class TwoEndedDenoiser:
         return towards_last(self.first.predict(latent, inputs.first), last)
 
     def bare(self) -> TwoEndedDenoiser:
-        """This denoiser itself: no part of its conditions becomes an input of a CUDA graph."""
-        return self
+        """Without the conditions and the scales of one clip."""
+        return TwoEndedDenoiser(self.first.bare(), self.last.bare())
 
     def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The same for the reference's sampler, which any scheduler steps."""

@@ -21,6 +21,7 @@ from ...media.kept_frames import keep_frames
 from ...media.pixels import to_bytes
 from ...media.video_files import check_output_path, write_video
 from ...system.errors import ReducioError
+from ...system.paths import named
 from ...system.stage_clock import annotate
 
 
@@ -95,8 +96,8 @@ class ReducioOutput:
         start, name, encoder = time.perf_counter(), Path(path), ffmpeg.encoder(encoding)
         clips, paths = [self.frames], [name]
         if self.is_list:
-            clips = self.frames
-            paths = [name.with_name(f"{name.stem}-{i}{name.suffix}") for i in range(len(clips))]
+            clips, first = self.frames, named(path)
+            paths = [first.parent / f"{first.stem}-{i}{first.suffix}" for i in range(len(clips))]
         written = 0
         try:
             for each in paths:

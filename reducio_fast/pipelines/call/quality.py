@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from ...reference.reducio.config import NUM_INFERENCE_STEPS
 from ...reference.sampler import Shortcuts
 from ...system.errors import ReducioError
+from ...system.real_numbers import to_float
 
 SCHEDULES = ("own", "quadratic", "lu", "exponential")
 # Guidance above this makes the equation stiff. At 4.5, 8 quadratic steps are nearer to the solution than 20 equal ones;
@@ -112,4 +112,4 @@ def _check(quality: Quality) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    return math.isfinite(to_float(value))

@@ -80,7 +80,8 @@ class Hold:
 @dataclass(frozen=True, slots=True)
 class ClipRequest:
     """The checked request for one clip of a call. `latents`: its initial noise, float32 [1, C, T/f, H/32, W/32].
-    `motion`: its latent, which is then not sampled. `hold`: the part of its latent that comes from another clip."""
+    `motion`: its latent, which is then not sampled. `hold`: the part of its latent that comes from another clip.
+    `last_image`: the picture that the clip ends with, uint8 [h, w, 3]; only SVD's have one."""
 
     prompt: str  # "" where only `embeds.text` was given
     negative_prompt: str  # "" for none
@@ -90,6 +91,7 @@ class ClipRequest:
     latents: Tensor | None
     motion: Tensor | None = None
     hold: Hold | None = None
+    last_image: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

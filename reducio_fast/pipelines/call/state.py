@@ -57,7 +57,7 @@ class CallState:
             for clip in request.clips:
                 try:
                     content, clip_frames = make_clip(clip)
-                except StopSampling:  # in the first stage; the second ends with a latent
+                except StopSampling:  # in the first stage or the decode; the second stage ends with a latent
                     break
                 contents += [] if content is None else [content]
                 frames.append(there_and_back(clip_frames) if request.loop else clip_frames)
@@ -67,8 +67,7 @@ class CallState:
             frames.pop()  # a long clip that was interrupted between its parts does not fit into the list
             contents.pop()
         if not frames:
-            what = "the clip was decoded" if self.stage == "vae.decode" else "the content frame was drawn"
-            raise ReducioError(f"interrupted while {what}: there is no clip")
+            raise self.stopped()
         return ReducioOutput(
             frames=stack(frames) if request.is_list else frames[0],
             content=None if not contents else np.stack(contents) if request.is_list else contents[0],
@@ -79,6 +78,11 @@ class CallState:
             is_list=request.is_list,
             interrupted=self.interrupted,
         )
+
+    def stopped(self) -> ReducioError:
+        """The error of a call that was interrupted before it had a clip."""
+        what = "the clip was decoded" if self.stage == "vae.decode" else "the content frame was drawn"
+        return ReducioError(f"interrupted while {what}: there is no clip")
 
     @contextmanager
     def at(self, run: Stage, timings: dict[str, float], stage: str) -> Iterator[None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 from torch import Tensor
 
 from ...reference.data_prediction import KNOWN, family_of
 from ...system.errors import ReducioError
+from ...system.real_numbers import to_float
 from . import chain, validation
 from .request import Joint
 
@@ -18,9 +18,10 @@ MAX_STRENGTH = 4.0
 
 def check_strength(strength: Any) -> float:
     """0 is a still, 1 the clip as generated; above 1 the motion grows, and saturates near 1.2 times that of 1."""
-    if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not 0 <= float(strength) <= MAX_STRENGTH:
+    number = to_float(strength)
+    if not 0 <= number <= MAX_STRENGTH:
         raise ReducioError(f"motion_strength: must be a number from 0 to {MAX_STRENGTH:g}, is {strength!r}")
-    return float(strength)
+    return number
 
 
 def clip_condition(motion_score: Any, config: Any, fps: float) -> tuple[float, float] | None:
@@ -31,10 +32,10 @@ def clip_condition(motion_score: Any, config: Any, fps: float) -> tuple[float, f
         raise ReducioError(
             "motion_score: this model was trained without it (clip_conditioning); motion_strength works with each model"
         )
-    is_number = isinstance(motion_score, numbers.Real) and not isinstance(motion_score, bool)
-    if not is_number or not 0 <= float(motion_score) < math.inf:
+    score = to_float(motion_score)
+    if not 0 <= score < math.inf:
         raise ReducioError(f"motion_score: must be a number of at least 0, is {motion_score!r}")
-    return fps, float(motion_score)
+    return fps, score
 
 
 def check_switch(name: str, value: Any) -> bool:
@@ -44,10 +45,10 @@ def check_switch(name: str, value: Any) -> bool:
 
 
 def check_steering(
-    inputs: Any, joint: Joint | None, num_frames: Any, direction: Any, scheduler: Any, blind: bool
+    inputs: Any, joint: Joint | None, num_frames: Any, direction: Any, scheduler: Any, executor: Any
 ) -> dict[str, Any]:
     """The fields of a `Request` that all families share: `chain`, `loop`, `preview_every`. joint None: clips are not
-    chained in this call. blind: the decoder of previews is not on the device between the steps."""
+    chained in this call. executor: what runs the decoder of previews; None if they need no full decoder."""
     check_switch("match_colours", inputs.match_colours)
     links = None if joint is None else chain.plan(joint, num_frames, direction, inputs.match_colours)
     every, loop = inputs.preview_every, check_switch("loop", inputs.loop)
@@ -56,10 +57,17 @@ def check_steering(
         if inputs.callback_on_step_end is None:
             raise ReducioError("preview_every: given without callback_on_step_end, which receives the frames")
     previews = every is not None or "frames" in inputs.callback_on_step_end_tensor_inputs
-    if previews and blind:
-        raise ReducioError(
-            "preview_every: none while weights are offloaded: the decoder is not on the device, a preview_decoder is"
-        )
+    if previews and executor is not None:
+        if executor.offload is not None:
+            raise ReducioError(
+                "preview_every: none while weights are offloaded: "
+                "the decoder is not on the device, a preview_decoder is"
+            )
+        if executor.ranks is not None:
+            raise ReducioError(
+                "preview_every: none while several processes make a clip: they decode together, but the callback is "
+                "in one of them; a preview_decoder runs there"
+            )
     for name, asked in (("num_frames", links is not None), ("preview_every", previews)):
         if asked and family_of(scheduler) is None:
             raise ReducioError(

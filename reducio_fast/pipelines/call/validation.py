@@ -15,6 +15,7 @@ from torch import Tensor
 from ...reference import DiTConfig, VAEConfig
 from ...system.devices import triton_missing, widened
 from ...system.errors import ReducioError
+from ...system.real_numbers import to_float
 from .request import Arguments, Embeds
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
@@ -100,13 +101,22 @@ def check_multiple(name: str, value: Any, factor: int) -> None:
         raise ReducioError(f"{name}: {value} is not a multiple of {factor}; the two nearest legal sizes are {near}")
 
 
-def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any) -> None:
+def check_number(name: str, value: Any) -> float:
+    """A finite number of at least 0, as a float."""
+    number = to_float(value)
+    if not 0 <= number < math.inf:
+        raise ReducioError(f"{name}: must be a finite number of at least 0, is {value!r}")
+    return number
+
+
+def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any) -> float:
+    """Check what every family's call has; returns the guidance scale as a float."""
     if not _is_integer(steps) or not 1 <= steps <= max_steps:
         raise ReducioError(f"num_inference_steps: must be a whole number from 1 to {max_steps}, is {steps!r}")
-    if not isinstance(guidance_scale, numbers.Real) or not (0 <= float(guidance_scale) < math.inf):
-        raise ReducioError(f"guidance_scale: must be a finite number of at least 0, is {guidance_scale!r}")
+    scale = check_number("guidance_scale", guidance_scale)
     if output_type not in OUTPUT_TYPES:
         raise ReducioError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, is {output_type!r}")
+    return scale
 
 
 def check_times(scheduler: Any, timesteps: Tensor) -> None:
@@ -124,13 +134,15 @@ def check_latents(latents: Any, shape: Sequence[int], count: int, is_list: bool,
 
 
 def check_tensor(value: Any, shape: Sequence[int | None], count: int, is_list: bool, name: str) -> list[Tensor]:
-    """A finite floating-point tensor [count, *shape] as one [1, *shape] per clip; None in `shape` is any length.
+    """A finite floating-point tensor [count, *shape] as one [1, *shape] per clip; None in `shape` is any length from 1.
 
     The tensor of a single clip may come without the clip axis.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise ReducioError(f"{name}: must be a floating-point tensor, is {_brief(value)}")
     value = widened(_with_clip_axis(value, shape, count, is_list, name))
+    if not value.numel():
+        raise ReducioError(f"{name}: is empty, of shape {list(value.shape)}")
     if not torch.isfinite(value).all():
         raise ReducioError(f"{name}: holds values that are not finite (NaN or infinite)")
     return list(value.split(1))
@@ -248,12 +260,13 @@ def _brief(value: Any) -> str:
 
 def check_sigmas(sigmas: Any) -> None:
     """Check a schedule of noise levels: numbers that fall from step to step."""
-    if not isinstance(sigmas, list | tuple | np.ndarray | Tensor) or len(sigmas) < 2:
-        raise ReducioError(f"sigmas: must be a list of at least two numbers, is {sigmas!r}")
+    is_list = isinstance(sigmas, list | tuple | np.ndarray | Tensor) and getattr(sigmas, "ndim", 1) == 1
+    if not is_list or len(sigmas) < 2:
+        raise ReducioError(f"sigmas: must be a list of at least two numbers, is {_brief(sigmas)}")
     try:
         values = [float(sigma) for sigma in sigmas]
-    except (TypeError, ValueError):
-        raise ReducioError(f"sigmas: must be numbers, are {sigmas!r}") from None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ReducioError(f"sigmas: must be numbers, are {_brief(sigmas)}") from None
     falls = all(before > after for before, after in itertools.pairwise(values))
     if not falls or values[-1] < 0 or not math.isfinite(values[0]):
         raise ReducioError(f"sigmas: must fall from step to step and end with 0 or more, are {values}")

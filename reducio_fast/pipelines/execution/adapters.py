@@ -47,13 +47,12 @@ class Merge:
         return self.fused if self.fused is not None else self.active if self.enabled else {}
 
     def apply(self) -> None:
-        """Write the weights that the settings describe."""
+        """Write the weights that the settings describe. Call `check_untouched` before changing a setting."""
         chosen = self.effect
         terms: dict[str, list[tuple[float, LowRank]]] = {}
         for name, weight in chosen.items():
             for path, low_rank in self.loaded[name].items():
                 terms.setdefault(path, []).append((weight, low_rank))
-        self._check_untouched()
         with torch_state.inference():
             for path in {**self._originals, **terms}:
                 parameter = self.network.get_parameter(f"{path}.weight")
@@ -72,17 +71,18 @@ class Merge:
         """Drop every adapter. Fused adapters stay in the weights for good."""
         if self.fused is not None:
             self._originals, self._written = {}, {}
+        self.check_untouched()
         self.loaded, self.active, self.fused, self.enabled = {}, {}, None, True
         self.apply()
 
     @contextmanager
     def casting(self) -> Iterator[None]:
         """A context in which weights are cast or moved: they change, but still count as those that `apply` wrote."""
-        self._check_untouched()
+        self.check_untouched()
         yield
         self._written = {path: _Written.now(written.parameter) for path, written in self._written.items()}
 
-    def _check_untouched(self) -> None:
+    def check_untouched(self) -> None:
         """Raise where other code has changed merged weights: restoring the originals would undo that silently."""
         for path, written in self._written.items():
             if not written.is_still(self.network.get_parameter(f"{path}.weight")):
@@ -113,7 +113,8 @@ class _Written:
 class Adapters:
     """The LoRA methods of a pipeline, for its current denoiser: a denoiser assigned later starts without adapters.
 
-    Methods raise ReducioError, with nothing changed, for adapters that do not exist and for what a fused one forbids.
+    Methods raise ReducioError, with nothing changed, for adapters that do not exist, for what a fused one forbids, and
+    where other code has changed merged weights.
     """
 
     def __init__(self, components: Components, executor: Executor) -> None:
@@ -154,11 +155,10 @@ class Adapters:
         if not hotswap and name in merge.loaded:
             raise ReducioError(f"adapter_name: {name!r} is loaded already (loaded are {known}); pass hotswap=True")
         adapter = read_adapter(source, weight_name, merge.network)
-        with self.executor.lock:
+        with self._changing(merge):
             merge.loaded[name] = adapter
             if not hotswap:
                 merge.active = {name: 1.0}
-            merge.apply()
 
     def activate(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
@@ -169,9 +169,8 @@ class Adapters:
         if len(per_name) != len(names):
             raise ReducioError(f"adapter_weights: {len(per_name)} given for {len(names)} adapters")
         weights = [1.0 if w is None else finite_number("adapter_weights", w) for w in per_name]
-        with self.executor.lock:
+        with self._changing(merge):
             merge.active = dict(zip(names, weights, strict=True))
-            merge.apply()
 
     def fuse(self, components: Sequence[str] | None, lora_scale: float, adapter_names: Sequence[str] | None) -> None:
         merge = self._current("fuse_lora")
@@ -180,16 +179,14 @@ class Adapters:
         if not chosen:
             raise ReducioError(f"fuse_lora: no adapter is active; loaded are {', '.join(merge.loaded) or 'none'}")
         scale = finite_number("lora_scale", lora_scale)
-        with self.executor.lock:
+        with self._changing(merge):
             merge.fused = {name: scale * merge.active.get(name, 1.0) for name in chosen}
-            merge.apply()
 
     def unfuse(self, components: Sequence[str] | None) -> None:
         self._check_components(components)
         merge = self._current()
-        with self.executor.lock:
+        with self._changing(merge):
             merge.fused = None
-            merge.apply()
 
     def unload(self) -> None:
         merge = self._current()
@@ -199,17 +196,23 @@ class Adapters:
     def delete(self, adapter_names: str | Sequence[str]) -> None:
         merge = self._current("delete_adapters")
         names = _names(merge, adapter_names)
-        with self.executor.lock:
+        with self._changing(merge):
             for name in names:
                 del merge.loaded[name]
                 merge.active.pop(name, None)
-            merge.apply()
 
     def enable(self, enabled: bool) -> None:
         merge = self._current("enable_lora" if enabled else "disable_lora")
-        with self.executor.lock:
+        with self._changing(merge):
             merge.enabled = enabled
-            merge.apply()
+
+    def check_saving(self) -> None:
+        """Raise ReducioError if the weights hold adapters that are not fused: a file would hold them unnoticed."""
+        if (active := self.active_names) and not self.fused_names:
+            raise ReducioError(
+                f"save_pretrained: the adapters {', '.join(active)} are active; fuse_lora() to write them with the "
+                "weights, or unload_lora_weights() to leave them out"
+            )
 
     @property
     def active_names(self) -> list[str]:
@@ -236,6 +239,14 @@ class Adapters:
     def casting(self) -> AbstractContextManager[None]:
         """A context in which the caller casts or moves the denoiser with its adapters."""
         return self._current().casting()
+
+    @contextmanager
+    def _changing(self, merge: Merge) -> Iterator[None]:
+        """A context in which settings of `merge` are changed; at its end the weights follow."""
+        with self.executor.lock:
+            merge.check_untouched()
+            yield
+            merge.apply()
 
     def _check_components(self, components: Sequence[str] | None) -> None:
         only = [self.components.layout.denoiser]

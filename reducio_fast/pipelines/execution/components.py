@@ -86,6 +86,11 @@ class Components:
         """Components that `unload` removed and that were not assigned again."""
         return sorted(name for name in self._unloaded if self._parts[name] is None)
 
+    def check_saving(self) -> None:
+        """Raise ReducioError if a component was unloaded, because a saved folder would lack it."""
+        if self.unloaded:
+            raise ReducioError(f"save_directory: {', '.join(self.unloaded)} unloaded; the folder would be without")
+
     def without_weights(self, strip: Callable[..., dict[str, Any]]) -> Components:
         """A copy with every weight on the meta device: `strip(parts, *networks, keep=...)` makes it
         (`memory.dry_run.without_weights`)."""

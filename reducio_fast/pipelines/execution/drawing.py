@@ -14,6 +14,8 @@ import torch
 
 from ...media.image_files import fit_image
 from ...system.errors import ReducioError, first_line
+from ...system.real_numbers import to_float
+from ..call.validation import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +36,18 @@ BINNED = (256, 512, 1024)  # native sizes for which diffusers has PixArt's table
 
 
 def check_content_kwargs(pipeline: Any, kwargs: Any) -> dict[str, Any]:
-    """`content_kwargs` of a call, before any work: ReducioError where the text-to-image pipeline does not take one."""
+    """`content_kwargs` of a call, before any work: ReducioError where the text-to-image pipeline does not take one, and
+    for steps or a size below 1 and guidance that is not finite."""
     if kwargs is None:
         return {}
     if not isinstance(kwargs, dict):
         raise ReducioError(f"content_kwargs: must be a dict of words for the text-to-image pipeline, is {kwargs!r}")
+    for name in ("num_inference_steps", "height", "width"):
+        if name in kwargs:
+            check_count(f"content_kwargs: {name}", kwargs[name])
+    scale = kwargs.get("guidance_scale", 0.0)
+    if not math.isfinite(to_float(scale)):
+        raise ReducioError(f"content_kwargs: guidance_scale: must be a finite number, is {scale!r:.60}")
     accepted, takes_any = call_defaults(pipeline)
     if "PixArt" in type(pipeline).__name__ and kwargs.get("num_inference_steps") == 1:
         raise ReducioError("content_kwargs: num_inference_steps is 1; diffusers' PixArt pipelines need at least 2")

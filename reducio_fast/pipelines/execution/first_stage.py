@@ -197,6 +197,8 @@ class FirstStage:
         asked |= {"height": drawn_height, "width": drawn_width, "clean_caption": False, "use_resolution_binning": False}
         asked |= kwargs
         cell = getattr(pipeline, "vae_scale_factor", 8) * getattr(pipeline.transformer.config, "patch_size", 2)
+        timesteps = asked["timesteps"]
+        whole_steps = isinstance(timesteps, list | tuple) and timesteps and all(isinstance(t, int) for t in timesteps)
         followed = (
             asked.keys() <= set(FOLLOWED)
             and all(isinstance(asked[n], int) and asked[n] > 0 and not asked[n] % cell for n in ("height", "width"))
@@ -206,7 +208,7 @@ class FirstStage:
             and isinstance(asked["max_sequence_length"], int)
             and asked["max_sequence_length"] > 0
             and not asked["use_resolution_binning"]
-            and (asked["timesteps"] is None or "quadratic" in known(pipeline.scheduler))
+            and (timesteps is None or (whole_steps and "quadratic" in known(pipeline.scheduler)))
         )
         if not followed:
             raise ReducioError("these arguments are for diffusers' own call")

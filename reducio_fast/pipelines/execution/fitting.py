@@ -12,6 +12,7 @@ from ...memory import fit as memory_fit
 from ...memory.dry_run import DryRun, free_bytes
 from ...memory.fit import Fit
 from ...memory.forecast import Forecast, forecast, in_another_way
+from ..call import validation
 from ..parallel import shared
 from .components import Components
 from .decoding import Decoding, TiledDecoder
@@ -43,6 +44,7 @@ class Fitter:
         self._forecasts: dict[tuple[Any, ...], Forecast] = {}
 
     def forecast(self, height: int, width: int, way: Decoding | None = None) -> Forecast:
+        validation.check_size(self.decoder.config, height, width)
         way = self.decoder.default(height, width) if way is None else way
         self.executor.refresh()
         layout = self.parts.layout

@@ -28,6 +28,7 @@ from ...system.errors import ReducioError
 from ...system.paths import expanded, is_file, is_folder
 from ...system.stage_clock import clock
 from ..call import validation
+from ..call.chain import MAX_FRAMES
 from ..call.output import ReducioOutput, stack, to_output
 from .models import PEERS, Peer, build_random, diffusers_class
 
@@ -133,7 +134,7 @@ class PeerPipeline:
         guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         frames = self._num_frames(num_frames)
         max_steps = self.pipeline.scheduler.config.num_train_timesteps
-        validation.check_sampling(steps, max_steps, guidance, output_type)
+        guidance = validation.check_sampling(steps, max_steps, guidance, output_type)
         validation.check_callback(callback_on_step_end, ["latents"], ["latents"])
         for name, value in (("height", height), ("width", width)):
             validation.check_multiple(name, value, self.source.peer.size_factor(self.pipeline))
@@ -228,7 +229,7 @@ class PeerPipeline:
             return self.pipeline.unet.config.num_frames if published is None else published
         names = ("vae_temporal_compression_ratio", "vae_scale_factor_temporal")  # LTX's, Wan's
         factor: int = next((getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name)), 1)
-        asked = validation.check_count("num_frames", asked)
+        asked = validation.check_count("num_frames", asked, MAX_FRAMES)
         if factor > 1 and asked % factor != 1:
             below = (asked - 1) // factor * factor + 1
             raise ReducioError(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...checkpoints import diffusers_folders, networks
+from ...checkpoints.layouts import REDUCIO
 from ...checkpoints.lora_files import finite_number
 from ...checkpoints.model_folder import Loading
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
@@ -106,18 +107,27 @@ def _refuse_source(name: str, loading: Loading) -> None:
 def check_settings(parts: Components) -> None:
     """Raise ReducioError, with the name, for a setting with which no clip could be made or saved. A setting comes from
     the caller or from a folder's index."""
-    for name in ("fps", "content_scaling_factor"):
-        if not (finite_number(name, parts[name]) > 0):
-            raise ReducioError(f"{name}: must be above 0, is {parts[name]!r}")
+    check_encoder_settings(parts["clean_caption"], parts["content_scaling_factor"])
+    if not (finite_number("fps", parts["fps"]) > 0):
+        raise ReducioError(f"fps: must be above 0, is {parts['fps']!r}")
     for name in ("sample_height", "sample_width"):
         validation.check_multiple(name, parts[name], parts["vae"].config.spatial_factor)
-    if not isinstance(parts["clean_caption"], bool):
-        raise ReducioError(f"clean_caption: must be True or False, is {parts['clean_caption']!r}")
     resolve(parts["sampling"], None, {})
+
+
+def check_encoder_settings(clean_caption: Any, content_scaling_factor: Any) -> None:
+    """Raise ReducioError, with the name, for an invalid setting of the text encoder or the content encoder."""
+    if not isinstance(clean_caption, bool):
+        raise ReducioError(f"clean_caption: must be True or False, is {clean_caption!r}")
+    if not (finite_number("content_scaling_factor", content_scaling_factor) > 0):
+        raise ReducioError(f"content_scaling_factor: must be above 0, is {content_scaling_factor!r}")
 
 
 def check_components(parts: Components) -> None:
     """Raise ReducioError for networks that cannot work together, before a clip could fail with a shape error."""
+    for name in REDUCIO.names:
+        if parts[name] is None and name not in REDUCIO.optional:
+            raise ReducioError(f"{name}: None given, a Reducio model needs one")
     config = parts["transformer"].config
     text_channels = getattr(getattr(parts["text_encoder"], "config", None), "hidden_size", config.caption_channels)
     tower = getattr(parts["image_encoder"], "visual", None)

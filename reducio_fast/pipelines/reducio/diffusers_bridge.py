@@ -22,10 +22,16 @@ from ...checkpoints import diffusers_folders, networks
 from ...checkpoints.layouts import REDUCIO
 from ...checkpoints.vae_alone import load_vae
 from ...reference.reducio import preview
+from ...system import devices
 from . import encoders, pipeline
 from .autoencoder import VideoAutoencoder
 
 ModelMixin = nn.Module  # diffusers looks this name up to find out how to load the networks of a library
+
+
+def _resolved(torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype to load in; None keeps the stored one. Raises ReducioError."""
+    return None if torch_dtype is None else devices.resolve_dtype(None, torch_dtype, torch.device("cpu"))
 
 
 class ReducioVAE(reference.ReducioVAE):
@@ -35,16 +41,16 @@ class ReducioVAE(reference.ReducioVAE):
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
-        torch_dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
+        torch_dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = "cpu",
         backend: str = "reference",
     ) -> Any:
         """The video autoencoder alone, from any source of `checkpoints.vae_alone.load_vae`: a model folder, a folder of
         the VAE, the release's .ckpt or a hub id. Raises ReducioError.
 
-        `backend` "fast" returns the twin, a frozen `FastReducioVAE` with the same methods; "auto" returns the twin if
-        it can run."""
-        vae, settings = load_vae(source, torch_dtype, device)
+        `torch_dtype` None keeps the stored dtype; `device` None is a GPU if there is one. `backend` "fast" returns the
+        twin, a frozen `FastReducioVAE` with the same methods; "auto" returns the twin if it can run."""
+        vae, settings = load_vae(source, _resolved(torch_dtype), devices.resolve_device(device))
         return vae if backend == "reference" else VideoAutoencoder(vae, settings, backend).network
 
 
@@ -53,7 +59,7 @@ class ReducioDiT(reference.ReducioDiT):
 
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> reference.ReducioDiT:
-        return networks.load_model(reference.ReducioDiT, reference.DiTConfig, folder, torch_dtype)
+        return networks.load_model(reference.ReducioDiT, reference.DiTConfig, folder, _resolved(torch_dtype))
 
 
 class PreviewDecoder(preview.PreviewDecoder):
@@ -61,7 +67,7 @@ class PreviewDecoder(preview.PreviewDecoder):
 
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> preview.PreviewDecoder:
-        return networks.load_model(preview.PreviewDecoder, preview.PreviewConfig, folder, torch_dtype)
+        return networks.load_model(preview.PreviewDecoder, preview.PreviewConfig, folder, _resolved(torch_dtype))
 
 
 class SemanticEncoder(encoders.SemanticEncoder):
@@ -69,7 +75,7 @@ class SemanticEncoder(encoders.SemanticEncoder):
 
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> encoders.SemanticEncoder:  # type: ignore[override]
-        return encoders.SemanticEncoder.from_pretrained(folder, torch_dtype)
+        return encoders.SemanticEncoder.from_pretrained(folder, _resolved(torch_dtype))
 
 
 class TextToImage(nn.Module):
@@ -84,7 +90,7 @@ class TextToImage(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> TextToImage:
-        return cls(folder, torch_dtype or torch.float32)
+        return cls(folder, _resolved(torch_dtype) or torch.float32)
 
     def load(self, parts: Mapping[str, Any]) -> Any:
         return diffusers_folders.load_text_to_image(self.folder, REDUCIO.shared(parts), self.dtype, "cpu")

@@ -6,6 +6,7 @@ these need only the video autoencoder, so they work with the published weights a
 
 from __future__ import annotations
 
+import numbers
 import os
 from typing import Any
 
@@ -18,6 +19,7 @@ from ...media.image_files import read_image
 from ...media.pixels import to_unit
 from ...media.video_files import read_video
 from ...system.errors import ReducioError
+from ..call import validation
 from ..execution.components import Components
 from ..execution.decoding import Decoding, TiledDecoder
 from ..execution.executor import Executor
@@ -97,8 +99,12 @@ def kept_content(clip: Tensor, still: Tensor, frame: Tensor) -> Tensor:
 def read_motion(video: Any, num_frames: int, start: int = 0, step: int = 1) -> np.ndarray:
     """Frames `start`, `start + step` ... of a clip, `num_frames` in all: uint8 [T, h, w, 3].
 
-    video: a path, or uint8 [T, h, w, 3], or a list of pictures. Raises ReducioError if there are too few.
+    video: a path, or uint8 [T, h, w, 3], or a list of pictures. Raises ReducioError if there are too few,
+    and for a `start` or `step` that is no such number.
     """
+    validation.check_count("step", step)
+    if not isinstance(start, numbers.Integral) or isinstance(start, bool) or start < 0:
+        raise ReducioError(f"start: must be a whole number of at least 0, is {start!r}")
     needed = (num_frames - 1) * step + 1
     if isinstance(video, str | os.PathLike):
         frames = read_video(video, start, needed)[0]
@@ -109,8 +115,9 @@ def read_motion(video: Any, num_frames: int, start: int = 0, step: int = 1) -> n
             if len({picture.shape for picture in pictures}) > 1:
                 raise ReducioError("motion: its pictures differ in size")
             video = np.stack(pictures) if pictures else np.empty((0, 1, 1, 3), np.uint8)
-        if not isinstance(video, np.ndarray) or video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8:
-            what = f"{video.dtype} {list(video.shape)}" if isinstance(video, np.ndarray) else type(video).__name__
+        is_array = isinstance(video, np.ndarray)
+        if not is_array or video.ndim != 4 or video.shape[3] != 3 or 0 in video.shape[1:] or video.dtype != np.uint8:
+            what = f"{video.dtype} {list(video.shape)}" if is_array else type(video).__name__
             raise ReducioError(f"motion: must be a path, a list of pictures or uint8 [T, H, W, 3]; it is {what}")
         frames, name = np.asarray(video)[start : start + needed], "motion: the clip"
     frames = frames[::step]

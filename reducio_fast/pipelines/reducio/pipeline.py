@@ -185,13 +185,8 @@ class ReducioPipeline(VideoPipeline):
         replaced once everything is written; a failure leaves it as it was. Raises ReducioError if a component was
         unloaded, because the folder would lack it.
         """
-        if (active := self.get_active_adapters()) and not self.fused_loras:
-            raise ReducioError(
-                f"save_pretrained: the adapters {', '.join(active)} are active; fuse_lora() to write them with the "
-                "weights, or unload_lora_weights() to leave them out"
-            )
-        if self.unloaded:
-            raise ReducioError(f"save_directory: {', '.join(self.unloaded)} unloaded; the folder would be without")
+        self.adapters.check_saving()
+        self.parts.check_saving()
         names = (*REDUCIO.names, *REDUCIO.settings)
         target = expanded(save_directory, "save_directory")
         model_folder.write_model(target, {name: self.parts[name] for name in names}, REDUCIO)
@@ -308,8 +303,7 @@ class ReducioPipeline(VideoPipeline):
         have the call's defaults. Raises ReducioError."""
         call = inspect.signature(self.__call__).bind(**arguments)
         call.apply_defaults()
-        inputs = Arguments(**call.arguments)
-        request = request_of(self, inputs)
+        request = request_of(self, Arguments(**call.arguments))
         self.conditioner.check(request)
         return request
 
@@ -350,17 +344,16 @@ class ReducioPipeline(VideoPipeline):
         factor, count = self.vae.config.spatial_factor, len(latents) if is_list else 1
         height, width = rows * factor, columns * factor
         clips = validation.check_latents(latents, self.vae.config.latent_shape(height, width), count, is_list)
+        validation.check_size(self.vae.config, height, width)
         images = image_files.read_images(image, count)
         if images[0] is None:
             raise ReducioError("image: None given; decoding needs the content frame of the clip (out.content)")
         fitted = [image_files.fit_image(i, height, width) for i in images if i is not None]
         with self.executor.lock, self.executor.placed("vae.decode"):
             self.executor.check()
-            fit = self.fitter.fits.get((height, width))
-            decoded = [
-                self.motion.decode(z, i, output_type, None if fit is None else fit.decoding, *options)
-                for z, i in zip(clips, fitted, strict=True)
-            ]
+            fit, pairs = self.fitter.fits.get((height, width)), zip(clips, fitted, strict=True)
+            way = None if fit is None else fit.decoding
+            decoded = [self.motion.decode(z, i, output_type, way, *options) for z, i in pairs]
             frames = [to_output(clip, output_type) for clip in decoded]
         return stack(frames) if is_list else frames[0]
 
@@ -373,12 +366,8 @@ class ReducioPipeline(VideoPipeline):
         video: a path, uint8 [T, h, w, 3] or a list of pictures, scaled to cover the size and cropped; its frames
         `start`, `start + step` ... are read, as many as the model has. height, width: as in a call.
         """
-        config, model_size = self.vae.config, (self.sample_height, self.sample_width)
-        frames = read_motion(video, config.num_frames, start, step)
-        height, width = aspect_buckets.choose_size(
-            height, width, model_size, [frames.shape[1:3]], config.spatial_factor
-        )
-        validation.check_size(config, height, width)
+        frames = read_motion(video, self.vae.config.num_frames, start, step)
+        height, width = self._size(height, width, [frames.shape[1:3]])
         with self.executor.lock, self.executor.placed("vae.decode"):
             return self.motion.encode(image_files.cover_crop(frames, height, width))[0]
 
@@ -390,12 +379,18 @@ class ReducioPipeline(VideoPipeline):
         [N, 4, H/8, W/8] of a clip of that size (by default as in a call); None for an encoder the model does not have.
         """
         images = [image_files.read_image(each) for each in (image if isinstance(image, list | tuple) else [image])]
-        config, model_size = self.vae.config, (self.sample_height, self.sample_width)
-        sizes = [each.shape[:2] for each in images]
-        height, width = aspect_buckets.choose_size(height, width, model_size, sizes, config.spatial_factor)
-        validation.check_size(config, height, width)
+        if not images:
+            raise ReducioError("image: the list is empty")
+        height, width = self._size(height, width, [each.shape[:2] for each in images])
         frames = [image_files.fit_image(each, height, width) for each in images]
         with self.executor.lock, self.executor.placed("image.encode"):
             pairs = [self.conditioner.encode_image(frame, Embeds()) for frame in frames]
         semantic, latent = (None if each[0] is None else torch.cat(each) for each in zip(*pairs, strict=True))
         return semantic, latent
+
+    def _size(self, height: Any, width: Any, pictures: Sequence[aspect_buckets.Size]) -> aspect_buckets.Size:
+        """The size of a clip of these pictures, as in a call. Raises ReducioError."""
+        factor = self.vae.config.spatial_factor
+        height, width = aspect_buckets.choose_size(height, width, self.usual_size, pictures, factor)
+        validation.check_size(self.vae.config, height, width)
+        return height, width

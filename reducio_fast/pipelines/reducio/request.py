@@ -41,8 +41,10 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
     if inputs.latents is not None:
         latents = validation.check_latents(inputs.latents, shape, count, is_list)
     motion = steering.motion_of_clips(inputs.motion_latents, shape, count)
-    joint, blind = reducio_joint(config), pipe.offloading and preview_decoder(pipe, inputs.motion_strength) is None
-    steered = steering.check_steering(inputs, joint, inputs.num_frames, inputs.direction, pipe.scheduler, blind)
+    joint, executor = reducio_joint(config), pipe.executor
+    if preview_decoder(pipe, inputs.motion_strength) is not None:
+        executor = None
+    steered = steering.check_steering(inputs, joint, inputs.num_frames, inputs.direction, pipe.scheduler, executor)
     if steered["chain"] is not None and inputs.motion_latents is not None:
         raise ReducioError(f"motion_latents: are of {config.num_frames} frames, num_frames is {inputs.num_frames}")
     content_size = pipe.conditioner.content_size(height, width)
@@ -57,7 +59,7 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
         num_inference_steps=chosen.num_inference_steps,
         schedule=chosen.schedule,
         shortcuts=chosen.shortcuts,
-        guidance_scale=inputs.guidance_scale,
+        guidance_scale=float(inputs.guidance_scale),
         output_type=inputs.output_type,
         fps=pipe.fps,
         callback_on_step_end=inputs.callback_on_step_end,
@@ -73,11 +75,10 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
 
 def quality_of(pipe: Any, inputs: Arguments) -> Quality:
     """The sampling settings that follow from the call's arguments and the model's own setting. Raises ReducioError."""
-    scale = inputs.guidance_scale
-    scale_is_number = isinstance(scale, int | float)
+    scale = validation.check_number("guidance_scale", inputs.guidance_scale)
     names = ("num_inference_steps", "schedule", "guidance_interval", "guidance_reuse", "cache_threshold")
     arguments = {name: getattr(inputs, name) for name in names}
-    chosen = resolve(pipe.sampling, inputs.quality, arguments, scale if scale_is_number else None)
+    chosen = resolve(pipe.sampling, inputs.quality, arguments, scale)
     steps, max_steps = chosen.num_inference_steps, pipe.scheduler.config.num_train_timesteps
     validation.check_sampling(steps, max_steps, scale, inputs.output_type)
     scheduler, timesteps = scheduled(pipe.scheduler, chosen.schedule, steps)

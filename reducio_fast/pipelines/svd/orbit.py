@@ -58,7 +58,7 @@ def camera_path(frames: int, elevations: Any, azimuths: Any) -> Tensor:
 def _angles(name: str, values: Any, frames: int) -> np.ndarray:
     try:
         angles = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ReducioError(f"{name}: must be degrees, are {values!r}") from None
     if angles.shape != (frames,) or not np.isfinite(angles).all():
         raise ReducioError(f"{name}: must be {frames} finite numbers, one a frame, are {values!r}")
@@ -151,10 +151,10 @@ class SV3DPipeline(SVDPipeline):
         call.apply_defaults()
         values = dict(call.arguments)
         elevations, azimuths = values.pop("elevations"), values.pop("azimuths")
-        path = self._path(values, elevations, azimuths)
         usual: dict[str, Any] = {"motion_bucket_id": published.MOTION_BUCKET_ID, "last_image": None, "overlap": None}
         usual |= {"match_colours": False, "loop": False, "preview_every": None}
         request = self._request(SVDArguments(**usual, **values))
+        path = self._path(request.num_frames, elevations, azimuths)
         augmentation = torch.full((request.num_frames, 1), request.noise_aug_strength, dtype=torch.float64)
         scales = (float(values["min_guidance_scale"]), request.guidance_scale)
         frames = request.num_frames
@@ -164,15 +164,13 @@ class SV3DPipeline(SVDPipeline):
             guidance_per_frame=triangle(frames, *scales) if scales[1] > 1 else torch.ones(frames),
         )
 
-    def _path(self, values: dict[str, Any], elevations: Any, azimuths: Any) -> Tensor | None:
+    def _path(self, frames: int, elevations: Any, azimuths: Any) -> Tensor | None:
         """The camera path that conditions the network; None for SV3D_u, which has none."""
         if len(time_id_widths(self.unet.config)) == 1:
             if elevations is not None or azimuths is not None:
                 name = "elevations" if elevations is not None else "azimuths"
                 raise ReducioError(f"{name}: these weights (SV3D_u) stay at the picture's height; SV3D_p takes a path")
             return None
-        frames = values["num_frames"]
-        frames = frames if isinstance(frames, int) and frames > 0 else self.unet.config.num_frames
         return camera_path(frames, ELEVATION if elevations is None else elevations, azimuths)
 
     def _warn(self, inputs: SVDArguments, frames: int, trained: int) -> None:  # type: ignore[override]

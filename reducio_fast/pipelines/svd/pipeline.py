@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
-import numbers
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,9 +32,9 @@ from ...system import devices, torch_state
 from ...system.errors import ReducioError
 from ...system.paths import expanded
 from ..call import steering, validation
-from ..call.chain import svd_joint
+from ..call.chain import MAX_FRAMES, svd_joint
 from ..call.output import ReducioOutput, stack, to_output
-from ..call.request import Embeds, SamplingInputs
+from ..call.request import ClipRequest, Embeds, SamplingInputs
 from ..call.state import CallState, Stage
 from ..execution.components import Components
 from ..execution.drawing import check_content_kwargs
@@ -50,7 +48,7 @@ from .conditioner import ImageConditioner
 from .decoder import ClipDecoder
 from .dry_runs import DryStages
 from .from_diffusers import networks_of
-from .request import SVDArguments, SVDClipRequest, SVDRequest, last_images
+from .request import SVDArguments, SVDRequest, last_images
 
 LOG = logging.getLogger("reducio_fast")
 
@@ -158,7 +156,10 @@ class SVDPipeline(VideoPipeline):
         return cls(**networks_of(pipeline), backend=backend, compile=compile)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the folder that `from_pretrained` and diffusers' own read, each weight in its own dtype."""
+        """Write the folder that `from_pretrained` and diffusers' own read, each weight in its own dtype. Raises
+        ReducioError for adapters that are active but not fused, and if a component was unloaded."""
+        self.adapters.check_saving()
+        self.parts.check_saving()
         target = expanded(save_directory, "save_directory")
         sizes = {name: self.parts[name] for name in self.layout.settings}
         usual = {"sample_height": published.HEIGHT, "sample_width": published.WIDTH}
@@ -223,7 +224,7 @@ class SVDPipeline(VideoPipeline):
         match_colours, loop, preview_every: as in `ReducioPipeline`.
         image_fit: "stretch" squeezes the picture into the clip's shape, as diffusers does; "crop" cuts it.
         last_image: the picture that the clip ends with: one, or one per image. Each step then costs twice as much
-            (arXiv 2403.14611).
+            (arXiv 2403.14611); with `overlap`, each step of the last part.
 
         Raises ReducioError before any work for an argument that does not fit.
         """
@@ -255,26 +256,26 @@ class SVDPipeline(VideoPipeline):
             if side > validation.MAX_SIDE:
                 raise ReducioError(f"{name}: {side} is above the largest side, {validation.MAX_SIDE}")
         trained = self.unet.config.num_frames
-        total = trained if inputs.num_frames is None else validation.check_count("num_frames", inputs.num_frames)
+        asked = trained if inputs.num_frames is None else inputs.num_frames
+        total = validation.check_count("num_frames", asked, MAX_FRAMES)
         frames = total if inputs.overlap is None else trained
-        steps = inputs.num_inference_steps
-        sigmas = inputs.sigmas
-        if isinstance(sigmas, str):
-            if sigmas != ALIGN_YOUR_STEPS:
-                raise ReducioError(f"sigmas: {sigmas!r} is no schedule; known is {ALIGN_YOUR_STEPS}, or a list")
-            sigmas = align_your_steps(validation.check_count("num_inference_steps", steps))
-        elif sigmas is not None:
+        steps, sigmas = inputs.num_inference_steps, inputs.sigmas
+        if isinstance(sigmas, str) and sigmas != ALIGN_YOUR_STEPS:
+            raise ReducioError(f"sigmas: {sigmas!r} is no schedule; known is {ALIGN_YOUR_STEPS}, or a list")
+        if sigmas is not None and not isinstance(sigmas, str):
             validation.check_sigmas(sigmas)
             steps = len(sigmas) - 1
         max_steps = self.scheduler.config.num_train_timesteps
         max_scale = inputs.max_guidance_scale if inputs.guidance_scale is None else inputs.guidance_scale
-        for scale in (inputs.min_guidance_scale, max_scale):
+        least, most = (
             validation.check_sampling(steps, max_steps, scale, inputs.output_type)
-        numbers_given = {n: getattr(inputs, n) for n in ("fps", "motion_bucket_id", "noise_aug_strength")}
-        for name, value in numbers_given.items():
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
-                raise ReducioError(f"{name}: must be a finite number of at least 0, is {value!r}")
-        if inputs.fps == 0:
+            for scale in (inputs.min_guidance_scale, max_scale)
+        )
+        if isinstance(sigmas, str):
+            sigmas = align_your_steps(int(steps))
+        ids = ("fps", "motion_bucket_id", "noise_aug_strength")
+        fps, motion_bucket_id, noise_aug_strength = (validation.check_number(n, getattr(inputs, n)) for n in ids)
+        if fps == 0:
             raise ReducioError("fps: must be above 0, is 0")
         chunk = inputs.decode_chunk_size
         if chunk is not None:
@@ -291,38 +292,33 @@ class SVDPipeline(VideoPipeline):
         if inputs.latents is not None:
             latents = validation.check_latents(inputs.latents, shape, count, is_list)
         joint = None if inputs.overlap is None else svd_joint(trained, inputs.overlap)
-        steered = steering.check_steering(inputs, joint, total, "forward", self.scheduler, self.offloading)
+        steered = steering.check_steering(inputs, joint, total, "forward", self.scheduler, self.executor)
         self._warn(inputs, frames, trained)
         embeds = [Embeds()] * len(images)
         per_clip = ([x for x in each for _ in range(per_image)] for each in (prompts, negatives, images, embeds))
         last = [x for x in last_images(inputs.last_image, len(images)) for _ in range(per_image)]
-        scales = (float(inputs.min_guidance_scale), float(max_scale))
         unset = [None] * count  # `motion` and `hold`
         return SVDRequest(
-            clips=[
-                SVDClipRequest(*clip) for clip in zip(*per_clip, generators, latents, unset, unset, last, strict=True)
-            ],
+            clips=[ClipRequest(*clip) for clip in zip(*per_clip, generators, latents, unset, unset, last, strict=True)],
             is_list=is_list,
             height=height,
             width=width,
             latent_shape=shape,
             num_inference_steps=steps,
-            guidance_scale=scales[1],
+            guidance_scale=most,
             output_type=inputs.output_type,
-            fps=inputs.fps,
+            fps=fps,
             callback_on_step_end=inputs.callback_on_step_end,
             callback_tensor_inputs=tuple(names),
             content_kwargs=check_content_kwargs(self.text_to_image, inputs.content_kwargs),
             progress=inputs.progress,
             # As in diffusers, the last frame's scale switches guidance on or off.
-            guidance_per_frame=torch.linspace(*scales, frames) if scales[1] > 1 else torch.ones(frames),
+            guidance_per_frame=torch.linspace(least, most, frames) if most > 1 else torch.ones(frames),
             sigmas=None if sigmas is None else [float(sigma) for sigma in sigmas],
             num_frames=frames,
             # The weights were trained on the number of frames that follow the first one within a second.
-            time_ids=torch.tensor(
-                [inputs.fps - 1, inputs.motion_bucket_id, inputs.noise_aug_strength], dtype=torch.float64
-            ),
-            noise_aug_strength=inputs.noise_aug_strength,
+            time_ids=torch.tensor([fps - 1, motion_bucket_id, noise_aug_strength], dtype=torch.float64),
+            noise_aug_strength=noise_aug_strength,
             decode_chunk_size=chunk,
             crops=inputs.image_fit == "crop",
             **steered,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...media import image_files
 from ...system.errors import ReducioError
-from ..call.request import ClipRequest, Request
+from ..call.request import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +48,6 @@ class SVDArguments:
     match_colours: Any
     loop: Any
     preview_every: Any
-
-
-@dataclass(frozen=True, slots=True)
-class SVDClipRequest(ClipRequest):
-    """`last_image`: the picture that the clip ends with, uint8 [h, w, 3]; None for none."""
-
-    last_image: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,12 @@ T frames, H W rows and columns, L text positions, S semantic tokens.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +22,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...checkpoints.layouts import REDUCIO
-from ...checkpoints.model_folder import write_model
+from ...checkpoints.model_folder import read_facts, read_index, write_model
 from ...checkpoints.networks import load_model
 from ...checkpoints.strict_files import INDEX as MODEL_INDEX
-from ...checkpoints.strict_files import embedded_model
+from ...checkpoints.strict_files import check_component, embedded_model
 from ...data.latent_shards import EpochOrder, LatentDataset
 from ...reference import DiTConfig, ReducioDiT
 from ...reference.reducio.config import DIT_PRESETS
+from ...system.atomic_files import check_replaceable
 from ...system.errors import ReducioError
-from ..loop import LoopConfig, Outcome, run
+from ...system.paths import check_output_folder
+from ..loop import LoopConfig, Outcome, recorded_fields, run
 from ..processes import joined
-from ..recipe_file import configured
-from .extract import encoder_checksums
+from ..recipe_file import check_least, check_share, configured
+from .extract import encoder_checksums, encoder_settings
 from .objective import Objective
 
 IMAGE_CONDITIONS = ("semantic", "content")
@@ -65,9 +68,9 @@ class DiTRecipe:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.batch % self.loop.micro_batches:
             raise ReducioError(f"batch={self.batch} must be a multiple of loop.micro_batches={self.loop.micro_batches}")
-        for name in ("condition_drop", "image_drop", "clip_drop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ReducioError(f"{name}={getattr(self, name)} must lie in 0..1")
+        check_share(self, "condition_drop", "image_drop", "clip_drop")
+        check_least(self, 0, "held_out")
+        check_least(self, 1, "threads")
         if not set(self.image_conditions) <= set(IMAGE_CONDITIONS):
             raise ReducioError(
                 f"image_conditions={list(self.image_conditions)}: must be some of {', '.join(IMAGE_CONDITIONS)}"
@@ -112,24 +115,27 @@ def train_dit(
     Args:
         latents: folder that `extract` wrote with the encoders of `model`.
         out: output folder, with `runs/dit` (checkpoints, log) and `model`; under torchrun the same for all processes.
-        model: model folder; None means the embedded model.
+        model: model folder, of which the transformer and the scheduler are not read; None means the embedded model.
 
     Returns:
         The last logged figures, `steps`, `seconds`, seconds per step and, with held-out clips, `held_out_error`.
 
     Raises:
-        ReducioError: the latents come from other encoders or do not fit the network, or see `loop.run`.
+        ReducioError: the latents come from other encoders, or do not fit the network; `model` or `out/model` cannot be
+            read or written at the end; or see `loop.run`.
     """
     folder = Path(model) if model is not None else embedded_model()
     if not (folder / MODEL_INDEX).is_file():
         raise ReducioError(f"{folder} is no model folder (no {MODEL_INDEX})")
-    dataset = LatentDataset(latents, encoder_checksums(folder))
+    dataset = LatentDataset(latents, encoder_checksums(folder), encoder_settings(folder))
+    recorded = recorded_fields(recipe, latents=asdict(dataset.about), clips=dataset.counts)
     dataset.leave_out(set(IMAGE_CONDITIONS) - set(recipe.image_conditions))
     held_out = _take_held_out(dataset, recipe)
     with joined(device, recipe.threads) as processes:
         torch.manual_seed(recipe.loop.seed)
         network = build_network(recipe)
         _check_fits(network.config, dataset)
+        check_export(network, recipe, folder, Path(out) / "model")
         trainer = Trainer(network, dataset, recipe, processes.device)
         outcome = run(
             "dit",
@@ -142,6 +148,7 @@ def train_dit(
             accept_changes,
             progress,
             network.transformer_blocks,
+            recorded=recorded,
         )
         figures = outcome.figures(processes.world_size)
         if processes.first:
@@ -309,6 +316,31 @@ def _check_fits(config: DiTConfig, dataset: LatentDataset) -> None:
             raise ReducioError(f"the latents have {name}={has}, the recipe's network {needs}; set config.{name}")
 
 
+def _replaced(network: ReducioDiT, recipe: DiTRecipe) -> dict[str, Any]:
+    """The components that `export` writes instead of those of the model folder."""
+    return {"transformer": network, "scheduler": Objective(recipe.objective, network.config.learn_sigma).scheduler()}
+
+
+def check_export(network: ReducioDiT, recipe: DiTRecipe, model: Path, target: Path) -> None:
+    """Raise ReducioError, without loading weights, if `export` would fail after the training."""
+    from ...pipelines.execution.components import Components
+    from ...pipelines.reducio.component_table import check_components, check_settings
+    from ...pipelines.reducio.pipeline import ReducioPipeline
+
+    read_index(model, REDUCIO)
+    defaults = {name: value.default for name, value in inspect.signature(ReducioPipeline).parameters.items()}
+    facts = read_facts(model, REDUCIO, ReducioPipeline.configs, _replaced(network, recipe))
+    parts = Components(REDUCIO, defaults | facts)
+    check_components(parts)
+    check_settings(parts)
+    for name in ("vae", "text_encoder", "image_encoder", "content_encoder", "preview_decoder"):
+        if parts[name] is not None:
+            check_component(model / name)
+    check_replaceable(target, MODEL_INDEX, "model")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    check_output_folder(target)
+
+
 def export(config: DiTConfig, outcome: Outcome, recipe: DiTRecipe, model: Path, target: Path) -> ReducioDiT:
     """Write a copy of `model` with the averaged weights and the objective's scheduler; return the network."""
     from ...pipelines.reducio.pipeline import ReducioPipeline
@@ -316,12 +348,12 @@ def export(config: DiTConfig, outcome: Outcome, recipe: DiTRecipe, model: Path, 
     network = ReducioDiT(config)
     network.load_state_dict({name: value.cpu() for name, value in outcome.averaged.items()})
     network.eval()
-    pipe = ReducioPipeline.from_pretrained(model, device="cpu", backend="reference")
+    replaced = _replaced(network, recipe)
+    pipe = ReducioPipeline.from_pretrained(model, device="cpu", backend="reference", **replaced)
     parts = {name: getattr(pipe, name) for name in (*REDUCIO.names, *REDUCIO.settings)}
     for name, encoder in zip(IMAGE_CONDITIONS, ("image_encoder", "content_encoder"), strict=True):
         if name not in recipe.image_conditions:
             parts[encoder] = None
-    parts |= {"transformer": network, "scheduler": Objective(recipe.objective, config.learn_sigma).scheduler()}
     write_model(target, parts, REDUCIO)
     (target / "training.json").write_text(
         json.dumps({"steps": outcome.step, "seconds": round(outcome.seconds, 1)}, indent=2) + "\n", encoding="utf-8"

@@ -7,8 +7,8 @@ frozen during the transformer's training, so each clip is encoded only once.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import os
 import zlib
 from collections import defaultdict
@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...checkpoints.layouts import REDUCIO
-from ...checkpoints.networks import load_foreign, load_model
+from ...checkpoints.networks import load_foreign, load_model, read_config
 from ...checkpoints.strict_files import INDEX as MODEL_INDEX
-from ...checkpoints.strict_files import embedded_model
+from ...checkpoints.strict_files import embedded_model, read_json
 from ...data import latent_shards
 from ...data.curation import manifest
 from ...data.curation.on_ray import map_on_ray
@@ -34,8 +34,10 @@ from ...media import ffmpeg
 from ...media.aspect_buckets import BASES, Size, buckets, towards_square
 from ...media.image_files import cover_crop
 from ...media.pixels import to_unit
+from ...pipelines.reducio.component_table import check_encoder_settings
 from ...pipelines.reducio.encoders import ContentEncoder, SemanticEncoder, TextEncoder
 from ...reference import ReducioVAE, VAEConfig
+from ...system.devices import resolve_device, resolve_dtype
 from ...system.errors import ReducioError, first_line
 
 ENCODERS = ("vae", "content_encoder", "image_encoder", "text_encoder", "tokenizer")
@@ -51,9 +53,16 @@ class ExtractSettings:
     size: int = 256  # 256, 512 or 1024 with their aspect buckets; any other multiple of 32 gives squares only
     shard_size: int = 256
     seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"  # of the encoders
+    device: str | None = None  # a GPU if there is one
+    dtype: str | None = None  # of the encoders; float32 on a CPU, bfloat16 on a GPU
     caption_length: int = 120
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # an encoder's generator takes 64 bits, of which a clip's id fills the lower 32
+            raise ReducioError(f"seed={self.seed}: must be a whole number from 0 to {2**32 - 1}")
+        for name in ("shard_size", "caption_length"):
+            if getattr(self, name) < 1:
+                raise ReducioError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
 def extract(
@@ -82,7 +91,10 @@ def extract(
     if not (folder / MODEL_INDEX).is_file():
         raise ReducioError(f"{folder} is no model folder (no {MODEL_INDEX})")
     chosen = ExtractSettings(model=str(folder), out=str(out), **settings)
-    config = VAEConfig.from_dict(json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8")))
+    device = resolve_device(chosen.device)
+    dtype = str(resolve_dtype(chosen.dtype, None, device)).removeprefix("torch.")
+    chosen = dataclasses.replace(chosen, device=str(device), dtype=dtype)  # the same on all machines
+    config = read_config(VAEConfig, folder / "vae")
     table = _table(chosen.size, config)
     captions, chunks = chunks_of(manifest.read(clips), config.num_frames, table)
     if not chunks:
@@ -98,6 +110,9 @@ def extract(
         caption_channels=encoders.text.model.config.d_model,
         shard_size=chosen.shard_size,
         seed=chosen.seed,
+        encoder_dtype=str(encoders.dtype).removeprefix("torch."),
+        caption_length=chosen.caption_length,
+        **encoder_settings(folder),
     )
     latent_shards.write_about(target, about)
     encode_captions(encoders, captions, target, chosen.shard_size)
@@ -148,17 +163,21 @@ class Encoders:
     """The frozen encoders of a model folder."""
 
     def __init__(self, settings: ExtractSettings, config: VAEConfig) -> None:
-        folder, dtype, device = Path(settings.model), getattr(torch, settings.dtype), settings.device
-        self.settings, self.config, self.device, self.dtype = settings, config, torch.device(device), dtype
+        folder, device = Path(settings.model), resolve_device(settings.device)
+        dtype, chosen = resolve_dtype(settings.dtype, None, device), encoder_settings(folder)
+        self.settings, self.config, self.device, self.dtype = settings, config, device, dtype
         self.vae = load_model(ReducioVAE, VAEConfig, folder / "vae", dtype, device).eval()
         self.content = ContentEncoder(
-            load_foreign("diffusers", "AutoencoderKL", folder / "content_encoder", dtype, device).eval()
+            load_foreign("diffusers", "AutoencoderKL", folder / "content_encoder", dtype, device).eval(),
+            chosen["content_scaling_factor"],
         )
         self.semantic = SemanticEncoder.from_pretrained(folder / "image_encoder", dtype, device).eval()
         text_model = load_foreign("transformers", "T5EncoderModel", folder / "text_encoder", dtype, device).eval()
-        tokenizer_class = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))["tokenizer"][1]
-        tokenizer = load_foreign("transformers", tokenizer_class, folder / "tokenizer", dtype, "cpu")
-        self.text = TextEncoder(text_model, tokenizer, settings.caption_length)
+        entry = read_json(folder / MODEL_INDEX).get("tokenizer")
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+            raise ReducioError(f"{folder / MODEL_INDEX}: tokenizer must be [library, class], is {entry!r}")
+        tokenizer = load_foreign("transformers", entry[1], folder / "tokenizer", dtype, "cpu")
+        self.text = TextEncoder(text_model, tokenizer, settings.caption_length, chosen["clean_caption"])
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray, clip_id: str) -> dict[str, Tensor]:
@@ -243,3 +262,14 @@ def encoder_checksums(model: str | os.PathLike[str]) -> dict[str, str]:
     folder = Path(model)
     assert set(ENCODERS) <= set(REDUCIO.names)
     return {name: latent_shards.files_checksum(folder / name) for name in ENCODERS if (folder / name).is_dir()}
+
+
+def encoder_settings(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """Settings of `model` that change what its encoders return, by their names in `About`; a pipeline uses the same."""
+    index = read_json(Path(model) / MODEL_INDEX)
+    settings = {
+        "clean_caption": index.get("clean_caption", False),
+        "content_scaling_factor": index.get("content_scaling_factor", 1.0),
+    }
+    check_encoder_settings(**settings)
+    return settings

@@ -21,12 +21,14 @@ from ...checkpoints.networks import load_model, save_model
 from ...data.clip_files import ClipFiles
 from ...media.perceptual import Perceptual
 from ...media.similarity import psnr_of_error
+from ...pipelines.call.validation import check_multiple
 from ...reference import ReducioVAE, VAEConfig
 from ...reference.reducio.config import VAE_PRESETS
+from ...system.checksum import file_sha256
 from ...system.errors import ReducioError
-from ..loop import LoopConfig, run
+from ..loop import LoopConfig, recorded_fields, run
 from ..processes import joined
-from ..recipe_file import configured
+from ..recipe_file import check_least, check_positive, check_share, configured
 from .discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 
 
@@ -64,6 +66,11 @@ class VAERecipe:
             raise ReducioError(
                 "loop.parallel: the adaptive weight needs the whole last layer, which only ddp does not shard"
             )
+        check_least(self, 1, "discriminator_width", "threads")
+        check_least(self, 0, "held_out", "discriminator_start", "discriminator_rate")
+        check_least(self, 0, "lpips_weight", "kl_weight", "outlier_weight", "discriminator_weight")
+        check_positive(self, "rate")
+        check_share(self, "least_area")
         if self.discriminator_norm not in ("batch", "group"):
             raise ReducioError(f"discriminator_norm={self.discriminator_norm!r}: must be batch or group")
 
@@ -151,6 +158,7 @@ def train_vae(
     with joined(device, recipe.threads) as processes:
         torch.manual_seed(recipe.loop.seed)
         model = Trained(build_vae(recipe), recipe)
+        check_multiple("size", recipe.size, model.vae.config.spatial_factor)
         # These layers never run. Without a gradient, weight decay does not change them either.
         for module in (model.vae.encoder_2d.mid.block_2, model.vae.encoder_2d.norm_out):
             module.requires_grad_(False)
@@ -168,6 +176,9 @@ def train_vae(
             accept_changes,
             progress,
             rate_of=lambda name: recipe.discriminator_rate if "discriminator." in name else 1.0,
+            recorded=recorded_fields(
+                recipe, clips=files.checksum(), lpips=None if lpips is None else file_sha256(Path(lpips))
+            ),
         )
         figures = outcome.figures(processes.world_size)
         if processes.first:

@@ -7,7 +7,9 @@ C channels, T frames, H W rows and columns.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from ...reference.svd.sampler import ImageCondition, join
 from ...reference.svd.unet import VideoUNet
 from ...system.errors import ReducioError
 from ..edm import AUGMENTATION, PUBLISHED_LEVELS, NoiseLevels, velocity_error, without_some
-from ..loop import LoopConfig, run
+from ..loop import LoopConfig, recorded_fields, run
 from ..processes import joined
+from ..recipe_file import check_least, check_positive, check_share
 from .low_rank import TEMPORAL_ATTENTION, add_updates, save_updates
 
 _LEVELS = PUBLISHED_LEVELS["image-to-video-576x1024"]
@@ -51,8 +54,15 @@ class LoRARecipe:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.batch % self.loop.micro_batches:
             raise ReducioError(f"batch={self.batch} must be a multiple of loop.micro_batches={self.loop.micro_batches}")
-        if not 0 <= self.condition_drop <= 1:
-            raise ReducioError(f"condition_drop={self.condition_drop} must lie in 0..1")
+        check_least(self, 1, "rank", "num_frames", "threads")
+        check_least(self, -math.inf, "noise_mean")
+        check_least(self, 0, "noise_std", "motion_bucket_id")
+        check_positive(self, "rate")
+        check_share(self, "least_area", "condition_drop")
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise ReducioError(f"layers={self.layers!r} is no regular expression: {error}") from error
 
     @property
     def levels(self) -> NoiseLevels:
@@ -126,8 +136,8 @@ def train_lora(
         folder = SVDPipeline.find_folder(model)
         pipe = SVDPipeline.from_pretrained(folder, dtype=dtype, device=str(processes.device), backend="reference")
         factor = pipe.vae.config.spatial_factor
-        if any(side % factor for side in recipe.size):
-            raise ReducioError(f"size={list(recipe.size)}: must be multiples of {factor}")
+        if any(side < 1 or side % factor for side in recipe.size):
+            raise ReducioError(f"size={list(recipe.size)}: must be positive multiples of {factor}")
         torch.manual_seed(recipe.loop.seed)
         updates = add_updates(pipe.unet, recipe.rank, recipe.layers)
         outcome = run(
@@ -140,6 +150,7 @@ def train_lora(
             resume,
             accept_changes,
             progress,
+            recorded=recorded_fields(recipe, clips=files.checksum(), model=str(model), dtype=str(pipe.dtype)),
         )
         if processes.first:
             updates.load_state_dict(outcome.averaged)

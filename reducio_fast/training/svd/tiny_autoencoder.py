@@ -89,7 +89,7 @@ def train_autoencoder(context: Context, settings: AutoencoderSettings) -> dict[s
         figures = {"l1": error.abs().mean(), "mse": error.square().mean(), "kl": kl.mean()}
         return figures["l1"] + figures["mse"] + settings.kl_weight * figures["kl"], figures
 
-    outcome = context.train("autoencoder", vae, loss_fn, settings.loop)
+    outcome = context.train("autoencoder", vae, loss_fn, settings)
     figures = {"steps": outcome.step, "seconds": outcome.seconds} | outcome.last
     rng = np.random.default_rng((settings.loop.seed, 1 << 40))
     errors, changes, squares = [], [], []

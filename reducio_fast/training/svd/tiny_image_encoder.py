@@ -91,7 +91,7 @@ def train_image_encoder(context: Context, settings: ImageEncoderSettings) -> dic
         figures["place"] = F.smooth_l1_loss(places, place.to(context.device), beta=0.05)
         return sum(figures[name] for name in VISIBLE) + 10 * figures["place"], figures
 
-    outcome = context.train("image_encoder", reader, loss_fn, settings.loop)
+    outcome = context.train("image_encoder", reader, loss_fn, settings)
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     with torch.inference_mode():
         images, labels, place = batch(np.random.default_rng((settings.loop.seed, 1 << 40)), settings.evaluated, True)

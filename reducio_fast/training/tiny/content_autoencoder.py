@@ -118,7 +118,7 @@ def train_content(context: Context, settings: ContentSettings) -> dict[str, floa
         }
         return figures["l1"] + figures["mse"] + settings.kl_weight * figures["kl"], figures
 
-    outcome = context.train("content", model, loss_fn, settings.loop)
+    outcome = context.train("content", model, loss_fn, settings)
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     rng = np.random.default_rng((settings.loop.seed, 1 << 40))
     held_out = {

@@ -118,7 +118,7 @@ def train_semantic(context: Context, settings: SemanticSettings) -> dict[str, fl
         figures["place"] = F.smooth_l1_loss(places, place[:, None].expand_as(places).to(context.device), beta=0.05)
         return sum(figures[name] for name in VISIBLE) + 2 * figures["cover"] + 10 * figures["place"], figures
 
-    outcome = context.train("semantic", reader, loss_fn, settings.loop)
+    outcome = context.train("semantic", reader, loss_fn, settings)
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     with torch.inference_mode():
         frames, labels, cover, place = batch(

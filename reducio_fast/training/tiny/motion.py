@@ -195,7 +195,7 @@ def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]
         half = settings.batch // 2
         return error.mean(), {"low_noise": error[:half].mean().detach(), "high_noise": error[half:].mean().detach()}
 
-    outcome = context.train("motion", model, loss_fn, settings.loop)
+    outcome = context.train("motion", model, loss_fn, settings)
     figures = {"steps": outcome.step, "seconds": outcome.seconds} | outcome.last
     rows = held_out_pool.batch(torch.arange(len(held_out_pool)), context.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

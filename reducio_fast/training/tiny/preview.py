@@ -87,7 +87,7 @@ def train_preview(context: Context, settings: PreviewSettings) -> dict[str, floa
         figures = {"l1": error.abs().mean(), "mse": error.square().mean()}
         return figures["l1"] + 4 * figures["mse"], {name: value.detach() for name, value in figures.items()}
 
-    outcome = context.train("preview", model, loss_fn, settings.loop)
+    outcome = context.train("preview", model, loss_fn, settings)
     save_model(model, context.out / "preview_decoder")
     rng = np.random.default_rng((settings.loop.seed, 1 << 40))
     errors, still = [], []

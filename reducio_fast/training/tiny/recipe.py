@@ -107,11 +107,11 @@ def train(
         scale: multiplies the number of steps of every stage (the shipped weights are scale 1; a trial run is 0.01).
         resume: continue where an earlier call stopped; False starts the named stages anew.
         data: folder of the downloaded film and photographs (`data.real_video`, `data.photos`); None means `out/data`.
-        accept_changes: resume although the number of threads changed.
+        accept_changes: resume although a stage's settings or the number of threads changed.
 
     Raises:
-        ReducioError: a stage is unknown or needs a component that is missing, `scale` is not above 0, or a checkpoint
-            was made with another scale.
+        ReducioError: a stage is unknown or needs a component that is missing, `scale` is not above 0 and finite, or a
+            checkpoint was made with other settings or another scale.
     """
     return run_stages(
         STAGES,

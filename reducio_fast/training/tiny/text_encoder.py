@@ -122,7 +122,7 @@ def train_text(context: Context, settings: TextSettings) -> dict[str, float]:
         losses = {name: F.cross_entropy(logits[name], labels[name].to(context.device)) for name in labels}
         return sum(losses.values()), losses
 
-    outcome = context.train("text", reader, loss_fn, settings.loop)
+    outcome = context.train("text", reader, loss_fn, settings)
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     with torch.inference_mode():
         for kind, clean_share in (("clean", 1.0), ("reworded", 0.0)):

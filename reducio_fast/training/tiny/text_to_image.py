@@ -148,7 +148,7 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
         errors = errors.flatten(1).mean(1)
         return loss, {"v_error": errors.mean(), "late_v_error": errors[times >= steps // 2].mean()}
 
-    outcome = context.train("text_to_image", model, loss_fn, settings.loop)
+    outcome = context.train("text_to_image", model, loss_fn, settings)
     model.set_attn_processor(AttnProcessor2_0())
     pipeline = PixArtAlphaPipeline(tokenizer, text_encoder, vae, model, scheduler)
     shared = {name: getattr(pipeline, name) for name in ("tokenizer", "text_encoder", "vae")}

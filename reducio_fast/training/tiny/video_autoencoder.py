@@ -267,7 +267,7 @@ def train_vae(context: Context, settings: VAESettings) -> dict[str, float]:
             figures["psnr"] = psnr_of_error(error.detach().square().mean(), 2.0)
         return loss, figures
 
-    outcome = context.train("vae", model, loss_fn, settings.loop)
+    outcome = context.train("vae", model, loss_fn, settings)
     save_model(vae, context.out / "vae")
     return context.record("vae", {"steps": outcome.step, "seconds": outcome.seconds} | outcome.last)
 

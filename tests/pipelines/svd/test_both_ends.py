@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,27 @@ def test_turning_everything_round_turns_the_clip_round(ends: tuple[ImageConditio
             unets(32, 64)[0].denoiser(EndConditions(*ends), None, scale), euler_scheduler(), noise, 3
         )
         torch.testing.assert_close(forwards, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_last_part_ends_with_the_last_image(
+    pipe: SVDPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipe.unet, "config", dataclasses.replace(pipe.unet.config, num_frames=3))
+    ends, inputs_of = [], pipe._sampling_inputs
+
+    def watch(clip: Any, *args: Any) -> Any:
+        inputs = inputs_of(clip, *args)
+        ends.append(isinstance(inputs.cond, EndConditions))
+        return inputs
+
+    monkeypatch.setattr(pipe, "_sampling_inputs", watch)
+    call = QUIET | {"height": 16, "width": 16, "num_inference_steps": 1, "seed": 1, "overlap": 1}
+    other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    plain = pipe(picture, num_frames=7, **call).frames
+    frames = pipe(picture, num_frames=7, last_image=other, **call).frames
+    assert ends == [False] * 3 + [False, False, True]
+    assert np.array_equal(frames[:4], plain[:4]) and not np.array_equal(frames[5:], plain[5:])
+    assert len(pipe(picture, num_frames=3, last_image=other, **call).frames) == 3 and ends[-1], "a single part"
 
 
 def test_the_call(pipe: SVDPipeline, fast: SVDPipeline, picture: Image.Image, tmp_path: Path):

@@ -116,6 +116,13 @@ def test_the_call(folder: Path, pipe: SV3DPipeline, tmp_path: Path):
     assert np.array_equal(again(picture, **CALL, seed=1).frames, clips[0])
 
 
+def test_a_path_has_the_frames_of_the_call(pipe: SV3DPipeline):
+    call = CALL | {"image": np.zeros((8, 8, 3), np.uint8), "num_frames": np.int64(10)}
+    assert pipe.check_inputs(**call).time_ids.shape == (10, 3)
+    with pytest.raises(ReducioError, match="num_frames: must be a whole number from 1 to 100000, is 1000000000000"):
+        pipe.check_inputs(**call | {"num_frames": 10**12})
+
+
 def test_weights_without_a_path(pipe: SV3DPipeline):
     """SV3D_u's U-Net takes the noise augmentation alone, and no camera path."""
     config = VideoUNetConfig.from_dict(
@@ -133,6 +140,7 @@ def test_weights_without_a_path(pipe: SV3DPipeline):
     [
         ({"elevations": [1.0]}, "elevations: must be 3 finite numbers, one a frame"),
         ({"azimuths": [1.0, float("nan"), 2.0]}, "azimuths: must be 3 finite numbers"),
+        ({"elevations": 10**400}, "elevations: must be degrees, are "),
         ({"azimuths": "round"}, "azimuths: must be degrees, are 'round'"),
         ({"motion_bucket_id": 1}, "motion_bucket_id"),
         ({"height": 15}, "height: 15 is not a multiple"),

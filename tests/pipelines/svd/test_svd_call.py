@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import logging
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,22 @@ def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Imag
         ({"prompt": "a cat"}, "prompt: Stable Video Diffusion reads no text"),
         ({"height": 63}, "height: 63 is not a multiple of 2"),
         ({"width": 0}, "width: must be a positive multiple of 2"),
-        ({"num_frames": 0}, "num_frames: must be a whole number of at least 1"),
+        ({"num_frames": 0}, "num_frames: must be a whole number from 1 to 100000, is 0"),
+        ({"num_frames": 10**12}, "num_frames: must be a whole number from 1 to 100000, is 1000000000000"),
+        ({"num_frames": 10**20}, "num_frames: must be a whole number from 1 to 100000"),
+        (
+            {"sigmas": "align-your-steps", "num_inference_steps": 10**12},
+            "num_inference_steps: must be a whole number from 1 to 1000, is 1000000000000",
+        ),
+        ({"sigmas": torch.tensor(5.0)}, "sigmas: must be a list of at least two numbers, is Tensor tensor(5.)"),
+        ({"sigmas": np.array(5.0)}, "sigmas: must be a list of at least two numbers, is ndarray"),
+        ({"sigmas": torch.ones(3, 2)}, "sigmas: must be a list of at least two numbers, is Tensor"),
+        ({"sigmas": [torch.ones(3), torch.zeros(3)]}, "sigmas: must be numbers, are list"),
+        ({"sigmas": [10**400, 0.0]}, "sigmas: must be numbers, are list"),
+        ({"fps": 10**400}, "fps: must be a finite number of at least 0"),
+        ({"motion_bucket_id": 10**400}, "motion_bucket_id: must be a finite number of at least 0"),
+        ({"guidance_scale": 10**400}, "guidance_scale: must be a finite number of at least 0"),
+        ({"guidance_scale": True}, "guidance_scale: must be a finite number of at least 0, is True"),
         ({"num_inference_steps": 0}, "num_inference_steps: must be a whole number from 1"),
         ({"sigmas": [1.0]}, "sigmas: must be a list of at least two"),
         ({"sigmas": ["a", "b"]}, "sigmas: must be numbers"),
@@ -174,7 +190,7 @@ def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Imag
         ({"fps": "7"}, "fps: must be a finite number"),
         ({"fps": True}, "fps: must be a finite number"),
         ({"fps": -7}, "fps: must be a finite number of at least 0, is -7"),
-        ({"num_frames": 2.5}, "num_frames: must be a whole number of at least 1, is 2.5"),
+        ({"num_frames": 2.5}, "num_frames: must be a whole number from 1 to 100000, is 2.5"),
         ({"decode_chunk_size": 1.5}, "decode_chunk_size: must be a whole number"),
         ({"height": 2**20}, "height: 1048576 is above the largest side"),
         ({"image": "no-such.png"}, "no-such.png"),
@@ -198,6 +214,35 @@ def test_mistakes_are_one_line(pipe: SVDPipeline, picture: Image.Image, argument
     with pytest.raises(ReducioError) as error:
         pipe(**{"image": picture} | CALL | arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_call_takes_any_real_number(pipe: SVDPipeline, picture: Image.Image, tmp_path: Path):
+    numbers = {"fps": np.int64(7), "motion_bucket_id": np.float32(127), "guidance_scale": Fraction(3)}
+    call = QUIET | {"height": 16, "width": 16, "num_frames": 2, "num_inference_steps": 1}
+    out = pipe(picture, **call, **numbers)
+    assert (out.fps, type(out.fps)) == (7, float) and pipe.guidance_scale == 3
+    assert np.array_equal(out.frames, pipe(picture, **call).frames)
+    assert out.save(tmp_path / "clip.gif").is_file()
+
+
+def test_a_folder_never_holds_an_adapter_or_a_gap_unnoticed(theirs: Any, tmp_path: Path):
+    ours = SVDPipeline.from_diffusers(copy.deepcopy(theirs), backend="reference")
+    path = "down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q"
+    rows, columns = ours.unet.get_submodule(path).weight.shape
+    ours.load_lora_weights(
+        {f"{path}.lora_A.weight": torch.ones(2, columns), f"{path}.lora_B.weight": torch.ones(rows, 2)}
+    )
+    with pytest.raises(
+        ReducioError, match=r"save_pretrained: the adapters default_0 are active; fuse_lora\(\) to write"
+    ):
+        ours.save_pretrained(tmp_path / "model")
+    ours.unload_lora_weights()
+    ours.text_to_image = object()
+    ours.unload("text_to_image")
+    with pytest.raises(ReducioError, match="save_directory: text_to_image unloaded"):
+        ours.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    ours.text_to_image = None
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 1.5, "8", True])
