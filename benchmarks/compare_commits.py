@@ -1,6 +1,6 @@
 """Compares two installations of this package, such as a base commit's and this one's, in turns: one JSON row.
 
-    python -P benchmarks/compare_commits.py BASE_PYTHON HEAD_PYTHON [--turns 5] [--clips 5] [--out row.json]
+    python benchmarks/compare_commits.py BASE_PYTHON HEAD_PYTHON [--turns 5] [--clips 5] [--out row.json]
 
 Each turn starts a new process of either Python, which imports the package, loads the default model, generates a first
 clip and then warm clips. Ratios are base over head within a turn; above 1 the head is faster. Use an idle machine.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -42,7 +43,8 @@ FIGURES = ("import_s", "first_clip_s", "warm_clip_s")
 
 def measure(python: str, backend: str, clips: int) -> dict[str, Any]:
     code = CODE.format(prompt=PROMPT, backend=backend, clips=clips)
-    done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True)
+    command = [os.path.abspath(shutil.which(python) or python), "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     figures = json.loads(done.stdout.splitlines()[-1])
     folder = Path(figures.pop("file")).parent
     git = ["git", "-C", str(folder), "rev-parse", "HEAD"]

@@ -1,4 +1,4 @@
-"""Longer, steered and transferred clips, checked on the default model: `python -P benchmarks/control_check.py`.
+"""Longer, steered and transferred clips, checked on the default model: `python benchmarks/control_check.py`.
 
 long: 64 frames of held-out prompts: what the detector sees, jumps and PSNR at seams against those within the model's
 own clips. strength: motion against motion_strength. transfer: a scene's motion with another colour, against the latent

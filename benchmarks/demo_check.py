@@ -1,4 +1,4 @@
-"""Tests the demo in a headless browser: `python -P benchmarks/demo_check.py --picture docs/demo.png`.
+"""Tests the demo in a headless browser: `python benchmarks/demo_check.py --picture docs/demo.png`.
 
 Starts `reducio-fast demo`, generates a clip side by side with the reference and takes a screenshot, cancels a second
 clip, generates a third one, and submits an empty prompt. The exit status is 1 if a check fails. Needs
@@ -21,8 +21,8 @@ TIMEOUT_MS = 300_000  # milliseconds: enough for a clip on a busy machine
 
 
 def start(port: int) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-P", "-m", "reducio_fast", "demo", "--port", str(port), "--device", "cpu"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "reducio_fast", "demo", "--port", str(port), "--device", "cpu"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
     assert server.stdout is not None
     line = server.stdout.readline()
     found = re.match(r"(http://\S+)", line)

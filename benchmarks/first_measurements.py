@@ -1,4 +1,4 @@
-"""What every ratio rests on, measured before anything else on a new GPU: `python -P benchmarks/first_measurements.py`.
+"""What every ratio rests on, measured before anything else on a new GPU: `python benchmarks/first_measurements.py`.
 
 1. 3x3x3 convolutions, the five shapes that hold 81% of the decoder's work: the vendor's library in both layouts, ours.
 2. GroupNorm + SiLU on full-resolution activations: aten in both layouts, ours.

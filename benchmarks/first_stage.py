@@ -1,4 +1,4 @@
-"""Stage one and presets, in turns within one process: `python -P benchmarks/first_stage.py [--out row.json]`.
+"""Stage one and presets, in turns within one process: `python benchmarks/first_stage.py [--out row.json]`.
 
 1. `content.generate` of a prompt: by this package's twins, by diffusers' own call, and by that call with its
    transformer under torch.compile (`--compile`); all in float32, then this package in the dtype it takes by default

@@ -1,4 +1,4 @@
-"""How far each preset of `quality` is from the solution, and its work: `python -P benchmarks/quality_presets.py`.
+"""How far each preset of `quality` is from the solution, and its work: `python benchmarks/quality_presets.py`.
 
 For some prompts of the toy world the content frame is drawn once. Then each preset's motion latent, in float32, is
 compared with that of 500 equal steps: relative L2 distance, which is the same on every machine up to rounding. Work is

@@ -1,4 +1,4 @@
-"""What 8-bit numbers cost in quality, held to limits: `python -P benchmarks/quantised_quality.py --out ROW.json`.
+"""What 8-bit numbers cost in quality, held to limits: `python benchmarks/quantised_quality.py --out ROW.json`.
 
 No GPU is needed: the fast twin computes on a CPU what the kernels do, from the same 8-bit numbers. The decoder rebuilds
 held-out clips of the toy world, each from a latent and content features of the float32 encoder, in float32 and in each

@@ -1,4 +1,4 @@
-"""Formats the rows of `reducio-fast bench` as a table and a plot: `python -P benchmarks/report.py [--into README.md]`.
+"""Formats the rows of `reducio-fast bench` as a table and a plot: `python benchmarks/report.py [--into README.md]`.
 
 Reads the latest `bench-*.json` of each workload and device under `benchmarks/results/`. Prints a markdown table, or
 writes it between `<!-- bench:begin -->` and `<!-- bench:end -->` of a file. `--picture` plots the seconds of each stage

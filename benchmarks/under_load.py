@@ -1,4 +1,4 @@
-"""A warm clip on a quiet and on a busy machine: `python -P benchmarks/under_load.py [--out row.json]`.
+"""A warm clip on a quiet and on a busy machine: `python benchmarks/under_load.py [--out row.json]`.
 
 Each figure is from a fresh process, once with this package's way of waiting (threads that soon sleep) and once with
 OpenMP's own (threads that spin), both quiet and beside as many busy processes as there are cores. Processor seconds
@@ -39,8 +39,8 @@ SPINNING = {"OMP_WAIT_POLICY": "active"}
 def clip(environment: dict[str, str], clips: int) -> dict[str, float]:
     """Medians of the warm clips of a fresh process."""
     clean = {name: value for name, value in os.environ.items() if name not in (*cores.WAITING, *cores.COUNTS)}
-    command = [sys.executable, "-P", "-c", CODE.format(clips=clips)]
-    done = subprocess.run(command, env=clean | environment, check=True, capture_output=True, text=True)
+    command = [sys.executable, "-c", CODE.format(clips=clips)]
+    done = subprocess.run(command, cwd="/", env=clean | environment, check=True, capture_output=True, text=True)
     wall_times, processor_times = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
     return {"seconds": statistics.median(wall_times), "processor_seconds": statistics.median(processor_times)}
 

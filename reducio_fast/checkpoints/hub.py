@@ -68,6 +68,14 @@ def find_model(
         raise not_fetched(argument, name, error, files if certain else ()) from error
 
 
+def lasting_name(model: str | os.PathLike[str]) -> str:
+    """The hub id of a model, or its absolute path: what a later command in another folder can name it by."""
+    path = expanded(model, "model")
+    if match := re.search(r"[/\\]models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", str(path)):  # the hub's own cache
+        return f"{match[1]}/{match[2]}"
+    return str(model) if status(path, "model") is None else str(path.absolute())
+
+
 RELEASE = "microsoft/Reducio-VAE"
 RELEASE_FILE = "reducio-ft4-fs32-attn23.ckpt"
 WEIGHT_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")

@@ -11,7 +11,7 @@ from .printing import Failed, Printed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", metavar="PROMPTS", help=".txt, .jsonl, .csv or .parquet, one clip a line or row")
     options.add_out(parser, "DIR", "clips by number, and manifest.jsonl; a second run goes on")
-    options.add_size(parser)
+    options.add_size(parser, options.SIZE_OF_A_CALL)
     parser.add_argument("--num-inference-steps", type=options.positive, help="(default: the model's)")
     parser.add_argument("--guidance-scale", type=float, help="(default: the model's)")
     parser.add_argument("--seed", type=options.not_negative, default=0, help="of the first clip; the next count up")

@@ -6,10 +6,13 @@ import argparse
 import sys
 from typing import Any
 
+from ..system.errors import ReducioError
 from . import options
 from .printing import Printed
 
 Row = dict[str, Any]
+# Options that --tune does not use.
+NOT_TUNING = ("model", "dtype", "contenders", "peer", "ladder", "pairs", "cold", "note")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,17 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer", metavar="A,B", help="svd, ltx, wan beside ours: random weights of the published size, or svd:DIR"
     )
-    parser.add_argument("--ladder", action="store_true", help="every optimisation that can be switched, one by one")
-    parser.add_argument("--pairs", type=options.positive, default=5, help="turns that are timed (default: 5)")
     parser.add_argument(
-        "--cold", action=argparse.BooleanOptionalAction, default=True, help="first clips of fresh processes too"
+        "--ladder", action="store_true", default=None, help="every optimisation that can be switched, one by one"
+    )
+    parser.add_argument("--pairs", type=options.positive, help="turns that are timed (default: 5)")
+    parser.add_argument(
+        "--cold", action=argparse.BooleanOptionalAction, help="first clips of fresh processes too (default: yes)"
     )
     parser.add_argument("--note", help="a line that stays with the row")
     options.add_out(parser, "FILE", "JSON row to write; with --tune the table", required=False)
     parser.add_argument("--tune", action="store_true", help="instead: find launch settings for the GPU that is here")
-    parser.add_argument(
-        "--limit", type=options.positive, default=120, metavar="SECONDS", help="for --tune (default: 120)"
-    )
+    parser.add_argument("--limit", type=options.positive, metavar="SECONDS", help="for --tune (default: 120)")
     options.add_progress(parser)
 
 
@@ -40,8 +43,13 @@ def run(arguments: argparse.Namespace) -> Printed:
 
     log = (lambda line: print(line, file=sys.stderr)) if arguments.progress else lambda line: None
     if arguments.tune:
-        row = tune_kernels.run(arguments.out, arguments.device, arguments.limit, log)
+        if arguments.workload is not None:
+            raise ReducioError(f"workload: {arguments.workload} given, --tune has workloads of its own")
+        options.refuse(arguments, NOT_TUNING, "has no effect with --tune")
+        row = tune_kernels.run(arguments.out, arguments.device, arguments.limit or 120, log)
         return row, tuning_lines(row)
+    options.refuse(arguments, ("limit",), "is of --tune")
+    pairs = arguments.pairs or 5
     if arguments.out:
         bench.check_out(arguments.out)
     models = []
@@ -50,21 +58,21 @@ def run(arguments: argparse.Namespace) -> Printed:
 
         models = compare_models.named(arguments.peer)
     row = bench.bench(
-        arguments.workload,
+        arguments.workload or "default",
         arguments.model,
         arguments.dtype,
         arguments.device,
         arguments.contenders.split(",") if arguments.contenders is not None else None,
-        arguments.ladder,
-        arguments.pairs,
-        arguments.cold,
+        bool(arguments.ladder),
+        pairs,
+        arguments.cold is not False,
         arguments.note,
         log,
         (lambda row: bench.write(row, arguments.out)) if arguments.out else (lambda row: None),
     )
     text = lines(row)
     if models:
-        row["peers"] = compare_models.compare(row, models, arguments.pairs, arguments.dtype, arguments.device, log)
+        row["peers"] = compare_models.compare(row, models, pairs, arguments.dtype, arguments.device, log)
         text += ["", *comparison_lines(row["peers"])]
     if arguments.out:
         bench.write(row, arguments.out)

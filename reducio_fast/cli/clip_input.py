@@ -29,7 +29,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--consecutive", action="store_true", help="every frame (default: every n-th, to come near the model's rate)"
     )
     options.add_size(parser)
-    options.add_model(parser)
+    options.add_model(parser, dtype="float32")
     options.add_backend(parser)
 
 

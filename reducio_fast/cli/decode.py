@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from typing import TYPE_CHECKING
 
@@ -30,12 +31,18 @@ def run(arguments: argparse.Namespace) -> Printed:
     height, width = saved.content.shape[1:3]
     check_output_path(arguments.out, saved.fps, height, width)
 
+    import numpy as np
+
     from ..checkpoints.layouts import SV3D, SVD
-    from ..pipelines.call.output import ReducioOutput
+    from ..pipelines.call.output import ReducioOutput, there_and_back
 
     decode = decode_svd if saved.pipeline in (SVD.pipeline, SV3D.pipeline) else decode_reducio
     started = time.perf_counter()
     frames = decode(saved, arguments)
+    if saved.pipeline == SV3D.pipeline:
+        frames[:, -1] = saved.content  # as in the call
+    if saved.decoding.get("loop"):
+        frames = np.stack([there_and_back(clip) for clip in frames])
     seconds, is_list = time.perf_counter() - started, len(frames) > 1
     out = ReducioOutput(frames if is_list else frames[0], saved.content, saved.seeds, saved.fps, {}, "np", is_list)
     paths = out.save(arguments.out)
@@ -48,24 +55,30 @@ def decode_reducio(kept: Latents, arguments: argparse.Namespace) -> np.ndarray:
     """uint8 [N, T, H, W, 3]."""
     import numpy as np
 
+    from ..checkpoints.saved_latents import check_vae
     from ..checkpoints.strict_files import embedded_model
     from ..pipelines.call.validation import check_latents
     from ..pipelines.reducio.autoencoder import VideoAutoencoder
 
     model = embedded_model() if arguments.model is None else arguments.model
     autoencoder = VideoAutoencoder.load(model, arguments.dtype, arguments.device, arguments.backend)
+    check_vae(arguments.file, kept, autoencoder.components["vae"])
     shape = autoencoder.config.latent_shape(*kept.content.shape[1:3])
     latents = check_latents(kept.latents, shape, len(kept.content), True)
-    return np.stack([autoencoder.decode(z, frame) for z, frame in zip(latents, kept.content, strict=True)])
+    motion = {name: kept.decoding[name] for name in ("motion_strength", "keep_content") if name in kept.decoding}
+    return np.stack([autoencoder.decode(z, frame, **motion) for z, frame in zip(latents, kept.content, strict=True)])
 
 
 def decode_svd(kept: Latents, arguments: argparse.Namespace) -> np.ndarray:
     """uint8 [N, T, H, W, 3], by the model's decoder alone."""
+    from ..checkpoints.saved_latents import check_vae
     from ..pipelines.svd.decoder import decode_latents
     from ..system.errors import ReducioError
 
     if arguments.model is None:
-        raise ReducioError(
-            f"{arguments.file}: holds latents of Stable Video Diffusion; name the model that made them (--model)"
-        )
-    return decode_latents(arguments.model, kept.latents, arguments.dtype, arguments.device, arguments.backend)
+        named = "the model that made them" if kept.source is None else kept.source
+        raise ReducioError(f"{arguments.file}: holds latents of Stable Video Diffusion; name {named} (--model)")
+    places = (arguments.dtype, arguments.device, arguments.backend)
+    chunk = kept.decoding.get("decode_chunk_size")
+    check = functools.partial(check_vae, arguments.file, kept)
+    return decode_latents(arguments.model, kept.latents, *places, chunk, check)

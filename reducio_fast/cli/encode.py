@@ -23,7 +23,9 @@ def run(arguments: argparse.Namespace) -> Printed:
 
     import torch
 
-    from ..checkpoints.saved_latents import Latents, check_path, save
+    from ..checkpoints import hub
+    from ..checkpoints.saved_latents import Latents, check_path, marks, save
+    from ..checkpoints.strict_files import embedded_model
 
     path = check_path(arguments.out)
     autoencoder = clip_input.load_autoencoder(arguments)
@@ -32,8 +34,11 @@ def run(arguments: argparse.Namespace) -> Printed:
     started = time.perf_counter()
     latents = torch.cat([autoencoder.encode(clip) for clip in clips])
     seconds = time.perf_counter() - started
+    vae, source = autoencoder.components["vae"], hub.lasting_name(arguments.model or embedded_model())
+    content = clips[:, autoencoder.config.content_frame]
+    kept = Latents(latents, content, fps, [], source=source, vae=marks(vae))
     try:
-        save(path, Latents(latents, clips[:, autoencoder.config.content_frame], fps, []))
+        save(path, kept)
     except OSError as error:
         raise ReducioError(f"cannot write {path} ({error.strerror or error})") from error
     shape = "x".join(map(str, latents.shape))

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_out(parser, "PATH", options.CLIP_HELP)
     parser.add_argument("--image", metavar="FILE", help="your own content frame instead of the first stage's")
     parser.add_argument("--negative-prompt", metavar="TEXT")
-    options.add_size(parser)
+    options.add_size(parser, options.SIZE_OF_A_CALL)
     parser.add_argument(
         "--size", type=options.positive, metavar="N", help="256, 512 or 1024: the aspect bucket of --image, else square"
     )
@@ -148,7 +148,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..pipelines.parallel import count_processes
     from ..system.devices import resolve_device
 
-    fps = arguments.fps or registry.find(arguments.model).fps
+    fps = arguments.fps or registry.find(arguments.model, arguments.variant).fps
     check_output_path(
         arguments.out, (fps or TRIAL_RATE) * (arguments.interpolate or 1), arguments.height, arguments.width
     )

@@ -15,6 +15,7 @@ BACKENDS = ("auto", "reference", "fast")
 WHERE = "PATH"
 ENCODINGS = ("quality", "fast", "hardware", "auto")
 CLIP_HELP = ".mp4, .gif, .webp or a new folder for PNGs"
+SIZE_OF_A_CALL = "multiple of 32, for SVD of 8 (default: the model's; for Reducio with an image its aspect bucket)"
 
 
 def positive(text: str) -> int:
@@ -38,14 +39,16 @@ def add_out(parser: argparse.ArgumentParser, metavar: str, help: str, required: 
     parser.add_argument("--out", "-o", required=required, metavar=metavar, help=help)
 
 
-def add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--height", type=positive, help="multiple of 32 (default: the model's)")
-    parser.add_argument("--width", type=positive, help="multiple of 32 (default: the model's)")
+def add_size(parser: argparse.ArgumentParser, help: str = "multiple of 32 (default: the model's)") -> None:
+    parser.add_argument("--height", type=positive, help=help)
+    parser.add_argument("--width", type=positive, help=help)
 
 
-def add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
+def add_model(
+    parser: argparse.ArgumentParser, also: str = "", dtype: str = "float32 on a CPU, bfloat16 on a GPU"
+) -> None:
     parser.add_argument("--model", metavar="DIR", help=f"model folder{also} (default: the embedded toy model)")
-    parser.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"(default: {dtype})")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
 
 
@@ -76,7 +79,7 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
     from ..measurement.names import WORKLOADS
 
     help = "a clip of the default model, or full-size random weights at so many pixels (default: default)"
-    parser.add_argument("workload", nargs="?", choices=WORKLOADS, default="default", help=help)
+    parser.add_argument("workload", nargs="?", choices=WORKLOADS, help=help)
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
@@ -84,18 +87,21 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
 
 
 def add_replicas(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--min-replicas", type=positive, default=1, help="on Ray (default: 1)")
+    parser.add_argument("--min-replicas", type=positive, help="on Ray (default: 1)")
     parser.add_argument("--max-replicas", type=positive, help="on Ray (default: as --min-replicas)")
     parser.add_argument("--gpus-per-replica", type=float, help="on Ray (default: 1 where the cluster has any)")
 
 
 def replicas(arguments: argparse.Namespace) -> tuple[int, int]:
     """The smallest and the largest number of replicas."""
-    least, most = arguments.min_replicas, arguments.max_replicas or arguments.min_replicas
+    least = arguments.min_replicas or 1
+    most = arguments.max_replicas or least
     if most < least:
         raise ReducioError(f"--max-replicas: must be at least --min-replicas; they are {least} and {most}")
     if (gpus := arguments.gpus_per_replica) is not None and not 0 <= gpus < math.inf:
         raise ReducioError(f"--gpus-per-replica: must be finite and at least 0, is {gpus:g}")
+    if arguments.ray is None:
+        refuse(arguments, ("min_replicas", "max_replicas", "gpus_per_replica"), "is of clips on Ray, which needs --ray")
     return least, most
 
 
@@ -121,6 +127,13 @@ def needs(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(arguments, name) is None:
             raise ReducioError(f"{arguments.command} {arguments.what} needs --{name}")
+
+
+def refuse(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raise `ReducioError` for an option that this run does not use."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise ReducioError(f"--{name.replace('_', '-')}: {why}")
 
 
 def refuse_others(arguments: argparse.Namespace, options: Mapping[str, Sequence[str]]) -> None:

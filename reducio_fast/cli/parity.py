@@ -10,7 +10,7 @@ from .printing import Failed, Printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser)
+    options.add_model(parser, dtype="that of the fast path on this machine")
     parser.add_argument(
         "--full-size",
         action=argparse.BooleanOptionalAction,

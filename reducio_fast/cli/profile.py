@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_workload(parser)
     options.add_model(parser)
     parser.add_argument("--contender", choices=CONTENDERS, default="fast")
-    parser.add_argument("--out", "-o", metavar="FILE", default="trace.json.gz", help="(default: trace.json.gz)")
-    parser.add_argument("--shapes", action="store_true", help="record the shapes of inputs too")
+    parser.add_argument("--out", "-o", metavar="FILE", help="(default: trace.json.gz)")
+    parser.add_argument("--shapes", action="store_true", default=None, help="record the shapes of inputs too")
     parser.add_argument(
         "--ranges", action="store_true", help="no trace: NVTX or roctx ranges, for nsys, ncu or rocprofv3"
     )
@@ -25,11 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Printed:
     from ..measurement.profile import marked, profile
 
-    workload_arguments = (arguments.workload, arguments.model, arguments.contender, arguments.dtype, arguments.device)
+    if arguments.ranges:
+        options.refuse(arguments, ("shapes", "out"), "is of the trace, and --ranges writes none")
+    workload = arguments.workload or "default"
+    workload_arguments = (workload, arguments.model, arguments.contender, arguments.dtype, arguments.device)
     row = (
         marked(*workload_arguments)
         if arguments.ranges
-        else profile(arguments.out, *workload_arguments, shapes=arguments.shapes)
+        else profile(arguments.out or "trace.json.gz", *workload_arguments, shapes=bool(arguments.shapes))
     )
     return row, lines(row)
 

@@ -33,9 +33,9 @@ def run(arguments: argparse.Namespace) -> Printed:
 
     if arguments.out is None and arguments.extract is None:
         raise ReducioError("give --out for the clip, --extract for its content frame, or both")
-    for name in ("image", "motion_strength", "keep_content"):
-        if arguments.out is None and getattr(arguments, name) is not None:
-            raise ReducioError(f"--{name.replace('_', '-')}: changes the clip alone, which needs --out")
+    if arguments.out is None:
+        names = ("image", "motion_strength", "keep_content")
+        options.refuse(arguments, names, "changes the clip alone, which needs --out")
     if arguments.extract is not None and Path(arguments.extract).suffix.lower() not in Image.registered_extensions():
         raise ReducioError(f"--extract {arguments.extract}: has no suffix of a picture, such as .png")
     if arguments.out is not None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoints.hub import lasting_name
 from ..media.similarity import pooled_psnr
 from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device
@@ -231,17 +232,16 @@ def first_clips(
 ) -> Row:
     """Time loading and the first clip in two fresh processes: one with empty caches, then one with the caches that the
     first has filled."""
-    arguments = {"name": name, "model": None if model is None else os.fspath(model), "dtype": dtype}
+    # The processes start in another folder: from the repository root its folders would shadow packages.
+    arguments = {"name": name, "model": None if model is None else lasting_name(model), "dtype": dtype}
     code = COLD.format(**arguments, device=str(device), contender=contender)
     row: Row = {}
     with tempfile.TemporaryDirectory() as folder:
         caches = {variable: os.path.join(folder, variable) for variable in CACHES}
         for state in ("empty_caches", "warm_caches"):
-            # -P keeps the current folder off the path: from the repository root its folders would shadow packages.
             start = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=os.environ | caches, check=False
-            )
+            command, environment = [sys.executable, "-c", code], os.environ | caches
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
             if done.returncode:
                 return {"skipped": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
             figures = json.loads(done.stdout.splitlines()[-1])

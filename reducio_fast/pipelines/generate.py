@@ -43,7 +43,7 @@ def generate(
     """
     device = devices.resolve_device(device)
     resolved = devices.resolve_dtype(dtype, None, device)
-    model_entry = registry.find(model)
+    model_entry = registry.find(model, kwargs.get("variant"))
     model_entry.check_call(backend, kwargs)
     validation.resolve_backend(backend)
     steering.check_switch("parallel", parallel)

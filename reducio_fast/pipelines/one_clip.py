@@ -108,7 +108,7 @@ def decode_clip(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        kept = call.rescue_latents(pipe.rescue_folder, pipe.layout.pipeline)
+        kept = call.rescue_latents(pipe.rescue_folder, pipe.layout.pipeline, pipe.parts.source, pipe.vae)
         raise ReducioError(f"vae.decode: out of memory at {request.height}x{request.width}; {kept}") from error
 
 

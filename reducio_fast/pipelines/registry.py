@@ -63,20 +63,21 @@ TINY_SIZE, TINY_FRAMES = (64, 64), 4  # of a call on small random weights
 WORDS = {"svd": HUB_ID}
 
 
-def find(model: str | os.PathLike[str] | None) -> Model:
-    """The model of this name; None is the embedded one. Raises ReducioError where there is none."""
+def find(model: str | os.PathLike[str] | None, variant: str | None = None) -> Model:
+    """The model of this name; None is the embedded one. variant: of the weights that a hub repository of SVD is fetched
+    with. Raises ReducioError where there is no such model."""
     if isinstance(model, str) and (word := model.partition(":")[0]) in WORDS and not is_folder(model, "model"):
         weights = model.partition(":")[2] or WORDS[word]
         if weights in (peers.RANDOM, peers.RANDOM_TINY):
             return _random(weights)
-        return _of_folder(_find_folder(weights))
+        return _of_folder(SVDPipeline.find_folder(weights, variant))
     if (folder := _own_folder(model)) is not None:
         return _of_folder(folder)
     if model == strict_files.SVD_TINY:
         return _of_folder(strict_files.embedded_model(strict_files.SVD_TINY))
     source = peers.find(model)
     if source is None:
-        return _of_folder(strict_files.embedded_model() if model is None else _find_folder(model))
+        return _of_folder(strict_files.embedded_model() if model is None else _find_folder(model, variant))
     return Model(
         key=(source.peer.name, source.weights),
         load=lambda dtype, device, backend: peers.PeerPipeline.from_pretrained(source, dtype, device),
@@ -101,10 +102,10 @@ def _family_of(folder: Path) -> str | None:
     return strict_files.read_json(index).get("_class_name") if is_file(index, "model") else None
 
 
-def _find_folder(model: str | os.PathLike[str]) -> Path:
-    """A folder or the local copy of a hub repository. SVD's repositories need not be fetched whole."""
-    if str(model) in WORDS.values() or "stable-video-diffusion" in str(model):
-        return SVDPipeline.find_folder(model)
+def _find_folder(model: str | os.PathLike[str], variant: str | None) -> Path:
+    """A folder or the local copy of a hub repository. SVD's, which alone have variants, need not be fetched whole."""
+    if variant is not None or str(model) in WORDS.values() or "stable-video-diffusion" in str(model):
+        return SVDPipeline.find_folder(model, variant)
     return hub.find_model(model)
 
 

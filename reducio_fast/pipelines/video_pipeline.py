@@ -183,7 +183,8 @@ class VideoPipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """Components by name: `ReducioPipeline(**pipe.components)` is a second pipeline on the same weights."""
+        """Components by name: `ReducioPipeline(**pipe.components)` is a second pipeline on the same weights, with the
+        default settings (size, fps, clean_caption, sampling)."""
         return self.parts.as_dict()
 
     @property
@@ -293,7 +294,7 @@ class VideoPipeline:
 
     @property
     def vae_tiling(self) -> bool | None:
-        """Whether to decode in tiles; None: the size of the clip decides."""
+        """Whether to decode in tiles (Reducio only); None: the size of the clip decides."""
         return self.decoder.tiling
 
     @vae_tiling.setter
@@ -303,11 +304,11 @@ class VideoPipeline:
 
     def enable_vae_tiling(self) -> None:
         """Decode each clip in tiles of 256 pixels that read 64 pixels more and are blended, as the release does. The
-        default, `vae_tiling = None`, does so above 320 pixels, which is all that one tile reads."""
+        default, `vae_tiling = None`, does so above 320 pixels, which is all that one tile reads. Reducio only."""
         self.vae_tiling = True
 
     def disable_vae_tiling(self) -> None:
-        """Decode each clip whole.
+        """Decode each clip whole. Reducio only.
 
         Above 320 pixels this gives a different clip, not the same one faster: norms then average over the whole frame,
         where the published weights saw 256 pixels, and fusion attends in windows of 512. Memory grows with the frame.

@@ -67,6 +67,8 @@ class Clips:
         kwargs = {"compile": compile} if "compile" in entry.load_arguments else {}
         resolved = None if loader_chooses else devices.resolve_dtype(dtype, None, where)
         self.pipe = entry.load(resolved, where, backend, **kwargs)
+        if (parts := getattr(self.pipe, "parts", None)) is not None and parts.source is not None:
+            parts.source = without_paths(parts.source)  # clients may fetch latents, which name their model
         self.defaults, self.encoding, self.where = entry.call_defaults, encoding, where
         self._rescue = tempfile.TemporaryDirectory(prefix="reducio-serve-")
         self.pipe.rescue_folder = Path(self._rescue.name)

@@ -35,6 +35,20 @@ def run(argv: list[str]) -> int:
         return error.code
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        *((command, "(default: float32) ") for command in ("encode", "reconstruct", "transfer")),
+        ("parity", "(default: that of the fast path on this machine)"),
+        *((command, "multiple of 32, for SVD of 8 (default: the model's; for") for command in ("generate", "batch")),
+        ("encode", "multiple of 32 (default: the model's)"),
+    ],
+)
+def test_help_states_the_command_s_own_defaults(command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with one broken and one good input of each kind."""
@@ -356,7 +370,7 @@ def test_env_survives_a_broken_installation(
 def test_compile_check_builds_for_a_gpu_that_is_not_here(target: str, kernel: str, only: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     argv = f"compile-check --json --jobs 1 --targets {target} --kernels {kernel} --only".split()
-    argv = [sys.executable, "-P", "-m", "reducio_fast", *argv, only]
+    argv = [sys.executable, "-m", "reducio_fast", *argv, only]
     done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd="/")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -18,14 +18,14 @@ from reducio_fast.media.video_files import read_video, write_video
 
 pytestmark = pytest.mark.slow
 
-COMMAND = [sys.executable, "-P", "-m", "reducio_fast"]
+COMMAND = [sys.executable, "-m", "reducio_fast"]
 CLIP = ["generate", "a red circle", "--num-inference-steps", "1", "--no-progress"]
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to run as another user")
 UNKNOWN_USER = 12345  # in no user database
 
 
 def run(*arguments: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    kwargs = {"capture_output": True, "text": True, "timeout": 120} | kwargs
+    kwargs = {"capture_output": True, "text": True, "timeout": 120, "cwd": "/"} | kwargs
     return subprocess.run([*COMMAND, *map(str, arguments)], **kwargs)
 
 
@@ -59,7 +59,9 @@ def test_sigterm_leaves_no_file_and_no_ffmpeg(tmp_path: Path) -> None:
     slow.chmod(0o755)
     (tmp_path / "out").mkdir()
     command = [*COMMAND, *CLIP, "--out", str(tmp_path / "out" / "clip.mp4")]
-    process = subprocess.Popen(command, env=os.environ | {"IMAGEIO_FFMPEG_EXE": str(slow)}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=os.environ | {"IMAGEIO_FFMPEG_EXE": str(slow)}, stdout=subprocess.DEVNULL, cwd="/"
+    )
     deadline = time.monotonic() + 100
     while not (log.is_file() and log.read_text().strip()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -103,7 +105,7 @@ for arguments in {commands!r}:
         statuses.append(main(arguments))
 print(*statuses)
 """
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=300, cwd=folder)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=folder)
     assert done.returncode == 0, done.stderr
     return [int(status) for status in done.stdout.split()], done.stderr.strip().splitlines()
 

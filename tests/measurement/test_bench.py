@@ -317,6 +317,23 @@ def test_a_broken_pair_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bench narrow --model somewhere --device cpu", "has random weights"),
         ("bench --pairs 0", "--pairs: must be at least 1, is 0"),
         ("bench --tune --device cpu", "tune: there is no GPU here"),
+        ("bench narrow --tune", "workload: narrow given, --tune has workloads of its own"),
+        *(
+            (f"bench --tune {option}", f"{option.split()[0]}: has no effect with --tune")
+            for option in (
+                "--model x",
+                "--dtype float16",
+                "--contenders fast",
+                "--peer svd",
+                "--ladder",
+                "--pairs 5",
+                "--cold",
+                "--note x",
+            )
+        ),
+        ("bench --limit 5", "--limit: is of --tune"),
+        ("profile --ranges --shapes", "--shapes: is of the trace, and --ranges writes none"),
+        ("profile --ranges --out trace.json.gz", "--out: is of the trace, and --ranges writes none"),
         ("profile narrow --out trace.json", "must end in .json.gz"),
         ("profile narrow --out absent/trace.json.gz", "the output folder absent does not exist"),
         pytest.param(
@@ -364,3 +381,20 @@ def test_full_size_is_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(GivenConditions, "random", lambda *args: seen.append(args))
     workload("512", None, "bfloat16", SimpleNamespace(type="cuda"))
     assert seen[0][:5] == ("full size 512", DIT_PRESETS["reducio-512"], VAEConfig(), 512, torch.bfloat16)
+
+
+def test_cold_clips_run_in_another_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not from the checkout's root, without `python -P` of Python 3.11; a relative model folder is still found."""
+    calls = []
+
+    def fake(command: list[str], **options: object) -> SimpleNamespace:
+        calls.append((command, options))
+        return SimpleNamespace(returncode=0, stdout='{"load_s": 1.0, "first_clip_s": 2.0}\n', stderr="")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(bench.subprocess, "run", fake)
+    assert bench.first_clips("default", "model", None, CPU, "fast")["warm_caches"]["load_s"] == 1
+    for command, options in calls:
+        assert "-P" not in command and options["cwd"] not in (None, str(tmp_path))
+        assert repr(str(tmp_path / "model")) in command[-1]

@@ -5,12 +5,14 @@ errors, and offloaded weights that are on the device only during their stage.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
 from reducio_fast import ReducioPipeline
@@ -245,11 +247,12 @@ def test_other_errors_of_the_decoder_are_not_retried(embedded: dict, monkeypatch
 
 
 def test_latents_are_saved_when_the_decode_runs_out_of_memory(
-    embedded: dict, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error names a file, and the command decodes it into the frames that the call would have returned."""
-    pipe = pipeline(embedded, "fast")
-    kwargs = CALL | {"prompt": [PROMPT, PROMPT], "image": [GREY, GREY], "seed": 3}
+    """The error names a file, and its command decodes it into the frames that the call would have returned. Another
+    autoencoder is refused."""
+    pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", backend="fast", dtype="float32")
+    kwargs = CALL | {"prompt": [PROMPT, PROMPT], "image": [GREY, GREY], "seed": 3, "loop": True, "motion_strength": 2}
     expected = pipe(**kwargs).frames
     decoder, calls = pipe.executor.network("vae").decoder, []
     forward = decoder.forward
@@ -265,19 +268,26 @@ def test_latents_are_saved_when_the_decode_runs_out_of_memory(
         with pytest.raises(ReducioError, match="out of memory at 64x64; the latents are kept") as caught:
             pipe(**kwargs)
     (file,) = (cache / "latents").iterdir()
-    assert f"reducio-fast decode {file} --out clip.mp4" in str(caught.value)
-    argv = ["decode", str(file), "--out", str(tmp_path / "clip"), "--backend", "fast", "--device", "cpu"]
-    argv += ["--dtype", "float32", "--json"]  # the dtype of the call
+    assert f"reducio-fast decode {file} --model {bundle} --out clip.mp4" in str(caught.value)
+    argv = ["decode", str(file), "--model", str(bundle), "--out", str(tmp_path / "clip"), "--backend", "fast"]
+    argv += ["--device", "cpu", "--dtype", "float32", "--json"]  # the dtype of the call
     assert main.main(argv) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["seeds"] == [3, 4] and result["fps"] == pipe.fps
     for path, clip in zip(result["paths"], expected, strict=True):
         assert (read_video(path)[0] == clip).all()
 
+    shutil.copytree(bundle / "vae", tmp_path / "other")
+    weights = tmp_path / "other" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.float() * 1.1 for name, tensor in load_file(weights).items()}, weights)
+    argv = ["decode", str(file), "--model", str(tmp_path / "other"), "--out", str(tmp_path / "wrong.mp4")]
+    assert main.main(argv) == 2
+    line = capsys.readouterr().err
+    assert f"holds latents of another autoencoder; name {bundle} (--model)" in line and line.count("\n") == 1
+    assert not (tmp_path / "wrong.mp4").exists()
+
 
 def test_decode_command_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     for name, reason in (("other", "no latents"), ("broken", "is no file of latents"), ("missing", "no such file")):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def lint(root: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as c; c()"
-    command = [sys.executable, "-P", "-c", code, "--config", str(root / "pyproject.toml"), "--no-cache"]
+    command = [sys.executable, "-c", code, "--config", str(root / "pyproject.toml"), "--no-cache"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 

@@ -28,7 +28,7 @@ socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 def run(code: str, home: Path) -> subprocess.CompletedProcess:
     env = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGINGFACE_", "XDG_", "REDUCIO_"))}
     return subprocess.run(
-        [sys.executable, "-P", "-c", NO_NETWORK + code],
+        [sys.executable, "-c", NO_NETWORK + code],
         capture_output=True,
         text=True,
         cwd=home,

@@ -99,7 +99,7 @@ after = state()
 print([i for i, (a, b) in enumerate(zip(before, after)) if a != b])
 """
     env = {name: value for name, value in os.environ.items() if name != "REDUCIO_CACHE_DIR"}
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", env=env)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -154,7 +154,7 @@ status = os.waitpid(child, 0)[1]
 go_on.set(); thread.join()
 print(os.waitstatus_to_exitcode(status))
 """
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", timeout=120)
     assert done.stdout.strip() == "7", done.stdout + done.stderr
 
 

@@ -188,8 +188,8 @@ def test_a_model_that_loads_holds_up_no_other(folder: Path, monkeypatch: pytest.
     loading, go_on = threading.Event(), threading.Event()
     find = registry.find
 
-    def slow(model: Any) -> registry.Model:
-        entry = find(model)
+    def slow(model: Any, variant: str | None) -> registry.Model:
+        entry = find(model, variant)
         if model is None:
             return entry
 

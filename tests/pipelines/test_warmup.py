@@ -127,6 +127,17 @@ def test_after_a_warm_up_a_call_captures_nothing(pipe: ReducioPipeline) -> None:
     assert after["hits"] > before["hits"]
 
 
+def test_a_model_without_a_text_encoder_is_warmed_up(pipe: ReducioPipeline) -> None:
+    graphs = Graphs(recorded)
+    pipe.executor.engine = Engine(graphs=graphs)
+    embeds, mask, _, _ = pipe.encode_prompt("a red circle")
+    pipe.unload("text_encoder", "text_to_image")
+    assert pipe.warmup([64], progress=False).complete
+    captured = len(graphs.describe()["graphs"])
+    pipe(**(CALL | {"prompt": None}), prompt_embeds=embeds, prompt_attention_mask=mask)
+    assert captured and len(graphs.describe()["graphs"]) == captured
+
+
 def test_default_is_the_models_own_size_and_other_threads_work_is_equal(
     pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,10 +13,11 @@ from PIL import Image
 
 from reducio_fast.checkpoints import saved_latents
 from reducio_fast.pipelines import registry
+from reducio_fast.server import schema
 from reducio_fast.server.clips import Clips
 from reducio_fast.server.errors import ApiError
 from reducio_fast.server.files import CLIP, CONTENT, PICTURE, SPRITESHEET, THUMBNAIL
-from reducio_fast.server.requests import Checker, Limits, open_picture
+from reducio_fast.server.requests import FIELDS, OWN, WIRE, Checker, Limits, open_picture
 from reducio_fast.system import cores
 from reducio_fast.system.errors import ReducioError
 
@@ -162,3 +163,12 @@ def test_broken_pictures_of_every_format_are_refused() -> None:
     for data in (b"no picture", enhanced_metafile):
         with pytest.raises(ReducioError, match="^image: input_reference cannot be read: it is no picture"):
             open_picture(data)
+
+
+def test_the_openapi_page_has_every_field() -> None:
+    """No server refuses the body that the page describes for it: a prompt is not for every model."""
+    for body in (schema.CREATE, schema.REMIX):
+        for form in body["requestBody"]["content"].values():
+            uploads = {"input_reference", "motion_reference"}
+            assert set(form["schema"]["properties"]) - uploads == {*FIELDS, *WIRE, *OWN} - uploads
+            assert "required" not in form["schema"]

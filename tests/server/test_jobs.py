@@ -211,6 +211,16 @@ def test_numbers_that_serve_cannot_use(option: str, value: str, line: str, capsy
     assert out == "" and err.count("\n") == 1 and line in err
 
 
+@pytest.mark.parametrize("option", ["--min-replicas", "--max-replicas", "--gpus-per-replica"])
+def test_replicas_without_ray(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("a red circle")
+    batch_command = ["batch", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    for command in (["serve", "--host", "0.0.0.0"], batch_command):
+        assert main([*command, option, "1"]) == 2
+        assert f"{option}: is of clips on Ray, which needs --ray" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_file_of_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("fastapi")
     (tmp_path / "jobs.sqlite3").write_bytes(b"no database" * 1000)

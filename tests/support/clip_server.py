@@ -22,11 +22,12 @@ class ClipServer:
 
     def __init__(self, data: Path, *options: str, ray: bool = False) -> None:
         self.data, self._log = data, data.with_suffix(".log")
-        command = [sys.executable, "-P", "-m", "reducio_fast", "serve", "--port", "0", "--json", "--data", str(data)]
+        command = [sys.executable, "-m", "reducio_fast", "serve", "--port", "0", "--json"]
+        command += ["--data", str(data.absolute())]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(self._log, "a") as log:
             self.process = subprocess.Popen(
-                [*command, *options], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+                [*command, *options], stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd="/"
             )
         assert self.process.stdout is not None
         text = ""

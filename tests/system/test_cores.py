@@ -77,7 +77,7 @@ def test_waiting_threads_sleep_soon() -> None:
         clean = {name: value for name, value in os.environ.items() if name not in cores.WAITING}
         environment = clean | {"OMP_DISPLAY_ENV": "verbose"} | chosen
         done = subprocess.run(
-            [sys.executable, "-P", "-c", code], env=environment, check=True, capture_output=True, text=True, cwd="/"
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True, cwd="/"
         )
         if "GOMP_SPINCOUNT" not in done.stderr:
             pytest.skip("torch brings another OpenMP runtime than GNU's")

@@ -31,8 +31,9 @@ class ReducioOutput:
 
     `frames`: "np" uint8 [T, H, W, 3]; "pil" a list of images; "pt" float32 [T, 3, H, W] in [0, 1], as in diffusers;
     "latent" the motion latent [16, T/f, H/32, W/32] (SVD: [T, 4, H/8, W/8]). `content`: the content frame, uint8
-    [H, W, 3], which is the clip's frame number (T - 1) // 2 (SVD: the image at the clip's size); passed as `image` with
-    the same seed it makes the same clip (None for latents that needed none, and for peers that use text alone).
+    [H, W, 3], which is frame number (T - 1) // 2 of the model's own T frames, in a longer clip of the first T that were
+    made (SVD: the image at the clip's size); passed as `image` with the same seed it makes the same clip (None for
+    latents that needed none, and for peers that use text alone).
     `timings`: seconds per stage, summed over the clips.
     """
 

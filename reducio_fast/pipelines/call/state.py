@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...checkpoints.saved_latents import rescue
+from ...checkpoints.saved_latents import Latents, marks, rescue
 from ...reference.sampler import StopSampling
 from ...system.errors import ReducioError
 from .output import ReducioOutput, stack, there_and_back
@@ -97,10 +98,18 @@ class CallState:
         if self.listener is not None:
             self.listener(stage, step)
 
-    def rescue_latents(self, folder: Path | None, pipeline: str) -> str:
-        """Save what was sampled and not yet decoded; returns the end of an error line that names the file."""
-        seeds = [clip.generator.initial_seed() for clip in self.request.clips[: len(self.undecoded)]]
-        return rescue(self.undecoded, seeds, self.request.fps, folder, pipeline)
+    def rescue_latents(self, folder: Path | None, pipeline: str, source: str | None, vae: Any) -> str:
+        """Save what was sampled and not yet decoded, with the model `source` and its `vae`; returns the end of an error
+        line that names the file."""
+        request = self.request
+        seeds = [clip.generator.initial_seed() for clip in request.clips[: len(self.undecoded)]]
+        latents = torch.cat([latent for latent, _ in self.undecoded])
+        content = np.stack([frame for _, frame in self.undecoded])
+        decoding = {"motion_strength": request.motion_strength, "keep_content": request.keep_content}
+        decoding["loop"] = request.loop and request.chain is None  # of a long clip, only the current part is kept
+        decoding["decode_chunk_size"] = getattr(request, "decode_chunk_size", None)
+        clips = Latents(latents, content, request.fps, seeds, pipeline, source, marks(vae), decoding)
+        return rescue(clips, folder)
 
     def content_step(self, step: int) -> None:
         """To be called after each step of the first stage: raises StopSampling if the call was asked to end."""

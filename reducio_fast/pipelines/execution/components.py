@@ -23,6 +23,7 @@ class Components:
         self.layout = layout
         self._parts = {name: parts[name] for name in (*layout.names, *layout.settings)}
         self._unloaded: set[str] = set()
+        self.source: str | None = None  # the model's folder or hub id, where its autoencoder came from there
 
     def __getitem__(self, name: str) -> Any:
         return self._parts[name]
@@ -109,7 +110,7 @@ class Components:
                 if hasattr(part, "scheduler"):
                     parts[name].scheduler = copy.deepcopy(part.scheduler)
         other = Components(self.layout, parts)
-        other._unloaded = set(self._unloaded)
+        other._unloaded, other.source = set(self._unloaded), self.source
         return other
 
     @property

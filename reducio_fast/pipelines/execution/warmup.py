@@ -80,7 +80,12 @@ def _clip(pipe: Any, height: int, width: int) -> Callable[[deadline.Check], None
             with torch_state.inference(), pipe.executor.lock, pipe.executor.placed("content.generate"):
                 frame = pipe.content.draw(PROMPT, "", height, width, generator, False, kwargs)
             check()
-        arguments: dict[str, Any] = {"prompt": PROMPT} if "text_encoder" in pipe.layout.names else {}
+        arguments: dict[str, Any] = {}
+        if "text_encoder" in pipe.layout.names and pipe.text_encoder is not None and pipe.tokenizer is not None:
+            arguments["prompt"] = PROMPT
+        elif "text_encoder" in pipe.layout.names:
+            text = pipe.transformer.null_text.detach()
+            arguments |= {"prompt_embeds": text, "prompt_attention_mask": torch.ones(len(text), dtype=torch.bool)}
         if (num_frames := getattr(pipe.vae.config, "num_frames", None)) is not None:
             arguments["num_frames"] = num_frames
         pipe(

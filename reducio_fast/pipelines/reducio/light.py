@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints import networks, strict_files
+from ...checkpoints import hub, networks, strict_files
 from ...checkpoints.layouts import REDUCIO
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...reference.multistep_schedule import MultistepSchedule
@@ -66,6 +66,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, free_dtype: boo
     if pipe.backend != "fast" or pipe.content.first_stage.obstacle() is not None:
         return None
     pipe.executor.choose_dtype(free_dtype)
+    pipe.parts.source = hub.lasting_name(folder)
     return pipe
 
 

@@ -174,6 +174,7 @@ class ReducioPipeline(VideoPipeline):
             parts = model_folder.read_model(folder, components, REDUCIO, LOADERS, dtype, device)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free_dtype)
+        pipe.parts.source = None if "vae" in components else hub.lasting_name(folder)
         if quantise is not None:
             pipe.executor.quantise(quantise, largest, folder)
         return pipe
@@ -250,8 +251,8 @@ class ReducioPipeline(VideoPipeline):
         image: the content frame (path, PIL image or array; one for all, or a list or array with one per prompt), scaled
             to cover the clip and cropped. None draws a new one from the prompt for each clip.
         negative_prompt: what guidance leads away from. None or "" is the model's null text.
-        height, width: pixels, multiples of 32. By default the aspect bucket of the image (see `buckets`); without an
-            image, the size the model was made for.
+        height, width: pixels, multiples of 32. By default the size the model was made for; with an image, a square
+            model of 256, 512 or 1024 takes the image's aspect bucket (`media.aspect_buckets`).
         num_frames: more than the model's 16 are made of clips that continue each other, each adding 8: see `long_clip`.
         num_inference_steps: steps of the second stage; None is the quality's number, 20 for "exact".
         guidance_scale: 1 or less switches guidance off.

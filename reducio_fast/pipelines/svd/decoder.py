@@ -47,11 +47,21 @@ class ClipDecoding:
 class ClipDecoder:
     """Decodes with the model's autoencoder. `frames` and `chunk` are those of the current call."""
 
-    tiling: bool | None = None
-
     def __init__(self, components: Components, executor: Executor) -> None:
         self.components, self.executor = components, executor
         self.frames, self.chunk = components["unet"].config.num_frames, None
+
+    @property
+    def tiling(self) -> bool | None:
+        """See `VideoPipeline.vae_tiling`."""
+        return None
+
+    @tiling.setter
+    def tiling(self, value: bool | None) -> None:
+        if value is not None:
+            raise ReducioError(
+                f"vae_tiling: {value!r} given, only Reducio decodes in tiles; to save memory pass decode_chunk_size"
+            )
 
     @property
     def config(self) -> TemporalVAEConfig | FrameVAEConfig:
@@ -117,9 +127,12 @@ def decode_latents(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    chunk: int | None = None,
+    check: Callable[[Any], None] = lambda vae: None,
 ) -> np.ndarray:
     """[N, T, 4, H/8, W/8] -> uint8 [N, T, H, W, 3]. Loads only the autoencoder of `model`: a folder or a hub id, with
-    or without "svd:" in front, or svd-tiny. Raises ReducioError for another model or other latents."""
+    or without "svd:" in front, or svd-tiny. `chunk` is `decode_chunk_size`; `check` gets the autoencoder and may
+    refuse it. Raises ReducioError for another model or other latents."""
     target_device = devices.resolve_device(device)
     name = str(model).removeprefix("svd:") if str(model) != "svd" else HUB_ID
     if name == SVD_TINY:
@@ -132,6 +145,7 @@ def decode_latents(
     network_class: Any = FrameVAE if is_frame_vae else TemporalVAE
     config_class = FrameVAEConfig if is_frame_vae else TemporalVAEConfig
     vae = networks.load_model(network_class, config_class, folder / "vae", resolved_dtype, target_device)
+    check(vae)
     shape = (None, vae.config.latent_channels, None, None)
     clips = validation.check_tensor(latents, shape, len(latents), True, "latents")
     network: Any = vae
@@ -142,5 +156,5 @@ def decode_latents(
         engine.free_dtype = dtype is None
         network = engine.twin(vae)
     factor = vae.config.scaling_factor
-    videos = [network.decode((z / factor).to(target_device, network.dtype))[0].float() for z in clips]
+    videos = [network.decode((z / factor).to(target_device, network.dtype), chunk)[0].float() for z in clips]
     return np.stack([to_bytes(video).cpu().numpy() for video in videos])

@@ -138,6 +138,7 @@ class SVDPipeline(VideoPipeline):
             parts = model_folder.read_model(folder, components, cls.layout, cls.loaders, dtype, device, variant)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free_dtype)
+        pipe.parts.source = None if "vae" in components else hub.lasting_name(folder)
         return pipe
 
     @staticmethod

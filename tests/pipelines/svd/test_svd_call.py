@@ -135,10 +135,12 @@ def test_a_clip_that_does_not_fit_keeps_its_latents(
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.decoder), "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
         with pytest.raises(ReducioError, match="out of memory at 64x64; the latents are kept"):
-            pipe(picture, **CALL, **QUIET, seed=6)
+            pipe(picture, **CALL, **QUIET, seed=6, decode_chunk_size=3)
     pipe.rescue_folder = None
     kept = saved_latents.load(next(tmp_path.glob("*.safetensors")))
     assert kept.pipeline == "StableVideoDiffusionPipeline" and torch.equal(kept.latents[0], expected)
+    assert kept.decoding["decode_chunk_size"] == 3
+    saved_latents.check_vae("kept.safetensors", kept, pipe.vae)
 
 
 def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch):

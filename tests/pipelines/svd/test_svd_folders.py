@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -81,10 +82,11 @@ def test_decode_reads_kept_latents(
     latents = pipe(picture, **CALL, **QUIET, seed=6, output_type="latent").frames
     content = np.zeros((1, 64, 64, 3), dtype=np.uint8)
     file = tmp_path / "kept.safetensors"
-    saved_latents.save(file, saved_latents.Latents(latents[None], content, 7, [6], "StableVideoDiffusionPipeline"))
+    about = ("StableVideoDiffusionPipeline", "some/model", saved_latents.marks(pipe.vae), {"decode_chunk_size": 2})
+    saved_latents.save(file, saved_latents.Latents(latents[None], content, 7, [6], *about))
     alone = tmp_path / "alone"
     shutil.copytree(folder / "vae", alone / "vae")
-    expected = pipe.decode(latents)
+    expected = pipe.decode(latents, decode_chunk_size=2)
     for backend in ("reference", "fast"):
         out = tmp_path / backend
         argv = ["decode", str(file), "--model", f"svd:{alone}", "--out", str(out), "--device", "cpu"]
@@ -93,7 +95,7 @@ def test_decode_reads_kept_latents(
         assert np.abs(frames.astype(int) - expected).max() <= 1
     capsys.readouterr()
     assert main(["decode", str(file), "--out", str(tmp_path / "none.mp4")]) == 2
-    assert "holds latents of Stable Video Diffusion; name the model" in capsys.readouterr().err
+    assert "holds latents of Stable Video Diffusion; name some/model (--model)" in capsys.readouterr().err
 
 
 def test_folders_that_are_something_else(folder: Path, bundle: Path, tmp_path: Path):
@@ -115,6 +117,14 @@ def test_folders_that_are_something_else(folder: Path, bundle: Path, tmp_path: P
     (file.parent / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
     with pytest.raises(ReducioError, match="describes a UNet2DConditionModel, not a UNetSpatioTemporalConditionModel"):
         SVDPipeline.from_pretrained(tmp_path / "broken", device="cpu")
+
+
+@pytest.mark.parametrize("switch", ["enable_vae_tiling", "disable_vae_tiling"])
+def test_no_tiles(pipe: SVDPipeline, switch: str):
+    with pytest.raises(ReducioError, match="only Reducio decodes in tiles; to save memory pass decode_chunk_size"):
+        getattr(pipe, switch)()
+    pipe.vae_tiling = None
+    assert copy.deepcopy(pipe).vae_tiling is None and pipe.for_thread().vae_tiling is None
 
 
 def test_a_gated_repository_names_its_page(monkeypatch: pytest.MonkeyPatch):
@@ -142,3 +152,28 @@ def test_of_a_repository_one_copy_of_the_weights_is_fetched(folder: Path, monkey
     SVDPipeline.from_pretrained("stabilityai/stable-video-diffusion-img2vid", device="cpu")
     assert "*/*.safetensors" in calls[0]["allow_patterns"] and calls[0]["ignore_patterns"] == ["*/*.fp16.*"]
     assert "*.safetensors" not in calls[0]["allow_patterns"], "not the single file beside the components"
+
+
+@pytest.mark.parametrize(
+    "model", ["svd", "svd:owner/name", "owner/name", "stabilityai/stable-video-diffusion-img2vid-xt"]
+)
+def test_a_hub_name_with_a_variant_fetches_its_files_alone(
+    model: str, folder: Path, picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import huggingface_hub
+
+    shutil.copytree(folder, tmp_path / "half")
+    for file in (tmp_path / "half").glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    fetched = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **kw: fetched.extend(kw["allow_patterns"]) or str(tmp_path / "half"),
+    )
+    picture.save("photo.png")
+    argv = ["generate", "--model", model, "--variant", "fp16", "--image", "photo.png", "-o", "c.gif", "--no-progress"]
+    sizes = ["--height", "64", "--width", "64", "--num-frames", "2", "--num-inference-steps", "1"]
+    assert main([*argv, *sizes, "--backend", "reference", "--device", "cpu"]) == 0
+    assert {name for name in fetched if name.endswith("safetensors")} == {"*/*.fp16.safetensors"}
