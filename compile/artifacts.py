@@ -87,7 +87,8 @@ def load(path: Path, tensors: Sequence[Tensor]) -> Any:
 def digest(key: Hashable) -> str:
     """The name of the file for a key of plain values, classes and functions, equal in every process.
 
-    The digest includes the source of the key's classes and functions, so that changed source does not find old code.
+    The digest includes the source of the key's classes and functions, so that changed source does not find old code. An
+    op of torch does not lead to its source: the key needs a function of its module too (see `Regions.kernels`).
     """
     modules: set[str] = set()
     text = _text(key, modules)

@@ -83,12 +83,19 @@ class Regions:
     """Compiles modules and runs them. Safe to share between threads.
 
     `compile(fn, tensors, free)` turns a function of tensors into a compiled one (see `artifacts.compile_function`). The
-    default needs a compiler on this machine, and saves its code in the folder `store`. If `open` is False, nothing new
-    is compiled and compiled code stays in use. A warm-up sets it after its deadline.
+    default needs a compiler on this machine, and saves its code in the folder `store`. `kernels(device)`: what that
+    code depends on outside the blocks, as a part of the key of `artifacts.digest`. If `open` is False, nothing new is
+    compiled and compiled code stays in use. A warm-up sets it after its deadline.
     """
 
-    def __init__(self, compile: Compile | None = None, limit: int = LIMIT, store: Path | None = None) -> None:
-        self.limit, self.open, self.store = limit, True, store if compile is None else None
+    def __init__(
+        self,
+        compile: Compile | None = None,
+        limit: int = LIMIT,
+        store: Path | None = None,
+        kernels: Callable[[torch.device], Hashable] | None = None,
+    ) -> None:
+        self.limit, self.open, self.store, self.kernels = limit, True, store if compile is None else None, kernels
         self._compile = artifacts.compile_function if compile is None else compile
         self._obstacle = artifacts.obstacle() if compile is None else None
         if self._obstacle is not None:
@@ -173,7 +180,10 @@ class Regions:
         plain: list[Any] = []
         shape = flatten(expected, plain)
         right = [leaf for leaf in plain if isinstance(leaf, Tensor)]
-        file = None if self.store is None else self.store / f"{artifacts.digest((name, block.structure, *key[2:]))}.bin"
+        file = None
+        if self.store is not None:
+            kernels = None if self.kernels is None else self.kernels(tensors[0].device)
+            file = self.store / f"{artifacts.digest((name, block.structure, kernels, *key[2:]))}.bin"
         run = None if file is None or not file.is_file() else self._loaded(file, tensors, right)
         stored = run is not None
         try:

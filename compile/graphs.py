@@ -11,8 +11,7 @@ GPU), so every rule here is tested without a GPU. The rules:
 - inputs are copied into buffers that the graph reads, unless the buffer already holds the same tensor, unchanged;
 - tensors that stay the same over many calls, such as a clip's keys and values, may be put into buffers that graphs read
   in place (`lend`). Then there is one copy of them, not one for the caller and one for each graph;
-- results are copies, safe to keep. `keep=False` returns the graph's own buffers, for a caller that has consumed them
-  before the next call;
+- results are copies, safe to keep: another thread's call may replay the graph at any time;
 - all graphs of a stream use one memory pool, where their intermediates overlap: no more than the largest graph needs,
   plus every graph's inputs and outputs. These are limited in bytes: beyond the limit, the least recently used graph is
   dropped. If memory runs out, all graphs are dropped, and the call runs again without them;
@@ -48,7 +47,7 @@ REMEMBERED = 1024  # cap on remembered keys, so a server's memory does not grow 
 _one_capture_at_a_time = threading.Lock()  # CUDA allows one capture at a time in a process
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pool:
     """Memory of the graphs captured from one stream. Only the capture function reads it."""
 
@@ -98,6 +97,7 @@ class _Graph:
     inputs: list[Tensor]
     held: list[tuple[weakref.ref[Tensor], int] | None]
     outputs: Any
+    pool: Pool
     hits: int = 0
     used: int = 0  # time of the last replay, counted in replays of all graphs
 
@@ -136,7 +136,7 @@ class Graphs:
         self._misses: Counter[str] = Counter()
         self._hits, self._resets = 0, 0
 
-    def __call__(self, name: str, fn: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
+    def __call__(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`. Arguments and results are tensors and plain values, or lists and (named) tuples of them.
 
         `name` identifies `fn` and all that it reads besides its arguments: one name per function and model. `fn` must
@@ -160,7 +160,7 @@ class Graphs:
                 if graph is not None and self._reads_other_lent(graph, tensors):
                     reason, graph = "lent to another", None
                 if graph is not None:
-                    return self._replay(graph, tensors, keep)
+                    return self._replay(graph, tensors)
         return self._eagerly(reason, fn, args)
 
     def lend(self, name: str, tensors: list[Tensor], owner: Any) -> list[Tensor]:
@@ -203,7 +203,7 @@ class Graphs:
                 "misses": dict(self._misses),
                 "resets": self._resets,
                 "remembered": len(self._seen),
-                "pool_bytes": sum(pool_bytes(pool) for pool in self._pools.values()),
+                "pool_bytes": sum(map(pool_bytes, {graph.pool for graph in self._graphs.values()})),
                 "graphs": [
                     {
                         "name": graph.name,
@@ -257,17 +257,20 @@ class Graphs:
         try:
             lent_ids = self._lent_ids()
             inputs = [leaves[i] if id(leaves[i]) in lent_ids else leaves[i].detach().clone() for i in where]
-            replay, outputs = self._capture(flat, inputs, self._pools.setdefault(place, Pool()))
+            pool = self._pools.setdefault(place, Pool())
+            replay, outputs = self._capture(flat, inputs, pool)
         except Exception as error:  # of any type: the same call without a graph may still succeed
             failure = f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             LOG.warning("no graph of %s; it runs without", failure)
             self._note(key, failure)
+            self._pools.pop(place, None)  # where a capture did not end, its pool may take no other (pytorch #180395)
             if isinstance(error, torch.OutOfMemoryError):
                 self._release()
             return "capture failed"
         finally:
             self._capturing = False
-        self._graphs[key] = _Graph(name, replay, inputs, [_version(leaves[i]) for i in where], outputs, used=self._hits)
+        held = [_version(leaves[i]) for i in where]
+        self._graphs[key] = _Graph(name, replay, inputs, held, outputs, pool, used=self._hits)
         self._keep_within_bytes(key)
         return None
 
@@ -306,7 +309,7 @@ class Graphs:
             self._seen.pop(key, None)
         self._end(ended)
 
-    def _replay(self, graph: _Graph, tensors: list[Tensor], keep: bool) -> Any:
+    def _replay(self, graph: _Graph, tensors: list[Tensor]) -> Any:
         for i, tensor in enumerate(tensors):
             # A clip's condition is the same in all steps: at full size 361 MB of keys and values are not copied again.
             # The objects are compared, since another tensor may have the same address by now.
@@ -322,7 +325,7 @@ class Graphs:
         graph.used = self._hits
         leaves: list[Any] = []
         form = flatten(graph.outputs, leaves)
-        copies = (x.clone() if keep and isinstance(x, Tensor) else x for x in leaves)
+        copies = (x.clone() if isinstance(x, Tensor) else x for x in leaves)
         return rebuild(form, copies)
 
     def _release(self, names: Collection[str] | None = None) -> None:
@@ -332,7 +335,7 @@ class Graphs:
         self._end(ended)
 
     def _end(self, ended: list[tuple[Any, ...]]) -> None:
-        for device, _ in self._pools if ended else ():
+        for device in {place[0] for _, place, *_ in ended}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # a graph that still runs must not be freed
         for key in ended:
@@ -381,15 +384,11 @@ def _version(x: Tensor) -> tuple[weakref.ref[Tensor], int] | None:
     return None if x.is_inference() else (weakref.ref(x), x._version)
 
 
-def _tensors(graph: _Graph) -> list[Tensor]:
-    leaves: list[Any] = []
-    flatten(graph.outputs, leaves)
-    return [x for x in (*graph.inputs, *leaves) if isinstance(x, Tensor)]
-
-
 def _buffer_bytes(graph: _Graph) -> int:
     """Bytes of the graph's inputs, including those it reads in place, and of its outputs."""
-    return sum(map(_bytes, _tensors(graph)))
+    leaves: list[Any] = []
+    flatten(graph.outputs, leaves)
+    return sum(_bytes(x) for x in (*graph.inputs, *leaves) if isinstance(x, Tensor))
 
 
 def _bytes(x: Tensor) -> int:

@@ -366,6 +366,18 @@ def group_norm_silu(
     return run(x, weight, bias, groups, eps, silu, per_frame, partials, front, back, halo, multiplier, eight_bit)
 
 
+@triton_op("reducio_fast::clip_statistics", mutates_args={})
+def clip_statistics(x: Tensor) -> Tensor:
+    """The `partials` of `group_norm_silu` for clips x [N, T, H, W, C], contiguous, on a GPU: float32 [N, tiles, 3, C].
+
+    An op of its own: torch keeps an entry for each launch of a kernel that torch.compile may see outside of an op, 1.4
+    KB each (torch 2.14), and a streamed decode of SVD makes 450. Raises ValueError for another layout.
+    """
+    check_shape("clip_statistics", "x", x, None, None, None, None, None)
+    check_contiguous("clip_statistics", x=x)
+    return statistics(x)
+
+
 DECODER = (128, 256, 512)  # channels of the full-size decoder
 LEVELS, WITH_SKIPS = (320, 640, 1280), (960, 1920, 2560)  # channels of SVD's levels; with a skip concatenated
 

@@ -138,10 +138,9 @@ def twin(mixed: Tensor, coarse: Tensor, image: Tensor, cell: int) -> Tensor:
     flow = coarse.unflatten(-1, (2, -1)).permute(0, 1, 5, 4, 2, 3).flatten(0, 2)  # [B T, 2, h, w]
     flow = F.interpolate(flow.to(exact), (H, W), mode="bicubic", align_corners=False).movedim(1, -1)
     flow = flow + mixed[..., :2].flatten(0, 1)
-    size = torch.tensor((W, H), dtype=exact, device=mixed.device)
     rows, columns = (torch.arange(n, dtype=exact, device=mixed.device) for n in (H, W))
-    here = torch.stack([columns.expand(H, W), rows[:, None].expand(H, W)], dim=-1)
-    grid = (2 * (here + flow * cell) + 1) / size - 1
+    x, y = columns + flow[..., 0] * cell, rows[:, None] + flow[..., 1] * cell
+    grid = torch.stack([(2 * x + 1) / W - 1, (2 * y + 1) / H - 1], dim=-1)
     frames = image[:, :H, :W].movedim(-1, 1).to(exact).repeat_interleave(T, dim=0)
     moved = F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return (moved.movedim(1, -1).unflatten(0, (B, T)) + mixed[..., 2:]).to(mixed.dtype).contiguous()

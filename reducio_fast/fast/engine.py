@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..compile import cache
 from ..compile.compiled_blocks import Regions, adopt, connect
 from ..compile.graphs import Graphs
 from ..reference.data_prediction import DataHook
 from ..reference.sampler import NO_SHORTCUTS, Callback, Shortcuts
+from ..system import cache_folder
 from ..system.checksum import checksums
 from ..triton_kernels.launch import descriptor_memory
 from ..triton_kernels.registry import OPS
+from ..triton_kernels.tables import add_tables, arch_of, table
 from . import sampler
 from .plan import Plan, check_attention, default_dtype
 from .quantisation import Quantisation
@@ -53,7 +57,7 @@ class Engine:
     def __init__(self, compile: bool | None = None, graphs: Graphs | None = None, store: Path | None = None) -> None:
         self.compile = compile
         self.graphs, self._everywhere = graphs or Graphs(), graphs is not None
-        self.regions = Regions(store=store) if compile else None
+        self.regions = Regions(store=store, kernels=_kernels) if compile else None
         self.attention = "auto"  # a key of `plan.ATTENTION`
         self.free_dtype = False
         self.ranks: Any = None  # of `fast.parallel`: processes that make each clip together
@@ -94,6 +98,7 @@ class Engine:
         weight = next(network.parameters())
         runs_on = weight.device if device is None else device
         dtype = default_dtype(runs_on, weight.dtype, network)[0] if self.free_dtype else weight.dtype
+        add_tuned_tables(runs_on)
         plan = Plan(runs_on, dtype, attention=self.attention, quantisation=quantisation)
         twin = self._build(network, plan, dtype)
         if self.compile is not False and weight.device == runs_on and (runs_on.type == "cuda" or self._everywhere):
@@ -107,8 +112,16 @@ class Engine:
     def divide(self, ranks: Any) -> None:
         """From now on, twins that support it make each clip together with the processes of `ranks`."""
         self.ranks = ranks
-        self.graphs.reset()
-        self._twins.clear()
+        self.forget()
+
+    def forget(self, kept: Collection[type[nn.Module]] = (), device: torch.device | None = None) -> None:
+        """Release the twins and graphs of all networks, except for those of the classes `kept`. `device`: where the
+        next twins will run, if that may have changed; compiled code is then kept in the folder of that device."""
+        for network_class in [c for c in self._twins if c not in kept]:
+            self.graphs.reset(TWINS[network_class].graph_names)
+            self._twins.pop(network_class, None)
+        if device is not None and self.regions is not None and self.regions.store is not None:
+            self.regions.store = code_folder(device)
 
     @contextmanager
     def one_look(self) -> Iterator[None]:
@@ -233,9 +246,27 @@ class _KernelPlan(Plan):
         return False
 
 
+def add_tuned_tables(device: torch.device) -> None:
+    """Use the launch settings that `bench --tune` measured on this machine for `device`: call it before planning."""
+    add_tables(cache.folder("tables", cache.Origin.here(arch_of(device)), cache_folder.root()))
+
+
+def code_folder(device: torch.device) -> Path:
+    """The folder of code that was compiled on this machine for `device`, for `Engine`."""
+    origin, root = cache.Origin.here(arch_of(device)), cache_folder.root()
+    if cache_folder.is_for_compilers():
+        cache.use(origin, root)
+    return cache.folder("regions", origin, root)
+
+
 def _in_dtype(dtype: torch.dtype, network: _Network) -> _Network:
     """The network itself if it has the dtype, else a copy: the twin shares the weights that it does not pack."""
     return network if next(network.parameters()).dtype == dtype else copy.deepcopy(network).to(dtype)
+
+
+def _kernels(device: torch.device) -> Hashable:
+    """What compiled code takes from our kernels: their source, by a function of their folder, and launch settings."""
+    return table, json.dumps(table(arch_of(device)), sort_keys=True)
 
 
 def _weights(network: nn.Module) -> list[Tensor]:

@@ -87,7 +87,7 @@ class QuantisedConv(nn.Module):
 
     def __init__(self, conv: nn.Conv3d, plan: Plan, path: str, largest_C: Tensor, eight_bit: torch.dtype, stats: bool):
         super().__init__()
-        multiplier, weight, scale = quantised_conv3d.pack(conv.weight, largest_C, eight_bit)
+        multiplier, weight, scale = quantised_conv3d.pack(conv.weight, largest_C.to(conv.weight.device), eight_bit)
         self.multiplier, self.weight, self.scale = frozen(multiplier), frozen(weight), frozen(scale)
         self.eight_bit, self.padding = eight_bit, padding_of(conv)
         self.bias = frozen(conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias)

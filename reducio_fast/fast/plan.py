@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..triton_kernels import conv3d, group_norm_silu
+from ..triton_kernels import conv3d
 from ..triton_kernels.launch import FLOATING
 from ..triton_kernels.registry import OPS
 from ..triton_kernels.tables import arch_of, table
@@ -92,7 +92,7 @@ class Plan:
         dtype. None for any other module."""
         if self.quantisation is None or path not in self.quantisation.largest:
             return None
-        return self.quantisation.largest[path].to(self.device), eight_bit_type(self.quantisation.word, self.device)
+        return self.quantisation.largest[path], eight_bit_type(self.quantisation.word, self.device)
 
     def takes_statistics(self, op: str, shape: str) -> bool:
         """Whether a convolution's epilogue computes the statistics, so that the norm's kernel need not."""
@@ -105,7 +105,7 @@ class Plan:
     def clip_statistics(self) -> Callable[[Tensor], Tensor]:
         """The function from a clip [N, T, H, W, C] to the `partials` of `group_norm_silu`, [N, tiles, 3, C]."""
         kernel = self._decide("group_norm_silu", "")[0] == "kernel"
-        return group_norm_silu.statistics if kernel else conv3d.statistics
+        return torch.ops.reducio_fast.clip_statistics if kernel else conv3d.statistics
 
     def library_pads(self, op: str, shape: str) -> bool:
         """Whether a convolution runs on torch ops: they add the border themselves, which costs less than writing it."""

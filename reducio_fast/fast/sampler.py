@@ -105,6 +105,7 @@ def sample(
     table = torch.cat([table.new_full((len(table), 1), denoise.guidance_scale), table], dim=1)
     table = table.float().to(latent.device)
     times = scheduler.timesteps.to(latent.device)
+    latent = latent.contiguous()  # the caller's may be permuted, which the step's kernel does not take
     scales = input_scales(scheduler)
     if scales is not None:
         latent = latent * float(scheduler.init_noise_sigma)

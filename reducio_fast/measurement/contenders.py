@@ -73,8 +73,8 @@ def ladder() -> list[Rung]:
         Rung("reference", "plain PyTorch, eager"),
         Rung("transformer", "fast transformer on torch ops: fused QKV, keys and values once a clip, one modulation "
              "table a schedule, guidance halves share their start", transformer=True),
-        Rung("decoder", "fast decoder on torch ops: channels-last, folded up-sampling, tiles in batches, shared "
-             "content keys and values", transformer=True, vae=True),
+        Rung("decoder", "fast decoder on torch ops: channels-last, folded up-sampling, shared content keys "
+             "and values", transformer=True, vae=True),
     ]  # fmt: skip
     kernels: frozenset[str] = frozenset()
     for name, ops, description in (
@@ -112,9 +112,11 @@ class GivenConditions:
         self, name: str, dit: ReducioDiT, vae: ReducioVAE, cond: Condition, image: Tensor, noise: Tensor,
         scheduler: Any, steps: int = STEPS,
     ) -> None:  # fmt: skip
+        from ..fast.engine import add_tuned_tables
+
+        add_tuned_tables(noise.device)  # for the twins that are made without an engine
         self.name, self.dit, self.vae, self.steps = name, dit, vae, steps
         self.cond, self.image, self.noise, self.scheduler = cond, image, noise, scheduler
-        _add_tuned_tables(noise.device)
         self.pixels = max(image.shape[-2:])
         self.tiled = vae.config.needs_tiling(*image.shape[-2:])
         self.device, self.dtype = noise.device, next(dit.parameters()).dtype
@@ -373,13 +375,6 @@ def count(conditions: GivenConditions) -> dict[str, Flops]:
         "folded transformer": direct | {"dit.step": step},
         "folded": {"dit.step": step, "vae.decode": decode(fast_vae)},
     }
-
-
-def _add_tuned_tables(device: torch.device) -> None:
-    """Use the launch settings that were tuned on this machine, as a pipeline does."""
-    from ..triton_kernels.tables import add_tables
-
-    add_tables(cache.folder("tables", _origin(device), cache_folder.root()))
 
 
 def _origin(device: torch.device) -> cache.Origin:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fast.engine import Engine
+from ..fast.engine import Engine, add_tuned_tables
 from ..fast.plan import Plan
 from ..fast.sampler import sample as fast_sample
 from ..fast.svd.unet import FastVideoUNet, StepInputs
@@ -59,6 +59,7 @@ class SVDClip:
     """See the module. `unet` and `vae` are the reference's."""
 
     def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        add_tuned_tables(device)  # for the twins that are made without an engine
         unet, vae, height, width, self.steps = FULL if name == "svd" else NARROW
         self.name, self.dtype, self.device = name, dtype, device
         torch.manual_seed(0)

@@ -236,8 +236,7 @@ class VideoPipeline:
         Calls then need as arguments what these computed: embeds, or an image. Assigning the attribute restores the
         component. Raises ReducioError for another name, and for a network that a remaining `text_to_image` also uses.
         """
-        with self.executor.lock:  # not during a clip that another thread is making
-            self.parts.unload(*names)
+        self.executor.unload(*names)
 
     @property
     def unloaded(self) -> list[str]:

@@ -41,6 +41,8 @@ def _bytes(x: Tensor) -> Tensor:
 def _folded(data: Tensor) -> Tensor:
     """A weighted sum modulo 2^64 with a distinct odd factor for each column of 8-byte words. Every change of a single
     word changes it, and so does nearly every exchange of two words."""
+    if data.storage_offset() % 8:  # a view into a flat buffer; words must be aligned
+        data = data.clone()
     words = data[: data.numel() // 8 * 8].view(torch.int64)
     last_bytes = data[words.numel() * 8 :].to(torch.int64)
     rows = words.numel() // COLUMNS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -67,3 +68,10 @@ def triton_missing() -> str | None:
         return f"Triton is not installed ({error})"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return None if version >= MINIMUM_TRITON else f"Triton is {triton.__version__}, the kernels need 3.6"
+
+
+def free_unused() -> None:
+    """Give memory that nothing refers to any more back to the system."""
+    gc.collect()  # networks hold cycles, which would keep their memory until some later collection
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

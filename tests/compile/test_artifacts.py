@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from reducio_fast.compile import artifacts, gc_pause
 from reducio_fast.compile.compiled_blocks import Regions, adopt
+from reducio_fast.fast.engine import Engine
 from reducio_fast.measurement.accuracy_rule import judge
+from reducio_fast.triton_kernels import tables
 
 pytestmark = pytest.mark.slow
 
@@ -160,6 +162,57 @@ def test_a_change_of_source_finds_nothing_old(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "helper_beside_it.py").write_text("x = 1\n")  # the block's functions may call it
     artifacts.source_digest.cache_clear()
     assert artifacts.digest((blocks_of_a_test.Block,)) != before
+
+
+def test_a_change_of_kernels_or_of_their_settings_finds_nothing_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a block holds ops, which lead to no source file, and its code has launch settings compiled in."""
+
+    class Convolves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.run = torch.ops.reducio_fast.conv3d  # not called: it needs a GPU
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    class Code:
+        def __call__(self, x: Tensor) -> list[Tensor]:
+            return [2 * x]
+
+        def save(self, path: str, format: str) -> None:
+            Path(path).touch()
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer_blocks = nn.ModuleList([Convolves()])
+
+    monkeypatch.setattr(artifacts, "obstacle", lambda: None)
+    monkeypatch.setattr(artifacts, "compile_function", lambda fn, tensors, free: Code())
+    monkeypatch.setattr(artifacts, "load", lambda file, tensors: Code())
+    monkeypatch.setattr(tables, "_tuned_here", [])
+    store = tmp_path / "store"
+
+    def files_after_a_call() -> int:
+        network = Network()
+        Engine(True, store=store).adopt("block", network)
+        assert network.transformer_blocks[0](torch.ones(1)).item() == 2
+        return len(list(store.iterdir()))
+
+    assert files_after_a_call() == files_after_a_call() == 1
+    tuned = tmp_path / "tables" / "interpreter.json"
+    tuned.parent.mkdir()
+    tuned.write_text('{"conv3d": {"*": {"num_warps": 3}}}')
+    try:
+        tables.add_tables(tuned.parent)
+        assert files_after_a_call() == 2
+        digest = artifacts.source_digest
+        monkeypatch.setattr(artifacts, "source_digest", lambda module: "new" * ("triton" in module) or digest(module))
+        assert files_after_a_call() == 3
+    finally:
+        tables.table.cache_clear()
 
 
 def test_tensors_from_elsewhere_are_not_compiled_in() -> None:

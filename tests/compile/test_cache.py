@@ -12,12 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from triton.runtime.cache import FileCacheManager
 
 from reducio_fast.compile import cache
 from reducio_fast.compile.cache import CacheError, ForeignCache, Origin
+from reducio_fast.fast.engine import Engine
+from reducio_fast.reference import DiTConfig, ReducioDiT
 from reducio_fast.system import cache_folder, environment_variables
 from reducio_fast.triton_kernels import tables
+from tiny_networks import DIT
 
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
@@ -148,6 +152,23 @@ def test_table_tuned_here_goes_over_the_shipped_one(
         assert any(m.startswith(f"launch table {file} is ignored") for m in caplog.messages)
     finally:
         tables.table.cache_clear()
+
+
+def test_an_engine_uses_the_table_and_the_code_of_the_device_it_plans_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_tuned_here", [])
+    folder = cache.folder("tables", Origin.here(tables.INTERPRETER), cache_folder.root())
+    folder.mkdir(parents=True)
+    (folder / f"{tables.INTERPRETER}.json").write_text(json.dumps({"conv3d": {"K<=16": {"BLOCK_M": 7}}}))
+    engine = Engine(compile=True, store=cache_folder.root() / "elsewhere")
+    try:
+        engine.twin(ReducioDiT(DiTConfig(**DIT)).eval())
+        assert tables.settings("conv3d", "K<=16", tables.INTERPRETER) == {"BLOCK_M": 7}
+    finally:
+        tables.table.cache_clear()
+    with tables.pretend("sm_90"):
+        engine.forget(device=torch.device("cuda"))
+    assert engine.regions is not None and not engine.packed()
+    assert engine.regions.store == cache.folder("regions", Origin.here("sm_90"), cache_folder.root())
 
 
 def test_nothing_to_export(origin: Origin, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_real_graphs_of_svd_equal_eager(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-def test_bytes_may_read_the_graphs_own_buffer(graphs: Graphs) -> None:
+def test_bytes_through_graphs(graphs: Graphs) -> None:
     eager, graphed = pairs("cpu", torch.float32, graphs)
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)

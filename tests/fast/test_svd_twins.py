@@ -20,7 +20,8 @@ from reducio_fast.fast.packed_layers import UpConv
 from reducio_fast.fast.plan import Plan
 from reducio_fast.fast.solver_tables import coefficients
 from reducio_fast.fast.svd.layers import Norm, SpatialRes, TemporalRes, TimeConv
-from reducio_fast.fast.svd.unet import FastVideoUNet, SelfAttention
+from reducio_fast.fast.svd.transformer import SelfAttention
+from reducio_fast.fast.svd.unet import FastVideoUNet
 from reducio_fast.fast.svd.vae import FastTemporalVAE
 from reducio_fast.memory.dry_run import DryRun
 from reducio_fast.reference.svd.layers import SpatialResBlock
@@ -320,3 +321,20 @@ def test_sampling(guidance: str) -> None:
     oracle = run(copy.deepcopy(model).double(), ref.sample, torch.float64)
     eager = run(model, ref.sample, torch.float32)
     assert_right(run(FastVideoUNet(model, plan()), fast_sampler.sample, torch.float32), eager, oracle)
+
+
+def test_a_permuted_latent_goes_through_the_op_that_a_gpu_runs() -> None:
+    """The op takes contiguous tensors alone; a latent that a caller has permuted gives the same clip."""
+    model, _ = unets(32, 64)
+    twin = FastVideoUNet(model, plan())
+    twin.step_update = torch.ops.reducio_fast.guidance_dpm_step
+    draw = torch.Generator().manual_seed(3)
+    embeds, latents = torch.randn(1, 1, 24, generator=draw), torch.randn(1, 4, 8, 8, generator=draw)
+    cond = ImageCondition(embeds, latents, torch.tensor([[6.0, 127.0, 0.02]]))
+    noise = torch.randn(1, 5, 4, 8, 8, generator=draw)
+    permuted = noise.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    plain, same = (
+        fast_sampler.sample(twin.denoiser(cond, None, 3.0), EulerDiscreteScheduler(**PUBLISHED), x, 2)
+        for x in (noise, permuted)
+    )
+    assert not permuted.is_contiguous() and torch.equal(plain, same)

@@ -311,7 +311,8 @@ def test_twins_draw_what_diffusers_draws(words: str, scheduler: str, monkeypatch
 
     ours = pixart()
     ours.scheduler = getattr(diffusers, scheduler).from_config(ours.scheduler.config)
-    executor = SimpleNamespace(engine=Engine(), offload=None)
+    executor = SimpleNamespace(engine=Engine(), offload=None, adoptions={}, _placed={})
+    executor.twin = lambda network: Executor.twin(executor, network)
     executor.sample = lambda *args, **kwargs: Executor.sample(executor, *args, **kwargs)
     executor._plain = PlainEngine()
     stage = first_stage.FirstStage(lambda: ours, executor, clean_caption)
@@ -332,7 +333,8 @@ def test_why_diffusers_draws() -> None:
 
     ours, other = pixart(), sdxl()
     pipeline = ours
-    executor = SimpleNamespace(engine=Engine(), offload=None)
+    executor = SimpleNamespace(engine=Engine(), offload=None, adoptions={}, _placed={})
+    executor.twin = lambda network: Executor.twin(executor, network)
     stage = FirstStage(lambda: pipeline, executor)
     ours.vae.enable_tiling()
     assert stage.line == "diffusers: the autoencoder decodes in tiles or slices"

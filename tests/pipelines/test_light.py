@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
 import textwrap
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,13 @@ import numpy as np
 import pytest
 import torch
 
+from recorded_graphs import Recorder
 from reducio_fast import ReducioPipeline, generate
 from reducio_fast.checkpoints.networks import load_foreign
 from reducio_fast.checkpoints.strict_files import embedded_model
+from reducio_fast.compile.graphs import Graphs
+from reducio_fast.fast.engine import Engine
+from reducio_fast.memory.offload import Offload
 from reducio_fast.pipelines import generate as generating
 from reducio_fast.pipelines.execution.first_stage import Parts
 from reducio_fast.pipelines.reducio import light
@@ -137,3 +145,70 @@ def test_a_folder_that_needs_the_libraries(tmp_path: Path) -> None:
         (changed / file).write_text(json.dumps(values | changes))
         assert light.load(changed, torch.float32, torch.device("cpu"), False) is None
     assert light.load(tmp_path, torch.float32, torch.device("cpu"), False) is None
+
+
+def draw(pipe: ReducioPipeline) -> np.ndarray:
+    sizes = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
+    return pipe(PROMPT, seed=0, progress=False, **sizes).content
+
+
+def loaded(libraries: bool) -> ReducioPipeline:
+    if libraries:
+        pipe = ReducioPipeline.from_pretrained(embedded_model(), device="cpu", dtype="float32", backend="fast")
+    else:
+        pipe = light.load(embedded_model(), torch.float32, torch.device("cpu"), False)
+    pipe.executor.engine = Engine(graphs=Graphs(Recorder()))
+    return pipe
+
+
+def graph_names(pipe: ReducioPipeline) -> set[str]:
+    return {graph["name"] for graph in pipe.describe()["graphs"]["graphs"]}
+
+
+@pytest.mark.parametrize("libraries", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_unloading_frees_what_was_made_of_the_first_stage_alone(libraries: bool) -> None:
+    pipe = loaded(libraries)
+    draw(pipe)
+    assert graph_names(pipe) == {"content.step", "dit.step"}
+    twins = {type(twin).__name__: weakref.ref(twin) for twin in pipe.executor.engine.packed()}
+    seen = [weakref.ref(pipe.text_to_image.transformer), twins["FastPixArt"], twins["FastImageVAE"]]
+    pipe.unload("text_to_image")
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 3 and twins["FastReducioDiT"]() is not None
+    assert graph_names(pipe) == {"dit.step"}
+
+
+@pytest.mark.parametrize("change", ["offload", "to"])
+def test_moving_weights_frees_what_was_made_of_them(change: str) -> None:
+    pipe = loaded(False)
+    draw(pipe)
+    twins = [weakref.ref(twin) for twin in pipe.executor.engine.packed()]
+    pipe.to("cpu", torch.float32)  # changes nothing
+    assert len(twins) == 3 and all(ref() is not None for ref in twins)
+    if change == "to":
+        pipe.to(torch.bfloat16)
+    else:
+        pipe.enable_model_cpu_offload(device="cpu")
+    gc.collect()
+    assert [ref() for ref in twins] == [None] * 3 and graph_names(pipe) == set()
+
+
+def test_offloading_moves_the_twins_that_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are packed once from the weights at home, not at each clip from those that are on the device for a stage."""
+    placed, moved = Offload.placed, list[set[str]]()
+
+    @contextmanager
+    def noted(self: Offload, *networks: torch.nn.Module) -> Iterator[None]:
+        moved.append({type(network).__name__ for network in networks})
+        with placed(self, *networks):
+            yield
+
+    pipe = loaded(False)
+    expected = draw(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")  # copies the weights, since there is no second device
+    monkeypatch.setattr(Offload, "placed", noted)
+    assert np.array_equal(draw(pipe), expected)
+    assert {"FastPixArt", "FastImageVAE"} < moved[0]
+    twins = {id(twin) for twin in pipe.executor.engine.packed()}
+    draw(pipe)
+    assert {id(twin) for twin in pipe.executor.engine.packed()} == twins

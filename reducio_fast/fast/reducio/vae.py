@@ -401,7 +401,7 @@ class FastReducioVAE(nn.Module):
             decoded = self._decode_tiles(tiles, [pyramid for row in features for pyramid in row])
             columns, overlap = len(features[0]), int(stride * self.config.tile_overlap)
         else:
-            decoded, columns, overlap = [self._decode(latent, features, keep=not as_uint8)], 1, 0
+            decoded, columns, overlap = [self._decode(latent, features)], 1, 0
             stride = max(decoded[0].shape)
         if as_uint8:
             if not torch.stack([torch.isfinite(tile).all() for tile in decoded]).all():
@@ -421,16 +421,16 @@ class FastReducioVAE(nn.Module):
         # The tile is made dense outside of the graph, so that one graph serves tiles of images of any width.
         return self._graphed("vae.encode_content", self.encoder_2d, channels_last(tile))
 
-    def _decode(self, latent: Tensor, features: Features, keep: bool = True) -> Tensor:
+    def _decode(self, latent: Tensor, features: Features) -> Tensor:
         def decode(latent: Tensor, features: Features) -> Tensor:
             z = channels_last(latent)
             x = self.decoder(F.linear(z, self.post_weight, self.post_bias), features)
             return x if self.warp is None else self.warp(x, z, features[-1])
 
-        return self._graphed("vae.decode", decode, latent, features, keep=keep)
+        return self._graphed("vae.decode", decode, latent, features)
 
-    def _graphed(self, name: str, fn: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
-        return fn(*args) if self.graphs is None else self.graphs(name, fn, *args, keep=keep)
+    def _graphed(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
+        return fn(*args) if self.graphs is None else self.graphs(name, fn, *args)
 
     def _decode_tiles(self, latents: list[Tensor], features: list[Features]) -> list[Tensor]:
         """Every tile; with `ranks` each process decodes some of them."""

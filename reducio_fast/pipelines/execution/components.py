@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,7 +61,7 @@ class Components:
             networks.cast(network, device, dtype)
 
     def unload(self, *names: str) -> None:
-        """Remove optional components and free their memory. See `VideoPipeline.unload`."""
+        """Remove optional components. See `VideoPipeline.unload`."""
         if unknown := [name for name in names if name not in self.layout.unloadable]:
             raise ReducioError(f"unload: {unknown[0]!r} given; must be of {', '.join(self.layout.unloadable)}")
         # A pipeline within the model, such as text_to_image, may use a component too.
@@ -78,9 +77,6 @@ class Components:
             if self._parts[name] is not None:
                 self._parts[name] = None
                 self._unloaded.add(name)
-        gc.collect()  # networks hold cycles, which would keep their memory until some later collection
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     @property
     def unloaded(self) -> list[str]:

@@ -20,12 +20,13 @@ from ...memory.dry_run import DryRun, weight_bytes
 from ...memory.offload import Offload
 from ...reference.data_prediction import DataHook
 from ...reference.sampler import NO_SHORTCUTS, Callback, Shortcuts
-from ...system import cache_folder, devices
+from ...system import devices
 from ...system.errors import ReducioError, first_line, is_out_of_memory
 from ...system.stage_clock import annotate, clock
 from ..call import validation
 from .components import Components
 from .plain_engine import PlainEngine
+from .schedules import unfollowed_by_twins
 
 LOG = logging.getLogger("reducio_fast")
 
@@ -72,12 +73,15 @@ class Executor:
         self.offload: Offload | None = None
         self.ranks: Any = None  # of `fast.parallel`: processes that make each clip together
         self._placed: dict[int, Any] = {}  # id of a network -> its implementation, while offloading has moved weights
+        self.adoptions: dict[str, Any] = {}  # of `FirstStage`: component -> diffusers' network and ours
         self._plain = PlainEngine()
         self.engine: Any = self._plain if engine is None else engine
         self._obstacles: dict[str, str] = {}  # component -> why it runs as it is, in the running call
         self._unfollowed: str | None = None  # why the reference's sampler steps the scheduler
         if engine is None and chosen == "fast":
-            self.engine = self._fast_engine(compile)
+            from ...fast.engine import Engine, code_folder
+
+            self.engine = Engine(compile, store=code_folder(self.device))
             self.check()
 
     def renew_lock(self) -> None:
@@ -104,36 +108,16 @@ class Executor:
         if state["quantisation"] is not None and self.engine.name == "fast":
             self.engine.quantisation = state["quantisation"]
 
-    def _fast_engine(self, compile: bool | None) -> Any:
-        from ...compile import cache
-        from ...fast.engine import Engine
-        from ...triton_kernels.tables import add_tables, arch_of
-
-        origin = cache.Origin.here(arch_of(self.components.device))
-        root = cache_folder.root()
-        if cache_folder.is_for_compilers():
-            cache.use(origin, root)
-        add_tables(cache.folder("tables", origin, root))
-        return Engine(compile, store=cache.folder("regions", origin, root))
-
     def look(self) -> None:
         """Find out which networks can run as their twins, as they are now."""
         if self.engine.name != "fast":
             return
-        from ...fast.solver_tables import coefficients
         from ...fast.twins import missing_twin
 
-        layout = self.components.layout
-        obstacles: dict[str, str] = {}
-        for name in self._twinned:
-            if (reason := missing_twin(self.components[name])) is not None:
-                obstacles[name] = f"{name} {reason}"
-        unfollowed = None
-        if "scheduler" in layout.names:
-            try:
-                coefficients(self.components.scheduler, 2)
-            except ValueError as error:
-                unfollowed = str(error)
+        missing = {name: missing_twin(self.components[name]) for name in self._twinned}
+        obstacles = {name: f"{name} {reason}" for name, reason in missing.items() if reason is not None}
+        has_scheduler = "scheduler" in self.components.layout.names
+        unfollowed = unfollowed_by_twins(self.components.scheduler, 2) if has_scheduler else None
         if unfollowed is not None and unfollowed != self._unfollowed:
             LOG.info("the reference's sampler steps: %s", unfollowed)
         self._unfollowed = unfollowed
@@ -233,7 +217,10 @@ class Executor:
         if self.engine.quantisation is not None:
             validation.check_quantise(self.engine.quantisation.word, self.asked, target)
         with self.lock:
+            before = self.components.device, self.components.dtype
             self.components.cast(target, resolved)
+            if before != (self.components.device, self.components.dtype):
+                self._forget()
             self.choose_dtype(dtype is None and self.engine.free_dtype)
 
     def start_offload(self, gpu_id: int | None, device: Any) -> None:
@@ -244,9 +231,10 @@ class Executor:
         if chosen.type == "cuda" and chosen.index is None:
             chosen = torch.device("cuda", gpu_id if gpu_id is not None else torch.cuda.current_device())
         with self.lock:
+            self.offload = Offload(chosen)
             for network in self.components.networks():
                 network.to("cpu")
-            self.offload = Offload(chosen)
+            self._forget()
 
     def end_offload(self) -> None:
         """Move all weights to the device where the stages ran."""
@@ -255,7 +243,25 @@ class Executor:
                 device, self.offload = self.offload.device, None
                 self.move(device, None)
 
+    def unload(self, *names: str) -> None:
+        """Remove optional components and what was made of them: see `VideoPipeline.unload`."""
+        with self.lock:  # not during a clip that another thread is making
+            self.components.unload(*names)
+            self._forget([type(self.components[name]) for name in self._twinned])
+
+    def _forget(self, kept: Sequence[type[nn.Module]] = ()) -> None:
+        """Free the memory of twins and graphs, except for those of networks of the classes `kept`."""
+        self.engine.forget(kept, self.device)
+        self.adoptions.clear()
+        devices.free_unused()
+
     # ---- what runs ----
+
+    def twin(self, network: nn.Module) -> Any:
+        """The twin of a network of the first stage."""
+        if (placed := self._placed.get(id(network))) is not None:
+            return placed
+        return self.engine.twin(network, None if self.offload is None else self.offload.device)
 
     def network(self, name: str) -> Any:
         """The implementation of the component `name`: its fast twin, or the reference itself."""
@@ -292,7 +298,7 @@ class Executor:
         engine = self.engine
         if not hasattr(denoise, "plain"):
             engine = self._plain
-        elif (why := _unfollowed(scheduler, num_inference_steps, sigmas, timesteps)) is not None:
+        elif (why := unfollowed_by_twins(scheduler, num_inference_steps, sigmas, timesteps)) is not None:
             if shortcuts.cache_threshold:
                 raise ValueError(f"cache_threshold={shortcuts.cache_threshold} needs the fast sampler: {why}")
             engine, denoise = self._plain, denoise.plain()
@@ -302,10 +308,17 @@ class Executor:
     def networks_of(self, stage: str) -> list[nn.Module]:
         """What has to be on the device while a stage runs, packed weights of twins included."""
         networks = self.components.of_stage(stage)
-        layout = self.components.layout
-        twinned = [n for n in self._twinned if n in layout.of_stage(stage)]
-        twins = [self.network(name) for name in twinned]
+        twinned = [n for n in self._twinned if n in self.components.layout.of_stage(stage)]
+        twins = [*map(self.network, twinned), *(self.twin(n) for n in self._drawing(stage))]
         return networks + [twin for twin in twins if not any(twin is network for network in networks)]
+
+    def _drawing(self, stage: str) -> list[nn.Module]:
+        """The stage's networks of a `first_stage.Parts`: under offloading, no other first stage runs as twins."""
+        if stage != "content.generate" or self.offload is None or self.engine.name != "fast":
+            return []
+        from ...fast.twins import TWINS
+
+        return [n for n in self.components.of_stage(stage) if type(n) in TWINS]
 
     def resident_bytes(self) -> int:
         """Bytes of all weights that are on the device now and that a forecast counts as well."""
@@ -360,6 +373,7 @@ class Executor:
         networks = self.networks_of(stage)
         # The engine recognises weights by address, so twins are looked up before the weights move.
         twins = {id(self.components[n]): self.network(n) for n in self._twinned}
+        twins |= {id(n): self.twin(n) for n in self._drawing(stage)}
         try:
             with self.offload.placed(*networks):
                 self._placed = twins
@@ -384,15 +398,3 @@ class Executor:
         other = Executor(components, engine=self.engine.without_weights(dry.opaque, self.device))
         other._obstacles, other._unfollowed = dict(self._obstacles), self._unfollowed
         return other
-
-
-def _unfollowed(
-    scheduler: Any, steps: int, sigmas: Sequence[float] | None, timesteps: Sequence[int] | None
-) -> str | None:
-    from ...fast.solver_tables import coefficients
-
-    try:
-        coefficients(scheduler, steps, sigmas, timesteps)
-    except ValueError as error:
-        return str(error)
-    return None

@@ -87,7 +87,6 @@ class FirstStage:
         clean_caption: Callable[[str], str] | None = None,
     ) -> None:
         self.pipeline, self.executor, self.clean_caption = pipeline, executor, clean_caption
-        self._adoptions: dict[str, Any] = {}  # component name -> its network and ours on the same parameters
 
     @property
     def line(self) -> str:
@@ -101,7 +100,7 @@ class FirstStage:
     def twins(self) -> tuple[Any, Any]:
         """Twins of the transformer and of the autoencoder. Raises ReducioError, with the reason, if diffusers draws."""
         transformer, vae = self._networks()
-        return self.executor.engine.twin(transformer), self.executor.engine.twin(vae)
+        return self.executor.twin(transformer), self.executor.twin(vae)
 
     def _networks(self) -> tuple[Any, Any]:
         pipeline = self.pipeline()
@@ -138,9 +137,9 @@ class FirstStage:
             return theirs
         if type(theirs).__name__ != classes[name][0]:
             raise ReducioError(f"{name} is a {type(theirs).__name__}, its twin is built from {classes[name][0]}")
-        adoption = self._adoptions.get(name)
+        adoption = self.executor.adoptions.get(name)
         if adoption is None or adoption.theirs is not theirs:
-            adoption = self._adoptions[name] = Adoption(theirs, *classes[name])
+            adoption = self.executor.adoptions[name] = Adoption(theirs, *classes[name])
         try:
             return adoption.network()
         except ReducioError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,9 @@ class PlainEngine:
 
     def twin(self, network: nn.Module, device: torch.device | None = None) -> nn.Module:
         return network
+
+    def forget(self, kept: Collection[type[nn.Module]], device: torch.device) -> None:
+        pass
 
     def sample(
         self,

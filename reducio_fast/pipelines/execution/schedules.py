@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from ...reference.sampler import quadratic_timesteps
@@ -59,3 +60,16 @@ def trial_timesteps(scheduler: Any, steps: int, timesteps: list[int] | None) -> 
     else:
         trial.set_timesteps(timesteps=timesteps)
     return trial.timesteps
+
+
+def unfollowed_by_twins(
+    scheduler: Any, steps: int, sigmas: Sequence[float] | None = None, timesteps: Sequence[int] | None = None
+) -> str | None:
+    """Why the twins' sampler cannot step this scheduler; None if it can."""
+    from ...fast.solver_tables import coefficients
+
+    try:
+        coefficients(scheduler, steps, sigmas, timesteps)
+    except ValueError as error:
+        return str(error)
+    return None
