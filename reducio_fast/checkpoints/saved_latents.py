@@ -53,11 +53,12 @@ class Latents:
 
 
 def marks(vae: Any) -> dict[str, Any] | None:
-    """What tells one autoencoder of ours from another in any dtype: its configuration, and the first number of each
-    weight. None for a network that is not ours."""
+    """Marks by which `check_vae` recognises an autoencoder of ours in any dtype: its configuration, and the first number
+    of each weight. None for a network that is not ours."""
     if not is_ours(vae):
         return None
-    config = {name: value for name, value in vae.config.to_dict().items() if not name.startswith("_")}
+    fields: Any = vae.config
+    config = {name: value for name, value in fields.to_dict().items() if not name.startswith("_")}
     firsts = {name: weight[(0,) * weight.ndim].item() for name, weight in sorted(vae.state_dict().items())}
     return json.loads(json.dumps({"config": config, "weights": firsts}))
 

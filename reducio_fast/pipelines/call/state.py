@@ -105,7 +105,7 @@ class CallState:
         seeds = [clip.generator.initial_seed() for clip in request.clips[: len(self.undecoded)]]
         latents = torch.cat([latent for latent, _ in self.undecoded])
         content = np.stack([frame for _, frame in self.undecoded])
-        decoding = {"motion_strength": request.motion_strength, "keep_content": request.keep_content}
+        decoding: dict[str, Any] = {"motion_strength": request.motion_strength, "keep_content": request.keep_content}
         decoding["loop"] = request.loop and request.chain is None  # of a long clip, only the current part is kept
         decoding["decode_chunk_size"] = getattr(request, "decode_chunk_size", None)
         clips = Latents(latents, content, request.fps, seeds, pipeline, source, marks(vae), decoding)
