@@ -53,7 +53,7 @@ class Latents:
 
 
 def marks(vae: Any) -> dict[str, Any] | None:
-    """Marks by which `check_vae` recognises an autoencoder of ours in any dtype: its configuration, and the first number
+    """Marks by which `check_vae` recognises an autoencoder of ours in any dtype: its configuration and the first number
     of each weight. None for a network that is not ours."""
     if not is_ours(vae):
         return None
