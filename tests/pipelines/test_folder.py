@@ -180,7 +180,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return Recorder()
 
     model = generate.registry.Model(("recorder",), load, ("fps",), {})
-    monkeypatch.setattr(generate.registry, "find", lambda name: model)
+    monkeypatch.setattr(generate.registry, "find", lambda name, variant=None: model)
     monkeypatch.setattr(generate, "parallelize", lambda pipe: setattr(pipe.executor, "ranks", "all"))
     generate.forget()
     yield loads
