@@ -38,7 +38,7 @@ from .strict_files import (
     INDEX,
     WEIGHTS,
     check_fit,
-    check_replaceable,
+    check_same_class,
     read_json,
     save_tensors,
     version,
@@ -306,7 +306,7 @@ def _check_outside(source: Path, target: Path) -> None:
 
 def _write(component: Component, target: Path, model: Path | None) -> list[str]:
     """Write the component folder, and the index of the `model` it belongs to; returns the components it lacks."""
-    check_replaceable(target, CONFIG, CLASSES[component.name][1])
+    check_same_class(target, CONFIG, CLASSES[component.name][1])
     index: dict[str, Any] = {"_class_name": "ReducioPipeline", "_reducio_fast_version": version()}
     if model is not None and (model / INDEX).is_file():
         index = read_json(model / INDEX)

@@ -26,7 +26,7 @@ from .strict_files import (
     INDEX,
     WEIGHTS,
     check_fit,
-    check_replaceable,
+    check_same_class,
     report,
     save_tensors,
     version,
@@ -95,7 +95,7 @@ def convert_single_file(
         raise ReducioError(f"preset: {path} is an SV3D, whose tensors say all; {preset!r} given")
     frames = SV3D_FRAMES if orbits else frames_of(path, preset)
     layout = SV3D if orbits else SVD
-    check_replaceable(out, INDEX, layout.pipeline)
+    check_same_class(out, INDEX, layout.pipeline)
     if split[""]:
         report(path, [], list(split[""]), [])
     for name, needed in (("vae", "decoder.conv_in.weight"), ("image_encoder", "proj")):

@@ -159,7 +159,7 @@ def _entry(index: dict[str, Any], name: str, folder: Path, layout: Layout) -> tu
 
 def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
     """Write what `read_model` reads, each weight in the dtype it has; the folder appears whole or not at all."""
-    strict_files.check_replaceable(target, strict_files.INDEX, layout.pipeline)
+    strict_files.check_same_class(target, strict_files.INDEX, layout.pipeline)
     index: dict[str, Any] = {"_class_name": layout.pipeline, "_reducio_fast_version": strict_files.version()}
     index |= {name: _library_and_class(name, parts[name]) for name in layout.names}
     # A setting that is left out gets its default when it is read.

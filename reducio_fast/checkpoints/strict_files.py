@@ -76,7 +76,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def check_replaceable(folder: Path, file: str, class_name: str) -> None:
+def check_same_class(folder: Path, file: str, class_name: str) -> None:
     """Raise ReducioError if `folder` has the JSON file `file` and that names a class other than `class_name`, or none:
     folders of other programs have files of these names too."""
     if not is_file(folder / file):

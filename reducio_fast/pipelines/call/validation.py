@@ -74,9 +74,9 @@ def check_size(config: VAEConfig, height: Any, width: Any) -> None:
             raise ReducioError(f"{name}: {value} is above the largest side, {MAX_SIDE}")
 
 
-def check_count(name: str, value: Any, most: int | None = None) -> int:
-    if not _is_integer(value) or value < 1 or (most is not None and value > most):
-        span = "of at least 1" if most is None else f"from 1 to {most}"
+def check_count(name: str, value: Any, most: int | None = None, least: int = 1) -> int:
+    if not _is_integer(value) or value < least or (most is not None and value > most):
+        span = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ReducioError(f"{name}: must be a whole number {span}, is {value!r}")
     return int(value)
 

@@ -6,7 +6,6 @@ these need only the video autoencoder, so they work with the published weights a
 
 from __future__ import annotations
 
-import numbers
 import os
 from typing import Any
 
@@ -103,8 +102,7 @@ def read_motion(video: Any, num_frames: int, start: int = 0, step: int = 1) -> n
     and for a `start` or `step` that is no such number.
     """
     validation.check_count("step", step)
-    if not isinstance(start, numbers.Integral) or isinstance(start, bool) or start < 0:
-        raise ReducioError(f"start: must be a whole number of at least 0, is {start!r}")
+    validation.check_count("start", start, least=0)
     needed = (num_frames - 1) * step + 1
     if isinstance(video, str | os.PathLike):
         frames = read_video(video, start, needed)[0]

@@ -25,7 +25,7 @@ from ...checkpoints.layouts import REDUCIO
 from ...checkpoints.model_folder import read_facts, read_index, write_model
 from ...checkpoints.networks import load_model
 from ...checkpoints.strict_files import INDEX as MODEL_INDEX
-from ...checkpoints.strict_files import check_component, embedded_model
+from ...checkpoints.strict_files import check_component, check_same_class, embedded_model
 from ...data.latent_shards import EpochOrder, LatentDataset
 from ...reference import DiTConfig, ReducioDiT
 from ...reference.reducio.config import DIT_PRESETS
@@ -337,6 +337,7 @@ def check_export(network: ReducioDiT, recipe: DiTRecipe, model: Path, target: Pa
         if parts[name] is not None:
             check_component(model / name)
     check_replaceable(target, MODEL_INDEX, "model")
+    check_same_class(target, MODEL_INDEX, REDUCIO.pipeline)
     target.parent.mkdir(parents=True, exist_ok=True)
     check_output_folder(target)
 
