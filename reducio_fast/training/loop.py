@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from ..system.devices import multiplies_bfloat16
 from ..system.errors import ReducioError
 from . import checkpoint_folders
 from .checkpoint_folders import CheckpointFolder
+from .mixed_precision import autocast
 from .processes import PARALLEL, Processes, accumulating, spread
 from .recipe_file import check_least, check_positive
 from .run_log import RunLog
@@ -114,11 +114,6 @@ class Outcome:
         per_step = self.seconds / max(1, self.step)
         times = {"seconds_a_step": per_step, "process_seconds_a_step": per_step * world_size}
         return {"steps": self.step, "seconds": self.seconds, **self.last, **times}
-
-
-def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
-    """A context that computes in bfloat16, if `wanted` and if the device does not have to emulate it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and multiplies_bfloat16(device))
 
 
 class _Losses(nn.Module):

@@ -67,6 +67,7 @@ def pipeline(parts: dict[str, Any], backend: str, vae: dict | None = None, dit: 
     if vae is not None and dit is not None:
         changed["vae"] = ReducioVAE(VAEConfig(**VAE, **vae))
         changed["transformer"] = ReducioDiT(DiTConfig(**DIT, **dit))
+        parts = parts | {"preview_decoder": None}  # the embedded one previews other latents
         for network in changed.values():
             network.requires_grad_(False).eval()
             for p in network.parameters():

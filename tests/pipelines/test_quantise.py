@@ -43,7 +43,8 @@ def test_the_decoder_computes_in_eight_bits(word: str, bundle: Path, image: np.n
     plain, quantised = load(bundle), load(bundle, quantise=word)
     call = {"image": image, "num_inference_steps": 2, "progress": False}
     plain_frames, quantised_frames = plain("a red circle", **call).frames, quantised("a red circle", **call).frames
-    assert 30 < pooled_psnr(plain_frames, quantised_frames) < 70  # it changed, but little
+    # It changed, but little: the decoder adds small residuals to the warped content frame.
+    assert not np.array_equal(plain_frames, quantised_frames) and pooled_psnr(plain_frames, quantised_frames) > 30
     line = quantised.report["vae"]
     assert "in float32" in line and f"24 of 34 convolutions of the decoder in {word}" in line and "emulated" in line
     assert word not in quantised.report["transformer"]

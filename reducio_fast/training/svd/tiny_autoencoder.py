@@ -26,7 +26,7 @@ from .toy_clips import FRAMES, SIZE, draw_clip
 # SVD's norms have 32 groups. At the first level, next to the images, and at the last, next to the latents, each group
 # needs several channels: with one channel per group, a norm over a whole frame removes every flat colour.
 TINY_VAE = TemporalVAEConfig(
-    block_out_channels=(96, 32, 64),
+    block_out_channels=(64, 32, 64),
     down_block_types=("DownEncoderBlock2D",) * 3,
     layers_per_block=1,
     sample_size=SIZE,
@@ -39,7 +39,7 @@ class AutoencoderSettings:
     """A phase: the share of the steps at which it ends, frames of a clip, clips of a batch; whole clips come last."""
 
     loop: LoopConfig
-    phases: tuple[tuple[float, int, int], ...] = ((0.6, 1, 12), (0.8, 4, 3), (1.0, FRAMES, 1))
+    phases: tuple[tuple[float, int, int], ...] = ((0.7, 4, 3), (1.0, FRAMES, 1))
     kl_weight: float = 1e-4  # on the mean KL per latent value: keeps latents near zero and smooth enough to model
     evaluated: int = 32  # held-out clips reconstructed at the end
     config: TemporalVAEConfig = field(default_factory=lambda: TINY_VAE)

@@ -101,7 +101,7 @@ STAGES: dict[str, Stage] = {
     "autoencoder": Stage(
         train_autoencoder,
         AutoencoderSettings(
-            loop=LoopConfig(steps=4000, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=1)
+            loop=LoopConfig(steps=1800, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=1)
         ),
         makes=("vae",),
     ),

@@ -23,7 +23,8 @@ from ...data import toy_world
 from ...pipelines.reducio.encoders import ContentEncoder, SemanticEncoder, TextEncoder
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...system.atomic_files import written_whole
-from ..loop import LoopConfig, autocast
+from ..loop import LoopConfig
+from ..mixed_precision import autocast
 from ..recipe import Context
 from ..reducio.objective import BETAS
 from .video_autoencoder import as_video

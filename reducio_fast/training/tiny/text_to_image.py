@@ -23,7 +23,8 @@ from ...data import toy_world
 from ...data.toy_detector import detect
 from ...pipelines.execution.drawing import GUIDANCE, PIPELINE_KWARGS, STEPS
 from ...system.atomic_files import written_whole
-from ..loop import LoopConfig, autocast
+from ..loop import LoopConfig
+from ..mixed_precision import autocast
 from ..recipe import Context
 from .content_autoencoder import encode, to_image
 from .text_encoder import reword, tokenize
