@@ -3,9 +3,10 @@
 #
 # Each part writes OUT/PART.json and has a limit in seconds; a call takes at most TOTAL seconds (600; the parts before
 # Stable Video Diffusion take 570). The parts: kernels compiled by all cores at once, tests, parity, first measurements,
-# tuning (its table goes to the cache folder, which later parts read, and to OUT/tables), a clip of the fast path, one
-# beside the reference, a profile with its trace, one tile under torch.compile, and, in a second call of ten minutes,
-# Stable Video Diffusion, its kernels first. Parts write their file as they go, with "whole": false until the end, so a
+# tuning (its table goes to the cache folder, which later parts read, and to OUT/tables), a clip of the fast path, the
+# same in FP8 and in FP8 with fewer steps (skipped on a GPU that has no FP8 kernels), one beside the reference, a profile with its trace, one tile under torch.compile, and, in a second call of ten minutes,
+# Stable Video Diffusion: its kernels, the ladder at two steps, and the clip beside diffusers' (or, where diffusers is
+# missing, our reference), eager and compiled. Parts write their file as they go, with "whole": false until the end, so a
 # part whose time is up leaves its results so far. A part whose file exists is skipped: call again to continue, remove a
 # file to repeat its part. If a part fails, it leaves OUT/PART.log, the others still run, and the exit status is 1.
 # OUT/visit.tar.gz is packed after every part and holds all files.
@@ -73,6 +74,16 @@ needs_gpu() {
     echo "$1: skipped, it needs a GPU"
 }
 
+# in_fp8: a clip whose decoder runs in FP8, beside the fast path's own, where the GPU has FP8 kernels.
+in_fp8() {
+    if "$python" -c "import sys, torch; from reducio_fast.triton_kernels import eight_bits, tables
+sys.exit(tables.arch_of(torch.device('cuda', 0)) not in eight_bits.FP8)"; then
+        bench 1024 --pairs 2 --contenders fast,fast-fp8,fast-fp8-balanced --out "$out/bench-1024-fp8.json"
+    else
+        echo '{"skipped": "bench-1024-fp8 needs a GPU with FP8 kernels"}' >"$out/bench-1024-fp8.json"
+    fi
+}
+
 reducio() { "$python" -m reducio_fast "$@"; }
 
 narrow_parity() {
@@ -90,13 +101,20 @@ END
 precompile() {
     "$python" - "$1" "$out" <<'END'
 import json, os, sys, time, torch
-from reducio_fast.measurement.launches import clip_launches, precompile_launches, svd_launches
+from reducio_fast.fast.launches import clip_launches, precompile_launches, svd_launches
+from reducio_fast.measurement.quantised_decoder import unmeasured_quantisation
+from reducio_fast.triton_kernels.eight_bits import WORDS
 from reducio_fast.triton_kernels.tables import arch_of
 
 if __name__ == "__main__":
     start, name, device = time.perf_counter(), sys.argv[1], torch.device("cuda", 0)
     arch, jobs = arch_of(device), max(1, (os.cpu_count() or 1) - 2)
-    launches = clip_launches(arch) if name == "precompile" else svd_launches(arch, torch.float16)
+    modes = [None, *(unmeasured_quantisation(word) for word, types in WORDS.items() if arch in types)]
+    launches = (
+        [launch for mode in modes for launch in clip_launches(arch, quantisation=mode)]
+        if name == "precompile"
+        else svd_launches(arch, torch.float16)
+    )
     kernels, failures = precompile_launches(device, launches, jobs)
     row = {"benchmark": name, "kernels": kernels, "jobs": jobs, "failures": failures}
     json.dump(row | {"seconds": time.perf_counter() - start}, open(f"{sys.argv[2]}/{name}.json", "w"), indent=2)
@@ -134,7 +152,7 @@ END
 
 # Tunes settings for the hot shapes: the table goes to the cache folder, where later parts find it, and to OUT/tables.
 tune() {
-    to_json tune reducio bench --tune --limit 80 --json
+    to_json tune reducio bench --tune --limit 70 --json
     local status=$?
     "$python" - "$out" <<'END'
 import json, pathlib, shutil, sys
@@ -161,7 +179,7 @@ to_json() {
     return $status
 }
 
-export -f reducio precompile tests tune to_json narrow_parity
+export -f reducio precompile tests tune to_json narrow_parity in_fp8
 export out dry root python
 
 if [ -z "$dry" ]; then
@@ -171,14 +189,16 @@ if [ -z "$dry" ]; then
     part precompile 60 bash -c "precompile precompile"
     part tests 60 bash -c tests
     part parity 60 "$python" -m reducio_fast parity --full-size --out "$out/parity.json"
-    part first_measurements 60 "$python" "$root/benchmarks/first_measurements.py" --no-compiled --out "$out/first_measurements.json"
-    part tune 100 bash -c tune
-    part bench-1024 60 bash -c "bench 1024 --pairs 3 --contenders fast --out \"$out/bench-1024.json\""
+    part first_measurements 50 "$python" "$root/benchmarks/first_measurements.py" --no-compiled --out "$out/first_measurements.json"
+    part tune 90 bash -c tune
+    part bench-1024 50 bash -c "bench 1024 --pairs 3 --contenders fast --out \"$out/bench-1024.json\""
+    part bench-1024-fp8 45 bash -c in_fp8
     part bench-1024-reference 60 bash -c "bench 1024 --pairs 1 --contenders reference,fast --out \"$out/bench-1024-reference.json\""
     part profile 40 bash -c "to_json profile reducio profile 1024 --json --out \"$out/profile.trace.json.gz\""
-    part compiled-tile 70 "$python" "$root/benchmarks/first_measurements.py" --only-tile --compile-mode default --out "$out/compiled-tile.json"
+    part compiled-tile 55 "$python" "$root/benchmarks/first_measurements.py" --only-tile --compile-mode default --out "$out/compiled-tile.json"
     part precompile-svd 60 bash -c "precompile precompile-svd"
-    part bench-svd 180 bash -c "bench svd --ladder --pairs 2 --dtype float16 --contenders reference,fast --out \"$out/bench-svd.json\""
+    part ladder-svd 150 bash -c "bench svd-short --ladder --pairs 2 --dtype float16 --contenders fast --out \"$out/ladder-svd.json\""
+    part bench-svd 380 bash -c "bench svd --pairs 1 --dtype float16 --contenders reference,fast,compiled --out \"$out/bench-svd.json\""
 else
     needs_gpu precompile
     part tests 100 bash -c tests
@@ -186,10 +206,12 @@ else
     part first_measurements 100 "$python" "$root/benchmarks/first_measurements.py" --narrow --no-compiled --out "$out/first_measurements.json"
     needs_gpu tune
     part bench-1024 100 "$python" -m reducio_fast bench narrow --ladder --pairs 1 --no-cold --contenders reference,fast --note "dry run" --device cpu --out "$out/bench-1024.json"
+    needs_gpu bench-1024-fp8
     needs_gpu bench-1024-reference
     part profile 100 bash -c "to_json profile reducio profile narrow --device cpu --json --out \"$out/profile.trace.json.gz\""
     needs_gpu compiled-tile
     needs_gpu precompile-svd
+    needs_gpu ladder-svd
     needs_gpu bench-svd
 fi
 pack

@@ -2,28 +2,31 @@
 
 A first clip at 1024x1024 needs about forty kernels, and each takes a second or more of one core. Every process runs the
 just-in-time compiler itself for a given target GPU, so its cache entries are those that the launch looks up. No process
-opens the GPU.
+opens the GPU. They are plain child processes: those of `multiprocessing` would run the caller's main script again.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i32": "int32", "u8": "uint8"}  # torch's names
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A launch without its data: kernel, and arguments by name, where "*bf16" stands for a tensor, aligned to 16."""
+    """A launch without its data: kernel, and arguments by name, where a dtype stands for a tensor, aligned to 16."""
 
     module: str
     kernel: str
@@ -37,14 +40,36 @@ def precompile(calls: Iterable[Call], target: GPUTarget, jobs: int | None = None
     0.5 GB.
     """
     calls = list(calls)
-    failures = []
     workers = min(jobs or os.cpu_count() or 1, len(calls)) or 1
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        tasks = {pool.submit(_compile, call, target): call for call in calls}
-        for task in as_completed(tasks):
-            if error := task.exception():
-                failures.append(f"{tasks[task].kernel}: {type(error).__name__}: {error}".splitlines()[0])
-    return sorted(failures)
+    with ThreadPoolExecutor(workers) as pool:
+        answers = pool.map(functools.partial(_in_child, target=target), [calls[i::workers] for i in range(workers)])
+        return sorted(itertools.chain.from_iterable(answers))
+
+
+def _in_child(share: list[Call], target: GPUTarget) -> list[str]:
+    """Let a child process compile the calls; returns one line for each that failed, or one line if it ended early."""
+    command = [sys.executable, "-c", f"from {__name__} import work; work()"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, input=pickle.dumps((share, target)), capture_output=True, env=env, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
+        return [f"{share[0].kernel} and {len(share) - 1} others: {lines[-1]}"]
+    failures: list[str] = pickle.loads(done.stdout)
+    return failures
+
+
+def work() -> None:
+    """A child process: compile the calls on stdin, and write one line for each that failed to stdout, pickled."""
+    calls, target = pickle.load(sys.stdin.buffer)
+    out, failures = os.fdopen(os.dup(1), "wb"), []
+    os.dup2(2, 1)  # what a compiler prints would damage the answer
+    for call in calls:
+        try:
+            _compile(call, target)
+        except Exception as error:
+            failures.append(f"{call.kernel}: {type(error).__name__}: {error}".splitlines()[0])
+    with out:
+        pickle.dump(failures, out)
 
 
 class _Driver:
@@ -64,13 +89,9 @@ class _Driver:
 
 
 def _compile(call: Call, target: GPUTarget) -> None:
-    import torch
     from triton.runtime.jit import MockTensor
 
     kernel = getattr(importlib.import_module(call.module), call.kernel)
-    arguments = {
-        name: MockTensor(getattr(torch, DTYPES[value[1:]])) if isinstance(value, str) and value[0] == "*" else value
-        for name, value in call.arguments
-    }
+    arguments = {name: MockTensor(value) if isinstance(value, torch.dtype) else value for name, value in call.arguments}
     triton.runtime.driver.set_active(_Driver(target))
     kernel.warmup(grid=(1,), **arguments)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .data_prediction import DataHook, data_rows, through_data
+from .data_prediction import DataHook, data_rows, family_of, through_data
 
 
 class StopSampling(Exception):
@@ -187,7 +188,9 @@ def set_timesteps(
     """Sets the scheduler's own schedule, or one along `sigmas`, one more than there are steps, or at `timesteps`."""
     has_contents = torch.device(device).type != "meta"  # a dry run is on meta, but EDM schedules read their sigmas
     place = device if has_contents else "cpu"
-    if sigmas is not None:
+    if sigmas is not None and family_of(scheduler) == "EDMDPMSolverMultistepScheduler":
+        _follow_sigmas(scheduler, sigmas, place)
+    elif sigmas is not None:
         if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"sigmas: a {type(scheduler).__name__} has a schedule of its own and takes none")
         scheduler.set_timesteps(sigmas=list(sigmas), device=place)
@@ -197,6 +200,22 @@ def set_timesteps(
         scheduler.set_timesteps(num_inference_steps, device=place)
     if not has_contents:
         scheduler.timesteps = scheduler.timesteps.to(device)
+
+
+def _follow_sigmas(scheduler: Any, sigmas: Sequence[float], device: torch.device | str) -> None:
+    """Set sigmas on an `EDMDPMSolverMultistepScheduler`, whose `set_timesteps` takes none: its steps read nothing else.
+
+    Raises ValueError for sigmas that do not begin with the level of its initial noise, and where its last step could be
+    of second order and so cannot reach 0.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if not math.isclose(sigmas[0], config.sigma_max, rel_tol=1e-6):
+        raise ValueError(f"sigmas: begin with {sigmas[0]:g}, those of this {name} with {config.sigma_max:g}")
+    if sigmas[-1] == 0 and config.final_sigmas_type != "zero":
+        raise ValueError(f"sigmas: end with 0, which a {name} needs final_sigmas_type='zero' for")
+    scheduler.set_timesteps(len(sigmas) - 1, device=device)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
+    scheduler.timesteps = scheduler.precondition_noise(scheduler.sigmas[:-1].to(device))
 
 
 def quadratic_timesteps(steps: int, train_timesteps: int = 1000, power: float = 2.0) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
@@ -54,7 +55,8 @@ class Launch:
     arguments: Mapping[str, Any]  # by the kernel's own names; options such as num_warps too
 
 
-_record: list[Launch] | None = None
+# Of this thread: the launches of another thread run meanwhile.
+_record: ContextVar[list[Launch] | None] = ContextVar("record", default=None)
 
 
 def interpreted(kernel: Any) -> bool:
@@ -64,8 +66,8 @@ def interpreted(kernel: Any) -> bool:
 
 def launcher(kernel: Any) -> Any:
     """`kernel` ready for `[grid](...)`, visible to torch.compile; the interpreter's functions pass through."""
-    if _record is not None:
-        return _Recorder(kernel, _record)
+    if (record := _record.get()) is not None:
+        return _Recorder(kernel, record)
     return kernel if interpreted(kernel) else wrap_triton(kernel)
 
 
@@ -88,17 +90,17 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     """Context in which every launch is recorded and none is run, with the settings of a GPU of `arch`.
 
     With tensors of torch's `FakeTensorMode` on "cuda", which have shapes and no data, this lists everything that a
-    network would launch on a GPU that is not present. A process can have one recording at a time.
+    network would launch on a GPU that is not present. A thread can have one recording at a time.
     """
-    global _record
-    if _record is not None:
+    if _record.get() is not None:
         raise RuntimeError("launches are being recorded already")
-    _record = record = []
+    record: list[Launch] = []
+    token = _record.set(record)
     try:
         with pretend(arch):
             yield record
     finally:
-        _record = None
+        _record.reset(token)
 
 
 def on_device(launch: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import resources
 from pathlib import Path
 
@@ -25,18 +26,17 @@ OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "k
 # no blocks that need more shared memory than sm_86 and sm_89 have (99 KB).
 RELATIVES = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100"}
 
-_pretended: str | None = None
+_pretended: ContextVar[str | None] = ContextVar("pretended", default=None)
 
 
 @contextmanager
 def pretend(arch: str) -> Iterator[None]:
-    """Context in which every GPU counts as one of `arch`, to inspect launches on a machine with no GPU."""
-    global _pretended
-    before, _pretended = _pretended, arch
+    """Context in which, for this thread, every GPU counts as one of `arch`, to inspect launches without that GPU."""
+    token = _pretended.set(arch)
     try:
         yield
     finally:
-        _pretended = before
+        _pretended.reset(token)
 
 
 def arch_of(device: torch.device) -> str:
@@ -44,7 +44,7 @@ def arch_of(device: torch.device) -> str:
     if device.type != "cuda":
         return INTERPRETER
     # A device without an index is the current one, which can change, so results are cached by index.
-    return _pretended or _arch_of(torch.cuda.current_device() if device.index is None else device.index)
+    return _pretended.get() or _arch_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache

@@ -7,18 +7,18 @@ by the SHA-256 of the autoencoder's files, because scales of other weights would
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..system import atomic_files
 from ..system.checksum import file_sha256
 from ..system.errors import ReducioError
-from . import strict_files
+from . import networks, strict_files
 
 FILE = "calibration.safetensors"
 FINGERPRINT = "vae_sha256"
@@ -57,6 +57,30 @@ def read(folder: Path) -> dict[str, Tensor]:
     if stored != fingerprint(folder):
         raise ReducioError(f"{path}: is the calibration of another model; reducio-fast calibrate --model {folder}")
     return strict_files.load_tensors(path, torch.float32)
+
+
+def of_same_weights(folders: Iterable[Path], vae: nn.Module) -> dict[str, Tensor]:
+    """The calibration in the first of `folders` that has a valid one for weights equal to those of `vae`, apart from a
+    cast to another dtype; {} if none has."""
+    for folder in folders:
+        if (folder / FILE).is_file():
+            try:
+                largest = read(folder)
+                stored = networks.load_model(type(vae), type(vae.config), folder / "vae").state_dict()
+            except ReducioError:  # of other weights, or damaged: it would be refused there too
+                continue
+            if _equal_but_cast(vae.state_dict(), stored):
+                return largest
+    return {}
+
+
+def _equal_but_cast(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
+    if weights.keys() != stored.keys():
+        return False
+    return any(
+        all(torch.equal(x.cpu().float(), stored[name].to(dtype).float()) for name, x in weights.items())
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
 
 
 def check(folder: Path, largest: Mapping[str, Tensor], expected: Mapping[str, int]) -> None:

@@ -107,22 +107,24 @@ def fetch_file(repository: str, file: str, argument: str) -> Path:
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # as in `push`
-        raise ReducioError(
-            f"{argument}: {repository!r} could not be fetched from the hub ({first_line(error)}); where there is a "
-            f"network, run `hf download {repository} {file} --local-dir DIR`, then pass DIR/{file}"
-        ) from error
+        raise not_fetched(argument, repository, error, one_file=file) from error
 
 
-def not_fetched(argument: str, name: str, error: Exception, files: Sequence[str] = ()) -> ReducioError:
-    """The error, in one line, for a hub repository that is neither here nor reachable; it says what to download."""
+def not_fetched(
+    argument: str, name: str, error: Exception, files: Sequence[str] = (), one_file: str | None = None
+) -> ReducioError:
+    """The error, in one line, for a hub repository, or one file of it, that is neither here nor reachable; it says what
+    to download."""
     reason = first_line(error)
-    wanted = " ".join([name, *files])
+    what, wanted, place = "is no local folder and could", " ".join([name, *files]), "DIR"
+    if one_file is not None:
+        what, wanted, place = "could", f"{name} {one_file}", f"DIR/{one_file}"
     if type(error).__name__ == "GatedRepoError" or "gated" in str(error).lower():
         return ReducioError(
             f"{argument}: {name!r} is gated ({reason}); accept its licence on https://huggingface.co/{name}, then run "
             "`hf auth login`"
         )
     return ReducioError(
-        f"{argument}: {name!r} is no local folder and could not be fetched from the hub ({reason}); "
-        f"where there is a network, run `hf download {wanted} --local-dir DIR`, then pass DIR"
+        f"{argument}: {name!r} {what} not be fetched from the hub ({reason}); "
+        f"where there is a network, run `hf download {wanted} --local-dir DIR`, then pass {place}"
     )

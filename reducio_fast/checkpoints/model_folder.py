@@ -3,6 +3,7 @@
 model_index.json   {"_class_name": "ReducioPipeline", COMPONENT: [library, class], ..., SETTING: value, ...}
 vae/ transformer/  ours, and preview_decoder/: config.json and diffusion_pytorch_model.safetensors
 README.md          the model card, and pipeline.py for diffusers (see `hub`)
+calibration.safetensors   of Reducio's vae, if it was calibrated (see `calibration_file`)
 image_encoder/     open_clip: open_clip_config.json and open_clip_model.safetensors
 text_to_image/     a diffusers pipeline folder; text_encoder, tokenizer and vae may be absent and are then shared
 the others         as their library writes them
@@ -23,7 +24,7 @@ import torch
 from ..system import atomic_files
 from ..system.errors import ReducioError
 from ..system.paths import is_file
-from . import diffusers_folders, model_card, networks, strict_files
+from . import calibration_file, diffusers_folders, model_card, networks, strict_files
 from .layouts import Layout
 
 OURS = "reducio_fast"  # the library that an index names for classes of this package
@@ -97,6 +98,7 @@ def read_model(
 
 def read_index(folder: Path, layout: Layout) -> dict[str, Any]:
     """The index of a model folder. Raises ReducioError for one of another family or with unknown names."""
+    strict_files.check_model_folder(folder)
     path = folder / strict_files.INDEX
     index = strict_files.read_json(path)
     if index.get("_class_name") != layout.pipeline:
@@ -157,8 +159,12 @@ def _entry(index: dict[str, Any], name: str, folder: Path, layout: Layout) -> tu
     return entry[0], entry[1]
 
 
-def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
-    """Write what `read_model` reads, each weight in the dtype it has; the folder appears whole or not at all."""
+def write_model(target: Path, parts: dict[str, Any], layout: Layout, source: Path | None = None) -> None:
+    """Write what `read_model` reads, each weight in the dtype it has; the folder appears whole or not at all.
+
+    source: the folder that the parts were read from. If its vae, or that of the model that is replaced, has a
+    calibration and the same weights, the new folder gets the calibration too.
+    """
     strict_files.check_same_class(target, strict_files.INDEX, layout.pipeline)
     index: dict[str, Any] = {"_class_name": layout.pipeline, "_reducio_fast_version": strict_files.version()}
     index |= {name: _library_and_class(name, parts[name]) for name in layout.names}
@@ -179,6 +185,9 @@ def write_model(target: Path, parts: dict[str, Any], layout: Layout) -> None:
         strict_files.write_json(folder / strict_files.INDEX, index)
         if (target / model_card.CARD).is_file():  # the card of the model that is replaced
             shutil.copyfile(target / model_card.CARD, folder / model_card.CARD)
+        places = (target,) if source is None else (source, target)
+        if largest := calibration_file.of_same_weights(places, parts["vae"]):
+            calibration_file.write(folder, largest)
         components = {name: parts[name] for name in layout.names}
         model_card.write_card(folder, components, settings, target.name, layout)
 

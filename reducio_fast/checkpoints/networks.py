@@ -26,6 +26,7 @@ from .strict_files import (
     WEIGHTS,
     check_component,
     check_fit,
+    check_model_folder,
     load_tensors,
     read_json,
     report,
@@ -136,6 +137,8 @@ def load_model(
     fit it.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        check_model_folder(folder.parent)
     published = published_class(model_class)[1]
     stated = read_json(folder / CONFIG).get("_class_name", published)
     if stated != published:

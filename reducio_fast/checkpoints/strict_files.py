@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..system.errors import ReducioError, first_line
-from ..system.paths import is_file
+from ..system.paths import entries, is_file, is_folder
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -74,6 +74,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise ReducioError for a folder without a model's index, and say what it is instead."""
+    if is_file(folder / INDEX):
+        return
+    if not is_folder(folder):
+        raise ReducioError(f"{folder}: no such folder")
+    files = entries(folder)
+    weights = [file.name for file in files if file.suffix in (".safetensors", *PICKLES)]
+    if is_file(folder / CONFIG):
+        class_name = read_json(folder / CONFIG).get("_class_name")
+        what = f"holds one component{f', a {class_name}' if class_name else ''}"
+    elif weights:
+        what = f"holds {weights[0]}; `reducio-fast convert` makes a model of a single file"
+    else:
+        what = f"has no {INDEX}" if files else "is empty"
+    raise ReducioError(f"{folder}: is no model folder, it {what}")
 
 
 def check_same_class(folder: Path, file: str, class_name: str) -> None:
@@ -257,7 +275,7 @@ def check_fit(where: Path, expected: Mapping[str, Tensor], tensors: Mapping[str,
     report(where, missing, [n for n in tensors if n not in expected], misshapen, mistyped)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
     """Write tensors by name; tensors that share memory, such as tied weights, are written separately."""
     own, storages = {}, set()
     for name, tensor in tensors.items():
@@ -265,7 +283,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         place = tensor.untyped_storage().data_ptr()
         own[name] = tensor.clone() if place in storages or not _is_whole(tensor) else tensor
         storages.add(place)
-    save_file(own, path, metadata={"format": "pt"})
+    save_file(own, path, metadata={"format": "pt", **metadata})
 
 
 def _is_whole(tensor: Tensor) -> bool:

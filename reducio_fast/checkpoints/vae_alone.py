@@ -38,7 +38,7 @@ def load_vae(
         index = read_json(folder / INDEX)
         settings = {name: index.get(name, value) for name, value in DEFAULTS.items()}
         return networks.load_model(ReducioVAE, VAEConfig, folder / "vae", dtype, device), settings
-    if is_file(folder / CONFIG) and read_json(folder / CONFIG).get("_class_name") == ReducioVAE.__name__:
+    if is_file(folder / CONFIG) and "_class_name" in read_json(folder / CONFIG):
         return networks.load_model(ReducioVAE, VAEConfig, folder, dtype, device), DEFAULTS
     files = [file for file in entries(folder) if file.suffix in (*PICKLES, ".safetensors")]
     if len(files) != 1:

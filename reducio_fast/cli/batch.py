@@ -7,6 +7,8 @@ import argparse
 from . import options
 from .printing import Failed, Printed
 
+WORKER = ("model", "dtype", "device", "backend", "compile", "quantise", "encoding")  # arguments of `clips.Clips`
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", metavar="PROMPTS", help=".txt, .jsonl, .csv or .parquet, one clip a line or row")
@@ -19,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, ", hub id, or another model: svd, svd:DIR, ltx, wan")
     options.add_backend(parser)
     options.add_compile(parser)
+    options.add_quantise(parser)
     options.add_encoding(parser)
     parser.add_argument("--ray", metavar="ADDRESS", help='make clips on this Ray cluster; "local" starts one here')
     options.add_replicas(parser)
@@ -32,7 +35,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     call = {n: getattr(arguments, n) for n in ("height", "width", "num_inference_steps", "guidance_scale")}
     settings = batch.Settings(
         out=arguments.out,
-        worker={n: getattr(arguments, n) for n in ("model", "dtype", "device", "backend", "compile", "encoding")},
+        worker={n: getattr(arguments, n) for n in WORKER},
         call={name: value for name, value in call.items() if value is not None},
         seed=arguments.seed,
         suffix=arguments.suffix,
@@ -42,7 +45,8 @@ def run(arguments: argparse.Namespace) -> Printed:
     )
     from tqdm import tqdm
 
-    with tqdm(total=len(rows), desc="clips", disable=not arguments.progress) as bar:
+    # The bar begins with the first clip: what is refused before prints its one line alone.
+    with tqdm(total=len(rows), desc="clips", disable=not arguments.progress, delay=1e-3) as bar:
         done = batch.make_clips(rows, settings, lambda: bar.update() and None)
     result = {"path": arguments.out, "made": done.made, "kept": done.kept, "failed": len(done.errors)}
     lines = [f"wrote {done.made} clips to {arguments.out}, {done.kept} were there before"]

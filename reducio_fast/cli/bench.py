@@ -110,7 +110,7 @@ def lines(row: Row) -> list[str]:
 
 def _table(title: str, figures: dict[str, Row]) -> list[str]:
     head = (
-        f"{title:<20}{'dtype':>9}{'first s':>9}{'clip s':>9}{'min':>8}{'max':>8}{'speed-up':>10}{'min':>7}{'max':>7}"
+        f"{title:<20}{'dtype':>14}{'first s':>9}{'clip s':>9}{'min':>8}{'max':>8}{'speed-up':>10}{'min':>7}{'max':>7}"
         f"{'peak GB':>9}{'over start':>11}{'J':>8}{'PSNR':>7}"
     )
     out = [head]
@@ -121,7 +121,7 @@ def _table(title: str, figures: dict[str, Row]) -> list[str]:
         clip, ratio = f["clip_s"], f["speed_up"]
         joules, psnr = (f"{x:.1f}" if x is not None else "-" for x in (f["joules"], f["psnr_db"]))
         out.append(
-            f"{name:<20}{f['dtype']:>9}{f['first_s']:>9.2f}{clip['median']:>9.3f}{clip['min']:>8.3f}{clip['max']:>8.3f}"
+            f"{name:<20}{f['dtype']:>14}{f['first_s']:>9.2f}{clip['median']:>9.3f}{clip['min']:>8.3f}{clip['max']:>8.3f}"
             f"{ratio['median']:>10.2f}{ratio['min']:>7.2f}{ratio['max']:>7.2f}"
             f"{f['peak_gb']:>9.2f}{f['above_start_gb']:>11.2f}{joules:>8}{psnr:>7}"
         )

@@ -31,8 +31,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..system.devices import resolve_device
 
     folder = Path(arguments.model)
-    if not (folder / strict_files.INDEX).is_file():
-        raise ReducioError(f"--model: {folder} is no model folder: it has no {strict_files.INDEX}")
+    strict_files.check_model_folder(folder)
     index: dict[str, Any] = strict_files.read_json(folder / strict_files.INDEX)
     size = arguments.size or index.get("sample_height", 256)
     if size % 32:

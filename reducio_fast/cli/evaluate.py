@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from ..system.errors import ReducioError
 from . import options
@@ -19,13 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="toy: held-out prompts and clips of the toy world (default); autoencoder: real video through a model's; "
         "clips: a folder of generated clips; vbench: VBench in an environment of its own",
     )  # fmt: skip
-    parser.add_argument(
-        "--model", metavar="DIR", help="toy, autoencoder, vbench: model folder (default: the embedded toy model)"
+    options.add_model(
+        parser,
+        also=" of toy, autoencoder, vbench",
+        dtype="autoencoder: float32; else float32 on a CPU, bfloat16 on a GPU",
     )
     parser.add_argument("--prompts", type=options.positive, help="toy: prompts to draw (default: 64)")
     parser.add_argument("--seed", type=options.not_negative, help="toy: of the prompts and clips (default: 0)")
     parser.add_argument("--videos", nargs="+", metavar="PATH", help="autoencoder, clips: videos and folders of them")
-    parser.add_argument("--real", nargs="+", metavar="PATH", help="clips: real ones, for FVD and motion")
+    parser.add_argument("--real", nargs="+", metavar="PATH", help="clips: real videos, for FVD and motion")
     parser.add_argument(
         "--size", type=options.positive, action="append", help="autoencoder: pixels a side (default: 256)"
     )
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classifier", metavar="FILE", help="clips: TorchScript C3D to class logits, for the IS")
     parser.add_argument("--clip", metavar="DIR", help="clips: an open_clip model, with --captions")
     parser.add_argument("--captions", metavar="FILE", help="clips: JSON {file name: caption}; vbench: [prompts]")
-    parser.add_argument("--vbench", metavar="PYTHON", help="vbench: the interpreter of VBench's environment")
+    parser.add_argument("--vbench", metavar="PYTHON", help="vbench: the interpreter of VBench's environment, on a GPU")
     parser.add_argument(
         "--dimension", action="append", metavar="NAME", help="vbench: which (default: motion_smoothness)"
     )
@@ -45,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _OWN = {
-    "toy": ("model", "prompts", "seed"),
-    "autoencoder": ("model", "videos", "size", "lpips", "fvd"),
-    "clips": ("videos", "real", "fvd", "classifier", "clip", "captions"),
-    "vbench": ("model", "captions", "vbench", "dimension", "out"),
+    "toy": ("model", "dtype", "device", "prompts", "seed"),
+    "autoencoder": ("model", "dtype", "device", "videos", "size", "lpips", "fvd"),
+    "clips": ("device", "videos", "real", "fvd", "classifier", "clip", "captions"),
+    "vbench": ("model", "dtype", "device", "captions", "vbench", "dimension", "out"),
 }
 
 
@@ -63,18 +66,26 @@ def _model_folder(arguments: argparse.Namespace) -> Path:
     return Path(arguments.model) if arguments.model else embedded_model()
 
 
+def _pipeline(arguments: argparse.Namespace) -> Any:
+    from ..checkpoints.strict_files import embedded_model
+    from ..pipelines.reducio.pipeline import ReducioPipeline
+
+    model = arguments.model or embedded_model()
+    return ReducioPipeline.from_pretrained(model, dtype=arguments.dtype, device=arguments.device)
+
+
 def _autoencoder(arguments: argparse.Namespace) -> Printed:
     options.needs(arguments, "videos")
-
-    import torch
 
     from ..checkpoints.networks import load_model
     from ..evaluation.published import autoencoder_table
     from ..evaluation.video_report import evaluate_autoencoder
     from ..reference import ReducioVAE, VAEConfig
+    from ..system.devices import DTYPES, resolve_device
 
-    folder = _model_folder(arguments)
-    vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32).eval()
+    folder, device = _model_folder(arguments), resolve_device(arguments.device)
+    dtype = DTYPES[arguments.dtype or "float32"]  # float32 on a GPU too, as in the release
+    vae = load_model(ReducioVAE, VAEConfig, folder / "vae", dtype, device).eval()
     sizes = arguments.size or [256]
     result = evaluate_autoencoder(vae, arguments.videos, sizes, arguments.lpips, arguments.fvd, arguments.progress)
     config, lines = vae.config, []
@@ -92,6 +103,7 @@ def _clips(arguments: argparse.Namespace) -> Printed:
     options.needs(arguments, "videos")
     from ..evaluation.published import GENERATION
     from ..evaluation.video_report import evaluate_clips
+    from ..system.devices import resolve_device
 
     result = evaluate_clips(
         arguments.videos,
@@ -101,22 +113,22 @@ def _clips(arguments: argparse.Namespace) -> Printed:
         arguments.clip,
         options.captions(arguments.captions),
         arguments.progress,
+        resolve_device(arguments.device),
     )
-    lines = [f"{name:<28}{value:>10.4g}" for name, value in result.items()]
+    lines = ["of each file its first 16 frames, taken at about 16 a second"]
+    lines += [f"{name:<28}{value:>10.4g}" for name, value in result.items()]
     return result, [*lines, *(f"{'paper, ' + name:<28}{value:>10.4g}" for name, value in GENERATION.items())]
 
 
 def _vbench(arguments: argparse.Namespace) -> Printed:
     options.needs(arguments, "vbench", "captions", "out")
-    from ..evaluation.video_report import run_vbench
-    from ..pipelines.reducio.pipeline import ReducioPipeline
+    from ..evaluation.vbench import run_vbench
 
     prompts = options.read_json("captions", arguments.captions)
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ReducioError(f"--captions {arguments.captions}: must be one JSON list of prompts")
-    pipe = ReducioPipeline.from_pretrained(_model_folder(arguments))
     names = arguments.dimension or ["motion_smoothness"]
-    result = run_vbench(pipe, prompts, arguments.out, arguments.vbench, names)
+    result = run_vbench(_pipeline(arguments), prompts, arguments.out, arguments.vbench, names)
     return result, [json.dumps(result, indent=2)]
 
 
@@ -124,7 +136,7 @@ def _toy(arguments: argparse.Namespace) -> Printed:
     from ..evaluation.toy_report import evaluate as score
 
     result = score(
-        model=arguments.model,
+        model=_pipeline(arguments),
         num_prompts=arguments.prompts or 64,
         seed=arguments.seed or 0,
         progress=arguments.progress,

@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, ", hub id, or another model: svd, svd-tiny, svd:DIR, svd:random, ltx, wan")
     options.add_backend(parser)
     options.add_compile(parser)
-    parser.add_argument("--quantise", metavar="WORD", help="fp8, or int8 on an A100: the decoder in 8-bit numbers")
+    options.add_quantise(parser)
     for name, source in NAMED.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=f"{source} (default: the model's)")
     first_stage = "of the first stage (default: its own)"

@@ -62,6 +62,11 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantise(parser: argparse.ArgumentParser) -> None:
+    help = "fp8, or int8 on an A100: Reducio's decoder in 8-bit numbers, of a model that `calibrate` has measured"
+    parser.add_argument("--quantise", metavar="WORD", help=help)
+
+
 def add_steering(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--motion-strength", type=float, metavar="X", help="0 still, 1 as generated, up to 4 (default: 1)"

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, ", hub id, or another model: svd, svd:DIR, ltx, wan")
     options.add_backend(parser)
     options.add_compile(parser)
+    options.add_quantise(parser)
     options.add_encoding(parser)
     parser.add_argument("--name", help="of the model, for clients (default: that of its folder)")
     parser.add_argument(
@@ -67,7 +68,9 @@ def run(arguments: argparse.Namespace) -> Printed:
         keep_seconds=3600 * arguments.keep_hours,
         keep_bytes=arguments.keep_bytes,
     )
-    names = "model dtype device backend compile encoding threads name host port api_keys data grace ray".split()
+    names = (
+        "model dtype device backend compile quantise encoding threads name host port api_keys data grace ray".split()
+    )
     settings = Settings(
         **{name: getattr(arguments, name) for name in names},
         limits=limits,

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sized.add_argument("--lpips", metavar="FILE", help="vae: torchvision's AlexNet (default: no perceptual loss)")
     sized.add_argument(
-        "--ablation", choices=ABLATIONS, help="train the recipe once for each variant, and compare held-out clips"
+        "--ablation",
+        choices=ABLATIONS,
+        help="train the recipe once for each variant, in one process, and compare held-out clips",
     )
     sized.add_argument("--seeds", type=options.positive, metavar="N", help="runs of each variant (default: 1)")
     sized.add_argument("--price", type=float, metavar="X", help="of an hour of one process: prints what a step costs")
@@ -100,27 +102,23 @@ def _staged(arguments: argparse.Namespace, figures: dict[str, dict[str, float]])
 def _dit(arguments: argparse.Namespace) -> Printed:
     options.needs(arguments, "recipe", "latents")
 
-    from ..training.recipe_file import load
     from ..training.reducio.dit import DiTRecipe, train_dit
 
-    def train(changes: list[str], out: str | Path) -> dict[str, float]:
-        recipe = load(DiTRecipe, arguments.recipe, changes)
+    def train(recipe: DiTRecipe, out: str | Path) -> dict[str, float]:
         return train_dit(arguments.latents, out, recipe, model=arguments.model, **_shared(arguments))
 
-    return _trained(arguments, train, "model")
+    return _trained(arguments, DiTRecipe, train, "model")
 
 
 def _vae(arguments: argparse.Namespace) -> Printed:
     options.needs(arguments, "recipe", "clips")
 
-    from ..training.recipe_file import load
     from ..training.reducio.vae import VAERecipe, train_vae
 
-    def train(changes: list[str], out: str | Path) -> dict[str, float]:
-        recipe = load(VAERecipe, arguments.recipe, changes)
+    def train(recipe: VAERecipe, out: str | Path) -> dict[str, float]:
         return train_vae(arguments.clips, out, recipe, lpips=arguments.lpips, **_shared(arguments))
 
-    return _trained(arguments, train, "vae")
+    return _trained(arguments, VAERecipe, train, "vae")
 
 
 def _svd_lora(arguments: argparse.Namespace) -> Printed:
@@ -141,22 +139,25 @@ def _shared(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _trained(
-    arguments: argparse.Namespace, train: Callable[[list[str], str | Path], dict[str, float]], folder: str
+    arguments: argparse.Namespace, recipe_class: type, train: Callable[[Any, str | Path], dict[str, float]], folder: str
 ) -> Printed:
     """One run, or the runs of an ablation."""
-    changes, name = arguments.set or [], arguments.ablation
+    from ..training.recipe_file import load
+
+    def recipe(changes: list[str]) -> Any:
+        return load(recipe_class, arguments.recipe, [*(arguments.set or []), *changes])
+
+    name = arguments.ablation
     if name is None:
         if arguments.seeds is not None:
             raise ReducioError("--seeds belongs to --ablation; one run's seed is --set loop.seed=N")
-        return _printed(arguments, train(changes, arguments.out), folder)
+        return _printed(arguments, train(recipe([]), arguments.out), folder)
 
     from ..training.reducio.ablations import ABLATIONS, run_ablation, summary
 
     if ABLATIONS[name].model != arguments.what:
         raise ReducioError(f"--ablation {name} is of train {ABLATIONS[name].model}, not of train {arguments.what}")
-    rows = run_ablation(
-        name, lambda variant, out: train([*changes, *variant], out), Path(arguments.out), arguments.seeds or 1
-    )
+    rows = run_ablation(name, recipe, train, Path(arguments.out), arguments.seeds or 1)
     return {"out": arguments.out, "rows": rows}, [*summary(name, rows), f"wrote {arguments.out}/ablation.csv"]
 
 

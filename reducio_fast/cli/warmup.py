@@ -28,12 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_model(parser)
     options.add_compile(parser)
+    options.add_quantise(parser)
     options.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> Printed:
     from ..checkpoints.strict_files import embedded_model
     from ..compile import cache
+    from ..pipelines.call.validation import check_quantise
     from ..pipelines.reducio.pipeline import ReducioPipeline
     from ..system import cache_folder, devices
     from ..triton_kernels.tables import arch_of
@@ -44,7 +46,10 @@ def run(arguments: argparse.Namespace) -> Printed:
         raise ReducioError(f"--export: {target.parent} is no folder")
     if (missing := devices.triton_missing()) is not None:
         raise ReducioError(f"warmup: there is nothing to compile without the fast path: {missing}")
-    origin = cache.Origin.here(arch_of(devices.resolve_device(arguments.device)))
+    device = devices.resolve_device(arguments.device)
+    if arguments.quantise is not None:
+        check_quantise(arguments.quantise, "auto", device)
+    origin = cache.Origin.here(arch_of(device))
     result: dict[str, Any] = {"cache": str(cache_folder.root() / origin.key), "imported": None, "exported": None}
     lines = []
     try:
@@ -57,17 +62,8 @@ def run(arguments: argparse.Namespace) -> Printed:
                 result["ignored"] = str(error)
         model = embedded_model() if arguments.model is None else arguments.model
         pipe = ReducioPipeline.from_pretrained(
-            model, dtype=arguments.dtype, device=arguments.device, compile=arguments.compile
+            model, dtype=arguments.dtype, device=device, compile=arguments.compile, quantise=arguments.quantise
         )
-        if pipe.device.type == "cuda":  # compiled one by one when clips need them, they take a second and more each
-            from ..measurement.launches import clip_launches, precompile_launches
-
-            networks = pipe.transformer.config, pipe.vae.config
-            launches = clip_launches(arch_of(pipe.device), *networks, pipe.dtype)
-            count, failures = precompile_launches(pipe.device, launches)
-            lines.append(f"compiled {count - len(failures)} kernels")
-            for failure in failures:  # the clip that needs the kernel will report more
-                LOG.warning("%s", failure)
         outcome = pipe.warmup(sizes, arguments.deadline, arguments.progress)
         result |= {"seconds": outcome.seconds, "left": list(outcome.left)}
         lines += [f"{name:<12} {seconds:.2f} s" for name, seconds in outcome.seconds.items()]

@@ -54,7 +54,7 @@ class ClipFiles:
         rate: float,
         size: int | tuple[int, int],
         least_area: float,
-        mirror: bool = True,
+        mirror: bool = False,
     ) -> Tensor:
         """Draw a random clip of `count` frames, float32 [3, T, H, W] in [-1, 1].
 
@@ -97,7 +97,7 @@ def crop(
     rng: np.random.Generator,
     size: int | tuple[int, int],
     least_area: float,
-    mirror: bool = True,
+    mirror: bool = False,
 ) -> Tensor:
     """Cut one random rectangle out of all frames and resize it with antialiasing: float32 [3, T, H, W]."""
     rows, columns = (size, size) if isinstance(size, int) else size

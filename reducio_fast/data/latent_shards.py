@@ -2,7 +2,8 @@
 
     latents.json                          settings of the whole folder, with checksums of the encoders
     index.parquet                         one row per clip: its shard, row and checksum, or the error of its extraction
-    text/shard-00000.safetensors          `text` [sum of L, C] and `offsets` [n + 1]: each caption once, without padding
+    text/shard-00000.safetensors          each caption once, without padding: `text` [sum of L, C], `offsets` [n + 1],
+                                          and checksums `sha256` [n, 32]
     256x256/shard-00000.safetensors       `latent` [N, C, t, h, w], `content` [N, 4, H/8, W/8], `semantic` [N, S, C]
     256x256/shard-00000.parquet           the shard's rows of the index; written last, so it marks the shard as complete
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +35,8 @@ from ..system.atomic_files import written_whole
 from ..system.checksum import file_sha256
 from ..system.errors import ReducioError, first_line
 from .parquet import pyarrow_modules
+
+LOG = logging.getLogger("reducio_fast")
 
 VERSION = 1
 ABOUT, INDEX, TEXT = "latents.json", "index.parquet", "text"
@@ -122,16 +126,18 @@ def write_shard(folder: Path, shard: Shard, samples: Mapping[str, dict[str, Tens
         with written_whole(path.with_suffix(".safetensors")) as temporary:
             save_tensors(stacked, temporary)
     with written_whole(path.with_suffix(".parquet")) as temporary:
-        parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), temporary)
+        table = pyarrow.Table.from_pylist(rows, schema=_schema())
+        parquet.write_table(table, temporary, write_page_checksum=True)
 
 
 def write_text(folder: Path, number: int, texts: Sequence[Tensor]) -> None:
-    """Write the embeddings [L, C] of captions, concatenated along L, with their offsets."""
+    """Write the embeddings [L, C] of captions, concatenated along L, with their offsets and checksums."""
     path = folder / TEXT / f"shard-{number:05d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     offsets = torch.tensor([0, *np.cumsum([len(text) for text in texts]).tolist()])
+    digests = torch.tensor([list(_digest([text])) for text in texts], dtype=torch.uint8)
     with written_whole(path) as temporary:
-        save_tensors({"text": torch.cat(list(texts)), "offsets": offsets}, temporary)
+        save_tensors({"text": torch.cat(list(texts)), "offsets": offsets, "sha256": digests}, temporary)
 
 
 def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
@@ -185,7 +191,7 @@ def join_index(folder: Path, shards: Sequence[Shard]) -> dict[str, int]:
     tables = [_read_parquet(shard.path(folder).with_suffix(".parquet")) for shard in shards]
     table = pyarrow.concat_tables(tables) if tables else _schema().empty_table()
     with written_whole(folder / INDEX) as temporary:
-        parquet.write_table(table, temporary)
+        parquet.write_table(table, temporary, write_page_checksum=True)
     about = read_about(folder)
     if len(table) != about.count:
         raise ReducioError(f"{folder}: the index has {len(table)} rows for {about.count} clips; run extract again")
@@ -194,11 +200,14 @@ def join_index(folder: Path, shards: Sequence[Shard]) -> dict[str, int]:
 
 def sample_checksum(sample: Mapping[str, Tensor]) -> str:
     """SHA-256 of a clip's tensors, read in the order of `TENSORS`."""
+    return _digest([sample[name] for name in TENSORS if name in sample]).hex()
+
+
+def _digest(tensors: Iterable[Tensor]) -> bytes:
     digest = hashlib.sha256()
-    for name in TENSORS:
-        if name in sample:
-            digest.update(np.ascontiguousarray(sample[name].numpy()).tobytes())
-    return digest.hexdigest()
+    for tensor in tensors:
+        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return digest.digest()
 
 
 def files_checksum(folder: Path) -> str:
@@ -212,6 +221,8 @@ def files_checksum(folder: Path) -> str:
 
 class LatentDataset:
     """The clips of a folder, by bucket. Files are memory-mapped, so reading a row costs only the row's bytes.
+
+    The first read of each clip and of each caption compares its checksum. Text shards of older folders have none.
 
     Raises `ReducioError` if the folder is incomplete or damaged, or if its latents come from encoders other than
     `encoders` (component -> SHA-256, see `files_checksum`) or from other `settings` (fields of `About`) of theirs.
@@ -246,6 +257,9 @@ class LatentDataset:
         if not self._tables:
             raise ReducioError(f"{self.folder} holds no clip that could be read")
         self._left_out: set[str] = set()
+        self._checked = {bucket: np.zeros(count, bool) for bucket, count in self.counts.items()}
+        self._checked_captions = np.zeros(self.about.captions, bool)
+        self._said_no_checksums = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -273,9 +287,10 @@ class LatentDataset:
     def __len__(self) -> int:
         return sum(self.counts.values())
 
-    def sample(self, bucket: str, index: int, check: bool = False) -> dict[str, Any]:
-        """A clip's tensors in float32, its `text` [L, C], and `fps`, `motion`, `id`. `check` verifies its checksum."""
-        row = self.row(bucket, index)
+    def sample(self, bucket: str, index: int) -> dict[str, Any]:
+        """A clip's tensors in float32, its `text` [L, C], and `fps`, `motion`, `id`."""
+        index = range(len(self._tables[bucket]))[index]
+        row, check = self.row(bucket, index), not self._checked[bucket][index]
         path = self.folder / bucket / f"shard-{row['shard']:05d}.safetensors"
         try:
             file = _open(path)
@@ -287,6 +302,7 @@ class LatentDataset:
             ) from error
         if check and sample_checksum(tensors) != row["sha256"]:
             raise ReducioError(f"{path}: clip {row['id']} is damaged; remove it and its .parquet, extract again")
+        self._checked[bucket][index] = True
         sample: dict[str, Any] = {name: value.float() for name, value in tensors.items()}
         for name in self._left_out:
             sample.pop(name, None)
@@ -305,38 +321,21 @@ class LatentDataset:
         try:
             file = _open(path)
             first, last = file.get_slice("offsets")[place : place + 2].tolist()
-            return file.get_slice("text")[first:last].float()
-        except (OSError, SafetensorError, ValueError) as error:
+            text = file.get_slice("text")[first:last]
+            if not self._checked_captions[caption]:
+                self._check_text(file, place, text)
+                self._checked_captions[caption] = True
+            return text.float()
+        except (OSError, SafetensorError, ValueError, IndexError, OverflowError) as error:
             raise ReducioError(f"{path} is damaged: {first_line(error)}; remove it, extract again") from error
 
-
-class EpochOrder:
-    """Maps the number of a step to its rows. An epoch visits every clip; all clips of a batch are of one bucket.
-
-    The last batch of a bucket is filled up with rows from the start of the bucket's permutation, so no clip is left
-    out and all batches have the same size.
-    """
-
-    def __init__(self, counts: Mapping[str, int], batch: int, seed: int) -> None:
-        self.counts, self.batch, self.seed = dict(sorted(counts.items())), batch, seed
-        self.length = sum(-(-count // batch) for count in self.counts.values())  # steps per epoch
-
-    def rows(self, step: int) -> tuple[str, list[int]]:
-        """The bucket of a step, and the step's rows in the order of the global batch."""
-        epoch, place = divmod(step, self.length)
-        bucket, rows = _epoch(tuple(self.counts.items()), self.batch, self.seed, epoch)[place]
-        return bucket, rows.tolist()
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch(counts: tuple[tuple[str, int], ...], batch: int, seed: int, epoch: int) -> list[tuple[str, np.ndarray]]:
-    rng = np.random.default_rng((seed, 1 << 20, epoch))
-    batches = []
-    for bucket, count in counts:
-        order = rng.permutation(count)
-        order = np.resize(order, -(-count // batch) * batch)  # np.resize repeats the array from its start
-        batches += [(bucket, rows) for rows in order.reshape(-1, batch)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    def _check_text(self, file: Any, place: int, text: Tensor) -> None:
+        if "sha256" in file.keys():  # noqa: SIM118 - not a dict
+            if bytes(file.get_slice("sha256")[place].tolist()) != _digest([text]):
+                raise ValueError("a caption has another checksum")
+        elif not self._said_no_checksums:
+            LOG.warning("%s: texts without checksums, of an older version; damage to them stays unseen", self.folder)
+            self._said_no_checksums = True
 
 
 def _open(path: Path) -> Any:
@@ -365,7 +364,7 @@ def _by_bucket(table: Any) -> dict[str, Any]:
 def _read_parquet(path: Path) -> Any:
     pyarrow, parquet = pyarrow_modules()
     try:
-        return parquet.read_table(path)
+        return parquet.read_table(path, page_checksum_verification=True)
     except (OSError, pyarrow.ArrowException) as error:
         raise ReducioError(
             f"{path} is damaged: {first_line(error)}; remove it, run reducio-fast extract again"

@@ -24,10 +24,11 @@ CLIP_SIZE, CLIP_FRAMES = 224, 16
 class ClipNetwork(nn.Module):
     """A TorchScript network on clips with the interface that torchmetrics expects: `num_features`, one row per clip.
 
+    It runs on `device` and returns features on the CPU, where torchmetrics accumulates them in float64.
     Raises `ReducioError` if the file is not TorchScript or does not map a clip to one row of features.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: str = "cpu") -> None:
+    def __init__(self, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
         super().__init__()
         try:
             self.network = torch.jit.load(str(path), map_location=device).eval()
@@ -45,7 +46,7 @@ class ClipNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, clips: Tensor) -> Tensor:
-        return self.network(clips)
+        return self.network(clips.to(self.device)).cpu()
 
 
 def prepare(clip: np.ndarray) -> Tensor:
@@ -65,11 +66,11 @@ class FrechetDistance:
     """Frechet distance between features of real and generated clips, by torchmetrics, which accumulates in float64."""
 
     def __init__(self, network: ClipNetwork) -> None:
-        self.network, self.counts = network, [0, 0]
+        self.counts = [0, 0]
         self.metric = _torchmetrics("fid").FrechetInceptionDistance(network, normalize=True)
 
     def add(self, clip: np.ndarray, real: bool) -> None:
-        self.metric.update(prepare(clip).to(self.network.device), real)
+        self.metric.update(prepare(clip), real)
         self.counts[0 if real else 1] += 1
 
     def compute(self) -> float:
@@ -77,18 +78,28 @@ class FrechetDistance:
 
         Raises `ReducioError` for fewer than two real or two generated clips.
         """
-        if min(self.counts) < 2:
-            raise ReducioError(f"a Frechet distance needs two clips of each kind, there are {self.counts}")
+        check_counts(*self.counts)
         return float(self.metric.compute())
 
 
-def inception_score(network: ClipNetwork, clips: list[np.ndarray], splits: int = 1) -> tuple[float, float]:
-    """Inception score: mean and standard deviation over `splits`. `network` returns class logits."""
-    metric = _torchmetrics("inception").InceptionScore(network, splits=splits)
-    for clip in clips:
-        metric.update(prepare(clip).to(network.device))
-    mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+def check_counts(real: int, generated: int) -> None:
+    if min(real, generated) < 2:
+        raise ReducioError(f"a Frechet distance needs two clips of each kind, there are {[real, generated]}")
+
+
+class InceptionScore:
+    """Inception score of generated clips. `network` returns class logits."""
+
+    def __init__(self, network: ClipNetwork, splits: int = 1) -> None:
+        self.metric = _torchmetrics("inception").InceptionScore(network, splits=splits)
+
+    def add(self, clip: np.ndarray) -> None:
+        self.metric.update(prepare(clip))
+
+    def compute(self) -> tuple[float, float]:
+        """Mean and standard deviation over `splits`."""
+        mean, deviation = self.metric.compute()
+        return float(mean), float(deviation)
 
 
 def _torchmetrics(module: str) -> Any:

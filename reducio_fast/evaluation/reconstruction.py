@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,24 +40,27 @@ def reconstruction_scores(vae: ReducioVAE, clips: Iterable[np.ndarray]) -> dict[
     error over all frames; `worst_gain_db` is the smallest pooled gain of a clip. `content_psnr` is the PSNR of the
     content frame, which is an input of the decoder (capped at 60 dB, since an exact copy would be infinite).
     """
-    rows = []
-    for clip in clips:
-        restored = reconstruct(vae, clip)
-        content = vae.config.content_frame
-        repeated = np.repeat(clip[content : content + 1], len(clip), axis=0)
-        moving = np.arange(len(clip)) != content
-        rows.append(
-            {
-                "psnr": psnr(clip, restored),
-                "ssim": ssim(clip, restored),
-                "repeat_ssim": ssim(clip, repeated),
-                "psnr_moving": float(psnr_per_frame(clip, restored)[moving].mean()),
-                "repeat_psnr_moving": float(psnr_per_frame(clip, repeated)[moving].mean()),
-                "content_psnr": min(60.0, pooled_psnr(clip[content : content + 1], restored[content : content + 1])),
-                "pooled_psnr": pooled_psnr(clip, restored),
-                "repeat_pooled_psnr": pooled_psnr(clip, repeated),
-            }
-        )
+    return mean_scores([clip_scores(clip, reconstruct(vae, clip), vae.config.content_frame) for clip in clips])
+
+
+def clip_scores(clip: np.ndarray, restored: np.ndarray, content: int) -> dict[str, float]:
+    """Scores of one reconstructed clip; `content` is the number of its content frame."""
+    repeated = np.repeat(clip[content : content + 1], len(clip), axis=0)
+    moving = np.arange(len(clip)) != content
+    return {
+        "psnr": psnr(clip, restored),
+        "ssim": ssim(clip, restored),
+        "repeat_ssim": ssim(clip, repeated),
+        "psnr_moving": float(psnr_per_frame(clip, restored)[moving].mean()),
+        "repeat_psnr_moving": float(psnr_per_frame(clip, repeated)[moving].mean()),
+        "content_psnr": min(60.0, pooled_psnr(clip[content : content + 1], restored[content : content + 1])),
+        "pooled_psnr": pooled_psnr(clip, restored),
+        "repeat_pooled_psnr": pooled_psnr(clip, repeated),
+    }
+
+
+def mean_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Means of `clip_scores` over clips, and the gains that follow from them, as `reconstruction_scores` returns."""
     if not rows:
         raise ReducioError("clips: none given to score")
     scores: dict[str, Any] = {"clips": len(rows)}

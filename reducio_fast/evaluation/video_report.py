@@ -5,39 +5,50 @@ A score that needs a network is None if the network's file is not given.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import itertools
 import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from ..data.curation import scores
 from ..data.curation.curate import find_sources
 from ..data.curation.shots import ShotFinder
+from ..media import ffmpeg
 from ..media.image_files import cover_crop
 from ..media.perceptual import Perceptual
-from ..media.similarity import psnr, ssim
-from ..media.video_files import read_video, write_video
+from ..media.video_files import read_video
 from ..pipelines.call import validation
 from ..reference import ReducioVAE
-from ..system.errors import ReducioError, first_line
-from .networks import ClipNetwork, FrechetDistance, inception_score
-from .reconstruction import reconstruct, reconstruction_scores
+from ..system.errors import ReducioError
+from .networks import CLIP_FRAMES, ClipNetwork, FrechetDistance, InceptionScore, check_counts
+from .reconstruction import clip_scores, mean_scores, reconstruct
+
+RATE = 16.0  # frames a second at which clips are compared, the rate of the paper's model
 
 
 def windows(path: str, size: int, length: int) -> Iterator[np.ndarray]:
-    """Consecutive clips of `length` frames within the shots of a video, scaled and cropped to squares of `size`."""
-    frames, fps = read_video(path)
-    finder = ShotFinder(fps or 24.0)
-    for frame in frames:
+    """Consecutive clips of `length` frames within the shots of a video, scaled and cropped to squares of `size`.
+
+    The film is decoded twice, for its shots and for the clips, so that memory holds one clip, not the film.
+    """
+    finder: ShotFinder | None = None
+    for frame, fps in ffmpeg.frames(Path(path)):
+        finder = finder or ShotFinder(fps)
         finder.add(cover_crop(frame[None], 144, 144)[0] if min(frame.shape[:2]) > 144 else frame)
-    for start, end in finder.shots():
-        for first in range(start, end - length + 1, length):
-            yield cover_crop(frames[first : first + length], size, size)
+    shots = finder.shots() if finder else []
+    firsts = [first for start, end in shots for first in range(start, end - length + 1, length)]
+    number = 0
+    with contextlib.closing(ffmpeg.frames(Path(path))) as film:
+        for first in firsts:
+            taken = itertools.islice(film, first - number, first - number + length)
+            yield np.concatenate([cover_crop(frame[None], size, size) for frame, _ in taken])
+            number = first + length
 
 
 def evaluate_autoencoder(
@@ -50,31 +61,34 @@ def evaluate_autoencoder(
 ) -> dict[str, Any]:
     """Reconstruction of real video at each size: the columns of Table 1, and the gain over repeating the content frame.
 
-    Returns for each size `videos`, the `reconstruction_scores` of each video by its path below the folder that holds
-    them all, and `all`: means of `psnr`, `ssim`, `lpips` and `lpips_0_1` over all clips, `rfvd`, and the number of
-    `clips`. Raises `ReducioError` for a size that the autoencoder does not take and if no shot is long enough.
+    The networks of `lpips` and `fvd` run on the autoencoder's device. Returns for each size `videos`, the
+    `reconstruction_scores` of each video by its path below the folder that holds them all, and `all`: means of `psnr`,
+    `ssim`, `lpips` and `lpips_0_1` over all clips, `rfvd`, and the number of `clips`. Raises `ReducioError` for a size
+    that the autoencoder does not take and if no shot is long enough.
     """
     for size in sizes:
         validation.check_multiple("size", size, vae.config.spatial_factor)
     sources = find_sources(videos)
     folder = os.path.commonpath([os.path.dirname(source.path) for source in sources])
-    perceptual = None if lpips is None else Perceptual(lpips)
+    device = next(vae.parameters()).device
+    perceptual = None if lpips is None else Perceptual(lpips, device=device)
+    network = None if fvd is None else ClipNetwork(fvd, device)
     result: dict[str, Any] = {}
     for size in sizes:
-        distance = None if fvd is None else FrechetDistance(ClipNetwork(fvd))
+        distance = None if network is None else FrechetDistance(network)
         by_video, rows = {}, []
         for source in tqdm(sources, desc=f"{size} pixels", disable=not progress):
-            clips = list(windows(source.path, size, vae.config.num_frames))
-            if not clips:
-                continue
-            by_video[os.path.relpath(source.path, folder)] = reconstruction_scores(vae, clips)
-            for clip in clips:
+            own = []
+            for clip in windows(source.path, size, vae.config.num_frames):
                 restored = reconstruct(vae, clip)
-                row = {"psnr": psnr(clip, restored), "ssim": ssim(clip, restored)}
+                own.append(clip_scores(clip, restored, vae.config.content_frame))
+                row = {name: own[-1][name] for name in ("psnr", "ssim")}
                 rows.append(row | (perceptual(clip, restored) if perceptual else {}))
                 if distance is not None:
                     distance.add(clip, real=True)
                     distance.add(restored, real=False)
+            if own:
+                by_video[os.path.relpath(source.path, folder)] = mean_scores(own)
         if not rows:
             raise ReducioError(f"no shot of these videos is {vae.config.num_frames} frames long")
         means: dict[str, float | None] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -91,46 +105,76 @@ def evaluate_clips(
     clip_model: str | os.PathLike[str] | None = None,
     captions: dict[str, str] | None = None,
     progress: bool = True,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Scores of generated clips, alone and compared with real ones.
+    """Scores of generated clips, alone and compared with real ones; of each file the frames of `first_second`.
 
-    Returns `clips` (their number) and `motion` (mean flow between consecutive frames in percent of the short side; 0
-    for a still). With `real` also `real_clips` and `real_motion`, with `fvd` and `real` also `fvd`, with `classifier`
-    `inception_score`, with `clip_model` `clip_similarity` (mean over clips of the mean over frames; `captions` by file
-    name or path). Raises `ReducioError` for `fvd` without `real` and for a clip without a caption.
+    Returns `clips` (their number), `fps` (mean frames per second of these frames) and `motion` (mean flow between them
+    in percent of the short side; 0 for a still). With `real` also `real_clips`, `real_fps` and `real_motion`, with
+    `fvd` and `real` also `fvd`, with `classifier` `inception_score`, with `clip_model` `clip_similarity` (mean over
+    clips of the mean over frames; `captions` by file name or path). `device` runs the networks. Memory holds one clip.
+
+    Raises `ReducioError` for `fvd` without `real` or with fewer than two clips of either, and for a clip without a
+    caption.
     """
     if fvd is not None and real is None:
         raise ReducioError("fvd needs real clips to compare with")
     sources = find_sources(generated, captions)
-    texts = [source.caption for source in sources if source.caption is not None]
-    if clip_model is not None and len(texts) < len(sources):
-        lacking = next(source.path for source in sources if source.caption is None)
-        raise ReducioError(f"captions: none given for {lacking}")
-    scorer = None if clip_model is None else scores.ClipScorer(Path(clip_model))
-    generated_clips = [read_video(source.path)[0] for source in tqdm(sources, "read", disable=not progress)]
-    real_clips = [] if real is None else [read_video(source.path)[0] for source in find_sources(real)]
-    result: dict[str, Any] = {
-        "clips": len(generated_clips),
-        "motion": float(np.mean([motion_of(clip) for clip in generated_clips])),
-    }
-    if real_clips:
-        result |= {
-            "real_clips": len(real_clips),
-            "real_motion": float(np.mean([motion_of(clip) for clip in real_clips])),
-        }
+    real_sources = [] if real is None else find_sources(real)
     if fvd is not None:
-        distance = FrechetDistance(ClipNetwork(fvd))
-        for clips, is_real in ((real_clips, True), (generated_clips, False)):
-            for clip in clips:
-                distance.add(clip, is_real)
+        check_counts(len(real_sources), len(sources))
+    lacking = [source.path for source in sources if source.caption is None]
+    if clip_model is not None and lacking:
+        raise ReducioError(f"captions: none given for {lacking[0]}")
+    scorer = None if clip_model is None else scores.ClipScorer(Path(clip_model), device=device)
+    distance = None if fvd is None else FrechetDistance(ClipNetwork(fvd, device))
+    inception = None if classifier is None else InceptionScore(ClipNetwork(classifier, device))
+
+    motions, rates, similarities = [], [], []
+    for source in tqdm(sources, "generated", disable=not progress):
+        clip, fps = first_second(source.path, 1 if distance is None and inception is None else CLIP_FRAMES)
+        motions.append(motion_of(clip))
+        rates.append(fps)
+        if distance is not None:
+            distance.add(clip, real=False)
+        if inception is not None:
+            inception.add(clip)
+        if scorer is not None:
+            similarities.append(clip_similarity(scorer, clip, source.caption))
+    result: dict[str, Any] = {"clips": len(sources), "fps": float(np.mean(rates)), "motion": float(np.mean(motions))}
+
+    motions, rates = [], []
+    for source in tqdm(real_sources, "real", disable=not (progress and real_sources)):
+        clip, fps = first_second(source.path, 1 if distance is None else CLIP_FRAMES)
+        motions.append(motion_of(clip))
+        rates.append(fps)
+        if distance is not None:
+            distance.add(clip, real=True)
+    if real_sources:
+        result |= {"real_clips": len(real_sources), "real_fps": float(np.mean(rates))}
+        result["real_motion"] = float(np.mean(motions))
+    if distance is not None:
         result["fvd"] = distance.compute()
-    if classifier is not None:
-        result["inception_score"], result["inception_score_deviation"] = inception_score(
-            ClipNetwork(classifier), generated_clips
-        )
+    if inception is not None:
+        result["inception_score"], result["inception_score_deviation"] = inception.compute()
     if scorer is not None:
-        result["clip_similarity"] = clip_similarity(scorer, generated_clips, texts)
+        result["clip_similarity"] = float(np.mean(similarities))
     return result
+
+
+def first_second(path: str, least: int = 1) -> tuple[np.ndarray, float]:
+    """The first 16 frames of a video at about 16 a second, uint8 [T, H, W, 3], and their frames per second.
+
+    The step is the video's rate divided by 16, rounded, and smaller in a video that is too short for it. A video of
+    fewer than 16 frames is returned whole. Raises `ReducioError` if it has fewer than `least` frames.
+    """
+    fps = read_video(path, count=1)[1] or RATE
+    step = max(1, round(fps / RATE))
+    frames = read_video(path, count=(CLIP_FRAMES - 1) * step + 1)[0]
+    if len(frames) < least:
+        raise ReducioError(f"{path} has {len(frames)} frames: {least} are needed")
+    step = min(step, max(1, (len(frames) - 1) // (CLIP_FRAMES - 1)))
+    return frames[::step][:CLIP_FRAMES], fps / step
 
 
 def motion_of(clip: np.ndarray) -> float:
@@ -138,45 +182,7 @@ def motion_of(clip: np.ndarray) -> float:
     return scores.motion([scores.small_gray(frame) for frame in clip]) or 0.0
 
 
-def clip_similarity(scorer: scores.ClipScorer, clips: Sequence[np.ndarray], captions: Sequence[str]) -> float:
-    """Mean cosine similarity between frames and captions."""
-    clip_means = []
-    for clip, caption in zip(clips, captions, strict=True):
-        similarities = [scorer(frame, caption)["clip_similarity"] for frame in clip]
-        clip_means.append(float(np.mean([value for value in similarities if value is not None])))
-    return float(np.mean(clip_means))
-
-
-def run_vbench(
-    pipe: Any,
-    prompts: Sequence[str],
-    out: str | os.PathLike[str],
-    python: str,
-    dimensions: Sequence[str],
-    count: int = 5,
-) -> dict[str, Any]:
-    """Generate `count` clips per prompt under VBench's names, `{prompt}-{index}.mp4`, and run VBench on them.
-
-    `python` is the interpreter of another environment in which vbench is installed, because vbench needs versions of
-    transformers and numpy that conflict with this project's. The seed of a clip is its index. Raises `ReducioError` if
-    vbench cannot run or fails.
-    """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for prompt in prompts:
-        for index in range(count):
-            path = folder / f"{prompt}-{index}.mp4"
-            if not path.is_file():
-                clip = pipe(prompt, seed=index, progress=False)
-                write_video(clip.frames, path, clip.fps)
-    command = [python, "-m", "vbench", "evaluate", "--videos_path", str(folder), "--dimension", *dimensions]
-    try:
-        done = subprocess.run([*command, "--output_path", str(folder / "vbench")], capture_output=True, text=True)
-    except OSError as error:
-        raise ReducioError(f"{python} cannot be run: {error.strerror}") from error
-    if done.returncode:
-        raise ReducioError(f"vbench ended with {done.returncode}: {first_line(done.stderr.strip().splitlines()[-1:])}")
-    results = sorted((folder / "vbench").glob("*eval_results.json"))
-    if not results:
-        raise ReducioError(f"vbench wrote no *eval_results.json in {folder / 'vbench'}")
-    return json.loads(results[-1].read_text(encoding="utf-8"))
+def clip_similarity(scorer: scores.ClipScorer, clip: np.ndarray, caption: str | None) -> float:
+    """Mean cosine similarity between the frames and the caption."""
+    similarities = [scorer(frame, caption)["clip_similarity"] for frame in clip]
+    return float(np.mean([value for value in similarities if value is not None]))

@@ -3,7 +3,7 @@
 A processor's feature flags do not predict it: with AMX bfloat16 doubles the speed of a clip, with avx512_bf16 alone it
 may halve it (Xeon: 0.56 of float32 in linears and convolutions). So each product, by kind and channels, is timed once
 in both dtypes at equal work, a few milliseconds, and the times are kept in the cache folder; a network takes the dtype
-in which its products take less time in total.
+in which its products take less time in total, each weighted by an estimate of its work in a clip (`work_of`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..system import cache_folder
+from ..system import cache_folder, torch_state
 from ..system.atomic_files import written_whole
 from ..system.devices import multiplies_bfloat16
 from ..triton_kernels.conv3d import convolve
@@ -41,9 +41,9 @@ _tables: dict[Path, dict[str, Seconds]] = {}
 
 def products_of(network: nn.Module) -> Counter[str]:
     """The kinds of product in a network, and how many layers have each: "linear 192->768", "conv3d 16->16",
-    "conv2d 16->16"."""
+    "conv2d 16->16". Of an autoencoder the decoder alone counts: a clip encodes one picture at most."""
     counts: Counter[str] = Counter()
-    for layer in network.modules():
+    for layer in getattr(network, "decoder", network).modules():
         if isinstance(layer, nn.Linear):
             counts[f"linear {layer.in_features}->{layer.out_features}"] += 1
         elif isinstance(layer, nn.Conv2d | nn.Conv3d) and layer.kernel_size[-1] == 3:
@@ -51,6 +51,14 @@ def products_of(network: nn.Module) -> Counter[str]:
     return counts
 
 
+def work_of(name: str) -> float:
+    """The work of one such layer in a clip, up to a factor common to the network. A level of half the channels has
+    about four times the positions, so channels count by their ratio alone."""
+    taps, C, K = _sizes(name)
+    return taps * max(C, K) / min(C, K)
+
+
+@torch_state.inference()  # with the threads of a call, by whose number the table is kept
 def choose(network: nn.Module, timer: Timer | None = None) -> tuple[torch.dtype, str]:
     """float32 or bfloat16 for the twin of a network in float32, and why.
 
@@ -60,7 +68,8 @@ def choose(network: nn.Module, timer: Timer | None = None) -> tuple[torch.dtype,
         return torch.float32, "this CPU has no bfloat16"
     products = products_of(network)
     table = _measured(list(products), timer)
-    wide, narrow = (sum(table[name][_name(dtype)] * count for name, count in products.items()) for dtype in DTYPES)
+    weights = {name: count * work_of(name) for name, count in products.items()}
+    wide, narrow = (sum(table[name][_name(dtype)] * weight for name, weight in weights.items()) for dtype in DTYPES)
     dtype = torch.bfloat16 if narrow < GAIN * wide else torch.float32
     return dtype, f"its products take {narrow / wide if wide else 1:.2f} of float32's time in bfloat16 on this CPU"
 
@@ -99,19 +108,24 @@ def _time(name: str, timer: Timer) -> Seconds:
 
 
 def _product(name: str, dtype: torch.dtype) -> Callable[[], object]:
-    kind, _, channels = name.partition(" ")
-    fan_in, _, fan_out = channels.partition("->")
-    C, K = int(fan_in), int(fan_out)
-    if kind == "linear":
+    taps, C, K = _sizes(name)
+    if taps == 1:
         rows = max(32, int(WORK / (2 * C * K)))
         x, weight = torch.ones(rows, C, dtype=dtype), torch.ones(K, C, dtype=dtype)
         return lambda: F.linear(x, weight)
-    taps, frames = (27, 4) if kind == "conv3d" else (9, 1)
+    frames = 4 if taps == 27 else 1
     side = max(8, int((WORK / (2 * taps * C * K * frames)) ** 0.5))
     image = torch.ones(1, frames, side, side, C, dtype=dtype).permute(0, 4, 1, 2, 3)
     kernel = torch.ones(K, taps // 9, 3, 3, C, dtype=dtype).permute(0, 4, 1, 2, 3)
     padding = (taps // 27, 1, 1)
     return lambda: convolve(image, kernel, None, padding)
+
+
+def _sizes(name: str) -> tuple[int, int, int]:
+    """Taps of the kernel, and channels of the input and of the output."""
+    kind, _, channels = name.partition(" ")
+    fan_in, _, fan_out = channels.partition("->")
+    return {"linear": 1, "conv2d": 9, "conv3d": 27}[kind], int(fan_in), int(fan_out)
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from ..compile.graphs import Graphs
 from ..reference.data_prediction import DataHook, data_rows
 from ..reference.sampler import NO_SHORTCUTS, Callback, Shortcuts, check_finite, end_step
 from ..reference.svd.consistency import fresh_noise
+from ..reference.svd.sampler import needs_guidance
 from .solver_tables import coefficients, draws_noise, input_scales
 
 
@@ -32,34 +33,42 @@ class BlockCache:
     """First-block cache: the blocks after the first are skipped while the first block's residual hardly changes.
 
     threshold: mean change of that residual, relative to its mean magnitude in the last step that computed all blocks.
-    `computed` counts the steps that computed all blocks, `kept` those that reused the other blocks' residual.
+    `first` and `others`: residuals by their shape, because steps with both halves of guidance alternate with steps of
+    one half. `computed` counts the steps that computed all blocks, `kept` those that reused the other blocks' residual.
     """
 
     threshold: float
-    first: Tensor | None = None
-    others: Tensor | None = None
+    first: dict[torch.Size, Tensor] = field(default_factory=dict)
+    others: dict[torch.Size, Tensor] = field(default_factory=dict)
     computed: int = 0
     kept: int = 0
 
     def serves(self, first: Tensor) -> bool:
         """Whether the other blocks' residual may be reused; reads a number back from the device."""
-        if self.first is None or self.first.shape != first.shape:
+        last = self.first.get(first.shape)
+        if last is None:
             return False
-        change = (first - self.first).abs().float().mean() / self.first.abs().float().mean()
+        change = (first - last).abs().float().mean() / last.abs().float().mean()
         return bool(change < self.threshold)
 
 
 class Denoiser(Protocol):
     """A fast twin with its condition, as `sample` runs it.
 
-    guidance_scale: a number, or values per frame. graphs: a step runs through them, as `graph_name`; None: eagerly.
+    guidance_scale: a number, or values per frame [T] of a latent [B, T, ...]. graphs: a step runs through them, as
+    `graph_name`; None: eagerly.
     Shortcuts need `conditional(inputs)`, the inputs to predict with the condition alone, and
     `predict_cached(latent, inputs, BlockCache)`.
     """
 
-    guidance_scale: float
-    graphs: Graphs | None
-    graph_name: str
+    @property
+    def guidance_scale(self) -> float | Tensor: ...
+
+    @property
+    def graphs(self) -> Graphs | None: ...
+
+    @property
+    def graph_name(self) -> str: ...
 
     def schedule(self, timesteps: Tensor, latent: Tensor) -> Sequence[Any]:
         """The inputs of `predict` in each step, computed once per schedule: tensors, or (named) tuples of them."""
@@ -102,8 +111,8 @@ def sample(
     if table.shape[1] > 5:
         weights, table = table[:, 4:6].float().to(latent.device), table[:, :5].clone()
         table[:, 4] = 1.0
-    table = torch.cat([table.new_full((len(table), 1), denoise.guidance_scale), table], dim=1)
-    table = table.float().to(latent.device)
+    guidance = torch.as_tensor(denoise.guidance_scale).to(table).reshape(1, -1)
+    table = torch.cat([guidance.expand(len(table), -1), table], dim=1).float().to(latent.device)
     times = scheduler.timesteps.to(latent.device)
     latent = latent.contiguous()  # the caller's may be permuted, which the step's kernel does not take
     scales = input_scales(scheduler)
@@ -112,41 +121,14 @@ def sample(
         scales = scales.to(latent.device, latent.dtype)
     inputs = denoise.schedule(times, latent)
     previous, older, finite = torch.zeros_like(latent), torch.zeros_like(latent), []
-    guides = shortcuts != NO_SHORTCUTS and denoise.guidance_scale > 1
+    guides = shortcuts != NO_SHORTCUTS and needs_guidance(denoise.guidance_scale)
     modes = shortcuts.modes(len(table)) if guides else ["guided"] * len(table)
     difference = None
     cache = BlockCache(shortcuts.cache_threshold) if shortcuts.cache_threshold else None
 
-    bare = denoise.bare()
-
-    def advance(
-        latent: Tensor,
-        previous: Tensor,
-        inputs: Any,
-        row: Tensor,
-        scale: Tensor | None,
-        two_back: tuple[Tensor, Tensor] | None = None,
-        difference: Tensor | None = None,
-        keep_difference: bool = False,
-    ) -> tuple[Tensor, ...]:
-        """One step. two_back: the data prediction of two steps ago, and the weights of the last and of that one.
-        difference: between the halves of guidance, of an earlier step. keep_difference: also return this step's."""
-        scaled = latent if scale is None else latent * scale
-        prediction = bare.predict(scaled, inputs) if cache is None else bare.predict_cached(scaled, inputs, cache)
-        if difference is not None:
-            prediction = torch.cat([prediction - difference, prediction])
-        if two_back is not None:
-            older, weight = two_back  # the kernel adds one earlier data prediction: their weighted sum
-            previous = previous * weight[0] + older * weight[1]
-        step = bare.update(prediction.contiguous(), latent.contiguous(), previous, row)
-        if keep_difference:
-            without, with_condition = prediction.chunk(2)
-            return (*step, with_condition - without)
-        return step
-
-    run: Callable[..., Any] = advance
+    run: Callable[..., Any] = functools.partial(advance, denoise.bare(), cache)
     if denoise.graphs is not None and cache is None:
-        run = functools.partial(denoise.graphs, denoise.graph_name, advance)
+        run = functools.partial(denoise.graphs, denoise.graph_name, run)
     adds_noise = draws_noise(scheduler) and len(table) > 1
     for step, mode in enumerate(modes):
         previous = fresh_noise(latent, generator) if adds_noise else previous
@@ -174,6 +156,36 @@ def sample(
 
     check_finite(finite, len(table))
     return latent
+
+
+def advance(
+    denoise: Denoiser,
+    cache: BlockCache | None,
+    latent: Tensor,
+    previous: Tensor,
+    inputs: Any,
+    row: Tensor,
+    scale: Tensor | None,
+    two_back: tuple[Tensor, Tensor] | None = None,
+    difference: Tensor | None = None,
+    keep_difference: bool = False,
+) -> tuple[Tensor, ...]:
+    """One step of a bare denoiser. two_back: the data prediction of two steps ago, and the weights of the last and of
+    that one. difference: between the halves of guidance, of an earlier step. keep_difference: also return this step's.
+
+    The network's input is scaled here and not by the kernel of the step before: a callback may change the latent."""
+    scaled = latent if scale is None else latent * scale
+    prediction = denoise.predict(scaled, inputs) if cache is None else denoise.predict_cached(scaled, inputs, cache)
+    if difference is not None:
+        prediction = torch.cat([prediction - difference, prediction])
+    if two_back is not None:
+        older, weight = two_back  # the kernel adds one earlier data prediction: their weighted sum
+        previous = previous * weight[0] + older * weight[1]
+    step = denoise.update(prediction.contiguous(), latent.contiguous(), previous, row)
+    if keep_difference:
+        without, with_condition = prediction.chunk(2)
+        return (*step, with_condition - without)
+    return step
 
 
 def _through_data(

@@ -16,6 +16,9 @@ from torch import Tensor
 # The error that the rule allows even if eager is exact, by the precision of the result: another order of sums in
 # float32, half an ulp of the final rounding elsewhere.
 EPS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
+# Products of 8-bit numbers may be this many times as far from the oracle as bfloat16: e4m3 keeps 4 bits of a number
+# where bfloat16 keeps 8, so its rounding is 2^4 times as coarse. What is farther off lost more than the type does.
+EIGHT_BIT_TIMES = 16.0
 
 
 @dataclass(frozen=True, slots=True)

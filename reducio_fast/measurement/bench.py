@@ -31,7 +31,8 @@ from ..system.stage_clock import clock
 from . import instruments
 from .contenders import Contender, DefaultClip, GivenConditions, workload
 from .instruments import spread
-from .names import CONTENDERS
+from .names import CONTENDERS, QUANTISED
+from .quantised_decoder import check_contender
 from .svd_clip import SVDClip
 from .tile import DecodedTile
 
@@ -88,11 +89,15 @@ def bench(
     if pairs < 1:
         raise ReducioError(f"bench: pairs must be at least 1, is {pairs}")
     device = resolve_device(device)
+    for contender in chosen:
+        check_contender(contender, name, model, device)
     measured = workload(name, model, dtype, device)
     log(measured.what)
     machine = instruments.machine(device)
 
     rows = measured.parity()
+    if set(chosen) & set(QUANTISED) and not isinstance(measured, SVDClip):  # which `check_contender` has refused
+        rows += measured.quantised_parity()
     wrong = [row["what"] for row in rows if not row["right"]]
     if wrong:
         raise ReducioError(

@@ -10,7 +10,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..checkpoints.hub import find_model
 from ..checkpoints.strict_files import embedded_model
 from ..compile import cache
+from ..fast.launches import SEMANTIC_TOKENS
 from ..media.pixels import to_bytes, to_unit
 from ..reference import DIT_PRESETS, Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent, sample
 from ..reference.reducio.config import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
@@ -30,9 +31,10 @@ from ..system.devices import resolve_dtype
 from ..system.errors import ReducioError
 from ..system.stage_clock import Stopwatch, Timings
 from .bare_scheduler import scheduler
-from .launches import SEMANTIC_TOKENS
-from .names import WORKLOADS
+from .ladder import ladder
+from .names import QUANTISED, WORKLOADS
 from .parity import compare_networks, liven
+from .quantised_decoder import balanced_steps, decode_rows, own_quantisation
 from .svd_clip import SVDClip
 from .tile import Contender, DecodedTile, Flops, compile_reference
 
@@ -53,56 +55,6 @@ NARROW = (
     ),
     32,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Rung:
-    """One line of the ablation ladder: what it adds to the rung before."""
-
-    name: str
-    what: str
-    transformer: bool = False  # the fast twin
-    vae: bool = False
-    kernels: frozenset[str] = frozenset()  # ops that run our kernel; the others run the vendor's library
-    contender: str = ""  # the name of the whole contender, for a rung that is one
-
-
-def ladder() -> list[Rung]:
-    """Every optimisation that can be switched on separately, each on top of those before it."""
-    rungs = [
-        Rung("reference", "plain PyTorch, eager"),
-        Rung("transformer", "fast transformer on torch ops: fused QKV, keys and values once a clip, one modulation "
-             "table a schedule, guidance halves share their start", transformer=True),
-        Rung("decoder", "fast decoder on torch ops: channels-last, folded up-sampling, shared content keys "
-             "and values", transformer=True, vae=True),
-    ]  # fmt: skip
-    kernels: frozenset[str] = frozenset()
-    for name, ops, description in (
-        ("group_norm_silu", ("group_norm_silu",), "parallel GroupNorm + SiLU kernel that writes the padded buffer"),
-        ("conv3d", ("conv3d",), "implicit-GEMM convolution, bias, residual and statistics in its epilogue"),
-        ("upsample_conv3d", ("upsample_conv3d",), "phase-folded up-sampling kernel"),
-        ("attention", ("attention",), "flash attention with head dim 72 as 64 + 16"),
-        (
-            "ada_layer_norm",
-            ("ada_layer_norm", "gated_residual_ada_layer_norm"),
-            "residual + gate + LayerNorm + modulation in one kernel",
-        ),
-        ("guidance_dpm_step", ("guidance_dpm_step",), "guidance and scheduler in one kernel"),
-        ("blend_tiles", ("blend_tiles",), "tiles blended, cropped and turned into bytes in one kernel"),
-        (
-            "warp_frames",
-            ("warp_frames",),
-            "the content frame moved by the flow in one kernel, where the decoder has one",
-        ),
-    ):
-        kernels |= set(ops)
-        rungs.append(Rung(name, description, transformer=True, vae=True, kernels=kernels))
-    last = rungs[-1]
-    return [
-        *rungs,
-        replace(last, name="engine", what="graphs, as backend='fast' has them", contender="fast"),
-        replace(last, name="compile", what="compiled blocks, as compile=True has them", contender="fast-compiled"),
-    ]
 
 
 class GivenConditions:
@@ -175,12 +127,12 @@ class GivenConditions:
         return cls(name, pipe.transformer, pipe.vae, cond, image, noise, pipe.scheduler)
 
     @torch.no_grad()
-    def clip(self, dit: Any, vae: Any) -> tuple[np.ndarray, Timings]:
-        """Make one clip with these networks, reference or fast twins."""
+    def clip(self, dit: Any, vae: Any, steps: int | None = None) -> tuple[np.ndarray, Timings]:
+        """Make one clip with these networks, reference or fast twins. `steps` None: those of the workload."""
         stage, reference = Stopwatch(self.device), isinstance(dit, ReducioDiT)
         with stage("dit.step"):
             run = sample if reference else _fast_sample()
-            latent = run(dit.denoiser(self.cond, None, GUIDANCE), self.scheduler, self.noise, self.steps)
+            latent = run(dit.denoiser(self.cond, None, GUIDANCE), self.scheduler, self.noise, steps or self.steps)
         with stage("vae.decode"):
             features = vae.encode_content(self.image, tiled=self.tiled)
             latent = latent.to(self.dtype)
@@ -203,9 +155,19 @@ class GivenConditions:
         if name == "fast-default":
             raise ReducioError(f"contender: fast-default needs the workload default or tile, is asked for {self.name}")
         engine = Engine(compiled or None, store=cache.folder("regions", _origin(self.device), cache_folder.root()))
-        run = functools.partial(self.clip, engine.twin(self.dit), engine.twin(self.vae))
-        description = "fast twins, as backend='fast' builds them" + ", compiled" * compiled
-        return Contender(name, description, self.dtype, run, "folded")
+        description, algebra, steps = (
+            "fast twins, as backend='fast' builds them" + ", compiled" * compiled,
+            "folded",
+            None,
+        )
+        if name in QUANTISED:
+            engine.quantisation = own_quantisation(self.vae, "fp8", min(self.pixels, 256))
+            description += ", the decoder in FP8, with ranges measured on noise"
+        if name.endswith("balanced"):
+            algebra, steps = "folded balanced", balanced_steps(self.steps)
+            description += f", {steps} steps"
+        run = functools.partial(self.clip, engine.twin(self.dit), engine.twin(self.vae), steps)
+        return Contender(name, description, _rate_dtype(name, self.dtype, self.device), run, algebra)
 
     def rungs(self) -> list[Contender]:
         """The ladder, without the rungs that change nothing on this device."""
@@ -237,6 +199,9 @@ class GivenConditions:
         dit, vae = copy.deepcopy(self.dit).float(), copy.deepcopy(self.vae).float()
         return list(compare_networks(self.name, dit, vae, self.dtype, min(self.pixels, 256), whole=False))
 
+    def quantised_parity(self) -> list[dict[str, Any]]:
+        return list(decode_rows(self.name, copy.deepcopy(self.vae), self.dtype, min(self.pixels, 256)))
+
     @functools.cached_property
     def flops(self) -> dict[str, Flops]:
         """{"direct" or "folded": {stage: floating-point operations}}, two per multiply-add, counted by torch.
@@ -264,34 +229,41 @@ class DefaultClip:
             f"{self.name}: {frames}x{pipe.sample_height}x{pipe.sample_width} from a prompt, {STEPS} steps with guidance"
         )
 
-    def _pipe(self, backend: str, compile: bool | None = None, own_dtype: bool = False) -> Any:
+    def _pipe(self, backend: str, compile: bool | None = None, own_dtype: bool = False, **kwargs: Any) -> Any:
         from ..pipelines.reducio.pipeline import ReducioPipeline
 
         dtype = None if own_dtype else self.asked
         return ReducioPipeline.from_pretrained(
-            self.folder, dtype=dtype, device=self.device, backend=backend, compile=compile
+            self.folder, dtype=dtype, device=self.device, backend=backend, compile=compile, **kwargs
         )
 
     def contender(self, name: str) -> Contender:
         fast, compiled = name.startswith("fast"), name == "fast-compiled"
         own_dtype = name == "fast-default"
-        pipe = self._pipe("fast" if fast else "reference", compiled or None, own_dtype)
+        quantised, balanced = {"quantise": "fp8"} if name in QUANTISED else {}, name.endswith("balanced")
+        pipe = self._pipe("fast" if fast else "reference", compiled or None, own_dtype, **quantised)
         description = f"ReducioPipeline, backend='{pipe.backend}'" + ", compile=True" * compiled
+        description += ", quantise='fp8'" * bool(quantised) + ", quality='balanced'" * balanced
+        steps = {"quality": "balanced"} if balanced else {"num_inference_steps": STEPS}
         if name == "compiled":
             description = compile_reference(pipe.transformer, pipe.vae, self.device)
 
         def run() -> tuple[np.ndarray, Timings]:
-            out = pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, progress=False)
+            out = pipe(PROMPT, guidance_scale=GUIDANCE, progress=False, **steps)
             return out.frames, dict(out.timings)
 
-        dtype = pipe.executor.network("vae").dtype if own_dtype else pipe.dtype
-        return Contender(name, description, dtype, run, "folded" if fast else "direct")
+        dtype = _rate_dtype(name, pipe.executor.network("vae").dtype if own_dtype else pipe.dtype, self.device)
+        algebra = "folded balanced" if balanced else "folded" if fast else "direct"
+        return Contender(name, description, dtype, run, algebra)
 
     def rungs(self) -> list[Contender]:
         return self.networks.rungs()
 
     def parity(self) -> list[dict[str, Any]]:
         return self.networks.parity()
+
+    def quantised_parity(self) -> list[dict[str, Any]]:
+        return self.networks.quantised_parity()
 
     @property
     def flops(self) -> dict[str, Flops]:
@@ -320,7 +292,7 @@ def workload(
             f"workload: {name} is full-size, 3.5 billion operations a pixel and 8 GB of memory, which takes a CPU an "
             "hour and more; name a GPU, or measure 'default', 'narrow' or 'svd-narrow'"
         )
-    if name == "svd":
+    if name in ("svd", "svd-short"):
         return SVDClip(name, resolved, device)
     return GivenConditions.random(
         f"full size {name}", DIT_PRESETS[f"reducio-{name}"], VAEConfig(), int(name), resolved, device
@@ -366,15 +338,23 @@ def count(conditions: GivenConditions) -> dict[str, Flops]:
         )
 
     both = noise.expand(2, *noise.shape[1:])
-    step = flops_of(lambda: fast_dit.prepare(*cond)) + conditions.steps * flops_of(
-        lambda: fast_dit.denoise(noise, modulation, prepared)
-    )
+    once = flops_of(lambda: fast_dit.prepare(*cond))
+    each = flops_of(lambda: fast_dit.denoise(noise, modulation, prepared))
+    step, balanced = (once + steps * each for steps in (conditions.steps, balanced_steps(conditions.steps)))
     direct = {"dit.step": conditions.steps * flops_of(lambda: dit(both, steps, *cond)), "vae.decode": decode(vae)}
     return {
         "direct": direct,
         "folded transformer": direct | {"dit.step": step},
-        "folded": {"dit.step": step, "vae.decode": decode(fast_vae)},
+        "folded": {"dit.step": step, "vae.decode": (folded := decode(fast_vae))},
+        "folded balanced": {"dit.step": balanced, "vae.decode": folded},
     }
+
+
+def _rate_dtype(contender: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of most products: a rate is compared with the roof of that dtype only."""
+    from ..fast.quantisation import eight_bit_type
+
+    return eight_bit_type("fp8", device) if contender in QUANTISED else dtype
 
 
 def _origin(device: torch.device) -> cache.Origin:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launches import keys_of
+from ..fast.launches import keys_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,12 @@ class Problem:
     make: Callable[[torch.device], dict[str, Callable[[], Any]]] = field(repr=False, compare=False)
 
 
-def hot_problems() -> list[Problem]:
-    """81% of the decoder's work, its norms, and the transformer's attention and norms, all in bfloat16."""
+def hot_problems(arch: str) -> list[Problem]:
+    """81% of the decoder's work, its norms, and the transformer's attention and norms, all in bfloat16; and the hottest
+    convolutions in the 8-bit numbers of `arch`, if it has any."""
+    from ..triton_kernels.eight_bits import best_eight_bit
+    from ..triton_kernels.launch import TYPES
+
     tiles, steps = 14.4, 20  # of a 1024x1024 clip: its 16 tiles have as many pixels as 14.4 full ones
     problems = []
     for C, K, side, times in (
@@ -48,6 +52,13 @@ def hot_problems() -> list[Problem]:
             "conv3d", "K<=128" if K <= 128 else "*", f"{C}->{K}", variant, f"16x{side}x{side}",
             times * tiles, functools.partial(conv_ways, C, K, 16, side),
         ))  # fmt: skip
+    if (eight_bit := best_eight_bit(arch)) is not None:
+        for C, side, times in ((128, 320, 7), (256, 160, 9)):
+            variant = f"quantised_conv3d {TYPES[eight_bit]} {C}->{C} k3 residual stats"
+            problems.append(Problem(
+                "quantised_conv3d", "K<=128" if C <= 128 else "*", f"{C}->{C}", variant, f"16x{side}x{side}",
+                times * tiles, functools.partial(quantised_ways, C, C, 16, side, eight_bit),
+            ))  # fmt: skip
     for C, time_, frames, side in (
         (256, False, 16, 160),
         (256, False, 16, 80),
@@ -109,6 +120,23 @@ def conv_ways(C: int, K: int, T: int, side: int, device: torch.device) -> dict[s
         "kernel": lambda: torch.ops.reducio_fast.conv3d(x, w, b, residual, True),
         "vendor": lambda: group_norm_silu.statistics(conv3d.twin(x, w, b, residual)[0], False),
         "expected": lambda: conv3d.twin(x, w, b, residual)[0],
+    }
+
+
+def quantised_ways(
+    C: int, K: int, T: int, side: int, eight_bit: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], Any]]:
+    """As `conv_ways`, of x in 8-bit numbers; the vendor convolves the numbers that they stand for."""
+    from ..triton_kernels import eight_bits, group_norm_silu, quantised_conv3d
+
+    x, weight = _random(device, 1, T + 2, side + 2, side + 2, C), _random(device, K, C, 3, 3, 3, scale=(27 * C) ** -0.5)
+    b, residual = _random(device, K), _random(device, 1, T, side, side, K)
+    multiplier, w, scale = quantised_conv3d.pack(weight, x.abs().amax((0, 1, 2, 3)), eight_bit)
+    x8 = eight_bits.to_eight_bits(x * multiplier, eight_bit)
+    return {
+        "kernel": lambda: torch.ops.reducio_fast.quantised_conv3d(x8, w, scale, b, residual, True),
+        "vendor": lambda: group_norm_silu.statistics(quantised_conv3d.twin(x8, w, scale, b, residual)[0], False),
+        "expected": lambda: quantised_conv3d.twin(x8, w, scale, b, residual)[0],
     }
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from ..compile.aot import Build
+from ..fast.launches import keys_of
 from ..triton_kernels import quantised_conv3d
 from ..triton_kernels.conv3d import blocks_for
 from ..triton_kernels.tables import Settings, settings
-from .launches import keys_of
 from .rate_model import CHIPS, attention, blocks_at_once, convolution, rate
 
 

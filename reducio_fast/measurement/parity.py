@@ -24,6 +24,7 @@ from ..system.devices import resolve_device, resolve_dtype, triton_missing
 from ..system.errors import ReducioError
 from .accuracy_rule import judge
 from .bare_scheduler import scheduler
+from .quantised_decoder import decode_rows
 
 Row = dict[str, Any]
 # Side of a full-width clip: one tile on a GPU. On a CPU, where a tile takes an hour, the smallest side with more than
@@ -41,8 +42,9 @@ def compare(
     """One row per stage: `what`, `dtype`, `error` and `eager` (relative, against the oracle), `limit`, `right`.
 
     The model is the embedded one unless a folder is named; `dtype` None is what the fast path takes by default here.
-    `full_size` adds the full-width networks with random weights, one after the other (7 GB of memory in bfloat16); None
-    does so on a GPU only. `flush` gets the rows so far after each row. Raises ReducioError if the fast path cannot run.
+    `full_size` adds the full-width networks with random weights, one after the other (7 GB of memory in bfloat16), and
+    a decode in each 8-bit type that the device offers; None does so on a GPU only. `flush` gets the rows so far after
+    each row. Raises ReducioError if the fast path cannot run.
     """
     if missing := triton_missing():
         raise ReducioError(f"parity: {missing}")
@@ -67,7 +69,11 @@ def compare(
     if full_size if full_size is not None else device.type == "cuda":
         del vae, dit
         for network_class in (ReducioVAE, ReducioDiT):
-            gather(compare_networks("full size", *_full_size(network_class, device), dtype, pixels, whole=False))
+            pair = _full_size(network_class, device)
+            gather(compare_networks("full size", *pair, dtype, pixels, whole=False))
+            if pair[1] is not None:
+                gather(decode_rows("full size", pair[1], dtype, pixels))
+            del pair  # before the next one is made
     return rows
 
 

@@ -27,6 +27,7 @@ from ..system.paths import check_output_folder
 from .bench import CONTENDERS
 from .contenders import workload
 from .instruments import machine
+from .quantised_decoder import check_contender
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -114,6 +115,7 @@ def _ready(
     if contender not in CONTENDERS:
         raise ReducioError(f"contender: {contender!r} is unknown; known: {', '.join(CONTENDERS)}")
     device = resolve_device(device)
+    check_contender(contender, name, model, device)
     measured = workload(name, model, dtype, device)
     chosen = measured.contender(contender)
     for _ in range(warm):

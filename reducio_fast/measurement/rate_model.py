@@ -4,8 +4,10 @@ A pass of the loop takes the longer of two times: that of the matrix units and t
 per cycle on each of four schedulers). It takes their sum if the loop waits until no asynchronous product is running. On
 AMD it takes the sum of the matrix units' time, four cycles for each vector instruction of a wave, and the part of a
 load's latency that is not covered. The code after the loop takes its issue slots plus a fixed time per barrier, and
-counts in full if one block fills a multiprocessor. The constants come from a replay of the scheduling bits of sm_90
-code, which they follow to 10%; the other chips use the same constants, because there are no better ones.
+counts in full if one block fills a multiprocessor. A tcgen05 instruction (sm_100) does not name its shape, so a pass
+gets its share of the products that the result needs. Attention on sm_100 has no prediction: how much of its softmax
+runs beside products depends on barriers that the counts do not show. The constants come from a replay of the scheduling
+bits of sm_90 code, which they follow to 10%; the other chips use the same constants, because there are no better ones.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..compile.aot import Build
+from ..compile.targets import TARGETS
 
 BARRIER = 150  # cycles that warps wait for each other and for shared memory
 PROLOGUE = 3500  # cycles: descriptors or addresses, first loads
@@ -33,6 +36,9 @@ class Chip:
 CHIPS = {
     "sm_80": Chip(108, 1.33e9, 65536, 164 * 1024, 32),
     "sm_90": Chip(132, 1.65e9, 65536, 228 * 1024, 32),
+    # B200: 148 multiprocessors, 2.25 PFLOP/s of dense bfloat16 at a boost of 1.85 GHz (NVIDIA's page on HGX B200).
+    # Assumed under load: the share of its boost that an H200 keeps.
+    "sm_100": Chip(148, 1.54e9, 65536, 228 * 1024, 32),
     "gfx942": Chip(304, 1.55e9, 131072, 64 * 1024, 64),
     "gfx950": Chip(256, 1.9e9, 131072, 160 * 1024, 64),
 }
@@ -64,11 +70,15 @@ def blocks_at_once(build: Build) -> int:
 def rate(build: Build, flops: float, blocks: int, passes: int) -> float | None:
     """Predicted FLOP/s of a kernel with a matrix loop; None if the model lacks the chip or the cycles of its code."""
     code, chip = build.code, CHIPS.get(build.arch)
-    if code is None or chip is None or not code.matrix_cycles:
+    tcgen05 = code is not None and code.matrix_shape == "tcgen05"
+    if code is None or chip is None or not (code.matrix_cycles or tcgen05) or (tcgen05 and code.transcendental):
         return None
     schedulers = build.warps / 4
     # wgmma is counted for the four warps of a group, which work on all four matrix units at once.
     matrix = code.matrix_cycles * schedulers
+    if tcgen05:
+        per_cycle = 4 * TARGETS[build.arch].mac_per_cycle * (2 if "fp8" in build.variant else 1)
+        matrix = flops / 2 / (blocks * passes) / per_cycle
     issue = code.loop * schedulers
     if chip.warp == 64:
         pass_cycles = matrix + 4 * code.vector * schedulers + max(0, LATENCY - code.covered * schedulers)

@@ -1,15 +1,18 @@
-"""The workloads "svd" and "svd-narrow": sampling and decoding a Stable Video Diffusion clip with random weights.
+"""The workloads "svd", "svd-short" and "svd-narrow": one clip of Stable Video Diffusion with random weights.
 
-Latency does not depend on weights. "svd" is the published size, 25 frames of 576x1024; "svd-narrow" has a U-Net of 69
-million weights and 6 frames of 128x128, which two cores of a CPU sample in seconds. The reference computes what
-diffusers' own classes compute, operation by operation.
+Latency does not depend on weights. "svd" is the published size, 25 frames of 576x1024; "svd-short" is the same with two
+steps, for the ladder; "svd-narrow" has a U-Net of 69 million weights and 6 frames of 128x128, which two cores of a CPU
+sample in seconds. The baseline, eager or compiled, is diffusers' own classes on the same weights, or our reference if
+diffusers is not installed: the row says which.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,14 @@ from torch import Tensor
 
 from ..fast.engine import Engine, add_tuned_tables
 from ..fast.plan import Plan
+from ..fast.sampler import advance
 from ..fast.sampler import sample as fast_sample
-from ..fast.svd.unet import FastVideoUNet, StepInputs
+from ..fast.svd.unet import FastVideoDenoiser, FastVideoUNet, StepInputs
 from ..fast.svd.vae import FastTemporalVAE
 from ..media.pixels import to_bytes
 from ..reference import initial_latent, sample
 from ..reference.svd.config import MAX_GUIDANCE_SCALE, MIN_GUIDANCE_SCALE, TemporalVAEConfig, VideoUNetConfig
-from ..reference.svd.sampler import ImageCondition
+from ..reference.svd.sampler import ImageCondition, denoiser
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import TemporalVAE
 from ..system.stage_clock import Stopwatch, Timings
@@ -35,6 +39,7 @@ from .work import Work, WorkCounter, count
 
 TIME_IDS = (6.0, 127.0, 0.02)  # fps - 1, motion bucket, noise augmentation
 FULL = (VideoUNetConfig(), TemporalVAEConfig(), 576, 1024, 25)
+SHORT = (*FULL[:-1], 2)
 NARROW = (
     VideoUNetConfig(block_out_channels=(64, 128, 256, 256), num_attention_heads=(1, 2, 4, 4), num_frames=6),
     TemporalVAEConfig(block_out_channels=(32, 64, 64, 64)),
@@ -51,8 +56,56 @@ KERNELS = (
     ("stream_layer_norm", "rows, residual and blend inside the norms"),
     ("upsample_conv3d", "up-sampling and the convolution after it in one kernel"),
     ("conv3d", "convolutions that add a residual, in our kernel"),
-    ("guidance_dpm_step", "the scheduler's step in one kernel"),
+    ("guidance_dpm_step", "guidance per frame and the scheduler's step in one kernel"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _DiffusersUNet:
+    """diffusers' U-Net with the methods of the reference's."""
+
+    network: Any
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.network(*inputs, return_dict=False)[0]
+
+    def denoiser(self, *arguments: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        return denoiser(self, *arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class _DiffusersVAE:
+    """diffusers' autoencoder with the decoding of the reference's."""
+
+    network: Any
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    def decode(self, latents: Tensor) -> Tensor:
+        frames = self.network.decode(latents.flatten(0, 1), num_frames=latents.shape[1], return_dict=False)[0]
+        return frames.unflatten(0, latents.shape[:2])
+
+
+def _of_diffusers(unet: VideoUNet, vae: TemporalVAE) -> tuple[Any, Any] | None:
+    """diffusers' networks, which share the weights of these; None where diffusers is not installed."""
+    try:
+        from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+    except ImportError:
+        return None
+    theirs = []
+    for network_class, ours in ((UNetSpatioTemporalConditionModel, unet), (AutoencoderKLTemporalDecoder, vae)):
+        known = inspect.signature(network_class).parameters
+        with torch.device("meta"):
+            network = network_class(**{k: v for k, v in ours.config.to_dict().items() if k in known})
+        network.load_state_dict(ours.state_dict(), assign=True)
+        theirs.append(network.eval().requires_grad_(False))
+    return _DiffusersUNet(theirs[0]), _DiffusersVAE(theirs[1])
 
 
 class SVDClip:
@@ -60,7 +113,7 @@ class SVDClip:
 
     def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
         add_tuned_tables(device)  # for the twins that are made without an engine
-        unet, vae, height, width, self.steps = FULL if name == "svd" else NARROW
+        unet, vae, height, width, self.steps = {"svd": FULL, "svd-short": SHORT, "svd-narrow": NARROW}[name]
         self.name, self.dtype, self.device = name, dtype, device
         torch.manual_seed(0)
         with torch.device(device):
@@ -79,7 +132,7 @@ class SVDClip:
     @torch.no_grad()
     def clip(self, unet: Any, vae: Any) -> tuple[np.ndarray, Timings]:
         """One clip by these networks, of either kind."""
-        stage, run = Stopwatch(self.device), sample if isinstance(unet, VideoUNet) else fast_sample
+        stage, run = Stopwatch(self.device), fast_sample if isinstance(unet, FastVideoUNet) else sample
         with stage("dit.step"):
             latent = run(unet.denoiser(self.cond, None, self.scale), EulerScheduler(), self.noise, self.steps)
         with stage("vae.decode"):
@@ -88,14 +141,20 @@ class SVDClip:
         return frames, stage.seconds
 
     def contender(self, name: str) -> Contender:
-        if name == "reference":
-            return Contender(name, "plain PyTorch, eager", self.dtype, lambda: self.clip(self.unet, self.vae))
-        if name == "compiled":
-            unet, vae = copy.deepcopy(self.unet), copy.deepcopy(self.vae)
-            mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
-            unet.compile(mode=mode, dynamic=False)
-            vae.decoder.compile(mode=mode, dynamic=False)
-            return Contender(name, f"torch.compile {mode}", self.dtype, lambda: self.clip(unet, vae))
+        if name in ("reference", "compiled"):
+            theirs = _of_diffusers(self.unet, self.vae)
+            whose = "our reference (diffusers is not installed)" if theirs is None else "diffusers' classes"
+            ours: tuple[Any, Any] = self.unet, self.vae
+            unet, vae = theirs or ours
+            way = "eager"
+            if name == "compiled":
+                mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
+                way = f"torch.compile {mode}"
+                if theirs is None:
+                    unet, vae = copy.deepcopy(ours)
+                for part in (unet, vae.decoder) if theirs is None else (unet.network, vae.network.decoder):
+                    part.compile(mode=mode, dynamic=False)
+            return Contender(name, f"{whose}, {way}", self.dtype, functools.partial(self.clip, unet, vae))
         engine = Engine(True if name == "fast-compiled" else None)
         engine.free_dtype = name == "fast-default"
         unet, vae = engine.twin(self.unet), engine.twin(self.vae)
@@ -160,10 +219,11 @@ def svd_work(
     unet: VideoUNetConfig, vae: TemporalVAEConfig, frames: int, height: int, width: int, dtype: Any = torch.float16
 ) -> dict[str, Work]:
     """What one guided step and one decode take, by the reference and by its fast twin as a GPU runs it: "unet", "fast
-    unet", "decoder", "fast decoder". height, width: of the latent."""
+    unet", "decoder", "fast decoder". The reference's step is the U-Net alone; that of the twin is the sampler's whole
+    step from a float32 latent: scaling, U-Net, guidance per frame and Euler. height, width: of the latent."""
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
 
     def network(counter: WorkCounter, network_class: Any, config: Any, fast: bool) -> Any:
         with torch.device("meta"):
@@ -185,8 +245,10 @@ def svd_work(
         token = empty(2, 1, unet.per_level("cross_attention_dim")[0])
         conditions = net.conditions(image, token, empty(2, len(TIME_IDS)))
         inputs = StepInputs([empty(size) for size in net.row_sizes], conditions)
-        latent = empty(1, frames, unet.out_channels, height, width)
-        return lambda: net.denoise(latent, inputs)
+        wide = functools.partial(empty, kind=torch.float32)
+        latent, previous = (wide(1, frames, unet.out_channels, height, width) for _ in range(2))
+        row, scale = wide(frames + 5), wide()
+        return lambda: advance(FastVideoDenoiser(net), None, latent, previous, inputs, row, scale)
 
     def decode(counter: WorkCounter, fast: bool) -> Callable[[], Any]:
         net = network(counter, TemporalVAE, vae, fast)

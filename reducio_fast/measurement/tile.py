@@ -21,6 +21,8 @@ from ..reference import ReducioDiT, ReducioVAE, VAEConfig
 from ..system.errors import ReducioError
 from ..system.stage_clock import Stopwatch, Timings
 from .accuracy_rule import judge
+from .names import QUANTISED
+from .quantised_decoder import decode_rows, own_quantisation
 
 PIXELS = 256
 Flops = dict[str, float]
@@ -90,8 +92,15 @@ class DecodedTile:
 
         engine = Engine(True if name == "fast-compiled" else None)
         engine.free_dtype = name == "fast-default"
-        twin = engine.twin(self.vae)
-        return Contender(name, "fast twin", twin.dtype, functools.partial(self.decode, twin), "folded")
+        if name not in QUANTISED:
+            twin = engine.twin(self.vae)
+            return Contender(name, "fast twin", twin.dtype, functools.partial(self.decode, twin), "folded")
+        from ..fast.quantisation import eight_bit_type
+
+        engine.quantisation = own_quantisation(self.vae, "fp8")
+        run = functools.partial(self.decode, engine.twin(self.vae))
+        what, dtype = "fast twin in FP8, with ranges measured on noise", eight_bit_type("fp8", self.device)
+        return Contender(name, what, dtype, run, "folded")
 
     def rungs(self) -> list[Contender]:
         raise ReducioError("ladder: needs the workload default or narrow, or a size; tile has no ladder")
@@ -111,6 +120,9 @@ class DecodedTile:
         oracle = decode(copy.deepcopy(self.vae).to(oracle_dtype), oracle_dtype)
         verdict = judge(fast.to(eager.dtype), eager, oracle)
         return [verdict.row("tile: vae.decode", self.dtype, self.device)]
+
+    def quantised_parity(self) -> list[dict[str, Any]]:
+        return list(decode_rows(self.name, copy.deepcopy(self.vae), self.dtype, 64))
 
     @functools.cached_property
     def flops(self) -> dict[str, Flops]:

@@ -91,14 +91,14 @@ def search(
 
 def axes_of(op: str, key: str, hip: bool) -> list[list[Settings]]:
     """The axes to search. Tile and warps are one axis, because neither is good without the other."""
-    if op in ("conv3d", "upsample_conv3d"):
+    if op in ("conv3d", "upsample_conv3d", "quantised_conv3d"):
         tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8),
                  (128, 256, 8), (64, 256, 8), (256, 64, 4)]  # fmt: skip
         if key == "K<=128":
             tiles = [t for t in tiles if t[1] <= 128]
         axes = [
             _axis(("BLOCK_M", "BLOCK_K", "num_warps"), tiles),
-            _setting("BLOCK_C", 32, 64, 128),
+            _setting("BLOCK_C", 32, 64, 128, *((256,) if op == "quantised_conv3d" else ())),
             _setting("num_stages", *((1, 2, 3) if hip else (2, 3, 4, 5))),
             _setting("PIECES", 1, 2, 4),
         ]
@@ -313,7 +313,7 @@ def run(
 
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         allowed = functools.partial(compiles, pool, arch)
-        table, rows = tune(hot_problems(), arch, timed, allowed, right, limit_s, torch.version.hip is not None, log)
+        table, rows = tune(hot_problems(arch), arch, timed, allowed, right, limit_s, torch.version.hip is not None, log)
     write(table, arch, path)
     return {"benchmark": "tune", "machine": instruments.machine(device), "arch": arch, "table": str(path), "rows": rows}
 

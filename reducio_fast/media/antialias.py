@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 
 def blur_and_resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """image [B, C, H, W] -> [B, C, *size]: a Gaussian blur if the image shrinks, then bicubic interpolation with
-    aligned corners.
+    """image [B, C, H, W] -> [B, C, *size]: a Gaussian blur along each axis that shrinks, then bicubic interpolation
+    with aligned corners.
 
     torch's `antialias=True` is not used, because with aligned corners it shifts the image by 1.8 of 1024 pixels.
     """
     factors = [before / after for before, after in zip(image.shape[-2:], size, strict=True)]
-    if max(factors) > 1:
-        for axis, factor in zip((-2, -1), factors, strict=True):
+    for axis, factor in zip((-2, -1), factors, strict=True):
+        if factor > 1:
             image = _blur(image, axis, max((factor - 1) / 2, 0.001))
     return F.interpolate(image, size, mode="bicubic", align_corners=True)
 

@@ -25,7 +25,7 @@ class Perceptual:
     Raises `ReducioError` if lpips is not installed or the file does not hold the weights of `net`.
     """
 
-    def __init__(self, trunk: str | os.PathLike[str], net: str = "alex", device: str = "cpu") -> None:
+    def __init__(self, trunk: str | os.PathLike[str], net: str = "alex", device: torch.device | str = "cpu") -> None:
         if net not in TRUNKS:
             raise ReducioError(f"net={net!r}: must be one of {', '.join(TRUNKS)}")
         try:

@@ -52,9 +52,9 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
         that were changed, moved or replaced are packed again at the next clip.
     compile: as in `SVDPipeline`.
 
-    What a twin cannot do runs as before, and `report` says why: LoRA layers that are not fused, gradients, a subclass
-    with its own `forward`, hooks (such as those of `enable_model_cpu_offload`), custom attention processors, replaced
-    or quantised modules, a module under `torch.compile`.
+    What a twin cannot do runs as before, and `report` says why: LoRA layers that are not fused, gradients, autocast,
+    a subclass with its own `forward`, hooks (such as those of `enable_model_cpu_offload`), custom attention processors,
+    replaced or quantised modules, a module under `torch.compile`.
     Raises ReducioError for a pipeline without one of these networks, and for another `compile`.
     """
     validation.check_compile(compile, "fast", "asked for")
@@ -131,8 +131,13 @@ class _Accelerated:
 
     def _twin(self, *args: Any, **kwargs: Any) -> Any:
         """The twin of the current weights. None if it cannot run; `state` then has the reason."""
+        why, device = None, next(self.theirs.parameters()).device.type
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.theirs.parameters()):
-            self.state = "as before: gradients are recorded"
+            why = "gradients are recorded"
+        elif torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            why = "runs under autocast"
+        if why is not None:
+            self.state, self.seen = f"as before: {why}", None
             return None
         if self.first_of_clip(*args, **kwargs):
             self.twin = self._current_twin()

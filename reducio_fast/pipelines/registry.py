@@ -110,10 +110,11 @@ def _find_folder(model: str | os.PathLike[str], variant: str | None) -> Path:
 
 
 def _of_folder(folder: Path) -> Model:
+    strict_files.check_model_folder(folder)
     name = _family_of(folder)
-    family = FAMILIES.get(str(name), ReducioPipeline)  # the default's loader says what is wrong with the folder
-    if name is not None and name not in FAMILIES and peers.find(folder) is None:
+    if name not in FAMILIES:
         raise ReducioError(f"model: {folder} is of a {name}; known are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
 
     def load(dtype: Any, device: torch.device, backend: str, **kwargs: Any) -> Any:
         return family.from_pretrained(folder, dtype=dtype, device=device, backend=backend, **kwargs)

@@ -1,7 +1,7 @@
 """`reducio-fast batch`: a file of prompts becomes a folder of clips and a manifest, here or on a Ray cluster.
 
-DIR/prompts.jsonl    the arguments of each clip, by number, and the model and dtype that were given: a second run must
-                     have the same
+DIR/prompts.jsonl    the arguments of each clip, by number, and the model, dtype and quantisation that were given: a
+                     second run must have the same
 DIR/00000.mp4 ...    each appears whole or not at all; an existing clip is not made again
 DIR/manifest.jsonl   one line per prompt, in order: its file, or why there is none
 """
@@ -143,7 +143,7 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
     folder.mkdir(parents=True, exist_ok=True)
     check_output_folder(folder / MANIFEST)
     rows = [{"seed": settings.seed + number} | settings.call | row for number, row in enumerate(rows)]
-    _check_same(folder, rows, settings.worker)
+    lines = _check_same(folder, rows, settings.worker)
     for leftover in folder.glob(".*"):  # temporary files of a run that was killed
         if leftover.is_file() and leftover.suffix in SUFFIXES:
             leftover.unlink()
@@ -159,6 +159,9 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
             tasks.append({"number": number, "path": str(path), "call": row})
     kept, errors = len(results), list[tuple[int, str]]()
     source = _here(tasks, settings) if settings.ray is None else _on_ray(tasks, settings)
+    if lines:  # after the model is loaded: a run that was refused can be repeated with other arguments
+        with written_whole(folder / PROMPTS) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     try:
         for result in source:
             number = result["number"]
@@ -176,10 +179,10 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
     return Done(len(tasks) - len(errors), kept, sorted(errors))
 
 
-def _check_same(folder: Path, rows: list[Row], worker: dict[str, Any]) -> None:
-    """Save the arguments of the clips; refuse a folder whose clips have other arguments, or are of another model or
-    dtype. A longer list continues it."""
-    given = {name: str(worker[name]) for name in ("model", "dtype") if worker.get(name) is not None}
+def _check_same(folder: Path, rows: list[Row], worker: dict[str, Any]) -> list[str]:
+    """The lines of prompts.jsonl, [] if it has them; refuse a folder whose clips have other arguments, or are of
+    another model, dtype or quantisation. A longer list continues it."""
+    given = {name: str(worker[name]) for name in ("model", "dtype", "quantise") if worker.get(name) is not None}
     lines = [json.dumps(row | given, sort_keys=True, default=str) for row in rows]
     path = folder / PROMPTS
     known = path.read_text(encoding="utf-8", errors="replace").splitlines() if is_file(path) else []
@@ -188,9 +191,7 @@ def _check_same(folder: Path, rows: list[Row], worker: dict[str, Any]) -> None:
             raise ReducioError(
                 f"out: {folder} holds clips of other prompts or settings, or of another model (number {number} differs)"
             )
-    if len(lines) >= len(known):
-        with written_whole(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return lines if len(lines) > len(known) else []
 
 
 def _lines(path: Path) -> list[Row]:
@@ -244,12 +245,13 @@ def _failed(task: Row, error: Exception) -> Row:
 
 
 def _here(tasks: list[Row], settings: Settings) -> Iterator[Row]:
-    """Make one clip after the other; the file of one is written while the next clip is made."""
+    """Load the model now, then make one clip after the other; the file of one is written while the next is made."""
     from .clips import Clips
 
-    if not tasks:
-        return
-    clips = Clips(**settings.worker, warm=False)
+    return _one_by_one(Clips(**settings.worker, warm=False), tasks) if tasks else iter(())
+
+
+def _one_by_one(clips: Clips, tasks: list[Row]) -> Iterator[Row]:
     with ThreadPoolExecutor(1, "encode") as writer:
         waiting: list[tuple[Row, Future[Row]]] = []
         for task in [*tasks, None]:
@@ -267,14 +269,23 @@ def _here(tasks: list[Row], settings: Settings) -> Iterator[Row]:
 
 
 class _Actor:
-    """A worker of Ray Data. It returns JSON text, because a column of a table has one type."""
+    """A worker of Ray Data. It returns JSON text, because a column of a table has one type.
+
+    An error that ends the run is returned as `refused`, because Ray would raise it here with its own traceback.
+    """
 
     def __init__(self, worker: dict[str, Any]) -> None:
         from .clips import Clips
 
-        self.clips = Clips(**worker, warm=False)
+        self.refused: str | None = None
+        try:
+            self.clips = Clips(**worker, warm=False)
+        except (ReducioError, OSError) as error:
+            self.refused = first_line(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        if self.refused is not None:
+            return {"result": json.dumps({"refused": self.refused})}
         task = json.loads(row["task"])
         if Path(task["path"]).is_file():  # written by an actor that died afterwards
             return {"result": json.dumps({"number": task["number"], "file": Path(task["path"]).name})}
@@ -282,6 +293,8 @@ class _Actor:
             result = _save(_make(self.clips, task), task, self.clips.encoding)
         except ReducioError as error:
             result = _failed(task, error)
+        except OSError as error:  # such as a full disk
+            result = {"refused": first_line(error)}
         return {"result": json.dumps(result)}
 
 
@@ -318,6 +331,9 @@ def _on_ray(tasks: list[Row], settings: Settings) -> Iterator[Row]:
             num_gpus=gpus,
         )
         for row in made.iter_rows():
-            yield json.loads(row["result"])
+            result = json.loads(row["result"])
+            if "refused" in result:
+                raise ReducioError(result["refused"])
+            yield result
     finally:
         ray.shutdown()

@@ -38,10 +38,10 @@ class Stopped(Exception):
 class Clips:
     """Makes one clip at a time, and writes the file of the previous one meanwhile.
 
-    model, dtype, device, backend, compile: as in `generate`. encoding: an option of `media.ffmpeg`. warm: make a clip
-    of two steps at once, so that the first caller does not wait for compilers. threads: the number of torch's threads
-    on a CPU, which changes the bytes; None keeps torch's default. The constructor loads the model, which may take
-    minutes.
+    model, dtype, device, backend, compile, quantise: as in `generate`. encoding: an option of `media.ffmpeg`. warm:
+    make a clip of two steps at once, so that the first caller does not wait for compilers. threads: the number of
+    torch's threads on a CPU, which changes the bytes; None keeps torch's default. The constructor loads the model,
+    which may take minutes.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Clips:
         device: str | None = None,
         backend: str = "auto",
         compile: bool | None = None,
+        quantise: str | None = None,
         encoding: str = "quality",
         warm: bool = True,
         threads: int | None = None,
@@ -64,7 +65,9 @@ class Clips:
             torch.set_num_threads(threads)
         entry, where = registry.find(model), devices.resolve_device(device)
         loader_chooses = dtype is None and bool(entry.load_arguments)
-        kwargs = {"compile": compile} if "compile" in entry.load_arguments else {}
+        given = {"compile": compile, "quantise": quantise}
+        kwargs = {name: value for name, value in given.items() if value is not None}
+        entry.check_call(backend, kwargs)
         resolved = None if loader_chooses else devices.resolve_dtype(dtype, None, where)
         self.pipe = entry.load(resolved, where, backend, **kwargs)
         if (parts := getattr(self.pipe, "parts", None)) is not None and parts.source is not None:

@@ -33,9 +33,10 @@ DEFAULT_NAME = "reducio-tiny"  # of the embedded model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of a server. model, dtype, device, backend, compile, encoding, threads: arguments of `clips.Clips`.
-    name: the model's name for clients. data: the folder of jobs and clips. grace: seconds that a running clip has when
-    the server is ended. ray: address of a cluster, "local" for one on this machine, None to make clips in this process.
+    """Settings of a server. model, dtype, device, backend, compile, quantise, encoding, threads: arguments of
+    `clips.Clips`. name: the model's name for clients. data: the folder of jobs and clips. grace: seconds that a running
+    clip has when the server is ended. ray: address of a cluster, "local" for one on this machine, None to make clips in
+    this process.
     """
 
     model: str | None = None
@@ -43,6 +44,7 @@ class Settings:
     device: str | None = None
     backend: str = "auto"
     compile: bool | None = None
+    quantise: str | None = None
     encoding: str = "quality"
     threads: int | None = None
     name: str | None = None
@@ -59,7 +61,7 @@ class Settings:
     @property
     def worker(self) -> dict[str, Any]:
         """The arguments of `clips.Clips`."""
-        names = ("model", "dtype", "device", "backend", "compile", "encoding", "threads")
+        names = ("model", "dtype", "device", "backend", "compile", "quantise", "encoding", "threads")
         return {name: getattr(self, name) for name in names}
 
 
@@ -94,6 +96,11 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
     from ..media.ffmpeg import encoder
 
     encoder(settings.encoding)
+    if settings.quantise is not None and settings.ray is None:
+        from ..pipelines.call.validation import check_quantise
+        from ..system.devices import resolve_device
+
+        check_quantise(settings.quantise, settings.backend, resolve_device(settings.device))
     keys = Keys(settings.api_keys)
     listener = _bind(settings.host, settings.port)
     files = JobFiles(settings.data or cache_folder.root() / "serve")
@@ -176,6 +183,8 @@ class _Started:
 
         settings = self.settings
         entry = registry.find(settings.model)
+        if settings.quantise is not None:
+            entry.check_call(settings.backend, {"quantise": settings.quantise})
         name = settings.name or (DEFAULT_NAME if settings.model is None else Path(settings.model).name)
         pipeline = None if entry.checker is None else entry.checker()
         return Checker(name, pipeline, entry.call_defaults, settings.limits, entry.fps)

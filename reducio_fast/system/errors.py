@@ -32,6 +32,11 @@ def write_failure(error: BaseException) -> OSError | None:
     return None
 
 
+def lacks_space(error: BaseException) -> bool:
+    """Whether a write failed because the disk or the user's quota is full, or a file may not grow (`ulimit -f`)."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: in Python, on a device, or in torch's CPU allocator. Does not import torch."""
     torch = sys.modules.get("torch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -75,6 +76,12 @@ def check_output_folder(path: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ReducioError(f"the output folder {printable(folder)} cannot be written: {error.strerror}") from error
+
+
+def missing_room(folder: Path, needed: int) -> str | None:
+    """Why `needed` bytes do not fit on the disk of `folder`, for a message; None if they fit."""
+    free = shutil.disk_usage(folder).free
+    return f"{needed:,} bytes are needed, {free:,} are free" if free < needed else None
 
 
 def printable(path: str | os.PathLike[str]) -> str:

@@ -8,7 +8,6 @@ loaded by another number of processes than wrote it. The format contains a pickl
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -23,7 +22,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..system.atomic_files import written_whole
-from ..system.errors import ReducioError, first_line
+from ..system.errors import ReducioError, first_line, lacks_space
+from ..system.paths import missing_room
 from .processes import Processes
 
 LATEST, RUN = "latest", "run.json"
@@ -146,11 +146,8 @@ class CheckpointFolder:
         return "start anew (--no-resume)"
 
     def _check_room(self, tensors: dict[str, Any]) -> None:
-        needed, free = round(_SPARE * _bytes(tensors)), shutil.disk_usage(self.path).free
-        if free < needed:
-            raise ReducioError(
-                f"train {self.name}: {self._no_room()}: the next needs {needed:,} bytes, {free:,} are free"
-            )
+        if reason := missing_room(self.path, round(_SPARE * _bytes(tensors))):
+            raise ReducioError(f"train {self.name}: {self._no_room()}: {reason}")
 
     def _no_room(self) -> str:
         kept = self.latest()
@@ -182,8 +179,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _no_room_reason(error: BaseException) -> str:
     """The operating system's message if the error is about missing disk space, else an empty string."""
     for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return os.strerror(cause.errno)
+        if isinstance(cause, OSError) and lacks_space(cause):
+            return str(cause.strerror)
         if "PytorchStreamWriter failed" in str(cause):  # torch's zip writer drops the errno
             return first_line(cause)
     return ""

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .run_log import RunLog
 
 Figures = Mapping[str, "float | Tensor"]
 LossFunction = Callable[[int, int, np.random.Generator], "tuple[Tensor, Figures]"]
+Factor = Callable[[int], float]  # 0-based step -> factor on the learning rate
 
 CHECKPOINTS, DECAYS = "checkpoints", ("cosine", "linear")
 # Settings that do not affect the weights, only when a run stops or what it logs: a resumed run may change them.
@@ -58,6 +59,7 @@ class LoopConfig:
     decay: str = "cosine"  # or "linear": shape of the learning rate's decay after the warm-up
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8  # added to the denominator of Adam's step
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     autocast: bool = True  # bfloat16 around the loss function, on a device that has instructions for it
@@ -76,7 +78,7 @@ class LoopConfig:
         counts = ("steps", "log_every", "checkpoint_every", "max_bad_steps", "micro_batches", "keep_checkpoints")
         check_least(self, 1, *counts)
         check_least(self, 0, "warmup_steps", "final_rate", "weight_decay", "max_seconds")
-        check_positive(self, "learning_rate")
+        check_positive(self, "learning_rate", "eps")
         if not self.clip_norm > 0:  # infinity: the gradient is not clipped
             raise ReducioError(f"LoopConfig: clip_norm must be above 0, got {self.clip_norm}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -138,7 +140,7 @@ def run(
     accept_changes: bool = False,
     progress: bool = True,
     blocks: Iterable[nn.Module] = (),
-    rate_of: Callable[[str], float] | None = None,
+    rate_of: Callable[[str], Factor] = lambda name: unchanged,
     recorded: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Train `model` in place until `config.steps`, and write `checkpoints/` and `log.csv` into `folder`.
@@ -153,7 +155,8 @@ def run(
         accept_changes: resume although the configuration, something in `recorded`, or the number of processes or
             threads changed (an uninterrupted run can then no longer reproduce the weights).
         blocks: parts of the model that "fsdp" gathers one by one.
-        rate_of: maps a parameter's name in `model` to a factor on its learning rate; None means 1 for all.
+        rate_of: maps a parameter's name in `model` to the factor on its learning rate: the same function for the same
+            factors.
         recorded: what else affects the weights, by name (see `recorded_fields`): checkpoints hold it, and a resumed run
             must have the same.
 
@@ -173,7 +176,8 @@ def run(
     losses = spread(_Losses(model, loss_fn), config.parallel, processes, blocks)
     named = [(name, p) for name, p in losses.named_parameters() if p.requires_grad]
     chosen = [p for _, p in named]
-    optimizer = torch.optim.AdamW(_groups(named, config.weight_decay, rate_of), lr=0.0, betas=config.betas)
+    groups, factors = _groups(named, config, rate_of)
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
     _allocate(optimizer)
     average = {k: v.detach().clone() for k, v in get_model_state_dict(losses).items()}
     checkpoints = CheckpointFolder(
@@ -190,6 +194,8 @@ def run(
         checkpoints.load(latest, tensors)
         set_model_state_dict(losses, tensors["model"])
         set_optimizer_state_dict(losses, optimizer, tensors["optimizer"])
+        for group, own in zip(optimizer.param_groups, _groups(named, config, rate_of)[0], strict=True):
+            group |= own  # the checkpoint has the settings of its own run
         state = _State(**json.loads((latest / checkpoint_folders.RUN).read_text(encoding="utf-8"))["state"])
     log = RunLog(folder, state.step, config.tensorboard) if processes.first else None
     began, before = time.monotonic(), state.seconds
@@ -231,8 +237,8 @@ def run(
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if processes.all_finite(loss, norm):
                 bad = 0
-                for group in optimizer.param_groups:
-                    group["lr"] = config.rate(state.step) * group["factor"]
+                for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                    group["lr"] = config.rate(state.step) * factor(state.step)
                 optimizer.step()
                 _average(average, losses, config.ema_decay, state.step)
                 state.add({"loss": loss, **sums, "gradient": norm})
@@ -299,15 +305,21 @@ class _State:
         return self.last
 
 
+def unchanged(_step: int) -> float:
+    return 1.0
+
+
 def _groups(
-    named: list[tuple[str, nn.Parameter]], weight_decay: float, rate_of: Callable[[str], float] | None
-) -> list[dict[str, Any]]:
-    """Parameter groups by learning-rate factor and weight decay. Weight decay skips biases, gains and vectors."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    named: list[tuple[str, nn.Parameter]], config: LoopConfig, rate_of: Callable[[str], Factor]
+) -> tuple[list[dict[str, Any]], list[Factor]]:
+    """Parameter groups by learning-rate factor and weight decay, and their factors. Weight decay skips biases, gains
+    and vectors."""
+    groups: dict[tuple[Factor, float], list[nn.Parameter]] = {}
     for name, parameter in named:
-        factor = 1.0 if rate_of is None else rate_of(name.removeprefix("module.").removeprefix("model."))
-        groups.setdefault((factor, weight_decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
-    return [{"params": p, "weight_decay": decay, "factor": factor} for (factor, decay), p in groups.items()]
+        factor = rate_of(name.removeprefix("module.").removeprefix("model."))
+        groups.setdefault((factor, config.weight_decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
+    shared = {"betas": config.betas, "eps": config.eps}
+    return [{"params": p, "weight_decay": decay, **shared} for (_, decay), p in groups.items()], [f for f, _ in groups]
 
 
 def _allocate(optimizer: torch.optim.Optimizer) -> None:
@@ -370,7 +382,8 @@ def _check(
     """Raise `ReducioError` if resuming from the checkpoint would change the weights of an uninterrupted run."""
     try:
         saved = json.loads((folder / checkpoint_folders.RUN).read_text(encoding="utf-8"))
-        made = {**saved["config"], **saved["conditions"]}
+        defaults = {f.name: f.default for f in fields(config)}  # of settings that are newer than the checkpoint
+        made = _plain(defaults) | saved["config"] | saved["conditions"]
         before = saved.get("recorded", {})  # older checkpoints have none
     except (OSError, ValueError, KeyError) as error:
         raise ReducioError(f"train {name}: cannot read checkpoint {folder}: {error}") from error

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..data.latent_shards import files_checksum
 from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError
 from .loop import LossFunction, Outcome, recorded_fields, run
@@ -37,8 +39,27 @@ class Context:
     def run_folder(self, stage: str) -> Path:
         return self.out / "runs" / stage
 
-    def train(self, stage: str, model: nn.Module, loss_fn: LossFunction, settings: Any) -> Outcome:
-        """Run `loop.run` in this stage's folder; then load the averaged weights into the model, in evaluation mode."""
+    def pool_key(self, components: Iterable[str], **settings: Any) -> str:
+        """What the encoded samples of a stage depend on: checksums of components in `out`, and settings."""
+        return json.dumps({name: files_checksum(self.out / name)[:16] for name in components} | settings)
+
+    def has_pool(self, path: Path, key: str) -> bool:
+        """Whether this run may use the encoded samples in a safetensors file: it resumes, and they have this key."""
+        if not (self.resume and path.is_file()):
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                return (file.metadata() or {}).get("key") == key
+        except SafetensorError:
+            return False
+
+    def train(
+        self, stage: str, model: nn.Module, loss_fn: LossFunction, settings: Any, pool: str | None = None
+    ) -> Outcome:
+        """Run `loop.run` in this stage's folder; then load the averaged weights into the model, in evaluation mode.
+
+        `pool` is the key of the encoded samples; a resumed run must have the same.
+        """
         outcome = run(
             stage,
             model,
@@ -49,7 +70,7 @@ class Context:
             self.resume,
             self.accept_changes,
             self.progress,
-            recorded=recorded_fields(settings),
+            recorded=recorded_fields(settings) | ({} if pool is None else {"encoded": pool}),
         )
         model.load_state_dict(outcome.averaged)
         return outcome

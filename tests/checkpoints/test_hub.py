@@ -178,8 +178,29 @@ def test_a_download_that_the_http_library_ends(monkeypatch: pytest.MonkeyPatch):
     for find in (hub.find_model, hub.find_weights, find_text_to_image):
         with pytest.raises(ReducioError, match=r"could not be fetched from the hub \(the proxy\); .*hf download"):
             find("owner/name")
-    with pytest.raises(ReducioError, match=r"'owner/name' could not be fetched from the hub \(the proxy\)"):
+    with pytest.raises(
+        ReducioError, match=r"'owner/name' could not be fetched from the hub \(the proxy\).* pass DIR/file.ckpt$"
+    ):
         hub.find_weights("owner/name/file.ckpt")
+
+
+@pytest.mark.parametrize("file", ["sv3d_p.safetensors", "deep/svd_xt.safetensors"])
+def test_a_gated_file_names_its_page(file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from reducio_fast.cli.main import main
+
+    class GatedRepoError(OSError):
+        pass
+
+    def refuse(*_, **__) -> None:
+        raise GatedRepoError("403 Client Error.\nAccess to this repository is restricted")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    assert main(["convert", f"owner/name/{file}", "--out", "none"]) == 2
+    errors = capsys.readouterr().err
+    page = (
+        "'owner/name' is gated (403 Client Error.); accept its licence on https://huggingface.co/owner/name, then run"
+    )
+    assert f"{page} `hf auth login`" in errors and errors.count("\n") == 1
 
 
 def test_the_folder_of_another_pipeline_is_not_replaced(pipe: ReducioPipeline, tmp_path: Path):

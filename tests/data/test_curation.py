@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +20,14 @@ from reducio_fast.cli.main import main
 from reducio_fast.data import photos
 from reducio_fast.data.clip_files import ClipFiles
 from reducio_fast.data.curation import curate, manifest, scores, select
+from reducio_fast.data.curation.on_ray import map_on_ray
 from reducio_fast.data.curation.shots import ShotFinder, join_cuts
 from reducio_fast.media.video_files import write_video
 from reducio_fast.system.errors import ReducioError
 
 pytestmark = pytest.mark.slow
+
+NEEDS_RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
 
 def shots_of(frames: np.ndarray, fps: float = 24.0) -> list[tuple[int, int]]:
@@ -118,13 +124,90 @@ def test_the_manifest_does_not_depend_on_order_or_interruption(videos: Path, tmp
         assert part.read_bytes() == (tmp_path / "b" / manifest.PARTS / part.name).read_bytes()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+@NEEDS_RAY
 def test_on_ray_the_rows_are_those_of_the_local_run(videos: Path, tmp_path: Path) -> None:
     for name, where in (("here", None), ("ray", "local")):
         settings = curate.Settings(str(tmp_path / name), text=False)
         done = curate.curate([videos], settings, workers=0, ray=where, progress=False)
         assert (done.made, done.broken) == (5, 2)
     assert manifest.read(tmp_path / "here") == manifest.read(tmp_path / "ray")
+
+
+@NEEDS_RAY
+def test_an_error_of_a_task_on_ray_is_one_line(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder lies where the task writes its file."""
+    part = manifest.part_path(tmp_path, str(videos / "still.mp4"))
+    part.mkdir(parents=True)
+    command = ["curate", str(videos / "still.mp4"), "-o", str(tmp_path), "--no-text", "--no-progress"]
+    for where in ([], ["--ray", "local"]):
+        assert main([*command, *where]) == 2
+        line = capsys.readouterr().err
+        assert str(part) in line and line.count("\n") == 1
+
+
+@NEEDS_RAY
+def test_each_task_on_ray_has_a_gpu_and_keeps_what_it_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray is told how many GPUs there are, and the tasks use none."""
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2, "GPU": 0}')
+    with pytest.raises(ReducioError, match="--ray local: the cluster has no GPU, and each task needs one"):
+        list(map_on_ray([0], lambda task: task, "local", gpu=True))
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2, "GPU": 1}')
+    seen = list(
+        map_on_ray([0, 1, 2], lambda task: (os.environ["CUDA_VISIBLE_DEVICES"], os.getpid()), "local", gpu=True)
+    )
+    assert len(seen) == 3 and len(set(seen)) == 1 and seen[0][0] == "0"
+
+
+def test_a_full_disk_ends_the_run_without_the_other_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full_disk.py").write_text(
+        "import pathlib, time\n"
+        "def curate_video(source, settings):\n"
+        "    pathlib.Path(source.path).unlink()\n"
+        "    if source.path.endswith('00.mp4'):\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    time.sleep(0.2)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(curate, "curate_video", importlib.import_module("full_disk").curate_video)
+    for number in range(30):
+        (tmp_path / f"{number:02d}.mp4").touch()
+    settings = curate.Settings(str(tmp_path / "out"), text=False)
+    with pytest.raises(OSError, match="No space left on device"):
+        curate.curate([tmp_path], settings, workers=1, progress=False)
+    assert len(list(tmp_path.glob("*.mp4"))) >= 25  # the pool had taken a few more
+
+
+def test_a_disk_that_fills_while_a_video_is_read_is_no_error_of_the_video(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(curate.ffmpeg, "frames", fails)
+    with pytest.raises(OSError, match="No space left"):
+        curate.curate([videos / "still.mp4"], curate.Settings(str(tmp_path), text=False), workers=0, progress=False)
+    assert not list((tmp_path / manifest.PARTS).iterdir())
+
+
+def test_frames_of_long_videos_go_to_a_file(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part has the same bytes whether the frames are kept in memory or in a file."""
+    parts, written = [], []
+
+    class File(tempfile.SpooledTemporaryFile):
+        def rollover(self) -> None:
+            written.append(self)
+            super().rollover()
+
+    monkeypatch.setattr(curate.tempfile, "SpooledTemporaryFile", File)
+    for limit in (curate.IN_MEMORY, 10_000):
+        assert not written
+        monkeypatch.setattr(curate, "IN_MEMORY", limit)
+        settings = curate.Settings(str(tmp_path / str(limit)), text=False)
+        curate.curate([videos / "cut.mp4"], settings, workers=0, progress=False)
+        parts += [path.read_bytes() for path in Path(settings.out, manifest.PARTS).iterdir()]
+    assert len(written) == 1 and len(parts) == 2 and parts[0] == parts[1]
 
 
 def test_a_worker_that_dies_loses_only_its_video(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,3 +373,14 @@ def test_errors_of_a_manifest_are_named(
     assert "no such file or folder" in capsys.readouterr().err
     assert main(["curate", str(tmp_path), "-o", str(tmp_path)]) == 2
     assert "no video (.mp4" in capsys.readouterr().err
+
+
+def test_a_changed_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    """Wherever it is: a frame rate that still is a number is noticed too."""
+    path = tmp_path / "clips.parquet"
+    manifest.write([{"id": "a", "video": "v", "fps": 24.0}], path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(np.float64(24).tobytes(), np.float64(25).tobytes(), 1))
+    assert path.read_bytes() != whole
+    with pytest.raises(ReducioError, match=r"clips.parquet is damaged: .* run reducio-fast curate again"):
+        manifest.read(path)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from reducio_fast.data import latent_shards
-from reducio_fast.data.latent_shards import About, Clip, EpochOrder, LatentDataset, plan
+from reducio_fast.data.epoch_order import EpochOrder
+from reducio_fast.data.latent_shards import About, Clip, LatentDataset, plan
+from reducio_fast.system.errors import ReducioError
 
 
 def test_clips_go_to_buckets_and_files_by_their_ids() -> None:
@@ -48,5 +53,61 @@ def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
         latent_shards.write_text(tmp_path, 0, [torch.full((3, 2), value)])
         latent_shards.write_shard(tmp_path, shards[0], {"a": {"latent": torch.full((1, 1, 1, 1), value)}})
         latent_shards.join_index(tmp_path, shards)
-        sample = LatentDataset(tmp_path).sample("32x32", 0, check=True)
+        sample = LatentDataset(tmp_path).sample("32x32", 0)
         assert sample["latent"].item() == value and (sample["text"] == value).all()
+
+
+def written(folder: Path) -> list[Path]:
+    """Two clips, each with its caption; the files of latents and of texts."""
+    clips = [Clip(name, "v", 0, 1, 16.0, (32, 32), i) for i, name in enumerate("ab")]
+    latent_shards.write_about(folder, About({}, "", 2, 2, 2, 2, 0))
+    latent_shards.write_text(folder, 0, [torch.full((3, 2), float(i)).half() for i in range(2)])
+    (shard,) = plan(clips, 2)
+    latent_shards.write_shard(folder, shard, {c.id: {"latent": torch.full((4,), 1.0).half()} for c in clips})
+    latent_shards.join_index(folder, [shard])
+    return [folder / name / "shard-00000.safetensors" for name in ("32x32", "text")]
+
+
+def read(folder: Path) -> list[tuple[float, list[float]]]:
+    dataset = LatentDataset(folder)
+    samples = [dataset.sample("32x32", i) for i in (0, 1, 0, -1)]
+    return [(sample["latent"].sum().item(), sample["text"].flatten().tolist()) for sample in samples]
+
+
+def test_every_clip_and_caption_is_compared_with_its_checksum(tmp_path: Path) -> None:
+    """A changed byte is an error, wherever it is in the data of either file, or it changes nothing that is read."""
+    for number in range(2):
+        path = written(tmp_path)[number]
+        whole, right, refused = path.read_bytes(), read(tmp_path), 0
+        places = range(8 + int.from_bytes(whole[:8], "little"), len(whole), 3)
+        for place in places:
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            try:
+                assert read(tmp_path) == right
+            except ReducioError as error:
+                assert re.match(f"{re.escape(str(path))}.* damaged.*; remove it.*, extract again", str(error))
+                refused += 1
+        assert refused >= len(places) - 3  # the bytes of the last offset: a slice ends where the tensor ends
+        path.write_bytes(whole)
+        assert read(tmp_path) == right
+
+
+def test_texts_without_checksums_load_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, path = written(tmp_path)
+    save_file({name: value for name, value in load_file(path).items() if name != "sha256"}, path)
+    dataset = LatentDataset(tmp_path)
+    assert [dataset.sample("32x32", i)["text"].unique().item() for i in (0, 1)] == [0, 1]
+    assert [r.message.split(": ")[1] for r in caplog.records] == [
+        "texts without checksums, of an older version; damage to them stays unseen"
+    ]
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    """Also where the checksums of clips do not reach: the frame rate of a clip."""
+    written(tmp_path)
+    path = tmp_path / "index.parquet"
+    whole, rate = path.read_bytes(), torch.tensor(16.0, dtype=torch.float64).numpy().tobytes()
+    assert rate in whole
+    path.write_bytes(whole.replace(rate, torch.tensor(17.0, dtype=torch.float64).numpy().tobytes(), 1))
+    with pytest.raises(ReducioError, match=r"index.parquet is damaged: .*; remove it, run reducio-fast extract again"):
+        LatentDataset(tmp_path)

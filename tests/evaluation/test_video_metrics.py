@@ -17,9 +17,10 @@ from torch import nn
 from reducio_fast.checkpoints.networks import save_model
 from reducio_fast.cli.main import main
 from reducio_fast.data import photos
-from reducio_fast.evaluation import calibration, video_report
-from reducio_fast.evaluation.networks import ClipNetwork, FrechetDistance, inception_score, prepare
+from reducio_fast.evaluation import calibration, reconstruction, video_report
+from reducio_fast.evaluation.networks import ClipNetwork, FrechetDistance, InceptionScore, prepare
 from reducio_fast.evaluation.published import autoencoder_table
+from reducio_fast.evaluation.vbench import run_vbench
 from reducio_fast.media.perceptual import Perceptual
 from reducio_fast.media.pixels import to_unit
 from reducio_fast.media.video_files import write_video
@@ -82,9 +83,12 @@ def test_frechet_distance_equals_scipy(network: Path) -> None:
 
 def test_inception_score_equals_its_definition(network: Path) -> None:
     made, loaded = clips(10, 2), ClipNetwork(network)
+    score = InceptionScore(loaded)
+    for clip in made:
+        score.add(clip)
     probabilities = special.softmax(np.stack([loaded(prepare(c))[0].double().numpy() for c in made]), axis=1)
     expected = np.exp(special.kl_div(probabilities, probabilities.mean(0)).sum(1).mean())
-    assert inception_score(loaded, made)[0] == pytest.approx(expected, rel=1e-5)
+    assert score.compute()[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_lpips_equals_its_package(trunk: Path) -> None:
@@ -189,6 +193,12 @@ def test_clips_to_calibrate_on_are_taken_in_turn_and_decoded_when_needed(videos:
         ("clips --videos VIDEOS --clip m --captions CAPTIONS", "captions: none given for VIDEOS/still.mp4"),
         ("clips --videos VIDEOS --clip m --captions LIST", "must be one JSON object"),
         ("vbench --vbench python --out o --captions CAPTIONS", "must be one JSON list of prompts"),
+        ("vbench --vbench python --out o --captions LIST --device cuda:77", "device: 'cuda:77' cannot be used here"),
+        ("clips --videos VIDEOS --device cuda:77", "device: 'cuda:77' cannot be used here"),
+        ("clips --videos VIDEOS --dtype float16", "evaluate clips takes no --dtype"),
+        ("autoencoder --videos VIDEOS --device cuda:77", "device: 'cuda:77' cannot be used here"),
+        ("toy --device cuda:77", "device: 'cuda:77' cannot be used here"),
+        ("clips --videos VIDEOS --real VIDEOS/cut.mp4 --fvd x.pt", "two clips of each kind, there are [1, 2]"),
     ],
 )
 def test_mistakes_are_named_before_any_work(
@@ -225,30 +235,155 @@ def test_generated_clips_beside_real_ones(videos: Path, network: Path, capsys) -
     assert "paper, FVD UCF-101" in capsys.readouterr().out
 
 
-def test_vbench_runs_in_another_environment(tmp_path: Path) -> None:
-    """VBench runs in another interpreter; this one has a stand-in package called vbench, which counts the clips."""
+def pan(seed: int, count: int) -> np.ndarray:
+    """A picture that moves one pixel per frame."""
+    picture = photos.render(np.random.default_rng(seed), 160, 1)[0]
+    return np.stack([picture[32:128, i : i + 96] for i in range(count)])
 
-    class Pipe:
-        def __call__(self, prompt: str, seed: int, progress: bool):
-            return type("Clip", (), {"frames": np.full((4, 32, 32, 3), seed, np.uint8), "fps": 8})
 
-    package = tmp_path / "site"
-    package.mkdir()
-    (package / "vbench.py").write_text(
-        "import json, os, sys\n"
-        "argv = sys.argv\n"
-        "folder, out = argv[argv.index('--videos_path') + 1], argv[argv.index('--output_path') + 1]\n"
-        "os.makedirs(out, exist_ok=True)\n"
-        "names = sorted(n for n in os.listdir(folder) if n.endswith('.mp4'))\n"
-        "json.dump({'names': names, 'dimension': argv[argv.index('--dimension') + 1]},\n"
-        "          open(os.path.join(out, 'x_eval_results.json'), 'w'))\n"
-    )
+def test_real_video_is_compared_at_the_rate_of_the_clips(tmp_path: Path, network: Path, monkeypatch, capsys) -> None:
+    """Real: 32 frames a second, one second of a pan, then black. Generated: the pan at 16 frames a second."""
+    made, real = tmp_path / "made", tmp_path / "real"
+    made.mkdir()
+    real.mkdir()
+    for seed in range(2):
+        film = pan(seed, 64)
+        film[32:] = 0
+        write_video(film, real / f"{seed}.mp4", 32)
+        write_video(film[:32:2], made / f"{seed}.mp4", 16)
+    read, most = video_report.read_video, []
+
+    def counted(path: str, start: int = 0, count: int | None = None):
+        frames, fps = read(path, start, count)
+        most.append(len(frames))
+        return frames, fps
+
+    monkeypatch.setattr(video_report, "read_video", counted)
+    argv = ["evaluate", "clips", "--videos", str(made), "--real", str(real), "--no-progress", "--fvd", str(network)]
+    assert main([*argv, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["fps"] == result["real_fps"] == 16 and max(most) == 31
+    assert result["real_motion"] == pytest.approx(result["motion"], rel=0.05) and result["motion"] > 1
+    assert abs(result["fvd"]) < 1e-3
+    assert main(argv[:-2]) == 0 and "first 16 frames, taken at about 16 a second" in capsys.readouterr().out
+
+
+def test_a_video_too_short_for_the_step_gives_frames_closer_together(tmp_path: Path, network: Path, capsys) -> None:
+    for seed, count in ((0, 20), (1, 10)):
+        write_video(pan(seed, count), tmp_path / f"{count}.mp4", 32)
+    frames, fps = video_report.first_second(str(tmp_path / "20.mp4"), 16)
+    assert len(frames) == 16 and fps == 32
+    assert len(video_report.first_second(str(tmp_path / "10.mp4"))[0]) == 10
+    argv = ["evaluate", "clips", "--videos", str(tmp_path), "--classifier", str(network), "--no-progress"]
+    assert main(argv) == 2 and "10.mp4 has 10 frames: 16 are needed" in capsys.readouterr().err
+
+
+VBENCH = """
+import argparse, json, os, vbench
+parser = argparse.ArgumentParser()
+for name in ("--videos_path", "--output_path", "--full_json_dir"):
+    parser.add_argument(name)
+parser.add_argument("--dimension", nargs="+", required=True)
+parser.add_argument("--mode", choices=["custom_input", "vbench_standard", "vbench_category"], default="vbench_standard")
+if __name__ == "__main__":
+    arguments = parser.parse_args()
+    if "human_action" in arguments.dimension:
+        raise RuntimeError("no checkpoint")
+    os.makedirs(arguments.output_path, exist_ok=True)
+    names = sorted(os.listdir(arguments.videos_path))
+    result = {"names": names, "dimension": arguments.dimension, "mode": arguments.mode}
+    with open(os.path.join(arguments.output_path, "results_x_eval_results.json"), "w") as file:
+        json.dump(result, file)
+"""
+
+
+@pytest.fixture
+def vbench_python(tmp_path: Path) -> Path:
+    """An interpreter with stand-ins for torch on a GPU and for vbench, which has the modules of the wheel 0.1.5."""
+    package = tmp_path / "site" / "vbench"
+    (package / "launch").mkdir(parents=True)
+    for file in (package / "__init__.py", package / "launch" / "__init__.py"):
+        file.write_text("")
+    (package / "launch" / "evaluate.py").write_text(VBENCH)
+    listed = [("a toilet, frozen in time", ["temporal_flickering"]), ("a cat", ["color", "motion_smoothness"])]
+    listed += [("a person is running", ["human_action"])]
+    entries = [{"prompt_en": prompt, "dimension": names} for prompt, names in listed]
+    (package / "VBench_full_info.json").write_text(json.dumps(entries))
+    (package.parent / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{package}" exec "{sys.executable}" "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{package.parent}" exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    result = video_report.run_vbench(Pipe(), ["a cat"], tmp_path / "out", str(python), ["motion_smoothness"], count=2)
-    assert result == {"names": ["a cat-0.mp4", "a cat-1.mp4"], "dimension": "motion_smoothness"}
-    with pytest.raises(ReducioError, match="cannot be run: No such file"):
-        video_report.run_vbench(Pipe(), [], tmp_path / "out", str(tmp_path / "none"), ["x"])
-    with pytest.raises(ReducioError, match="vbench ended with 1: .*No module named vbench"):
-        video_report.run_vbench(Pipe(), [], tmp_path / "out", sys.executable, ["x"])
+    return python
+
+
+class Drawn:
+    """A pipeline that counts its calls."""
+
+    calls = 0
+
+    def __call__(self, prompt: str, seed: int, progress: bool):
+        self.calls += 1
+        return type("Clip", (), {"frames": np.full((4, 32, 32, 3), seed, np.uint8), "fps": 8})
+
+
+def test_vbench_runs_in_another_environment(tmp_path: Path, vbench_python: Path) -> None:
+    names, python = ["motion_smoothness", "temporal_flickering"], str(vbench_python)
+    result = run_vbench(Drawn(), ["a dog"], tmp_path / "dog", python, names, count=2)
+    assert result == {"names": ["a dog-0.mp4", "a dog-1.mp4"], "dimension": names, "mode": "custom_input"}
+    result = run_vbench(Drawn(), ["a cat"], tmp_path / "cat", python, ["color", "motion_smoothness"], count=1)
+    assert result == {"names": ["a cat-0.mp4"], "dimension": ["color", "motion_smoothness"], "mode": "vbench_standard"}
+    # A prompt of VBench's for another dimension is not found in standard mode either.
+    assert run_vbench(Drawn(), ["a cat"], tmp_path / "cat", python, names, count=1)["mode"] == "custom_input"
+    with pytest.raises(ReducioError, match="vbench failed: RuntimeError: no checkpoint"):
+        run_vbench(Drawn(), ["a person is running"], tmp_path / "run", python, ["human_action"], count=1)
+
+
+def test_what_vbench_cannot_score_is_named_before_clips_are_made(tmp_path: Path, vbench_python: Path) -> None:
+    pipe, python, out = Drawn(), str(vbench_python), tmp_path / "out"
+    for prompts, interpreter, name, message in (
+        (["a dog"], str(tmp_path / "none"), "color", "none cannot be run: No such file"),
+        (["a dog"], python, "colour", "dimension: must be one of color, .* is 'colour'"),
+        (["a dog"], python, "color", "dimension color: VBench scores it on its own prompts"),
+        (["a/dog"], python, "motion_smoothness", "prompt 'a/dog': holds /"),
+        ([], python, "motion_smoothness", "prompt: must be text or a list of texts"),
+    ):
+        with pytest.raises(ReducioError, match=message):
+            run_vbench(pipe, prompts, out, interpreter, [name])
+    (tmp_path / "site" / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
+    with pytest.raises(ReducioError, match="VBench needs a CUDA GPU"):
+        run_vbench(pipe, ["a dog"], out, python, ["motion_smoothness"])
+    shutil.rmtree(tmp_path / "site" / "vbench")
+    with pytest.raises(ReducioError, match="it cannot import vbench: ModuleNotFoundError: No module named 'vbench'"):
+        run_vbench(pipe, ["a dog"], out, python, ["motion_smoothness"])
+    assert pipe.calls == 0
+
+
+def test_the_autoencoder_runs_in_the_dtype_and_once_per_clip(videos: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    save_model(lively(ReducioVAE(VAEConfig(**VAE))), tmp_path / "vae")
+    dtypes = []
+
+    def counted(vae: ReducioVAE, clip: np.ndarray) -> np.ndarray:
+        dtypes.append(next(vae.parameters()).dtype)
+        return clip
+
+    monkeypatch.setattr(video_report, "reconstruct", counted)
+    monkeypatch.setattr(reconstruction, "reconstruct", counted)
+    argv = ["evaluate", "autoencoder", "--model", str(tmp_path), "--videos", str(videos), "--size", "32"]
+    for more, dtype in (([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)):
+        dtypes.clear()
+        assert main([*argv, "--device", "cpu", "--no-progress", *more]) == 0
+        assert dtypes == 4 * [dtype]
+
+
+def test_the_networks_run_on_the_device(videos: Path, network: Path, capsys, monkeypatch) -> None:
+    loaded = []
+
+    class Network(ClipNetwork):
+        def __init__(self, path: str, device: torch.device) -> None:
+            loaded.append(device)
+            super().__init__(path, "cpu")
+
+    monkeypatch.setattr(video_report, "ClipNetwork", Network)
+    both = ["--videos", str(videos), "--real", str(videos), "--fvd", str(network), "--classifier", str(network)]
+    assert main(["evaluate", "clips", *both, "--device", "cpu:0", "--no-progress"]) == 0
+    assert loaded == 2 * [torch.device("cpu:0")]

@@ -25,6 +25,7 @@ from reducio_fast.fast.reducio.dit import FastReducioDiT
 from reducio_fast.fast.reducio.vae import FastReducioVAE
 from reducio_fast.measurement.accuracy_rule import relative_error
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
+from reducio_fast.system import cores, torch_state
 from tiny_networks import DIT, VAE, assert_right, lively, plan
 
 pytestmark = pytest.mark.slow
@@ -168,6 +169,45 @@ def test_the_table_of_dtypes_is_measured_once_a_machine(tmp_path: Path, monkeypa
     assert sorted(json.loads(file.read_text())) == sorted(table)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
     assert cpu_dtypes.choose(network) == (torch.float32, "this CPU has no bfloat16")
+
+
+def test_a_product_counts_by_its_work_in_a_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many linears outweigh no convolution of 27 taps, and what a clip does not run counts nothing."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    gains = {"linear": 2.0, "conv2d": 2.0, "conv3d": 0.5}
+    monkeypatch.setattr(
+        cpu_dtypes, "_time", lambda name, timer: {"float32": 1.0, "bfloat16": gains[name.partition(" ")[0]]}
+    )
+    decoder = torch.nn.Sequential(torch.nn.Conv3d(16, 16, 3), *(torch.nn.Linear(16, 16) for _ in range(5)))
+    autoencoder = torch.nn.ModuleDict({"encoder_2d": torch.nn.Conv2d(3, 8, 3), "decoder": decoder})
+    assert cpu_dtypes.products_of(autoencoder) == {"conv3d 16->16": 1, "linear 16->16": 5}
+    assert cpu_dtypes.choose(autoencoder, lambda run: 1.0)[0] == torch.bfloat16
+    assert cpu_dtypes.work_of("linear 16->64") == 4, "of the same positions"
+
+
+def test_the_table_is_that_of_the_threads_of_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pipe.report` reads it outside of a call, where torch may have more threads than the process has cores."""
+    monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    for name in cores.COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cores, "usable", lambda: 1)
+    threads: list[int] = []
+
+    def seconds(name: str, timer: Any) -> dict[str, float]:
+        threads.append(torch.get_num_threads())
+        return {"float32": 1.0, "bfloat16": 0.5}
+
+    monkeypatch.setattr(cpu_dtypes, "_time", seconds)
+    network, before = torch.nn.Linear(8, 8), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        outside = cpu_dtypes.choose(network)
+        with torch_state.inference():
+            assert cpu_dtypes.choose(network) == outside
+        assert threads == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_bytes_and_values_are_one_clip(bundle: Path) -> None:

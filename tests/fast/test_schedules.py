@@ -141,9 +141,9 @@ def test_a_block_cache_leaves_blocks_out(model: tuple[Any, Any, Condition]) -> N
         block.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, block in enumerate(twin.transformer_blocks)
     ]
 
-    def cached(threshold: float) -> Tensor:
+    def cached(threshold: float, **others: Any) -> Tensor:
         calls.clear()
-        shortcuts = Shortcuts(cache_threshold=threshold)
+        shortcuts = Shortcuts(**others, cache_threshold=threshold)
         return run(fast_sampler.sample, twin, cond, DPMSolverMultistepScheduler(), steps=12, shortcuts=shortcuts)
 
     try:
@@ -154,6 +154,9 @@ def test_a_block_cache_leaves_blocks_out(model: tuple[Any, Any, Condition]) -> N
         loose = cached(1e9)
         assert calls.count(0) == 12 and calls.count(1) == 1, "all but the first step keep the other blocks' residual"
         assert float((loose - full).norm() / full.norm()) > 0 and torch.isfinite(loose).all()
+        for others in ({"guidance_reuse": 2}, {"guidance_interval": (0.25, 0.75)}):
+            cached(1e9, **others)
+            assert calls.count(0) == 12 and calls.count(1) == 2, "one computed step with both halves and one with one"
     finally:
         for handle in handles:
             handle.remove()

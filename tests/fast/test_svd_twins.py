@@ -23,6 +23,7 @@ from reducio_fast.fast.svd.layers import Norm, SpatialRes, TemporalRes, TimeConv
 from reducio_fast.fast.svd.transformer import SelfAttention
 from reducio_fast.fast.svd.unet import FastVideoUNet
 from reducio_fast.fast.svd.vae import FastTemporalVAE
+from reducio_fast.media.pixels import to_bytes
 from reducio_fast.memory.dry_run import DryRun
 from reducio_fast.reference.svd.layers import SpatialResBlock
 from reducio_fast.reference.svd.sampler import ImageCondition
@@ -125,6 +126,27 @@ def test_decoder(frames: int, size: tuple[int, int], together: int, monkeypatch:
     fast = FastTemporalVAE(model, plan()).decode(z)
     assert_right(fast, model.decode(z), copy.deepcopy(model).double().decode(z.double()))
     assert torch.equal(FastTemporalVAE(theirs, plan()).decode(z), fast), "built from diffusers' modules: the same bits"
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_streamed_is_at_once(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frame by frame from the start, from some level on, or never: the same clip but for the order in which a library
+    adds, which turns a byte here and there into its neighbour; each path repeats itself to the byte."""
+    model, _ = vaes(32, 64, 64)
+    z = torch.randn(2, frames, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+
+    def decoded(together: int) -> Tensor:
+        monkeypatch.setattr("reducio_fast.fast.svd.vae.TOGETHER", together)
+        return FastTemporalVAE(model, plan()).decode(z)
+
+    at_once = decoded(2**40)
+    at_once_bytes = to_bytes(at_once).int()
+    assert at_once_bytes.float().std() > 5
+    for together in (0, 2**15):
+        streamed = decoded(together)
+        assert relative(streamed, at_once) < 1e-5 and torch.equal(decoded(together), streamed)
+        difference = (to_bytes(streamed).int() - at_once_bytes).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7])

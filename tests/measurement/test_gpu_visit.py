@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -10,15 +11,26 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from reducio_fast.cli import profile as profile_command
+from reducio_fast.measurement.svd_clip import KERNELS
 
 pytestmark = pytest.mark.slow
 
 HERE = ("tests", "parity", "first_measurements", "bench-1024", "profile")  # what a CPU can do
-ON_A_GPU = ("precompile", "tune", "bench-1024-reference", "compiled-tile", "precompile-svd", "bench-svd")
+ON_A_GPU = (
+    "precompile",
+    "tune",
+    "bench-1024-fp8",
+    "bench-1024-reference",
+    "compiled-tile",
+    "precompile-svd",
+    "ladder-svd",
+    "bench-svd",
+)
 
 # Run by Python at its start: nothing but torch, triton, numpy, safetensors and pytest, and no installed reducio_fast.
 BARE = """
@@ -130,6 +142,24 @@ def test_the_parts_fit_into_one_visit(root: Path) -> None:
     assert sum(n for name, n in seconds.items() if not name.endswith("svd")) <= 570
 
 
+def test_the_parts_of_svd_fit_into_the_second_visit(root: Path) -> None:
+    """With the seconds that SVD.md predicts for an H100: 18.2 eager, 14.4 compiled and 9.2 for a clip of 25 steps; a
+    clip of the ladder's two steps takes 2.8 at most. A contender makes three clips before the timed ones."""
+    script = (root / "benchmarks" / "gpu_visit.sh").read_text()
+    parts = dict(re.findall(r"^    part (\S+-svd) (\d+ .*)$", script, re.M))
+    seconds = {name: int(part.split()[0]) for name, part in parts.items()}
+    assert list(parts) == ["precompile-svd", "ladder-svd", "bench-svd"] and sum(seconds.values()) <= 590
+    clips = {name: 3 + int(re.search(r"--pairs (\d+)", parts[name])[1]) for name in ("ladder-svd", "bench-svd")}
+    contenders = {name: re.search(r"--contenders (\S+)", parts[name])[1].split(",") for name in clips}
+    assert "bench svd-short --ladder" in parts["ladder-svd"] and "--ladder" not in parts["bench-svd"]
+    rungs = 3 + len(KERNELS)
+    slower_than_the_last = 0.5  # a rung lies between the reference and the last one
+    ladder = clips["ladder-svd"] * 2.8 * slower_than_the_last * (rungs + len(contenders["ladder-svd"]))
+    assert ladder + 30 < seconds["ladder-svd"], "and 30 to start and to pack the weights"
+    assert sorted(contenders["bench-svd"]) == ["compiled", "fast", "reference"]
+    assert clips["bench-svd"] * (18.2 + 14.4 + 9.2) + 180 < seconds["bench-svd"], "and 180 to start and to compile"
+
+
 def test_results_of_tests_survive_a_visit_that_ends(root: Path, bare: dict[str, str], tmp_path: Path) -> None:
     """The log of one process or of several is read as far as it was written."""
     script = (root / "benchmarks" / "gpu_visit.sh").read_text()
@@ -144,6 +174,27 @@ def test_results_of_tests_survive_a_visit_that_ends(root: Path, bare: dict[str, 
     row = read(tmp_path, "tests")
     assert row["tests"] == 3 and not row["whole"] and row["failed"] == ["tests/a.py::test_two[x-1]"]
     assert (row["PASSED"], row["FAILED"], row["SKIPPED"]) == (1, 1, 1)
+
+
+def test_kernels_without_a_dtype_are_tested_in_a_visit(root: Path) -> None:
+    """The visit selects `gpu or not slow`. With a GPU, tests in bfloat16 and tests without a dtype are gpu tests."""
+    path = root / "tests" / "triton_kernels" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("conftest_of_kernels", path)
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    conftest.GPU = True
+    marked: list[str] = []
+    items = [
+        SimpleNamespace(path=folder / "test.py", fixturenames=names, add_marker=lambda mark, n=names: marked.append(n))
+        for folder, names in (
+            (path.parent, ["device", "eight_bit"]),
+            (path.parent, ["device", "dtype"]),
+            (path.parent, ["monkeypatch"]),
+            (root / "tests" / "fast", ["device", "elsewhere"]),
+        )
+    ]
+    conftest.pytest_collection_modifyitems(items)
+    assert marked == [["device", "eight_bit"]]
 
 
 def test_usage(root: Path, tmp_path: Path, bare: dict[str, str]) -> None:

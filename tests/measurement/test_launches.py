@@ -12,22 +12,34 @@ from typing import Any
 
 import pytest
 
-from reducio_fast.measurement.launches import keys_of
+from reducio_fast.fast.launches import keys_of
 
 pytestmark = pytest.mark.slow
 
 CODE = textwrap.dedent("""
-    import json, os, sys, time
+    import json, math, os, sys, time
     from pathlib import Path
     from torch import Tensor
     from reducio_fast.compile.precompile import precompile
     from reducio_fast.compile.targets import TARGETS
-    from reducio_fast.measurement.launches import calls_of, clip_launches, svd_launches
+    from reducio_fast.fast.launches import calls_of, clip_launches, svd_launches
+    from reducio_fast.checkpoints import calibration_file
     from reducio_fast.checkpoints.strict_files import embedded_model
+    from reducio_fast.fast.quantisation import Quantisation
+    from reducio_fast.measurement.quantised_decoder import unmeasured_quantisation
+    from reducio_fast.measurement.rate_model import CHIPS
     from reducio_fast.reference import DiTConfig, VAEConfig
     from reducio_fast.triton_kernels.registry import OPS
 
     launches = clip_launches("sm_90")
+    in_fp8 = clip_launches("sm_90", quantisation=unmeasured_quantisation("fp8"), pixels=320)
+
+    # Convolutions of one tile of a 1024 clip that fill less than the GPU.
+    small = [
+        [l.arguments["T"], l.arguments["H"], math.prod(l.grid)]
+        for l in [*clip_launches("sm_90", pixels=320), *in_fp8]
+        if l.kernel.fn.__name__.endswith("conv3d_kernel") and math.prod(l.grid) < CHIPS["sm_90"].units
+    ]
 
     def build(kernel, constants, types):
         constants = {k: v for k, v in constants.items() if not k.startswith(("BLOCK", "num_"))}
@@ -39,10 +51,11 @@ CODE = textwrap.dedent("""
         types = {k: str(v.dtype).removeprefix("torch.") for k, v in launch.arguments.items() if isinstance(v, Tensor)}
         return build(launch.kernel.fn.__name__, constants, types)
 
-    names = {"*bf16": "bfloat16", "*fp32": "float32", "*i32": "int32", "*u8": "uint8", "*fp16": "float16"}
+    names = {"*bf16": "bfloat16", "*fp32": "float32", "*i32": "int32", "*u8": "uint8", "*fp16": "float16",
+             "*fp8e4nv": "float8_e4m3fn"}
     built = [
         [op] + build(v.kernel.fn.__name__, v.constants, {k: names[t] for k, t in v.signature.items() if t[0] == "*"})
-        for op, module in OPS.items() for v in module.variants("sm_90") if "bf16" in v.name
+        for op, module in OPS.items() for v in module.variants("sm_90") if "*bf16" in v.signature.values()
     ]
 
     # Statistics: written by one launch, by whom are they read?
@@ -52,10 +65,14 @@ CODE = textwrap.dedent("""
     # The embedded model has other layers: fusion by addition, heads of other widths, few channels.
     folder = embedded_model()
     configs = [json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")]
-    tiny = calls_of(clip_launches("sm_90", DiTConfig.from_dict(configs[0]), VAEConfig.from_dict(configs[1])))
+    configs = DiTConfig.from_dict(configs[0]), VAEConfig.from_dict(configs[1])
+    tiny = calls_of(clip_launches("sm_90", *configs))
+    fp8 = Quantisation("fp8", calibration_file.read(folder))
+    quantised = [c for c in calls_of(clip_launches("sm_90", *configs, quantisation=fp8)) if c not in tiny]
 
     # Each call compiles in a process of its own, and the next one finds it done.
     cheap = [call for call in calls_of(launches) if call.kernel in ("blend_tiles_kernel", "guidance_dpm_step_kernel")]
+    cheap.append(next(call for call in quantised if call.kernel == "apply_kernel"))  # which writes FP8
     seconds = []
     for _ in range(2):
         assert precompile(cheap, TARGETS["sm_90"].triton_target, jobs=1) == []
@@ -63,9 +80,10 @@ CODE = textwrap.dedent("""
     broken = [type(cheap[0])(cheap[0].module, cheap[0].kernel, (("nonsense", 1),))]
     print(json.dumps({
         "launched": [launched(l) for l in launches], "svd": [launched(l) for l in svd_launches("sm_90")],
+        "fp8": [launched(l) for l in in_fp8], "small": small,
         "built": built, "unread": len(written - read),
         "written": len(written), "cubins": seconds, "calls": len(calls_of(launches)),
-        "tiny": sorted({call.kernel for call in tiny}),
+        "tiny": sorted({call.kernel for call in tiny}), "quantised": sorted({call.kernel for call in quantised}),
         "failures": precompile(broken, TARGETS["sm_90"].triton_target, jobs=1),
     }))
 """)
@@ -81,13 +99,29 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_compile_check_builds_what_a_clip_launches(dry_run: dict[str, Any]) -> None:
-    """Every launch of our clip and of SVD's is among the builds. Every bfloat16 build of a convolution or of SVD's
-    norms is launched, except those of a causal model."""
+    """Every launch of our clip, also in FP8, and of SVD's is among the builds. Every bfloat16 build of a convolution or
+    of SVD's norms is launched, except those of a causal model."""
     built = {json.dumps(build[1:]): build[0] for build in dry_run["built"]}
-    launched = {json.dumps(launch) for launch in dry_run["launched"] + dry_run["svd"]}
+    launched = {json.dumps(launch) for launch in dry_run["launched"] + dry_run["fp8"] + dry_run["svd"]}
     assert launched - set(built) == set()
     checked = {b for b, op in built.items() if op.endswith(("conv3d", "temporal_conv", "stream_layer_norm"))}
     assert {b for b in checked - launched if '"CAUSAL", "True"' not in b} == set()
+    assert any(op == "quantised_conv3d" for op in built.values())
+
+
+# Frames and side of the convolutions of one 320-pixel tile that have fewer blocks than sm_90 has multiprocessors (132),
+# and why each may: blocks as recorded, in bfloat16 and in FP8, and the share of the tile's 36 TFLOP.
+SMALL_GRIDS = {
+    (4, 10): "10 to 80 blocks, 0.2%; equal tiles of a clip are decoded together where memory allows (`tile_batch`)",
+    (8, 20): "62 to 124 blocks, 1%; decoded together too",
+    (1, 40): "28 blocks, 0.1%; the content frame, one for all frames",
+    (1, 80): "106 blocks, 0.3%; the content frame too",
+}
+
+
+def test_convolutions_fill_the_gpu(dry_run: dict[str, Any]) -> None:
+    assert {(frames, side) for frames, side, _ in dry_run["small"]} == set(SMALL_GRIDS)
+    assert min(blocks for *_, blocks in dry_run["small"]) == 10
 
 
 def test_statistics_are_taken_where_they_are_read(dry_run: dict[str, Any]) -> None:
@@ -96,9 +130,10 @@ def test_statistics_are_taken_where_they_are_read(dry_run: dict[str, Any]) -> No
 
 def test_kernels_are_compiled_beforehand(dry_run: dict[str, Any]) -> None:
     first, second = dry_run["cubins"]
-    assert len(first) == 2 and first == second
+    assert len(first) == 3 and first == second
     assert 30 < dry_run["calls"] < 60
     assert {"conv3d_kernel", "attention_kernel", "guidance_dpm_step_kernel"} <= set(dry_run["tiny"])
+    assert "quantised_conv3d_kernel" in dry_run["quantised"]
     assert len(dry_run["failures"]) == 1 and dry_run["failures"][0].startswith("blend_tiles_kernel: TypeError")
 
 

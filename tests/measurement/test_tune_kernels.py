@@ -195,10 +195,14 @@ def test_settings_come_back_after_a_failure() -> None:
 
 def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
     """The names of tune's problems are compared with those in the kernels' own files."""
+    from reducio_fast.triton_kernels import quantised_conv3d
     from reducio_fast.triton_kernels.conv3d import blocks_for
     from reducio_fast.triton_kernels.registry import OPS
 
-    for p in hot_shapes.hot_problems():
+    assert not any(p.op == "quantised_conv3d" for p in hot_shapes.hot_problems("sm_89"))  # has no 8-bit kernels
+    problems = hot_shapes.hot_problems("sm_90")
+    assert {p.key for p in problems if p.op == "quantised_conv3d"} == {"K<=128", "*"}
+    for p in problems:
         builds = [v.name for v in OPS[p.op].variants("sm_90") if v.name.startswith(p.variant)]
         assert builds, p
         assert (
@@ -209,13 +213,21 @@ def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
             with tune_kernels.trial(
                 "sm_90", p.op, p.key, tune_kernels.in_force(p.op, p.key, "sm_90") | {"num_stages": 77}
             ):
-                assert blocks_for(p.op, torch.bfloat16, C, K, "sm_90")["num_stages"] == 77
+                quantised = p.op == "quantised_conv3d"
+                found = (
+                    quantised_conv3d.blocks_for(C, K, "sm_90")
+                    if quantised
+                    else blocks_for(p.op, torch.bfloat16, C, K, "sm_90")
+                )
+                assert found["num_stages"] == 77
 
 
 @pytest.mark.parametrize(
     "make",
     [
         functools.partial(hot_shapes.conv_ways, 16, 32, 3, 5),
+        functools.partial(hot_shapes.quantised_ways, 16, 32, 3, 5, torch.float8_e4m3fn),
+        functools.partial(hot_shapes.quantised_ways, 16, 16, 3, 5, torch.int8),
         functools.partial(hot_shapes.upsample_ways, 16, True, 2, 4),
         functools.partial(hot_shapes.upsample_ways, 16, False, 3, 4),
         functools.partial(hot_shapes.attention_ways, 24, 2, 9, 85, 2, True),
@@ -239,7 +251,7 @@ def test_both_ways_compute_the_same(make: functools.partial, monkeypatch: pytest
     monkeypatch.setattr(group_norm_silu, "statistics", lambda x, per_frame: conv3d.statistics(x))
     ways = make(CPU)
     kernel, vendor = ways["kernel"](), ways["vendor"]()
-    if make.func in (hot_shapes.conv_ways, hot_shapes.upsample_ways):
+    if make.func in (hot_shapes.conv_ways, hot_shapes.quantised_ways, hot_shapes.upsample_ways):
         kernel = kernel[1]
     for one, two in zip(*((x if isinstance(x, tuple) else (x,)) for x in (kernel, vendor)), strict=True):
         verdict = judge(one, two, two)

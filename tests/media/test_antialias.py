@@ -21,6 +21,14 @@ def test_equals_diffusers(source: tuple[int, int], size: tuple[int, int]) -> Non
     torch.testing.assert_close(blur_and_resize(image, size), _resize_with_antialiasing(image, size), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("source", [(1, 600), (600, 1)])
+def test_a_side_of_one_pixel(source: tuple[int, int]) -> None:
+    image = torch.rand(1, 3, *source)
+    small = blur_and_resize(image, (224, 224))
+    wide = image.repeat_interleave(3, 2 + source.index(1))  # the same stripes, three pixels wide
+    torch.testing.assert_close(small, blur_and_resize(wide, (224, 224)))
+
+
 def test_enlarging_is_plain_bicubic() -> None:
     image = torch.rand(1, 3, 40, 50)
     plain = F.interpolate(image, (80, 50), mode="bicubic", align_corners=True)

@@ -92,6 +92,38 @@ def test_what_the_twin_cannot_do_runs_as_before(pipe: StableVideoDiffusionPipeli
     acceleration.undo()
 
 
+@pytest.mark.parametrize("name", ["unet", "vae", "transformer", "image vae"])
+@torch.no_grad()
+def test_under_autocast_a_network_runs_as_before(name: str) -> None:
+    """Also in the middle of a clip, whose steps all get the same embeddings."""
+    torch.manual_seed(0)
+    if name in ("unet", "vae"):
+        pipeline = build_random(PEERS["svd"], True, torch.float32, torch.device("cpu"))
+        inputs = unet_inputs(pipeline.unet.config, 2, (8, 8))
+        inputs["encoder_hidden_states"] = torch.randn(2, 1, pipeline.unet.config.cross_attention_dim)
+        latent = torch.randn(2, 4, 4, 4)
+        run = {"unet": lambda: pipeline.unet(**inputs), "vae": lambda: pipeline.vae.decode(latent, num_frames=2)}[name]
+    else:
+        pipeline = pixart(8)
+        latent, text, time = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16), torch.tensor([7])
+        run = {
+            "transformer": lambda: pipeline.transformer(latent, text, time, {"resolution": None, "aspect_ratio": None}),
+            "image vae": lambda: pipeline.vae.decode(latent),
+        }[name]
+
+    def result(autocast: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return run().sample
+
+    expected = result(True)
+    acceleration, reports = accelerate(pipeline), []
+    for autocast in (False, True, False):
+        out = result(autocast)
+        assert torch.equal(out, expected) == autocast
+        reports.append(acceleration.report[name.split()[-1]])
+    assert reports == ["fast", "as before: runs under autocast", "fast"]
+
+
 def doubled(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
     return 2 * out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -16,10 +18,13 @@ from reducio_fast import ReducioPipeline
 from reducio_fast.checkpoints import calibration_file
 from reducio_fast.cli import main
 from reducio_fast.evaluation.calibration import calibrate, toy_clips
+from reducio_fast.fast import quantisation
 from reducio_fast.fast.packed_layers import Activation
 from reducio_fast.fast.quantisation import eight_bit_type, quantisable
+from reducio_fast.measurement.contenders import NARROW
 from reducio_fast.media.similarity import pooled_psnr
 from reducio_fast.pipelines.generate import generate
+from reducio_fast.server.clips import Clips
 from reducio_fast.system.errors import ReducioError
 from reducio_fast.triton_kernels import tables
 from reducio_fast.triton_kernels.registry import OPS
@@ -75,6 +80,23 @@ def test_copies_and_saved_folders_keep_it(bundle: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "saved", quantise="fp8").report == pipe.report
     pipe.to(torch.bfloat16)
     assert "fp8" in pipe.report["vae"]
+
+
+def test_a_saved_folder_keeps_the_calibration_of_its_weights(bundle: Path, tmp_path: Path) -> None:
+    """Also if the pipeline was loaded without `quantise`, in another dtype, or replaces its own folder."""
+    kept, own = calibration_file.read(bundle), tmp_path / "own"
+    shutil.copytree(bundle, own)
+    pipe = load(own)
+    pipe.to(torch.bfloat16)
+    for folder in (tmp_path / "new", own):
+        pipe.save_pretrained(folder)
+        again = calibration_file.read(folder)  # raises unless it is that of the folder's weights
+        assert again.keys() == kept.keys() and all(torch.equal(again[path], kept[path]) for path in kept)
+    assert "fp8" in load(own, quantise="fp8").report["vae"]
+    changed = load(own, quantise="fp8")
+    next(changed.vae.decoder.parameters()).data.mul_(2)
+    changed.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed" / calibration_file.FILE).exists()
 
 
 def test_calibration_is_that_of_the_embedded_model(bundle: Path) -> None:
@@ -136,6 +158,30 @@ def test_what_cannot_be_followed_is_refused(bundle: Path) -> None:
         generate(image=np.zeros((64, 64, 3), np.uint8), model="svd:random", quantise="fp8")
 
 
+COMMANDS = ["serve", "--port", "0", "--data", "OUT"], ["batch", "P.txt", "--out", "OUT"], ["warmup"]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_every_command_that_loads_a_model_has_it(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command[0] == "serve":
+        pytest.importorskip("fastapi")
+    monkeypatch.chdir(tmp_path)
+    Path("P.txt").write_text("a red circle\n")
+    assert main.main([*command, "--device", "cpu", "--quantise", "fp4"]) == 2
+    captured = capsys.readouterr()
+    assert "quantise: 'fp4' is not known; known are fp8, int8" in captured.err and captured.err.count("\n") == 1
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.name != "P.txt"]
+
+
+def test_a_worker_takes_it_or_refuses_it(tmp_path: Path) -> None:
+    worker = Clips(device="cpu", dtype="float32", quantise="fp8", warm=False)
+    assert "in fp8" in worker.describe()["report"]["vae"]
+    with pytest.raises(ReducioError, match="quantise: no argument of a Stable Video Diffusion model"):
+        Clips("svd:random", device="cpu", quantise="fp8", warm=False)
+
+
 def test_each_gpu_has_what_it_multiplies() -> None:
     results = {}
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "sm_75"):
@@ -149,3 +195,29 @@ def test_each_gpu_has_what_it_multiplies() -> None:
     assert results["gfx942", "fp8"] == torch.float8_e4m3fnuz and results["sm_80", "int8"] == torch.int8
     assert "does not run on sm_80" in results["sm_80", "fp8"] and "int8 runs here" in results["sm_80", "fp8"]
     assert "fp8 runs here" in results["sm_90", "int8"] and "nothing quantised runs here" in results["sm_75", "fp8"]
+
+
+@pytest.mark.parametrize("ranges", ["measured", "far too small"])
+def test_the_full_size_gate(
+    ranges: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`quantised_quality.py --full-size` on narrow networks: every format passes, unless ranges clip most values."""
+    spec = importlib.util.spec_from_file_location("quantised_quality", root / "benchmarks" / "quantised_quality.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    measure = quantisation.measure_largest
+    if ranges == "far too small":
+        monkeypatch.setattr(quantisation, "measure_largest", lambda *a: {k: x / 30 for k, x in measure(*a).items()})
+    monkeypatch.setattr(script, "VAEConfig", lambda: NARROW[1])
+    monkeypatch.setattr("sys.argv", ["quantised_quality.py", "--full-size", "32", "--out", str(tmp_path / "row.json")])
+    if ranges == "measured":
+        script.main()
+    else:
+        with pytest.raises(SystemExit, match="over the limit of 24.08 dB: e4m3fn, e4m3fnuz, int8$"):
+            script.main()
+    rows = json.loads((tmp_path / "row.json").read_text())["full_size"]
+    assert {row["format"]: row["right"] for row in rows} == {
+        "bfloat16": True,
+        **dict.fromkeys(script.FORMATS, ranges == "measured"),
+    }
+    assert "full size at 32 pixels" in capsys.readouterr().out

@@ -18,11 +18,15 @@ from reducio_fast import ReducioPipeline
 from reducio_fast.cli import main
 from reducio_fast.compile import artifacts, cache
 from reducio_fast.compile.graphs import Graphs, Pool
+from reducio_fast.fast import launches
 from reducio_fast.fast.engine import Engine
 from reducio_fast.pipelines.execution import warmup
+from reducio_fast.pipelines.execution.executor import Executor
+from reducio_fast.system import cores
 from reducio_fast.system.deadline import Check, DeadlinePassed, Job
 from reducio_fast.system.deadline import run as run_jobs
 from reducio_fast.system.errors import ReducioError
+from reducio_fast.triton_kernels import tables
 
 pytestmark = pytest.mark.slow
 
@@ -171,6 +175,33 @@ def test_deadline_that_passes_leaves_a_usable_uncompiled_pipeline(
     assert pipe.executor.engine is not engine and pipe.executor.engine.compile is False
     assert (pipe(**CALL).frames == expected).all()  # while the other thread still hangs in a compiler
     release.set()
+
+
+def test_on_a_gpu_kernels_are_compiled_before_the_first_clip(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the model is loaded: in its dtype, with its quantisation, and once for all sizes."""
+    pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="bfloat16", quantise="fp8")
+    order: list[Any] = []
+
+    def compiled(device: torch.device, wanted: Any, jobs: int) -> tuple[int, list[str]]:
+        order.append((device, wanted, jobs))
+        return 3, ["conv3d_kernel: too large"]
+
+    monkeypatch.setattr(launches, "clip_launches", lambda *arguments: arguments)
+    monkeypatch.setattr(launches, "precompile_launches", compiled)
+    monkeypatch.setattr(warmup, "_clip", lambda p, h, w: lambda check: order.append(h))
+    monkeypatch.setattr(cores, "usable", lambda: 5)
+    assert pipe.warmup([64, 96], progress=False).complete and order == [64, 96], "a CPU compiles no kernels"
+    order.clear()
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(Executor, "device", property(lambda self: gpu))
+    with tables.pretend("sm_90"):
+        assert list(pipe.warmup([64, 96], progress=False).seconds) == ["64x64", "96x96"]
+    networks = pipe.transformer.config, pipe.vae.config
+    expected = ("sm_90", *networks, torch.bfloat16, "auto", pipe.executor.engine.quantisation)
+    assert order == [(gpu, expected, 5), 64, 96] and expected[-1].word == "fp8"
+    assert "conv3d_kernel: too large" in caplog.messages
 
 
 @pytest.mark.parametrize(

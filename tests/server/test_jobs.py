@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import functools
 import hashlib
 import json
@@ -325,7 +326,7 @@ def test_a_batch_of_several_seeds_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     done = run(model="m")
     assert (done.made, done.kept) == (0, 2)
     assert [json.loads(line) for line in manifest.read_text().splitlines()] == made
-    for worker in ({"model": "other"}, {"model": "m", "dtype": "float16"}, {}):
+    for worker in ({"model": "other"}, {"model": "m", "dtype": "float16"}, {"model": "m", "quantise": "fp8"}, {}):
         with pytest.raises(ReducioError, match="holds clips of other prompts or settings, or of another model"):
             run(**worker)
 
@@ -373,3 +374,17 @@ def test_a_batch_goes_on_where_it_was_killed(
     (tmp_path / "p.jsonl").write_text('{"prompt": "another"}\n')
     assert main(command) == 2
     assert "holds clips of other prompts or settings, or of another model (number 0 differs)" in capsys.readouterr().err
+
+
+def test_a_worker_on_ray_returns_what_ends_the_run(bundle: Path, tmp_path: Path) -> None:
+    """Ray would raise it with its own traceback."""
+    row = {"task": json.dumps({"number": 0, "path": str(tmp_path / "0.mp4"), "call": {"prompt": "a"}})}
+    missing = batch._Actor({"model": str(tmp_path / "nothing")})
+    assert str(tmp_path / "nothing") in json.loads(missing(row)["result"])["refused"]
+    full = batch._Actor({"model": str(bundle)})
+
+    def no_space(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    full.clips.pipe = no_space
+    assert "No space left" in json.loads(full(row)["result"])["refused"]

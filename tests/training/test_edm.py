@@ -18,6 +18,7 @@ from reducio_fast.reference.sampler import sample
 from reducio_fast.reference.svd.sampler import ImageCondition
 from reducio_fast.reference.svd.unet import VideoUNet
 from reducio_fast.training import edm
+from reducio_fast.training.loop import LoopConfig
 from reducio_fast.training.svd import low_rank
 from tiny_svd import seeded, unets
 
@@ -194,6 +195,36 @@ def test_a_trained_update_is_loaded_as_pefts(tmp_path: Path):
     assert (trained - plain).abs().max() > 1e-3
     torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(peft, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputed_activations_of_a_lora():
+    """They give the same gradients, and less is kept for the backward pass: counted without contents."""
+    from reducio_fast.memory.dry_run import DryRun
+    from reducio_fast.training.svd.lora import LoRARecipe, add_trained
+
+    def error(unet: VideoUNet, device: str, size: int) -> Tensor:
+        cond, clean = condition(2, size), drawn(2, 3, 4, size, size).float()
+        cond = cond.to(torch.device(device), torch.float32)
+        sigma = torch.tensor([0.5, 3.0])
+        return edm.velocity_error(unet, *(x.to(device) for x in (clean, clean.flip(1), sigma)), cond).mean()
+
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        recipe = LoRARecipe(loop=LoopConfig(steps=1, learning_rate=1.0), batch=1, gradient_checkpointing=checkpointing)
+        unet, _ = unets(32, 64)
+        torch.manual_seed(0)
+        updates = add_trained(unet, recipe)
+        for update in updates.values():
+            update.up.data.normal_()
+        error(unet, "cpu", 4).backward()
+        gradients.append([p.grad for p in updates.parameters()])
+        empty = VideoUNet(unet.config).to("meta")
+        add_trained(empty, recipe)
+        with DryRun() as dry:
+            _result = error(empty, "meta", 32)
+        kept.append(dry.live)
+    assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(*gradients, strict=True))
+    assert kept[1] < 0.25 * kept[0], kept
 
 
 def test_the_recipe_of_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -19,6 +19,7 @@ def test_recipes_as_files(tmp_path: Path) -> None:
     assert all(
         r.objective == "epsilon" and r.condition_drop == 0.1 and r.loop.parallel == "fsdp" for r in shipped.values()
     )
+    assert all(r.loop.eps == 1e-10 and r.loop.weight_decay == 0.03 for r in shipped.values())  # PixArt-alpha's
     changed = recipe_file.load(dit.DiTRecipe, "dit-256", ["loop.steps=7", "batch=64", 'start="somewhere"'])
     assert (
         changed.loop.steps == 7
@@ -72,6 +73,7 @@ OF_A_RECIPE = {
         ("held_out=-1", "held_out must be finite and at least 0, got -1"),
         ("rate=0", "rate must be finite and above 0, got 0"),
         ("least_area=2", "least_area=2.0 must lie in 0..1"),
+        ("discriminator_warmup=-1", "discriminator_warmup must be finite and at least 0, got -1"),
         ("kl_weight=inf", "kl_weight must be finite and at least 0, got inf"),
     ),
     "svd-lora": (

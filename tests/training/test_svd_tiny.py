@@ -16,8 +16,8 @@ from reducio_fast.cli.main import main
 from reducio_fast.media.image_files import fit_image
 from reducio_fast.pipelines.svd.pipeline import SVDPipeline
 from reducio_fast.system.errors import ReducioError
-from reducio_fast.training.recipe import Stage, run_stages
-from reducio_fast.training.svd import tiny_autoencoder, toy_clips
+from reducio_fast.training.recipe import Context, Stage, run_stages
+from reducio_fast.training.svd import tiny_autoencoder, tiny_unet, toy_clips
 from reducio_fast.training.svd.tiny_recipe import STAGES
 from tiny_svd import QUIET
 
@@ -140,3 +140,29 @@ def test_stages_by_name(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "needs" in (error := capsys.readouterr().err) and "'autoencoder' makes; run that first" in error
     assert main(["train", "svd-tiny", "--out", f"{tmp_path}/new", "--recipe", "svd-lora"]) == 2
     assert "train svd-tiny takes no --recipe" in capsys.readouterr().err
+
+
+def test_a_pool_of_another_encoder_or_seed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the same number of clips too, and after --no-resume."""
+    settings = dataclasses.replace(STAGES["unet"].settings, pool=1)
+    for name in ("vae", "image_encoder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    encoded: list[int] = []
+
+    def encode(pool: tiny_unet.Pool, chosen: tiny_unet.UNetSettings, *_: object) -> dict[str, torch.Tensor]:
+        encoded.append(chosen.loop.seed)
+        return {"told": torch.zeros(2)}
+
+    monkeypatch.setattr(tiny_unet.Pool, "_encode", encode)
+
+    def made(settings: tiny_unet.UNetSettings, **options: bool) -> int:
+        encoded.clear()
+        assert len(tiny_unet.Pool(Context(out=tmp_path, data=tmp_path, **options), settings, False, None, None)) == 1
+        return len(encoded)
+
+    assert made(settings) == 1 and made(settings) == 0 and made(settings, resume=False) == 1
+    other = dataclasses.replace(settings, loop=dataclasses.replace(settings.loop, seed=99))
+    assert made(other) == 1 and made(other) == 0
+    (tmp_path / "vae" / "config.json").write_text('{"other": 1}')
+    assert made(other) == 1 and made(other) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -137,6 +138,25 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     assert Regression().run(tmp_path, resume=False).finished
 
 
+def test_a_setting_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> None:
+    """And an accepted change of it takes effect, although the checkpoint holds the optimizer's settings too."""
+    short = replace(CONFIG, steps=4, checkpoint_every=2)
+    Regression().run(tmp_path / "whole", replace(short, max_seconds=0.0))
+    run_file = next((tmp_path / "whole").glob("checkpoints/step-*/run.json"))
+    values = json.loads(run_file.read_text())
+    assert values["config"].pop("eps") == 1e-8
+    run_file.write_text(json.dumps(values))
+    shutil.copytree(tmp_path / "whole", tmp_path / "changed")
+    with pytest.raises(ReducioError, match="made with eps=1e-08, this run has eps=1.0; .*--accept-changes"):
+        Regression().run(tmp_path / "changed", replace(short, eps=1.0))
+    problems = [Regression(), Regression()]
+    problems[0].run(tmp_path / "whole", short)
+    problems[1].run(tmp_path / "changed", replace(short, eps=1.0), accept_changes=True)
+    assert not torch.equal(problems[0].model[0].weight, problems[1].model[0].weight)
+    with pytest.raises(ReducioError, match="eps must be finite and above 0, got 0.0"):
+        replace(CONFIG, eps=0.0)
+
+
 @dataclass(frozen=True)
 class Settings:
     loop: LoopConfig
@@ -147,11 +167,13 @@ class Settings:
 def test_a_resumed_stage_has_the_same_settings(tmp_path: Path) -> None:
     context = Context(out=tmp_path, data=tmp_path, progress=False)
 
-    def train(context: Context = context, **changes) -> int:
+    def train(context: Context = context, pool: str = "a", **changes) -> int:
         problem = Regression()
-        return context.train("stage", problem.model, problem.loss, Settings(CONFIG, **changes)).step
+        return context.train("stage", problem.model, problem.loss, Settings(CONFIG, **changes), pool=pool).step
 
     train()
+    with pytest.raises(ReducioError, match="made with encoded=a, this run has encoded=b; .*--no-resume starts anew"):
+        train(pool="b")
     with pytest.raises(ReducioError, match="made with batch=4, this run has batch=5; .*--accept-changes"):
         train(batch=5)
     assert train(evaluated=2) == train(replace(context, accept_changes=True), batch=5) == CONFIG.steps

@@ -14,6 +14,7 @@ from scipy import ndimage
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from reducio_fast.checkpoints.networks import load_model, save_model
+from reducio_fast.checkpoints.strict_files import save_tensors
 from reducio_fast.data import photos, real_video, toy_world
 from reducio_fast.pipelines.reducio.encoders import SemanticEncoder
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
@@ -210,7 +211,7 @@ def test_pool_files_do_not_depend_on_their_order(components: Path) -> None:
     encoders, settings = motion.Encoders(components), motion_settings()
     for folder, order in ((components / "a", (0, 1)), (components / "b", (1, 0))):
         for shard in order:
-            motion.encode_shard(encoders, settings, False, shard, folder)
+            motion.encode_shard(encoders, settings, False, shard, folder, key="")
     for shard in (0, 1):
         a, b = (load_file(motion.shard_path(components / name, False, shard)) for name in ("a", "b"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -222,3 +223,32 @@ def test_pool_files_do_not_depend_on_their_order(components: Path) -> None:
     length = int(mask.sum())
     torch.testing.assert_close(rows["text"][1, :length], text[0, :length], atol=2e-3, rtol=2e-3)
     assert rows["text_mask"][1].sum() == length
+
+
+def test_a_pool_of_other_encoders_or_settings_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run uses the files of its own encoders and settings; one that starts anew makes every file again."""
+    made: list[tuple[bool, int]] = []
+
+    def encode_shard(_: object, settings: object, held_out: bool, shard: int, folder: Path, key: str) -> None:
+        made.append((held_out, shard))
+        save_tensors({"mean": torch.zeros(1)}, motion.shard_path(folder, held_out, shard), key=key)
+
+    def encoded(settings: motion.MotionSettings, **options: bool) -> list[tuple[bool, int]]:
+        made.clear()
+        motion.encode_pools(Context(out=tmp_path, data=tmp_path, **options), settings, None, tmp_path)
+        return list(made)
+
+    monkeypatch.setattr(motion, "encode_shard", encode_shard)
+    settings, every = motion_settings(), [(True, 0), (False, 0), (False, 1)]
+    assert encoded(settings) == every and encoded(settings) == []
+    assert encoded(replace(settings, pool=24)) == [(False, 2)]
+    assert encoded(settings, resume=False) == every
+    for changes in ({"portrait_share": 0.5}, {"decoded_share": 0.1}, {"size": 32}, {"loop": replace(LOOP, seed=4)}):
+        assert encoded(replace(settings, **changes)) == every and encoded(replace(settings, **changes)) == []
+    assert encoded(settings) == every
+    motion.shard_path(tmp_path, False, 1).write_bytes(b"half")
+    assert encoded(settings) == [(False, 1)]
+    for name in motion.ENCODERS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        assert encoded(settings) == every and encoded(settings) == []

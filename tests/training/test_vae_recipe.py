@@ -75,6 +75,10 @@ def test_clips_are_random_crops_within_their_shot(clips: Path, tmp_path: Path) -
     drawn = [files.draw(np.random.default_rng(i), 16, 16.0, 64, 0.5) for i in (0, 0, 1)]
     assert drawn[0].shape == (3, 16, 64, 64) and drawn[0].abs().max() <= 1
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    frames = np.zeros((1, 64, 64, 3), np.uint8)
+    frames[:, :, :32] = 255  # the release mirrors no crop
+    cut = [clip_files.crop(frames, np.random.default_rng(i), 16, 0.9) for i in range(8)]
+    assert all((clip[..., 0] > clip[..., -1]).all() for clip in cut)
     rows = [row | {"end": 10} for row in manifest.read(clips)]
     manifest.write(rows, tmp_path / "short.parquet")
     with pytest.raises(ReducioError, match="8 clips in a row gave no 16 frames; the last one: too short"):
@@ -126,6 +130,27 @@ def test_each_loss_reaches_its_own_network(clips: Path) -> None:
     assert vae.outlier_loss(dots) == 0
     dots[..., 5, 5] = 1.0
     assert vae.outlier_loss(dots) > 0 and vae.outlier_loss(-dots) == 0
+
+
+def test_the_discriminators_rate_warms_up_as_published(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth until batch 5000, then linear to the whole over 1000 batches; the autoencoder's rate does not change."""
+    for name in ("vae-ft2", "vae-ft4"):
+        factors = [recipe_file.load(vae.VAERecipe, name).discriminator_factor(n) for n in (0, 5000, 5500, 6000, 9999)]
+        assert factors == pytest.approx([0.01, 0.01, 0.055, 0.1, 0.1])
+    rates: list[set[float]] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self: (rates.append({round(g["lr"], 9) for g in self.param_groups}), step(self))[1],
+    )
+    loop = replace(LOOP, steps=3, micro_batches=1, learning_rate=1.0, final_rate=1.0)
+    chosen = recipe(loop=loop, batch=1, discriminator_start=0, discriminator_warmup=2, discriminator_weight=0.0)
+    monkeypatch.setattr(vae.Losses, "__call__", lambda self, *_: (self.model.vae.decoder.conv_out.bias.sum(), {}))
+    vae.train_vae(clips, tmp_path, chosen, progress=False)
+    assert rates == [{0.0}, {1.0, 0.01}, {1.0, 0.055}, {1.0, 0.1}]  # the first allocates the optimizer's state
 
 
 def test_it_resumes_to_the_byte_with_a_discriminator_on_schedule(clips: Path, tmp_path: Path) -> None:
@@ -248,3 +273,19 @@ def test_an_ablation_trains_each_variant_and_compares_held_out_clips(
     ):
         assert main([*argv, "-o", str(tmp_path / "other"), *options]) == 2
         assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_ablation_is_refused_before_any_work(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*options: str) -> str:
+        argv = ["train", "vae", "--recipe", "ablation-vae", "--clips", str(clips), "--ablation", "fusion"]
+        assert main([*argv, "-o", str(tmp_path / "out"), "--no-progress", *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert not (tmp_path / "out").exists()
+        return line
+
+    assert "the recipe needs held_out, the number of clips to compare on" in refused("--set", "held_out=0")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    assert refused().endswith("WORLD_SIZE=2: --ablation fusion is trained by one process, without torchrun")

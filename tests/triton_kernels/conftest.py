@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,15 @@ PRECISIONS = [
     torch.float16,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a GPU, tests that launch kernels in no `dtype` are gpu tests too, so that `-m "gpu or not slow"` runs them;
+    of those with a `dtype` it runs bfloat16."""
+    for item in items if GPU else []:
+        fixtures = getattr(item, "fixturenames", ())
+        if item.path.parent == Path(__file__).parent and "device" in fixtures and "dtype" not in fixtures:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(params=PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -44,6 +44,26 @@ def test_kernel_equals_twin(shape, guided, check_kernel):
     check(check_kernel, *inputs(shape, guided))
 
 
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "plain"])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 3, 7), (1, 14, 4, 2, 3), (3, 67)], ids=str)
+def test_guidance_per_frame(shape, guided, check_kernel):
+    scales = torch.linspace(1, 3, shape[1]).tolist()
+    check(check_kernel, *inputs(shape, guided, [*scales, *COEFFICIENTS[1:]]))
+
+
+@pytest.mark.parametrize("run", [op.launch, op.twin], ids=["kernel", "twin"])
+def test_each_frame_has_its_own_scale(run, device):
+    """As each frame alone, with one scale: every bit."""
+    prediction, x, previous, _ = (t.to(device, torch.float32) for t in inputs((2, 5, 3, 7), guided=True))
+    scales, row = [1.0, 3.0, 0.0, -2.0, 7.5], COEFFICIENTS[1:]
+    together = run(prediction, x, previous, torch.tensor([*scales, *row], device=device))
+    for frame, scale in enumerate(scales):
+        one = (t[:, frame : frame + 1].contiguous() for t in (prediction, x, previous))
+        alone = run(*one, torch.tensor([scale, *row], device=device))
+        for got, want in zip(together, alone, strict=True):
+            assert torch.equal(got[:, frame : frame + 1], want), frame
+
+
 def test_latent_may_be_wider_than_the_prediction(dtype, device, assert_right):
     tensors = inputs((2, 3, 5, 7), guided=True)
     prediction = tensors[0].to(device, dtype)
@@ -203,6 +223,8 @@ def test_addresses_are_64_bit(device):
 def test_op_passes_opcheck(guided):
     prediction, *rest = (t.float() for t in inputs((2, 3, 4), guided))
     torch.library.opcheck(op.guidance_dpm_step, (prediction.half(), *rest))
+    per_frame = torch.cat([torch.ones(2), rest[-1]])
+    torch.library.opcheck(op.guidance_dpm_step, (prediction.half(), *rest[:-1], per_frame))
 
 
 def test_mistakes_are_named():
@@ -220,6 +242,10 @@ def test_mistakes_are_named():
         run(prediction, x, previous.half(), coefficients)
     with pytest.raises(ValueError, match=r"coefficients has shape \(5,\), it must be \(6\)"):
         run(prediction, x, previous, coefficients[:5])
+    with pytest.raises(ValueError, match=r"coefficients has shape \(7,\), it must be \(6\)"):
+        run(prediction, x, previous, torch.cat([coefficients[:1], coefficients]))
+    with pytest.raises(ValueError, match=r"coefficients has shape \(2, 4\)"):
+        run(prediction, x, previous, torch.ones(2, 4))
     with pytest.raises(ValueError, match="coefficients has dtype=torch.float64"):
         run(prediction, x, previous, coefficients.double())
     with pytest.raises(ValueError, match="x has strides .* contiguous"):

@@ -132,4 +132,14 @@ def test_relatives_share_a_table() -> None:
 def test_recordings_do_not_nest() -> None:
     with launch.recording("sm_90"), pytest.raises(RuntimeError, match="already"), launch.recording("sm_80"):
         pass
-    assert launch._record is None
+    assert launch._record.get() is None
+
+
+def test_a_recording_leaves_other_threads_alone() -> None:
+    """A warm-up records the launches of one pipeline while another thread may be making a clip with another one."""
+    kernel = SimpleNamespace(arg_names=())
+    with launch.recording("sm_90") as launches:
+        assert in_a_thread(lambda: launch.launcher(kernel)) is kernel
+        assert in_a_thread(lambda: tables.arch_of(torch.device("cpu"))) == tables.INTERPRETER
+        launch.launcher(kernel)[(1,)]()
+    assert len(launches) == 1

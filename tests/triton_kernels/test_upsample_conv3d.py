@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from reducio_fast.compile.targets import TARGETS
 from reducio_fast.reference.reducio.config import VAEConfig
 from reducio_fast.reference.reducio.vae import Layers, Upsample
 from reducio_fast.triton_kernels import conv3d
@@ -128,9 +129,13 @@ def test_room_behind_the_channels(room, check_kernel):
 
 
 def test_blocks_of_a_width():
-    """640 channels are five blocks of 128, 512 two of 256."""
-    chosen = {K: conv3d.blocks_for("conv3d", torch.bfloat16, 128, K, "sm_90")["BLOCK_K"] for K in (128, 320, 512, 640)}
-    assert chosen == {128: 128, 320: 128, 512: 256, 640: 128}
+    """640 channels are five blocks of 128, 512 two of 256, 320 five of 64: no block has idle columns."""
+    widths = (64, 128, 192, 320, 512, 640, 1280)
+    chosen = {K: conv3d.blocks_for("conv3d", torch.bfloat16, 128, K, "sm_90")["BLOCK_K"] for K in widths}
+    assert chosen == {64: 64, 128: 128, 192: 64, 320: 64, 512: 256, 640: 128, 1280: 256}
+    for arch in TARGETS:
+        for name in (conv3d.OP, op.OP):
+            assert not [K for K in widths if K % conv3d.blocks_for(name, torch.float16, K, K, arch)["BLOCK_K"]], arch
 
 
 @pytest.mark.parametrize(("time", "causal"), KINDS[1:3], ids=KIND_NAMES[1:3])

@@ -6,22 +6,24 @@ Both write the same parts and so produce the same manifest.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ...media import ffmpeg
 from ...system.checksum import file_sha256
-from ...system.errors import ReducioError, first_line
+from ...system.errors import ReducioError, first_line, lacks_space
 from . import manifest, scores
 from .on_ray import map_on_ray
 from .shots import ShotFinder
@@ -30,6 +32,7 @@ SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 SAMPLED = 2.0  # frames a second that are kept: they measure motion and supply a shot's first, middle and last picture
 DETECTION_SIDE = 144  # pixels of the short side of the frames in which cuts are searched
 THUMBNAIL = (80, 144)
+IN_MEMORY = 2**27  # bytes of a video's kept frames; more go to a temporary file
 VIDEOS_A_WORKER = 16  # videos after which a worker is replaced, because decoders and detectors leak memory
 
 
@@ -45,6 +48,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.aesthetic_head is not None and self.clip_weights is None:
             raise ReducioError("the aesthetic head (--aesthetic) needs the open_clip model that it belongs to (--clip)")
+
+    def with_absolute_paths(self) -> Settings:
+        """The same settings for a process that runs in another folder."""
+        names = [name for name in ("out", "clip_weights", "aesthetic_head") if getattr(self, name) is not None]
+        return dataclasses.replace(self, **{name: os.path.abspath(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +121,8 @@ def curate(
         prepare(settings)
     (Path(settings.out) / manifest.PARTS).mkdir(parents=True, exist_ok=True)
     if ray is not None:
-        results: Iterable[bool] = map_on_ray(todo, lambda source: curate_video(source, settings), ray)
+        shared = settings.with_absolute_paths()
+        results: Iterable[bool] = map_on_ray(todo, lambda source: curate_video(source, shared), ray)
     elif workers == 0:
         results = (curate_video(source, settings) for source in todo)
     else:
@@ -128,7 +137,8 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
     recycled: Any = {"max_tasks_per_child": VIDEOS_A_WORKER} if sys.version_info >= (3, 11) else {}
     while remaining:
         done, suspects = set(), []
-        with ProcessPoolExecutor(workers, get_context("spawn"), **recycled) as pool:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), **recycled)
+        try:
             futures = {pool.submit(curate_video, source, settings): source for source in remaining}
             for future in as_completed(futures):
                 try:
@@ -136,6 +146,8 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
                     done.add(futures[future])
                 except BrokenProcessPool:
                     suspects.append(futures[future])
+        finally:  # after an error or Ctrl-C, wait only for the videos that have been begun
+            pool.shutdown(cancel_futures=True)
         remaining = [source for source in remaining if source not in done]
         if not suspects:
             return
@@ -155,8 +167,10 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
 def prepare(settings: Settings) -> scores.ClipScorer | None:
     """Import and load what a video of these settings needs, once per process; return the scorer, if there is one.
 
-    Raises `ReducioError` for a package that is not installed and a file that cannot be loaded.
+    Raises `ReducioError` for a package that is not installed and a file that cannot be loaded, `OSError` if there is no
+    folder for temporary files.
     """
+    tempfile.gettempdir()
     scores.opencv()
     ffmpeg.program()
     ShotFinder(24.0)
@@ -170,15 +184,18 @@ def prepare(settings: Settings) -> scores.ClipScorer | None:
 def curate_video(source: Source, settings: Settings) -> bool:
     """Write a video's part. Returns False if the video could not be read; the part then holds the error.
 
-    Raises `ReducioError` as `prepare` does.
+    Raises `ReducioError` as `prepare` does, and `OSError` if a disk is full.
     """
     scorer = prepare(settings)
-    try:
-        decoded = _decode(source)
-    except (ReducioError, OSError) as error:
-        _write_error(source, settings, first_line(error))
-        return False
-    _write_part(list(_clips(source, decoded, settings, scorer)), source, settings)
+    with tempfile.SpooledTemporaryFile(IN_MEMORY) as file:
+        try:
+            decoded = _decode(source, file)
+        except (ReducioError, OSError) as error:
+            if lacks_space(error):
+                raise
+            _write_error(source, settings, first_line(error))
+            return False
+        _write_part(list(_clips(source, decoded, settings, scorer)), source, settings)
     return True
 
 
@@ -204,21 +221,25 @@ def _write_error(source: Source, settings: Settings, reason: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Decoded:
-    """What is kept of a video's frames."""
+    """What is kept of a video's frames. `file` holds a small gray frame and a JPEG of two frames per second."""
 
     sha256: str
     fps: float
     height: int
     width: int
     shots: list[tuple[int, int]]
-    kept: list[tuple[int, np.ndarray, np.ndarray]]  # (frame number, small gray frame, JPEG), two per second
+    kept: list[tuple[int, int, int]]  # frame number, places of its gray frame and of its JPEG in `file`
+    file: IO[bytes]
 
 
-def _decode(source: Source) -> _Decoded:
-    """Decode each frame once and find the shots. Raises `ReducioError` or `OSError` if the video cannot be read."""
+def _decode(source: Source, file: IO[bytes]) -> _Decoded:
+    """Decode each frame once, keep two per second in `file`, and find the shots.
+
+    Raises `ReducioError` or `OSError` if the video cannot be read.
+    """
     cv2 = scores.opencv()
     finder: ShotFinder | None = None
-    kept: list[tuple[int, np.ndarray, np.ndarray]] = []
+    kept: list[tuple[int, int, int]] = []
     fps, height, width, every = 0.0, 0, 0, 1
     for number, (frame, rate) in enumerate(ffmpeg.frames(Path(source.path))):
         if finder is None:
@@ -227,9 +248,22 @@ def _decode(source: Source) -> _Decoded:
         finder.add(_small(cv2, frame))
         if number % every == 0:
             jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-            kept.append((number, scores.small_gray(frame), jpeg))
+            kept.append((number, _append(file, scores.small_gray(frame)), _append(file, jpeg)))
     assert finder is not None, "ffmpeg.frames raises if there is no frame"
-    return _Decoded(file_sha256(source.path), fps, height, width, finder.shots(), kept)
+    return _Decoded(file_sha256(source.path), fps, height, width, finder.shots(), kept, file)
+
+
+def _append(file: IO[bytes], array: np.ndarray) -> int:
+    """Write an array to the end of a file; return its place for `_read`."""
+    place = file.tell()
+    np.save(file, array)
+    return place
+
+
+def _read(file: IO[bytes], place: int) -> np.ndarray:
+    file.seek(place)
+    array: np.ndarray = np.load(file)
+    return array
 
 
 def _clips(
@@ -240,7 +274,7 @@ def _clips(
     for start, end in decoded.shots:
         inside = [entry for entry in decoded.kept if start <= entry[0] < end]
         chosen = [inside[i] for i in sorted({0, len(inside) // 2, len(inside) - 1})] if inside else []
-        pictures = [cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1] for _, _, jpeg in chosen]
+        pictures = [cv2.imdecode(_read(decoded.file, jpeg), cv2.IMREAD_COLOR)[..., ::-1] for _, _, jpeg in chosen]
         middle = pictures[len(pictures) // 2] if pictures else None
         row: dict[str, Any] = {
             "id": f"{decoded.sha256[:16]}-{start:07d}",
@@ -252,7 +286,7 @@ def _clips(
             "height": decoded.height,
             "width": decoded.width,
             "caption": source.caption,
-            "motion": scores.motion([gray for _, gray, _ in inside]),
+            "motion": scores.motion([_read(decoded.file, gray) for _, gray, _ in inside]),
             "text_area": scores.text_area(pictures) if settings.text and pictures else None,
         }
         if middle is not None:

@@ -46,7 +46,8 @@ def write(rows: Iterable[Mapping[str, Any]], path: Path, made_with: Mapping[str,
     pyarrow, parquet = pyarrow_modules()
     complete = [{name: row.get(name) for name in COLUMNS} for row in rows]
     with written_whole(path) as temporary:
-        parquet.write_table(pyarrow.Table.from_pylist(complete, schema=_schema(made_with)), temporary)
+        table = pyarrow.Table.from_pylist(complete, schema=_schema(made_with))
+        parquet.write_table(table, temporary, write_page_checksum=True)
 
 
 def part_path(folder: str | os.PathLike[str], video: str) -> Path:
@@ -100,7 +101,7 @@ def _read_file(path: Path, columns: Sequence[str] | None = None) -> tuple[dict[s
     pyarrow, parquet = pyarrow_modules()
     again = f"remove {path.name} and run reducio-fast curate again"
     try:
-        table = parquet.read_table(path, columns=columns)
+        table = parquet.read_table(path, columns=columns, page_checksum_verification=True)
     except FileNotFoundError:
         raise ReducioError(f"no such manifest: {path}") from None
     except (OSError, pyarrow.ArrowException) as error:

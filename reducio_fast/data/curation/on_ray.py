@@ -6,23 +6,30 @@ The function writes its output as files on a file system that all machines share
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ...system import ray_cluster
+from ...system.errors import ReducioError, is_out_of_memory
 
 _Task = TypeVar("_Task")
 
 
-def map_on_ray(tasks: Sequence[_Task], function: Callable[[_Task], Any], address: str) -> Iterator[Any]:
-    """Yield `function(task)` of each task, in any order; a task uses one CPU.
+def map_on_ray(
+    tasks: Sequence[_Task], function: Callable[[_Task], Any], address: str, gpu: bool = False
+) -> Iterator[Any]:
+    """Yield `function(task)` of each task, in any order; a task uses one CPU and, with `gpu`, one GPU as its `cuda:0`.
 
-    `address` "local" starts a cluster on this machine. Raises `ReducioError` without Ray, or if there is no cluster.
+    `address` "local" starts a cluster on this machine. Raises `ReducioError` without Ray, or if there is no cluster or
+    it has no GPU. A task's `ReducioError`, `OSError` or lack of memory is raised here as the same exception.
     """
     if not tasks:
         return
     ray = ray_cluster.connect(address)
     try:
+        if gpu and not ray.cluster_resources().get("GPU"):
+            raise ReducioError(f"--ray {address}: the cluster has no GPU, and each task needs one")
         from ray import data as ray_data
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -30,10 +37,22 @@ def map_on_ray(tasks: Sequence[_Task], function: Callable[[_Task], Any], address
         tasks_by_number = ray.put(list(tasks))
 
         def run(row: dict[str, Any]) -> dict[str, Any]:
-            return {"result": function(ray.get(tasks_by_number)[row["id"]])}
+            result, failure = None, None
+            try:
+                result = function(ray.get(tasks_by_number)[row["id"]])
+            except Exception as error:
+                if not (isinstance(error, ReducioError | OSError) or is_out_of_memory(error)):
+                    raise
+                failure = error  # returned, because Ray raises every error as a RayTaskError
+            return {"outcome": pickle.dumps((result, failure))}
 
+        # Ray ends a process after each task that uses a GPU unless `max_calls` is 0; what it has loaded would be lost.
+        options = {"num_gpus": 1, "max_calls": 0} if gpu else {}
         numbers = ray_data.range(len(tasks), override_num_blocks=len(tasks))
-        for row in numbers.map(run, num_cpus=1).iter_rows():
-            yield row["result"]
+        for row in numbers.map(run, num_cpus=1, **options).iter_rows():
+            result, failure = pickle.loads(row["outcome"])
+            if failure is not None:
+                raise failure
+            yield result
     finally:
         ray.shutdown()

@@ -84,7 +84,7 @@ class ClipScorer:
     `ReducioError` if one of them cannot be loaded.
     """
 
-    def __init__(self, weights: str | Path, head: str | Path | None = None) -> None:
+    def __init__(self, weights: str | Path, head: str | Path | None = None, device: Any = "cpu") -> None:
         import open_clip
         import torch
 
@@ -95,8 +95,8 @@ class ClipScorer:
             self.tokenizer = open_clip.get_tokenizer(name)
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise ReducioError(f"{weights} holds no open_clip model: {first_line(error)}") from error
-        self.model.eval()
-        self._torch = torch
+        self.model.eval().to(device)
+        self._torch, self._device = torch, device
 
     def __call__(self, frame: np.ndarray, caption: str | None) -> dict[str, float | None]:
         """`clip_similarity` (cosine, None without a caption) and `aesthetic` (about 1..10, None without a head)."""
@@ -104,14 +104,15 @@ class ClipScorer:
 
         torch = self._torch
         with torch.inference_mode():
-            image = self.model.encode_image(self.preprocess(Image.fromarray(frame))[None])
+            image = self.model.encode_image(self.preprocess(Image.fromarray(frame))[None].to(self._device))
             image = torch.nn.functional.normalize(image, dim=-1)
             scores: dict[str, float | None] = {"clip_similarity": None, "aesthetic": None}
             if caption:
-                text = torch.nn.functional.normalize(self.model.encode_text(self.tokenizer([caption])), dim=-1)
+                text = self.model.encode_text(self.tokenizer([caption]).to(self._device))
+                text = torch.nn.functional.normalize(text, dim=-1)
                 scores["clip_similarity"] = float((image * text).sum())
             if self.head is not None:
-                scores["aesthetic"] = float((image @ self.head["weight"].T + self.head["bias"]).squeeze())
+                scores["aesthetic"] = float((image.cpu() @ self.head["weight"].T + self.head["bias"]).squeeze())
         return scores
 
 

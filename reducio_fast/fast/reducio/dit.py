@@ -388,16 +388,16 @@ class FastTransformer(Regional):
                 first = x - before
                 if cache.serves(first):
                     cache.kept += 1
-                    x = x + cache.others
+                    x = x + cache.others[x.shape]
                     return x, self.first_norm(x, _rows(shift, len(x)), _rows(scale, len(x)), NORM_EPS), grid
-                cache.first = first
+                cache.first[first.shape] = first
             following = (blocks_M6D[i + 1, 0], blocks_M6D[i + 1, 1]) if i < last else (shift, scale)
             condition = (prepared.keys_values[i], prepared.key_count)
             free = prepared.keys_values[i] if x.device.type == "cpu" else ()
             x, y = self.block(self.block_name, block, x, y, blocks_M6D[i], following, *condition, grid[0], free=free)
         if cache is not None:
             cache.computed += 1
-            cache.others = x - after_first
+            cache.others[x.shape] = x - after_first
         return x, y, grid
 
     def tokens(self, latent: Tensor, position: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Beside what `layers` and `transformer` fold:
 - one table per schedule holds the projected embeddings of time, frame rate and motion for all steps and res blocks;
 - the kernel that runs before a skip connection is concatenated leaves room for it, so only the skip is copied;
-- guidance per frame, EDM's preconditioning and the Euler step are one row of the sampler's kernel.
+- guidance per frame, EDM's preconditioning of the prediction and the Euler step are one row of the sampler's kernel.
 """
 
 from __future__ import annotations
@@ -49,13 +49,10 @@ class Conditions(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """Inputs of one step. rows: two per res block, the spatial half's and the temporal half's. scale: of guidance, []
-    or [T, 1, 1, 1]; None: no guidance. It is an input because a CUDA graph would keep any other value of its capture.
-    """
+    """Inputs of one step. rows: two per res block, the spatial half's and the temporal half's."""
 
     rows: list[Tensor]
     conditions: Conditions
-    scale: Tensor | None = None
 
 
 class Level(nn.Module):
@@ -172,7 +169,10 @@ class FastVideoUNet(Regional):
         conditions, rows = inputs.conditions, iter(inputs.rows)
         batch, frames = conditions.image.shape[:2]
         noisy = latent.to(self.dtype).permute(0, 1, 3, 4, 2)
-        noisy = noisy if len(noisy) == batch else noisy.repeat(batch // len(noisy), 1, 1, 1, 1)
+        halves = batch // len(noisy)  # a latent that both share is not copied before it is joined to their images
+        joined = torch.cat(
+            [noisy.expand(halves, *noisy.shape), conditions.image.unflatten(0, (halves, len(noisy)))], dim=-1
+        )
         block_rows = iter(conditions.rows)
 
         def run(level: Level, index: int, x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class FastVideoUNet(Regional):
             tokens = self.block("dit.transformer", transformer, x, frames, next(block_rows), conditions.context)
             return level.last_products[index](tokens, x)
 
-        x = self.conv_in(torch.cat([noisy, conditions.image], dim=-1).flatten(0, 1))
+        x = self.conv_in(joined.flatten(0, 2))
         skips = [x]
         for level in self.down:
             for index in range(len(level.blocks)):
@@ -215,22 +215,20 @@ class FastVideoUNet(Regional):
         guides = needs_guidance(guidance_scale)
         condition = join(cond.without_image() if uncond is None else uncond, cond) if guides else cond
         condition = condition.to(self.conv_in.bias.device, self.dtype)
-        scale = guidance_per_frame(guidance_scale, self.conv_in.bias.device) if guides else None
-        return FastVideoDenoiser(self, condition, scale)
+        return FastVideoDenoiser(self, condition, guidance_scale if guides else 1.0)
 
 
 @dataclass(slots=True)
 class FastVideoDenoiser:
     """The twin with a condition, both halves of guidance in one batch, as `fast.sampler.sample` takes it.
 
-    condition: None in what a graph keeps, see `bare`. scale: of guidance, one number or one per frame [T, 1, 1, 1];
-    None: no guidance, and half the batch.
+    condition: None in what a graph keeps, see `bare`. guidance_scale: one number or one per frame [T]. The step's
+    kernel guides, by values in its row of the sampler's table, which is an input of the graph.
     """
 
     model: FastVideoUNet
     condition: ImageCondition | None = None
-    scale: float | Tensor | None = None
-    guidance_scale: float = 1.0  # of the sampler's kernel: `predict` has guided already, frame by frame
+    guidance_scale: float | Tensor = 1.0
     graph_name: str = "dit.step"
 
     @property
@@ -242,37 +240,52 @@ class FastVideoDenoiser:
         return self.model.step_update
 
     def bare(self) -> FastVideoDenoiser:
-        """Without the condition and the scale of one clip: `predict` reads both from its inputs."""
+        """Without the condition and the scale of one clip: `predict` reads the condition from its inputs."""
         return FastVideoDenoiser(self.model)
 
     def plain(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The same for the reference's sampler, which any scheduler steps."""
-        return lambda latent, timestep: self.predict(latent, self.schedule(timestep.reshape(1), latent)[0]).to(
-            latent.dtype
+        return lambda latent, timestep: self.guided(
+            latent, self.schedule(timestep.reshape(1), latent)[0], self.scale(latent)
         )
 
+    def scale(self, latent: Tensor) -> Tensor | None:
+        """Of guidance, [] or [T, 1, 1, 1]; None: no guidance, and half the batch."""
+        if not needs_guidance(self.guidance_scale):
+            return None
+        scale = guidance_per_frame(self.guidance_scale, latent.device)
+        return scale if isinstance(scale, Tensor) else latent.new_full((), scale)
+
     def schedule(self, timesteps: Tensor, latent: Tensor) -> list[StepInputs]:
-        condition, frames, scale = self.condition, latent.shape[1], self.scale
+        condition, frames = self.condition, latent.shape[1]
         assert condition is not None, "a bare denoiser has no schedule"
         image = condition.latents
         image = image[:, None].expand(-1, frames, -1, -1, -1) if image.ndim == 4 else image
         conditions = self.model.conditions(image.permute(0, 1, 3, 4, 2), condition.embeds, condition.added_time_ids)
         rows = self.model.rows(timesteps, condition.added_time_ids, frames)
-        if scale is not None and not isinstance(scale, Tensor):
-            scale = latent.new_full((), scale)
-        return [StepInputs(step, conditions, scale) for step in rows]
+        return [StepInputs(step, conditions) for step in rows]
 
     def predict(self, latent: Tensor, inputs: StepInputs) -> Tensor:
+        """Not guided; in the network's dtype if the latent is float32, else in the latent's, as the kernel takes it."""
+        prediction = self.model.denoise(latent, inputs)
+        return prediction if latent.dtype == torch.float32 else prediction.to(latent.dtype)
+
+    def guided(self, latent: Tensor, inputs: StepInputs, scale: Tensor | None) -> Tensor:
+        """The prediction in the latent's dtype, guided by torch. scale: see `scale`."""
         prediction = self.model.denoise(latent, inputs).to(latent.dtype)
-        if inputs.scale is None:
+        if scale is None:
             return prediction
         without, with_image = prediction.chunk(2)
-        return without + inputs.scale * (with_image - without)
+        return without + scale * (with_image - without)
 
 
 class EndInputs(NamedTuple):
+    """scale: of guidance, see `FastVideoDenoiser.scale`. It is an input because a CUDA graph would keep any other value
+    of its capture."""
+
     first: StepInputs
     last: StepInputs
+    scale: Tensor | None
 
 
 @dataclass(slots=True)
@@ -281,7 +294,7 @@ class TwoEndedDenoiser:
 
     first: FastVideoDenoiser
     last: FastVideoDenoiser
-    guidance_scale: float = 1.0
+    guidance_scale: float = 1.0  # of the sampler's kernel: each end is guided before the two are joined
     graph_name: str = "dit.step"
 
     @property
@@ -294,11 +307,12 @@ class TwoEndedDenoiser:
 
     def schedule(self, timesteps: Tensor, latent: Tensor) -> list[EndInputs]:
         schedules = (self.first.schedule(timesteps, latent), self.last.schedule(timesteps, latent))
-        return [EndInputs(*pair) for pair in zip(*schedules, strict=True)]
+        scale = self.first.scale(latent)
+        return [EndInputs(*pair, scale) for pair in zip(*schedules, strict=True)]
 
     def predict(self, latent: Tensor, inputs: EndInputs) -> Tensor:
-        last = self.last.predict(latent.flip(1), inputs.last).flip(1)
-        return towards_last(self.first.predict(latent, inputs.first), last)
+        last = self.last.guided(latent.flip(1), inputs.last, inputs.scale).flip(1)
+        return towards_last(self.first.guided(latent, inputs.first, inputs.scale), last)
 
     def bare(self) -> TwoEndedDenoiser:
         """Without the conditions and the scales of one clip."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...reference import DiTConfig, VAEConfig
+from ...reference import DiTConfig
 from ...system.devices import triton_missing, widened
 from ...system.errors import ReducioError
 from ...system.real_numbers import to_float
@@ -66,7 +66,7 @@ def _check_encodable(name: str, texts: Sequence[str]) -> None:
             raise ReducioError(f"{name}: holds {wrong!r}, which is no character; is {_brief(text)}") from None
 
 
-def check_size(config: VAEConfig, height: Any, width: Any) -> None:
+def check_size(config: Any, height: Any, width: Any) -> None:
     check_multiple("height", height, config.spatial_factor)
     check_multiple("width", width, config.spatial_factor)
     for name, value in (("height", height), ("width", width)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Components:
         self._parts = {name: parts[name] for name in (*layout.names, *layout.settings)}
         self._unloaded: set[str] = set()
         self.source: str | None = None  # the model's folder or hub id, where its autoencoder came from there
+        self.folder: Path | None = None  # that the components were read from
 
     def __getitem__(self, name: str) -> Any:
         return self._parts[name]
@@ -106,7 +108,7 @@ class Components:
                 if hasattr(part, "scheduler"):
                     parts[name].scheduler = copy.deepcopy(part.scheduler)
         other = Components(self.layout, parts)
-        other._unloaded, other.source = set(self._unloaded), self.source
+        other._unloaded, other.source, other.folder = set(self._unloaded), self.source, self.folder
         return other
 
     @property

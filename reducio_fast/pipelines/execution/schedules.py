@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from ...reference.sampler import quadratic_timesteps
+from ...reference.sampler import quadratic_timesteps, set_timesteps
 from ...system.errors import ReducioError
 
 # diffusers' fields that choose another spacing; at most one may be set.
@@ -60,6 +60,14 @@ def trial_timesteps(scheduler: Any, steps: int, timesteps: list[int] | None) -> 
     else:
         trial.set_timesteps(timesteps=timesteps)
     return trial.timesteps
+
+
+def check_sigmas(scheduler: Any, sigmas: Sequence[float]) -> None:
+    """Raise ReducioError for sigmas that the scheduler cannot follow."""
+    try:
+        set_timesteps(copy.deepcopy(scheduler), len(sigmas) - 1, "cpu", sigmas)
+    except ValueError as error:
+        raise ReducioError(str(error)) from error
 
 
 def unfollowed_by_twins(

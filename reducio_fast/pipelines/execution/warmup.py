@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ...system import deadline, torch_state
+from ...system import cores, deadline, torch_state
 from ...system.deadline import Job, Outcome, run
 from ...system.errors import ReducioError
 from ..call import validation
@@ -45,6 +45,7 @@ def warm_up(
         each.executor.warned_sizes.update(wanted)  # no warning for sizes that the user asked to warm up
     engine = pipe.executor.engine
     jobs = [Job(f"{h}x{w}", _clip(worker, h, w)) for h, w in wanted]
+    jobs[0] = Job(jobs[0].name, _after_kernels(worker, jobs[0].run))
     with tqdm(total=len(jobs), desc="warm-up", unit="size", disable=not progress) as bar:
         with engine.warming():
             outcome = run(jobs, deadline, on_done=lambda name: bar.update(), clock=clock)
@@ -68,6 +69,32 @@ def _check_sizes(pipe: Any, sizes: Sequence[int | Size] | None) -> list[Size]:
         height, width = pair
         validation.check_size(pipe.vae.config, height, width)
     return list(dict.fromkeys((int(height), int(width)) for height, width in pairs))
+
+
+def _after_kernels(pipe: Any, make: Callable[[deadline.Check], object]) -> Callable[[deadline.Check], None]:
+    """`make`, after the kernels of the fast path are compiled on all cores: one by one, when the clip needs them, they
+    take a second and more each."""
+
+    def run(check: deadline.Check) -> None:
+        executor = pipe.executor
+        if executor.device.type == "cuda" and executor.backend == "fast":
+            from ...fast import launches
+            from ...fast.engine import add_tuned_tables
+            from ...triton_kernels.tables import arch_of
+
+            denoiser, decoder = pipe.parts[pipe.layout.denoiser], pipe.parts[pipe.layout.decoder]
+            engine, arch = executor.engine, arch_of(executor.device)
+            add_tuned_tables(executor.device)
+            with torch_state.inference():
+                wanted = launches.launches_of(arch, denoiser, decoder, engine.attention, engine.quantisation)
+            count, failures = launches.precompile_launches(executor.device, wanted, cores.usable())
+            LOG.info("warm-up: compiled %d kernels", count - len(failures))
+            for failure in failures:  # the clip that needs the kernel will report more
+                LOG.warning("%s", failure)
+            check()
+        make(check)
+
+    return run
 
 
 def _clip(pipe: Any, height: int, width: int) -> Callable[[deadline.Check], None]:

@@ -87,6 +87,7 @@ class PeerPipeline:
         if source.weights in (RANDOM, RANDOM_TINY):
             return cls(source, build_random(peer, source.weights == RANDOM_TINY, dtype, device))
         folder = hub.find_model(source.weights)
+        strict_files.check_model_folder(folder)
         class_name = strict_files.read_json(folder / strict_files.INDEX).get("_class_name")
         if class_name not in peer.pipelines:
             raise ReducioError(

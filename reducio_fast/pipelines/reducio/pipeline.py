@@ -175,6 +175,7 @@ class ReducioPipeline(VideoPipeline):
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free_dtype)
         pipe.parts.source = None if "vae" in components else hub.lasting_name(folder)
+        pipe.parts.folder = folder.absolute()
         if quantise is not None:
             pipe.executor.quantise(quantise, largest, folder)
         return pipe
@@ -182,7 +183,8 @@ class ReducioPipeline(VideoPipeline):
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the folder that `from_pretrained` reads, each weight in its own dtype.
 
-        Components that `text_to_image` shares with this pipeline are written once. An earlier model in that folder is
+        Components that `text_to_image` shares with this pipeline are written once. The calibration for `quantise` is
+        written too if the vae has the weights that it was made for, in any dtype. An earlier model in that folder is
         replaced once everything is written; a failure leaves it as it was. Raises ReducioError if a component was
         unloaded, because the folder would lack it.
         """
@@ -190,9 +192,7 @@ class ReducioPipeline(VideoPipeline):
         self.parts.check_saving()
         names = (*REDUCIO.names, *REDUCIO.settings)
         target = expanded(save_directory, "save_directory")
-        model_folder.write_model(target, {name: self.parts[name] for name in names}, REDUCIO)
-        if (quantisation := self.executor.engine.quantisation) is not None:
-            calibration_file.write(target, quantisation.largest)
+        model_folder.write_model(target, {name: self.parts[name] for name in names}, REDUCIO, self.parts.folder)
 
     def push_to_hub(
         self,

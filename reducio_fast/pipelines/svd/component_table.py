@@ -8,7 +8,7 @@ from typing import Any
 from ...checkpoints import diffusers_folders, hub, networks, published_svd, strict_files
 from ...checkpoints.layouts import SV3D, SVD
 from ...checkpoints.model_folder import OURS, Loading
-from ...reference.svd.config import FrameVAEConfig, TemporalVAEConfig, VideoUNetConfig, time_id_widths
+from ...reference.svd.config import NORM_GROUPS, FrameVAEConfig, TemporalVAEConfig, VideoUNetConfig, time_id_widths
 from ...reference.svd.consistency import CONFIG_FILE, ConsistencyConfig, ConsistencyScheduler
 from ...reference.svd.unet import VideoUNet
 from ...reference.svd.vae import FrameVAE, TemporalVAE
@@ -147,3 +147,18 @@ def check_components(parts: Components) -> None:
     ):
         if needed != given:
             raise ReducioError(f"unet has {needs}={needed:g}, {source} gives {given}")
+
+
+def check_norms(parts: Components, frames: int, height: int, width: int) -> None:
+    """Raise ReducioError for a latent of so few cells that a network would normalise single values."""
+    unet, vae = parts["unet"].config, parts["vae"].config
+    values = [("vae", min(vae.block_out_channels[-2:]) * height * width)]
+    for level in range(len(unet.block_out_channels)):
+        channels = min(unet.block_out_channels[max(level - 1, 0) : level + 1])  # the first norm has those from before
+        cells = -(-height // 2**level) * -(-width // 2**level)
+        values.append(("unet", frames * channels * cells))
+    for name, count in values:
+        if count <= NORM_GROUPS:
+            factor = vae.spatial_factor
+            size = f"{height * factor}x{width * factor} with num_frames={frames}"
+            raise ReducioError(f"height, width: {size} is too small for the {name}, whose norms need two values each")

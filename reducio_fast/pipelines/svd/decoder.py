@@ -140,6 +140,8 @@ def decode_latents(
     else:
         folder = hub.find_model(name, files=("vae/*",), ignored=("*/*.fp16.*",))
     resolved_dtype = devices.resolve_dtype(dtype, None, target_device)
+    if not (folder / "vae").is_dir():  # which is all that is read here
+        strict_files.check_model_folder(folder)
     class_name = strict_files.read_json(folder / "vae" / strict_files.CONFIG).get("_class_name")
     is_frame_vae = class_name == networks.published_class(FrameVAE)[1]
     network_class: Any = FrameVAE if is_frame_vae else TemporalVAE

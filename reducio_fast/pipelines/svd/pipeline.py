@@ -42,8 +42,9 @@ from ..execution.executor import Executor
 from ..execution.first_stage import FirstStage
 from ..execution.loading import loading
 from ..execution.sampling import Sampler
+from ..execution.schedules import check_sigmas
 from ..video_pipeline import VideoPipeline
-from .component_table import LOADERS, check_components
+from .component_table import LOADERS, check_components, check_norms
 from .conditioner import ImageConditioner
 from .decoder import ClipDecoder
 from .dry_runs import DryStages
@@ -252,10 +253,7 @@ class SVDPipeline(VideoPipeline):
             for side, usual in zip((inputs.height, inputs.width), self.usual_size, strict=True)
         )
         factor = self.vae.config.spatial_factor
-        for name, side in (("height", height), ("width", width)):
-            validation.check_multiple(name, side, factor)
-            if side > validation.MAX_SIDE:
-                raise ReducioError(f"{name}: {side} is above the largest side, {validation.MAX_SIDE}")
+        validation.check_size(self.vae.config, height, width)
         trained = self.unet.config.num_frames
         asked = trained if inputs.num_frames is None else inputs.num_frames
         total = validation.check_count("num_frames", asked, MAX_FRAMES)
@@ -274,6 +272,8 @@ class SVDPipeline(VideoPipeline):
         )
         if isinstance(sigmas, str):
             sigmas = align_your_steps(int(steps))
+        if sigmas is not None:
+            check_sigmas(self.scheduler, [float(sigma) for sigma in sigmas])
         ids = ("fps", "motion_bucket_id", "noise_aug_strength")
         fps, motion_bucket_id, noise_aug_strength = (validation.check_number(n, getattr(inputs, n)) for n in ids)
         if fps == 0:
@@ -289,6 +289,7 @@ class SVDPipeline(VideoPipeline):
         count, is_list = len(images) * per_image, is_list or per_image > 1
         generators = validation.check_generators(count, inputs.seed, inputs.generator)
         shape = (frames, self.vae.config.latent_channels, height // factor, width // factor)
+        check_norms(self.parts, frames, *shape[2:])
         latents: Sequence[Tensor | None] = [None] * count
         if inputs.latents is not None:
             latents = validation.check_latents(inputs.latents, shape, count, is_list)

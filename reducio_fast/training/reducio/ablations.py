@@ -7,6 +7,7 @@ the table of all runs.
 from __future__ import annotations
 
 import csv
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,25 +63,34 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 def run_ablation(
-    name: str, train: Callable[[list[str], Path], dict[str, float]], out: Path, seeds: int
+    name: str,
+    load: Callable[[list[str]], Any],
+    train: Callable[[Any, Path], dict[str, float]],
+    out: Path,
+    seeds: int,
 ) -> list[dict[str, Any]]:
     """Train all variants, seed by seed, write `out/ablation.csv` and return its rows.
 
     Args:
-        train: called with changes of the recipe and the folder of a run; returns the run's figures.
+        load: called with changes of the recipe; returns the changed recipe.
+        train: called with a recipe and the folder of a run; returns the run's figures.
         seeds: number of runs per variant, with `loop.seed` 0, 1, ...
 
     Raises:
-        ReducioError: the figures of a run lack the compared figure, because the recipe sets no `held_out`.
+        ReducioError: there are several processes, of which each can join only one run; a variant's recipe is not valid,
+            or sets no `held_out`.
     """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ReducioError(f"WORLD_SIZE={processes}: --ablation {name} is trained by one process, without torchrun")
     ablation, rows = ABLATIONS[name], []
-    for seed in range(seeds):
-        for variant, changes in ablation.variants.items():
-            figures = train([*changes, f"loop.seed={seed}"], out / variant / f"seed-{seed}")
-            if ablation.figure not in figures:
-                raise ReducioError(f"ablation {name}: the recipe needs held_out, the number of clips to compare on")
-            rows.append({"variant": variant, "seed": seed, **figures})
-            _write(rows, out / TABLE)
+    runs = [(variant, seed) for seed in range(seeds) for variant in ablation.variants]
+    recipes = [load([*ablation.variants[variant], f"loop.seed={seed}"]) for variant, seed in runs]
+    if not all(recipe.held_out for recipe in recipes):
+        raise ReducioError(f"ablation {name}: the recipe needs held_out, the number of clips to compare on")
+    for (variant, seed), recipe in zip(runs, recipes, strict=True):
+        figures = train(recipe, out / variant / f"seed-{seed}")
+        rows.append({"variant": variant, "seed": seed, **figures})
+        _write(rows, out / TABLE)
     return rows
 
 

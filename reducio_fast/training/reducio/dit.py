@@ -11,22 +11,21 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from ...checkpoints.layouts import REDUCIO
 from ...checkpoints.model_folder import read_facts, read_index, write_model
 from ...checkpoints.networks import load_model
 from ...checkpoints.strict_files import INDEX as MODEL_INDEX
-from ...checkpoints.strict_files import check_component, check_same_class, embedded_model
-from ...data.latent_shards import EpochOrder, LatentDataset
+from ...checkpoints.strict_files import check_component, check_model_folder, check_same_class, embedded_model
+from ...data.epoch_order import EpochOrder
+from ...data.latent_shards import LatentDataset
 from ...reference import DiTConfig, ReducioDiT
 from ...reference.reducio.config import DIT_PRESETS
 from ...system.atomic_files import check_replaceable
@@ -35,6 +34,7 @@ from ...system.paths import check_output_folder
 from ..loop import LoopConfig, Outcome, recorded_fields, run
 from ..processes import joined
 from ..recipe_file import check_least, check_share, configured
+from ..recompute import recompute
 from .extract import encoder_checksums, encoder_settings
 from .objective import Objective
 
@@ -125,8 +125,7 @@ def train_dit(
             read or written at the end; or see `loop.run`.
     """
     folder = Path(model) if model is not None else embedded_model()
-    if not (folder / MODEL_INDEX).is_file():
-        raise ReducioError(f"{folder} is no model folder (no {MODEL_INDEX})")
+    check_model_folder(folder)
     dataset = LatentDataset(latents, encoder_checksums(folder), encoder_settings(folder))
     recorded = recorded_fields(recipe, latents=asdict(dataset.about), clips=dataset.counts)
     dataset.leave_out(set(IMAGE_CONDITIONS) - set(recipe.image_conditions))
@@ -178,8 +177,14 @@ def build_network(recipe: DiTRecipe) -> ReducioDiT:
 
 
 def _start_from(network: ReducioDiT, other: ReducioDiT, folder: Path) -> None:
-    """Load the weights of the previous stage. Embeddings that this stage adds (1024: for sizes) start with output 0."""
+    """Load the weights of the previous stage. Embeddings that this stage adds (1024: for sizes) start with output 0. If
+    only the previous stage learned the variance, its outputs are left out."""
     weights, wanted = other.state_dict(), network.state_dict()
+    if other.config.learn_sigma and not network.config.learn_sigma:
+        # The output's rows are (place in the patch, channel); the means come first, see `unpatchify`.
+        patch, channels = math.prod(other.config.patch_size), other.config.latent_channels
+        for name in ("proj_out.weight", "proj_out.bias"):
+            weights[name] = weights[name].unflatten(0, (patch, -1))[:, :channels].flatten(0, 1)
     new = [name for name in wanted if name not in weights]
     if not all(name.startswith(ADDED_EMBEDDINGS) for name in new) or any(
         wanted[name].shape != value.shape for name, value in weights.items() if name in wanted
@@ -192,15 +197,6 @@ def _start_from(network: ReducioDiT, other: ReducioDiT, folder: Path) -> None:
         for name, parameter in network.named_parameters():
             if name in new and ".linear_2." in name:
                 parameter.zero_()
-
-
-def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Make blocks keep only their inputs for the backward pass and recompute their activations there."""
-    for block in blocks:
-        forward = block.forward
-        block.forward = lambda *inputs, _forward=forward: (  # type: ignore[method-assign]
-            checkpoint(_forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else _forward(*inputs)
-        )
 
 
 class Trainer:
@@ -304,7 +300,7 @@ def held_out_error(network: ReducioDiT, objective: Objective, batch: Batch) -> f
 
 
 def _check_fits(config: DiTConfig, dataset: LatentDataset) -> None:
-    sample = dataset.sample(next(iter(dataset.counts)), 0, check=True)
+    sample = dataset.sample(next(iter(dataset.counts)), 0)
     wanted = {
         "caption_channels": (sample["text"].shape[-1], config.caption_channels),
         "latent_channels": (sample["latent"].shape[0], config.latent_channels),
@@ -355,7 +351,7 @@ def export(config: DiTConfig, outcome: Outcome, recipe: DiTRecipe, model: Path, 
     for name, encoder in zip(IMAGE_CONDITIONS, ("image_encoder", "content_encoder"), strict=True):
         if name not in recipe.image_conditions:
             parts[encoder] = None
-    write_model(target, parts, REDUCIO)
+    write_model(target, parts, REDUCIO, model)
     (target / "training.json").write_text(
         json.dumps({"steps": outcome.step, "seconds": round(outcome.seconds, 1)}, indent=2) + "\n", encoding="utf-8"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import zlib
 from collections import defaultdict
@@ -38,7 +39,8 @@ from ...pipelines.reducio.component_table import check_encoder_settings
 from ...pipelines.reducio.encoders import ContentEncoder, SemanticEncoder, TextEncoder
 from ...reference import ReducioVAE, VAEConfig
 from ...system.devices import resolve_device, resolve_dtype
-from ...system.errors import ReducioError, first_line
+from ...system.errors import ReducioError, first_line, lacks_space
+from ...system.paths import missing_room
 
 ENCODERS = ("vae", "content_encoder", "image_encoder", "text_encoder", "tokenizer")
 RATE = 16.0  # the release's training frame rate: every round(fps / 16)-th frame of a video is used
@@ -85,7 +87,8 @@ def extract(
         Counts: `clips`, `errors` (clips that could not be decoded or encoded), `shards` (written by this call).
 
     Raises:
-        ReducioError: the manifest or the model cannot be read, or `out` holds latents of other clips or encoders.
+        ReducioError: the manifest or the model cannot be read, `out` holds latents of other clips or encoders, or its
+            disk has no space for the latents.
     """
     folder = Path(model) if model is not None else embedded_model()
     if not (folder / MODEL_INDEX).is_file():
@@ -115,10 +118,19 @@ def extract(
         **encoder_settings(folder),
     )
     latent_shards.write_about(target, about)
-    encode_captions(encoders, captions, target, chosen.shard_size)
     todo = latent_shards.missing(target, shards)
+    # "at least", because the captions, whose numbers of tokens are not known, and the index come on top.
+    if reason := missing_room(target, sum(len(shard.clips) * encoders.clip_bytes(shard.bucket) for shard in todo)):
+        raise ReducioError(f"no space left in {target} for the latents: at least {reason}")
+    encode_captions(encoders, captions, target, chosen.shard_size)
     if ray is not None:
-        results: Any = map_on_ray(todo, lambda shard: extract_shard(chosen, config, shard), ray)
+        # Ray gives each task a GPU, which is the only one that the task sees, whatever the number in `device`.
+        shared = dataclasses.replace(
+            chosen, model=os.path.abspath(folder), out=os.path.abspath(out), device=device.type
+        )
+        results: Any = map_on_ray(
+            todo, lambda shard: extract_shard(shared, config, shard), ray, gpu=device.type == "cuda"
+        )
     else:
         results = (write_clips(encoders, shard, target) for shard in todo)
     made = sum(1 for _ in tqdm(results, desc="extract", total=len(todo), disable=not progress, unit="shard"))
@@ -197,6 +209,14 @@ class Encoders:
                 raise ReducioError(f"{name} has values that do not fit float16")
         return parts
 
+    def clip_bytes(self, bucket: Size) -> int:
+        """Bytes of the tensors that `encode` returns for a clip of this size."""
+        (height, width), (rows, columns), factor = bucket, self.semantic.visual.grid_size, self.content.factor
+        latent = math.prod(self.config.latent_shape(height, width))
+        content = self.content.vae.config.latent_channels * (height // factor) * (width // factor)
+        semantic = rows * columns * self.semantic.visual.conv1.out_channels
+        return (latent + content + semantic) * torch.float16.itemsize
+
 
 def encode_captions(encoders: Encoders, captions: Sequence[str], out: Path, shard_size: int) -> None:
     """Write the missing text shards."""
@@ -225,6 +245,8 @@ def write_clips(encoders: Encoders, shard: Shard, out: Path) -> int:
                     samples[clip.id] = first_line(error)
             reason = "the video ends before the clip does"
         except (ReducioError, OSError) as error:
+            if lacks_space(error):
+                raise
             reason = first_line(error)
         for clip in wanted:
             samples.setdefault(clip.id, reason)

@@ -26,7 +26,7 @@ from ...reference import ReducioVAE, VAEConfig
 from ...reference.reducio.config import VAE_PRESETS
 from ...system.checksum import file_sha256
 from ...system.errors import ReducioError
-from ..loop import LoopConfig, recorded_fields, run
+from ..loop import LoopConfig, recorded_fields, run, unchanged
 from ..processes import joined
 from ..recipe_file import check_least, check_positive, check_share, configured
 from .discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
@@ -50,6 +50,7 @@ class VAERecipe:
     discriminator_start: int = 5000  # first step with the adversarial losses
     discriminator_weight: float = 0.05  # factor on the adaptive weight
     discriminator_rate: float = 0.1  # factor on the autoencoder's learning rate
+    discriminator_warmup: int = 1000  # steps from its start in which its rate grows from a tenth to the whole
     discriminator_norm: str = "batch"
     discriminator_width: int = 64
     threads: int | None = None
@@ -67,12 +68,17 @@ class VAERecipe:
                 "loop.parallel: the adaptive weight needs the whole last layer, which only ddp does not shard"
             )
         check_least(self, 1, "discriminator_width", "threads")
-        check_least(self, 0, "held_out", "discriminator_start", "discriminator_rate")
+        check_least(self, 0, "held_out", "discriminator_start", "discriminator_rate", "discriminator_warmup")
         check_least(self, 0, "lpips_weight", "kl_weight", "outlier_weight", "discriminator_weight")
         check_positive(self, "rate")
         check_share(self, "least_area")
         if self.discriminator_norm not in ("batch", "group"):
             raise ReducioError(f"discriminator_norm={self.discriminator_norm!r}: must be batch or group")
+
+    def discriminator_factor(self, step: int) -> float:
+        """The discriminator's learning rate at a 0-based step, as a share of the autoencoder's."""
+        done = (step - self.discriminator_start) / self.discriminator_warmup if self.discriminator_warmup else 1.0
+        return self.discriminator_rate * (0.1 + 0.9 * min(1.0, max(0.0, done)))
 
 
 class Trained(nn.Module):
@@ -165,6 +171,7 @@ def train_vae(
         perceptual = None
         if lpips is not None:
             perceptual = Perceptual(lpips, device=str(processes.device)).model.requires_grad_(False)
+        rate = recipe.discriminator_factor
         outcome = run(
             "vae",
             model,
@@ -175,7 +182,7 @@ def train_vae(
             resume,
             accept_changes,
             progress,
-            rate_of=lambda name: recipe.discriminator_rate if "discriminator." in name else 1.0,
+            rate_of=lambda name: rate if "discriminator." in name else unchanged,
             recorded=recorded_fields(
                 recipe, clips=files.checksum(), lpips=None if lpips is None else file_sha256(Path(lpips))
             ),

@@ -15,18 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data.clip_files import ClipFiles
 from ...pipelines.svd.conditioner import ImageConditioner
 from ...pipelines.svd.pipeline import SVDPipeline
+from ...reference.svd.layers import SpatioTemporalResBlock
 from ...reference.svd.sampler import ImageCondition, join
-from ...reference.svd.unet import VideoUNet
+from ...reference.svd.unet import SpatioTemporalTransformer, VideoUNet
 from ...system.errors import ReducioError
 from ..edm import AUGMENTATION, PUBLISHED_LEVELS, NoiseLevels, velocity_error, without_some
 from ..loop import LoopConfig, recorded_fields, run
 from ..processes import joined
 from ..recipe_file import check_least, check_positive, check_share
+from ..recompute import recompute
 from .low_rank import TEMPORAL_ATTENTION, add_updates, save_updates
 
 _LEVELS = PUBLISHED_LEVELS["image-to-video-576x1024"]
@@ -49,6 +51,7 @@ class LoRARecipe:
     noise_mean: float = _LEVELS.mean
     noise_std: float = _LEVELS.std
     condition_drop: float = 0.1  # share of clips without their image, for classifier-free guidance
+    gradient_checkpointing: bool = False  # recompute the activations of a block in the backward pass
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +70,15 @@ class LoRARecipe:
     @property
     def levels(self) -> NoiseLevels:
         return NoiseLevels(mean=self.noise_mean, std=self.noise_std)
+
+
+def add_trained(unet: VideoUNet, recipe: LoRARecipe) -> nn.ModuleDict:
+    """Freeze the network and add the recipe's updates to it; returns the updates, as `add_updates` does."""
+    updates = add_updates(unet, recipe.rank, recipe.layers)
+    if recipe.gradient_checkpointing:
+        kinds = (SpatioTemporalResBlock, SpatioTemporalTransformer)
+        recompute(block for block in unet.modules() if isinstance(block, kinds))
+    return updates
 
 
 class Losses:
@@ -139,7 +151,7 @@ def train_lora(
         if any(side < 1 or side % factor for side in recipe.size):
             raise ReducioError(f"size={list(recipe.size)}: must be positive multiples of {factor}")
         torch.manual_seed(recipe.loop.seed)
-        updates = add_updates(pipe.unet, recipe.rank, recipe.layers)
+        updates = add_trained(pipe.unet, recipe)
         outcome = run(
             "svd-lora",
             updates,

@@ -7,7 +7,6 @@ columns, h w latent cells.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from ...reference.svd.vae import TemporalVAE
 from ...system.atomic_files import written_whole
 from ..edm import AUGMENTATION, PUBLISHED_LEVELS, NoiseLevels, velocity_error, without_some
 from ..loop import LoopConfig
+from ..mixed_precision import autocast
 from ..recipe import Context
 from .tiny_image_encoder import preprocess
 from .toy_clips import FRAMES, SIZE, draw_clip
@@ -62,18 +62,27 @@ class UNetSettings:
     config: VideoUNetConfig = field(default_factory=lambda: TINY_UNET)
 
 
-class Pool:
-    """Encoded clips in memory. Clip i depends on (seed, held_out, i) alone; the file is made once and kept."""
+def pool_key(context: Context, settings: UNetSettings) -> str:
+    """What clip i of the pools depends on besides i."""
+    frames = settings.config.num_frames
+    return context.pool_key(("vae", "image_encoder"), seed=settings.loop.seed, size=settings.size, frames=frames)
 
-    def __init__(self, folder: Path, settings: UNetSettings, held_out: bool, vae: TemporalVAE, encoder: object) -> None:
-        self.vae = vae
-        path = folder / f"{'held_out' if held_out else 'training'}.safetensors"
+
+class Pool:
+    """Encoded clips in memory. Clip i depends on (seed, held_out, i) alone; a resumed run reads their file."""
+
+    def __init__(
+        self, context: Context, settings: UNetSettings, held_out: bool, vae: TemporalVAE, encoder: object
+    ) -> None:
+        self.vae, key = vae, pool_key(context, settings)
+        path = context.run_folder("unet") / "pool" / f"{'held_out' if held_out else 'training'}.safetensors"
         count = settings.held_out_pool if held_out else settings.pool
-        if not path.is_file() or len(load_tensors(path)["told"]) != count:
-            folder.mkdir(parents=True, exist_ok=True)
+        if not context.has_pool(path, key) or len(load_tensors(path)["told"]) != count:
+            path.parent.mkdir(parents=True, exist_ok=True)
             encoded = [self._encode(settings, held_out, i, encoder) for i in range(count)]
             with written_whole(path) as temporary:
-                save_tensors({name: torch.stack([clip[name] for clip in encoded]) for name in encoded[0]}, temporary)
+                stacked = {name: torch.stack([clip[name] for clip in encoded]) for name in encoded[0]}
+                save_tensors(stacked, temporary, key=key)
         self.tensors = load_tensors(path)
 
     def __len__(self) -> int:
@@ -84,8 +93,10 @@ class Pool:
         rng = np.random.default_rng((settings.loop.seed, int(held_out), index))
         clip = draw_clip(rng, held_out, settings.size, settings.config.num_frames)
         video = to_unit(clip.frames)
+        with autocast(torch.device("cpu")):
+            latents = self.vae.encode(video) * self.vae.config.scaling_factor
         return {
-            "latents": (self.vae.encode(video) * self.vae.config.scaling_factor).half(),
+            "latents": latents.half(),
             "picture": torch.from_numpy(clip.frames[0].copy()),
             "embeds": encoder(preprocess(video[:1])).image_embeds,  # type: ignore[operator]
             "told": torch.tensor([clip.fps - 1.0, clip.motion_bucket_id]),
@@ -111,8 +122,7 @@ def train_unet(context: Context, settings: UNetSettings) -> dict[str, float]:
     encoder = load_foreign(
         "transformers", "CLIPVisionModelWithProjection", context.out / "image_encoder", torch.float32, "cpu"
     )
-    folder = context.run_folder("unet") / "pool"
-    pool, held_out_pool = (Pool(folder, settings, held_out, vae, encoder) for held_out in (False, True))
+    pool, held_out_pool = (Pool(context, settings, held_out, vae, encoder) for held_out in (False, True))
     vae.to(device)
     unet = VideoUNet(settings.config)
 
@@ -126,7 +136,7 @@ def train_unet(context: Context, settings: UNetSettings) -> dict[str, float]:
         parts = {"low_noise": error[~high], "high_noise": error[high]}
         return error.mean(), {name: part.mean().detach() for name, part in parts.items() if len(part)}
 
-    outcome = context.train("unet", unet, loss_fn, settings)
+    outcome = context.train("unet", unet, loss_fn, settings, pool=pool_key(context, settings))
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.loop.seed)

@@ -38,6 +38,7 @@ TINY_DIT = DiTConfig(
     learn_sigma=False,
     position_base_size=4,  # 128 pixels are 4 x 4 latent cells
 )
+ENCODERS = ("vae", "content_encoder", "image_encoder", "text_encoder", "tokenizer")
 # Velocity instead of noise: the first sampling steps multiply the error of a noise prediction by 150.
 NOISE_SCHEDULE = {**BETAS, "prediction_type": "v_prediction"}
 
@@ -115,11 +116,10 @@ def shard_path(folder: Path, held_out: bool, shard: int) -> Path:
     return folder / f"{'held_out' if held_out else 'training'}-{shard:04d}.safetensors"
 
 
-def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, shard: int, folder: Path) -> None:
+def encode_shard(
+    encoders: Encoders, settings: MotionSettings, held_out: bool, shard: int, folder: Path, key: str
+) -> None:
     """Draw and encode one file of the pool. Sample i depends only on (seed, held_out, i), not on the order of files."""
-    path = shard_path(folder, held_out, shard)
-    if path.is_file():
-        return
     parts, captions = [], []
     for start in range(shard * settings.shard, (shard + 1) * settings.shard, 8):
         texts, clips, decoded = zip(*(pool_clip(settings, held_out, i) for i in range(start, start + 8)), strict=True)
@@ -128,8 +128,19 @@ def encode_shard(encoders: Encoders, settings: MotionSettings, held_out: bool, s
     tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     tensors["caption"] = _as_bytes(captions)
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        save_tensors(tensors, temporary)
+    with written_whole(shard_path(folder, held_out, shard)) as temporary:
+        save_tensors(tensors, temporary, key=key)
+
+
+def encode_pools(context: Context, settings: MotionSettings, encoders: Encoders, folder: Path) -> str:
+    """Encode the files of both pools that this run cannot use, and return the pools' key."""
+    chosen = {name: getattr(settings, name) for name in ("shard", "decoded_share", "portrait_share", "size")}
+    key = context.pool_key(ENCODERS, seed=settings.loop.seed, **chosen)
+    for held_out in (True, False):
+        for shard in settings.shards(held_out):
+            if not context.has_pool(shard_path(folder, held_out, shard), key):
+                encode_shard(encoders, settings, held_out, shard, folder, key)
+    return key
 
 
 def _as_bytes(texts: list[str], width: int = 128) -> Tensor:
@@ -167,9 +178,7 @@ def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]
     """Train and save `transformer/` and `scheduler/`. Figures: velocity error on held-out scenes by noise level."""
     torch.manual_seed(settings.loop.seed)
     encoders, folder = Encoders(context.out), context.run_folder("motion") / "pool"
-    for held_out in (True, False):
-        for shard in settings.shards(held_out):
-            encode_shard(encoders, settings, held_out, shard, folder)
+    key = encode_pools(context, settings, encoders, folder)
     pool, held_out_pool = (Pool(folder, settings, held_out, encoders) for held_out in (False, True))
     model, noiser = ReducioDiT(settings.config), DDPMScheduler(**NOISE_SCHEDULE)
 
@@ -196,7 +205,7 @@ def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]
         half = settings.batch // 2
         return error.mean(), {"low_noise": error[:half].mean().detach(), "high_noise": error[half:].mean().detach()}
 
-    outcome = context.train("motion", model, loss_fn, settings)
+    outcome = context.train("motion", model, loss_fn, settings, pool=key)
     figures = {"steps": outcome.step, "seconds": outcome.seconds} | outcome.last
     rows = held_out_pool.batch(torch.arange(len(held_out_pool)), context.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,7 +148,7 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
         errors = errors.flatten(1).mean(1)
         return loss, {"v_error": errors.mean(), "late_v_error": errors[times >= steps // 2].mean()}
 
-    outcome = context.train("text_to_image", model, loss_fn, settings)
+    outcome = context.train("text_to_image", model, loss_fn, settings, pool=_pool_key(context, settings))
     model.set_attn_processor(AttnProcessor2_0())
     pipeline = PixArtAlphaPipeline(tokenizer, text_encoder, vae, model, scheduler)
     shared = {name: getattr(pipeline, name) for name in ("tokenizer", "text_encoder", "vae")}
@@ -180,15 +179,17 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
 
 
+def _pool_key(context: Context, settings: TextToImageSettings) -> str:
+    shown = {name: getattr(settings, name) for name in ("pool", "reworded_share")}
+    return context.pool_key(("content_encoder",), seed=settings.loop.seed, kind="portraits", **shown)
+
+
 def _encode_pool(context: Context, settings: TextToImageSettings, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
     """Scaled latents, float16 [n, 4, h, w], and captions of the training scenes, cached on disk for a resumed run."""
-    path = context.run_folder("text_to_image") / "pool.safetensors"
-    weights = (context.out / "content_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = f"{zlib.crc32(weights):08x} {settings.pool} {settings.reworded_share} {settings.loop.seed} portraits"
-    if context.resume and path.is_file():
+    path, key = context.run_folder("text_to_image") / "pool.safetensors", _pool_key(context, settings)
+    if context.has_pool(path, key):
         with safe_open(path, "pt") as file:
-            if file.metadata().get("key") == key:
-                return file.get_tensor("latents"), json.loads(file.metadata()["captions"])
+            return file.get_tensor("latents"), json.loads(file.metadata()["captions"])
     rng = np.random.default_rng((settings.loop.seed, 1 << 41))
     captions, frames, latents = [], [], []
     for _ in tqdm(range(settings.pool), desc="text_to_image: scenes", disable=not context.progress, mininterval=2.0):

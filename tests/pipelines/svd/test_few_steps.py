@@ -16,9 +16,11 @@ from torch import Tensor
 import reducio_fast
 from reducio_fast import ReducioError
 from reducio_fast.fast.solver_tables import coefficients, input_scales
-from reducio_fast.pipelines.svd.component_table import dpm_scheduler
+from reducio_fast.pipelines.svd.component_table import dpm_scheduler, euler_scheduler
 from reducio_fast.pipelines.svd.pipeline import SVDPipeline
+from reducio_fast.reference.sampler import set_timesteps
 from reducio_fast.reference.svd.consistency import ConsistencyConfig, ConsistencyScheduler
+from reducio_fast.reference.svd.sampler import align_your_steps
 from tiny_svd import CALL as USUAL_CALL
 from tiny_svd import QUIET, seeded
 
@@ -61,10 +63,35 @@ def test_dpm_solver_on_edm_sigmas_is_diffusers(changes: dict, steps: int):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # the scheduler's sigmas are float32
 
 
+@pytest.mark.parametrize("steps", [3, 10, 16])
+def test_dpm_solver_along_align_your_steps(steps: int):
+    """diffusers' own steps, of the same solver with these sigmas in place of Karras'."""
+    scheduler, sigmas = dpm_scheduler(), align_your_steps(steps)
+    table = coefficients(scheduler, steps, sigmas)
+    torch.testing.assert_close(scheduler.sigmas.double(), torch.tensor(sigmas, dtype=torch.float64), rtol=1e-6, atol=0)
+    euler = euler_scheduler()
+    euler.set_timesteps(sigmas=sigmas)
+    torch.testing.assert_close(scheduler.timesteps, euler.timesteps)
+    ours, theirs = stepped(scheduler, table, steps)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    set_timesteps(scheduler, steps, "cpu")
+    assert float(scheduler.sigmas[1]) != pytest.approx(sigmas[1], rel=0.01), "its own schedule again"
+
+
+def test_align_your_steps_needs_no_other_solver(folder: Path, picture: Image.Image):
+    clips = []
+    for backend in ("reference", "fast"):
+        pipe = SVDPipeline.from_pretrained(
+            folder, device="cpu", dtype="float32", backend=backend, scheduler="dpm-solver++"
+        )
+        call = CALL | {"num_inference_steps": 3, "sigmas": "align-your-steps", "output_type": "latent"}
+        clips.append(pipe(picture, **call, **QUIET, seed=1).frames)
+    torch.testing.assert_close(clips[0], clips[1], rtol=1e-4, atol=1e-4)
+
+
 def test_dpm_solver_gets_further_in_the_same_steps():
     """For Gaussian data the best prediction of v is linear, and 1000 Euler steps give the solution: with ten steps the
     second-order solver is nearer to it than Euler's."""
-    from reducio_fast.pipelines.svd.component_table import euler_scheduler
 
     def clip(scheduler: Any, steps: int) -> Tensor:
         scheduler.set_timesteps(steps)
@@ -174,15 +201,21 @@ def test_parts_that_are_not_known(folder: Path, parts: dict, message: str):
         SVDPipeline.from_pretrained(folder, device="cpu", **parts)
 
 
-def test_schedules_that_do_not_fit(pipe: SVDPipeline, picture: Image.Image):
+def test_schedules_that_do_not_fit(pipe: SVDPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch):
     ours = SVDPipeline(**pipe.components | {"scheduler": ConsistencyScheduler()}, backend="reference")
     assert ours.forecast(16, 16).peak() > 0
     with pytest.raises(ReducioError, match="num_inference_steps: must be a whole number from 1 to 40"):
         ours(picture, **CALL | {"num_inference_steps": 41}, **QUIET)
-    for scheduler in (ConsistencyScheduler(), dpm_scheduler()):
+    monkeypatch.setattr(ours, "run", lambda *_: pytest.fail("work began"))
+    to_sigma_min = type(dpm_scheduler()).from_config(dpm_scheduler().config, final_sigmas_type="sigma_min")
+    for scheduler, sigmas, message in (
+        (ConsistencyScheduler(), "align-your-steps", "has a schedule of its own and takes none"),
+        (dpm_scheduler(), [80.0, 1.0, 0.0], "sigmas: begin with 80, those of this EDMDPMSolver.* with 700"),
+        (to_sigma_min, "align-your-steps", "sigmas: end with 0, which .* needs final_sigmas_type='zero' for"),
+    ):
         ours.scheduler = scheduler
-        with pytest.raises(ReducioError, match="has a schedule of its own and takes none"):
-            ours(picture, **CALL, **QUIET, sigmas="align-your-steps")
+        with pytest.raises(ReducioError, match=message):
+            ours(picture, **CALL, **QUIET, sigmas=sigmas)
 
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])

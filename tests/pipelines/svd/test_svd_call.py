@@ -195,6 +195,8 @@ def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Imag
         ({"num_frames": 2.5}, "num_frames: must be a whole number from 1 to 100000, is 2.5"),
         ({"decode_chunk_size": 1.5}, "decode_chunk_size: must be a whole number"),
         ({"height": 2**20}, "height: 1048576 is above the largest side"),
+        ({"height": 2, "width": 2}, "height, width: 2x2 with num_frames=4 is too small for the vae"),
+        ({"height": 4, "width": 4, "num_frames": 1}, "height, width: 4x4 with num_frames=1 is too small for the unet"),
         ({"image": "no-such.png"}, "no-such.png"),
         ({"image": np.zeros((0, 8, 3), np.uint8)}, "image"),
         ({"image": np.full((8, 8, 3), np.nan, np.float32)}, "image"),

@@ -119,6 +119,43 @@ def test_folders_that_are_something_else(folder: Path, bundle: Path, tmp_path: P
         SVDPipeline.from_pretrained(tmp_path / "broken", device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("component", "it holds one component, a UNetSpatioTemporalConditionModel"),
+        ("single file", "it holds svd_xt.safetensors; `reducio-fast convert` makes a model of a single file"),
+        ("empty", "it is empty"),
+        ("something", "it has no model_index.json"),
+        ("absent", "no such folder"),
+    ],
+)
+def test_commands_say_what_a_folder_is(
+    kind: str, reason: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = folder / "unet" if kind == "component" else tmp_path / "other"
+    if kind not in ("component", "absent"):
+        other.mkdir()
+    if kind == "single file":
+        save_file({"conv.weight": torch.zeros(1)}, other / "svd_xt.safetensors")
+    if kind == "something":
+        (other / "notes.txt").write_text("none")
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    generate = ["generate", "--image", f"{tmp_path}/p.png", "-o", f"{tmp_path}/c.gif", "--model"]
+    commands = [[*generate, str(other)], [*generate, f"svd:{other}"], ["generate", "a cat", *generate[1:], str(other)]]
+    commands += [["generate", "a cat", *generate[1:], f"ltx:{other}"], ["parity", "--model", str(other)]]
+    if kind == "absent":  # hub.find_model refuses it
+        commands = []
+    commands.append(["calibrate", "--model", str(other)])
+    commands.append(["evaluate", "autoencoder", "--model", str(other), "--videos", f"{tmp_path}/p.png"])
+    for argv in commands:
+        assert main(argv) == 2, argv
+        errors = capsys.readouterr().err
+        assert reason in errors and str(other) in errors and errors.count("\n") == 1, (argv, errors)
+    if kind == "component":
+        assert main(["encode", f"{tmp_path}/p.png", "--out", f"{tmp_path}/z.safetensors", "--model", str(other)]) == 2
+        assert "describes a UNetSpatioTemporalConditionModel, not a ReducioVAE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("switch", ["enable_vae_tiling", "disable_vae_tiling"])
 def test_no_tiles(pipe: SVDPipeline, switch: str):
     with pytest.raises(ReducioError, match="only Reducio decodes in tiles; to save memory pass decode_chunk_size"):

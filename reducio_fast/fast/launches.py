@@ -21,7 +21,8 @@ from ..reference.reducio.image_vae import ImageVAE, ImageVAEConfig
 from ..reference.svd.config import TemporalVAEConfig, VideoUNetConfig
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import TemporalVAE
-from ..triton_kernels.launch import TYPES, Launch, recording
+from ..triton_kernels.launch import Launch, recording
+from .quantisation import Quantisation
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -55,22 +56,28 @@ def clip_launches(
     dit_config: DiTConfig = DIT_PRESETS["reducio-1024"],
     vae_config: VAEConfig = VAE_PRESETS["reducio-ft4"],
     dtype: torch.dtype = torch.bfloat16,
+    attention: str = "auto",
+    quantisation: Quantisation | None = None,
+    pixels: int = 256,
 ) -> list[Launch]:
     """What a clip of these networks launches on `arch`, in order, graphs aside: of the first blocks of the transformer,
     whose others are like them, and of one tile. No kernel is built for a size, so those of a small clip serve all."""
-    from ..fast.plan import Plan
-    from ..fast.reducio.dit import FastReducioDiT
-    from ..fast.reducio.vae import FastReducioVAE
     from ..triton_kernels.guidance_dpm_step import guidance_dpm_step
+    from .plan import Plan
+    from .reducio.dit import FastReducioDiT
+    from .reducio.vae import FastReducioVAE
 
-    device, pixels = torch.device("cuda", 0), 256
+    device = torch.device("cuda", 0)
     dit_config = dataclasses.replace(dit_config, depth=dit_config.content_groups + 1)
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, device=device, dtype=kind)
 
     with recording(arch) as launches, FakeTensorMode(), torch.no_grad():
-        plan = Plan(device, dtype)
+        plan = Plan(device, dtype, attention=attention)
+        if quantisation is not None:
+            largest = {path: empty(len(x), kind=torch.float32) for path, x in quantisation.largest.items()}
+            plan.quantisation = Quantisation(quantisation.word, largest)
         with device, _Answer(False):  # no weight is drawn again for lying too far out
             vae = FastReducioVAE(_cast(ReducioVAE(vae_config), dtype), plan)
             dit = FastReducioDiT(_cast(ReducioDiT(dit_config), dtype), plan)
@@ -91,16 +98,17 @@ def clip_launches(
 def svd_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """What one step and one decode of Stable Video Diffusion launch, at its published widths, and the decode of a still
     by an image autoencoder of the same."""
-    from ..fast.plan import Plan
-    from ..fast.reducio.image_vae import FastImageVAE
-    from ..fast.svd.unet import FastVideoUNet, StepInputs
-    from ..fast.svd.vae import FastTemporalVAE
+    from ..triton_kernels.guidance_dpm_step import guidance_dpm_step
+    from .plan import Plan
+    from .reducio.image_vae import FastImageVAE
+    from .svd.unet import FastVideoUNet, StepInputs
+    from .svd.vae import FastTemporalVAE
 
     device, frames, side = torch.device("cuda", 0), 2, 16
     config = VideoUNetConfig()
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device=device, dtype=dtype)
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, device=device, dtype=kind)
 
     with recording(arch) as launches, FakeTensorMode(), torch.no_grad():
         plan = Plan(device, dtype)
@@ -111,7 +119,10 @@ def svd_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]
         image = empty(2, frames, side, side, config.in_channels - config.out_channels)
         conditions = unet.conditions(image, empty(2, 1, config.per_level("cross_attention_dim")[0]), empty(2, 3))
         inputs = StepInputs([empty(size) for size in unet.row_sizes], conditions)
-        unet.denoise(empty(1, frames, config.out_channels, side, side), inputs)
+        prediction = unet.denoise(empty(1, frames, config.out_channels, side, side), inputs)
+        latent = empty(1, frames, config.out_channels, side, side, kind=torch.float32)
+        row = empty(frames + 5, kind=torch.float32)
+        guidance_dpm_step(prediction.contiguous(), latent, torch.zeros_like(latent), row)
         vae.decode(empty(1, frames, 4, side, side))
         image_vae.decode(empty(1, 4, side, side))
     return launches
@@ -127,6 +138,16 @@ def _cast(network: _Network, dtype: torch.dtype) -> _Network:
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
     return network
+
+
+def launches_of(
+    arch: str, denoiser: nn.Module, decoder: nn.Module, attention: str, quantisation: Quantisation | None
+) -> list[Launch]:
+    """What a clip of a loaded model launches on `arch`, as in `clip_launches`; of a family other than Reducio []."""
+    if type(denoiser) is not ReducioDiT or type(decoder) is not ReducioVAE:
+        return []
+    dtype = next(denoiser.parameters()).dtype
+    return clip_launches(arch, denoiser.config, decoder.config, dtype, attention, quantisation)
 
 
 def precompile_launches(
@@ -156,7 +177,7 @@ def calls_of(launches: Iterable[Launch]) -> list[Call]:
 
 def _kind(value: Any, parameter: Any) -> Any:
     if isinstance(value, Tensor):
-        return f"*{TYPES[value.dtype]}"
+        return value.dtype
     if parameter is None or parameter.is_constexpr or value is None:  # no parameter: an option of the compiler
         return value
     if isinstance(value, float):

@@ -1,0 +1,75 @@
+"""Extraction on Ray and on a disk that is too small; `test_dit` has what the shards hold."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from reducio_fast.cli.main import main
+from reducio_fast.data import photos
+from reducio_fast.data.curation import manifest
+from reducio_fast.media.video_files import write_video
+from reducio_fast.training.reducio import extract
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of a video that gives two clips, and of one that cannot be read."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_video(photos.render(np.random.default_rng(1), 64, 32, name="chelsea"), folder / "cat.mp4", 16)
+    row = dict.fromkeys(manifest.COLUMNS) | {"start": 0, "end": 32, "fps": 16.0, "height": 64, "width": 64}
+    rows = [row | {"id": name, "video": str(folder / f"{name}.mp4"), "caption": name} for name in ("cat", "gone")]
+    manifest.write(rows, folder / "clips.parquet")
+    return folder / "clips.parquet"
+
+
+@pytest.fixture(scope="module")
+def latents(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents") / "latents"
+    assert extract.extract(clips, out, size=64, shard_size=2, progress=False) == {"clips": 4, "errors": 2, "shards": 2}
+    return out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_on_ray_the_files_are_those_of_the_local_run(
+    clips: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    extract.extract(clips, "out", size=64, shard_size=2, ray="local", progress=False)
+    files = {path.relative_to(latents) for path in latents.rglob("*") if path.is_file()}
+    assert files == {path.relative_to("out") for path in Path("out").rglob("*") if path.is_file()}
+    assert all((latents / name).read_bytes() == Path("out", name).read_bytes() for name in files)
+
+
+def test_a_disk_without_space_for_the_latents_is_refused_first(
+    clips: Path, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shard,) = (latents / "64x64").glob("*.safetensors")  # of the two clips that can be read
+    needed = 2 * sum(tensor.nbytes for tensor in load_file(shard).values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    out = tmp_path / "out"
+    assert main(["extract", str(clips), "-o", str(out), "--size", "64", "--shard-size", "2", "--no-progress"]) == 2
+    reason = f"at least {needed:,} bytes are needed, {needed - 1:,} are free"
+    assert capsys.readouterr().err == f"reducio-fast extract: error: no space left in {out} for the latents: {reason}\n"
+    assert [path.name for path in out.rglob("*")] == ["latents.json"]
+
+
+def test_a_disk_that_fills_while_a_video_is_read_is_no_error_of_its_clips(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(extract.ffmpeg, "frames", fails)
+    with pytest.raises(OSError, match="No space left"):
+        extract.extract(clips, tmp_path, size=64, progress=False)
+    assert not list(tmp_path.glob("64x64/*"))
