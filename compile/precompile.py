@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -50,26 +50,39 @@ def _in_child(share: list[Call], target: GPUTarget) -> list[str]:
     """Let a child process compile the calls; returns one line for each that failed, or one line if it ended early."""
     command = [sys.executable, "-c", f"from {__name__} import work; work()"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(command, input=pickle.dumps((share, target)), capture_output=True, env=env, check=False)
+    calls = [[call.module, call.kernel, [[name, _written(value)] for name, value in call.arguments]] for call in share]
+    question = json.dumps([calls, [target.backend, target.arch, target.warp_size]])
+    done = subprocess.run(command, input=question, capture_output=True, env=env, text=True, errors="replace")
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         return [f"{share[0].kernel} and {len(share) - 1} others: {lines[-1]}"]
-    failures: list[str] = pickle.loads(done.stdout)
+    failures: list[str] = json.loads(done.stdout)
     return failures
 
 
+def _written(value: Any) -> Any:
+    """An argument in JSON: a dtype as ["bfloat16"]."""
+    return [str(value).removeprefix("torch.")] if isinstance(value, torch.dtype) else value
+
+
+def _read(value: Any) -> Any:
+    return getattr(torch, value[0]) if isinstance(value, list) else value
+
+
 def work() -> None:
-    """A child process: compile the calls on stdin, and write one line for each that failed to stdout, pickled."""
-    calls, target = pickle.load(sys.stdin.buffer)
-    out, failures = os.fdopen(os.dup(1), "wb"), []
+    """A child process: compile the calls on stdin, and write one line for each that failed to stdout."""
+    calls, goal = json.load(sys.stdin)
+    target, failures = GPUTarget(*goal), []
+    out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a compiler prints would damage the answer
-    for call in calls:
+    for module, kernel, arguments in calls:
+        call = Call(module, kernel, tuple((name, _read(value)) for name, value in arguments))
         try:
             _compile(call, target)
         except Exception as error:
             failures.append(f"{call.kernel}: {type(error).__name__}: {error}".splitlines()[0])
     with out:
-        pickle.dump(failures, out)
+        json.dump(failures, out)
 
 
 class _Driver:

@@ -143,7 +143,7 @@ class FakeHub:
 
 
 def test_push_to_hub_uploads_what_is_saved(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    absent = {name: None for name in ("text_encoder", "tokenizer", "image_encoder", "content_encoder", "text_to_image")}
+    absent = {name: None for name in REDUCIO.optional}
     small = ReducioPipeline.from_pretrained(folder, device="cpu", backend="reference", **absent)
     monkeypatch.setattr(FakeHub, "uploads", [])
     real = {name for name, _ in inspect.getmembers(huggingface_hub.HfApi)}

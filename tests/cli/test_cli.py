@@ -94,7 +94,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("generate x --out c.mp4 --image absent.png", "no such image file: absent.png"),
         ("generate x --out c.mp4 --image inputs/broken.png", "inputs/broken.png cannot be read"),
         ("generate x --out c.mp4 --model no-such-model", "no-such-model"),
-        ("generate x --out c.mp4 --model inputs/model", "model_index.json"),
+        ("generate x --out c.mp4 --model inputs/model", "inputs/model: is no model folder, it is empty"),
         ("reconstruct", "required: INPUT, --out"),
         ("reconstruct absent.mp4 --out c.mp4", "no such file or folder: absent.mp4"),
         ("reconstruct inputs/broken.mp4 --out c.mp4", "inputs/broken.mp4 cannot be read"),

@@ -5,13 +5,13 @@ The function writes its output as files on a file system that all machines share
 
 from __future__ import annotations
 
+import json
 import logging
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ...system import ray_cluster
-from ...system.errors import ReducioError, is_out_of_memory
+from ...system.errors import ReducioError, first_line, is_out_of_memory
 
 _Task = TypeVar("_Task")
 
@@ -22,7 +22,8 @@ def map_on_ray(
     """Yield `function(task)` of each task, in any order; a task uses one CPU and, with `gpu`, one GPU as its `cuda:0`.
 
     `address` "local" starts a cluster on this machine. Raises `ReducioError` without Ray, or if there is no cluster or
-    it has no GPU. A task's `ReducioError`, `OSError` or lack of memory is raised here as the same exception.
+    it has no GPU. A task's `ReducioError`, `OSError` or lack of memory ends the run as a `ReducioError`. JSON must be
+    able to hold what `function` returns.
     """
     if not tasks:
         return
@@ -37,22 +38,21 @@ def map_on_ray(
         tasks_by_number = ray.put(list(tasks))
 
         def run(row: dict[str, Any]) -> dict[str, Any]:
-            result, failure = None, None
             try:
-                result = function(ray.get(tasks_by_number)[row["id"]])
+                outcome = {"result": function(ray.get(tasks_by_number)[row["id"]])}
             except Exception as error:
                 if not (isinstance(error, ReducioError | OSError) or is_out_of_memory(error)):
                     raise
-                failure = error  # returned, because Ray raises every error as a RayTaskError
-            return {"outcome": pickle.dumps((result, failure))}
+                outcome = {"failure": first_line(error)}  # returned, because Ray raises every error as a RayTaskError
+            return {"outcome": json.dumps(outcome)}
 
         # Ray ends a process after each task that uses a GPU unless `max_calls` is 0; what it has loaded would be lost.
         options = {"num_gpus": 1, "max_calls": 0} if gpu else {}
         numbers = ray_data.range(len(tasks), override_num_blocks=len(tasks))
         for row in numbers.map(run, num_cpus=1, **options).iter_rows():
-            result, failure = pickle.loads(row["outcome"])
-            if failure is not None:
-                raise failure
-            yield result
+            outcome = json.loads(row["outcome"])
+            if "failure" in outcome:
+                raise ReducioError(outcome["failure"])
+            yield outcome["result"]
     finally:
         ray.shutdown()

@@ -125,7 +125,7 @@ def encode_shard(
         texts, clips, decoded = zip(*(pool_clip(settings, held_out, i) for i in range(start, start + 8)), strict=True)
         captions += texts
         parts.append(encoders.encode(np.stack(clips), np.array(decoded)))
-    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["caption"] = _as_bytes(captions)
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(shard_path(folder, held_out, shard)) as temporary:
