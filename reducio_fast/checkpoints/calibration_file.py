@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..system import atomic_files
 from ..system.checksum import file_sha256
 from ..system.errors import ReducioError
+from ..system.paths import is_file
 from . import networks, strict_files
 
 FILE = "calibration.safetensors"
@@ -49,7 +50,7 @@ def write(folder: Path, largest: Mapping[str, Tensor]) -> Path:
 def read(folder: Path) -> dict[str, Tensor]:
     """The calibration of the model in `folder`. Raises ReducioError if there is none or it is of another model."""
     path = folder / FILE
-    if not path.is_file():
+    if not is_file(path):
         raise ReducioError(f"quantise: {folder} has no {FILE}; make it by: reducio-fast calibrate --model {folder}")
     strict_files.check_safetensors(path)
     with safe_open(path, framework="pt") as file:

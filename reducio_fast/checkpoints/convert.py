@@ -27,7 +27,7 @@ from torch import Tensor
 from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ..system.atomic_files import new_folder, written_whole
 from ..system.errors import ReducioError
-from ..system.paths import expanded, printable
+from ..system.paths import expanded, is_file, printable
 from . import hub, null_caption, published_names
 from .convert_svd import convert_single_file, is_single_file
 from .foreign_files import read_weights
@@ -154,7 +154,7 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[
     `source` is a component folder or a model folder. Raises ReducioError for another component or file suffix.
     """
     folder, target = expanded(source, "source"), expanded(out, "out")
-    folder = folder / "vae" if (folder / INDEX).is_file() else folder
+    folder = folder / "vae" if is_file(folder / INDEX, "source") else folder
     if target.suffix not in (".ckpt", ".pt", ".pth", ".safetensors"):
         raise ReducioError(f"out: must end in .ckpt, .pt, .pth or .safetensors, is {str(out)!r}")
     state = load_model(ReducioVAE, VAEConfig, folder).state_dict()
@@ -308,7 +308,7 @@ def _write(component: Component, target: Path, model: Path | None) -> list[str]:
     """Write the component folder, and the index of the `model` it belongs to; returns the components it lacks."""
     check_same_class(target, CONFIG, CLASSES[component.name][1])
     index: dict[str, Any] = {"_class_name": "ReducioPipeline", "_reducio_fast_version": version()}
-    if model is not None and (model / INDEX).is_file():
+    if model is not None and is_file(model / INDEX):
         index = read_json(model / INDEX)
         if index.get("_class_name") != "ReducioPipeline":
             raise ReducioError(f"{model}: is the folder of a {index.get('_class_name')}, not of a ReducioPipeline")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, first_line
 from ..system.paths import expanded, is_folder
 from .hub import find_model, not_fetched
 from .networks import LIBRARIES, load_foreign
@@ -63,7 +63,7 @@ def load_text_to_image(
             components[name] = None
         elif (known := (loaded or {}).get((folder / name).resolve())) is not None:
             components[name] = known
-        elif (folder / name).is_dir():
+        elif is_folder(folder / name):
             components[name] = load_foreign(_library(value[0]), value[1], folder / name, dtype, device)
         elif shared.get(name) is not None:
             components[name] = shared[name]
@@ -71,8 +71,8 @@ def load_text_to_image(
             raise ReducioError(f"{folder}: {name} has no folder here and the model shares no component of that name")
     try:
         return cls(**components)
-    except (TypeError, ValueError) as error:
-        raise ReducioError(f"{folder / INDEX}: {cls.__name__} cannot be built: {error}") from error
+    except Exception as error:  # any: a pipeline computes with its components' configurations
+        raise ReducioError(f"{folder / INDEX}: {cls.__name__} cannot be built: {first_line(error)}") from error
 
 
 def without_parts(folder: Path) -> Any:

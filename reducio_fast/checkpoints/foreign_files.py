@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..system.errors import ReducioError, first_line
-from ..system.paths import entries, is_folder, status
+from ..system.paths import entries, is_file, is_folder, status
 from .strict_files import CONFIG, INDEX, PICKLES, load_tensors, read_json, weight_files
 
 
@@ -27,13 +27,13 @@ def read_weights(path: Path, component: str | None = None) -> tuple[dict[str, Te
         raise ReducioError(f"{path}: no such file or folder")
     if not is_folder(path):
         return _read_file(path), {}
-    if (path / INDEX).is_file():
+    if is_file(path / INDEX):
         has = read_json(path / INDEX)
         if component in has:
             return read_weights(path / component)
         is_vae = component in ("vae", "content_encoder") or "transformer" not in has
         return read_weights(path / ("vae" if is_vae else "transformer"))
-    stated = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    stated = read_json(path / CONFIG) if is_file(path / CONFIG) else {}
     if files := weight_files(path):
         return {name: tensor for file in files for name, tensor in _read_file(file).items()}, stated
     files = sorted(path.glob("*.safetensors")) or [p for p in entries(path) if p.suffix in PICKLES]

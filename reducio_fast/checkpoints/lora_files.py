@@ -50,7 +50,7 @@ def read_adapter(
 ) -> Adapter:
     """A LoRA checked against the network it is for. Raises ReducioError that lists every name that does not fit."""
     tensors, config, where = _read(source, weight_name)
-    tensors = {name: widened(tensor) for name, tensor in tensors.items()}
+    tensors = {name: widened(tensor, f"{where}: {name}") for name, tensor in tensors.items()}
     peft_type = config.get("peft_type", "LORA")
     if peft_type != "LORA":
         raise ReducioError(f"{where}: is an adapter of type {peft_type}; LORA is what can be loaded")
@@ -102,13 +102,13 @@ def _read(
     file = path if is_file(path, "LoRA") else _find_file(hub.find_model(source), weight_name)
     tensors = strict_files.load_tensors(file)
     beside = file.with_name(PEFT_CONFIG)
-    if beside.is_file():
+    if is_file(beside):
         return tensors, strict_files.read_json(beside), file
     with safe_open(file, framework="pt") as opened:
         text = (opened.metadata() or {}).get(METADATA, "{}")
     try:
         settings = {_without_prefix(name): value for name, value in json.loads(text).items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ReducioError(f"{file}: its header's {METADATA} is not readable as JSON ({error})") from error
     return tensors, settings, file
 

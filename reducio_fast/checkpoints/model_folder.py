@@ -23,7 +23,7 @@ import torch
 
 from ..system import atomic_files
 from ..system.errors import ReducioError
-from ..system.paths import is_file
+from ..system.paths import is_file, is_folder
 from . import calibration_file, diffusers_folders, model_card, networks, strict_files
 from .layouts import Layout
 
@@ -154,7 +154,7 @@ def _entry(index: dict[str, Any], name: str, folder: Path, layout: Layout) -> tu
         raise ReducioError(f"{path}: {name} is missing")
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
         raise ReducioError(f"{path}: {name} must be [library, class], is {entry!r}")
-    if name in layout.optional and not (folder / name).is_dir():
+    if name in layout.optional and not is_folder(folder / name):
         raise ReducioError(f"{folder / name}: no such folder; give {name}=FOLDER_OR_HUB_ID, or None to do without")
     return entry[0], entry[1]
 

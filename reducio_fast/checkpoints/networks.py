@@ -20,6 +20,7 @@ from ..reference.reducio.text_encoder import T5Encoder
 from ..reference.svd.unet import VideoUNet
 from ..reference.svd.vae import FrameVAE, TemporalVAE
 from ..system.errors import ReducioError, first_line, is_out_of_memory
+from ..system.paths import is_file, is_folder
 from . import published_names
 from .strict_files import (
     CONFIG,
@@ -137,7 +138,7 @@ def load_model(
     fit it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         check_model_folder(folder.parent)
     published = published_class(model_class)[1]
     stated = read_json(folder / CONFIG).get("_class_name", published)
@@ -145,7 +146,7 @@ def load_model(
         raise ReducioError(f"{folder / CONFIG}: describes a {stated}, not a {published}")
     config = read_config(config_class, folder)
     if weights is None:
-        check_component(folder)
+        check_component(folder, variant)
     files = weight_files(folder, variant) if weights is None else [weights]
     if not files:
         what = "several safetensors files and no index of shards" if variant is None else f"no {variant} weights"
@@ -199,19 +200,22 @@ def load_foreign(
     """
     if library.split(".")[0] not in LIBRARIES:
         raise ReducioError(f"{folder}: is of library {library!r}; known are {', '.join(LIBRARIES)}")
-    cls = getattr(importlib.import_module(library), class_name, None)
+    try:
+        cls = getattr(importlib.import_module(library), class_name, None)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: transformers imports a class when it is first read
+        raise ReducioError(f"{folder}: {library}.{class_name} cannot be imported ({first_line(error)})") from error
     if not hasattr(cls, "from_pretrained"):
         installed = f"{library} {_installed(library.split('.')[0])}"
         raise ReducioError(f"{folder}: is a {class_name}, which {installed} does not have")
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise ReducioError(f"{folder}: no such folder")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        if is_file(folder / "spiece.model") and not is_file(folder / "tokenizer.json"):
             require("sentencepiece", "google.protobuf", argument=str(folder / "spiece.model"))
         # Without this an Auto class asks at the terminal whether it may run code that lies in the folder.
         safe = {"trust_remote_code": False} if class_name.startswith("Auto") else {}
         return _from_pretrained(cls, folder, **safe)
-    check_component(folder)
+    check_component(folder, variant)
     # diffusers renamed `torch_dtype` to `dtype` and warns about the old name, so its models are cast after loading.
     kwargs: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {}
     kwargs["variant"] = _variant(folder) if variant is None else variant
@@ -267,7 +271,9 @@ def _installed(library: str) -> str:
 def _from_pretrained(cls: Any, folder: Path, **kwargs: Any) -> Any:
     try:
         return cls.from_pretrained(str(folder), local_files_only=True, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # as in `skeleton`
+        if is_out_of_memory(error):
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ReducioError(f"{folder}: {cls.__name__} could not be loaded: {' '.join(lines[:3])}") from error
 

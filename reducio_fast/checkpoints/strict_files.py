@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..system.devices import widened
 from ..system.errors import ReducioError, first_line
 from ..system.paths import entries, is_file, is_folder
 
@@ -175,25 +176,37 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def check_component(folder: Path) -> None:
-    """Refuse a component folder whose safetensors weights are missing, pickled, truncated or lack a shard."""
-    if not folder.is_dir():
+def check_component(folder: Path, variant: str | None = None) -> None:
+    """Refuse a component folder whose safetensors weights are missing, pickled, truncated or lack a shard: one of this
+    variant ("fp16"), by default of the plain weights."""
+    if not is_folder(folder):
         raise ReducioError(f"{folder}: no such folder")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+        pickles = [p.name for p in entries(folder) if p.suffix in PICKLES]
         if pickles:
             raise ReducioError(f"{folder}: holds the pickle {pickles[0]} and no safetensors; pickles are never loaded")
         raise ReducioError(f"{folder}: holds no safetensors file")
-    for index in folder.glob("*.safetensors.index.json"):
-        weight_map = read_json(index).get("weight_map")
-        named = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else {""}
-        if any(not name or Path(name).name != name for name in named):
-            raise ReducioError(f"{index}: has no weight_map of tensors to files beside it")
-        if missing := sorted(named - {f.name for f in files}):
-            raise ReducioError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there")
+    for index in _shard_indices(folder, variant):
+        _shards(index)
     for file in files:
         check_safetensors(file)
+
+
+def _shard_indices(folder: Path, variant: str | None) -> list[Path]:
+    end = ".safetensors.index.json" if variant is None else f".safetensors.index.{variant}.json"
+    return [path for path in entries(folder) if path.name.endswith(end)]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files of weights that an index names. Raises ReducioError for one that is not beside the index."""
+    weight_map = read_json(index).get("weight_map")
+    named = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else [""]
+    if any(Path(name).name != name or not name.endswith(".safetensors") for name in named):
+        raise ReducioError(f"{index}: has no weight_map of tensors to safetensors files beside it")
+    if missing := [name for name in named if not is_file(index.parent / name)]:
+        raise ReducioError(f"{index.parent}: {index.name} names {', '.join(missing)}, which is not there")
+    return [index.parent / name for name in named]
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -202,16 +215,16 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     beside it; `variant` ("fp16") selects that variant."""
     if variant is not None:
         stem, suffix = WEIGHTS.rsplit(".", 1)
-        if (folder / f"{stem}.{variant}.{suffix}").is_file():
+        if is_file(folder / f"{stem}.{variant}.{suffix}"):
             return [folder / f"{stem}.{variant}.{suffix}"]
-        for index in sorted(folder.glob(f"*.safetensors.index.{variant}.json")):
-            return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        for index in _shard_indices(folder, variant):
+            return _shards(index)
         return []
-    if (folder / WEIGHTS).is_file():
+    if is_file(folder / WEIGHTS):
         return [folder / WEIGHTS]
-    for index in sorted(folder.glob("*.safetensors.index.json")):
+    for index in _shard_indices(folder, None):
         check_component(folder)
-        return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        return _shards(index)
     files = sorted(folder.glob("*.safetensors"))
     return files if len(files) == 1 else []
 
@@ -233,7 +246,9 @@ def load_tensors(
                 tensor = file.get_tensor(name)
             except SafetensorError as error:  # of a type that torch does not have
                 raise ReducioError(f"{path}: {name} is not readable ({first_line(error)})") from error
-            tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            if dtype is not None and tensor.is_floating_point():
+                tensor = widened(tensor, f"{path}: {name}").to(dtype)
+            tensors[name] = tensor
     return tensors
 
 

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..system.errors import ReducioError
 from . import options
 from .printing import Printed
 
@@ -27,6 +26,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..checkpoints import calibration_file, strict_files
     from ..checkpoints.networks import load_model
     from ..evaluation.calibration import calibrate, toy_clips, video_clips
+    from ..pipelines.call.validation import check_multiple
     from ..reference import ReducioVAE, VAEConfig
     from ..system.devices import resolve_device
 
@@ -34,8 +34,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     strict_files.check_model_folder(folder)
     index: dict[str, Any] = strict_files.read_json(folder / strict_files.INDEX)
     size = arguments.size or index.get("sample_height", 256)
-    if size % 32:
-        raise ReducioError(f"--size: must be a multiple of 32, is {size}")
+    check_multiple("--size" if arguments.size else "sample_height", size, 32)
     vae = load_model(ReducioVAE, VAEConfig, folder / "vae", torch.float32, resolve_device(arguments.device)).eval()
     length = vae.config.num_frames
     if arguments.videos:

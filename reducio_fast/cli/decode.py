@@ -25,11 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Printed:
     from ..checkpoints.saved_latents import load
-    from ..media.video_files import check_output_path
+    from ..media.video_files import check_format, check_output_path, numbered
 
     saved = load(arguments.file)
     height, width = saved.content.shape[1:3]
-    check_output_path(arguments.out, saved.fps, height, width)
+    count = len(saved.content)
+    for path in numbered(arguments.out, count) if count > 1 else [arguments.out]:
+        check_output_path(path, trial=False)
+    check_format(path, saved.fps, height, width)
 
     import numpy as np
 

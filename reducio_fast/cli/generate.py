@@ -131,9 +131,12 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..media.ffmpeg import encoder
     from ..media.frame_interpolation import check_factor
     from ..media.image_files import read_image
-    from ..media.video_files import TRIAL_RATE, check_output_path
+    from ..media.video_files import TRIAL_RATE, check_output_path, numbered
+    from ..system.paths import named
 
-    out_path = check_output_path(arguments.out, trial=False)
+    several = arguments.num_videos > 1 and not arguments.grid
+    first_path = numbered(arguments.out, 1)[0] if several else arguments.out
+    check_output_path(first_path, trial=False)
     encoder(arguments.encoding)
     if arguments.grid and arguments.num_videos < 2:
         raise ReducioError(f"--grid: shows several clips, --num-videos is {arguments.num_videos}")
@@ -144,14 +147,17 @@ def run(arguments: argparse.Namespace) -> Printed:
     if arguments.size is not None:
         arguments.height, arguments.width = _size(arguments, picture)
     from ..pipelines import registry
+    from ..pipelines.call import validation
     from ..pipelines.generate import generate
     from ..pipelines.parallel import count_processes
     from ..system.devices import resolve_device
 
     fps = arguments.fps or registry.find(arguments.model, arguments.variant).fps
-    check_output_path(
-        arguments.out, (fps or TRIAL_RATE) * (arguments.interpolate or 1), arguments.height, arguments.width
-    )
+    rate = (fps or TRIAL_RATE) * (arguments.interpolate or 1)
+    check_output_path(first_path, rate, arguments.height, arguments.width)
+    validation.check_count("--num-videos", arguments.num_videos, validation.MAX_VIDEOS)
+    for path in numbered(arguments.out, arguments.num_videos)[1:] if several else ():
+        check_output_path(path, trial=False)
 
     kwargs = {
         "prompt": arguments.prompt,
@@ -175,6 +181,7 @@ def run(arguments: argparse.Namespace) -> Printed:
         "num_videos_per_prompt": arguments.num_videos if arguments.num_videos > 1 else None,
     }
     if arguments.preview_every is not None:
+        out_path = named(arguments.out)
         kwargs["callback_on_step_end"] = Preview(out_path.with_name(f"{out_path.stem}-preview.png"))
     started = time.perf_counter()
     processes = count_processes()

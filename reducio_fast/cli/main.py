@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import io
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from ..system import cache_folder, cores
+from ..system import cache_folder, cores, deadline
 from ..system.errors import ReducioError, is_out_of_memory
 from . import (
     batch,
@@ -43,7 +42,7 @@ from . import (
     transfer,
     warmup,
 )
-from .printing import Failed, show
+from .printing import Failed, redirect_to_null, show, writable_streams
 
 # Each module has `add_arguments(parser)` and `run(arguments)`, which returns what to print; its docstring is the help.
 COMMANDS = {
@@ -92,17 +91,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (`sys.argv` by default); returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt shows question marks
+    """Run one command line (`sys.argv` by default); returns the exit status.
+
+    If a thread still runs after its deadline, the process ends here with that status: it aborts where Python ends while
+    another thread is inside torch.
+    """
+    before = set(threading.enumerate())
+    with writable_streams():
+        status = _main(argv)
+        if any(thread.name == deadline.THREAD for thread in set(threading.enumerate()) - before):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return status
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     try:
         with _terminated_as_an_exception(), cache_folder.for_compilers(), cores.sleeping_threads():
             return _run(arguments)
     except BrokenPipeError:
         # The reader of our output is gone, as in `reducio-fast env | head -1`. Python flushes once more when it ends.
-        _redirect_to_null(sys.stdout)
+        redirect_to_null(sys.stdout)
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"reducio-fast {arguments.command}: interrupted", file=sys.stderr)
@@ -125,7 +136,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if error.errno is None:
             raise
         if error.errno in (errno.ENOSPC, errno.EIO) and error.filename is None:
-            _redirect_to_null(sys.stdout)  # what cannot be printed now cannot be printed at the end
+            redirect_to_null(sys.stdout)  # what cannot be printed now cannot be printed at the end
         where = f"{error.filename}: " if error.filename is not None else ""
         return _fail(arguments.command, f"{where}{error.strerror}")
     except Exception as error:
@@ -151,11 +162,6 @@ def _terminated_as_an_exception() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _redirect_to_null(stream: Any) -> None:
-    if isinstance(stream, io.TextIOWrapper):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(command: str, message: str) -> int:

@@ -123,7 +123,7 @@ def captions(path: str | None) -> dict[str, str]:
 def read_json(option: str, path: str) -> object:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReducioError(f"--{option} {path}: {error}") from error
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..system.errors import ReducioError
@@ -20,6 +25,54 @@ class Failed(ReducioError):
     def __init__(self, message: str, printed: Printed) -> None:
         super().__init__(message)
         self.printed = printed
+
+
+class _Lenient:
+    """A stream whose writes never fail: after the first one that does (a full disk, a reader that has gone), all the
+    rest is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except OSError:
+            redirect_to_null(self.stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            redirect_to_null(self.stream)
+
+
+@contextmanager
+def writable_streams() -> Iterator[None]:
+    """Within it stdout and stderr exist, and writing to stderr never fails: neither a progress bar nor the line of an
+    error may end a command in another way. Python has no stream where the starter closed it (`>&-`)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt shows question marks
+    with contextlib.ExitStack() as streams:
+        nowhere = streams.enter_context(open(os.devnull, "w"))
+        if sys.stdout is None:
+            streams.enter_context(contextlib.redirect_stdout(nowhere))
+        lenient: Any = _Lenient(nowhere if sys.stderr is None else sys.stderr)
+        streams.enter_context(contextlib.redirect_stderr(lenient))
+        yield
+
+
+def redirect_to_null(stream: Any) -> None:
+    """Drop what the stream holds and all that is written to it later. Python writes once more when it ends, and exits
+    with status 120 if that fails."""
+    if isinstance(stream, io.TextIOWrapper):
+        with contextlib.suppress(OSError):  # a stream in memory has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def show(printed: Printed, as_json: bool) -> None:

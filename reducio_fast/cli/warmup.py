@@ -36,11 +36,13 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..checkpoints.strict_files import embedded_model
     from ..compile import cache
     from ..pipelines.call.validation import check_quantise
+    from ..pipelines.execution.warmup import check_deadline
     from ..pipelines.reducio.pipeline import ReducioPipeline
     from ..system import cache_folder, devices
     from ..triton_kernels.tables import arch_of
 
     sizes = [_parse_size(text) for text in arguments.sizes] or None
+    check_deadline(arguments.deadline)
     target = None if arguments.export is None else Path(arguments.export)
     if target is not None and not target.parent.is_dir():
         raise ReducioError(f"--export: {target.parent} is no folder")

@@ -34,6 +34,7 @@ from ..media.aspect_buckets import Size
 from ..system.atomic_files import written_whole
 from ..system.checksum import file_sha256
 from ..system.errors import ReducioError, first_line
+from ..system.paths import is_file
 from .parquet import pyarrow_modules
 
 LOG = logging.getLogger("reducio_fast")
@@ -148,7 +149,7 @@ def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
 def write_about(folder: Path, about: About) -> None:
     """Write `latents.json`. Raises `ReducioError` if the folder was started with other clips, encoders or settings."""
     path = folder / ABOUT
-    if path.is_file():
+    if is_file(path):
         existing = read_about(folder)
         for name, digest in about.encoders.items():
             if existing.encoders.get(name) != digest:
@@ -170,16 +171,21 @@ def read_about(folder: Path) -> About:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReducioError(f"{folder} holds no latents (no {ABOUT}); make them with: reducio-fast extract") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReducioError(f"{path} is damaged: {first_line(error)}; run reducio-fast extract again") from error
+    if not isinstance(values, dict):
+        raise ReducioError(f"{path} is damaged: it holds no JSON object; run reducio-fast extract again")
     if values.get("version") != VERSION:
         raise ReducioError(
             f"{path} has version {values.get('version')}, this reads {VERSION}; run reducio-fast extract again"
         )
     try:
-        return About(**values)
+        about = About(**values)
     except TypeError as error:
         raise ReducioError(f"{path} is damaged: {first_line(error)}; run reducio-fast extract again") from error
+    if not isinstance(about.encoders, dict):
+        raise ReducioError(f"{path} is damaged: encoders is {about.encoders!r:.60}; run reducio-fast extract again")
+    return about
 
 
 def join_index(folder: Path, shards: Sequence[Shard]) -> dict[str, int]:
@@ -248,7 +254,7 @@ class LatentDataset:
                     f"{self.folder} holds latents made with {name}={made}, the model has {name}={value}; "
                     "run reducio-fast extract again"
                 )
-        if not (self.folder / INDEX).is_file():
+        if not is_file(self.folder / INDEX):
             raise ReducioError(f"{self.folder} has no {INDEX}: the extraction was stopped; run it again")
         table = _read_parquet(self.folder / INDEX)
         if table.schema.names != _schema().names:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..media.video_files import check_output_path, write_video
+from ..media.video_files import check_format, check_output_path, write_video
 from ..pipelines.call import validation
 from ..system.errors import ReducioError, first_line
 from ..system.paths import entries, printable
@@ -51,6 +51,7 @@ def run_vbench(
         if os.sep in prompt:
             raise ReducioError(f"prompt {prompt!r}: holds {os.sep}, and VBench reads prompts from the names of files")
         check_output_path(clips / f"{prompt}-{count}.mp4", trial=False)
+    check_format("clip.mp4")
     wanted = {clips / f"{prompt}-{index}.mp4": (prompt, index) for prompt in prompts for index in range(count)}
     if others := [path for path in entries(clips) if path not in wanted]:
         raise ReducioError(f"{printable(others[0])} is no clip of these prompts and would be scored too; remove it")

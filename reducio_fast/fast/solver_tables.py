@@ -18,6 +18,7 @@ from ..reference.multistep_schedule import MultistepSchedule
 from ..reference.sampler import set_timesteps
 from ..reference.svd.consistency import ConsistencyScheduler
 from ..triton_kernels.guidance_dpm_step import OP
+from .replaced_methods import replaced_methods
 
 
 def dpm_coefficients(scheduler: Any) -> Tensor:
@@ -277,7 +278,11 @@ def coefficients(
     scheduler: Any, steps: int, sigmas: Sequence[float] | None = None, timesteps: Sequence[int] | None = None
 ) -> Tensor:
     """Rows [steps, 5] of a schedule, or [steps, 6] if the solver looks two steps back. The schedule is the scheduler's
-    own, or along `sigmas` or `timesteps`, which are then set. Raises ValueError if the kernel cannot follow it."""
+    own, or along `sigmas` or `timesteps`, which are then set. Raises ValueError if the kernel cannot follow it, and for
+    a scheduler with a method of its own other than `set_timesteps`, which is called here."""
+    own = [name for name in replaced_methods(scheduler) if name != "set_timesteps"]
+    if own or "step" in vars(scheduler):  # a `MultistepSchedule` has no step that could be replaced
+        raise ValueError(f"the {type(scheduler).__name__} has a {own[0] if own else 'step'} of its own")
     for knows, rows in _tables:
         if knows(scheduler):
             set_timesteps(scheduler, steps, "cpu", sigmas, timesteps)

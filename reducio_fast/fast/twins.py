@@ -20,6 +20,7 @@ from .reducio.dit import FastReducioDiT
 from .reducio.image_vae import FastImageVAE
 from .reducio.pixart import FastPixArt
 from .reducio.vae import FastReducioVAE
+from .replaced_methods import replaced_methods
 from .svd.unet import FastVideoUNet
 from .svd.vae import FastFrameVAE, FastTemporalVAE
 
@@ -77,8 +78,8 @@ def _differences(
             yield f"{where} is a {type(module).__name__} instead of a {classes[path].__name__}"
         elif any(getattr(module, hooks) for hooks in HOOKS):
             yield f"{where} has forward hooks"
-        elif (method := _replaced_method(module)) is not None and (path or method != replaced):
-            yield f"{where} has a {method} of its own"
+        elif own := [name for name in replaced_methods(module) if path or name != replaced]:
+            yield f"{where} has a {own[0]} of its own"
     weights = dict(network.named_parameters(remove_duplicate=False)) | dict(
         network.named_buffers(remove_duplicate=False)
     )
@@ -107,14 +108,3 @@ def parts_of(network: nn.Module) -> tuple[dict[str, type], dict[str, torch.Size]
     """The class of each module and the shape of each weight, by name."""
     weights = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
     return {p: type(m) for p, m in network.named_modules()}, {n: w.shape for n, w in weights}
-
-
-def _replaced_method(module: nn.Module) -> str | None:
-    """The name of a method that was set on this module or, for `forward`, on its class."""
-    for name, value in vars(module).items():
-        if callable(value) and callable(getattr(type(module), name, None)):
-            return name
-    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    forward = vars(owner)["forward"]
-    is_own = getattr(forward, "__module__", None) == owner.__module__ and not hasattr(forward, "__wrapped__")
-    return None if is_own else "forward"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -57,10 +58,11 @@ def cover_crop(
 def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
     """An image file, PIL image or array as RGB uint8 [H, W, 3].
 
-    Any PIL mode is converted: transparency is composited on white, 16-bit values are scaled to 8 bits, and the camera's
-    rotation tag is applied. Arrays are uint8, uint16, bool, or floats in [0, 1], of shape [H, W], [H, W, 1], [H, W, 3]
-    or [H, W, 4]. Raises ReducioError for anything else, for a missing or broken file, for values whose scale is
-    ambiguous, and for 8-bit images that hold only 0 and 1.
+    Any PIL mode is converted: transparency is composited on white, 16-bit values are scaled to 8 bits, the camera's
+    rotation tag is applied, and the colours of an ICC profile become those of sRGB (a damaged profile is ignored).
+    Arrays are uint8, uint16, bool, or floats in [0, 1], of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. Raises
+    ReducioError for anything else, for a missing or broken file, for values whose scale is ambiguous, and for 8-bit
+    images that hold only 0 and 1.
     """
     if isinstance(image, np.ndarray):
         return to_rgb(_image_from_array(image))
@@ -112,7 +114,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         raise ReducioError(
             f"the image has {image.width}x{image.height} pixels, {MAX_PIXELS / 1e6:.1f} million are the most; scale it"
         )
-    image = ImageOps.exif_transpose(image)
+    image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_bytes(np.asarray(image), sixteen_bits=image.mode.startswith("I;16")))
     elif image.mode == "L" and image.format != "JPEG":  # other formats may hold a mask of 0 and 1
@@ -122,10 +124,34 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image  # None only if inPlace
+        profile = None
+    if profile:
+        image = _to_srgb(image, profile)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def _to_srgb(image: Image.Image, icc_profile: bytes) -> Image.Image:
+    """Convert from the colours of an ICC profile to those of sRGB. The image is returned as it is if its profile is
+    damaged or of another kind of image."""
+    from PIL import ImageCms  # only here: few pictures have a profile
+
+    mode = "CMYK" if image.mode == "CMYK" else "L" if Image.getmodebase(image.mode) == "L" else "RGB"
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
+        if profile.profile.xcolor_space != {"CMYK": "CMYK", "L": "GRAY", "RGB": "RGB "}[mode]:
+            return image
+        rgba = image.convert("RGBA") if image.has_transparency_data else None
+        colours = (image if rgba is None else rgba).convert(mode)
+        converted = ImageCms.profileToProfile(colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, ImportError, OSError, TypeError):  # ImportError: a Pillow without LittleCMS
+        return image
+    if converted is None or rgba is None:  # None only if inPlace
+        return converted or image
+    converted.putalpha(rgba.getchannel("A"))
+    return converted
 
 
 def _to_bytes(values: np.ndarray, sixteen_bits: bool) -> np.ndarray:

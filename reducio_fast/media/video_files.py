@@ -101,21 +101,49 @@ def check_output_path(
 ) -> Path:
     """Check before any work whether a clip can be written to `path`; return it as a Path.
 
-    Tests encoder, size and rate by writing two black frames of `height` x `width` (32x32 if unknown) at `fps` into the
-    folder for temporary files, which takes 0.1 s for .mp4; `trial=False` skips this if the clip is written right away.
-    Tests the output folder by creating an empty temporary file. Raises ReducioError for an unknown suffix, a folder of
-    frames that is not empty, and every error that the write would raise.
+    Tests encoder, size and rate by `check_format`; `trial=False` skips this if the clip is written right away. Tests
+    the output folder by creating an empty temporary file. Raises ReducioError for an unknown suffix, a folder of frames
+    that is not empty, and every error that the write would raise.
     """
     path = _check_name(path)
     if trial:
-        black = np.zeros((2, height or TRIAL_SIDE, width or TRIAL_SIDE, 3), np.uint8)
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                _writer(path)(black, Path(scratch) / f"trial{path.suffix}", fps)
-            except Exception as error:
-                raise _cannot_write(path, error) from error
+        check_format(path, fps, height, width)
     check_output_folder(path)
     return path
+
+
+def check_format(
+    path: str | os.PathLike[str],
+    fps: float = TRIAL_RATE,
+    height: int | None = None,
+    width: int | None = None,
+    encoding: str = "quality",
+) -> None:
+    """Raise ReducioError, with the message of a failed write, if no clip of this suffix, rate and size can be encoded.
+
+    Writes two black frames of `height` x `width` (small if unknown) at `fps` into the folder for temporary files, which
+    takes 0.1 s for .mp4. Nothing is written to `path`.
+    """
+    path, by = Path(path), ffmpeg.encoder(encoding)
+    side = TRIAL_SIDE if by in ffmpeg.SOFTWARE.values() else ffmpeg.TRIAL_SIDE
+    black = np.zeros((2, height or side, width or side, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            _writer(path, by)(black, Path(scratch) / f"trial{path.suffix}", fps)
+        except Exception as error:
+            raise _cannot_write(path, error) from error
+
+
+def numbered(path: str | os.PathLike[str], count: int) -> list[Path]:
+    """NAME-0.SUFFIX, NAME-1.SUFFIX ...: where the clips of a list are written. Raises ReducioError for no NAME."""
+    path = named(path)
+    _refuse_bare_suffix(path)
+    return [path.parent / f"{path.stem}-{i}{path.suffix}" for i in range(count)]
+
+
+def _refuse_bare_suffix(path: Path) -> None:
+    if path.name.lower() in FILE_SUFFIXES:
+        raise ReducioError(f"the output {printable(path)} is a suffix without a name: write clip{path.name}")
 
 
 def _check_name(path: str | os.PathLike[str]) -> Path:
@@ -124,8 +152,8 @@ def _check_name(path: str | os.PathLike[str]) -> Path:
     suffix = path.suffix.lower()
     exists, is_directory = status(path) is not None, is_folder(path)
     is_clip_folder = trailing_slash or is_directory or not suffix
-    if path.name.lower() in FILE_SUFFIXES and not is_directory:
-        raise ReducioError(f"the output {printable(path)} is a suffix without a name: write clip{path.name}")
+    if not is_directory:
+        _refuse_bare_suffix(path)
     if not is_clip_folder and suffix not in FILE_SUFFIXES:
         raise ReducioError(
             f"unknown output type {path.suffix!r} of {printable(path)}: use .mp4, .gif, .webp or a folder of PNGs"

@@ -212,11 +212,22 @@ def _fps(folder: Path) -> float | None:
 
 
 def folder_state(folder: str | os.PathLike[str]) -> Hashable:
-    """The files of a folder, each with the status values that change when it is replaced or written. Takes a fifth of a
-    millisecond for a model of twenty files. Empty where there is no folder."""
-    files = sorted(os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
-    stats = [(file, status(file)) for file in files]
-    return tuple((file, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats if s is not None)
+    """The files of a folder, or the file itself, each with the status values that change when it is replaced or
+    written. Links to folders are followed. Takes half a millisecond for a model of twenty files. Empty where there
+    is neither a folder nor a file."""
+    root = expanded(str(folder).removeprefix("local-dir:"))  # open_clip's prefix of a folder, see `find_tower`
+    files = [str(root)] if is_file(root) else []
+    places: dict[str, str] = {}  # where each folder lies, by its path
+    for path, folders, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(path)
+        if place in places.values():  # its files are known already; a circle of links has no end
+            folders.clear()
+        else:
+            files += [os.path.join(path, name) for name in names]
+        places[path] = place
+    stats = [(file, status(file)) for file in sorted(files)]
+    own = ((file, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats if s is not None)
+    return (*sorted(places.items()), *own)
 
 
 def _check_call(family: Any, kwargs: dict[str, Any]) -> None:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..media.video_files import check_format
 from ..system import ray_cluster
 from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError, first_line
-from ..system.paths import check_output_folder, expanded, is_file
+from ..system.paths import check_output_folder, expanded, is_file, printable
 
 if TYPE_CHECKING:
     from .clips import Clips
@@ -133,14 +134,15 @@ _READERS: dict[str, Callable[[Path], list[Any]]] = {
 def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], None] = lambda: None) -> Done:
     """Make the clips of `rows`, which `read_prompts` returns. `on_clip` is called after each.
 
-    Raises ReducioError if the folder holds clips of other prompts or the model cannot be loaded; the error of a single
-    prompt goes into its line of the manifest.
+    Raises ReducioError if clips cannot be encoded, if the folder holds clips of other prompts or if the model cannot be
+    loaded; the error of a single prompt goes into its line of the manifest.
     """
-    from ..media.ffmpeg import encoder
-
-    encoder(settings.worker.get("encoding", "quality"))
+    check_format(f"clip{settings.suffix}", encoding=settings.worker.get("encoding", "quality"))
     folder = expanded(settings.out, "out")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReducioError(f"out: {printable(folder)} cannot be created ({error.strerror})") from error
     check_output_folder(folder / MANIFEST)
     rows = [{"seed": settings.seed + number} | settings.call | row for number, row in enumerate(rows)]
     lines = _check_same(folder, rows, settings.worker)
@@ -163,15 +165,17 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
         with written_whole(folder / PROMPTS) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     try:
-        for result in source:
-            number = result["number"]
-            row = {n: v for n, v in result.items() if v is not None}
-            results[number] = row | {"call": rows[number]}
-            with (folder / MANIFEST).open("a", encoding="utf-8") as file:  # in case the run is killed before its end
-                file.write(f"{json.dumps(results[number])}\n")
-            if "error" in row:
-                errors.append((number, row["error"]))
-            on_clip()
+        with contextlib.closing(source):  # waits for the file that is being written, also after Ctrl-C
+            for result in source:
+                number = result["number"]
+                row = {n: v for n, v in result.items() if v is not None}
+                results[number] = row | {"call": rows[number]}
+                # In case the run is killed before its end.
+                with (folder / MANIFEST).open("a", encoding="utf-8") as file:
+                    file.write(f"{json.dumps(results[number])}\n")
+                if "error" in row:
+                    errors.append((number, row["error"]))
+                on_clip()
     finally:
         with written_whole(folder / MANIFEST) as temporary:
             lines = [json.dumps(results[number]) for number in sorted(results)]
@@ -219,6 +223,8 @@ def _make(clips: Clips, task: Row) -> Any:
             call[name] = FIELDS["num_frames"](name, call[name])
     if call.get("prompt") == "" and "image" in call:
         del call["prompt"]
+    if call.get("fps", 0) > 0:  # the call refuses others
+        check_format(task["path"], call["fps"])
     return clips.pipe(**call, progress=False)
 
 
@@ -244,14 +250,14 @@ def _failed(task: Row, error: Exception) -> Row:
     return {"number": task["number"], "error": first_line(error)}
 
 
-def _here(tasks: list[Row], settings: Settings) -> Iterator[Row]:
+def _here(tasks: list[Row], settings: Settings) -> Generator[Row, None, None]:
     """Load the model now, then make one clip after the other; the file of one is written while the next is made."""
     from .clips import Clips
 
-    return _one_by_one(Clips(**settings.worker, warm=False), tasks) if tasks else iter(())
+    return _one_by_one(Clips(**settings.worker, warm=False), tasks) if tasks else (row for row in tasks)
 
 
-def _one_by_one(clips: Clips, tasks: list[Row]) -> Iterator[Row]:
+def _one_by_one(clips: Clips, tasks: list[Row]) -> Generator[Row, None, None]:
     with ThreadPoolExecutor(1, "encode") as writer:
         waiting: list[tuple[Row, Future[Row]]] = []
         for task in [*tasks, None]:
@@ -298,7 +304,7 @@ class _Actor:
         return {"result": json.dumps(result)}
 
 
-def _on_ray(tasks: list[Row], settings: Settings) -> Iterator[Row]:
+def _on_ray(tasks: list[Row], settings: Settings) -> Generator[Row, None, None]:
     """Make the clips on a Ray cluster, every machine of which must have access to the folder."""
     if not tasks:
         return

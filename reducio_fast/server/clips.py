@@ -179,13 +179,17 @@ class Clips:
         import numpy as np
         from PIL import Image
 
+        from ..media import ffmpeg, video_files
+
         output = output if factor is None else output.interpolated(factor)
         if output.is_list:  # several seeds: one clip that shows them side by side
             output = output.as_grid()
         frames = np.asarray(output.frames)
         with tempfile.TemporaryDirectory(prefix="reducio-serve-") as scratch:
-            clip = Path(scratch) / f"clip{CLIP}"
-            output.save(clip, encoding=self.encoding)
+            clip, start = Path(scratch) / f"clip{CLIP}", time.perf_counter()
+            # Not `output.save`, which keeps the frames of a failed write: a client could fill the disk with them.
+            video_files.write_video(frames, clip, output.fps, self.encoding)
+            timings = output.timings | {"video.write": time.perf_counter() - start}
             files = {CLIP: clip.read_bytes()}
         pictures = [Image.fromarray(np.asarray(frame)) for frame in frames]
         small = pictures[len(pictures) // 2].copy()
@@ -200,8 +204,8 @@ class Clips:
             "fps": output.fps,
             "frames": int(count),
             "size": f"{width}x{height}",
-            "timings": {name: round(seconds, 4) for name, seconds in output.timings.items()},
-            "encoder": output.encoder,
+            "timings": {name: round(seconds, 4) for name, seconds in timings.items()},
+            "encoder": ffmpeg.encoder(self.encoding).name,
         }
         return files, result
 

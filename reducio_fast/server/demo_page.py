@@ -22,6 +22,7 @@ from ..checkpoints import strict_files
 from ..media.contact_sheet import film_strip
 from ..media.image_files import cover_crop
 from ..media.similarity import psnr
+from ..media.video_files import check_format
 from ..pipelines import registry
 from ..pipelines.call import validation
 from ..pipelines.call.output import ReducioOutput
@@ -159,8 +160,10 @@ def serve(
 ) -> tuple[str, Callable[[], None]]:
     """Start the page; returns its address and a function that waits until it is stopped.
 
-    Raises ReducioError if gradio is not installed, if there is no such model, or if the port cannot be bound.
+    Raises ReducioError if gradio is not installed, if clips cannot be encoded, if there is no such model, or if the
+    port cannot be bound.
     """
+    check_format("clip.mp4")
     if model is not None:
         registry.find(model)
     devices.resolve_device(device)

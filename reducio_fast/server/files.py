@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from ..media.video_files import check_format
 from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError
 from ..system.paths import check_output_folder, expanded
@@ -18,6 +19,14 @@ CLIP, CONTENT, THUMBNAIL, SPRITESHEET = ".mp4", ".content.png", ".thumbnail.webp
 LATENTS = ".latents.safetensors"  # of a failed job: what was sampled before the decode ran out of memory
 # As the caller sent them: the content frame, and a clip whose motion is wanted.
 PICTURE, MOTION = ".picture", ".motion"
+
+
+def check_rate(fps: float) -> None:
+    """Raise ReducioError if no clip of so many frames a second can be written, before one is made."""
+    try:
+        check_format(f"clip{CLIP}", fps)
+    except ReducioError as error:
+        raise ReducioError(f"fps: {error}") from error
 
 
 class JobFiles:

@@ -21,9 +21,10 @@ from ..media.frame_interpolation import check_factor
 from ..media.image_files import read_image
 from ..system.errors import ReducioError
 from .errors import ApiError, bad_request
-from .files import MOTION, PICTURE
+from .files import MOTION, PICTURE, check_rate
 
 MAX_DRAWN_SEED = 2**32  # a seed that the server draws stays easy to type
+MAX_CAPTION = 300  # tokens, of a model whose configuration does not tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +253,9 @@ class Checker:
                 self.pipeline.check_inputs(**call | size, **given, motion_latents=_blank(config, height, width))
             if (height, width) not in self.sizes:
                 self._refuse_size(f"{width}x{height}")
+        rate = call.get("fps", self.fps)
+        if rate and ("fps" in call or "interpolate" in more):
+            check_rate(rate * more.get("interpolate", 1))
         call |= {"height": height, "width": width}
         seconds = str(fields.get("seconds") or self.seconds)
         if seconds not in (self.seconds, f"{self.seconds}.0"):
@@ -268,9 +272,11 @@ class Checker:
         for name, value in (*steps, ("sigmas", len(call["sigmas"]) if isinstance(call.get("sigmas"), list) else None)):
             if isinstance(value, int | float) and value > self.limits.steps:
                 raise ReducioError(f"{name}: {value} asked for, {self.limits.steps} are the most")
-        for name in ("height", "width"):
-            if isinstance(side := call.get("content_kwargs", {}).get(name), int | float) and side > 2048:
-                raise ReducioError(f"content_kwargs: {name} is {side}, 2048 is the most")
+        caption = getattr(getattr(self.pipeline, "transformer", None), "config", None)
+        longest = getattr(caption, "caption_length", MAX_CAPTION)
+        for name, most in (("height", 2048), ("width", 2048), ("max_sequence_length", longest)):
+            if isinstance(value := call.get("content_kwargs", {}).get(name), int | float) and value > most:
+                raise ReducioError(f"content_kwargs: {name} is {value}, {most} is the most")
         for name, most in (("num_frames", self.limits.frames), ("num_videos_per_prompt", self.limits.videos)):
             if call.get(name, 1) > most:
                 raise ReducioError(f"{name}: {call[name]} asked for, {most} are the most")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..system import cache_folder
 from ..system.errors import ReducioError
 from .errors import ApiError
-from .files import JobFiles
+from .files import CLIP, JobFiles, check_rate
 from .jobs import Store
 from .keys import Keys
 from .requests import Checker, Limits
@@ -81,8 +81,9 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
     """Bind the address; returns it as a URL, and a function that serves until the process is told to end.
 
     Raises ReducioError if the extra is not installed, if the address cannot be bound or is open to others without keys,
-    or if the folder is in use or its file of jobs cannot be read; the returned function raises it if there is no such
-    model, or if the model has no clip of one of `limits.sizes`.
+    if clips cannot be encoded, or if the folder is in use or its file of jobs cannot be read; the returned function
+    raises it if there is no such model, or if the model has no clip of one of `limits.sizes` or a frame rate that no
+    clip can have.
     """
     try:
         import fastapi  # noqa: F401
@@ -93,9 +94,9 @@ def serve(settings: Settings) -> tuple[str, Callable[[], None]]:
         raise ReducioError('serve: FastAPI is not installed; pip install "reducio-fast[serve]"') from error
     if not _is_loopback(settings.host) and settings.api_keys is None:
         raise ReducioError(f"host: {settings.host} is open to others; name the keys with --api-keys FILE")
-    from ..media.ffmpeg import encoder
+    from ..media.video_files import check_format
 
-    encoder(settings.encoding)
+    check_format(f"clip{CLIP}", encoding=settings.encoding)
     if settings.quantise is not None and settings.ray is None:
         from ..pipelines.call.validation import check_quantise
         from ..system.devices import resolve_device
@@ -185,6 +186,8 @@ class _Started:
         entry = registry.find(settings.model)
         if settings.quantise is not None:
             entry.check_call(settings.backend, {"quantise": settings.quantise})
+        if entry.fps is not None:
+            check_rate(entry.fps)
         name = settings.name or (DEFAULT_NAME if settings.model is None else Path(settings.model).name)
         pipeline = None if entry.checker is None else entry.checker()
         return Checker(name, pipeline, entry.call_defaults, settings.limits, entry.fps)

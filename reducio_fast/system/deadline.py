@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 POLL = 0.02  # seconds between two checks of the clock
+THREAD = "reducio-fast warm-up"  # name of the thread
 Check = Callable[[], None]
 
 
@@ -79,7 +80,7 @@ def run(
         work()
     else:
         context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(work,), name="reducio-fast warm-up", daemon=True).start()
+        threading.Thread(target=context.run, args=(work,), name=THREAD, daemon=True).start()
         try:
             while not ended.wait(POLL) and clock() - start < deadline:
                 pass

@@ -39,10 +39,17 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def widened(tensor: torch.Tensor) -> torch.Tensor:
+def widened(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """Convert a floating-point tensor of less than 16 bits to float32; return any other unchanged. torch stores the
-    narrow dtypes but has few operators for them (no `isfinite`, no sum)."""
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 2 else tensor
+    narrow dtypes but has few operators for them (no `isfinite`, no sum). Raises ReducioError, which names the tensor as
+    `name`, for a dtype that torch cannot convert: it packs several values into one element."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize >= 2:
+        return tensor
+    try:
+        return tensor.float()
+    except NotImplementedError as error:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ReducioError(f"{name}: is of {dtype}, which torch cannot convert; unpack it to float32") from error
 
 
 def resolve_device(device: Any) -> torch.device:

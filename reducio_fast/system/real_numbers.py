@@ -6,12 +6,15 @@ import math
 import numbers
 from typing import Any
 
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which torch computes
+
 
 def to_float(value: Any) -> float:
-    """A real number as a float: infinite where a float cannot hold it, NaN for everything else, True and False too."""
+    """A real number as a float: infinite where float32 cannot hold it, NaN for everything else, True and False too."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return math.nan
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
         return math.inf
+    return number if abs(number) <= LARGEST or math.isnan(number) else math.copysign(math.inf, number)

@@ -385,7 +385,7 @@ def _check(
         defaults = {f.name: f.default for f in fields(config)}  # of settings that are newer than the checkpoint
         made = _plain(defaults) | saved["config"] | saved["conditions"]
         before = saved.get("recorded", {})  # older checkpoints have none
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ReducioError(f"train {name}: cannot read checkpoint {folder}: {error}") from error
     wanted = {**_plain(asdict(config)), **conditions}
     made |= {key: before[key] for key in recorded if key in before}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DictMixin
+from ..sampler import Denoiser, guided
 from .config import DiTConfig
 from .dit import NORM_EPS, AdaLNSingle, CaptionProjection, DiTBlock, JointCondition, LatentTransformer, PatchEmbedding
 
@@ -137,6 +138,28 @@ class PixArt(LatentTransformer):
         grid = (1, h // patch, w // patch)
         x_BLD = self.forward_tokens(x_BLD, modulation_B6D, self.embed_condition(text, mask), grid)
         return self.unpatchify(self.final_layer(x_BLD, embedding_BD), grid)[:, :, 0]
+
+    def denoiser(
+        self,
+        text: Tensor,
+        mask: Tensor,
+        negative: tuple[Tensor, Tensor] | None = None,
+        guidance_scale: float = 1.0,
+        size: Tensor | None = None,
+    ) -> Denoiser:
+        """For `sample` on latents [1, C, 1, h, w]: text [1, L, C] and mask [1, L] of the prompt; negative: those of the
+        negative prompt, needed if `guidance_scale` exceeds 1; size [1, 2] in pixels."""
+
+        def predict(latent: Tensor, timestep: Tensor) -> Tensor:
+            prediction = self(latent[:, :, 0], timestep, text, mask, size)
+            return prediction[:, : self.config.in_channels, None].to(latent.dtype)  # without the variance
+
+        if guidance_scale <= 1:
+            return predict
+        if negative is None:
+            raise ValueError(f"guidance_scale={guidance_scale} needs the negative prompt's text")
+        text, mask = torch.cat([negative[0], text]), torch.cat([negative[1], mask])
+        return guided(predict, guidance_scale)
 
     def embed_condition(self, text: Tensor, mask: Tensor | None = None) -> JointCondition:
         """The condition tokens, which depend on no timestep."""

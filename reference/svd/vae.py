@@ -163,7 +163,7 @@ class TemporalVAE(nn.Module):
             )
         batch, frames = latents.shape[:2]
         z = latents.flatten(0, 1)
-        pieces = [z] if chunk is None else z.split(chunk)
+        pieces = [z] if chunk is None else z.split(min(chunk, len(z)))
         decoded = []
         for piece in pieces:
             cancellation.check()
@@ -231,7 +231,7 @@ class FrameVAE(nn.Module):
         z = latents.flatten(0, 1)
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
         decoded = []
-        for piece in z.split(chunk or 1):
+        for piece in z.split(min(chunk or 1, len(z))):
             cancellation.check()
             decoded.append(self.decoder(piece))
         return torch.cat(decoded).unflatten(0, latents.shape[:2])

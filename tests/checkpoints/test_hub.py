@@ -158,7 +158,14 @@ def test_push_to_hub_uploads_what_is_saved(folder: Path, monkeypatch: pytest.Mon
         f"{n}/{f}" for n in ("transformer", "vae") for f in ("config.json", "diffusion_pytorch_model.safetensors")
     ]
     assert files == sorted(
-        ["README.md", "model_index.json", "pipeline.py", *weights, "scheduler/scheduler_config.json"]
+        [
+            "README.md",
+            "calibration.safetensors",
+            "model_index.json",
+            "pipeline.py",
+            *weights,
+            "scheduler/scheduler_config.json",
+        ]
     )
     for refusal in (OSError("no network\nat all"), HTTPError("no network\nat all")):
         monkeypatch.setattr(FakeHub, "refusal", refusal)

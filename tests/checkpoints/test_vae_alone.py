@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +188,24 @@ def test_what_encode_refuses(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("l*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("fps", "16"), ("fps", None), ("fps", 0), ("fps", [16]), ("fps", -5), ("sample_width", "128")]
+)
+def test_settings_of_the_model_are_checked(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: Any
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "vae").symlink_to(bundle / "vae")
+    index = json.loads((bundle / "model_index.json").read_text())
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index | {name: value}))
+    where = ["--model", str(tmp_path / "model"), "--device", "cpu", "--out"]
+    clip = str(clip_file(tmp_path))
+    for command, out in (("reconstruct", "out.gif"), ("encode", "out.safetensors")):
+        assert main([command, clip, *where, str(tmp_path / out)]) == 2
+        line = capsys.readouterr().err
+        assert f"{name}: must be " in line and line.count("\n") == 1, line
 
 
 def test_latents_of_another_model_are_refused(tmp_path: Path, release: Path, capsys: pytest.CaptureFixture):

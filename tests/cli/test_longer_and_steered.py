@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from reducio_fast.cli import main
+from reducio_fast.checkpoints import saved_latents
+from reducio_fast.cli import decode, main
 from reducio_fast.media.image_files import read_image
 from reducio_fast.media.video_files import read_video, write_video
+from reducio_fast.pipelines import generate
+from reducio_fast.pipelines.call.output import ReducioOutput
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +103,33 @@ def test_seeds_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         and result["fps"] == 32
         and not np.array_equal(sheet[:, :, :128], sheet[:, :, 128:])
     )
+
+
+@pytest.mark.parametrize("command", ["generate", "decode"])
+def test_the_names_of_several_clips_are_checked_before_the_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = np.zeros((2, 4, 32, 32, 3), np.uint8)
+    made: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        generate,
+        "generate",
+        lambda **_: made.append(command) or ReducioOutput(clips, None, [0, 1], 16, {}, is_list=True),
+    )
+    monkeypatch.setattr(decode, "decode_reducio", lambda *_: made.append(command) or clips)
+    latents = saved_latents.Latents(torch.zeros(2, 16, 1, 1, 1), clips[:, 0], 16, [0, 1])
+    saved_latents.save(tmp_path / "x.safetensors", latents)
+    words = (
+        ["generate", "x", "--num-videos", 2, "--no-progress"] if command == "generate" else ["decode", "x.safetensors"]
+    )
+    write_video(clips[0], "fr", 16)  # its name is none of the clips'
+    assert run(*words, "-o", "fr") == 0 and len(made) == 1
+    assert sorted(path.name for path in tmp_path.glob("fr*")) == ["fr", "fr-0", "fr-1"]
+    capsys.readouterr()
+    assert run(*words, "-o", "fr") == 2 and run(*words, "-o", ".gif") == 2 and len(made) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "fr-0 is not empty" in lines[0] and ".gif is a suffix without a name" in lines[1]
 
 
 def test_a_clip_is_recoloured_by_editing_one_frame(

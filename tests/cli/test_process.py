@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reducio_fast.cli import main
 from reducio_fast.media import ffmpeg
 from reducio_fast.media.video_files import read_video, write_video
 
@@ -48,6 +51,27 @@ def test_an_output_that_is_full() -> None:
     with open("/dev/full", "w") as full:
         done = run("env", stdout=full, stderr=subprocess.PIPE, capture_output=False)
     assert done.returncode == 2 and done.stderr == "reducio-fast env: error: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirections", "status"),
+    [("env", ">&- 2>&-", 0), ("reconstruct nope.mp4 --out c.gif", "2>/dev/full", 2), ("nope", "2>/dev/full", 2)],
+)
+def test_streams_that_cannot_be_written_change_no_status(arguments: str, redirections: str, status: int) -> None:
+    command = f"exec {shlex.join(COMMAND)} {arguments} {redirections}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, cwd="/")
+    assert done.returncode == status, done.stderr
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_clip_is_made_where_its_progress_cannot_be_shown(
+    tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream if full else None)
+        monkeypatch.setattr(sys, "stdout", None)
+        assert main.main([*CLIP[:-1], "--height", "64", "--width", "64", "--out", str(tmp_path / "c.gif")]) == 0
+    assert (tmp_path / "c.gif").is_file()
 
 
 def test_sigterm_leaves_no_file_and_no_ffmpeg(tmp_path: Path) -> None:
@@ -157,6 +181,13 @@ def test_a_rate_that_the_format_cannot_hold_is_refused_before_the_model_is_read(
     (model / "model_index.json").write_text('{"_class_name": "ReducioPipeline", "fps": 60}')
     done = run(*CLIP, "--out", tmp_path / "c.gif", "--model", model)
     assert done.returncode == 2 and "at most 50 frames a second" in done.stderr
+
+
+def test_a_warm_up_ends_in_order_after_its_deadline() -> None:
+    """While its thread still computes: Python would end under it, and the process abort."""
+    done = run("warmup", "--sizes", "256", "--deadline", "0.01", "--device", "cpu", "--no-progress", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["left"] == ["256x256"], done.stderr
+    assert "not done after 0.01 s" in done.stderr
 
 
 def test_names_with_colons_go_in_and_out(tmp_path: Path) -> None:

@@ -102,6 +102,15 @@ def test_texts_without_checksums_load_with_one_line(tmp_path: Path, caplog: pyte
     ]
 
 
+def test_a_damaged_list_of_settings_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / latent_shards.ABOUT
+    for text in ("[1]", "[" * 200_000, path.read_text().replace('"encoders": {}', '"encoders": 5')):
+        path.write_text(text)
+        with pytest.raises(ReducioError, match=r"latents.json is damaged: .*; run reducio-fast extract again"):
+            LatentDataset(tmp_path, encoders={"vae": "0"})
+
+
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     """Also where the checksums of clips do not reach: the frame rate of a clip."""
     written(tmp_path)

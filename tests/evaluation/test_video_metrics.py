@@ -192,6 +192,7 @@ def test_clips_to_calibrate_on_are_taken_in_turn_and_decoded_when_needed(videos:
         ("clips --videos VIDEOS --fvd x.pt", "fvd needs real clips"),
         ("clips --videos VIDEOS --clip m --captions CAPTIONS", "captions: none given for VIDEOS/still.mp4"),
         ("clips --videos VIDEOS --clip m --captions LIST", "must be one JSON object"),
+        ("clips --videos VIDEOS --clip m --captions DEEP", "recursion"),
         ("vbench --vbench python --out o --captions CAPTIONS", "must be one JSON list of prompts"),
         ("vbench --vbench python --out o --captions LIST --device cuda:77", "device: 'cuda:77' cannot be used here"),
         ("clips --videos VIDEOS --device cuda:77", "device: 'cuda:77' cannot be used here"),
@@ -205,10 +206,11 @@ def test_mistakes_are_named_before_any_work(
     argv: str, message: str, videos: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(video_report, "read_video", None)
-    captions, prompts = tmp_path / "captions.json", tmp_path / "list.json"
+    captions, prompts, deep = tmp_path / "captions.json", tmp_path / "list.json", tmp_path / "deep.json"
+    deep.write_text("[" * 200_000)
     captions.write_text(json.dumps({"cut.mp4": "a person"}))
     prompts.write_text(json.dumps(["a person"]))
-    for word, path in (("VIDEOS", videos), ("CAPTIONS", captions), ("LIST", prompts)):
+    for word, path in (("VIDEOS", videos), ("CAPTIONS", captions), ("LIST", prompts), ("DEEP", deep)):
         argv, message = argv.replace(word, str(path)), message.replace(word, str(path))
     assert main(["evaluate", *argv.split(), "--no-progress"]) == 2
     line = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import torch
 from torch import nn
 
 from reducio_fast import ReducioPipeline
+from reducio_fast.checkpoints import convert
+from reducio_fast.checkpoints.networks import load_model
+from reducio_fast.data.curation import curate, manifest
+from reducio_fast.pipelines.reducio import encoders
+from reducio_fast.reference import ReducioVAE, VAEConfig
+from reducio_fast.server import batch
 from reducio_fast.system.errors import ReducioError
 
 PROMPT = "a red circle moving right"
@@ -193,6 +200,24 @@ def test_tensors_of_no_clip(pipe: ReducioPipeline, clip):
 def test_timesteps_that_the_first_stage_cannot_follow(pipe: ReducioPipeline, timesteps: object):
     with pytest.raises(ReducioError, match="content frame: PixArtAlphaPipeline: "):
         pipe(PROMPT, content_kwargs={"timesteps": timesteps}, **FAST)
+
+
+LONG = "x" * 300  # longer than a name may be on Linux
+READERS: dict[str, Callable[[], object]] = {
+    "image encoder": lambda: encoders.find_tower(LONG),
+    "network": lambda: load_model(ReducioVAE, VAEConfig, LONG),
+    "manifest": lambda: manifest.read(LONG),
+    "videos": lambda: curate.find_sources([LONG]),
+    "export": lambda: convert.export(LONG, "a.ckpt"),
+    "clips": lambda: batch.make_clips([{"prompt": "a"}], batch.Settings(out=LONG, worker={}, call={}, suffix=".gif")),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_name_that_is_too_long_is_one_line(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ReducioError, match="x{100}.* cannot be (accessed|created) .File name too long"):
+        READERS[reader]()
 
 
 def test_bad_decode(pipe: ReducioPipeline, clip):

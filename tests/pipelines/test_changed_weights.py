@@ -94,8 +94,11 @@ def test_a_write_to_weights_is_seen(pipe: ReducioPipeline, write: Callable[[nn.M
 
 @pytest.mark.slow
 def test_a_write_to_the_decoder_is_seen(pipe: ReducioPipeline) -> None:
+    # Not a flat picture, which a decoder that warps shows unchanged with any weights.
+    picture = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+
     def frames() -> np.ndarray:
-        return pipe(PROMPT, IMAGE, height=64, width=64, **KWARGS).frames
+        return pipe(PROMPT, picture, height=64, width=64, **KWARGS).frames
 
     before = frames()
     through_data(pipe.vae.decoder)
@@ -242,6 +245,23 @@ def test_auto_follows_the_scheduler(pipe: ReducioPipeline) -> None:
     latent(pipe)
     pipe.scheduler = original
     assert pipe.backend == "fast"
+
+
+def test_a_step_set_on_the_scheduler_is_called(pipe: ReducioPipeline) -> None:
+    steps: list[int] = []
+    step = pipe.scheduler.step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = counted
+    latent(pipe)
+    assert steps == [1] and "the reference's sampler steps: the DPMSolver" in pipe.report["transformer"]
+    assert "has a step of its own" in pipe.report["transformer"]
+    del pipe.scheduler.step
+    latent(pipe)
+    assert steps == [1] and "of its own" not in pipe.report["transformer"]
 
 
 def test_what_packing_raises_is_survived(pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from reducio_fast.checkpoints.networks import assign
 from reducio_fast.pipelines.reducio.encoders import SemanticEncoder, TextEncoder
@@ -68,6 +69,23 @@ def test_other_towers_are_refused(change: dict, message: str):
 def test_incomplete_tower_configuration():
     with pytest.raises(ReducioError, match="open_clip configuration: 'preprocess_cfg' is missing"):
         SemanticEncoder({"model_cfg": tower_config()["model_cfg"]})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_cfg": None},
+        tower_config(patch_size=0),
+        tower_config() | {"preprocess_cfg": {"mean": None, "std": [1, 1, 1]}},
+        tower_config() | {"preprocess_cfg": {"mean": 0.5, "std": [1, 1, 1]}},
+        tower_config() | {"preprocess_cfg": {"mean": [0.5, 0.5], "std": [1, 1, 1]}},
+    ],
+)
+def test_wrong_values_of_a_tower_are_one_line(values: dict, tmp_path: Path):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(values))
+    save_file({"a": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ReducioError, match="^open_clip configuration: .+$"):
+        SemanticEncoder.from_pretrained(tmp_path, width=32)
 
 
 def test_text_encoder_pads_cuts_and_warns(caplog: pytest.LogCaptureFixture):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,28 @@ def test_wrong_numbers_in_a_configuration_are_one_line(
         ReducioPipeline.from_pretrained(tmp_path / "model", device="cpu")
     line = str(caught.value)
     assert line.startswith(f"{config}: ") and message in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("text_encoder/config.json", {"d_model": "128"}),
+        ("content_encoder/config.json", {"norm_num_groups": 0}),
+        ("scheduler/scheduler_config.json", {"solver_order": 0}),
+        ("scheduler/scheduler_config.json", {"lambda_min_clipped": None}),
+        ("scheduler/scheduler_config.json", {"final_sigmas_type": "none"}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "none"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": -1}),
+    ],
+    ids=str,
+)
+def test_wrong_values_of_foreign_components_are_one_line(copy: Path, file: str, values: dict[str, Any]):
+    config = copy / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    for load in (ReducioPipeline.from_pretrained, lambda model: reducio_fast.generate(PROMPT, model=model, **FAST)):
+        with pytest.raises(ReducioError) as caught:
+            load(copy)
+        assert str(config.parent) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_saved_model_loads_to_the_same_bits(folder: Path, pipe: ReducioPipeline, tmp_path: Path):
@@ -206,6 +229,24 @@ def test_generate_takes_values_without_a_hash(recorded: list[dict[str, Any]]):
     assert recorded == [{"fps": setting}]
 
 
+def test_generate_notices_files_behind_links(recorded: list[dict[str, Any]], tmp_path: Path, monkeypatch):
+    """A component that is a single file, one with `~`, and one that is a link to a folder, in a circle too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    weights = tmp_path / "elsewhere" / "unet.safetensors"
+    weights.write_text("first")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "transformer").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "model" / "circle").symlink_to(tmp_path / "model")
+    names = [str(weights), "~/elsewhere/unet.safetensors", str(tmp_path / "model"), f"local-dir:{tmp_path / 'model'}"]
+    for number, name in enumerate(names):
+        reducio_fast.generate("a", fps=name)
+        reducio_fast.generate("a", fps=name)
+        weights.write_text("other" * (number + 2))
+        reducio_fast.generate("a", fps=name)
+        assert len(recorded) == 2 * (number + 1), name
+
+
 def test_generate_alone_after_generate_together(recorded: list[dict[str, Any]]):
     ranks = [reducio_fast.generate("a", parallel=parallel)["ranks"] for parallel in (True, False, True)]
     assert ranks == ["all", None, "all"] and len(recorded) == 2
@@ -280,6 +321,19 @@ def test_bad_index(copy: Path, tmp_path: Path):
         ReducioPipeline.from_pretrained(copy)
     path.unlink()
     with pytest.raises(ReducioError, match="is no model folder, it has no model_index.json"):
+        ReducioPipeline.from_pretrained(copy)
+
+
+def test_a_component_without_access_is_one_line(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    stat = os.stat
+
+    def refusing(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if isinstance(path, str | Path) and Path(path).parent == copy / "tokenizer":
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    with pytest.raises(ReducioError, match=f"{copy / 'tokenizer'}.* cannot be accessed .Permission denied"):
         ReducioPipeline.from_pretrained(copy)
 
 

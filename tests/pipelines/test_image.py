@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from reducio_fast import ReducioPipeline
+from reducio_fast.media.image_files import read_image
 from reducio_fast.system.errors import ReducioError
 
 PROMPT = "a red circle moving right"
@@ -63,6 +65,36 @@ def test_image_of_any_mode(pipe: ReducioPipeline, mode: str):
     out = pipe(PROMPT, image, output_type="latent", num_inference_steps=1, progress=False)
     assert image.mode == mode and out.content.shape == (64, 64, 3)
     assert out.content[:8].mean() < 60 and out.content[-8:].mean() > 195, "black above, white below"
+
+
+def swapped_profile() -> bytes:
+    """An ICC profile of sRGB whose red is green and whose green is red."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    places = {bytes(profile[i : i + 4]): i + 4 for i in range(132, 132 + 12 * profile[131], 12)}
+    red, green = (slice(places[tag], places[tag] + 8) for tag in (b"rXYZ", b"gXYZ"))
+    profile[red], profile[green] = profile[green], profile[red]
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_the_colours_of_a_profile_are_shown(mode: str, tmp_path: Path) -> None:
+    image, profile = Image.new("RGBA", (4, 4), (255, 0, 0, 127)).convert(mode), swapped_profile()
+    image.save(tmp_path / "plain.png")
+    plain = read_image(tmp_path / "plain.png")
+    assert plain[0, 0, 0] > plain[0, 0, 1] or mode == "L"
+    shown = plain if mode == "L" else plain[..., [1, 0, 2]]  # grey has no colours that an RGB profile could speak of
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for each, expected in ((profile, shown), (srgb, plain), (profile[:200], plain), (b"damaged", plain)):
+        image.save(tmp_path / "x.png", icc_profile=each)
+        assert np.abs(read_image(tmp_path / "x.png").astype(int) - expected).max() <= 1
+
+
+def test_the_profile_of_a_jpeg_and_of_a_webp_is_read() -> None:
+    for kind in ("JPEG", "WebP"):
+        with io.BytesIO() as buffer:
+            Image.new("RGB", (16, 16), "red").save(buffer, kind, icc_profile=swapped_profile())
+            red, green, blue = read_image(Image.open(buffer))[8, 8]
+        assert green > 240 and red < 20 and blue < 20, kind
 
 
 def test_image_is_scaled_to_cover_and_cropped(pipe: ReducioPipeline):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import operator
 import shutil
 import subprocess
 import sys
@@ -212,3 +213,38 @@ def test_offloading_moves_the_twins_that_draw(monkeypatch: pytest.MonkeyPatch) -
     twins = {id(twin) for twin in pipe.executor.engine.packed()}
     draw(pipe)
     assert {id(twin) for twin in pipe.executor.engine.packed()} == twins
+
+
+@pytest.mark.parametrize("name", ["text_to_image.transformer", "text_to_image.vae", "transformer"])
+def test_hooks_run_where_no_library_is_loaded(name: str) -> None:
+    """The networks then run as they are, and their results are the twins' up to rounding."""
+    pipe = light.load(embedded_model(), torch.float32, torch.device("cpu"), False)
+    assert pipe is not None
+    sizes = {"height": 64, "width": 64, "num_inference_steps": 2, "progress": False}
+    before, calls = pipe(PROMPT, **sizes), list[int]()
+    network = operator.attrgetter(name)(pipe)
+    layer = network.decoder.conv_out if name.endswith("vae") else network.proj_out
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    after = pipe(PROMPT, **sizes)
+    assert calls and np.abs(after.content.astype(int) - before.content).max() <= 2
+    assert np.abs(after.frames.astype(int) - before.frames).mean() < 1
+    line = pipe.report["transformer"] if name == "transformer" else pipe.content.line
+    assert line.startswith("reference: ") and "has forward hooks" in line
+    handle.remove()
+    assert np.array_equal(pipe(PROMPT, **sizes).frames, before.frames)
+
+
+def test_a_step_set_on_the_scheduler_of_a_first_stage_is_called(pipe: ReducioPipeline) -> None:
+    calls: list[int] = []
+
+    def step(prediction: torch.Tensor, timestep: Any, latent: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        calls.append(1)
+        return (latent,)
+
+    scheduler = pipe.text_to_image.scheduler
+    scheduler.step = step
+    try:
+        draw(pipe)
+    finally:
+        del scheduler.step
+    assert calls

@@ -149,6 +149,17 @@ def test_callback_stops_where_diffusers_can(pipes: dict[str, pipeline.PeerPipeli
     assert out.interrupted and [step for step, _ in steps] == [0]
 
 
+def test_an_error_of_a_callback_passes_on(pipes: dict[str, pipeline.PeerPipeline]) -> None:
+    error = KeyError("mine")
+
+    def callback(*_: Any) -> None:
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        pipes["wan"](PROMPT, num_inference_steps=1, callback_on_step_end=callback, progress=False)
+    assert caught.value is error
+
+
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
@@ -160,6 +171,10 @@ def test_callback_stops_where_diffusers_can(pipes: dict[str, pipeline.PeerPipeli
         ("ltx", {"num_frames": 20}, "num_frames: 20 is not a multiple of 8 plus 1; the two nearest legal counts are"),
         ("ltx", {"width": 100}, "width: 100 is not a multiple of 32"),
         ("ltx", {"prompt": None}, "prompt: must be text"),
+        ("ltx", {"frame_rate": 0}, "frame_rate: must be a positive number, is 0"),
+        ("ltx", {"frame_rate": "x"}, "frame_rate: must be a positive number, is 'x'"),
+        ("ltx", {"latents": 5}, "ltx: "),
+        ("ltx", {"guidance_rescale": "x"}, "ltx: "),
         ("wan", {"num_frames": 4}, "4 is not a multiple of 4 plus 1; the two nearest legal counts are 1 and 5"),
         ("wan", {"image": np.zeros((8, 8, 3), np.uint8)}, "image: Wan 2.1 T2V-1.3B makes clips from text alone"),
         ("wan", {"num_inference_steps": 0}, "num_inference_steps: must be a whole number from 1 to 1000, is 0"),

@@ -146,6 +146,15 @@ def test_every_other_model_is_refused(bundle: Path, tmp_path: Path, capsys: pyte
     assert "is no model folder" in capsys.readouterr().err
 
 
+def test_a_wrong_size_in_the_index_is_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = json.loads((bundle / "model_index.json").read_text())
+    for value in ("128", None, 100, -32):
+        (tmp_path / "model_index.json").write_text(json.dumps(index | {"sample_height": value}))
+        assert main.main(["calibrate", "--model", str(tmp_path), "--clips", "1", "--device", "cpu"]) == 2
+        line = capsys.readouterr().err
+        assert "sample_height: " in line and line.count("\n") == 1, line
+
+
 def test_what_cannot_be_followed_is_refused(bundle: Path) -> None:
     for kwargs, message in (
         ({"quantise": "fp4"}, "'fp4' is not known; known are fp8, int8"),

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reducio_fast import ReducioError, ReducioPipeline, generate
-from reducio_fast.checkpoints.strict_files import embedded_model
+from reducio_fast.checkpoints.strict_files import embedded_model, load_tensors
 from reducio_fast.media.image_files import MAX_PIXELS, read_image
 from reducio_fast.pipelines import generate as generate_module
 from reducio_fast.pipelines import registry
@@ -64,6 +64,29 @@ def test_latents_in_eight_bits_are_noise_like_any_other(pipe: ReducioPipeline, d
     assert torch.equal(*clips)
     with pytest.raises(ReducioError, match="latents: holds values that are not finite"):
         pipe(PROMPT, IMAGE, height=64, width=64, latents=torch.full(shape, torch.nan).to(dtype), **KWARGS)
+
+
+@pytest.mark.parametrize("component", ["latents", "mask", "LoRA", "file"])
+def test_packed_four_bit_numbers_are_refused_by_name(pipe: ReducioPipeline, tmp_path: Path, component: str) -> None:
+    """torch stores two of them as one element and has no operator for them, not even a conversion."""
+
+    def packed(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+    config, key = pipe.transformer.config, "transformer_blocks.0.attn1.to_q.lora_A.weight"
+    text = (config.caption_length, config.caption_channels)
+    save_file({key: packed(4, 4)}, tmp_path / "x.safetensors")
+    name, call = {
+        "latents": ("latents", lambda: pipe(PROMPT, IMAGE, height=64, width=64, latents=packed(16, 4, 2, 2), **KWARGS)),
+        "mask": (
+            "prompt_attention_mask",
+            lambda: pipe(None, IMAGE, prompt_embeds=torch.zeros(text), prompt_attention_mask=packed(text[0]), **KWARGS),
+        ),
+        "LoRA": (key, lambda: pipe.load_lora_weights({key: packed(4, 4)})),
+        "file": (key, lambda: load_tensors(tmp_path / "x.safetensors", torch.float32)),
+    }[component]
+    with pytest.raises(ReducioError, match=f"{name}: is of float4_e2m1fn_x2, which torch cannot convert"):
+        call()
 
 
 @pytest.mark.parametrize("component", ["vae", "transformer"])

@@ -211,7 +211,10 @@ def test_on_a_gpu_kernels_are_compiled_before_the_first_clip(
         pytest.param({"sizes": [(64,)]}, r"sizes: must be a list .*, has \(64,\)", id="pair"),
         pytest.param({"sizes": []}, "sizes: must be a list", id="none"),
         pytest.param({"sizes": "64"}, "sizes: must be a list", id="text"),
-        pytest.param({"deadline": 0}, "deadline: must be a number of seconds above 0, is 0", id="deadline"),
+        pytest.param({"deadline": 0}, "deadline: must be a finite number of seconds above 0, is 0", id="deadline"),
+        pytest.param({"deadline": float("nan")}, "deadline: must be a finite number of .*, is nan", id="nan"),
+        pytest.param({"deadline": float("inf")}, "deadline: must be a finite number of .*, is inf", id="inf"),
+        pytest.param({"deadline": True}, "deadline: must be a finite number of .*, is True", id="true"),
     ],
 )
 def test_words_that_do_not_fit_are_refused(pipe: ReducioPipeline, words: dict, reason: str) -> None:
@@ -298,7 +301,8 @@ def test_command_takes_compiled_blocks_along(
         pytest.param(["--import", "broken.zip"], "is no archive of a cache", id="broken"),
         pytest.param(["--export", "none/cache.zip"], "is no folder", id="export"),
         pytest.param(["--sizes", "6x4x4"], "must be a number or HEIGHTxWIDTH", id="size"),
-        pytest.param(["--deadline", "-1"], "deadline: must be a number of seconds above 0", id="deadline"),
+        pytest.param(["--deadline", "-1"], "deadline: must be a finite number of seconds above 0", id="deadline"),
+        pytest.param(["--deadline", "nan", "--model", "none"], "deadline: must be a finite number", id="nan"),
     ],
 )
 def test_command_answers_mistakes_in_one_line(

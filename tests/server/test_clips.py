@@ -37,6 +37,12 @@ def checker() -> Checker:
     return Checker("svd", found.checker(), found.call_defaults, Limits(), found.fps)
 
 
+def default_checker() -> Checker:
+    found = registry.find(None)
+    assert found.checker is not None
+    return Checker("reducio", found.checker(), found.call_defaults, Limits(), found.fps)
+
+
 def picture(side: int = 64) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), "blue").save(buffer, "PNG")
@@ -133,6 +139,9 @@ def test_what_fails_is_told_in_one_line(
         ({"callback_on_step_end": "x"}, "callback_on_step_end: no field of a clip; known are "),
         ({"seed": True}, "seed: must be a whole number, is True"),
         ({"noise_aug_strength": float("nan")}, "noise_aug_strength: must be a finite number of at least 0, is nan"),
+        ({"max_guidance_scale": 1e39}, "guidance_scale: must be a finite number of at least 0, is 1e+39, which"),
+        ({"fps": 10**12}, "fps: cannot write clip.mp4: "),
+        ({"content_kwargs": {"max_sequence_length": 301}}, "content_kwargs: max_sequence_length is 301, 300 is the"),
     ],
 )
 def test_wrong_fields(checker: Checker, fields: dict[str, Any], line: str) -> None:
@@ -147,15 +156,42 @@ def test_wrong_fields(checker: Checker, fields: dict[str, Any], line: str) -> No
         *(("num_inference_steps", value) for value in ("abc", 0, -3, float("nan"), 2.5)),
         *(("guidance_scale", value) for value in (float("nan"), float("inf"), "abc")),
         pytest.param("guidance_scale", 10**400, id="guidance_scale-huge"),
+        pytest.param("guidance_scale", 1e39, id="guidance_scale-above-float32"),
         *(("height", value) for value in ("abc", 0, float("nan"))),
+        *(("max_sequence_length", value) for value in ("abc", 0, -1, 2.5)),
     ],
 )
 def test_wrong_values_for_the_first_stage(name: str, value: Any) -> None:
-    found = registry.find(None)
-    assert found.checker is not None
-    checker = Checker("reducio", found.checker(), found.call_defaults, Limits(), found.fps)
+    checker = default_checker()
     with pytest.raises(ApiError, match=f"^content_kwargs: {name}: must be a (whole|finite) number.*, is "):
         checker({"prompt": "a red circle", "content_kwargs": {name: value}})
+
+
+def test_a_caption_is_no_longer_than_the_model_s() -> None:
+    """The text encoder has no step at which a job could be stopped."""
+    checker = default_checker()
+    asked = checker({"prompt": "a red circle", "content_kwargs": {"max_sequence_length": "120"}})
+    assert asked.call["content_kwargs"] == {"max_sequence_length": 120}
+    for length in (121, 4000, 10**9, "1000000000", 1e9):
+        with pytest.raises(ApiError, match=r"^content_kwargs: max_sequence_length is \d+(\.0)?, 120 is the most$"):
+            checker({"prompt": "a red circle", "content_kwargs": {"max_sequence_length": length}})
+
+
+def test_a_clip_that_cannot_be_written_leaves_no_frames(
+    clips: Clips, checker: Checker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "ffmpeg"
+    broken.write_text("#!/bin/sh\ncat >/dev/null; echo 'Unknown encoder libx264' >&2; exit 8\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path / "cache"))
+    row = checker({"num_inference_steps": 1}, {PICTURE: picture()}).row()
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(broken))
+
+    async def run() -> list[dict[str, Any]]:
+        return [event async for event in clips.make(row, {PICTURE: picture()})]
+
+    line = asyncio.run(run())[-1]["error"]["message"]
+    assert line == "cannot write clip.mp4: Unknown encoder libx264" and not (tmp_path / "cache" / "frames").exists()
 
 
 def test_broken_pictures_of_every_format_are_refused() -> None:

@@ -87,6 +87,15 @@ def test_the_names_of_models_are_known(
     assert "gradio is not installed" in line or model != "svd:random-tiny"
 
 
+def test_a_demo_that_cannot_encode_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)  # so that no page can start
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    assert main.main(["demo"]) == 2
+    assert "demo: error: cannot write clip.mp4: No such file or directory" in capsys.readouterr().err
+
+
 def test_absent_model_is_refused_before_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["demo", "--model", "no-such-model"]) == 2
     assert "no-such-model" in capsys.readouterr().err

@@ -216,6 +216,18 @@ def test_a_model_that_is_not_there_ends_the_server(tmp_path: Path) -> None:
     assert url.startswith("http://127.0.0.1:")
 
 
+def test_a_server_that_cannot_encode_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reducio_fast import ReducioError
+
+    broken = tmp_path / "ffmpeg"
+    broken.write_text("#!/bin/sh\ncat >/dev/null; echo 'Unknown encoder libx264' >&2; exit 8\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(broken))
+    with pytest.raises(ReducioError, match=r"^cannot write clip\.mp4: Unknown encoder libx264$"):
+        serving.serve(serving.Settings(port=0, data=str(tmp_path / "data")))
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_size_that_the_model_cannot_make_ends_the_server(tmp_path: Path) -> None:
     from reducio_fast import ReducioError
 

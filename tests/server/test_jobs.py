@@ -331,6 +331,39 @@ def test_a_batch_of_several_seeds_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
             run(**worker)
 
 
+def test_a_batch_that_cannot_encode_makes_no_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+
+    class StandIn:
+        encoding = "quality"
+
+        def __init__(self, **_: Any) -> None:
+            self.pipe = self
+
+        def __call__(self, **call: Any) -> ReducioOutput:
+            made.append(call)
+            return ReducioOutput(np.zeros((2, 32, 32, 3), np.uint8), None, [0], call.get("fps", 7), {})
+
+    monkeypatch.setattr(clips, "Clips", StandIn)
+    monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "fps": 1000000000000}\n{"prompt": "b"}\n')
+    command = ["batch", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out"), "--no-progress"]
+    assert main(command) == 2 and [call["prompt"] for call in made] == ["b"]
+    line = "1 of 2 prompts made no clip, the first is number 0: cannot write "
+    assert line in capsys.readouterr().err and not (tmp_path / "cache" / "frames").exists()
+    made.clear()
+    broken = tmp_path / "ffmpeg"
+    broken.write_text("#!/bin/sh\ncat >/dev/null; echo 'Unknown encoder libx264' >&2; exit 8\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(broken))
+    assert main([*command[:3], str(tmp_path / "other"), "--no-progress"]) == 2 and not made
+    err = capsys.readouterr().err
+    assert err == "reducio-fast batch: error: cannot write clip.mp4: Unknown encoder libx264\n"
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.slow
 def test_a_batch_goes_on_where_it_was_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

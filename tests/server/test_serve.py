@@ -31,7 +31,8 @@ LONG = {"num_inference_steps": 100, "guidance_scale": 3}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClipServer]:
-    started = ClipServer(tmp_path_factory.mktemp("serve") / "data", "--sizes", "128x128,64x64,96x64", "--queue", "4")
+    options = ("--sizes", "128x128,64x64,96x64", "--queue", "4", "--dtype", "float32")
+    started = ClipServer(tmp_path_factory.mktemp("serve") / "data", *options)
     begun = time.monotonic()
     assert started.get("/healthz")[0] == 200 and time.monotonic() - begun < 3
     assert started.get("/readyz")[0] == 503
@@ -69,7 +70,8 @@ def test_create_poll_download_are_the_bytes_of_generate(
     data = client.videos.download_content(video.id).content
     assert read(data, tmp_path).shape == (16, 128, 128, 3)
     torch.set_num_threads(1)  # as in the server: the number of threads changes the bytes
-    reducio_fast.generate(PROMPT, seed=7, progress=False, **STEPS).save(tmp_path / "same.mp4")
+    # And with its dtype, which otherwise follows from times that each process may have measured on a busy machine.
+    reducio_fast.generate(PROMPT, seed=7, dtype="float32", progress=False, **STEPS).save(tmp_path / "same.mp4")
     assert (tmp_path / "same.mp4").read_bytes() == data
     thumbnail, sheet = (
         client.videos.download_content(video.id, variant=v).content for v in ("thumbnail", "spritesheet")

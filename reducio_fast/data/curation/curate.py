@@ -24,6 +24,7 @@ import numpy as np
 from ...media import ffmpeg
 from ...system.checksum import file_sha256
 from ...system.errors import ReducioError, first_line, lacks_space
+from ...system.paths import is_file, is_folder
 from . import manifest, scores
 from .on_ray import map_on_ray
 from .shots import ShotFinder
@@ -80,9 +81,9 @@ def find_sources(inputs: Sequence[str | os.PathLike[str]], captions: Mapping[str
     """
     videos = set()
     for given in map(Path, inputs):
-        if given.is_dir():
-            videos |= {p.absolute() for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()}
-        elif given.is_file():
+        if is_folder(given):
+            videos |= {p.absolute() for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and is_file(p)}
+        elif is_file(given):
             videos.add(given.absolute())
         else:
             raise ReducioError(f"no such file or folder: {given}")

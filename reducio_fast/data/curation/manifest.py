@@ -16,6 +16,7 @@ from typing import Any
 
 from ...system.atomic_files import written_whole
 from ...system.errors import ReducioError, first_line
+from ...system.paths import is_file, is_folder
 from ..parquet import pyarrow_modules
 
 VERSION = "1"
@@ -58,7 +59,7 @@ def part_path(folder: str | os.PathLike[str], video: str) -> Path:
 
 def made_with(path: Path) -> dict[str, Any] | None:
     """The settings that `write` stored in a manifest file; None if there are none or there is no such file."""
-    return _read_file(path, [])[0].get("made_with") if path.is_file() else None
+    return _read_file(path, [])[0].get("made_with") if is_file(path) else None
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -68,8 +69,8 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     `ReducioError`, with the command to run, if there is no manifest or it is damaged or of another version.
     """
     path = Path(path)
-    if path.is_dir():
-        if not (path / CHOSEN).is_file():
+    if is_folder(path):
+        if not is_file(path / CHOSEN):
             return read_parts(path)
         path /= CHOSEN
     return sorted(_read_file(path)[1], key=lambda row: row["id"])

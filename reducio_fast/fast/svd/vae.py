@@ -93,7 +93,7 @@ class FastTemporalVAE(nn.Module):
         """As the reference's, [B, T, 4, h, w] -> [B, T, 3, H, W]. `chunk` is diffusers' `decode_chunk_size`."""
         batch, frames = latents.shape[:2]
         z = latents.flatten(0, 1).to(self.dtype)
-        pieces = z.split(frames if chunk is None else chunk)
+        pieces = z.split(frames if chunk is None else min(chunk, len(z)))
         decoded = [self._decode_clip(piece.permute(0, 2, 3, 1).contiguous()) for piece in pieces]
         return torch.cat(decoded).unflatten(0, (batch, frames))
 
@@ -180,7 +180,8 @@ class FastFrameVAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
         """As the reference's, [B, T, 4, h, w] -> [B, T, 3, H, W]."""
-        pieces = latents.flatten(0, 1).to(self.dtype).split(chunk or 1)
+        frames = latents.flatten(0, 1).to(self.dtype)
+        pieces = frames.split(min(chunk or 1, len(frames)))
         decoded = [self._decode(z.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2) for z in pieces]
         return torch.cat(decoded).unflatten(0, latents.shape[:2])
 

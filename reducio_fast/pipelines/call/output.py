@@ -19,9 +19,8 @@ from ...media.contact_sheet import contact_sheet
 from ...media.frame_interpolation import interpolate
 from ...media.kept_frames import keep_frames
 from ...media.pixels import to_bytes
-from ...media.video_files import check_output_path, write_video
+from ...media.video_files import check_output_path, numbered, write_video
 from ...system.errors import ReducioError
-from ...system.paths import named
 from ...system.stage_clock import annotate
 
 
@@ -95,12 +94,10 @@ class ReducioOutput:
         if self.output_type == "latent":
             raise ReducioError("save: output_type='latent' holds no frames; make them with pipe.decode(latents, image)")
         start, name, encoder = time.perf_counter(), Path(path), ffmpeg.encoder(encoding)
-        clips, paths = [self.frames], [name]
-        if self.is_list:
-            clips, first = self.frames, named(path)
-            paths = [first.parent / f"{first.stem}-{i}{first.suffix}" for i in range(len(clips))]
+        clips = self.frames if self.is_list else [self.frames]
         written = 0
         try:
+            paths = numbered(path, len(clips)) if self.is_list else [name]
             for each in paths:
                 check_output_path(each, trial=False)  # all of them before the first is written
             with annotate("video.write"):

@@ -102,10 +102,11 @@ def check_multiple(name: str, value: Any, factor: int) -> None:
 
 
 def check_number(name: str, value: Any) -> float:
-    """A finite number of at least 0, as a float."""
+    """A finite number of at least 0 that float32 can hold, as a float."""
     number = to_float(value)
     if not 0 <= number < math.inf:
-        raise ReducioError(f"{name}: must be a finite number of at least 0, is {value!r}")
+        reason = ", which float32 cannot hold" if number == math.inf else ""
+        raise ReducioError(f"{name}: must be a finite number of at least 0, is {value!r}{reason}")
     return number
 
 
@@ -140,7 +141,7 @@ def check_tensor(value: Any, shape: Sequence[int | None], count: int, is_list: b
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise ReducioError(f"{name}: must be a floating-point tensor, is {_brief(value)}")
-    value = widened(_with_clip_axis(value, shape, count, is_list, name))
+    value = widened(_with_clip_axis(value, shape, count, is_list, name), name)
     if not value.numel():
         raise ReducioError(f"{name}: is empty, of shape {list(value.shape)}")
     if not torch.isfinite(value).all():
@@ -162,7 +163,7 @@ def check_text(
     if not isinstance(mask, Tensor):
         # A missing mask is not taken for all ones: the model would read the padding, and no shape would show it.
         raise ReducioError(f"{mask_name}: must be the tensor that belongs to {name}, is {_brief(mask)}")
-    masks = _with_clip_axis(mask, shape[:1], count, is_list, mask_name).bool().split(1)
+    masks = widened(_with_clip_axis(mask, shape[:1], count, is_list, mask_name), mask_name).bool().split(1)
     return list(zip(texts, masks, strict=True))
 
 
@@ -268,5 +269,5 @@ def check_sigmas(sigmas: Any) -> None:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ReducioError(f"sigmas: must be numbers, are {_brief(sigmas)}") from None
     falls = all(before > after for before, after in itertools.pairwise(values))
-    if not falls or values[-1] < 0 or not math.isfinite(values[0]):
-        raise ReducioError(f"sigmas: must fall from step to step and end with 0 or more, are {values}")
+    if not falls or values[-1] < 0 or not math.isfinite(to_float(values[0])):
+        raise ReducioError(f"sigmas: must fall from step to step, from a finite float32 to 0 or more, are {values}")

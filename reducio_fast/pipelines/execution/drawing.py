@@ -37,12 +37,12 @@ BINNED = (256, 512, 1024)  # native sizes for which diffusers has PixArt's table
 
 def check_content_kwargs(pipeline: Any, kwargs: Any) -> dict[str, Any]:
     """`content_kwargs` of a call, before any work: ReducioError where the text-to-image pipeline does not take one, and
-    for steps or a size below 1 and guidance that is not finite."""
+    for steps, a size or a length of the caption below 1 and guidance that is not finite."""
     if kwargs is None:
         return {}
     if not isinstance(kwargs, dict):
         raise ReducioError(f"content_kwargs: must be a dict of words for the text-to-image pipeline, is {kwargs!r}")
-    for name in ("num_inference_steps", "height", "width"):
+    for name in ("num_inference_steps", "height", "width", "max_sequence_length"):
         if name in kwargs:
             check_count(f"content_kwargs: {name}", kwargs[name])
     scale = kwargs.get("guidance_scale", 0.0)

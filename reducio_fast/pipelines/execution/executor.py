@@ -316,9 +316,9 @@ class Executor:
         """The stage's networks of a `first_stage.Parts`: under offloading, no other first stage runs as twins."""
         if stage != "content.generate" or self.offload is None or self.engine.name != "fast":
             return []
-        from ...fast.twins import TWINS
+        from ...fast.twins import missing_twin
 
-        return [n for n in self.components.of_stage(stage) if type(n) in TWINS]
+        return [n for n in self.components.of_stage(stage) if missing_twin(n) is None]
 
     def resident_bytes(self) -> int:
         """Bytes of all weights that are on the device now and that a forecast counts as well."""

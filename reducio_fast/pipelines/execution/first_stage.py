@@ -94,7 +94,7 @@ class FirstStage:
         try:
             self._networks()
         except ReducioError as error:
-            return f"diffusers: {error}"
+            return f"{'reference' if isinstance(self.pipeline(), Parts) else 'diffusers'}: {error}"
         return "fast: its transformer and decoder run as twins"
 
     def twins(self) -> tuple[Any, Any]:
@@ -127,6 +127,7 @@ class FirstStage:
         return None
 
     def _adopted(self, name: str, theirs: nn.Module) -> Any:
+        from ...fast.twins import missing_twin
         from .foreign_networks import Adoption
 
         classes = {
@@ -134,6 +135,8 @@ class FirstStage:
             "vae": ("AutoencoderKL", ImageVAE, ImageVAEConfig),
         }
         if type(theirs) in (PixArt, ImageVAE):
+            if (why := missing_twin(theirs)) is not None:
+                raise ReducioError(f"{name} {why}")
             return theirs
         if type(theirs).__name__ != classes[name][0]:
             raise ReducioError(f"{name} is a {type(theirs).__name__}, its twin is built from {classes[name][0]}")
@@ -172,14 +175,17 @@ class FirstStage:
         pipeline = self.pipeline()
         given = (pipeline, prompt, negative_prompt, height, width, generator, progress, kwargs, on_step)
         try:
-            twins = self.twins()
+            networks = self.twins()
             asked = self.arguments(kwargs or {}, height, width)
         except ReducioError:
-            for network in pipeline_networks(pipeline):  # at each call: it may be another network now, or have a LoRA
-                self.executor.engine.adopt("content.block", network)
-            return draw_image(*given)
+            if not isinstance(pipeline, Parts):
+                for network in pipeline_networks(pipeline):  # at each call: it may be another one now, or have a LoRA
+                    self.executor.engine.adopt("content.block", network)
+                return draw_image(*given)
+            networks = pipeline.transformer, pipeline.vae  # no library draws here, so they run as they are
+            asked = self.arguments(kwargs or {}, height, width)
         warn_of_scaling(pipeline, asked["height"], asked["width"], height, width)
-        image = self.pixels(twins, prompt, negative_prompt, generator, asked, progress, on_step)
+        image = self.pixels(networks, prompt, negative_prompt, generator, asked, progress, on_step)
         if not bool(torch.isfinite(image).all()):
             raise ReducioError(
                 f"content frame of {prompt!r}: the text-to-image stage returned values that are not finite"
@@ -215,7 +221,7 @@ class FirstStage:
 
     def pixels(
         self,
-        twins: tuple[Any, Any],
+        networks: tuple[Any, Any],
         prompt: str,
         negative_prompt: str,
         generator: torch.Generator,
@@ -224,7 +230,7 @@ class FirstStage:
         on_step: Callable[[int], None] = lambda step: None,
     ) -> Tensor:
         """The picture as [1, 3, height, width] from 0 to 1, at the size that it is drawn at."""
-        (transformer, vae), pipeline = twins, self.pipeline()
+        (transformer, vae), pipeline = networks, self.pipeline()
         guidance = float(asked["guidance_scale"])
         steps = asked["num_inference_steps"] if asked["timesteps"] is None else len(asked["timesteps"])
         length, cleans = asked["max_sequence_length"], asked["clean_caption"]

@@ -40,6 +40,10 @@ class PlainEngine:
         shortcuts: Shortcuts = NO_SHORTCUTS,
         data_hook: DataHook | None = None,
     ) -> Tensor:
+        if not hasattr(scheduler, "step"):  # a `MultistepSchedule`, which is data for the fast sampler
+            import diffusers
+
+            scheduler = diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
         given = (denoise, scheduler, latent, num_inference_steps, callback, generator)
         return sample(*given, sigmas, timesteps, shortcuts, data_hook)
 

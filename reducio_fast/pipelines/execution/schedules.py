@@ -7,8 +7,10 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from ...reference.sampler import quadratic_timesteps, set_timesteps
-from ...system.errors import ReducioError
+import torch
+
+from ...reference.sampler import quadratic_timesteps, sample, set_timesteps
+from ...system.errors import ReducioError, first_line
 
 # diffusers' fields that choose another spacing; at most one may be set.
 SPACINGS = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
@@ -68,6 +70,20 @@ def check_sigmas(scheduler: Any, sigmas: Sequence[float]) -> None:
         set_timesteps(copy.deepcopy(scheduler), len(sigmas) - 1, "cpu", sigmas)
     except ValueError as error:
         raise ReducioError(str(error)) from error
+    except Exception as error:  # of values in the scheduler's configuration
+        raise ReducioError(f"sigmas: a {type(scheduler).__name__} cannot follow them ({first_line(error)})") from error
+
+
+def check_scheduler(scheduler: Any, where: Any) -> None:
+    """Raise ReducioError for a scheduler, loaded from the folder `where`, that cannot take a few steps. Its class
+    checks only some of the values of its configuration before it steps. A copy takes the steps, on four numbers."""
+    try:
+        steps = min(4, getattr(scheduler.config, "num_train_timesteps", 4))  # PNDM's needs four
+        latent = torch.ones(1, 4, 1, 1, 1)
+        sample(lambda x, timestep: x, copy.deepcopy(scheduler), latent, steps, generator=torch.Generator())
+    except Exception as error:
+        name, reason = type(scheduler).__name__, f"{type(error).__name__}: {first_line(error)}"
+        raise ReducioError(f"{where}: a {name} of this configuration cannot step ({reason})") from error
 
 
 def unfollowed_by_twins(
@@ -78,6 +94,6 @@ def unfollowed_by_twins(
 
     try:
         coefficients(scheduler, steps, sigmas, timesteps)
-    except ValueError as error:
-        return str(error)
+    except Exception as error:  # ValueError where the sampler cannot follow it; others for values that no sampler takes
+        return first_line(error)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from ...system import cores, deadline, torch_state
 from ...system.deadline import Job, Outcome, run
 from ...system.errors import ReducioError
+from ...system.real_numbers import to_float
 from ..call import validation
 
 LOG = logging.getLogger("reducio_fast")
@@ -34,8 +36,7 @@ def warm_up(
 ) -> Outcome:
     """See `VideoPipeline.warmup`. `pipe` is one."""
     wanted = _check_sizes(pipe, sizes)
-    if deadline is not None and (isinstance(deadline, bool) or not isinstance(deadline, int | float) or deadline <= 0):
-        raise ReducioError(f"deadline: must be a number of seconds above 0, is {deadline!r}")
+    check_deadline(deadline)
     if deadline is not None and pipe.offloading:
         raise ReducioError(
             f"deadline: {deadline} given while weights are offloaded, they cannot be in two calls at once; leave it out"
@@ -56,6 +57,12 @@ def warm_up(
             "warm-up: not done after %g s, %s left; the pipeline runs uncompiled", deadline, ", ".join(outcome.left)
         )
     return outcome
+
+
+def check_deadline(deadline: Any) -> None:
+    """Raise ReducioError for a deadline that is neither None nor a finite number of seconds above 0."""
+    if deadline is not None and not 0 < to_float(deadline) < math.inf:
+        raise ReducioError(f"deadline: must be a finite number of seconds above 0, is {deadline!r}")
 
 
 def _check_sizes(pipe: Any, sizes: Sequence[int | Size] | None) -> list[Size]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,12 +25,14 @@ from torch import Tensor
 from ...checkpoints import diffusers_folders, hub, strict_files
 from ...media import image_files
 from ...system import devices
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, first_line
 from ...system.paths import expanded, is_file, is_folder
+from ...system.real_numbers import to_float
 from ...system.stage_clock import clock
 from ..call import validation
 from ..call.chain import MAX_FRAMES
 from ..call.output import ReducioOutput, stack, to_output
+from ..execution.drawing import WRONG_ARGUMENT
 from .models import PEERS, Peer, build_random, diffusers_class
 
 RANDOM, RANDOM_TINY = "random", "random-tiny"
@@ -149,7 +152,10 @@ class PeerPipeline:
         }
         check_own(peer, peers_own)
         kwargs |= peer.extra | peers_own
-        fps = kwargs.get(peer.names.get("fps", "fps"), defaults["fps"])
+        fps_name = peer.names.get("fps", "fps")
+        fps = kwargs.get(fps_name, defaults["fps"])
+        if not 0 < to_float(fps) < math.inf:
+            raise ReducioError(f"{fps_name}: must be a positive number, is {fps!r:.60}")
         self.pipeline.set_progress_bar_config(disable=not progress, desc="dit.step")
         timings: dict[str, float] = {}
         clips: list[Any] = []
@@ -183,18 +189,21 @@ class PeerPipeline:
         timings: dict[str, float],
     ) -> Any:
         peer_output_type = "latent" if output_type == "latent" else "pt"
+        raised: list[Exception] = []  # by the caller's callback
         try:
             with _stages(self.pipeline, self.source.peer.denoiser, timings) as step_end:
                 video = self.pipeline(
                     **kwargs,
                     generator=generator,
                     output_type=peer_output_type,
-                    callback_on_step_end=functools.partial(_step_end, callback, step_end),
+                    callback_on_step_end=functools.partial(_step_end, callback, step_end, raised),
                 ).frames[0]
         except ReducioError:
             raise
-        except ValueError as error:  # an argument that diffusers' own checks refuse
-            raise ReducioError(f"{self.source.peer.name}: {error}") from error
+        except WRONG_ARGUMENT as error:  # an argument that diffusers refuses or cannot follow
+            if error in raised:
+                raise
+            raise ReducioError(f"{self.source.peer.name}: {first_line(error)}") from error
         if not torch.isfinite(video).all():
             raise ReducioError("vae.decode: the clip has values that are not finite (NaN or infinite)")
         if peer_output_type == "latent":
@@ -319,7 +328,17 @@ def _stages(pipeline: Any, denoiser: str, timings: dict[str, float]) -> Iterator
 
 
 def _step_end(
-    callback: Callable[..., Any] | None, timed: Callable[[], None], pipe: Any, step: int, timestep: Any, tensors: Any
+    callback: Callable[..., Any] | None,
+    timed: Callable[[], None],
+    raised: list[Exception],
+    pipe: Any,
+    step: int,
+    timestep: Any,
+    tensors: Any,
 ) -> dict[str, Tensor]:
     timed()
-    return (callback(pipe, step, timestep, tensors) or {}) if callback is not None else {}
+    try:
+        return (callback(pipe, step, timestep, tensors) or {}) if callback is not None else {}
+    except Exception as error:
+        raised.append(error)
+        raise

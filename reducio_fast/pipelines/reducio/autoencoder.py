@@ -17,18 +17,20 @@ from ..call.output import to_output
 from ..execution.components import Components
 from ..execution.decoding import TiledDecoder
 from ..execution.executor import Executor
+from .component_table import check_clip_settings
 from .motion import Motion
 
 
 class VideoAutoencoder:
     """A `ReducioVAE` that runs as in a pipeline: with its fast twin, in tiles, and with retries if memory runs out.
 
-    `settings`: the frame rate and size that the model states.
+    `settings`: the frame rate and size that the model states. Raises ReducioError for invalid ones.
     """
 
     def __init__(self, vae: ReducioVAE, settings: dict[str, Any], backend: str = "auto") -> None:
         self.settings = settings
         self.components = Components(VIDEO_AUTOENCODER, {"vae": vae} | settings)
+        check_clip_settings(self.components)
         self.executor = Executor(self.components, backend)
         self.decoder = TiledDecoder(self.components, self.executor)
         self.motion = Motion(self.components, self.executor, self.decoder)

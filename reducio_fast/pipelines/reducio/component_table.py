@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,9 +13,11 @@ from ...checkpoints.model_folder import Loading
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...reference.reducio.preview import PreviewConfig, PreviewDecoder
 from ...system.errors import ReducioError
+from ...system.paths import expanded
 from ..call import validation
 from ..call.quality import resolve
 from ..execution.components import Components
+from ..execution.schedules import check_scheduler
 from . import encoders
 from .encoders import SemanticEncoder
 
@@ -33,7 +34,9 @@ def load_transformer(loading: Loading) -> ReducioDiT:
 
 def load_scheduler(loading: Loading) -> Any:
     _refuse_source("scheduler", loading)
-    return _load_foreign(loading)
+    scheduler = _load_foreign(loading)
+    check_scheduler(scheduler, loading.folder)
+    return scheduler
 
 
 def load_text_encoder(loading: Loading) -> nn.Module:
@@ -66,7 +69,7 @@ def load_content_encoder(loading: Loading) -> nn.Module:
 
 
 def load_preview_decoder(loading: Loading) -> PreviewDecoder:
-    folder = loading.folder if loading.source is None else Path(loading.source)
+    folder = loading.folder if loading.source is None else expanded(loading.source, "preview_decoder")
     return networks.load_model(PreviewDecoder, PreviewConfig, folder, loading.dtype, loading.device)
 
 
@@ -108,11 +111,16 @@ def check_settings(parts: Components) -> None:
     """Raise ReducioError, with the name, for a setting with which no clip could be made or saved. A setting comes from
     the caller or from a folder's index."""
     check_encoder_settings(parts["clean_caption"], parts["content_scaling_factor"])
+    check_clip_settings(parts)
+    resolve(parts["sampling"], None, {})
+
+
+def check_clip_settings(parts: Components) -> None:
+    """Raise ReducioError, with the name, for an invalid frame rate or size of a model's clips."""
     if not (finite_number("fps", parts["fps"]) > 0):
         raise ReducioError(f"fps: must be above 0, is {parts['fps']!r}")
     for name in ("sample_height", "sample_width"):
         validation.check_multiple(name, parts[name], parts["vae"].config.spatial_factor)
-    resolve(parts["sampling"], None, {})
 
 
 def check_encoder_settings(clean_caption: Any, content_scaling_factor: Any) -> None:

@@ -30,7 +30,8 @@ from ...checkpoints.strict_files import (
 from ...media.antialias import blur_and_resize
 from ...reference.reducio.image_vae import ImageVAE
 from ...reference.reducio.vision_tower import VisionTower
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, first_line, is_out_of_memory
+from ...system.paths import expanded, is_file, is_folder
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +155,12 @@ class SemanticEncoder(nn.Module):
             mean, std = (torch.tensor(preprocess[key])[:, None, None] for key in ("mean", "std"))
         except KeyError as error:
             raise ReducioError(f"open_clip configuration: {error} is missing") from error
-        except TypeError as error:
-            raise ReducioError(f"open_clip configuration: {error}") from error
+        except Exception as error:  # of torch and open_clip, for values of any type
+            if isinstance(error, ReducioError) or is_out_of_memory(error):
+                raise
+            raise ReducioError(f"open_clip configuration: {first_line(error)}") from error
+        if mean.shape != (3, 1, 1) or std.shape != (3, 1, 1):
+            raise ReducioError("open_clip configuration: mean and std must be three numbers each")
         self.visual = tower
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -188,7 +193,11 @@ class SemanticEncoder(nn.Module):
         """
         folder = find_tower(name)
         config = read_json(folder / TOWER_CONFIG)
-        _check_width("image_encoder", config.get("model_cfg", {}).get("vision_cfg", {}).get("width"), width, folder)
+        try:
+            stated = config["model_cfg"]["vision_cfg"].get("width")
+        except (AttributeError, KeyError, TypeError):  # the constructor says what is wrong
+            stated = None
+        _check_width("image_encoder", stated, width, folder)
         check_component(folder)
         path = folder / TOWER_WEIGHTS
         return build(lambda: cls(config), load_tensors(path, dtype, device, skip=CLIP_TEXT), path, device)
@@ -230,7 +239,7 @@ def find_tower(name: str | os.PathLike[str]) -> Path:
     `local-dir:` and `hf-hub:`, or a model and a tag of open_clip's own list, `ViT-H-14/laion2b_s32b_b79k`."""
     if isinstance(name, str):
         name = name.removeprefix("local-dir:").removeprefix("hf-hub:")
-        if not Path(name).is_dir() and name.count("/") == 1:
+        if not is_folder(expanded(name, "image_encoder"), "image_encoder") and name.count("/") == 1:
             from open_clip import get_pretrained_cfg
 
             listed = get_pretrained_cfg(*name.split("/"))
@@ -255,7 +264,9 @@ def load_text_encoder(
         model_class = AutoModelForTextEncoding._model_mapping[type(config)]
     except (ValueError, KeyError, OSError) as error:
         raise ReducioError(f"text_encoder: {folder} is of the type {model_type!r}, which is no text encoder") from error
-    _check_width("text_encoder", config.hidden_size, width, folder)
+    except Exception as error:  # of values that the configuration's class refuses
+        raise ReducioError(f"text_encoder: {folder / CONFIG}: {first_line(error)}") from error
+    _check_width("text_encoder", getattr(config, "hidden_size", None), width, folder)
     return load_foreign("transformers", model_class.__name__, folder, dtype, device, skip=T5_DECODER)
 
 
@@ -290,7 +301,7 @@ def find_content_encoder(name: str | os.PathLike[str]) -> Path:
 
 def _inner(folder: Path, name: str, file: str) -> Path:
     """A component alone in `folder`, or in its sub-folder `name` as in a diffusers pipeline."""
-    return folder / name if not (folder / file).is_file() and (folder / name).is_dir() else folder
+    return folder / name if not is_file(folder / file) and is_folder(folder / name) else folder
 
 
 def _check_width(name: str, width: int | None, needed: int | None, folder: Path) -> None:

@@ -22,7 +22,8 @@ from ...reference.reducio.pixart import PixArt, PixArtConfig
 from ...reference.reducio.preview import PreviewConfig, PreviewDecoder
 from ...reference.reducio.text_encoder import ByteTokenizer, T5Config, T5Encoder
 from ...system import torch_state
-from ...system.errors import ReducioError
+from ...system.errors import is_out_of_memory
+from ...system.paths import is_file, is_folder
 from ..execution.first_stage import Parts
 from ..execution.loading import loading
 from .encoders import SemanticEncoder
@@ -61,7 +62,9 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, free_dtype: boo
         with loading():
             parts = _read(folder, dtype, device)
             pipe = ReducioPipeline(**parts, backend="auto")
-    except (ReducioError, ValueError, KeyError, TypeError):
+    except Exception as error:  # of a folder's values of any type; the libraries' path says what is wrong
+        if is_out_of_memory(error):
+            raise
         return None
     if pipe.backend != "fast" or pipe.content.first_stage.obstacle() is not None:
         return None
@@ -71,7 +74,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, free_dtype: boo
 
 
 def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Components and settings. Raises one of the errors that `load` catches."""
+    """Components and settings. Raises an error for a folder that cannot be read here."""
     index = strict_files.read_json(folder / strict_files.INDEX)
     if index.get("_class_name") != REDUCIO.pipeline or dtype == torch.float16:  # some T5 layers stay in float32
         raise ValueError("another pipeline")
@@ -80,7 +83,7 @@ def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, A
     known = {*REDUCIO.names, *REDUCIO.settings}
     if unknown := [name for name in index if name not in known and not name.startswith("_")]:
         raise ValueError(f"unknown {unknown}")
-    if (folder / "tokenizer" / "spiece.model").exists() or not (folder / "tokenizer").is_dir():
+    if is_file(folder / "tokenizer" / "spiece.model") or not is_folder(folder / "tokenizer"):
         raise ValueError("another tokenizer")
 
     def read(network_class: Any, config_class: Any, name: str) -> Any:
@@ -105,7 +108,7 @@ def _read_drawer(folder: Path, parts: dict[str, Any], dtype: torch.dtype, device
         raise ValueError("another first stage")
     _compare(index, KNOWN_DRAWER)
     shared = REDUCIO.shared(parts)
-    if own := [name for name in ("text_encoder", "tokenizer", "vae") if (folder / name).is_dir()]:
+    if own := [name for name in ("text_encoder", "tokenizer", "vae") if is_folder(folder / name)]:
         raise ValueError(f"{own} of its own")
     schedule = strict_files.read_json(folder / "scheduler" / "scheduler_config.json")
     return Parts(

@@ -88,10 +88,10 @@ class ReducioPipeline(VideoPipeline):
         arguments = locals()
         parts = Components(REDUCIO, arguments)
         check_components(parts)
-        check_settings(parts)
         self._assemble(parts, Executor(parts, backend, compile))
 
     def _assemble(self, parts: Components, executor: Any) -> None:
+        check_settings(parts)
         super().__init__(
             parts,
             executor,

@@ -13,7 +13,10 @@ from ...reference.svd.consistency import CONFIG_FILE, ConsistencyConfig, Consist
 from ...reference.svd.unet import VideoUNet
 from ...reference.svd.vae import FrameVAE, TemporalVAE
 from ...system.errors import ReducioError
+from ...system.paths import is_folder
+from ..call import validation
 from ..execution.components import Components
+from ..execution.schedules import check_scheduler
 
 # The possible numbers of a U-Net's added time ids. SVD: fps - 1, motion bucket, noise augmentation. SV3D: the noise
 # augmentation; in SV3D_p also the camera's polar angle and azimuth, per frame.
@@ -35,8 +38,8 @@ def load_unet(loading: Loading) -> VideoUNet:
     if loading.source is None:
         return _load(VideoUNet, VideoUNetConfig, loading)
     path = hub.find_weights(loading.source, "unet", "unet")
-    if path.is_dir():
-        path = path / "unet" if (path / "unet").is_dir() else path
+    if is_folder(path, "unet"):
+        path = path / "unet" if is_folder(path / "unet", "unet") else path
         return networks.load_model(VideoUNet, VideoUNetConfig, path, loading.dtype, loading.device, loading.variant)
     if path.suffix != ".safetensors":
         raise ReducioError(f"unet: {str(loading.source)!r} is no .safetensors file; pickles are never loaded")
@@ -53,10 +56,13 @@ def load_scheduler(loading: Loading) -> Any:
     if (loading.library, loading.class_name) == (OURS, ConsistencyScheduler.__name__):
         values = strict_files.read_json(loading.folder / CONFIG_FILE)
         try:
-            return ConsistencyScheduler(ConsistencyConfig.from_dict(values))
+            scheduler: Any = ConsistencyScheduler(ConsistencyConfig.from_dict(values))
         except (TypeError, ValueError) as error:
             raise ReducioError(f"{loading.folder / CONFIG_FILE}: {error}") from error
-    return load_foreign(loading)
+    else:
+        scheduler = load_foreign(loading)
+    check_scheduler(scheduler, loading.folder)
+    return scheduler
 
 
 def euler_scheduler() -> Any:
@@ -147,6 +153,13 @@ def check_components(parts: Components) -> None:
     ):
         if needed != given:
             raise ReducioError(f"unet has {needs}={needed:g}, {source} gives {given}")
+
+
+def check_settings(parts: Components) -> None:
+    """Raise ReducioError, with the name, for a size of which no clip could be made. A setting comes from the caller or
+    from a folder's index."""
+    for name in SVD.settings:
+        validation.check_multiple(name, parts[name], parts["vae"].config.spatial_factor)
 
 
 def check_norms(parts: Components, frames: int, height: int, width: int) -> None:

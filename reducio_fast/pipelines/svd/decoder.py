@@ -18,6 +18,7 @@ from ...reference.svd.config import FrameVAEConfig, TemporalVAEConfig
 from ...reference.svd.vae import FrameVAE, TemporalVAE
 from ...system import devices, torch_state
 from ...system.errors import ReducioError
+from ...system.paths import is_folder
 from ..call import validation
 from ..execution.components import Components
 from ..execution.executor import Executor
@@ -84,10 +85,10 @@ class ClipDecoder:
         return decoding
 
     def generous(self, height: int, width: int) -> int:
-        """A number of bytes above any forecast, at the cost of a multiplication."""
-        frames = self.frames if self.chunk is None else min(self.chunk, self.frames)
+        """A number of bytes above any forecast, at the cost of a multiplication: the U-Net has all frames at once, and
+        so does a decoder without chunks."""
         finest = self.config.block_out_channels[0] * self.components.dtype.itemsize
-        return 2 * FULL_SIZE_TENSORS * frames * height * width * 2 * finest + 2**30
+        return 2 * FULL_SIZE_TENSORS * self.frames * height * width * 2 * finest + 2**30
 
     def __call__(
         self, latent: Tensor, frame: np.ndarray | None, output_type: str = "pt", decoding: ClipDecoding | None = None
@@ -138,9 +139,9 @@ def decode_latents(
     if name == SVD_TINY:
         folder = embedded_model(SVD_TINY)
     else:
-        folder = hub.find_model(name, files=("vae/*",), ignored=("*/*.fp16.*",))
+        folder = hub.find_model(name, files=("vae/*",), ignored=("*/*.fp16.*", "*/*.fp16-*"))
     resolved_dtype = devices.resolve_dtype(dtype, None, target_device)
-    if not (folder / "vae").is_dir():  # which is all that is read here
+    if not is_folder(folder / "vae"):  # which is all that is read here
         strict_files.check_model_folder(folder)
     class_name = strict_files.read_json(folder / "vae" / strict_files.CONFIG).get("_class_name")
     is_frame_vae = class_name == networks.published_class(FrameVAE)[1]

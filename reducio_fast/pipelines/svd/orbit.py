@@ -24,6 +24,7 @@ from ...reference.svd.config import time_id_widths
 from ...reference.svd.vae import FrameVAE
 from ...system import torch_state
 from ...system.errors import ReducioError
+from ...system.real_numbers import LARGEST
 from ..call.output import ReducioOutput
 from .component_table import ORBIT_LOADERS
 from .decoder import ClipDecoder, OrbitDecoder
@@ -60,7 +61,7 @@ def _angles(name: str, values: Any, frames: int) -> np.ndarray:
         angles = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise ReducioError(f"{name}: must be degrees, are {values!r}") from None
-    if angles.shape != (frames,) or not np.isfinite(angles).all():
+    if angles.shape != (frames,) or not (np.abs(angles) <= LARGEST).all():
         raise ReducioError(f"{name}: must be {frames} finite numbers, one a frame, are {values!r}")
     return angles
 

@@ -44,7 +44,7 @@ from ..execution.loading import loading
 from ..execution.sampling import Sampler
 from ..execution.schedules import check_sigmas
 from ..video_pipeline import VideoPipeline
-from .component_table import LOADERS, check_components, check_norms
+from .component_table import LOADERS, check_components, check_norms, check_settings
 from .conditioner import ImageConditioner
 from .decoder import ClipDecoder
 from .dry_runs import DryStages
@@ -98,6 +98,7 @@ class SVDPipeline(VideoPipeline):
         return self.sample_height, self.sample_width
 
     def _assemble(self, parts: Components, executor: Any) -> None:
+        check_settings(parts)
         super().__init__(
             parts,
             executor,
@@ -148,9 +149,9 @@ class SVDPipeline(VideoPipeline):
         which is fetched with one variant of its weights."""
         if str(model) == SVD_TINY:
             return embedded_model(SVD_TINY)
-        weights = "*/*.safetensors" if variant is None else f"*/*.{variant}.safetensors"
-        other = ("*/*.fp16.*",) if variant is None else ()
-        return hub.find_model(model, files=(*FILES, weights), ignored=other)
+        end = "" if variant is None else f".{variant}"
+        files = (*FILES, f"*/*{end}.safetensors", f"*/*{end}-*.safetensors")  # whole, or shards
+        return hub.find_model(model, files=files, ignored=("*/*.fp16.*", "*/*.fp16-*") if variant is None else ())
 
     @classmethod
     def from_diffusers(cls, pipeline: Any, backend: str = "auto", compile: bool | None = None) -> SVDPipeline:

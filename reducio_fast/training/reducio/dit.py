@@ -30,7 +30,7 @@ from ...reference import DiTConfig, ReducioDiT
 from ...reference.reducio.config import DIT_PRESETS
 from ...system.atomic_files import check_replaceable
 from ...system.errors import ReducioError
-from ...system.paths import check_output_folder
+from ...system.paths import check_output_folder, is_folder
 from ..loop import LoopConfig, Outcome, recorded_fields, run
 from ..processes import joined
 from ..recipe_file import check_least, check_share, configured
@@ -161,7 +161,7 @@ def train_dit(
 def build_network(recipe: DiTRecipe) -> ReducioDiT:
     """The network before its first step."""
     folder = None if recipe.start is None else Path(recipe.start)
-    if folder is not None and (folder / "transformer").is_dir():
+    if folder is not None and is_folder(folder / "transformer", "start"):
         folder = folder / "transformer"
     first = None if folder is None else load_model(ReducioDiT, DiTConfig, folder, torch.float32)
     base = DIT_PRESETS[recipe.model] if recipe.model is not None else first.config

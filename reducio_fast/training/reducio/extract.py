@@ -40,7 +40,7 @@ from ...pipelines.reducio.encoders import ContentEncoder, SemanticEncoder, TextE
 from ...reference import ReducioVAE, VAEConfig
 from ...system.devices import resolve_device, resolve_dtype
 from ...system.errors import ReducioError, first_line, lacks_space
-from ...system.paths import missing_room
+from ...system.paths import is_file, missing_room
 
 ENCODERS = ("vae", "content_encoder", "image_encoder", "text_encoder", "tokenizer")
 RATE = 16.0  # the release's training frame rate: every round(fps / 16)-th frame of a video is used
@@ -91,7 +91,7 @@ def extract(
             disk has no space for the latents.
     """
     folder = Path(model) if model is not None else embedded_model()
-    if not (folder / MODEL_INDEX).is_file():
+    if not is_file(folder / MODEL_INDEX, "model"):
         raise ReducioError(f"{folder} is no model folder (no {MODEL_INDEX})")
     chosen = ExtractSettings(model=str(folder), out=str(out), **settings)
     device = resolve_device(chosen.device)

@@ -26,6 +26,7 @@ from ...reference import ReducioVAE, VAEConfig
 from ...reference.reducio.config import VAE_PRESETS
 from ...system.checksum import file_sha256
 from ...system.errors import ReducioError
+from ...system.paths import is_folder
 from ..loop import LoopConfig, recorded_fields, run, unchanged
 from ..processes import joined
 from ..recipe_file import check_least, check_positive, check_share, configured
@@ -216,7 +217,7 @@ def held_out_scores(vae: ReducioVAE, clips: ClipFiles, recipe: VAERecipe) -> dic
 def build_vae(recipe: VAERecipe) -> ReducioVAE:
     """The network before its first step."""
     folder = None if recipe.start is None else Path(recipe.start)
-    if folder is not None and (folder / "vae").is_dir():
+    if folder is not None and is_folder(folder / "vae", "start"):
         folder = folder / "vae"
     first = None if folder is None else load_model(ReducioVAE, VAEConfig, folder, torch.float32)
     base = VAE_PRESETS[recipe.model] if recipe.model is not None else first.config

@@ -141,6 +141,7 @@ def test_weights_without_a_path(pipe: SV3DPipeline):
         ({"elevations": [1.0]}, "elevations: must be 3 finite numbers, one a frame"),
         ({"azimuths": [1.0, float("nan"), 2.0]}, "azimuths: must be 3 finite numbers"),
         ({"elevations": 10**400}, "elevations: must be degrees, are "),
+        ({"elevations": 1e39}, "elevations: must be 3 finite numbers"),
         ({"azimuths": "round"}, "azimuths: must be degrees, are 'round'"),
         ({"motion_bucket_id": 1}, "motion_bucket_id"),
         ({"height": 15}, "height: 15 is not a multiple"),

@@ -181,6 +181,13 @@ def test_a_forecast_before_the_first_step(pipe: SVDPipeline, picture: Image.Imag
         ({"motion_bucket_id": 10**400}, "motion_bucket_id: must be a finite number of at least 0"),
         ({"guidance_scale": 10**400}, "guidance_scale: must be a finite number of at least 0"),
         ({"guidance_scale": True}, "guidance_scale: must be a finite number of at least 0, is True"),
+        *(
+            ({name: 1e39}, f"{name}: must be a finite number of at least 0, is 1e+39, which float32 cannot hold")
+            for name in ("guidance_scale", "fps", "motion_bucket_id", "noise_aug_strength")
+        ),
+        ({"max_guidance_scale": 1e39}, "guidance_scale: must be a finite number of at least 0, is 1e+39"),
+        ({"min_guidance_scale": 1e39}, "guidance_scale: must be a finite number of at least 0, is 1e+39"),
+        ({"sigmas": [1e39, 0.0]}, "sigmas: must fall from step to step, from a finite float32 to 0 or more"),
         ({"num_inference_steps": 0}, "num_inference_steps: must be a whole number from 1"),
         ({"sigmas": [1.0]}, "sigmas: must be a list of at least two"),
         ({"sigmas": ["a", "b"]}, "sigmas: must be numbers"),
@@ -253,6 +260,20 @@ def test_a_folder_never_holds_an_adapter_or_a_gap_unnoticed(theirs: Any, tmp_pat
 def test_decoding_checks_its_chunk_as_a_call_does(pipe: SVDPipeline, chunk: Any):
     with pytest.raises(ReducioError, match="decode_chunk_size: must be a whole number of at least 1, is "):
         pipe.decode(torch.zeros(2, 4, 8, 8), decode_chunk_size=chunk)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_a_chunk_may_be_longer_than_the_clip(pipe: SVDPipeline, fast: SVDPipeline, backend: str):
+    chosen = {"reference": pipe, "fast": fast}[backend]
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    frames = chosen.decode(latents, decode_chunk_size=3)
+    assert np.array_equal(chosen.decode(latents, decode_chunk_size=2**63), frames)
+
+
+def test_the_quick_check_counts_all_frames_whatever_the_chunk(pipe: SVDPipeline, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipe.decoder, "frames", 25)
+    monkeypatch.setattr(pipe.decoder, "chunk", 1)
+    assert pipe.decoder.generous(512, 512) > pipe.forecast(512, 512).peak() > 2**32
 
 
 def test_what_was_not_trained_is_said(pipe: SVDPipeline, picture: Image.Image, caplog: pytest.LogCaptureFixture):

@@ -19,6 +19,7 @@ import reducio_fast
 from reducio_fast import ReducioError
 from reducio_fast.cli.main import main
 from reducio_fast.media.video_files import read_video
+from reducio_fast.pipelines import registry
 from reducio_fast.pipelines.svd.pipeline import SVDPipeline
 from tiny_svd import CALL, QUIET, same, seeded
 
@@ -73,6 +74,32 @@ def test_the_half_precision_files(pipe: SVDPipeline, folder: Path, tmp_path: Pat
         SVDPipeline.from_pretrained(tmp_path / "both", variant="bf16", device="cpu")
 
 
+def test_the_half_precision_shards(pipe: SVDPipeline, copied: Path):
+    """Of which the index alone is also there for the plain weights, as from the hub."""
+    tensors = load_file(copied / "unet" / "diffusion_pytorch_model.safetensors")
+    (copied / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"diffusion_pytorch_model.fp16-0000{i + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, copied / "unet" / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = copied / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    plain = {name: file.replace(".fp16", "") for name, file in weight_map.items()}
+    index.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": plain}))
+
+    def load() -> SVDPipeline:
+        parts = {name: getattr(pipe, name) for name in pipe.layout.names if name != "unet"}
+        return SVDPipeline.from_pretrained(copied, variant="fp16", dtype="float32", device="cpu", **parts)
+
+    for name, tensor in load().unet.state_dict().items():
+        assert torch.equal(tensor, pipe.unet.state_dict()[name]), name
+    for wrong in ({}, {"weight_map": None}, ["a"], {"x": 5}, {"weight_map": {"conv_in.bias": "../x"}}):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(ReducioError, match="index.fp16.json"):
+            load()
+
+
 def test_decode_reads_kept_latents(
     pipe: SVDPipeline, folder: Path, picture: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -117,6 +144,45 @@ def test_folders_that_are_something_else(folder: Path, bundle: Path, tmp_path: P
     (file.parent / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
     with pytest.raises(ReducioError, match="describes a UNet2DConditionModel, not a UNetSpatioTemporalConditionModel"):
         SVDPipeline.from_pretrained(tmp_path / "broken", device="cpu")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the model folder that a test may damage."""
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("value", [None, "64", -8, [64], 63])
+def test_sizes_of_a_folder_are_checked_by_name(copied: Path, value: Any):
+    change(copied / "model_index.json", sample_height=value)
+    with pytest.raises(ReducioError, match="sample_height: .*(must be|not a) "):
+        SVDPipeline.from_pretrained(copied, device="cpu")
+    with pytest.raises(ReducioError, match="sample_height: .*(must be|not a) "):
+        registry.find(copied).checker()
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("image_encoder/config.json", {"hidden_size": "32"}),
+        ("scheduler/scheduler_config.json", {"sigma_max": "700"}),
+        ("scheduler/scheduler_config.json", {"sigma_min": 0}),
+        ("scheduler/scheduler_config.json", {"steps_offset": None, "timestep_spacing": "leading"}),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "none"}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "none"}),
+    ],
+    ids=str,
+)
+def test_wrong_values_of_foreign_components_are_one_line(copied: Path, file: str, values: dict[str, Any]):
+    change(copied / file, **values)
+    for backend in ("reference", "auto"):
+        with pytest.raises(ReducioError) as caught:
+            SVDPipeline.from_pretrained(copied, device="cpu", backend=backend)
+        assert str((copied / file).parent) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +253,8 @@ def test_of_a_repository_one_copy_of_the_weights_is_fetched(folder: Path, monkey
     calls = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: calls.append(kw) or str(folder))
     SVDPipeline.from_pretrained("stabilityai/stable-video-diffusion-img2vid", device="cpu")
-    assert "*/*.safetensors" in calls[0]["allow_patterns"] and calls[0]["ignore_patterns"] == ["*/*.fp16.*"]
+    assert "*/*.safetensors" in calls[0]["allow_patterns"]
+    assert calls[0]["ignore_patterns"] == ["*/*.fp16.*", "*/*.fp16-*"], "nor shards of the other copy"
     assert "*.safetensors" not in calls[0]["allow_patterns"], "not the single file beside the components"
 
 
@@ -213,4 +280,4 @@ def test_a_hub_name_with_a_variant_fetches_its_files_alone(
     argv = ["generate", "--model", model, "--variant", "fp16", "--image", "photo.png", "-o", "c.gif", "--no-progress"]
     sizes = ["--height", "64", "--width", "64", "--num-frames", "2", "--num-inference-steps", "1"]
     assert main([*argv, *sizes, "--backend", "reference", "--device", "cpu"]) == 0
-    assert {name for name in fetched if name.endswith("safetensors")} == {"*/*.fp16.safetensors"}
+    assert {n for n in fetched if n.endswith("safetensors")} == {"*/*.fp16.safetensors", "*/*.fp16-*.safetensors"}

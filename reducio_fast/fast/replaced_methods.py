@@ -1,0 +1,21 @@
+"""Methods that somebody replaced on an object: what is built from the object's class and values does not call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The methods by which others call an object. A class's own may be replaced too, for all of its objects.
+ENTRIES = ("forward", "step")
+
+
+def replaced_methods(thing: Any) -> list[str]:
+    """Names of the methods that were set on this object or, for those of `ENTRIES`, on its class."""
+    names = [n for n, value in vars(thing).items() if callable(value) and callable(getattr(type(thing), n, None))]
+    for name in ENTRIES:
+        owner = next((cls for cls in type(thing).__mro__ if name in vars(cls)), None)
+        if owner is None or name in names:
+            continue
+        method = vars(owner)[name]
+        if getattr(method, "__module__", None) != owner.__module__ or hasattr(method, "__wrapped__"):
+            names.append(name)
+    return names
