@@ -3,8 +3,8 @@
 Three networks are trained from scratch on the toy world; the last stage packs them in float16. The stages run in order.
 A stage can run alone once the components that it needs are in the output folder, and each resumes from its checkpoint.
 
-With one thread of a CPU that multiplies bfloat16 (AMX), on a shared machine, a step took 1.4 to 1.9 s of CPU time in
-the autoencoder and 2.3 in the U-Net: about seven hours in all.
+With one thread of a CPU that multiplies bfloat16 (AMX), on a shared machine, a step took about 2.4 s of CPU time in the
+autoencoder and 2.3 in the U-Net, which makes six hours; the recipe has not run to its end yet.
 """
 
 from __future__ import annotations
