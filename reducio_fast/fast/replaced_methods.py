@@ -1,4 +1,4 @@
-"""Methods that somebody replaced on an object: what is built from the object's class and values does not call them."""
+"""Finds the methods that were replaced on an object: a twin, built from its class and values, does not call them."""
 
 from __future__ import annotations
 
