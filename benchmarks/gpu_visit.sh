@@ -4,11 +4,12 @@
 # Each part writes OUT/PART.json and has a limit in seconds; a call takes at most TOTAL seconds (600; the parts before
 # Stable Video Diffusion take 570). The parts: kernels compiled by all cores at once, tests, parity, first measurements,
 # tuning (its table goes to the cache folder, which later parts read, and to OUT/tables), a clip of the fast path, the
-# same in FP8 and in FP8 with fewer steps (skipped on a GPU that has no FP8 kernels), one beside the reference, a profile with its trace, one tile under torch.compile, and, in a second call of ten minutes,
-# Stable Video Diffusion: its kernels, the ladder at two steps, and the clip beside diffusers' (or, where diffusers is
-# missing, our reference), eager and compiled. Parts write their file as they go, with "whole": false until the end, so a
-# part whose time is up leaves its results so far. A part whose file exists is skipped: call again to continue, remove a
-# file to repeat its part. If a part fails, it leaves OUT/PART.log, the others still run, and the exit status is 1.
+# same in FP8 and in FP8 with fewer steps (skipped on a GPU that has no FP8 kernels), one beside the reference, a
+# profile with its trace, one tile under torch.compile, and, in a second call of ten minutes, Stable Video Diffusion:
+# its kernels, the ladder at two steps, and the clip beside diffusers' (or, where diffusers is missing, our reference),
+# eager and compiled. Parts write their file as they go, with "whole": false until the end, so a part whose time is up
+# leaves its results so far. A part whose file exists is skipped: call again to continue, remove a file to repeat its
+# part. If a part fails, it leaves OUT/PART.log, the others still run, and the exit status is 1.
 # OUT/visit.tar.gz is packed after every part and holds all files.
 # Needs torch, triton, numpy and safetensors; pytest for the tests. The package need not be installed.
 # --dry-run: the same parts on narrow shapes on a CPU; those that need a GPU leave a file that says so.
@@ -76,8 +77,10 @@ needs_gpu() {
 
 # in_fp8: a clip whose decoder runs in FP8, beside the fast path's own, where the GPU has FP8 kernels.
 in_fp8() {
-    if "$python" -c "import sys, torch; from reducio_fast.triton_kernels import eight_bits, tables
-sys.exit(tables.arch_of(torch.device('cuda', 0)) not in eight_bits.FP8)"; then
+    local has
+    has=$("$python" -c "import torch; from reducio_fast.triton_kernels import eight_bits, tables
+print(tables.arch_of(torch.device('cuda', 0)) in eight_bits.FP8)") || return
+    if [ "$has" = True ]; then
         bench 1024 --pairs 2 --contenders fast,fast-fp8,fast-fp8-balanced --out "$out/bench-1024-fp8.json"
     else
         echo '{"skipped": "bench-1024-fp8 needs a GPU with FP8 kernels"}' >"$out/bench-1024-fp8.json"

@@ -7,21 +7,23 @@ opens the GPU. They are plain child processes: those of `multiprocessing` would 
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
-import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+
+POLL = 0.1  # seconds between two checks
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,30 +35,59 @@ class Call:
     arguments: tuple[tuple[str, Any], ...]
 
 
-def precompile(calls: Iterable[Call], target: GPUTarget, jobs: int | None = None) -> list[str]:
+def precompile(
+    calls: Iterable[Call], target: GPUTarget, jobs: int | None = None, check: Callable[[], None] = lambda: None
+) -> list[str]:
     """Compile each call for `target`; returns one line for each that failed, with its error.
 
     jobs: number of processes, by default one per core. Each imports torch and Triton, which takes two seconds and
-    0.5 GB.
+    0.5 GB. check: called every `POLL` seconds; what it raises ends the processes and is raised here.
     """
     calls = list(calls)
+    left, children = iter(calls), list[subprocess.Popen[bytes]]()  # `left` is shared by the threads
     workers = min(jobs or os.cpu_count() or 1, len(calls)) or 1
     with ThreadPoolExecutor(workers) as pool:
-        answers = pool.map(functools.partial(_in_child, target=target), [calls[i::workers] for i in range(workers)])
-        return sorted(itertools.chain.from_iterable(answers))
+        tasks = [pool.submit(_in_child, left, target, children) for _ in range(workers)]
+        try:
+            while wait(tasks, POLL).not_done:
+                check()
+        except BaseException:
+            for _ in left:  # no process gets another call
+                pass
+            for child in children:
+                child.kill()
+            raise
+    failures = [line for task in tasks for line in task.result()]
+    return sorted(failures + [f"{call.kernel}: not compiled, the processes ended early" for call in left])
 
 
-def _in_child(share: list[Call], target: GPUTarget) -> list[str]:
-    """Let a child process compile the calls; returns one line for each that failed, or one line if it ended early."""
-    command = [sys.executable, "-c", f"from {__name__} import work; work()"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    calls = [[call.module, call.kernel, [[name, _written(value)] for name, value in call.arguments]] for call in share]
-    question = json.dumps([calls, [target.backend, target.arch, target.warp_size]])
-    done = subprocess.run(command, input=question, capture_output=True, env=env, text=True, errors="replace")
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        return [f"{share[0].kernel} and {len(share) - 1} others: {lines[-1]}"]
-    failures: list[str] = json.loads(done.stdout)
+def _in_child(left: Iterator[Call], target: GPUTarget, children: list[subprocess.Popen[bytes]]) -> list[str]:
+    """Let a child process compile calls, as long as there are any left; returns one line for each that failed.
+
+    It gets one call at a time, so it ends after the one that it compiles if this process is killed.
+    """
+    code = f"import sys; sys.path[:] = {list(map(str, sys.path))!r}; from {__name__} import work; work()"
+    failures: list[str] = []
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", code], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        ) as child,
+    ):
+        assert child.stdin is not None and child.stdout is not None
+        children.append(child)
+        for call in left:
+            arguments = [[name, _written(value)] for name, value in call.arguments]
+            question = [call.module, call.kernel, arguments, [target.backend, target.arch, target.warp_size]]
+            with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer
+                child.stdin.write(f"{json.dumps(question)}\n".encode())
+            if not (answer := child.stdout.readline()):
+                status = child.wait()
+                log.seek(0)
+                lines = log.read().strip().splitlines() or [f"its process ended with status {status}"]
+                failures.append(f"{call.kernel}: {lines[-1]}")
+                break
+            failures += json.loads(answer)
     return failures
 
 
@@ -70,19 +101,17 @@ def _read(value: Any) -> Any:
 
 
 def work() -> None:
-    """A child process: compile the calls on stdin, and write one line for each that failed to stdout."""
-    calls, goal = json.load(sys.stdin)
-    target, failures = GPUTarget(*goal), []
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a compiler prints would damage the answer
-    for module, kernel, arguments in calls:
-        call = Call(module, kernel, tuple((name, _read(value)) for name, value in arguments))
+    """A child process: compile the call on each line of stdin, and answer on stdout by a list of its error, or []."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a compiler prints would damage the answers
+    for line in sys.stdin:
+        module, kernel, arguments, target = json.loads(line)
+        call, failures = Call(module, kernel, tuple((name, _read(value)) for name, value in arguments)), []
         try:
-            _compile(call, target)
+            _compile(call, GPUTarget(*target))
         except Exception as error:
-            failures.append(f"{call.kernel}: {type(error).__name__}: {error}".splitlines()[0])
-    with out:
-        json.dump(failures, out)
+            failures.append(f"{kernel}: {type(error).__name__}: {error}".splitlines()[0])
+        print(json.dumps(failures), file=out)
 
 
 class _Driver:

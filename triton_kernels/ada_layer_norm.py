@@ -12,9 +12,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_same, check_tensors
 from .tables import arch_of, settings
 
@@ -76,7 +75,7 @@ def twin(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float = 1e-6) -
     return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps) * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
-@triton_op("reducio_fast::ada_layer_norm", mutates_args={})
+@triton_op("ada_layer_norm")
 def ada_layer_norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm over D without affine, then * (1 + scale) + shift. Source: AdaLN-single, PixArt-alpha.
 

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher, on_device, use_descriptors
+from .launch import TYPES, Variant, launcher, on_device, triton_op, use_descriptors
 from .shape_checks import check_same, check_shape, check_tensors
 from .tables import OPTIONS, arch_of, settings
 
@@ -359,7 +358,7 @@ def twin(
     return torch.cat(parts, dim=1)
 
 
-@triton_op("reducio_fast::attention", mutates_args={})
+@triton_op("attention")
 def attention(
     q: Tensor,
     k: Tensor,

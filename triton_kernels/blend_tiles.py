@@ -20,9 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_tensors
 from .tables import arch_of
 from .tables import settings as table_settings
@@ -166,7 +165,7 @@ def _faded(a: Tensor, b: Tensor, overlap: int, dim: int) -> Tensor:
     return torch.cat([mixed, b.narrow(dim, n, b.shape[dim] - n)], dim)
 
 
-@triton_op("reducio_fast::blend_tiles", mutates_args={})
+@triton_op("blend_tiles")
 def blend_tiles(tiles: list[Tensor], columns: int, stride: int, overlap: int, as_uint8: bool = True) -> Tensor:
     """Frames [B, T, H, W, 3] of a clip that was decoded in tiles: blended at upper and left sides, cropped to `stride`.
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op, triton_op
+from torch.library import custom_op
 
-from .launch import TYPES, Variant, launcher, on_device, use_descriptors
+from .launch import TYPES, Variant, launcher, on_device, triton_op, use_descriptors
 from .shape_checks import check_contiguous, check_multiple, check_shape, check_tensors
 from .tables import OPTIONS, Settings, arch_of, settings
 
@@ -406,7 +406,7 @@ def with_halo(y: Tensor, front: int, back: int, halo: bool) -> Tensor:
     return F.pad(y, (0, 0, *[int(halo)] * 4, front, back)) if front or back or halo else y.contiguous()
 
 
-@triton_op("reducio_fast::conv3d", mutates_args={})
+@triton_op("conv3d")
 def conv3d(
     x_padded: Tensor,
     weight: Tensor,

@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from .attention import HIDDEN
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_shape, check_tensors
 from .tables import OPTIONS, arch_of, settings
 
@@ -95,7 +94,7 @@ def twin(qkv: Tensor, scale: float | None = None) -> Tensor:
     return (weights @ v).permute(0, 3, 1, 2, 4).contiguous()
 
 
-@triton_op("reducio_fast::frame_attention", mutates_args={})
+@triton_op("frame_attention")
 def frame_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v over the frames of each position.
 

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from .ada_layer_norm import norm_and_modulate
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_same, check_tensors
 from .tables import arch_of, settings
 
@@ -101,7 +100,7 @@ def twin(
     return residual, torch.addcmul(shift_BD[:, None], normed, 1 + scale_BD[:, None])
 
 
-@triton_op("reducio_fast::gated_residual_ada_layer_norm", mutates_args={})
+@triton_op("gated_residual_ada_layer_norm")
 def gated_residual_ada_layer_norm(
     x_BLD: Tensor,
     branch_BLD: Tensor,

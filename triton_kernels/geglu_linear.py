@@ -16,9 +16,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_shape, check_tensors
 from .tables import OPTIONS, arch_of
 from .temporal_conv import product_blocks
@@ -101,7 +100,7 @@ def twin(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return gate.mul_(F.linear(x, value_weight, value_bias))
 
 
-@triton_op("reducio_fast::geglu_linear", mutates_args={})
+@triton_op("geglu_linear")
 def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The value times the gelu of the gate, both linear in x.
 

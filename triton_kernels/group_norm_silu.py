@@ -18,10 +18,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from .eight_bits import EIGHT_BIT, best_eight_bit, limit_of, quantise, to_eight_bits
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_multiple, check_same, check_shape, check_tensors
 from .tables import Settings, arch_of
 from .tables import settings as table_settings
@@ -302,7 +301,7 @@ def twin(
     return out
 
 
-@triton_op("reducio_fast::group_norm_silu", mutates_args={})
+@triton_op("group_norm_silu")
 def group_norm_silu(
     x: Tensor,
     weight: Tensor,
@@ -366,7 +365,7 @@ def group_norm_silu(
     return run(x, weight, bias, groups, eps, silu, per_frame, partials, front, back, halo, multiplier, eight_bit)
 
 
-@triton_op("reducio_fast::clip_statistics", mutates_args={})
+@triton_op("clip_statistics")
 def clip_statistics(x: Tensor) -> Tensor:
     """The `partials` of `group_norm_silu` for clips x [N, T, H, W, C], contiguous, on a GPU: float32 [N, tiles, 3, C].
 

@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_same, check_shape, check_tensors
 from .tables import arch_of
 from .tables import settings as table_settings
@@ -105,7 +104,7 @@ def twin(prediction: Tensor, x: Tensor, previous: Tensor, coefficients: Tensor) 
     return following.to(x.dtype), data.to(x.dtype)
 
 
-@triton_op("reducio_fast::guidance_dpm_step", mutates_args={})
+@triton_op("guidance_dpm_step")
 def guidance_dpm_step(prediction: Tensor, x: Tensor, previous: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """Classifier-free guidance and one sampler step: (next latent, data prediction), in the dtype of `x`.
 

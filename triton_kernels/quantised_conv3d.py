@@ -15,12 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from . import conv3d
 from .conv3d import check_buffer, descriptors_fit, finish, pack_weight, row_number, shifted_gemm
 from .eight_bits import EIGHT_BIT, best_eight_bit, to_eight_bits
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_multiple, check_same, check_shape, check_tensors
 from .tables import OPTIONS, Settings, arch_of, settings
 
@@ -182,7 +181,7 @@ def twin(
     return conv3d.with_halo(y.to(bias.dtype), front, back, halo), partials
 
 
-@triton_op("reducio_fast::quantised_conv3d", mutates_args={})
+@triton_op("quantised_conv3d")
 def quantised_conv3d(
     x_padded: Tensor,
     weight: Tensor,

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_same, check_shape, check_tensors
 from .tables import arch_of, settings
 
@@ -144,7 +143,7 @@ def twin(
     return out, x_BLD.new_zeros(0) if branch_BLD is None else total
 
 
-@triton_op("reducio_fast::stream_layer_norm", mutates_args={})
+@triton_op("stream_layer_norm")
 def stream_layer_norm(
     x_BLD: Tensor,
     row_BD: Tensor | None,

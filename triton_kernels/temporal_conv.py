@@ -19,9 +19,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_same, check_shape, check_tensors
 from .tables import OPTIONS, Settings, arch_of, settings
 
@@ -154,7 +153,7 @@ def twin(
     return F.pad(out, (0, room)) if room else out
 
 
-@triton_op("reducio_fast::temporal_conv", mutates_args={})
+@triton_op("temporal_conv")
 def temporal_conv(
     before: Tensor | None,
     frame: Tensor,

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from .conv3d import (
     blocks_for,
@@ -29,7 +28,7 @@ from .conv3d import (
     statistics,
     variant,
 )
-from .launch import Variant, launcher, on_device
+from .launch import Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_shape, check_tensors
 from .tables import arch_of
 
@@ -204,7 +203,7 @@ def twin(
     return out, statistics(inner) if stats else out.new_empty(0, dtype=torch.float32)
 
 
-@triton_op("reducio_fast::upsample_conv3d", mutates_args={})
+@triton_op("upsample_conv3d")
 def upsample_conv3d(
     x_padded: Tensor,
     weight: Tensor,

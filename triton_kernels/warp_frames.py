@@ -20,9 +20,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import TYPES, Variant, launcher, on_device
+from .launch import TYPES, Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_shape, check_tensors
 from .tables import arch_of
 from .tables import settings as table_settings
@@ -146,7 +145,7 @@ def twin(mixed: Tensor, coarse: Tensor, image: Tensor, cell: int) -> Tensor:
     return (moved.movedim(1, -1).unflatten(0, (B, T)) + mixed[..., 2:]).to(mixed.dtype).contiguous()
 
 
-@triton_op("reducio_fast::warp_frames", mutates_args={})
+@triton_op("warp_frames")
 def warp_frames(mixed: Tensor, coarse: Tensor, image: Tensor, cell: int) -> Tensor:
     """Frames [B, T, H, W, 3]: the image moved by the flow, plus the residual.
 

@@ -114,13 +114,17 @@ def _check_names(names: Mapping[str, Any], where: str, layout: Layout) -> None:
 
 
 def read_facts(
-    folder: Path, layout: Layout, configs: Mapping[str, Any], given: Mapping[str, Any] | None = None
+    folder: Path,
+    layout: Layout,
+    configs: Mapping[str, Any],
+    loaders: Loaders,
+    given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Components and settings of a model folder, from its JSON files alone, for checks without weights.
 
     A network in `configs` becomes an object with its `config`, a diffusers pipeline an object of its class without
     components, and any other component an object whose `config` has the entries of its configuration as attributes. The
-    scheduler is loaded. An object in `given` replaces a component, which is then not read.
+    scheduler is loaded, as in `read_model`. An object in `given` replaces a component, which is then not read.
     """
     index = strict_files.read_json(folder / strict_files.INDEX)
     facts: dict[str, Any] = {name: index[name] for name in layout.settings if name in index}
@@ -136,7 +140,9 @@ def read_facts(
         elif is_file(place / strict_files.INDEX):
             facts[name] = diffusers_folders.without_parts(place)
         elif name == "scheduler":
-            facts[name] = networks.load_foreign(*entry, place, torch.float32, "cpu")
+            facts[name] = loaders[name](
+                Loading(place, *entry, None, layout, facts, {}, torch.float32, torch.device("cpu"))
+            )
         else:
             path = place / networks.CONFIG
             facts[name] = SimpleNamespace(

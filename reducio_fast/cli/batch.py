@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     )
     from tqdm import tqdm
 
-    # The bar begins with the first clip: what is refused before prints its one line alone.
+    # The bar begins with the first clip, so that an error before it is one line alone.
     with tqdm(total=len(rows), desc="clips", disable=not arguments.progress, delay=1e-3) as bar:
         done = batch.make_clips(rows, settings, lambda: bar.update() and None)
     result = {"path": arguments.out, "made": done.made, "kept": done.kept, "failed": len(done.errors)}

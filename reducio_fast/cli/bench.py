@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--note", help="a line that stays with the row")
     options.add_out(parser, "FILE", "JSON row to write; with --tune the table", required=False)
-    parser.add_argument("--tune", action="store_true", help="instead: find launch settings for the GPU that is here")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="instead: find launch settings for the GPU that is here; of Reducio's kernels, or of SVD's: svd --tune",
+    )
     parser.add_argument("--limit", type=options.positive, metavar="SECONDS", help="for --tune (default: 120)")
     options.add_progress(parser)
 
@@ -43,10 +47,11 @@ def run(arguments: argparse.Namespace) -> Printed:
 
     log = (lambda line: print(line, file=sys.stderr)) if arguments.progress else lambda line: None
     if arguments.tune:
-        if arguments.workload is not None:
-            raise ReducioError(f"workload: {arguments.workload} given, --tune has workloads of its own")
+        if arguments.workload not in (None, "svd"):
+            raise ReducioError(f"workload: {arguments.workload} given, --tune takes svd, or none for Reducio's kernels")
         options.refuse(arguments, NOT_TUNING, "has no effect with --tune")
-        row = tune_kernels.run(arguments.out, arguments.device, arguments.limit or 120, log)
+        family = arguments.workload or "reducio"
+        row = tune_kernels.run(arguments.out, arguments.device, arguments.limit or 120, log, family)
         return row, tuning_lines(row)
     options.refuse(arguments, ("limit",), "is of --tune")
     pairs = arguments.pairs or 5

@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> Printed:
 
     fps = arguments.fps or registry.find(arguments.model, arguments.variant).fps
     rate = (fps or TRIAL_RATE) * (arguments.interpolate or 1)
-    check_output_path(first_path, rate, arguments.height, arguments.width)
+    check_output_path(first_path, rate, arguments.height, arguments.width, encoding=arguments.encoding)
     validation.check_count("--num-videos", arguments.num_videos, validation.MAX_VIDEOS)
     for path in numbered(arguments.out, arguments.num_videos)[1:] if several else ():
         check_output_path(path, trial=False)

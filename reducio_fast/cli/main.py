@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from ..system import cache_folder, cores, deadline
-from ..system.errors import ReducioError, is_out_of_memory
+from ..system.errors import ReducioError, is_out_of_memory, lacks_space
 from . import (
     batch,
     bench,
@@ -115,6 +115,8 @@ def _main(argv: Sequence[str] | None) -> int:
         # The reader of our output is gone, as in `reducio-fast env | head -1`. Python flushes once more when it ends.
         redirect_to_null(sys.stdout)
         return 128 + signal.SIGPIPE
+    except _Terminated:
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print(f"reducio-fast {arguments.command}: interrupted", file=sys.stderr)
         return 130
@@ -122,12 +124,13 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        show(arguments.command_module.run(arguments), arguments.json)
+        try:
+            show(arguments.command_module.run(arguments), arguments.json)
+        except Failed as error:
+            show(error.printed, arguments.json)
+            raise
         if arguments.afterwards is not None:  # a command that runs on after it has printed, such as the demo
             arguments.afterwards()
-    except Failed as error:
-        show(error.printed, arguments.json)
-        return _fail(arguments.command, str(error))
     except ReducioError as error:
         return _fail(arguments.command, str(error))
     except BrokenPipeError:
@@ -135,7 +138,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno is None:
             raise
-        if error.errno in (errno.ENOSPC, errno.EIO) and error.filename is None:
+        if (lacks_space(error) or error.errno == errno.EIO) and error.filename is None:
             redirect_to_null(sys.stdout)  # what cannot be printed now cannot be printed at the end
         where = f"{error.filename}: " if error.filename is not None else ""
         return _fail(arguments.command, f"{where}{error.strerror}")
@@ -146,13 +149,17 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+class _Terminated(SystemExit):
+    """Raised when SIGTERM arrives. Libraries that run code of ours, such as uvicorn, let a SystemExit pass."""
+
+
 @contextmanager
 def _terminated_as_an_exception() -> Iterator[None]:
     """Turn SIGTERM into an exception. By default it ends Python at once and leaves half-written files and a running
     ffmpeg."""
 
     def terminate(number: int, frame: Any) -> NoReturn:
-        raise SystemExit(128 + number)
+        raise _Terminated(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -53,8 +53,15 @@ class _Lenient:
 
 @contextmanager
 def writable_streams() -> Iterator[None]:
-    """Within it stdout and stderr exist, and writing to stderr never fails: neither a progress bar nor the line of an
-    error may end a command in another way. Python has no stream where the starter closed it (`>&-`)."""
+    """Within it stdout and stderr exist and writing to stderr never fails, so that a progress bar or the line of an
+    error does not change how a command ends.
+
+    Python has no stream where the starter closed it (`>&-`). Its descriptor is taken here: a file that is opened later
+    would get it, and with it what C libraries print.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt shows question marks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -90,16 +91,17 @@ def check_counts(real: int, generated: int) -> None:
 class InceptionScore:
     """Inception score of generated clips. `network` returns class logits."""
 
-    def __init__(self, network: ClipNetwork, splits: int = 1) -> None:
-        self.metric = _torchmetrics("inception").InceptionScore(network, splits=splits)
+    def __init__(self, network: ClipNetwork) -> None:
+        self.metric = _torchmetrics("inception").InceptionScore(network, splits=1)
 
     def add(self, clip: np.ndarray) -> None:
         self.metric.update(prepare(clip))
 
-    def compute(self) -> tuple[float, float]:
-        """Mean and standard deviation over `splits`."""
-        mean, deviation = self.metric.compute()
-        return float(mean), float(deviation)
+    def compute(self) -> float:
+        """The score of all clips together, in one split."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"std\(\)", UserWarning)  # also computes the deviation of the splits
+            return float(self.metric.compute()[0])
 
 
 def _torchmetrics(module: str) -> Any:

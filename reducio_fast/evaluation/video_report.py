@@ -123,7 +123,7 @@ def evaluate_clips(
     real_sources = [] if real is None else find_sources(real)
     if fvd is not None:
         check_counts(len(real_sources), len(sources))
-    lacking = [source.path for source in sources if source.caption is None]
+    lacking = [source.path for source in sources if not source.caption]
     if clip_model is not None and lacking:
         raise ReducioError(f"captions: none given for {lacking[0]}")
     scorer = None if clip_model is None else scores.ClipScorer(Path(clip_model), device=device)
@@ -156,7 +156,7 @@ def evaluate_clips(
     if distance is not None:
         result["fvd"] = distance.compute()
     if inception is not None:
-        result["inception_score"], result["inception_score_deviation"] = inception.compute()
+        result["inception_score"] = inception.compute()
     if scorer is not None:
         result["clip_similarity"] = float(np.mean(similarities))
     return result

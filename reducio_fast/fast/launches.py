@@ -7,7 +7,7 @@ many processes (`compile.precompile`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -151,15 +151,16 @@ def launches_of(
 
 
 def precompile_launches(
-    device: torch.device, launches: Iterable[Launch], jobs: int | None = None
+    device: torch.device, launches: Iterable[Launch], jobs: int | None = None, check: Callable[[], None] = lambda: None
 ) -> tuple[int, list[str]]:
-    """Compile the kernels of `launches` for this GPU on all cores: (kernels, one line for each that failed)."""
+    """Compile the kernels of `launches` for this GPU: (kernels, one line for each that failed). jobs, check: as in
+    `precompile`."""
     from triton.runtime import driver
 
     calls = calls_of(launches)
     with torch.cuda.device(device):
         target = driver.active.get_current_target()
-    return len(calls), precompile(calls, target, jobs)
+    return len(calls), precompile(calls, target, jobs, check)
 
 
 def calls_of(launches: Iterable[Launch]) -> list[Call]:

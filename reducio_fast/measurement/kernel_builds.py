@@ -8,11 +8,9 @@ known hazards, divisions in a loop, and for the hottest kernels counts against c
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
+from ..system import process_pool
 from ..system.errors import ReducioError
 
 
@@ -41,7 +39,7 @@ def check(
                 raise ReducioError(f"compile-check: {noun} {name!r} is unknown; known: {', '.join(known)}")
     tasks = [(arch, op, only) for arch in archs for op in ops]
     # Spawned processes: Triton's compiler holds the interpreter's lock, and a forked torch may hang.
-    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with process_pool.spawned(jobs) as pool:
         for builds in pool.map(_build, *zip(*tasks, strict=True)):
             yield from builds
 

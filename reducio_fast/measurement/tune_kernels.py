@@ -1,6 +1,7 @@
 """`reducio-fast bench --tune`: finds launch settings and the plan of this machine's GPU by measurement, as a table.
 
-The hot shapes are those of a 1024x1024 clip: a 320-pixel tile of the decoder, a denoising step over 4096 tokens. The
+The hot shapes are those of a 1024x1024 clip of Reducio (a 320-pixel tile of the decoder, a denoising step over 4096
+tokens) or of a clip of Stable Video Diffusion. What an earlier run found is kept: see `problems_of` and `write`. The
 settings of one kernel and shape class are searched one axis at a time from those in force. A candidate that the
 compiler check rejects (registers spilled, more shared memory than a block may have, a race in its machine code) is
 never timed. Neither is one whose result differs from the vendor's, because wrong code may well be the fastest. Times
@@ -16,24 +17,25 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..system import cache_folder
+from ..system import cache_folder, process_pool
 from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device, triton_missing
 from ..system.errors import ReducioError
 from ..system.paths import check_output_folder
 from . import instruments
-from .hot_shapes import Problem, hot_problems
+from .hot_shapes import Problem, Ways, hot_problems
+from .svd_shapes import svd_problems
 
+FAMILIES = {"reducio": hot_problems, "svd": svd_problems}
 Settings = dict[str, int]
 NOISE = 0.01  # share by which a candidate must be faster to replace the best so far
 RUNS = 3  # runs of each candidate to compare with the vendor's result: a race does not show every time
@@ -91,7 +93,8 @@ def search(
 
 def axes_of(op: str, key: str, hip: bool) -> list[list[Settings]]:
     """The axes to search. Tile and warps are one axis, because neither is good without the other."""
-    if op in ("conv3d", "upsample_conv3d", "quantised_conv3d"):
+    pieces = [_setting("PIECES", 1, 2, 4)] if op.endswith("conv3d") else []
+    if pieces or op in ("temporal_conv", "geglu_linear"):
         tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8),
                  (128, 256, 8), (64, 256, 8), (256, 64, 4)]  # fmt: skip
         if key == "K<=128":
@@ -100,7 +103,7 @@ def axes_of(op: str, key: str, hip: bool) -> list[list[Settings]]:
             _axis(("BLOCK_M", "BLOCK_K", "num_warps"), tiles),
             _setting("BLOCK_C", 32, 64, 128, *((256,) if op == "quantised_conv3d" else ())),
             _setting("num_stages", *((1, 2, 3) if hip else (2, 3, 4, 5))),
-            _setting("PIECES", 1, 2, 4),
+            *pieces,
         ]
         amd = [_setting("waves_per_eu", 1, 2, 3), _setting("matrix_instr_nonkdim", 16, 32)]
         return axes + (amd if hip else [])
@@ -112,7 +115,27 @@ def axes_of(op: str, key: str, hip: bool) -> list[list[Settings]]:
     if op == "group_norm_silu":
         axes = [_setting("ELEMENTS", 1024, 2048, 4096, 8192, 16384), warps]
         return axes + ([_setting("TILES", 1024, 2048, 4096)] if key == "statistics" else [])
+    if op == "stream_layer_norm":
+        return [_setting("TOKENS", 1, 2, 4, 8), warps]
+    if op == "guidance_dpm_step":
+        return [_setting("BLOCK_N", 256, 512, 1024, 2048, 4096), warps]
     return [warps]
+
+
+def problems_of(family: str, arch: str, plan: Collection[str]) -> tuple[list[Problem], list[str]]:
+    """(problems of one of FAMILIES, the other families whose problems are among them).
+
+    `plan`: the entries of an earlier run's plan. Where they show that another family was tuned, its problems of the
+    shape classes that both have are added, so that the new settings of these classes are the best for both together.
+    """
+    problems = FAMILIES[family](arch)
+    groups, shared = {(p.op, p.key) for p in problems}, list[str]()
+    for other in sorted(set(FAMILIES) - {family}):
+        others = FAMILIES[other](arch)
+        if all(p.plan_entry in plan for p in others):
+            problems += [p for p in others if (p.op, p.key) in groups]
+            shared.append(other)
+    return problems, shared
 
 
 def tune(
@@ -187,11 +210,10 @@ def choose(
             if p.op == "attention" and not p.plan.startswith("cross") and importlib.util.find_spec("flash_attn"):
                 ways.append("flash-attn")
             seconds = {way: clock(p, way) if way != "kernel" or agrees(p) else math.inf for way in ways}
-        name = f"{p.op} {p.plan}".strip()
         for way, duration in seconds.items():
-            sums = totals.setdefault(name, {})
+            sums = totals.setdefault(p.plan_entry, {})
             sums[way] = sums.get(way, 0.0) + p.calls * duration
-        rows.append({"plan": name, "what": p.what, "calls": p.calls, "seconds": seconds})
+        rows.append({"plan": p.plan_entry, "what": p.what, "calls": p.calls, "seconds": seconds})
     plan = {}
     for name, sums in totals.items():
         other = min((way for way in sums if way != "kernel"), key=sums.__getitem__)
@@ -250,13 +272,14 @@ def compiles(
 
 
 def write(table: dict[str, Any], arch: str, path: Path) -> None:
-    """Write the table in the layout of the shipped ones. Classes that were not measured keep the shipped settings."""
+    """Write the table in the layout of the shipped ones. Classes that were not measured keep the settings of the table
+    that `path` holds, else the shipped ones."""
     from importlib import resources
 
     shipped = resources.files("reducio_fast.triton_kernels") / "tables" / f"{arch}.json"
     merged = json.loads(shipped.read_text(encoding="utf-8")) if shipped.is_file() else {}
-    for op, entries in table.items():
-        merged[op] = merged.get(op, {}) | entries
+    for newer in (kept(path), table):
+        merged |= {op: merged.get(op, {}) | entries for op, entries in newer.items()}
     ops = [
         f"  {json.dumps(op)}: {{\n"
         + ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
@@ -267,14 +290,25 @@ def write(table: dict[str, Any], arch: str, path: Path) -> None:
         part.write_text("{\n" + ",\n".join(ops) + "\n}\n", encoding="utf-8")
 
 
+def kept(path: Path) -> dict[str, Any]:
+    """The table that an earlier run wrote to `path`; {} if there is none, or only a part of one."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {op: dict(entries) for op, entries in table.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
 def run(
     out: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
     limit_s: float = 120,
     log: Callable[[str], None] = lambda line: None,
+    family: str = "reducio",
 ) -> dict[str, Any]:
-    """Tune for this machine's GPU. The table goes to the file or folder `out`, by default to the cache folder, where
-    the fast path looks for a table that was tuned on this machine.
+    """Tune the kernels of one of FAMILIES for this machine's GPU. The table goes to the file or folder `out`, by
+    default to the cache folder, where the fast path looks for a table that was tuned on this machine. The search starts
+    from the settings that an earlier run wrote there.
 
     Returns a JSON-ready row. Raises ReducioError if there is no GPU or no Triton, or if `out` cannot be written.
     """
@@ -286,14 +320,21 @@ def run(
     if missing := triton_missing():
         raise ReducioError(f"tune: {missing}")
     from ..compile import cache
-    from ..triton_kernels.tables import arch_of
+    from ..fast.launches import precompile_launches, svd_launches
+    from ..triton_kernels.tables import add_tables, arch_of
 
     arch = arch_of(device)
     path = Path(out) if out else cache.folder("tables", cache.Origin.here(arch), cache_folder.root()) / f"{arch}.json"
     path = path / f"{arch}.json" if path.is_dir() else path
-    ways: dict[Problem, dict[str, Callable[[], Any]]] = {}
+    add_tables(path.parent)
+    problems, shared = problems_of(family, arch, kept(path).get("plan", ()))
+    for other in shared:
+        log(f"{other} was tuned here before: shape classes that it shares with {family} are tuned for both")
+    if family == "svd":  # on all cores; else each would be compiled alone when it is first timed
+        precompile_launches(device, svd_launches(arch))
+    ways: dict[Problem, Ways] = {}
 
-    def ways_of(problem: Problem) -> dict[str, Callable[[], Any]]:
+    def ways_of(problem: Problem) -> Ways:
         if problem not in ways:
             functions = ways[problem] = problem.make(device)
             functions["expected"] = functools.cache(functions.get("expected", functions["vendor"]))
@@ -311,23 +352,31 @@ def run(
         except Exception:  # as above
             return False
 
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with process_pool.spawned() as pool:
         allowed = functools.partial(compiles, pool, arch)
-        table, rows = tune(hot_problems(arch), arch, timed, allowed, right, limit_s, torch.version.hip is not None, log)
+        table, rows = tune(problems, arch, timed, allowed, right, limit_s, torch.version.hip is not None, log)
     write(table, arch, path)
-    return {"benchmark": "tune", "machine": instruments.machine(device), "arch": arch, "table": str(path), "rows": rows}
+    return {
+        "benchmark": "tune", "machine": instruments.machine(device), "arch": arch, "family": family, "shared": shared,
+        "table": str(path), "rows": rows,
+    }  # fmt: skip
 
 
-def agree(ways: dict[str, Callable[[], Any]]) -> bool:
-    """Whether "kernel" returns what "expected" does, every time, to within CLOSE in each element."""
-    want = _first(ways["expected"]()).float()
-    limit = (want.abs() + want.square().mean().sqrt()) * CLOSE
+def agree(ways: Ways) -> bool:
+    """Whether "kernel" returns what "expected" does, every time, to within CLOSE in each element. Further results, such
+    as a convolution's statistics, are not compared."""
+    wants = [want.float() for want in _results(ways["expected"]())]
+    limits = [(want.abs() + want.square().mean().sqrt()) * CLOSE for want in wants]
     # Not `any > limit`, which is False for NaN.
-    return all(bool(((_first(ways["kernel"]()).float() - want).abs() <= limit).all()) for _ in range(RUNS))
+    return all(
+        bool(((got.float() - want).abs() <= limit).all())
+        for _ in range(RUNS)
+        for got, want, limit in zip(_results(ways["kernel"]()), wants, limits, strict=False)
+    )
 
 
-def _first(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
+def _results(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _passed(now: Callable[[], float], stop: float) -> bool:

@@ -98,6 +98,7 @@ def check_output_path(
     height: int | None = None,
     width: int | None = None,
     trial: bool = True,
+    encoding: str = "quality",
 ) -> Path:
     """Check before any work whether a clip can be written to `path`; return it as a Path.
 
@@ -107,7 +108,7 @@ def check_output_path(
     """
     path = _check_name(path)
     if trial:
-        check_format(path, fps, height, width)
+        check_format(path, fps, height, width, encoding)
     check_output_folder(path)
     return path
 

@@ -99,7 +99,7 @@ def _own_folder(model: Any) -> Path | None:
 
 def _family_of(folder: Path) -> str | None:
     index = folder / strict_files.INDEX
-    return strict_files.read_json(index).get("_class_name") if is_file(index, "model") else None
+    return str(strict_files.read_json(index).get("_class_name")) if is_file(index, "model") else None
 
 
 def _find_folder(model: str | os.PathLike[str], variant: str | None) -> Path:
@@ -138,7 +138,7 @@ def _without_weights(family: Any, folder: Path) -> Any:
 
     Raises ReducioError for a folder whose index or configurations do not fit.
     """
-    facts = _defaults(family.__init__) | model_folder.read_facts(folder, family.layout, family.configs)
+    facts = _defaults(family.__init__) | model_folder.read_facts(folder, family.layout, family.configs, family.loaders)
     pipe = family.__new__(family)
     pipe._assemble(Components(family.layout, facts), None)
     return pipe

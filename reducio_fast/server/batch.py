@@ -21,7 +21,7 @@ from ..media.video_files import check_format
 from ..system import ray_cluster
 from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError, first_line
-from ..system.paths import check_output_folder, expanded, is_file, printable
+from ..system.paths import check_output_folder, entries, expanded, is_file, printable
 
 if TYPE_CHECKING:
     from .clips import Clips
@@ -145,7 +145,7 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
         raise ReducioError(f"out: {printable(folder)} cannot be created ({error.strerror})") from error
     check_output_folder(folder / MANIFEST)
     rows = [{"seed": settings.seed + number} | settings.call | row for number, row in enumerate(rows)]
-    lines = _check_same(folder, rows, settings.worker)
+    _keep_prompts(folder, rows, settings.worker)
     for leftover in folder.glob(".*"):  # temporary files of a run that was killed
         if leftover.is_file() and leftover.suffix in SUFFIXES:
             leftover.unlink()
@@ -161,9 +161,6 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
             tasks.append({"number": number, "path": str(path), "call": row})
     kept, errors = len(results), list[tuple[int, str]]()
     source = _here(tasks, settings) if settings.ray is None else _on_ray(tasks, settings)
-    if lines:  # after the model is loaded: a run that was refused can be repeated with other arguments
-        with written_whole(folder / PROMPTS) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     try:
         with contextlib.closing(source):  # waits for the file that is being written, also after Ctrl-C
             for result in source:
@@ -183,19 +180,22 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
     return Done(len(tasks) - len(errors), kept, sorted(errors))
 
 
-def _check_same(folder: Path, rows: list[Row], worker: dict[str, Any]) -> list[str]:
-    """The lines of prompts.jsonl, [] if it has them; refuse a folder whose clips have other arguments, or are of
-    another model, dtype or quantisation. A longer list continues it."""
+def _keep_prompts(folder: Path, rows: list[Row], worker: dict[str, Any]) -> None:
+    """Write prompts.jsonl; refuse a folder whose clips have other arguments, or are of another model, dtype or
+    quantisation. A longer list continues it. A run that made no clip can be repeated with other arguments."""
     given = {name: str(worker[name]) for name in ("model", "dtype", "quantise") if worker.get(name) is not None}
     lines = [json.dumps(row | given, sort_keys=True, default=str) for row in rows]
     path = folder / PROMPTS
     known = path.read_text(encoding="utf-8", errors="replace").splitlines() if is_file(path) else []
+    has_clips = any(file.suffix in SUFFIXES and file.stem.isdigit() for file in entries(folder))
     for number, (old, new) in enumerate(zip(known, lines, strict=False)):
-        if old != new:
+        if old != new and has_clips:
             raise ReducioError(
                 f"out: {folder} holds clips of other prompts or settings, or of another model (number {number} differs)"
             )
-    return lines if len(lines) > len(known) else []
+    if known[: len(lines)] != lines:
+        with written_whole(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _lines(path: Path) -> list[Row]:
@@ -224,7 +224,7 @@ def _make(clips: Clips, task: Row) -> Any:
     if call.get("prompt") == "" and "image" in call:
         del call["prompt"]
     if call.get("fps", 0) > 0:  # the call refuses others
-        check_format(task["path"], call["fps"])
+        check_format(task["path"], call["fps"], encoding=clips.encoding)
     return clips.pipe(**call, progress=False)
 
 

@@ -21,10 +21,10 @@ LATENTS = ".latents.safetensors"  # of a failed job: what was sampled before the
 PICTURE, MOTION = ".picture", ".motion"
 
 
-def check_rate(fps: float) -> None:
+def check_rate(fps: float, encoding: str) -> None:
     """Raise ReducioError if no clip of so many frames a second can be written, before one is made."""
     try:
-        check_format(f"clip{CLIP}", fps)
+        check_format(f"clip{CLIP}", fps, encoding=encoding)
     except ReducioError as error:
         raise ReducioError(f"fps: {error}") from error
 

@@ -188,11 +188,11 @@ class Checker:
     has no clip of one of `limits.sizes`."""
 
     def __init__(
-        self, name: str, pipeline: Any, defaults: Mapping[str, Any], limits: Limits, fps: float | None
+        self, name: str, pipeline: Any, defaults: Mapping[str, Any], limits: Limits, fps: float | None, encoding: str
     ) -> None:
         self.name, self.pipeline, self.limits = name, pipeline, limits
         self.fields = {n: parse for n, parse in FIELDS.items() if n in defaults or n in ("prompt", "seed")}
-        self.defaults, self.fps = defaults, fps
+        self.defaults, self.fps, self.encoding = defaults, fps, encoding
         self.seconds = "1"
         if pipeline is not None:
             own = pipeline.usual_size
@@ -255,7 +255,7 @@ class Checker:
                 self._refuse_size(f"{width}x{height}")
         rate = call.get("fps", self.fps)
         if rate and ("fps" in call or "interpolate" in more):
-            check_rate(rate * more.get("interpolate", 1))
+            check_rate(rate * more.get("interpolate", 1), self.encoding)
         call |= {"height": height, "width": width}
         seconds = str(fields.get("seconds") or self.seconds)
         if seconds not in (self.seconds, f"{self.seconds}.0"):

@@ -184,13 +184,13 @@ class _Started:
 
         settings = self.settings
         entry = registry.find(settings.model)
-        if settings.quantise is not None:
-            entry.check_call(settings.backend, {"quantise": settings.quantise})
+        given = {"compile": settings.compile, "quantise": settings.quantise}
+        entry.check_call(settings.backend, {name: value for name, value in given.items() if value is not None})
         if entry.fps is not None:
-            check_rate(entry.fps)
+            check_rate(entry.fps, settings.encoding)
         name = settings.name or (DEFAULT_NAME if settings.model is None else Path(settings.model).name)
         pipeline = None if entry.checker is None else entry.checker()
-        return Checker(name, pipeline, entry.call_defaults, settings.limits, entry.fps)
+        return Checker(name, pipeline, entry.call_defaults, settings.limits, entry.fps, settings.encoding)
 
     def _home(self, service: Service) -> Home:
         if self.settings.ray is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..sampler import Denoiser
 from .condition import Condition, denoiser
 from .config import DiTConfig
+from .initialization import normal, on_meta
 
 NORM_EPS = 1e-6
 SINUSOID_CHANNELS = 256  # of the timestep, height, width and aspect ratio before their MLPs
@@ -243,7 +244,7 @@ class DiTBlock(nn.Module):
         self.attn2 = Attention(D, config.num_heads)
         self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=NORM_EPS)
         self.ff = FeedForward(D, config.mlp_ratio)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, D) / D**0.5)
+        self.scale_shift_table = nn.Parameter(normal(6, D, scale=D**-0.5))
 
     def forward(
         self, x_BLD: Tensor, modulation_B6D: Tensor, condition_BSD: Tensor, mask_BS: Tensor | None, grid: Grid
@@ -311,16 +312,18 @@ class ReducioDiT(LatentTransformer):
         self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         # The final layer: at the root, not in a module of its own, because the published names are there.
         self.norm_out = nn.LayerNorm(D, elementwise_affine=False, eps=NORM_EPS)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D**0.5)
+        self.scale_shift_table = nn.Parameter(normal(2, D, scale=D**-0.5))
         self.proj_out = nn.Linear(D, math.prod(config.patch_size) * config.out_channels)
         # Fixed, never trained (PixArt-alpha).
-        null_text = torch.randn(config.caption_length, config.caption_channels) / config.caption_channels**0.5
+        null_text = normal(config.caption_length, config.caption_channels, scale=config.caption_channels**-0.5)
         self.register_buffer("null_text", null_text)
         self.initialize_weights()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """PixArt-alpha's initialisation: Xavier linears, and zeros where a branch or the output starts at zero."""
+        if on_meta():
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten: a patch convolution is a linear layer

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .initialization import on_meta
+
 
 def sinusoid_table(length: int, dim: int) -> Tensor:
     """Fixed time embedding [length, dim]: angle = pos / 10000^(2*floor(j/2)/dim), sine at even j, cosine at odd j."""
+    if on_meta():
+        return torch.empty(length, dim)
     pos = torch.arange(length, dtype=torch.float64)[:, None]
     j = torch.arange(dim, dtype=torch.float64)[None, :]
     angle = pos / 10000 ** (2 * torch.floor(j / 2) / dim)
@@ -161,7 +165,8 @@ class AddFusion(nn.Module):
         super().__init__()
         self.conv_context = nn.Conv2d(context_dim, dim, 3, padding=1)
         self.temp_embed = nn.Parameter(torch.empty(1, dim, num_frames, 1, 1))
-        nn.init.trunc_normal_(self.temp_embed, std=0.02)
+        if not on_meta():
+            nn.init.trunc_normal_(self.temp_embed, std=0.02)
         self.conv, self.norm = conv, norm
 
     def forward(self, x_BCTHW: Tensor, content_BCHW: Tensor) -> Tensor:

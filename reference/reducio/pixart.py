@@ -16,6 +16,7 @@ from ..config import DictMixin
 from ..sampler import Denoiser, guided
 from .config import DiTConfig
 from .dit import NORM_EPS, AdaLNSingle, CaptionProjection, DiTBlock, JointCondition, LatentTransformer, PatchEmbedding
+from .initialization import normal
 
 PIXELS = 8  # per cell of the image latent, in each direction
 # Sample sizes, in cells, from which diffusers derives what a published configuration leaves open.
@@ -118,7 +119,7 @@ class PixArt(LatentTransformer):
         self.caption_projection = CaptionProjection(sizes)
         self.transformer_blocks = nn.ModuleList(DiTBlock(sizes) for _ in range(sizes.depth))
         self.norm_out = nn.LayerNorm(D, elementwise_affine=False, eps=NORM_EPS)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D**0.5)
+        self.scale_shift_table = nn.Parameter(normal(2, D, scale=D**-0.5))
         self.proj_out = nn.Linear(D, config.patch_size**2 * config.latent_output_channels)
 
     def forward(

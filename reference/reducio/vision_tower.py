@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .initialization import normal
+
 
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
@@ -63,11 +65,11 @@ class VisionTower(nn.Module):
         self.image_size, self.grid_size = (image_size, image_size), (image_size // patch_size,) * 2
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
         scale = width**-0.5  # of fresh weights, which are drawn in open_clip's order
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(self.grid_size[0] ** 2 + 1, width))
+        self.class_embedding = nn.Parameter(normal(width, scale=scale))
+        self.positional_embedding = nn.Parameter(normal(self.grid_size[0] ** 2 + 1, width, scale=scale))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = Blocks(layers, width, width // head_width, int(width * mlp_ratio), quick_gelu)
-        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        self.proj = nn.Parameter(normal(width, embed_dim, scale=scale))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, image_size, image_size] -> the image's embedding [B, embed_dim], and tokens [B, patches, D]."""

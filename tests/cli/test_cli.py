@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -17,7 +16,6 @@ import torch
 from PIL import Image
 
 from reducio_fast.cli import main
-from reducio_fast.evaluation import toy_report
 from reducio_fast.media.similarity import psnr
 from reducio_fast.media.video_files import read_video, write_video
 from reducio_fast.pipelines import generate
@@ -317,15 +315,6 @@ def test_reconstruct_a_folder_at_the_size_of_the_model(
     assert fps == pytest.approx(index["fps"], rel=0.03)
 
 
-@pytest.mark.slow
-def test_evaluate(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toy_report, "evaluate", functools.partial(toy_report.evaluate, num_clips=1))  # 32 take a minute
-    assert run(["evaluate", "--prompts", "1", "--no-progress"]) == 0
-    text = capsys.readouterr().out
-    for word in ("colour", "motion", "shape", "95% interval", "/1 ", "scenes", "photos"):
-        assert word in text
-
-
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["env", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -359,24 +348,23 @@ def test_env_survives_a_broken_installation(
 
 
 @pytest.mark.parametrize(
-    ("target", "kernel", "only"),
+    ("targets", "kernel", "only"),
     [
-        ("sm_90", "conv3d", "bf16 128->128 k3 residual"),
-        ("gfx942", "conv3d", "bf16 128->128 k3 residual"),
-        ("sm_80", "gated_residual_ada_layer_norm", "bf16"),
+        ("sm_90,gfx942", "conv3d", "bf16 128->128 k3 residual"),
+        ("sm_80", "gated_residual_ada_layer_norm", "bf16 1152 gated"),
     ],
 )
 @pytest.mark.slow
-def test_compile_check_builds_for_a_gpu_that_is_not_here(target: str, kernel: str, only: str) -> None:
+def test_compile_check_builds_for_a_gpu_that_is_not_here(targets: str, kernel: str, only: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    argv = f"compile-check --json --jobs 1 --targets {target} --kernels {kernel} --only".split()
+    argv = f"compile-check --json --jobs 1 --targets {targets} --kernels {kernel} --only".split()
     argv = [sys.executable, "-m", "reducio_fast", *argv, only]
     done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd="/")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["builds"] and result["wrong"] == 0
+    assert {build["arch"] for build in result["builds"]} == set(targets.split(",")) and result["wrong"] == 0
     for build in result["builds"]:
-        assert build["arch"] == target and only in build["variant"]
+        assert only in build["variant"]
         assert build["registers"] > 0 and build["spilled"] == 0
         if kernel == "conv3d":
             assert build["bulk_copy"] and build["matrix"] in ("wgmma.mma_async", "v_mfma")
@@ -392,8 +380,9 @@ def test_compile_check_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 @pytest.mark.slow
-def test_parity_holds_on_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["parity", "--json", "--device", "cpu", "--dtype", "float32"]) == 0
+def test_parity_holds_on_the_default_model(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named as a folder, so that it is compared at 64 pixels instead of 128."""
+    assert run(["parity", "--json", "--device", "cpu", "--dtype", "float32", "--model", str(bundle)]) == 0
     result = json.loads(capsys.readouterr().out)
     stages = {row["what"].split(": ")[1] for row in result["rows"]}
     assert stages == {"vae.encode", "vae.decode", "dit.step", "20 steps with guidance", "end to end"}

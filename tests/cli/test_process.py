@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ import numpy as np
 import pytest
 
 from reducio_fast.cli import main
+from reducio_fast.cli.printing import Failed
 from reducio_fast.media import ffmpeg
 from reducio_fast.media.video_files import read_video, write_video
+from reducio_fast.system import deadline
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +68,42 @@ def test_streams_that_cannot_be_written_change_no_status(arguments: str, redirec
     assert done.returncode == status, done.stderr
 
 
+def test_no_file_gets_the_descriptor_of_a_closed_stream() -> None:
+    code = "import os\nfrom reducio_fast.cli.printing import writable_streams as w\nwith w(): os._exit(os.open('/', 0))"
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join([sys.executable, '-c', code])} <&- >&- 2>&-"], cwd="/")
+    assert done.returncode > 2
+
+
+def test_a_result_with_errors_that_cannot_be_printed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: Any) -> Any:
+        raise Failed("two of three", ({}, ["one is right"]))
+
+    monkeypatch.setattr(main.env, "run", run)
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            assert main.main(["env"]) == 2
+    assert err.getvalue() == "reducio-fast env: error: No space left on device\n"
+
+
+@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_process_in_order_while_a_warm_up_still_computes(
+    signal_number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread would abort the process where Python ends under it, so the command ends the process itself."""
+    computed, ended = threading.Event(), []
+
+    def run(arguments: Any) -> Any:
+        threading.Thread(target=computed.wait, args=(60,), name=deadline.THREAD, daemon=True).start()
+        signal.raise_signal(signal_number)
+
+    monkeypatch.setattr(main.env, "run", run)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    try:
+        assert main.main(["env"]) == status and ended == [status]
+    finally:
+        computed.set()
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_clip_is_made_where_its_progress_cannot_be_shown(
     tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch
@@ -97,19 +138,40 @@ def test_sigterm_leaves_no_file_and_no_ffmpeg(tmp_path: Path) -> None:
         os.kill(int(log.read_text()), 0)
 
 
-def run_as_unknown_user(
-    folder: Path, commands: list[list[str]], environment: dict[str, str]
-) -> tuple[list[int], list[str]]:
-    """Run commands in `folder` as a user without name or home; return their statuses and the lines on stderr.
+PRIVATE = [
+    ["reconstruct", "private/x.mp4", "--out", "c.gif"],
+    ["generate", "x", "--out", "c.gif", "--image", "private/x.png"],
+    ["generate", "x", "--out", "private/c.gif"],
+    ["generate", "x", "--out", "c.gif", "--model", "private/model"],
+    ["decode", "private/x.safetensors", "--out", "c.gif"],
+    ["convert", "private/x.ckpt", "--into", "model"],
+    ["convert", "private/x.ckpt", "--out", "private/y/z"],
+]
+NO_HOME = {"no cache": None, "no cache of that user": "~no-such-user/x"}
+
+
+@pytest.fixture(scope="module")
+def unknown_user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[int], list[str]]]:
+    """By case, what commands leave of a user without name or home: the folder they ran in, their statuses, and the
+    lines on stderr.
 
     The interpreter may be in root's home, so root imports all modules first: by making a clip, and by commands that
-    refuse missing files.
+    refuse missing files. Each case is a child of that process.
     """
-    folder.chmod(0o777)
+    folder = tmp_path_factory.mktemp("unknown")
     for parent in folder.parents[:3]:
         parent.chmod(parent.stat().st_mode | 0o755)
+    cases: dict[str, tuple[list[list[str]], dict[str, str]]] = {"private": (PRIVATE, {})}
+    for name, cache in NO_HOME.items():
+        environment = {} if cache is None else {"REDUCIO_CACHE_DIR": cache}
+        cases[name] = [[*CLIP, "--out", "c.gif"]], {"TMPDIR": str(folder / name)} | environment
+    for path in (folder, *(folder / name for name in cases)):
+        path.mkdir(exist_ok=True)
+        path.chmod(0o777)
+    (folder / "private" / "private").mkdir(mode=0o700)
     script = f"""
-import contextlib, io, os, shutil, sys
+import contextlib, io, os, sys
+from pathlib import Path
 from reducio_fast.cli.main import main
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     os.environ["REDUCIO_CACHE_DIR"] = {str(folder / "roots")!r}
@@ -121,66 +183,83 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     forget()
 for name in ("HOME", "REDUCIO_CACHE_DIR", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
     os.environ.pop(name, None)
-os.environ |= {environment!r}
-os.setgroups([]); os.setgid({UNKNOWN_USER}); os.setuid({UNKNOWN_USER})
-statuses = []
-for arguments in {commands!r}:
-    with contextlib.redirect_stdout(io.StringIO()):
-        statuses.append(main(arguments))
-print(*statuses)
+for name, (commands, environment) in {cases!r}.items():
+    child = os.fork()
+    if child == 0:
+        os.chdir({str(folder)!r} + "/" + name)
+        os.dup2(os.open("stderr", os.O_CREAT | os.O_WRONLY), 2)
+        os.dup2(os.open("statuses", os.O_CREAT | os.O_WRONLY), 1)
+        os.environ |= environment
+        os.setgroups([]); os.setgid({UNKNOWN_USER}); os.setuid({UNKNOWN_USER})
+        statuses = []
+        for arguments in commands:
+            with contextlib.redirect_stdout(io.StringIO()):
+                statuses.append(main(arguments))
+        print(*statuses, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=folder)
+    # One thread, since OpenMP's threads do not survive a fork.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
-    return [int(status) for status in done.stdout.split()], done.stderr.strip().splitlines()
+    found = {}
+    for name in cases:
+        statuses, lines = ((folder / name / file).read_text() for file in ("statuses", "stderr"))
+        found[name] = folder / name, [int(status) for status in statuses.split()], lines.strip().splitlines()
+    return found
 
 
 @ROOT_ONLY
-@pytest.mark.parametrize("cache", [None, "~no-such-user/x"])
-def test_a_user_without_a_home(tmp_path: Path, cache: str | None) -> None:
-    environment = {"TMPDIR": str(tmp_path)} | ({} if cache is None else {"REDUCIO_CACHE_DIR": cache})
-    statuses, lines = run_as_unknown_user(tmp_path, [[*CLIP, "--out", "c.gif"]], environment)
-    assert statuses == [0] and (tmp_path / "c.gif").is_file()
+@pytest.mark.parametrize("case", NO_HOME)
+def test_a_user_without_a_home(unknown_user: dict[str, tuple[Path, list[int], list[str]]], case: str) -> None:
+    folder, statuses, lines = unknown_user[case]
+    assert statuses == [0] and (folder / "c.gif").is_file(), lines
     assert len([line for line in lines if "cache: " in line and "reducio-fast-12345" in line]) == 1
 
 
 @ROOT_ONLY
-def test_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
-    (tmp_path / "private").mkdir(mode=0o700)
-    commands = [
-        ["reconstruct", "private/x.mp4", "--out", "c.gif"],
-        ["generate", "x", "--out", "c.gif", "--image", "private/x.png"],
-        ["generate", "x", "--out", "private/c.gif"],
-        ["generate", "x", "--out", "c.gif", "--model", "private/model"],
-        ["decode", "private/x.safetensors", "--out", "c.gif"],
-        ["convert", "private/x.ckpt", "--into", "model"],
-        ["convert", "private/x.ckpt", "--out", "private/y/z"],
-    ]
-    statuses, lines = run_as_unknown_user(tmp_path, commands, {})
-    assert statuses == [2] * len(commands)
+def test_a_folder_that_may_not_be_entered(unknown_user: dict[str, tuple[Path, list[int], list[str]]]) -> None:
+    _, statuses, lines = unknown_user["private"]
+    assert statuses == [2] * len(PRIVATE), lines
     errors = [line for line in lines if "error: " in line]
-    assert [line.split()[1].removesuffix(":") for line in errors] == [command[0] for command in commands]
-    assert len(lines) == len(commands) and all("private" in line for line in errors), lines
+    assert [line.split()[1].removesuffix(":") for line in errors] == [command[0] for command in PRIVATE]
+    assert len(lines) == len(PRIVATE) and all("private" in line for line in errors), lines
 
 
-def test_an_mp4_that_cannot_be_encoded_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+def test_an_mp4_that_cannot_be_encoded_is_refused_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "ffmpeg"
     broken.write_text("#!/bin/sh\ncat >/dev/null; echo 'Unknown encoder libx264' >&2; exit 8\n")
     broken.chmod(0o755)
     model = tmp_path / "model"  # not a model: reading it first would give another error
     model.mkdir()
     (model / "model_index.json").write_text('{"_class_name": "ReducioPipeline"}')
-    done = run(
-        *CLIP, "--out", tmp_path / "c.mp4", "--model", model, env=os.environ | {"IMAGEIO_FFMPEG_EXE": str(broken)}
-    )
-    assert done.returncode == 2 and "Unknown encoder libx264" in done.stderr
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(broken))
+    assert main.main([*CLIP, "--out", str(tmp_path / "c.mp4"), "--model", str(model)]) == 2
+    assert "Unknown encoder libx264" in capsys.readouterr().err
 
 
-def test_a_rate_that_the_format_cannot_hold_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+def test_the_encoder_that_is_asked_for_is_tried_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ffmpeg, "hardware_encoder", lambda: ffmpeg.Encoder("h264_of_no_machine", ""))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ReducioPipeline"}')
+    command = [*CLIP, "--out", str(tmp_path / "c.mp4"), "--model", str(tmp_path)]
+    assert main.main([*command, "--encoding", "hardware"]) == 2
+    assert "Unknown encoder 'h264_of_no_machine'" in capsys.readouterr().err
+
+
+def test_a_rate_that_the_format_cannot_hold_is_refused_before_the_model_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "model_index.json").write_text('{"_class_name": "ReducioPipeline", "fps": 60}')
-    done = run(*CLIP, "--out", tmp_path / "c.gif", "--model", model)
-    assert done.returncode == 2 and "at most 50 frames a second" in done.stderr
+    assert main.main([*CLIP, "--out", str(tmp_path / "c.gif"), "--model", str(model)]) == 2
+    assert "at most 50 frames a second" in capsys.readouterr().err
 
 
 def test_a_warm_up_ends_in_order_after_its_deadline() -> None:
@@ -190,19 +269,10 @@ def test_a_warm_up_ends_in_order_after_its_deadline() -> None:
     assert "not done after 0.01 s" in done.stderr
 
 
-def test_names_with_colons_go_in_and_out(tmp_path: Path) -> None:
+def test_names_with_colons_go_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     clip = np.stack([np.full((64, 64, 3), 12 * i, np.uint8) for i in range(16)])
     write_video(clip, tmp_path / "2026-01-02T10:30:00.mp4", 16)
-    done = run(
-        "reconstruct",
-        "2026-01-02T10:30:00.mp4",
-        "--out",
-        "out:put.mp4",
-        "--height",
-        "64",
-        "--width",
-        "64",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    argv = ["reconstruct", "2026-01-02T10:30:00.mp4", "--out", "out:put.mp4", "--height", "64", "--width", "64"]
+    assert main.main(argv) == 0
     assert read_video(tmp_path / "out:put.mp4")[0].shape == (16, 64, 128, 3)

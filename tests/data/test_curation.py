@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
+import importlib
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -20,14 +19,11 @@ from reducio_fast.cli.main import main
 from reducio_fast.data import photos
 from reducio_fast.data.clip_files import ClipFiles
 from reducio_fast.data.curation import curate, manifest, scores, select
-from reducio_fast.data.curation.on_ray import map_on_ray
 from reducio_fast.data.curation.shots import ShotFinder, join_cuts
 from reducio_fast.media.video_files import write_video
 from reducio_fast.system.errors import ReducioError
 
 pytestmark = pytest.mark.slow
-
-NEEDS_RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
 
 def shots_of(frames: np.ndarray, fps: float = 24.0) -> list[tuple[int, int]]:
@@ -122,42 +118,6 @@ def test_the_manifest_does_not_depend_on_order_or_interruption(videos: Path, tmp
     assert len(parts) == 5
     for part in parts:
         assert part.read_bytes() == (tmp_path / "b" / manifest.PARTS / part.name).read_bytes()
-
-
-@NEEDS_RAY
-def test_on_ray_the_rows_are_those_of_the_local_run(videos: Path, tmp_path: Path) -> None:
-    for name, where in (("here", None), ("ray", "local")):
-        settings = curate.Settings(str(tmp_path / name), text=False)
-        done = curate.curate([videos], settings, workers=0, ray=where, progress=False)
-        assert (done.made, done.broken) == (5, 2)
-    assert manifest.read(tmp_path / "here") == manifest.read(tmp_path / "ray")
-
-
-@NEEDS_RAY
-def test_an_error_of_a_task_on_ray_is_one_line(
-    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A folder lies where the task writes its file."""
-    part = manifest.part_path(tmp_path, str(videos / "still.mp4"))
-    part.mkdir(parents=True)
-    command = ["curate", str(videos / "still.mp4"), "-o", str(tmp_path), "--no-text", "--no-progress"]
-    for where in ([], ["--ray", "local"]):
-        assert main([*command, *where]) == 2
-        line = capsys.readouterr().err
-        assert str(part) in line and line.count("\n") == 1
-
-
-@NEEDS_RAY
-def test_each_task_on_ray_has_a_gpu_and_keeps_what_it_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray is told how many GPUs there are, and the tasks use none."""
-    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2, "GPU": 0}')
-    with pytest.raises(ReducioError, match="--ray local: the cluster has no GPU, and each task needs one"):
-        list(map_on_ray([0], lambda task: task, "local", gpu=True))
-    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2, "GPU": 1}')
-    seen = list(
-        map_on_ray([0, 1, 2], lambda task: f"{os.environ['CUDA_VISIBLE_DEVICES']} {os.getpid()}", "local", gpu=True)
-    )
-    assert len(seen) == 3 and len(set(seen)) == 1 and seen[0].startswith("0 ")
 
 
 def test_a_full_disk_ends_the_run_without_the_other_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,3 +344,17 @@ def test_a_changed_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
     assert path.read_bytes() != whole
     with pytest.raises(ReducioError, match=r"clips.parquet is damaged: .* run reducio-fast curate again"):
         manifest.read(path)
+
+
+@pytest.mark.parametrize("about", ['{"manifest" "1"}', "[1]"])
+def test_damaged_settings_of_a_manifest_are_refused(
+    about: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are outside of the pages, which have checksums."""
+    path = tmp_path / "clips.parquet"
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest.json, "dumps", lambda values: about)
+        manifest.write([clip(1)], path)
+    for read in (manifest.read, manifest.made_with):
+        with pytest.raises(ReducioError, match=r"clips.parquet is damaged: .* run reducio-fast curate again"):
+            read(path)

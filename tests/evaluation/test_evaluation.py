@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from skimage.measure import block_reduce
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from reducio_fast.cli import main
 from reducio_fast.data import photos, toy_world
 from reducio_fast.data.toy_detector import detect
 from reducio_fast.data.toy_world import Scene
@@ -309,9 +310,18 @@ def test_report_refuses_empty_samples():
 
 
 @pytest.mark.slow
-def test_the_embedded_model_can_be_scored(bundle):
-    scores = toy_report.evaluate(bundle, num_prompts=2, progress=False, num_clips=2)
-    assert scores["prompts"] == 2 and 0 <= scores["all"]["right"] <= 2
-    assert len(scores["failures"]) == 2 - scores["all"]["right"]
+def test_the_embedded_model_can_be_scored(capsys, monkeypatch):
+    """By the command, which prints the scores; with one clip of each kind, since the usual 32 take a minute."""
+    evaluate, kept = toy_report.evaluate, []
+    monkeypatch.setattr(
+        toy_report, "evaluate", lambda *args, **kwargs: kept.append(evaluate(*args, **kwargs, num_clips=1)) or kept[0]
+    )
+    assert main.main(["evaluate", "--prompts", "1", "--no-progress"]) == 0
+    text = capsys.readouterr().out
+    for word in ("colour", "motion", "shape", "95% interval", "/1 ", "scenes", "photos"):
+        assert word in text
+    (scores,) = kept
+    assert scores["prompts"] == 1 and 0 <= scores["all"]["right"] <= 1
+    assert len(scores["failures"]) == 1 - scores["all"]["right"]
     for kind in ("scenes", "photos"):
         assert np.isfinite(scores["vae"][kind]["gain_db"]) and 0 < scores["vae"][kind]["ssim"] <= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import lpips
@@ -88,7 +89,9 @@ def test_inception_score_equals_its_definition(network: Path) -> None:
         score.add(clip)
     probabilities = special.softmax(np.stack([loaded(prepare(c))[0].double().numpy() for c in made]), axis=1)
     expected = np.exp(special.kl_div(probabilities, probabilities.mean(0)).sum(1).mean())
-    assert score.compute()[0] == pytest.approx(expected, rel=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert score.compute() == pytest.approx(expected, rel=1e-5)
 
 
 def test_lpips_equals_its_package(trunk: Path) -> None:
@@ -191,6 +194,7 @@ def test_clips_to_calibrate_on_are_taken_in_turn_and_decoded_when_needed(videos:
         ("clips --videos x.mp4 --model m", "takes no --model"),
         ("clips --videos VIDEOS --fvd x.pt", "fvd needs real clips"),
         ("clips --videos VIDEOS --clip m --captions CAPTIONS", "captions: none given for VIDEOS/still.mp4"),
+        ("clips --videos VIDEOS --clip m --captions EMPTY", "captions: none given for VIDEOS/still.mp4"),
         ("clips --videos VIDEOS --clip m --captions LIST", "must be one JSON object"),
         ("clips --videos VIDEOS --clip m --captions DEEP", "recursion"),
         ("vbench --vbench python --out o --captions CAPTIONS", "must be one JSON list of prompts"),
@@ -206,12 +210,12 @@ def test_mistakes_are_named_before_any_work(
     argv: str, message: str, videos: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(video_report, "read_video", None)
-    captions, prompts, deep = tmp_path / "captions.json", tmp_path / "list.json", tmp_path / "deep.json"
-    deep.write_text("[" * 200_000)
-    captions.write_text(json.dumps({"cut.mp4": "a person"}))
-    prompts.write_text(json.dumps(["a person"]))
-    for word, path in (("VIDEOS", videos), ("CAPTIONS", captions), ("LIST", prompts), ("DEEP", deep)):
-        argv, message = argv.replace(word, str(path)), message.replace(word, str(path))
+    one = {"cut.mp4": "a person"}
+    files = {"CAPTIONS": json.dumps(one), "EMPTY": json.dumps(one | {"still.mp4": ""}), "LIST": '["a person"]'}
+    for word, text in (files | {"DEEP": "[" * 200_000}).items():
+        (tmp_path / f"{word}.json").write_text(text)
+        argv = argv.replace(word, str(tmp_path / f"{word}.json"))
+    argv, message = argv.replace("VIDEOS", str(videos)), message.replace("VIDEOS", str(videos))
     assert main(["evaluate", *argv.split(), "--no-progress"]) == 2
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1

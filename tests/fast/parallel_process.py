@@ -1,10 +1,18 @@
-"""One process of test_parallel.py: every process makes the same calls on a small random model, whose frames are larger
-than a tile reads. Arguments: a folder for results, and the case."""
+"""The processes of test_parallel.py: every process of a run makes the same calls on a small random model, whose frames
+are larger than a tile reads.
+
+Arguments: a folder, and for each run its name, case and number of processes. The runs follow each other, each in a
+folder of its name. Their processes are forks of this one, which imports everything once, and so has one thread."""
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
+import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,8 +143,7 @@ def fail(pipe: ReducioPipeline, case: str) -> None:
     undo()
 
 
-def main(folder: Path, case: str) -> None:
-    torch.set_num_threads(1)
+def make(folder: Path, case: str) -> None:
     pipe = parallelize(load(torch.float32, "fast"), timeout=100)
     if case == "clips":
         torch.save(clips(pipe), folder / f"clips-{RANK}.pt")
@@ -153,5 +160,38 @@ def main(folder: Path, case: str) -> None:
     fail(pipe, last)
 
 
+def run(folder: Path, case: str, processes: int) -> dict[str, Any]:
+    """What each process prints, its status, and the seconds until the last one ends. The processes are started without
+    torchrun, which would end the others when one has ended."""
+    global RANK
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    began, children = time.monotonic(), []
+    for rank in range(processes):
+        children.append(os.fork())
+        if children[-1] == 0:
+            RANK, os.environ["RANK"] = rank, str(rank)
+            for stream in (1, 2):
+                os.dup2(os.open(folder / f"printed-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+            status = 0
+            try:
+                make(folder, case)
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    printed = [(folder / f"printed-{rank}").read_text() for rank in range(processes)]
+    return {"printed": printed, "statuses": statuses, "seconds": time.monotonic() - began}
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    torch.set_num_threads(1)
+    runs = [argument.split(",") for argument in sys.argv[2:]]
+    results = {name: run(Path(sys.argv[1], name), case, int(processes)) for name, case, processes in runs}
+    print(json.dumps(results))  # noqa: T201

@@ -5,11 +5,10 @@ Each case runs in its own processes. The model is small and random, and its fram
 
 from __future__ import annotations
 
+import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,36 @@ import pytest
 import torch
 from torch import Tensor
 
+from reducio_fast.cli import main
 from reducio_fast.fast.parallel import shares
 from reducio_fast.media.video_files import read_video
+from reducio_fast.pipelines import generate
 
 pytestmark = pytest.mark.slow
 
+# By name: case and number of processes.
+RUNS = {"alone": "truth,1", "clips-2": "clips,2", "clips-3": "clips,3",
+        "failed": "different+callback+decode+attention,2", "gone": "killed,2"}  # fmt: skip
 
-def run(folder: Path, case: str, processes: int) -> list[str]:
-    """The output of each process, started without torchrun, which would end the others when one has ended."""
-    folder.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("parallel_process.py")), str(folder), case]
-    running = [
-        subprocess.Popen(
-            command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(processes)
-    ]
-    outputs = [process.communicate(timeout=200)[0] for process in running]
-    if case != "killed":
-        assert all(process.returncode == 0 for process in running), "\n".join(outputs)
-    return outputs
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all runs, with their results."""
+    folder = tmp_path_factory.mktemp("runs")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo",
+                   "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+    command = [sys.executable, str(Path(__file__).with_name("parallel_process.py")), str(folder)]
+    command += [f"{name},{case}" for name, case in RUNS.items()]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=290, check=True)
+    (folder / "results.json").write_text(done.stdout.splitlines()[-1])
+    return folder
+
+
+def results(folder: Path, name: str) -> dict[str, Any]:
+    """Of a run: what each process printed, its status, and the seconds until the last one ended."""
+    found = json.loads((folder / "results.json").read_text())[name]
+    assert name == "gone" or not any(found["statuses"]), "\n".join(found["printed"])
+    return found
 
 
 def load(folder: Path, name: str, rank: int) -> dict[str, Any]:
@@ -49,11 +53,10 @@ def load(folder: Path, name: str, rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def alone(folder: Path) -> dict[str, Any]:
     """What one process makes, and its latents in float64 by the reference."""
-    folder = tmp_path_factory.mktemp("alone")
-    run(folder, "truth", 1)
-    return load(folder, "clips", 0)
+    results(folder, "alone")
+    return load(folder / "alone", "clips", 0)
 
 
 def close(value: Tensor, alone: Tensor, truth: Tensor) -> bool:
@@ -63,11 +66,11 @@ def close(value: Tensor, alone: Tensor, truth: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_every_process_has_the_clip_of_one(alone: dict[str, Any], tmp_path: Path, processes: int) -> None:
+def test_every_process_has_the_clip_of_one(alone: dict[str, Any], folder: Path, processes: int) -> None:
     """Tiles are bit-equal. Halves and heads are equal up to rounding: two processes take one half each, or three heads
     each without guidance; of three, two take one half each and one waits, or all take two heads each."""
-    run(tmp_path, "clips", processes)
-    ranks = [load(tmp_path, "clips", rank) for rank in range(processes)]
+    results(folder, f"clips-{processes}")
+    ranks = [load(folder / f"clips-{processes}", "clips", rank) for rank in range(processes)]
     first = ranks[0]
     for own in ranks:
         assert torch.equal(own["decoded"], alone["decoded"])
@@ -82,13 +85,11 @@ def test_every_process_has_the_clip_of_one(alone: dict[str, Any], tmp_path: Path
     torch.testing.assert_close(first["stopped"], alone["stopped"], rtol=1e-3, atol=1e-4)
 
 
-def test_all_processes_end_together(alone: dict[str, Any], tmp_path: Path) -> None:
+def test_all_processes_end_together(alone: dict[str, Any], folder: Path) -> None:
     """When a process fails, the others raise too, and all make the next clip together, unless it failed between two
     exchanges or is gone."""
-    began = time.monotonic()
-    text = "\n".join(
-        run(tmp_path / "failed", "different+callback+decode+attention", 2) + run(tmp_path / "gone", "killed", 2)
-    )
+    failures = results(folder, "failed"), results(folder, "gone")
+    text = "\n".join(line for run in failures for line in run["printed"])
     failed = "RankFailed: parallel: another process of this clip has failed"
     for line in (
         "different, rank 1: ReducioError: parallelize: the processes were given different calls",
@@ -104,9 +105,9 @@ def test_all_processes_end_together(alone: dict[str, Any], tmp_path: Path) -> No
         assert line in text, (line, text)
     assert "NO ERROR" not in text
     for rank in range(2):
-        after = load(tmp_path / "failed", "after", rank)["after"]
+        after = load(folder / "failed", "after", rank)["after"]
         assert close(after, alone["guided"], alone["truth"]["guided"])
-    assert time.monotonic() - began < 90, "before the exchange's own timeout of 100 s"
+    assert sum(run["seconds"] for run in failures) < 90, "before the exchange's own timeout of 100 s"
 
 
 def test_the_longest_tiles_first() -> None:
@@ -118,18 +119,24 @@ def test_the_longest_tiles_first() -> None:
         assert sum(costs) / longest == pytest.approx(gain, abs=0.01)
 
 
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
+def test_the_command_under_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two processes, one file and one report."""
+    monkeypatch.chdir(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    args = ["reducio_fast", "generate", "a red circle moving right on a black background", "--out", "clip.mp4",
-            "--num-inference-steps", "2", "--seed", "3", "--backend", "fast", "--json", "--no-progress"]  # fmt: skip
-    done = subprocess.run(
-        [*command, *args], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    args = ["generate", "a red circle moving right on a black background", "--out", "clip.mp4", "--height", "64",
+            "--width", "64", "--num-inference-steps", "2", "--seed", "3", "--backend", "fast", "--json",
+            "--no-progress"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "reducio_fast", *args], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"path": "clip.mp4"') == 1
-    assert read_video(tmp_path / "clip.mp4")[0].shape == (16, 128, 128, 3)
-    refused = subprocess.run(
-        [*command, *args, "--compile"], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ)
-    )
-    assert refused.returncode != 0 and "parallelize: compile=True was chosen" in refused.stderr
+    assert read_video("clip.mp4")[0].shape == (16, 64, 64, 3)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):  # as torchrun sets them
+        monkeypatch.setenv(name, value)
+    try:
+        assert main.main([*args, "--device", "cpu", "--compile"]) == 2
+        assert "parallelize: compile=True was chosen" in capsys.readouterr().err
+    finally:
+        generate.forget()

@@ -176,7 +176,7 @@ def test_autoencoder(case: str) -> None:
         assert_right(one, two, three)
 
 
-@pytest.mark.parametrize(("size", "output"), [((96, 160), "warp"), ((128, 64), "rgb")], ids=str)
+@pytest.mark.parametrize(("size", "output"), [((96, 96), "warp"), ((128, 64), "rgb")], ids=str)
 @torch.no_grad()
 def test_tiled_autoencoder(size: tuple[int, int], output: str) -> None:
     """Border tiles of other sizes, blending, and content features cut to the latent's grid."""
@@ -184,10 +184,10 @@ def test_tiled_autoencoder(size: tuple[int, int], output: str) -> None:
     clip = torch.rand(1, 3, 16, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     oracle = run_vae(copy.deepcopy(model).double(), clip.double(), tiled=True)
     twin = FastReducioVAE(model, plan())
-    fast = run_vae(twin, clip, tiled=True)
-    for one, two, three in zip(fast, run_vae(model, clip, tiled=True), oracle, strict=True):
+    fast, eager = run_vae(twin, clip, tiled=True), run_vae(model, clip, tiled=True)
+    for one, two, three in zip(fast, eager, oracle, strict=True):
         assert_right(one, two, three)
-    latent = model.normalize_latent(model.encode(clip, tiled=True).mode())
+    latent = model.normalize_latent(eager[0])
     frames = twin.decode(latent, twin.encode_content(clip[:, :, 7], tiled=True), tiled=True, as_uint8=True)
     expected = ((oracle[2] + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 4, 1)
     assert frames.dtype == torch.uint8 and frames.shape == (1, 16, *size, 3)

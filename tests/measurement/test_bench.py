@@ -316,8 +316,8 @@ def test_a_broken_pair_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         ("parity --device cpu --out absent/rows.json", "the output folder absent does not exist"),
         ("bench narrow --model somewhere --device cpu", "has random weights"),
         ("bench --pairs 0", "--pairs: must be at least 1, is 0"),
-        ("bench --tune --device cpu", "tune: there is no GPU here"),
-        ("bench narrow --tune", "workload: narrow given, --tune has workloads of its own"),
+        *((f"bench {family} --tune --device cpu", "tune: there is no GPU here") for family in ("", "svd")),
+        ("bench narrow --tune", "workload: narrow given, --tune takes svd, or none for Reducio's kernels"),
         *(
             (f"bench --tune {option}", f"{option.split()[0]}: has no effect with --tune")
             for option in (

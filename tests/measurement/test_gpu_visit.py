@@ -142,6 +142,14 @@ def test_the_parts_fit_into_one_visit(root: Path) -> None:
     assert sum(n for name, n in seconds.items() if not name.endswith("svd")) <= 570
 
 
+def test_a_gpu_that_cannot_be_asked_about_fp8_fails_the_part(root: Path, tmp_path: Path) -> None:
+    function = re.search(r"^in_fp8\(\) {.*?^}$", (root / "benchmarks" / "gpu_visit.sh").read_text(), re.M | re.S)[0]
+    for python, failed, left in (("false", True, []), ("echo False #", False, ["bench-1024-fp8.json"])):
+        shell = f'python() {{ {python}\n}}; python=python; out="{tmp_path}"; {function}\nin_fp8'
+        assert bool(subprocess.run(["bash", "-c", shell]).returncode) == failed
+        assert [path.name for path in tmp_path.iterdir()] == left
+
+
 def test_the_parts_of_svd_fit_into_the_second_visit(root: Path) -> None:
     """With the seconds that SVD.md predicts for an H100: 18.2 eager, 14.4 compiled and 9.2 for a clip of 25 steps; a
     clip of the ladder's two steps takes 2.8 at most. A contender makes three clips before the timed ones."""

@@ -8,17 +8,25 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from reducio_fast.compile.precompile import Call, precompile
+from reducio_fast.compile.targets import TARGETS
 from reducio_fast.fast.launches import keys_of
+from reducio_fast.measurement.svd_clip import FULL
+from reducio_fast.measurement.svd_shapes import svd_problems
+from reducio_fast.system.deadline import DeadlinePassed
 
 pytestmark = pytest.mark.slow
 
 CODE = textwrap.dedent("""
     import json, math, os, sys, time
     from pathlib import Path
+    from unittest import mock
     from torch import Tensor
     from reducio_fast.compile.precompile import precompile
     from reducio_fast.compile.targets import TARGETS
@@ -29,6 +37,7 @@ CODE = textwrap.dedent("""
     from reducio_fast.measurement.quantised_decoder import unmeasured_quantisation
     from reducio_fast.measurement.rate_model import CHIPS
     from reducio_fast.reference import DiTConfig, VAEConfig
+    from reducio_fast.triton_kernels import tables
     from reducio_fast.triton_kernels.registry import OPS
 
     launches = clip_launches("sm_90")
@@ -62,6 +71,21 @@ CODE = textwrap.dedent("""
     written = {id(l.arguments["stats_ptr"]) for l in launches if l.arguments.get("stats_ptr") is not None}
     read = {id(l.arguments["partials_ptr"]) for l in launches if l.kernel.fn.__name__ == "finalise_kernel"}
 
+    # Which launch settings does SVD read? They are looked up by op and shape class.
+    class Entries(dict):
+        def __init__(self, op, entries):
+            super().__init__(entries)
+            self.op = op
+
+        def get(self, key, default=None):
+            looked_up.add((self.op, key))
+            return super().get(key, default)
+
+    looked_up = set()
+    whole = {op: Entries(op, entries) for op, entries in tables.table("sm_90").items()}
+    with mock.patch.object(tables, "table", lambda arch: whole):
+        svd = svd_launches("sm_90")
+
     # The embedded model has other layers: fusion by addition, heads of other widths, few channels.
     folder = embedded_model()
     configs = [json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")]
@@ -70,21 +94,21 @@ CODE = textwrap.dedent("""
     fp8 = Quantisation("fp8", calibration_file.read(folder))
     quantised = [c for c in calls_of(clip_launches("sm_90", *configs, quantisation=fp8)) if c not in tiny]
 
-    # Each call compiles in a process of its own, and the next one finds it done.
+    # Each round compiles in a process of its own, and the second one finds all done but what cannot be compiled.
     cheap = [call for call in calls_of(launches) if call.kernel in ("blend_tiles_kernel", "guidance_dpm_step_kernel")]
     cheap.append(next(call for call in quantised if call.kernel == "apply_kernel"))  # which writes FP8
-    seconds = []
-    for _ in range(2):
-        assert precompile(cheap, TARGETS["sm_90"].triton_target, jobs=1) == []
-        seconds.append(sorted(str(p) for p in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
-    broken = [type(cheap[0])(cheap[0].module, cheap[0].kernel, (("nonsense", 1),))]
+    broken, cubins, failures = type(cheap[0])(cheap[0].module, cheap[0].kernel, (("nonsense", 1),)), [], []
+    for calls in (cheap, [*cheap, broken]):
+        failures.append(precompile(calls, TARGETS["sm_90"].triton_target, jobs=1))
+        cubins.append(sorted(str(p) for p in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
     print(json.dumps({
-        "launched": [launched(l) for l in launches], "svd": [launched(l) for l in svd_launches("sm_90")],
+        "launched": [launched(l) for l in launches], "svd": [launched(l) for l in svd],
+        "looked_up": sorted(looked_up),
         "fp8": [launched(l) for l in in_fp8], "small": small,
         "built": built, "unread": len(written - read),
-        "written": len(written), "cubins": seconds, "calls": len(calls_of(launches)),
+        "written": len(written), "cubins": cubins, "calls": len(calls_of(launches)),
         "tiny": sorted({call.kernel for call in tiny}), "quantised": sorted({call.kernel for call in quantised}),
-        "failures": precompile(broken, TARGETS["sm_90"].triton_target, jobs=1),
+        "failures": failures,
     }))
 """)
 
@@ -109,6 +133,8 @@ def test_compile_check_builds_what_a_clip_launches(dry_run: dict[str, Any]) -> N
     assert any(op == "quantised_conv3d" for op in built.values())
 
 
+*_, STEPS = FULL
+
 # Frames and side of the convolutions of one 320-pixel tile that have fewer blocks than sm_90 has multiprocessors (132),
 # and why each may: blocks as recorded, in bfloat16 and in FP8, and the share of the tile's 36 TFLOP.
 SMALL_GRIDS = {
@@ -124,6 +150,19 @@ def test_convolutions_fill_the_gpu(dry_run: dict[str, Any]) -> None:
     assert min(blocks for *_, blocks in dry_run["small"]) == 10
 
 
+def test_every_launch_setting_of_svd_is_tuned(dry_run: dict[str, Any]) -> None:
+    """`bench svd --tune` has a problem for each shape class that a step or a decode reads. Of the ops that only the
+    U-Net has, the problems count all calls but those of the one transformer at its coarsest level."""
+    problems = svd_problems("sm_90")
+    of_stills = {("conv3d", "K<=16")}  # the last layer of the image autoencoder; a clip has no such layer
+    looked_up = {tuple(key) for key in dry_run["looked_up"]}
+    assert looked_up - of_stills == {(p.op, p.key) for p in problems}
+    launched = Counter(kernel.removesuffix("_kernel") for kernel, *_ in dry_run["svd"])
+    in_a_transformer = {"geglu_linear": 3, "attention": 1, "frame_attention": 1, "stream_layer_norm": 4}
+    for op, times in in_a_transformer.items():
+        assert sum(p.calls for p in problems if p.op == op) / STEPS == launched[op] - times
+
+
 def test_statistics_are_taken_where_they_are_read(dry_run: dict[str, Any]) -> None:
     assert dry_run["written"] > 40 and dry_run["unread"] == 0
 
@@ -134,7 +173,32 @@ def test_kernels_are_compiled_beforehand(dry_run: dict[str, Any]) -> None:
     assert 30 < dry_run["calls"] < 60
     assert {"conv3d_kernel", "attention_kernel", "guidance_dpm_step_kernel"} <= set(dry_run["tiny"])
     assert "quantised_conv3d_kernel" in dry_run["quantised"]
-    assert len(dry_run["failures"]) == 1 and dry_run["failures"][0].startswith("blend_tiles_kernel: TypeError")
+    none, (line,) = dry_run["failures"]
+    assert none == [] and line.startswith("blend_tiles_kernel: TypeError")
+
+
+def test_a_process_that_ends_early_loses_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "crashing.py").write_text("import os; os._exit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = [Call("crashing", "first", ()), Call("crashing", "second", ())]
+    failures = precompile(calls, TARGETS["sm_90"].triton_target, jobs=1)
+    assert failures == ["first: its process ended with status 3", "second: not compiled, the processes ended early"]
+
+
+def test_a_deadline_ends_the_processes_that_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = tmp_path / "pid"
+    code = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    (tmp_path / "slow.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def check() -> None:
+        if pid.is_file() and pid.read_text():
+            raise DeadlinePassed
+
+    with pytest.raises(DeadlinePassed):
+        precompile([Call("slow", "a_kernel", ())], TARGETS["sm_90"].triton_target, 1, check)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_keys_of_the_published_sizes() -> None:

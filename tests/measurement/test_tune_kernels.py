@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reducio_fast.measurement import hot_shapes, tune_kernels
+from reducio_fast.cli import main
+from reducio_fast.measurement import hot_shapes, svd_shapes, tune_kernels
 from reducio_fast.measurement.accuracy_rule import judge
 from reducio_fast.measurement.hot_shapes import Problem
 from reducio_fast.measurement.tune_kernels import Settings
@@ -138,6 +139,49 @@ def test_tune_writes_settings_and_a_plan(root: Path, tmp_path: Path) -> None:
     assert max(map(len, path.read_text().splitlines())) > 60  # one entry per line, as in the shipped tables
 
 
+def test_families_share_a_table(tmp_path: Path) -> None:
+    """Each family's run keeps what the other one found; of classes that both have, the later run tunes for both."""
+    path, problems = tmp_path / "sm_90.json", {}
+    for family, others in (("reducio", []), ("svd", ["reducio"]), ("reducio", ["svd"])):
+        kept = tune_kernels.kept(path)
+        problems[family], shared = tune_kernels.problems_of(family, "sm_90", kept.get("plan", ()))
+        assert shared == others
+        table, _ = tune_kernels.tune(
+            problems[family], "sm_90", lambda p, way: 1.0, lambda op, key, variants, some: everything(some),
+            lambda p: True, limit_s=60,
+        )  # fmt: skip
+        tune_kernels.write(table, "sm_90", path)
+        written = tune_kernels.kept(path)
+        assert all(kept[op].keys() <= written[op].keys() for op in kept)
+        assert all(written[p.op][p.key] and written["plan"][p.plan_entry] == "kernel" for p in problems[family])
+    own = {family: {(p.op, p.key) for p in make("sm_90")} for family, make in tune_kernels.FAMILIES.items()}
+    both = own["reducio"] & own["svd"]
+    assert {("conv3d", "*"), ("conv3d", "K<=128"), ("attention", "64"), ("group_norm_silu", "apply")} <= both
+    for family, other in (("reducio", "svd"), ("svd", "reducio")):
+        assert {(p.op, p.key) for p in problems[family]} == own[family]
+        others = [p for p in tune_kernels.FAMILIES[other]("sm_90") if (p.op, p.key) in both]
+        assert [p for p in problems[family] if p in others] == others
+
+
+def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "sm_90.json"
+    for text in ("", '{"conv3d": {"K<=1', "[]", '{"conv3d": 3}'):
+        path.write_text(text)
+        assert tune_kernels.kept(path) == {}
+    tune_kernels.write({"conv3d": {"*": {"num_stages": 3}}}, "sm_90", path)
+    assert json.loads(path.read_text())["conv3d"]["*"] == {"num_stages": 3}
+
+
+@pytest.mark.parametrize(("argv", "family"), [("bench --tune", "reducio"), ("bench svd --tune", "svd")])
+def test_the_workload_names_the_family(
+    argv: str, family: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    monkeypatch.setattr(tune_kernels, "run", lambda *given: seen.append(given) or {"rows": [], "table": "t.json"})
+    assert main.main([*argv.split(), "--limit", "5"]) == 0
+    assert seen[0][2] == 5 and seen[0][-1] == family and "wrote t.json" in capsys.readouterr().out
+
+
 def test_a_wrong_result_is_never_the_fastest() -> None:
     """A miscompiled candidate is the fastest of one class, and another one is already in force for another class."""
     problems = [problem("conv3d", "K<=128", "128->128", 1), problem("conv3d", "*", "512->512", 1)]
@@ -164,20 +208,20 @@ def test_a_wrong_result_is_never_the_fastest() -> None:
     )
 
 
-@pytest.mark.parametrize("broken", ["nothing", "an element", "a NaN", "the third run"])
+@pytest.mark.parametrize("broken", ["nothing", "an element", "a NaN", "the third run", "the second result"])
 def test_results_are_compared_element_by_element(broken: str) -> None:
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     runs = iter(range(100))
 
-    def kernel() -> tuple[torch.Tensor, torch.Tensor]:
+    def kernel() -> tuple[torch.Tensor, ...]:
         y, run = (x.float() * 1.004).bfloat16(), next(runs)
         if broken == "an element" or (broken == "the third run" and run == 2):
             y[3, 5] += 0.5
         if broken == "a NaN":
             y[0, 0] = math.nan
-        return y, torch.empty(0)
+        return y, x - 1 if broken == "the second result" else x, torch.empty(0)  # the third one is not compared
 
-    assert tune_kernels.agree({"kernel": kernel, "expected": lambda: x}) == (broken == "nothing")
+    assert tune_kernels.agree({"kernel": kernel, "expected": lambda: (x, x)}) == (broken == "nothing")
 
 
 def test_settings_come_back_after_a_failure() -> None:
@@ -193,15 +237,18 @@ def test_settings_come_back_after_a_failure() -> None:
     assert tune_kernels.in_force("ada_layer_norm", "1152", "sm_90") == {"num_warps": 4}
 
 
-def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
+@pytest.mark.parametrize("family", tune_kernels.FAMILIES)
+def test_every_hot_problem_is_a_launch_class_and_a_build(family: str) -> None:
     """The names of tune's problems are compared with those in the kernels' own files."""
     from reducio_fast.triton_kernels import quantised_conv3d
     from reducio_fast.triton_kernels.conv3d import blocks_for
     from reducio_fast.triton_kernels.registry import OPS
 
-    assert not any(p.op == "quantised_conv3d" for p in hot_shapes.hot_problems("sm_89"))  # has no 8-bit kernels
-    problems = hot_shapes.hot_problems("sm_90")
-    assert {p.key for p in problems if p.op == "quantised_conv3d"} == {"K<=128", "*"}
+    assert not any(p.op == "quantised_conv3d" for p in tune_kernels.FAMILIES[family]("sm_89"))  # has no 8-bit kernels
+    problems = tune_kernels.FAMILIES[family]("sm_90")
+    quantised_keys = {"reducio": {"K<=128", "*"}, "svd": set()}[family]
+    assert {p.key for p in problems if p.op == "quantised_conv3d"} == quantised_keys
+    assert len(set(problems)) == len(problems)
     for p in problems:
         builds = [v.name for v in OPS[p.op].variants("sm_90") if v.name.startswith(p.variant)]
         assert builds, p
@@ -209,7 +256,7 @@ def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
             p.calls > 0 and tune_kernels.axes_of(p.op, p.key, hip=False) and tune_kernels.axes_of(p.op, p.key, hip=True)
         )
         if p.op.endswith("conv3d"):
-            C, K = map(int, p.plan.split("->"))
+            C, K = map(int, p.plan.removesuffix(" frames").split("->"))
             with tune_kernels.trial(
                 "sm_90", p.op, p.key, tune_kernels.in_force(p.op, p.key, "sm_90") | {"num_stages": 77}
             ):
@@ -232,10 +279,18 @@ def test_every_hot_problem_is_a_launch_class_and_a_build() -> None:
         functools.partial(hot_shapes.upsample_ways, 16, False, 3, 4),
         functools.partial(hot_shapes.attention_ways, 24, 2, 9, 85, 2, True),
         functools.partial(hot_shapes.attention_ways, 16, 1, 9, 7, 2, False),
-        functools.partial(hot_shapes.norm_ways, True, 32, 5),
-        functools.partial(hot_shapes.norm_ways, False, 32, 5),
+        functools.partial(hot_shapes.norm_ways, True, (1, 16, 5, 5, 32), (1, 1, True)),
+        functools.partial(hot_shapes.norm_ways, False, (1, 16, 5, 5, 32), (1, 1, True)),
         functools.partial(hot_shapes.token_norm_ways, "ada_layer_norm"),
         functools.partial(hot_shapes.token_norm_ways, "gated_residual_ada_layer_norm"),
+        functools.partial(svd_shapes.geglu_ways, 16, 9),
+        functools.partial(svd_shapes.frame_attention_ways, 2, 5, 6),
+        *(functools.partial(svd_shapes.stream_norm_ways, kind, 16, 4, 6) for kind in ("plain", "branch", "blend")),
+        functools.partial(svd_shapes.temporal_ways, 16, 2, 3, 5, False),
+        functools.partial(svd_shapes.temporal_ways, 16, 1, 3, 5, True),
+        functools.partial(svd_shapes.frame_conv_ways, 16, 2, 4, 5),
+        functools.partial(svd_shapes.frame_upsample_ways, 16, 8, 2, 4, 5),
+        functools.partial(svd_shapes.step_ways, (3, 4, 2, 2)),
     ],
     ids=lambda make: " ".join(map(str, (make.func.__name__, *make.args))),
 )
@@ -246,7 +301,8 @@ def test_both_ways_compute_the_same(make: functools.partial, monkeypatch: pytest
     def random(device: torch.device, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(shape).mul_(scale)
 
-    monkeypatch.setattr(hot_shapes, "_random", random)
+    for module in (hot_shapes, svd_shapes):
+        monkeypatch.setattr(module, "random_input", random)
     # The statistics kernel itself needs a GPU or the interpreter: its twin stands in.
     monkeypatch.setattr(group_norm_silu, "statistics", lambda x, per_frame: conv3d.statistics(x))
     ways = make(CPU)

@@ -81,6 +81,7 @@ def test_wrong_numbers_in_a_configuration_are_one_line(
         ("scheduler/scheduler_config.json", {"final_sigmas_type": "none"}),
         ("scheduler/scheduler_config.json", {"prediction_type": "none"}),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": -1}),
+        ("text_to_image/scheduler/scheduler_config.json", {"solver_order": 0}),
     ],
     ids=str,
 )
@@ -351,3 +352,9 @@ def test_the_first_stage_needs_what_it_cannot_share(copy: Path):
     path.write_text(json.dumps(good | {"scheduler": [None, None], "unet": [None, None]}))
     with pytest.raises(ReducioError, match="PixArtAlphaPipeline cannot be built"):
         ReducioPipeline.from_pretrained(copy)
+
+
+def test_a_class_that_is_no_text_is_one_line(tmp_path: Path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": ["a"]}')
+    with pytest.raises(ReducioError, match=r"is of a \['a'\]; known are ReducioPipeline, "):
+        reducio_fast.generate(PROMPT, model=tmp_path, device="cpu")

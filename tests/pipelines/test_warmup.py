@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 import zipfile
@@ -36,6 +37,12 @@ CALL = {"prompt": "a red circle", "image": GREY, "height": 64, "width": 64, "num
 
 @pytest.fixture
 def pipe(bundle: Path) -> ReducioPipeline:
+    return ReducioPipeline.from_pretrained(bundle, device="cpu", backend="fast")
+
+
+@pytest.fixture(scope="module")
+def unchanged(bundle: Path) -> ReducioPipeline:
+    """For tests that change nothing of it."""
     return ReducioPipeline.from_pretrained(bundle, device="cpu", backend="fast")
 
 
@@ -143,9 +150,10 @@ def test_a_model_without_a_text_encoder_is_warmed_up(pipe: ReducioPipeline) -> N
 
 
 def test_default_is_the_models_own_size_and_other_threads_work_is_equal(
-    pipe: ReducioPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    unchanged: ReducioPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = []
+    pipe = unchanged
     monkeypatch.setattr(warmup, "_clip", lambda p, h, w: lambda check: made.append((p is pipe, h, w)))
     assert pipe.warmup().complete
     assert pipe.warmup([(64, 96), 64, (64, 96)], deadline=60, progress=False).complete
@@ -184,7 +192,8 @@ def test_on_a_gpu_kernels_are_compiled_before_the_first_clip(
     pipe = ReducioPipeline.from_pretrained(bundle, device="cpu", dtype="bfloat16", quantise="fp8")
     order: list[Any] = []
 
-    def compiled(device: torch.device, wanted: Any, jobs: int) -> tuple[int, list[str]]:
+    def compiled(device: torch.device, wanted: Any, jobs: int, check: Check) -> tuple[int, list[str]]:
+        check()
         order.append((device, wanted, jobs))
         return 3, ["conv3d_kernel: too large"]
 
@@ -217,9 +226,9 @@ def test_on_a_gpu_kernels_are_compiled_before_the_first_clip(
         pytest.param({"deadline": True}, "deadline: must be a finite number of .*, is True", id="true"),
     ],
 )
-def test_words_that_do_not_fit_are_refused(pipe: ReducioPipeline, words: dict, reason: str) -> None:
+def test_words_that_do_not_fit_are_refused(unchanged: ReducioPipeline, words: dict, reason: str) -> None:
     with pytest.raises(ReducioError, match=reason):
-        pipe.warmup(**words)
+        unchanged.warmup(**words)
 
 
 def test_deadline_and_offload_exclude_each_other(pipe: ReducioPipeline) -> None:
@@ -275,21 +284,52 @@ def test_command_takes_a_cache_to_another_folder(
     assert len(caplog.messages) == 1 and caplog.messages[0].endswith(f"it is of torch 1.0 (here {torch.__version__})")
 
 
-@pytest.mark.skipif(artifacts.obstacle() is not None, reason="needs a C++ compiler")
+class Code:
+    """Stands in for compiled code: a block as it is, which the text of its file leads to."""
+
+    made: list[Code] = []
+
+    def __init__(self, fn: Any, tensors: Any, free: Any) -> None:
+        self.fn = fn
+        self.made.append(self)
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        return self.fn(*tensors)
+
+    def save(self, path: str, format: str) -> None:
+        Path(path).write_text(str(self.made.index(self)))
+
+
+@pytest.mark.parametrize(
+    "real",
+    [pytest.param(True, marks=pytest.mark.skipif(artifacts.obstacle() is not None, reason="no C++ compiler")), False],
+)
 def test_command_takes_compiled_blocks_along(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    archive = str(tmp_path / "cache.zip")
-    status, result, _ = command("a", "--compile", "--export", archive)
+    command: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    real: bool,
+) -> None:  # fmt: skip
+    """Really compiled blocks of the transformer at two sizes, since all blocks of both stages take a minute to compile;
+    these have a stand-in for the compiler."""
+    archive, kinds = str(tmp_path / "cache.zip"), 2 if real else 4
+    model = shutil.copytree(bundle, tmp_path / "model")
+    if real:
+        index = json.loads((model / "model_index.json").read_text())
+        (model / "model_index.json").write_text(json.dumps(index | {"text_to_image": [None, None]}))
+    else:
+        monkeypatch.setattr(artifacts, "obstacle", lambda: None)
+        monkeypatch.setattr(artifacts, "compile_function", Code)
+        monkeypatch.setattr(artifacts, "load", lambda path, tensors: Code.made[int(path.read_text())])
+    argv = ("--compile", "--model", str(model), "--sizes", "64", "96")
+    status, result, _ = command("a", *argv, "--export", archive)
     made = list((tmp_path / "a").glob("*/regions/*.bin"))
-    assert status == 0 and len(made) >= 2 and result["exported"] > len(made)
+    assert status == 0 and len(made) >= kinds and result["exported"] >= len(made) + real
 
     def refuse(*args: Any) -> None:
         raise AssertionError("compiled what the archive holds")
 
     monkeypatch.setattr(artifacts, "compile_function", refuse)
-    status, result, _ = command("b", "--compile", "--import", archive)
-    assert status == 0 and result["imported"] > len(made)
+    status, result, _ = command("b", *argv, "--import", archive)
+    assert status == 0 and result["imported"] >= len(made) + real
     assert {path.name for path in (tmp_path / "b").glob("*/regions/*.bin")} == {path.name for path in made}
     assert not [r for r in caplog.records if r.name == "reducio_fast"]  # neither compiled anew nor failed
 

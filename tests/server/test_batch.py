@@ -130,6 +130,22 @@ def test_a_batch_that_cannot_encode_makes_no_clip(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_that_made_no_clip_can_be_repeated_with_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Ray the model is loaded after the prompts are kept."""
+
+    def refused(tasks: Any, settings: batch.Settings) -> Any:
+        raise ReducioError(f"no model {settings.worker['model']}")
+        yield
+
+    monkeypatch.setattr(batch, "_on_ray", refused)
+    for model in ("wrong", "other"):
+        settings = batch.Settings(out=str(tmp_path), worker={"model": model}, call={}, ray="local")
+        with pytest.raises(ReducioError, match=f"^no model {model}$"):
+            batch.make_clips([{"prompt": "a"}], settings)
+
+
 @pytest.mark.slow
 def test_a_batch_goes_on_where_it_was_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from reducio_fast.checkpoints import saved_latents
+from reducio_fast.media import ffmpeg
 from reducio_fast.pipelines import registry
 from reducio_fast.server import schema
 from reducio_fast.server.clips import Clips
@@ -34,13 +35,13 @@ def clips() -> Clips:
 def checker() -> Checker:
     found = registry.find(MODEL)
     assert found.checker is not None
-    return Checker("svd", found.checker(), found.call_defaults, Limits(), found.fps)
+    return Checker("svd", found.checker(), found.call_defaults, Limits(), found.fps, "quality")
 
 
 def default_checker() -> Checker:
     found = registry.find(None)
     assert found.checker is not None
-    return Checker("reducio", found.checker(), found.call_defaults, Limits(), found.fps)
+    return Checker("reducio", found.checker(), found.call_defaults, Limits(), found.fps, "quality")
 
 
 def picture(side: int = 64) -> bytes:
@@ -148,6 +149,14 @@ def test_wrong_fields(checker: Checker, fields: dict[str, Any], line: str) -> No
     with pytest.raises(ApiError) as error:
         checker(fields, {PICTURE: picture()})
     assert error.value.status == 400 and error.value.message.startswith(line)
+
+
+def test_a_rate_is_tried_with_the_encoder_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffmpeg, "hardware_encoder", lambda: ffmpeg.Encoder("h264_of_no_machine", ""))
+    found = registry.find(MODEL)
+    checker = Checker("svd", found.checker(), found.call_defaults, Limits(), found.fps, "hardware")
+    with pytest.raises(ApiError, match="^fps: cannot write clip.mp4: .*h264_of_no_machine"):
+        checker({"fps": 8}, {PICTURE: picture()})
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def clips() -> Clips:
 def checker() -> Checker:
     found = registry.find(None)
     assert found.checker is not None
-    return Checker("tiny", found.checker(), found.call_defaults, Limits(), found.fps)
+    return Checker("tiny", found.checker(), found.call_defaults, Limits(), found.fps, "quality")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_wrong_motion(checker: Checker, motion: bytes, tmp_path: Path) -> None:
         assert error.value.status == 400 and error.value.message == line
     found = registry.find("svd:random-tiny")
     assert found.checker is not None
-    other = Checker("svd", found.checker(), found.call_defaults, Limits(), found.fps)
+    other = Checker("svd", found.checker(), found.call_defaults, Limits(), found.fps, "quality")
     picture = io.BytesIO()
     Image.new("RGB", (64, 64)).save(picture, "PNG")
     with pytest.raises(ApiError, match="motion_reference: svd takes no motion of another clip"):

@@ -227,6 +227,27 @@ def test_recomputed_activations_of_a_lora():
     assert kept[1] < 0.25 * kept[0], kept
 
 
+def test_convolutions_of_few_frames_are_in_float32_when_recomputed_too(monkeypatch: pytest.MonkeyPatch):
+    """Recomputed in bfloat16, they would not fit what the backward pass expects."""
+    from reducio_fast.training.mixed_precision import autocast
+    from reducio_fast.training.recompute import recompute
+
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
+    video, gradients = drawn(1, 2, 3, 64, 64).float(), []
+    for recomputes in (False, True):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv3d(2, 2, 3, padding=1)
+        if recomputes:
+            recompute([conv])
+        with autocast(torch.device("cpu")):
+            output = conv(video)
+            assert (conv.weight[0, 0, 0] @ conv.weight[0, 0, 0]).dtype == torch.bfloat16
+        output.square().mean().backward()
+        assert output.dtype == torch.float32
+        gradients.append(conv.weight.grad)
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
 def test_the_recipe_of_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The command trains from videos and writes a file that the pipeline loads; stopped and resumed, it is the same."""
     import numpy as np

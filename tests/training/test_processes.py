@@ -77,7 +77,7 @@ def start(folder: Path, parallel: str, count: int, *, micro: int = 2, steps: int
     command = [sys.executable]
     if count > 1:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(
         [*command, str(script), str(folder), parallel, str(micro), str(steps), *extra],
         env=environment,
@@ -89,7 +89,7 @@ def start(folder: Path, parallel: str, count: int, *, micro: int = 2, steps: int
 
 def finished(process: subprocess.Popen, fails: bool = False) -> str:
     output = process.communicate(timeout=240)[0]
-    assert (process.returncode != 0) is fails, output[-3000:]
+    assert (process.returncode != 0) is fails, output[-30_000:]  # of torchrun's last 3,000, none names the cause
     return output
 
 

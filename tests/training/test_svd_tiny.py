@@ -69,7 +69,7 @@ def test_an_autoencoder_starts_by_handing_flat_pictures_on():
 def shortened() -> dict[str, Stage]:
     """Every stage of the recipe, with its networks and its code, at two steps and with as few clips as possible."""
     few = {
-        "autoencoder": {"phases": ((0.5, 1, 1), (1.0, 14, 1)), "evaluated": 1},
+        "autoencoder": {"phases": ((0.5, 2, 32, 1), (1.0, 14, 64, 1)), "evaluated": 1},
         "image_encoder": {"batch": 2, "evaluated": 4},
         "unet": {"batch": 1, "pool": 2, "held_out_pool": 1},
         "export": {"clips": 1, "steps": 1},

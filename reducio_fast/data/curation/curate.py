@@ -12,16 +12,16 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from ...media import ffmpeg
+from ...system import process_pool
 from ...system.checksum import file_sha256
 from ...system.errors import ReducioError, first_line, lacks_space
 from ...system.paths import is_file, is_folder
@@ -138,7 +138,7 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
     recycled: Any = {"max_tasks_per_child": VIDEOS_A_WORKER} if sys.version_info >= (3, 11) else {}
     while remaining:
         done, suspects = set(), []
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), **recycled)
+        pool = process_pool.spawned(workers, **recycled)
         try:
             futures = {pool.submit(curate_video, source, settings): source for source in remaining}
             for future in as_completed(futures):
@@ -147,7 +147,7 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
                     done.add(futures[future])
                 except BrokenProcessPool:
                     suspects.append(futures[future])
-        finally:  # after an error or Ctrl-C, wait only for the videos that have been begun
+        finally:  # after an error, wait only for the videos that have been begun
             pool.shutdown(cancel_futures=True)
         remaining = [source for source in remaining if source not in done]
         if not suspects:
@@ -156,7 +156,7 @@ def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool
         # where only the video that caused the crash crashes again.
         for source in suspects[:workers]:
             try:
-                with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                with process_pool.spawned(1) as alone:
                     yield alone.submit(curate_video, source, settings).result()
             except BrokenProcessPool:
                 _write_error(source, settings, "the process that decoded it died")

@@ -103,11 +103,11 @@ def _read_file(path: Path, columns: Sequence[str] | None = None) -> tuple[dict[s
     again = f"remove {path.name} and run reducio-fast curate again"
     try:
         table = parquet.read_table(path, columns=columns, page_checksum_verification=True)
+        about = dict(json.loads((table.schema.metadata or {}).get(b"reducio-fast", b"{}")))
     except FileNotFoundError:
         raise ReducioError(f"no such manifest: {path}") from None
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, TypeError, RecursionError, pyarrow.ArrowException) as error:
         raise ReducioError(f"{path} is damaged: {first_line(error)}; {again}") from error
-    about = json.loads((table.schema.metadata or {}).get(b"reducio-fast", b"{}"))
     if about.get("manifest") != VERSION:
         raise ReducioError(f"{path} is a manifest of version {about.get('manifest')}, this reads {VERSION}; {again}")
     return about, table.to_pylist()

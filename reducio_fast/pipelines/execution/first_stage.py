@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...checkpoints import diffusers_folders
+from ...checkpoints.model_folder import Loading
 from ...checkpoints.networks import pipeline_networks
 from ...media.image_files import fit_image
 from ...reference.reducio.image_vae import ImageVAE, ImageVAEConfig
@@ -24,7 +26,7 @@ from ...reference.sampler import StopSampling
 from ...system.errors import ReducioError
 from .drawing import call_defaults, draw_image, drawing_size, warn_of_scaling
 from .executor import Executor
-from .schedules import known, scheduled
+from .schedules import check_scheduler, known, scheduled
 
 PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 # Arguments of a PixArt pipeline's call that are followed here; with any other it draws by itself.
@@ -72,6 +74,19 @@ class Parts:
         timesteps: list[int] | None = None,
     ) -> None:
         raise ReducioError("text_to_image: drawn by `FirstStage` alone")
+
+
+def load_text_to_image(loading: Loading) -> Any:
+    """The diffusers pipeline of the model's folder, or the one that the caller named. Raises ReducioError for one whose
+    steps are taken here and whose scheduler cannot step."""
+    folder = loading.folder
+    if loading.source is not None:
+        folder = diffusers_folders.find_text_to_image(loading.source)
+    shared = loading.layout.shared(loading.parts)
+    pipeline = diffusers_folders.load_text_to_image(folder, shared, loading.dtype, loading.device, loading.loaded)
+    if type(pipeline).__name__ in PIPELINES:
+        check_scheduler(pipeline.scheduler, folder / "scheduler")
+    return pipeline
 
 
 class FirstStage:

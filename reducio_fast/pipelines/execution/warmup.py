@@ -94,7 +94,7 @@ def _after_kernels(pipe: Any, make: Callable[[deadline.Check], object]) -> Calla
             add_tuned_tables(executor.device)
             with torch_state.inference():
                 wanted = launches.launches_of(arch, denoiser, decoder, engine.attention, engine.quantisation)
-            count, failures = launches.precompile_launches(executor.device, wanted, cores.usable())
+            count, failures = launches.precompile_launches(executor.device, wanted, cores.usable(), check)
             LOG.info("warm-up: compiled %d kernels", count - len(failures))
             for failure in failures:  # the clip that needs the kernel will report more
                 LOG.warning("%s", failure)

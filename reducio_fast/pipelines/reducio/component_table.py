@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoints import diffusers_folders, networks
+from ...checkpoints import networks
 from ...checkpoints.layouts import REDUCIO
 from ...checkpoints.lora_files import finite_number
 from ...checkpoints.model_folder import Loading
@@ -17,6 +17,7 @@ from ...system.paths import expanded
 from ..call import validation
 from ..call.quality import resolve
 from ..execution.components import Components
+from ..execution.first_stage import load_text_to_image
 from ..execution.schedules import check_scheduler
 from . import encoders
 from .encoders import SemanticEncoder
@@ -71,14 +72,6 @@ def load_content_encoder(loading: Loading) -> nn.Module:
 def load_preview_decoder(loading: Loading) -> PreviewDecoder:
     folder = loading.folder if loading.source is None else expanded(loading.source, "preview_decoder")
     return networks.load_model(PreviewDecoder, PreviewConfig, folder, loading.dtype, loading.device)
-
-
-def load_text_to_image(loading: Loading) -> Any:
-    folder = loading.folder
-    if loading.source is not None:
-        folder = diffusers_folders.find_text_to_image(loading.source)
-    shared = loading.layout.shared(loading.parts)
-    return diffusers_folders.load_text_to_image(folder, shared, loading.dtype, loading.device, loading.loaded)
 
 
 LOADERS = {

@@ -26,6 +26,7 @@ from ...system.errors import is_out_of_memory
 from ...system.paths import is_file, is_folder
 from ..execution.first_stage import Parts
 from ..execution.loading import loading
+from ..execution.schedules import unfollowed_by_twins
 from .encoders import SemanticEncoder
 from .pipeline import ReducioPipeline
 
@@ -92,7 +93,7 @@ def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, A
     parts: dict[str, Any] = {name: index[name] for name in REDUCIO.settings if name in index}
     parts["vae"] = read(ReducioVAE, VAEConfig, "vae")
     parts["transformer"] = read(ReducioDiT, DiTConfig, "transformer")
-    parts["scheduler"] = MultistepSchedule(strict_files.read_json(folder / "scheduler" / "scheduler_config.json"))
+    parts["scheduler"] = _read_schedule(folder)
     parts["text_encoder"] = read(T5Encoder, T5Config, "text_encoder")
     parts["tokenizer"] = ByteTokenizer()
     parts["image_encoder"] = SemanticEncoder.from_pretrained(folder / "image_encoder", dtype, device)
@@ -110,14 +111,20 @@ def _read_drawer(folder: Path, parts: dict[str, Any], dtype: torch.dtype, device
     shared = REDUCIO.shared(parts)
     if own := [name for name in ("text_encoder", "tokenizer", "vae") if is_folder(folder / name)]:
         raise ValueError(f"{own} of its own")
-    schedule = strict_files.read_json(folder / "scheduler" / "scheduler_config.json")
     return Parts(
         transformer=networks.load_model(PixArt, PixArtConfig, folder / "transformer", dtype, device),
         vae=shared["vae"],
         text_encoder=shared["text_encoder"],
         tokenizer=copy.copy(shared["tokenizer"]),
-        scheduler=MultistepSchedule(schedule),
+        scheduler=_read_schedule(folder),
     )
+
+
+def _read_schedule(folder: Path) -> MultistepSchedule:
+    schedule = MultistepSchedule(strict_files.read_json(folder / "scheduler" / "scheduler_config.json"))
+    if (why := unfollowed_by_twins(schedule, min(4, schedule.config["num_train_timesteps"]))) is not None:
+        raise ValueError(f"the scheduler of {folder}: {why}")
+    return schedule
 
 
 def _compare(index: dict[str, Any], known: dict[str, tuple[str, str]]) -> None:

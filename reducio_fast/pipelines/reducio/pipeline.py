@@ -61,6 +61,7 @@ class ReducioPipeline(VideoPipeline):
     """
 
     layout = REDUCIO
+    loaders = LOADERS
     configs = {"vae": VAEConfig, "transformer": DiTConfig, "preview_decoder": PreviewConfig}
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "frames")
 
@@ -171,7 +172,7 @@ class ReducioPipeline(VideoPipeline):
                 raise ReducioError(f"quantise: {quantise!r} needs the model's own vae, which was calibrated")
             largest = calibration_file.read(folder)
         with loading():
-            parts = model_folder.read_model(folder, components, REDUCIO, LOADERS, dtype, device)
+            parts = model_folder.read_model(folder, components, REDUCIO, cls.loaders, dtype, device)
             pipe = cls(**parts, backend=backend, compile=compile)
         pipe.executor.choose_dtype(free_dtype)
         pipe.parts.source = None if "vae" in components else hub.lasting_name(folder)

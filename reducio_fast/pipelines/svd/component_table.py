@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...checkpoints import diffusers_folders, hub, networks, published_svd, strict_files
+from ...checkpoints import hub, networks, published_svd, strict_files
 from ...checkpoints.layouts import SV3D, SVD
 from ...checkpoints.model_folder import OURS, Loading
 from ...reference.svd.config import NORM_GROUPS, FrameVAEConfig, TemporalVAEConfig, VideoUNetConfig, time_id_widths
@@ -16,6 +16,7 @@ from ...system.errors import ReducioError
 from ...system.paths import is_folder
 from ..call import validation
 from ..execution.components import Components
+from ..execution.first_stage import load_text_to_image
 from ..execution.schedules import check_scheduler
 
 # The possible numbers of a U-Net's added time ids. SVD: fps - 1, motion bucket, noise augmentation. SV3D: the noise
@@ -100,13 +101,6 @@ def load_foreign(loading: Loading) -> Any:
     return networks.load_foreign(
         loading.library, loading.class_name, loading.folder, loading.dtype, loading.device, variant=loading.variant
     )
-
-
-def load_text_to_image(loading: Loading) -> Any:
-    folder = loading.folder
-    if loading.source is not None:
-        folder = diffusers_folders.find_text_to_image(loading.source)
-    return diffusers_folders.load_text_to_image(folder, {}, loading.dtype, loading.device, loading.loaded)
 
 
 LOADERS = {

@@ -325,7 +325,8 @@ def check_export(network: ReducioDiT, recipe: DiTRecipe, model: Path, target: Pa
 
     read_index(model, REDUCIO)
     defaults = {name: value.default for name, value in inspect.signature(ReducioPipeline).parameters.items()}
-    facts = read_facts(model, REDUCIO, ReducioPipeline.configs, _replaced(network, recipe))
+    reading = ReducioPipeline.configs, ReducioPipeline.loaders
+    facts = read_facts(model, REDUCIO, *reading, _replaced(network, recipe))
     parts = Components(REDUCIO, defaults | facts)
     check_components(parts)
     check_settings(parts)

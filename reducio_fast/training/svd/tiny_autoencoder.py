@@ -36,10 +36,15 @@ START_LOGVAR = -4.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoencoderSettings:
-    """A phase: the share of the steps at which it ends, frames of a clip, clips of a batch; whole clips come last."""
+    """A phase: the share of the steps at which it ends, frames of a clip, side of the square that is cut out of each
+    clip, clips of a batch; whole clips come last.
+
+    Cut squares are cheap: many different scenes fit into a batch, and bfloat16 convolutions of few frames have wrong
+    gradients on images as large as the clips (see `training.mixed_precision`).
+    """
 
     loop: LoopConfig
-    phases: tuple[tuple[float, int, int], ...] = ((0.7, 4, 3), (1.0, FRAMES, 1))
+    phases: tuple[tuple[float, int, int, int], ...] = ((0.5, 2, 32, 16), (0.8, FRAMES, 32, 3), (1.0, FRAMES, SIZE, 1))
     kl_weight: float = 1e-4  # on the mean KL per latent value: keeps latents near zero and smooth enough to model
     evaluated: int = 32  # held-out clips reconstructed at the end
     config: TemporalVAEConfig = field(default_factory=lambda: TINY_VAE)
@@ -74,14 +79,18 @@ def train_autoencoder(context: Context, settings: AutoencoderSettings) -> dict[s
     vae = TemporalVAE(settings.config)
     initialize(vae)
 
-    def batch(rng: np.random.Generator, clips: int, frames: int, held_out: bool = False) -> Tensor:
-        """float32 [B, T, 3, H, W] in [-1, 1]"""
-        drawn = [draw_clip(rng, held_out, settings.config.sample_size, frames).frames for _ in range(clips)]
-        return torch.stack([to_unit(clip) for clip in drawn])
+    def batch(rng: np.random.Generator, clips: int, frames: int, side: int = SIZE, held_out: bool = False) -> Tensor:
+        """float32 [B, T, 3, side, side] in [-1, 1]"""
+        size, drawn = settings.config.sample_size, []
+        for _ in range(clips):
+            clip = draw_clip(rng, held_out, size, frames).frames
+            top, left = rng.integers(size - side + 1, size=2)
+            drawn.append(to_unit(clip[:, top : top + side, left : left + side]))
+        return torch.stack(drawn)
 
     def loss_fn(step: int, _micro: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        frames, clips = next((f, b) for until, f, b in settings.phases if step < until * settings.loop.steps)
-        video = batch(rng, clips, frames).to(context.device)
+        frames, side, clips = next(phase[1:] for phase in settings.phases if step < phase[0] * settings.loop.steps)
+        video = batch(rng, clips, frames, side).to(context.device)
         mean, logvar = moments(vae, video.flatten(0, 1))
         latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         error = vae.decode(latents.unflatten(0, (clips, frames))).float() - video

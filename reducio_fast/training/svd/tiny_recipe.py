@@ -101,7 +101,7 @@ STAGES: dict[str, Stage] = {
     "autoencoder": Stage(
         train_autoencoder,
         AutoencoderSettings(
-            loop=LoopConfig(steps=1800, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=1)
+            loop=LoopConfig(steps=2000, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=1)
         ),
         makes=("vae",),
     ),
@@ -115,7 +115,7 @@ STAGES: dict[str, Stage] = {
     "unet": Stage(
         train_unet,
         UNetSettings(
-            loop=LoopConfig(steps=7000, learning_rate=8e-4, warmup_steps=200, ema_decay=0.999, weight_decay=0.0, seed=3)
+            loop=LoopConfig(steps=2400, learning_rate=8e-4, warmup_steps=200, ema_decay=0.999, weight_decay=0.0, seed=3)
         ),
         makes=("unet",),
         needs=("vae", "image_encoder"),

@@ -53,9 +53,9 @@ LEVELS_SHOWN = (0.1, 1.0, 10.0, 100.0)  # noise levels whose error on held-out c
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UNetSettings:
     loop: LoopConfig
-    pool: int = 4096  # encoded clips
+    pool: int = 2048  # encoded clips
     held_out_pool: int = 64  # encoded clips of held-out scenes, for the figures
-    batch: int = 6
+    batch: int = 4
     condition_drop: float = 0.1  # share of clips without their picture, for classifier-free guidance
     levels: NoiseLevels = PUBLISHED_LEVELS["image-to-video-320x576"]
     size: int = SIZE

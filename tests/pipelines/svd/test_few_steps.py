@@ -16,6 +16,7 @@ from torch import Tensor
 import reducio_fast
 from reducio_fast import ReducioError
 from reducio_fast.fast.solver_tables import coefficients, input_scales
+from reducio_fast.pipelines import registry
 from reducio_fast.pipelines.svd.component_table import dpm_scheduler, euler_scheduler
 from reducio_fast.pipelines.svd.pipeline import SVDPipeline
 from reducio_fast.reference.sampler import set_timesteps
@@ -182,6 +183,8 @@ def test_distilled_weights_from_a_file_and_back_from_a_folder(
     ours.save_pretrained(tmp_path / "kept")
     again = SVDPipeline.from_pretrained(tmp_path / "kept", **setup)
     assert again.scheduler.config == ours.scheduler.config
+    checker = registry.find(tmp_path / "kept").checker()  # of a server, which loads no weights
+    assert checker.scheduler.config == ours.scheduler.config
     assert np.array_equal(again(picture, **call).frames, expected)
     other = SVDPipeline.from_pretrained(folder, **setup, unet=tmp_path / "kept")
     assert torch.equal(other.unet.conv_in.weight, state["conv_in.weight"])
