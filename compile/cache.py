@@ -266,12 +266,11 @@ def _chosen(name: str) -> str | None:
     value = os.environ.get(name)
     if not value or name != VARIABLE["inductor"]:
         return value or None
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    try:
-        return None if value == default_cache_dir() else value
-    except (KeyError, OSError):  # there is no default if the user id is in no user database
-        return value
+    # torch's default is TMP/torchinductor_USER. Asking torch for it imports torch._inductor and torch._dynamo, which
+    # takes 2 s.
+    place = Path(value)
+    is_default = place.parent == Path(tempfile.gettempdir()) and place.name.startswith("torchinductor_")
+    return None if is_default else value
 
 
 def _write(path: Path, content: bytes) -> None:

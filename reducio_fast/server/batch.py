@@ -145,7 +145,7 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
         raise ReducioError(f"out: {printable(folder)} cannot be created ({error.strerror})") from error
     check_output_folder(folder / MANIFEST)
     rows = [{"seed": settings.seed + number} | settings.call | row for number, row in enumerate(rows)]
-    _keep_prompts(folder, rows, settings.worker)
+    lines = _check_same(folder, rows, settings.worker)
     for leftover in folder.glob(".*"):  # temporary files of a run that was killed
         if leftover.is_file() and leftover.suffix in SUFFIXES:
             leftover.unlink()
@@ -161,6 +161,9 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
             tasks.append({"number": number, "path": str(path), "call": row})
     kept, errors = len(results), list[tuple[int, str]]()
     source = _here(tasks, settings) if settings.ray is None else _on_ray(tasks, settings)
+    if lines:  # after the model is loaded here: a refused run leaves nothing
+        with written_whole(folder / PROMPTS) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     try:
         with contextlib.closing(source):  # waits for the file that is being written, also after Ctrl-C
             for result in source:
@@ -180,9 +183,10 @@ def make_clips(rows: Sequence[Row], settings: Settings, on_clip: Callable[[], No
     return Done(len(tasks) - len(errors), kept, sorted(errors))
 
 
-def _keep_prompts(folder: Path, rows: list[Row], worker: dict[str, Any]) -> None:
-    """Write prompts.jsonl; refuse a folder whose clips have other arguments, or are of another model, dtype or
-    quantisation. A longer list continues it. A run that made no clip can be repeated with other arguments."""
+def _check_same(folder: Path, rows: list[Row], worker: dict[str, Any]) -> list[str]:
+    """The lines of prompts.jsonl, [] if it has them; refuse a folder whose clips have other arguments, or are of
+    another model, dtype or quantisation. A longer list continues it. A run that made no clip, such as one that Ray
+    refused, can be repeated with other arguments."""
     given = {name: str(worker[name]) for name in ("model", "dtype", "quantise") if worker.get(name) is not None}
     lines = [json.dumps(row | given, sort_keys=True, default=str) for row in rows]
     path = folder / PROMPTS
@@ -193,9 +197,7 @@ def _keep_prompts(folder: Path, rows: list[Row], worker: dict[str, Any]) -> None
             raise ReducioError(
                 f"out: {folder} holds clips of other prompts or settings, or of another model (number {number} differs)"
             )
-    if known[: len(lines)] != lines:
-        with written_whole(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return lines if known[: len(lines)] != lines else []
 
 
 def _lines(path: Path) -> list[Row]:

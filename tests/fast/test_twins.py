@@ -176,7 +176,7 @@ def test_autoencoder(case: str) -> None:
         assert_right(one, two, three)
 
 
-@pytest.mark.parametrize(("size", "output"), [((96, 96), "warp"), ((128, 64), "rgb")], ids=str)
+@pytest.mark.parametrize(("size", "output"), [((96, 160), "warp"), ((128, 64), "rgb")], ids=str)
 @torch.no_grad()
 def test_tiled_autoencoder(size: tuple[int, int], output: str) -> None:
     """Border tiles of other sizes, blending, and content features cut to the latent's grid."""
