@@ -3,8 +3,8 @@
 Three networks are trained from scratch on the toy world; the last stage packs them in float16. The stages run in order.
 A stage can run alone once the components that it needs are in the output folder, and each resumes from its checkpoint.
 
-With one thread of a CPU that multiplies bfloat16 (AMX), on a shared machine, a step took about 2.4 s of CPU time in the
-autoencoder and 2.3 in the U-Net, which makes six hours; the recipe has not run to its end yet.
+With two threads of a CPU that multiplies bfloat16 (AMX) a step takes 0.75 to 1.15 s in the autoencoder (33.0 dB on
+held-out clips at the end), 0.25 s in the image encoder and 1.1 s in the U-Net, whose stage has not run to its end yet.
 """
 
 from __future__ import annotations
