@@ -69,9 +69,7 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def register(function: Callable[..., Any]) -> Any:
-        search = getattr(library_triton, "get_inner_triton_kernels", None)
-        if search is None:  # torch has no such search, or another one
-            return torch.library.triton_op(f"reducio_fast::{name}", function, mutates_args={})
+        search = getattr(library_triton, "get_inner_triton_kernels", None)  # None where torch names it otherwise
         library_triton.get_inner_triton_kernels = lambda function: []
         try:
             return torch.library.triton_op(f"reducio_fast::{name}", function, mutates_args={})
