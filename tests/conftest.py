@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before huggingface_hub is imported, which reads it once: a test that tries to download must fail, here as in CI.
@@ -52,6 +53,16 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_number_of_threads() -> Iterator[None]:
+    """A test that leaves another number of threads fails: 64 on two cores made each later training step 10x as long."""
+    before = torch.get_num_threads()
+    yield
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before, f"the test leaves {after} threads, it found {before}"
 
 
 @pytest.fixture(scope="session")

@@ -69,13 +69,17 @@ def test_every_family_is_served(clips: Clips, checker: Checker) -> None:
 
 
 def test_the_threads_that_are_reported_are_those_of_a_clip(clips: Clips, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
     for name in cores.COUNTS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr(cores, "usable", lambda: 3)
-    assert clips.describe()["threads"] == 3
-    monkeypatch.setenv("OMP_NUM_THREADS", "64")  # the user's own number is kept
-    assert clips.describe()["threads"] == 64
+    monkeypatch.setattr(cores, "usable", lambda: 2)
+    torch.set_num_threads(3)
+    try:
+        assert clips.describe()["threads"] == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own number is kept
+        assert clips.describe()["threads"] == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_closed_clip_stops_at_its_step_and_the_next_one_is_made(clips: Clips, checker: Checker) -> None:
