@@ -133,6 +133,12 @@ def launch(
     return out
 
 
+# Values up to which a call of the library costs a CPU more than its sums. There the twin makes one product of all taps
+# in half precision (0.4 to 0.5 of the time of three, Xeon with AMX), and one per tap for all items in float32 (0.6 to
+# 0.8).
+SMALL = 2**19
+
+
 def twin(
     before: Tensor | None,
     frame: Tensor,
@@ -143,13 +149,26 @@ def twin(
     room: int = 0,
 ) -> Tensor:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
-    out = frame.new_empty(*frame.shape[:-1], weight.shape[-1])
-    for item, y in enumerate(out):
-        torch.addmm(bias, frame[item], weight[len(weight) // 2], out=y)
-        for source, tap in ((before, weight[0]), (after, weight[-1])):
-            if source is not None:
-                y.addmm_(source[item], tap)
-    out = out if residual is None else out.add_(residual)
+    taps = [(before, weight[0]), (frame, weight[len(weight) // 2]), (after, weight[-1])]
+    taps = [(source, tap) for source, tap in taps if source is not None]
+    if frame.numel() > SMALL:
+        out = frame.new_empty(*frame.shape[:-1], weight.shape[-1])
+        for item, y in enumerate(out):
+            torch.addmm(bias, frame[item], weight[len(weight) // 2], out=y)
+            for source, tap in taps:
+                if source is not frame:
+                    y.addmm_(source[item], tap)
+        out = out if residual is None else out.add_(residual)
+    elif frame.dtype in (torch.float16, torch.bfloat16):
+        rows = torch.cat([source for source, _ in taps], dim=-1).flatten(0, 1)
+        together = weight.flatten(0, 1) if len(taps) == len(weight) else torch.cat([tap for _, tap in taps])
+        out = torch.addmm(bias, rows, together).view(*frame.shape[:-1], -1)
+        out = out if residual is None else out.add_(residual)
+    else:
+        out = bias if residual is None else residual
+        for source, tap in taps:
+            out = torch.baddbmm(out, source, tap.expand(len(frame), -1, -1))
+        out = out if residual is None else out.add_(bias)
     return F.pad(out, (0, room)) if room else out
 
 

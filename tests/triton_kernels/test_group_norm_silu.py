@@ -50,6 +50,17 @@ def test_twin_is_torch_and_the_reference():
     torch.testing.assert_close(op.twin(x, weight, bias, 4, silu=False, per_frame=True), expected)
 
 
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("shape", [(2, 2, 4, 4, 64), (2, 2, 40, 40, 64), (2, 2, 4, 4, 512)], ids=str)
+def test_both_layouts_of_the_twin_are_right(shape, per_frame):
+    """Few positions with narrow groups take another layout than many positions, or wide groups."""
+    x, (weight, bias) = torch.randn(shape).bfloat16(), (v.bfloat16() for v in affine(shape[-1]))
+    want = op.twin(x.double(), weight.double(), bias.double(), 32, per_frame=per_frame)
+    out = op.twin(x, weight, bias, 32, per_frame=per_frame)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=2e-2)
+
+
 def test_kernel_survives_a_large_mean(check_kernel):
     """Means merge by their differences: sums of squares would lose the variance."""
     x = torch.randn(1, 2, 9, 9, 16, dtype=torch.float64) + 300

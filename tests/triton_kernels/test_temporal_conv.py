@@ -34,6 +34,20 @@ def test_twin_is_a_convolution_over_frames(shape):
     torch.testing.assert_close(op.twin(*views, weight, bias, residual), want.reshape(B, -1, K) + residual)
 
 
+@pytest.mark.parametrize("neighbours", [True, False])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_way_of_the_twin_is_the_same_sum(wide, neighbours, monkeypatch):
+    """One product for all taps, one per tap, and one per tap and item, which large tensors take."""
+    _, (before, *others), weight, bias, residual = inputs(2, 3, 4, 5, 24, 20)
+    rounded = [x.to(wide) for x in (before, *others, weight, bias, residual)]
+    rounded = rounded if neighbours else [None, *rounded[1:]]
+    want = op.twin(*(None if x is None else x.double() for x in rounded))
+    tolerance = 4 * torch.finfo(wide).eps
+    for limit in (0, op.SMALL):
+        monkeypatch.setattr(op, "SMALL", limit)
+        torch.testing.assert_close(op.twin(*rounded).double(), want, rtol=tolerance, atol=4 * tolerance)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_equals_twin(shape, residual, check_kernel):

@@ -88,7 +88,7 @@ class FastVideoUNet(Regional):
     `torch.compile` gets its res blocks and transformers: none of them writes to its arguments.
     """
 
-    compiled_on_cpu = False
+    compiled_on_cpu = True
     graph_names = ("dit.step",)
 
     def __init__(self, model: VideoUNet, plan: Plan) -> None:
