@@ -1,8 +1,8 @@
 """Stage one and presets, in turns within one process: `python benchmarks/first_stage.py [--out row.json]`.
 
-1. `content.generate` of a prompt: by this package's twins, by diffusers' own call, and by that call with its
-   transformer under torch.compile (`--compile`); all in float32, then this package in the dtype it takes by default
-   against diffusers in bfloat16.
+1. `content.generate` of a prompt: by this package's twins and by diffusers' own call, and with `--compile` by diffusers
+   with its transformer under torch.compile and by the twins with `compile=True`; all in float32, then this package in
+   the dtype it takes by default against diffusers in bfloat16.
 2. Whole clips at each preset of `quality`, by the median of what each turn took against "exact" in the same turn.
 
 A row says how busy the machine was before: figures of a crowded machine are none.
@@ -55,20 +55,23 @@ def rows(what: str, first: str, seconds: dict[str, list[float]]) -> list[dict[st
 
 def drawing(precision: str, compiles: bool, turns: int) -> list[dict[str, Any]]:
     dtypes = {"float32": ("float32", "float32"), "default": (None, "bfloat16")}[precision]
-    fast, reference = (
-        ReducioPipeline.from_pretrained(embedded_model(), dtype=dtype, device="cpu", backend=backend)
-        for dtype, backend in zip(dtypes, ("fast", "reference"), strict=True)
-    )
+    folder, given = embedded_model(), {"device": "cpu", "dtype": dtypes[0], "backend": "fast"}
+    reference = ReducioPipeline.from_pretrained(folder, **given | {"dtype": dtypes[1], "backend": "reference"})
 
     def diffusers() -> Any:
         with torch_state.inference():
             return draw_image(reference.text_to_image, PROMPT, "", 128, 128, torch.Generator().manual_seed(0), False)
 
-    def twins() -> Any:
-        with torch_state.inference():
-            return fast.content.draw(PROMPT, "", 128, 128, torch.Generator().manual_seed(0), False)
+    def twins(**kwargs: Any) -> Callable[[], Any]:
+        fast = ReducioPipeline.from_pretrained(folder, **given, **kwargs)
 
-    ways: dict[str, Callable[[], Any]] = {"diffusers": diffusers, "twins": twins}
+        def draw() -> Any:
+            with torch_state.inference():
+                return fast.content.draw(PROMPT, "", 128, 128, torch.Generator().manual_seed(0), False)
+
+        return draw
+
+    ways: dict[str, Callable[[], Any]] = {"diffusers": diffusers, "twins": twins()}
     if compiles:
         eager, compiled = reference.text_to_image.transformer, torch.compile(reference.text_to_image.transformer)
 
@@ -79,8 +82,12 @@ def drawing(precision: str, compiles: bool, turns: int) -> list[dict[str, Any]]:
             finally:
                 reference.text_to_image.transformer = eager
 
-        ways["diffusers, compiled"] = under_compile
-    return rows(f"content.generate, {precision}", "diffusers", in_turns(ways, turns))
+        ways |= {"diffusers, compiled": under_compile, "twins, compiled": twins(compile=True)}
+    what, seconds = f"content.generate, {precision}", in_turns(ways, turns)
+    found = rows(what, "diffusers", seconds)
+    if compiles:
+        found += rows(what, "diffusers, compiled", {name: seconds[name] for name in list(ways)[2:]})
+    return found
 
 
 def clips(turns: int) -> list[dict[str, Any]]:
@@ -95,7 +102,7 @@ def clips(turns: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="diffusers under torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="both under torch.compile too")
     parser.add_argument("--out", help="a JSON row")
     arguments = parser.parse_args()
     row: dict[str, Any] = {
