@@ -1,8 +1,8 @@
 """Formats the rows of `reducio-fast bench` as a table and a plot: `python benchmarks/report.py [--into README.md]`.
 
-Reads the latest `bench-*.json` of each workload and device under `benchmarks/results/`. Prints a markdown table, or
-writes it between `<!-- bench:begin -->` and `<!-- bench:end -->` of a file. `--picture` plots the seconds of each stage
-and its rate beside the roof that was measured in the same run (needs the `bench` extra).
+Reads the latest `bench-*.json` of each workload, device and precision under `benchmarks/results/`. Prints a markdown
+table, or writes it between `<!-- bench:begin -->` and `<!-- bench:end -->` of a file. `--picture` plots the seconds of
+each stage and its rate beside the roof that was measured in the same run (needs the `bench` extra).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Row = dict[str, Any]
 
 
 def rows(folder: Path) -> list[Row]:
-    """The latest row of each workload and device, sorted by workload, then device."""
-    latest: dict[tuple[str, str], Row] = {}
+    """The latest row of each workload, device and dtypes of its contenders, sorted by these."""
+    latest: dict[tuple[str, ...], Row] = {}
     for path in sorted(folder.glob("bench-*.json")):
         row = json.loads(path.read_text())
         if row.get("benchmark") != "bench" or not timed(row):
             continue
         row["file"] = path.name
-        key = (row["what"], row["machine"]["device"]["name"])
+        key = (row["what"], row["machine"]["device"]["name"], *sorted({f["dtype"] for f in timed(row).values()}))
         if key not in latest or row["machine"]["date"] >= latest[key]["machine"]["date"]:
             latest[key] = row
     return [latest[key] for key in sorted(latest)]
