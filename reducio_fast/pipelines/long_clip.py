@@ -138,19 +138,12 @@ def _link(pipe: Any, clip: ClipRequest, call: CallState, decoding: Decoding) -> 
     end = chain.joint.hop + chain.joint.content if chain else 0
     again = None
     if chain is not None and chain.joint.held and getattr(pipe.vae.config, "warps", False):
-        again = _pictures(pipe, sampled.latent, sampled.frame, video, call, decoding)
+        again = _pictures(video)
     return Link(sampled.latent, sampled.frame, content_of(video, 0), content_of(video, end), following, again), video
 
 
-def _pictures(
-    pipe: Any, latent: Tensor, frame: np.ndarray, video: Tensor, call: CallState, decoding: Decoding
-) -> np.ndarray:
-    """The frames of a clip with its motion as sampled, which a call may scale when it decodes: uint8 [T, H, W, 3]."""
-    request = call.request
-    if request.motion_strength != 1:
-        with pipe.executor.placed("vae.decode"):
-            unscaled = dataclasses.replace(request, motion_strength=1.0)
-            video = as_frames(pipe.finished(latent, frame, unscaled, "np", decoding), "np")
+def _pictures(video: Tensor) -> np.ndarray:
+    """Its frames as uint8 [T, H, W, 3]."""
     return np.stack([content_of(video, number) for number in range(len(video))])
 
 
@@ -173,14 +166,15 @@ def _neighbour(
         picture = match_mean_and_spread(picture, first.content)
     try:
         with guard():
-            clip = dataclasses.replace(beside.following, image=picture, hold=_carried(pipe, beside, joint, backward))
+            hold = _carried(pipe, beside, call, decoding, joint, backward)
+            clip = dataclasses.replace(beside.following, image=picture, hold=hold)
             made = _link(pipe, clip, call, decoding)
     except StopSampling:  # in the decode
         return None
     return None if call.interrupted else made
 
 
-def _carried(pipe: Any, beside: Link, joint: Joint, backward: bool) -> Hold | None:
+def _carried(pipe: Any, beside: Link, call: CallState, decoding: Decoding, joint: Joint, backward: bool) -> Hold | None:
     """The part of a neighbour's latent that the next clip shares, at its position in the next clip."""
     if not joint.held:
         return None
@@ -188,8 +182,12 @@ def _carried(pipe: Any, beside: Link, joint: Joint, backward: bool) -> Hold | No
     # Backward, the end of the next clip is the beginning of its neighbour.
     place, source = (new_steps, 0) if backward else (0, new_steps)
     if beside.clip is not None:
+        clip = beside.clip
         with pipe.executor.placed("vae.decode"):
-            latent, source = pipe.motion.encode(_in_next(beside.clip, joint, backward)).to(latent), place
+            if call.request.motion_strength != 1:  # the call scales the motion, also of what is held, when it decodes
+                unscaled = dataclasses.replace(call.request, motion_strength=1.0)
+                clip = _pictures(as_frames(pipe.finished(latent, beside.content, unscaled, "np", decoding), "np"))
+            latent, source = pipe.motion.encode(_in_next(clip, joint, backward)).to(latent), place
     mask = torch.zeros([joint.steps if i == axis else 1 for i in range(latent.ndim)], dtype=torch.bool)
     mask.narrow(axis, place, held).fill_(True)
     target = torch.zeros_like(latent)
