@@ -7,17 +7,16 @@ import os
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
 
-def spawned(workers: int | None = None, **kwargs: Any) -> ProcessPoolExecutor:
-    """A pool of `workers` spawned processes, by default one per core; `kwargs` as in `ProcessPoolExecutor`.
+def spawned(workers: int | None = None) -> ProcessPoolExecutor:
+    """A pool of `workers` spawned processes, by default one per core.
 
     If this process is killed, its workers end too. Those of `ProcessPoolExecutor` alone wait for work forever then. At
     Ctrl-C, which the terminal sends to all of them, a worker ends at once. As an exception it printed a traceback, and
     one that came between two lines of multiprocessing left a lock taken, for which the other workers waited forever.
     """
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, **kwargs)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
 
 
 def _start_worker() -> None:

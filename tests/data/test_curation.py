@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -191,6 +192,17 @@ def test_a_worker_that_dies_loses_only_its_video(videos: Path, tmp_path: Path, m
     assert [Path(r["video"]).name for r in rows if r["error"]] == ["still.mp4"]
     assert next(r["error"] for r in rows if r["error"]) == "the process that decoded it died"
     assert sum(r["error"] is None for r in rows) == 3
+
+
+def test_more_videos_than_the_workers_of_one_pool_get(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `max_tasks_per_child`, executors of Python 3.11 and later wait forever (python/cpython#115634)."""
+    monkeypatch.setattr(curate, "VIDEOS_A_WORKER", 2)
+    for i in range(5):
+        shutil.copy(videos / "still.mp4", tmp_path / f"{i}.mp4")
+    done = curate.curate([tmp_path], curate.Settings(str(tmp_path / "out"), text=False), workers=1, progress=False)
+    assert (done.made, done.broken) == (5, 0)
 
 
 def clip(number: int, **values) -> dict:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -34,7 +33,7 @@ SAMPLED = 2.0  # frames a second that are kept: they measure motion and supply a
 DETECTION_SIDE = 144  # pixels of the short side of the frames in which cuts are searched
 THUMBNAIL = (80, 144)
 IN_MEMORY = 2**27  # bytes of a video's kept frames; more go to a temporary file
-VIDEOS_A_WORKER = 16  # videos after which a worker is replaced, because decoders and detectors leak memory
+VIDEOS_A_WORKER = 32  # videos a worker on average, after which all are replaced: decoders and detectors leak memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,28 +132,32 @@ def curate(
 
 
 def _pool(todo: list[Source], settings: Settings, workers: int) -> Iterator[bool]:
-    """Yield one result per video. A video whose worker dies becomes a row with an error."""
+    """Yield one result per video. A video whose worker dies becomes a row with an error.
+
+    Each pool gets a limited number of videos. `max_tasks_per_child` of `ProcessPoolExecutor` cannot replace the
+    workers: from Python 3.11 until July 2026, an executor with more tasks waits forever (python/cpython#115634).
+    """
     remaining = list(todo)
-    recycled: Any = {"max_tasks_per_child": VIDEOS_A_WORKER} if sys.version_info >= (3, 11) else {}
     while remaining:
-        done, suspects = set(), []
-        pool = process_pool.spawned(workers, **recycled)
+        done, died = set(), False
+        pool = process_pool.spawned(workers)
         try:
-            futures = {pool.submit(curate_video, source, settings): source for source in remaining}
+            begun = remaining[: workers * VIDEOS_A_WORKER]
+            futures = {pool.submit(curate_video, source, settings): source for source in begun}
             for future in as_completed(futures):
                 try:
                     yield future.result()
                     done.add(futures[future])
                 except BrokenProcessPool:
-                    suspects.append(futures[future])
+                    died = True
         finally:  # after an error, wait only for the videos that have been begun
             pool.shutdown(cancel_futures=True)
         remaining = [source for source in remaining if source not in done]
-        if not suspects:
-            return
-        # Any video that was in progress may have killed the worker. Each of them runs again in a pool of its own,
-        # where only the video that caused the crash crashes again.
-        for source in suspects[:workers]:
+        if not died:
+            continue
+        # Videos are begun in order, so one of the first `workers` that are left killed its worker. Each of them runs
+        # again in a pool of its own, where only the video that caused the crash crashes again.
+        for source in remaining[:workers]:
             try:
                 with process_pool.spawned(1) as alone:
                     yield alone.submit(curate_video, source, settings).result()
