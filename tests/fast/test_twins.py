@@ -152,6 +152,7 @@ VAE_CASES = {
     "windows, padding masked": {"window_size": 5, "content_window_size": 3, "mask_window_padding": True},
     "sincos": {"fusion_position": "sincos"},
     "sincos, windows": {"fusion_position": "sincos", "window_size": 5, "mask_window_padding": True},
+    "fused with the middle": {"fusion_levels": (None, None, 2, 4, None, None)},
     "warp": {"output": "warp"},
     "warp, causal, ft2": {"output": "warp", "causal": True, "temporal_factor": 2, "fusion": "add"},
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from reducio_fast import ReducioPipeline
 from reducio_fast.cli import main
+from reducio_fast.fast.engine import Engine
 from reducio_fast.media.video_files import read_video
+from reducio_fast.memory.dry_run import DryRun
 from reducio_fast.memory.fit import HEADROOM, Fit
 from reducio_fast.memory.offload import Offload
 from reducio_fast.pipelines.call.request import Embeds
@@ -28,6 +31,7 @@ from reducio_fast.pipelines.execution.fitting import Fitter
 from reducio_fast.pipelines.execution.sampling import Sampler
 from reducio_fast.pipelines.reducio.conditioner import Conditioner
 from reducio_fast.reference import Condition, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_latent
+from reducio_fast.reference.reducio.config import VAE_PRESETS
 from reducio_fast.system.errors import ReducioError
 
 pytestmark = pytest.mark.slow
@@ -160,6 +164,24 @@ def test_forecast_of_gpu_kernels_needs_no_gpu(bare: dict, monkeypatch: pytest.Mo
     assert pipe.fitter.fit(*size) == Fit(Decoding(True, 64, 3), True)
     pipe.fitter.free_bytes = lambda device: int(one * 0.99 / HEADROOM)
     assert pipe.fitter.fit(*size).decoding.tile_size == 32
+
+
+def test_a_tiled_decode_at_1024_needs_less_than_seven_tenths_of_the_reference() -> None:
+    """Content frame and clip at published widths, one tile at a time, in bfloat16."""
+    config = VAE_PRESETS["reducio-ft4"]
+    with torch.device("meta"):
+        model = ReducioVAE(config).bfloat16().eval()
+    image = torch.empty(1, 3, 1024, 1024, dtype=torch.bfloat16, device="meta")
+    latent = torch.empty(1, *config.latent_shape(1024, 1024), dtype=torch.bfloat16, device="meta")
+    peaks = []
+    with torch.no_grad(), DryRun() as dry:
+        fast = Engine(compile=False).without_weights(dry.opaque, torch.device("cuda")).twin(model)
+        dry.given(model, fast)
+        for network in (model, fast):
+            dry.remember(network.decoder, network.encoder_2d)
+            run = partial(lambda vae: vae.decode(latent, vae.encode_content(image, tiled=True), tiled=True), network)
+            peaks.append(dry.peak_of(run)[1])
+    assert peaks[0] > 3e9 and peaks[1] < 0.7 * peaks[0], peaks
 
 
 def test_weights_are_counted_once_and_include_packed_copies(embedded: dict) -> None:

@@ -7,7 +7,8 @@ What differs from the reference, and why:
 - residuals and biases are added where a convolution ends;
 - up-sampling and the convolution after it are folded into smaller convolutions over the low-resolution tensor;
 - content keys and values serve all frames of a clip, and attention reads query, key and value from one product;
-- the second middle block of the content encoder, which influences nothing, is left out;
+- the second middle block of the content encoder, which influences nothing, is left out; of its levels only those are
+  kept that the decoder reads (at 1024 pixels 80 MB instead of 710);
 - a decoder that warps moves the content frame, refines and adds in one pass over the frames;
 - tiles of one shape are decoded together where memory allows, and blended, cropped and converted in one pass.
 
@@ -46,7 +47,7 @@ from ..packed_layers import (
 from ..parallel import Ranks
 from ..plan import Plan
 
-Features = list[Tensor]  # as in the reference, but [N, 1, H, W, C]
+Features = list[Tensor]  # those of the reference that the decoder reads, [N, 1, H, W, C]
 
 
 class FastResBlock(nn.Module):
@@ -184,8 +185,11 @@ class FastEncoder3D(Regional):
 
 
 class FastContentEncoder(Regional):
-    def __init__(self, encoder: ref.ContentEncoder, plan: Plan, path: str) -> None:
+    """`kept`: indices of the features to return, in rising order; the last is the middle's."""
+
+    def __init__(self, encoder: ref.ContentEncoder, kept: Sequence[int], plan: Plan, path: str) -> None:
         super().__init__()
+        self.kept = kept
         self.conv_in = FastConv(encoder.conv_in, plan, f"{path}.conv_in", stats=True)
         self.down = nn.ModuleList(FastEncoderLevel(x, plan, f"{path}.down.{i}") for i, x in enumerate(encoder.down))
         self.mid = FastMiddle(encoder.mid, plan, f"{path}.mid", whole=False)
@@ -194,9 +198,10 @@ class FastContentEncoder(Regional):
     def forward(self, image: Tensor) -> Features:
         act, features = self.conv_in(pad(image, self.conv_in.padding)), []
         last = [image] if self.hands_on_image else []
-        for level in self.down:
+        for i, level in enumerate(self.down):
             act = self.block("vae.encoder_level", level, act)
-            features.append(act.x)
+            if i in self.kept:
+                features.append(act.x)
             if hasattr(level, "downsample"):
                 act = level.downsample(act)
         return [*features, self.block("vae.middle", self.mid, act).x, *last]
@@ -232,9 +237,12 @@ class FastDecoderLevel(nn.Module):
 
 
 class FastDecoder(Regional):
-    def __init__(self, decoder: ref.Decoder, plan: Plan, path: str) -> None:
+    """`kept`: indices of the content features that it is given."""
+
+    def __init__(self, decoder: ref.Decoder, kept: Sequence[int], plan: Plan, path: str) -> None:
         super().__init__()
-        self.sources, self.middle = decoder.sources, decoder.middle
+        self.sources = [None if source is None else kept.index(source) for source in decoder.sources]
+        self.middle = kept.index(decoder.middle)
         self.conv_in = FastConv(decoder.conv_in, plan, f"{path}.conv_in", stats=True)
         self.mid = FastMiddle(decoder.mid, plan, f"{path}.mid")
         self.up = nn.ModuleList(FastDecoderLevel(x, plan, f"{path}.up.{i}") for i, x in enumerate(decoder.up))
@@ -326,7 +334,7 @@ class FastReducioVAE(nn.Module):
     """Built from a reference model, whose unpacked weights it shares. Evaluation only.
 
     `encode`, `encode_content` and `decode` take and return what the reference's do, except that content features are
-    channels-last; no other method reads them. Source of the network: see `reference/reducio/vae.py`.
+    channels-last and only those that `decode` reads. Source of the network: see `reference/reducio/vae.py`.
     """
 
     # On a CPU oneDNN's convolutions take a decoder's time. Compiling the rest of the default model gains nothing (0.98
@@ -340,8 +348,9 @@ class FastReducioVAE(nn.Module):
         self.config = model.config
         self.reference = (model,)  # in a tuple: else its weights would count as this module's
         self.encoder_3d = FastEncoder3D(model.encoder_3d, plan, "encoder_3d")
-        self.encoder_2d = FastContentEncoder(model.encoder_2d, plan, "encoder_2d")
-        self.decoder = FastDecoder(model.decoder, plan, "decoder")
+        kept = sorted({model.decoder.middle, *(x for x in model.decoder.sources if x is not None)})
+        self.encoder_2d = FastContentEncoder(model.encoder_2d, kept, plan, "encoder_2d")
+        self.decoder = FastDecoder(model.decoder, kept, plan, "decoder")
         self.quant_weight, self.quant_bias = frozen(model.quant_conv.weight.flatten(1)), model.quant_conv.bias
         self.post_weight, self.post_bias = frozen(model.post_quant_conv.weight.flatten(1)), model.post_quant_conv.bias
         self.warp = None if model.warp is None else FastWarp(model.warp, plan, "warp")
@@ -368,7 +377,7 @@ class FastReducioVAE(nn.Module):
 
     @torch.no_grad()
     def encode_content(self, image: Tensor, tiled: bool = False) -> Features | list[list[Features]]:
-        """As the reference's, features [N, 1, H, W, C]."""
+        """As the reference's, but only the levels that `decode` reads, [N, 1, H, W, C], and the middle."""
         self.reference[0].check_image(image)
         image = image[:, :, None]
         if not tiled:
