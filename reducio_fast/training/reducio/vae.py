@@ -27,6 +27,7 @@ from ...reference.reducio.config import VAE_PRESETS
 from ...system.checksum import file_sha256
 from ...system.errors import ReducioError
 from ...system.paths import is_folder
+from ..draw_ahead import DrawAhead
 from ..loop import LoopConfig, recorded_fields, run, unchanged
 from ..processes import joined
 from ..recipe_file import check_least, check_positive, check_share, configured
@@ -94,13 +95,16 @@ class Trained(nn.Module):
 class Losses:
     """Loss of a batch. `perceptual` is LPIPS with the weights that the user names; None means no perceptual loss."""
 
-    def __init__(self, model: Trained, recipe: VAERecipe, clips: ClipFiles, perceptual: nn.Module | None) -> None:
+    def __init__(
+        self, model: Trained, recipe: VAERecipe, clips: ClipFiles, perceptual: nn.Module | None, world_size: int = 1
+    ) -> None:
         self.model, self.recipe, self.clips, self.perceptual = model, recipe, clips, perceptual
+        self.drawn = DrawAhead(self.draw, recipe.batch, recipe.loop, world_size)
 
     def __call__(self, step: int, micro: int, _rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         recipe, vae = self.recipe, self.model.vae
         device = next(vae.parameters()).device
-        video = self.draw(step, micro).to(device)
+        video = torch.stack(self.drawn(step, micro)).to(device)  # [B, 3, T, H, W]
         posterior = vae.encode(video)
         z = vae.normalize_latent(posterior.sample())
         content = video[:, :, vae.config.content_frame]
@@ -126,13 +130,12 @@ class Losses:
             figures |= {"adversarial": adversarial.detach(), "discriminator": hinge.detach(), "adaptive": weight}
         return loss, figures
 
-    def draw(self, step: int, micro: int) -> Tensor:
-        """Part `micro` of the global batch: float32 [B, 3, T, H, W] in [-1, 1]."""
+    def draw(self, step: int, row: int) -> Tensor:
+        """Row `row` of the global batch: float32 [3, T, H, W] in [-1, 1]."""
         recipe = self.recipe
-        share = recipe.batch // recipe.loop.micro_batches
-        rngs = [np.random.default_rng((recipe.loop.seed, 1 << 21, step, micro * share + i)) for i in range(share)]
+        rng = np.random.default_rng((recipe.loop.seed, 1 << 21, step, row))
         frames = self.model.vae.config.num_frames
-        return torch.stack([self.clips.draw(rng, frames, recipe.rate, recipe.size, recipe.least_area) for rng in rngs])
+        return self.clips.draw(rng, frames, recipe.rate, recipe.size, recipe.least_area)
 
 
 def outlier_loss(clip_BCTHW: Tensor, deviations: float = 3.0) -> Tensor:
@@ -176,7 +179,7 @@ def train_vae(
         outcome = run(
             "vae",
             model,
-            Losses(model, recipe, files, perceptual),
+            Losses(model, recipe, files, perceptual, processes.world_size),
             recipe.loop,
             Path(out) / "runs" / "vae",
             processes,

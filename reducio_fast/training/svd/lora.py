@@ -24,6 +24,7 @@ from ...reference.svd.layers import SpatioTemporalResBlock
 from ...reference.svd.sampler import ImageCondition, join
 from ...reference.svd.unet import SpatioTemporalTransformer, VideoUNet
 from ...system.errors import ReducioError
+from ..draw_ahead import DrawAhead
 from ..edm import AUGMENTATION, PUBLISHED_LEVELS, NoiseLevels, velocity_error, without_some
 from ..loop import LoopConfig, recorded_fields, run
 from ..processes import joined
@@ -84,15 +85,15 @@ def add_trained(unet: VideoUNet, recipe: LoRARecipe) -> nn.ModuleDict:
 class Losses:
     """Loss of a batch. Each drawn clip depends only on (seed, step, place in the batch)."""
 
-    def __init__(self, pipe: SVDPipeline, unet: VideoUNet, clips: ClipFiles, recipe: LoRARecipe) -> None:
+    def __init__(
+        self, pipe: SVDPipeline, unet: VideoUNet, clips: ClipFiles, recipe: LoRARecipe, world_size: int = 1
+    ) -> None:
         self.pipe, self.unet, self.clips, self.recipe = pipe, unet, clips, recipe
         self.frames = recipe.num_frames or unet.config.num_frames
+        self.drawn = DrawAhead(self.draw, recipe.batch, recipe.loop, world_size)
 
     def __call__(self, step: int, micro: int, _rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        recipe = self.recipe
-        share = recipe.batch // recipe.loop.micro_batches
-        rngs = [np.random.default_rng((recipe.loop.seed, step, micro * share + i)) for i in range(share)]
-        drawn = [self.draw(rng) for rng in rngs]
+        drawn = [self.encode(*clip) for clip in self.drawn(step, micro)]
         clean = torch.cat([latents for latents, _, _ in drawn])
         condition = drawn[0][1]
         for _, other, _ in drawn[1:]:
@@ -102,12 +103,19 @@ class Losses:
         error = velocity_error(self.unet, clean, noise.to(clean.device), sigma.to(clean.device), condition)
         return error.mean(), {"velocity_error": error.mean().detach()}
 
+    def draw(self, step: int, row: int) -> tuple[Tensor, np.random.Generator]:
+        """Row `row` of the global batch, float32 [3, T, H, W] in [-1, 1], and the generator of its other draws."""
+        recipe = self.recipe
+        rng = np.random.default_rng((recipe.loop.seed, step, row))
+        return self.clips.draw(rng, self.frames, recipe.rate, recipe.size, recipe.least_area, recipe.mirror), rng
+
     @torch.no_grad()
-    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ImageCondition, tuple[Tensor, Tensor, Tensor]]:
+    def encode(
+        self, video: Tensor, rng: np.random.Generator
+    ) -> tuple[Tensor, ImageCondition, tuple[Tensor, Tensor, Tensor]]:
         """A clip's latents [1, T, 4, h, w], its conditioning inputs, and (noise, noise level, whether the image is
         dropped)."""
         recipe, pipe = self.recipe, self.pipe
-        video = self.clips.draw(rng, self.frames, recipe.rate, recipe.size, recipe.least_area, recipe.mirror)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         conditioner: ImageConditioner = pipe.conditioner
         images = video.transpose(0, 1)
@@ -155,7 +163,7 @@ def train_lora(
         outcome = run(
             "svd-lora",
             updates,
-            Losses(pipe, pipe.unet, files, recipe),
+            Losses(pipe, pipe.unet, files, recipe, processes.world_size),
             recipe.loop,
             Path(out) / "runs" / "svd-lora",
             processes,
