@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import importlib.util
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +79,31 @@ def test_a_disk_that_fills_while_a_video_is_read_is_no_error_of_its_clips(
     with pytest.raises(OSError, match="No space left"):
         extract.extract(clips, tmp_path, size=64, progress=False)
     assert not list(tmp_path.glob("64x64/*"))
+
+
+def test_clips_of_many_videos_are_decoded_ahead_but_not_all_at_once(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames of at most a few clips wait for the encoders, and an error in the middle ends the readers."""
+    cat, decoded, encoded = clips.parent / "cat.mp4", list[str](), list[str]()
+    for i in range(12):
+        shutil.copy(cat, tmp_path / f"{i}.mp4")
+    row = dict.fromkeys(manifest.COLUMNS) | {"start": 0, "end": 32, "fps": 16.0, "height": 64, "width": 64}
+    rows = [row | {"id": f"{i}", "video": str(tmp_path / f"{i}.mp4"), "caption": ""} for i in range(12)]
+    crop = extract.cover_crop
+    monkeypatch.setattr(extract, "cover_crop", lambda *args: (decoded.append(""), crop(*args))[1])
+    monkeypatch.setattr(extract.cores, "usable", lambda: 2)
+
+    def encode(self: extract.Encoders, frames: np.ndarray, clip_id: str) -> dict[str, torch.Tensor]:
+        encoded.append(clip_id)
+        time.sleep(0.05)
+        assert len(decoded) - len(encoded) <= 2 + 2  # 2 in the queue, 1 in the hands of each reader
+        if len(encoded) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return {"latent": torch.zeros(1), "content": torch.zeros(1), "semantic": torch.zeros(1)}
+
+    monkeypatch.setattr(extract.Encoders, "encode", encode)
+    manifest.write(rows, tmp_path / "clips.parquet")
+    with pytest.raises(OSError, match="No space left"):
+        extract.extract(tmp_path / "clips.parquet", tmp_path / "out", size=64, progress=False)
+    assert len(set(encoded)) == 20 and not [t for t in threading.enumerate() if t.name.startswith("extract")]

@@ -11,9 +11,13 @@ import dataclasses
 import hashlib
 import math
 import os
+import queue
+import threading
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +42,13 @@ from ...media.pixels import to_unit
 from ...pipelines.reducio.component_table import check_encoder_settings
 from ...pipelines.reducio.encoders import ContentEncoder, SemanticEncoder, TextEncoder
 from ...reference import ReducioVAE, VAEConfig
+from ...system import cores
 from ...system.devices import resolve_device, resolve_dtype
 from ...system.errors import ReducioError, first_line, lacks_space
 from ...system.paths import is_file, missing_room
 
 ENCODERS = ("vae", "content_encoder", "image_encoder", "text_encoder", "tokenizer")
+MOST_READERS = 8  # threads that decode videos; each holds the frames of a clip in the video's own size
 RATE = 16.0  # the release's training frame rate: every round(fps / 16)-th frame of a video is used
 
 
@@ -233,25 +239,61 @@ def encode_captions(encoders: Encoders, captions: Sequence[str], out: Path, shar
 def write_clips(encoders: Encoders, shard: Shard, out: Path) -> int:
     """Encode and write a shard, decoding each video once; return the shard's number of clips."""
     samples: dict[str, dict[str, Tensor] | str] = {}
-    by_video = defaultdict(list)
-    for clip in shard.clips:
-        by_video[clip.video].append(clip)
-    for video, wanted in by_video.items():
-        try:
-            for clip, frames in _read(video, wanted, encoders.config.num_frames):
-                try:
-                    samples[clip.id] = encoders.encode(cover_crop(frames, *clip.bucket), clip.id)
-                except ReducioError as error:
-                    samples[clip.id] = first_line(error)
-            reason = "the video ends before the clip does"
-        except (ReducioError, OSError) as error:
-            if lacks_space(error):
-                raise
-            reason = first_line(error)
-        for clip in wanted:
-            samples.setdefault(clip.id, reason)
+    with closing(_decoded(shard.clips, encoders.config.num_frames)) as decoded:
+        for clip, frames in decoded:
+            try:
+                samples[clip.id] = frames if isinstance(frames, str) else encoders.encode(frames, clip.id)
+            except ReducioError as error:
+                samples[clip.id] = first_line(error)
     latent_shards.write_shard(out, shard, samples)
     return len(samples)
+
+
+def _decoded(clips: Sequence[Clip], count: int) -> Generator[tuple[Clip, np.ndarray | str], None, None]:
+    """Yield each clip, in any order, with its frames, cropped to its bucket, or with the reason why it has none.
+
+    The videos are decoded in threads, a few clips ahead: 16 frames of 1280x720, cropped to 256, take 0.7 s of a core of
+    a Xeon, their encoders 25 ms of an H100 (predicted from 9.4 TFLOP at 40% of its peak).
+    """
+    by_video = defaultdict(list)
+    for clip in clips:
+        by_video[clip.video].append(clip)
+    readers = min(cores.usable(), len(by_video), MOST_READERS)
+    ready: queue.Queue[tuple[Clip, np.ndarray | str] | Exception] = queue.Queue(readers)
+    stopped = threading.Event()
+
+    def put(item: tuple[Clip, np.ndarray | str] | Exception) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def read(video: str) -> None:
+        missing = {clip.id: clip for clip in by_video[video]}
+        try:
+            for clip, frames in _read(video, by_video[video], count):
+                put((missing.pop(clip.id), cover_crop(frames, *clip.bucket)))
+                if stopped.is_set():
+                    return
+            reason = "the video ends before the clip does"
+        except Exception as error:
+            if not isinstance(error, ReducioError | OSError) or lacks_space(error):
+                return put(error)
+            reason = first_line(error)
+        for clip in missing.values():
+            put((clip, reason))
+
+    pool = ThreadPoolExecutor(readers, "extract")
+    try:
+        for video in by_video:
+            pool.submit(read, video)
+        for _ in clips:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def _read(video: str, clips: Sequence[Clip], count: int) -> Any:
