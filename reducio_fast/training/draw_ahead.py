@@ -1,7 +1,8 @@
-"""Draws the rows of a batch in threads, those of the next batch while the current one is computed."""
+"""Draws the rows of a batch in threads, those of the next batches while the current one is computed."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ from ..system import cores
 from .loop import LoopConfig
 
 _Row = TypeVar("_Row")
+MOST_THREADS = 8  # each holds the frames of a clip in the video's own size
 
 
 class DrawAhead(Generic[_Row]):
@@ -24,25 +26,26 @@ class DrawAhead(Generic[_Row]):
     def __init__(self, draw: Callable[[int, int], _Row], batch: int, loop: LoopConfig, world_size: int = 1) -> None:
         self._draw, self._loop, self._world_size = draw, loop, world_size
         self._share = batch // loop.micro_batches
-        here = cores.usable() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._threads = ThreadPoolExecutor(max(1, min(self._share, here)), "draw-ahead")
+        threads = min(MOST_THREADS, max(1, cores.usable() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        self._threads, self._ahead = ThreadPoolExecutor(threads, "draw-ahead"), max(threads, self._share)
         self._begun: dict[tuple[int, int], Future[_Row]] = {}
 
     def __call__(self, step: int, micro: int) -> list[_Row]:
         now = [self._begun.pop(key, None) or self._begin(key) for key in self._rows(step, micro)]
-        for unused in self._begun.values():  # the calls came in another order
-            unused.cancel()
-        self._begun = {key: self._begin(key) for key in self._next_rows(step, micro)}
+        later = itertools.islice(self._later_rows(step, micro), self._ahead)
+        self._begun = {key: self._begun.get(key) or self._begin(key) for key in later}
         return [row.result() for row in now]
 
     def _rows(self, step: int, micro: int) -> Iterator[tuple[int, int]]:
         return ((step, micro * self._share + i) for i in range(self._share))
 
-    def _next_rows(self, step: int, micro: int) -> Iterator[tuple[int, int]]:
-        micro += self._world_size  # as `loop.run` shares the batches of a step among processes
-        if micro >= self._loop.micro_batches:
-            step, micro = step + 1, micro % self._world_size
-        return self._rows(step, micro) if step < self._loop.steps else iter(())
+    def _later_rows(self, step: int, micro: int) -> Iterator[tuple[int, int]]:
+        while step < self._loop.steps:
+            micro += self._world_size  # as `loop.run` shares the batches of a step among processes
+            if micro >= self._loop.micro_batches:
+                step, micro = step + 1, micro % self._world_size
+            if step < self._loop.steps:
+                yield from self._rows(step, micro)
 
     def _begin(self, key: tuple[int, int]) -> Future[_Row]:
         return self._threads.submit(self._draw, *key)
