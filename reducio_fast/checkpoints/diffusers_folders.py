@@ -15,6 +15,10 @@ from .hub import find_model, not_fetched
 from .networks import LIBRARIES, load_foreign
 from .strict_files import INDEX, read_json, write_json
 
+# Key of a pipeline's index: {argument: default} for its call through this package. diffusers skips keys that begin
+# with an underscore.
+CALL_DEFAULTS = "_call_defaults"
+
 
 def find_text_to_image(name: str | os.PathLike[str]) -> Path:
     """The folder of a diffusers text-to-image pipeline, or the local copy of that hub repository `owner/name`.
@@ -49,6 +53,7 @@ def load_text_to_image(
     """Load a diffusers pipeline folder. A component without a sub-folder of its own is taken from `shared`.
 
     `loaded`: components by the folder they came from; a component in the same folder is reused, not loaded again.
+    The pipeline's attribute `call_defaults` has the index's defaults for its call, under CALL_DEFAULTS.
     Components are loaded one by one instead of by the pipeline's `from_pretrained`, so that loading is strict and
     imports only what they need.
     """
@@ -70,9 +75,11 @@ def load_text_to_image(
         else:
             raise ReducioError(f"{folder}: {name} has no folder here and the model shares no component of that name")
     try:
-        return cls(**components)
+        pipeline = cls(**components)
     except Exception as error:  # any: a pipeline computes with its components' configurations
         raise ReducioError(f"{folder / INDEX}: {cls.__name__} cannot be built: {first_line(error)}") from error
+    pipeline.call_defaults = index.get(CALL_DEFAULTS) or {}
+    return pipeline
 
 
 def without_parts(folder: Path) -> Any:
@@ -96,7 +103,8 @@ def save_text_to_image(pipeline: Any, folder: Path, shared: dict[str, Any]) -> N
         if component is not None and component is not shared.get(name):
             component.save_pretrained(folder / name)
     settings = {n: list(v) if isinstance(v, tuple) else v for n, v in pipeline.config.items() if n != "_name_or_path"}
-    write_json(folder / INDEX, {"_class_name": type(pipeline).__name__} | settings)
+    own = {CALL_DEFAULTS: pipeline.call_defaults} if getattr(pipeline, "call_defaults", None) else {}
+    write_json(folder / INDEX, {"_class_name": type(pipeline).__name__} | own | settings)
 
 
 def _library(name: str) -> str:

@@ -78,7 +78,7 @@ def draw_image(
     """
     accepted, takes_any = call_defaults(pipeline)
     drawn_height, drawn_width = drawing_size(pipeline, height, width)
-    asked = {"height": drawn_height, "width": drawn_width} | (kwargs or {})
+    asked = {"height": drawn_height, "width": drawn_width} | own_defaults(pipeline) | (kwargs or {})
     fixed = {name: value for name, value in PIPELINE_KWARGS.items() if name in accepted}
     defaults = {name: value for name, value in DEFAULTS.items() if accepted.get(name, True) is None}
     chosen = fixed | defaults | _callback(accepted, on_step)
@@ -152,7 +152,8 @@ def native_size(pipeline: Any) -> int | None:
 
 
 def call_defaults(pipeline: Any) -> tuple[dict[str, Any], bool]:
-    """The arguments of a pipeline's call with their defaults (None for none), and whether it takes any other.
+    """The arguments of a pipeline's call with their defaults (None for none; its folder's before the class's), and
+    whether it takes any other.
 
     The `**kwargs` of a call that names its arguments do not count: diffusers has them for retired arguments, and drops
     all others silently.
@@ -161,7 +162,14 @@ def call_defaults(pipeline: Any) -> tuple[dict[str, Any], bool]:
     defaults = {
         name: None if p.default is p.empty else p.default for name, p in parameters.items() if p.kind != p.VAR_KEYWORD
     }
-    return defaults, len(defaults) < len(parameters) and "num_inference_steps" not in defaults
+    takes_any = len(defaults) < len(parameters) and "num_inference_steps" not in defaults
+    own = own_defaults(pipeline)
+    return {name: own.get(name, default) for name, default in defaults.items()}, takes_any
+
+
+def own_defaults(pipeline: Any) -> dict[str, Any]:
+    """The defaults that the pipeline's folder sets for a call: `_call_defaults` of its model_index.json."""
+    return getattr(pipeline, "call_defaults", None) or {}
 
 
 def _known(names: Iterable[str]) -> str:

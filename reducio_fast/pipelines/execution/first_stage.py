@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,13 @@ from tqdm.auto import tqdm
 from ...checkpoints import diffusers_folders
 from ...checkpoints.model_folder import Loading
 from ...checkpoints.networks import pipeline_networks
+from ...checkpoints.strict_files import INDEX
 from ...media.image_files import fit_image
 from ...reference.reducio.image_vae import ImageVAE, ImageVAEConfig
 from ...reference.reducio.pixart import PixArt, PixArtConfig
 from ...reference.sampler import StopSampling
 from ...system.errors import ReducioError
-from .drawing import call_defaults, draw_image, drawing_size, warn_of_scaling
+from .drawing import call_defaults, check_content_kwargs, draw_image, drawing_size, warn_of_scaling
 from .executor import Executor
 from .schedules import check_scheduler, known, scheduled
 
@@ -53,10 +54,11 @@ class Parts:
     text_encoder: Any
     tokenizer: Any
     scheduler: Any
+    call_defaults: dict[str, Any] = field(default_factory=dict)  # see `drawing.own_defaults`
 
     @property
     def components(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "call_defaults"}
 
     @property
     def vae_scale_factor(self) -> int:
@@ -78,7 +80,7 @@ class Parts:
 
 def load_text_to_image(loading: Loading) -> Any:
     """The diffusers pipeline of the model's folder, or the one that the caller named. Raises ReducioError for one whose
-    steps are taken here and whose scheduler cannot step."""
+    steps are taken here and whose scheduler cannot step, and for defaults that its call does not take."""
     folder = loading.folder
     if loading.source is not None:
         folder = diffusers_folders.find_text_to_image(loading.source)
@@ -86,6 +88,10 @@ def load_text_to_image(loading: Loading) -> Any:
     pipeline = diffusers_folders.load_text_to_image(folder, shared, loading.dtype, loading.device, loading.loaded)
     if type(pipeline).__name__ in PIPELINES:
         check_scheduler(pipeline.scheduler, folder / "scheduler")
+    try:
+        check_content_kwargs(pipeline, pipeline.call_defaults)
+    except ReducioError as error:
+        raise ReducioError(f"{folder / INDEX}: _call_defaults: {error}") from error
     return pipeline
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...checkpoints import hub, networks, strict_files
+from ...checkpoints.diffusers_folders import CALL_DEFAULTS
 from ...checkpoints.layouts import REDUCIO
 from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ...reference.multistep_schedule import MultistepSchedule
@@ -24,6 +25,7 @@ from ...reference.reducio.text_encoder import ByteTokenizer, T5Config, T5Encoder
 from ...system import torch_state
 from ...system.errors import is_out_of_memory
 from ...system.paths import is_file, is_folder
+from ..execution.drawing import check_content_kwargs
 from ..execution.first_stage import Parts
 from ..execution.loading import loading
 from ..execution.schedules import unfollowed_by_twins
@@ -111,13 +113,16 @@ def _read_drawer(folder: Path, parts: dict[str, Any], dtype: torch.dtype, device
     shared = REDUCIO.shared(parts)
     if own := [name for name in ("text_encoder", "tokenizer", "vae") if is_folder(folder / name)]:
         raise ValueError(f"{own} of its own")
-    return Parts(
+    drawer = Parts(
         transformer=networks.load_model(PixArt, PixArtConfig, folder / "transformer", dtype, device),
         vae=shared["vae"],
         text_encoder=shared["text_encoder"],
         tokenizer=copy.copy(shared["tokenizer"]),
         scheduler=_read_schedule(folder),
+        call_defaults=index.get(CALL_DEFAULTS) or {},
     )
+    check_content_kwargs(drawer, drawer.call_defaults)
+    return drawer
 
 
 def _read_schedule(folder: Path) -> MultistepSchedule:
