@@ -158,17 +158,16 @@ def twin(
             for source, tap in taps:
                 if source is not frame:
                     y.addmm_(source[item], tap)
-        out = out if residual is None else out.add_(residual)
     elif frame.dtype in (torch.float16, torch.bfloat16):
         rows = torch.cat([source for source, _ in taps], dim=-1).flatten(0, 1)
         together = weight.flatten(0, 1) if len(taps) == len(weight) else torch.cat([tap for _, tap in taps])
         out = torch.addmm(bias, rows, together).view(*frame.shape[:-1], -1)
-        out = out if residual is None else out.add_(residual)
     else:
-        out = bias if residual is None else residual
+        # A product that adds what is there saves a pass over the result; the smaller addend comes last.
+        out, residual = (bias, None) if residual is None else (residual, bias)
         for source, tap in taps:
             out = torch.baddbmm(out, source, tap.expand(len(frame), -1, -1))
-        out = out if residual is None else out.add_(bias)
+    out = out if residual is None else out.add_(residual)
     return F.pad(out, (0, room)) if room else out
 
 
