@@ -11,12 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from ..data import toy_world
+from ..data.clip_files import read_frames
 from ..data.curation.curate import find_sources
 from ..fast.quantisation import measure_largest
+from ..media.image_files import cover_crop
 from ..reference import ReducioVAE
 from ..system.errors import ReducioError
 from .reconstruction import reconstruct
-from .video_report import windows
+from .video_report import first_frames
 
 _SEED = 7  # of the toy world's clips, which do not include scenes that are held out for scores
 
@@ -47,7 +49,14 @@ def toy_clips(count: int, size: int, length: int) -> Iterator[np.ndarray]:
 def video_clips(videos: Sequence[str | os.PathLike[str]], size: int, length: int, most: int) -> Iterator[np.ndarray]:
     """At most `most` clips within the shots of these videos, one from each video in turn. A video is decoded when its
     first turn comes."""
-    return itertools.islice(_in_turn([windows(source.path, size, length) for source in find_sources(videos)]), most)
+    return itertools.islice(_in_turn([_clips_of(source.path, size, length) for source in find_sources(videos)]), most)
+
+
+def _clips_of(path: str, size: int, length: int) -> Iterator[np.ndarray]:
+    """The clips of `windows`. No decoder is open between two of them: in turn, each video would hold one until the end,
+    500 processes for 500 videos."""
+    for first in first_frames(path, length):
+        yield cover_crop(read_frames(path, first, 1, length), size, size)
 
 
 def _in_turn(by_video: Iterable[Iterator[np.ndarray]]) -> Iterator[np.ndarray]:

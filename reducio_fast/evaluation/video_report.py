@@ -37,18 +37,22 @@ def windows(path: str, size: int, length: int) -> Iterator[np.ndarray]:
 
     The film is decoded twice, for its shots and for the clips, so that memory holds one clip, not the film.
     """
-    finder: ShotFinder | None = None
-    for frame, fps in ffmpeg.frames(Path(path)):
-        finder = finder or ShotFinder(fps)
-        finder.add(cover_crop(frame[None], 144, 144)[0] if min(frame.shape[:2]) > 144 else frame)
-    shots = finder.shots() if finder else []
-    firsts = [first for start, end in shots for first in range(start, end - length + 1, length)]
-    number = 0
+    firsts, number = first_frames(path, length), 0
     with contextlib.closing(ffmpeg.frames(Path(path))) as film:
         for first in firsts:
             taken = itertools.islice(film, first - number, first - number + length)
             yield np.concatenate([cover_crop(frame[None], size, size) for frame, _ in taken])
             number = first + length
+
+
+def first_frames(path: str, length: int) -> list[int]:
+    """Numbers of the first frames of consecutive clips of `length` frames within the shots of a video."""
+    finder: ShotFinder | None = None
+    for frame, fps in ffmpeg.frames(Path(path)):
+        finder = finder or ShotFinder(fps)
+        finder.add(cover_crop(frame[None], 144, 144)[0] if min(frame.shape[:2]) > 144 else frame)
+    shots = finder.shots() if finder else []
+    return [first for start, end in shots for first in range(start, end - length + 1, length)]
 
 
 def evaluate_autoencoder(

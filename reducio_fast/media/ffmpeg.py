@@ -84,19 +84,27 @@ def _rate(line: str, unit: str) -> Fraction | None:
 def frames(path: Path, start: int = 0) -> Generator[tuple[np.ndarray, float], None, None]:
     """Yield each frame, uint8 [H, W, 3], from number `start` on, with the clip's rate. Closing it ends ffmpeg.
 
-    ffmpeg seeks to the last key frame before `start`, so earlier frames are not decoded. In a clip with variable frame
-    durations the first frame may be a neighbour of frame `start`.
+    ffmpeg seeks to the last key frame before `start`, so earlier frames are not decoded; an .avi, which has no
+    timestamps, is decoded from its beginning. In a clip with variable frame durations the first frames may be the
+    neighbour of frame `start`, if that frame lasts from before.
 
     Raises ReducioError if no frame can be read. Of a truncated or damaged clip all readable frames are returned, with a
     warning.
     """
     rate = probe(path)
+    dropped = start if path.suffix.lower() == ".avi" else 0
     command = [program(), *"-hide_banner -nostdin -loglevel error".split()]
-    if start:  # seek half a frame early, so that rounding does not skip frame `start`
-        command += ["-ss", f"{float((start - Fraction(1, 2)) / rate):.6f}"]
-    command += ["-i", url(path), "-map", "0:V:0"]
     # The fps filter instead of the option -r, which loses the last frame of variable-rate clips (ffmpeg 7.0).
-    command += ["-vf", f"fps={rate},{SQUARE_PIXELS}"]
+    numbered = f"fps={rate}"
+    if start > dropped:
+        # Half a frame early, so that rounding does not skip frame `start`. The filter gets the file's own timestamps
+        # (-copyts), by which it numbers the frames as in a read from the beginning: with those that count from the
+        # seek, all frames of .mkv and .webm, whose timestamps are rounded to milliseconds, came one too late.
+        seconds = float((start - Fraction(1, 2)) / rate)
+        command += ["-copyts", "-start_at_zero", "-ss", f"{seconds:.6f}"]
+        numbered += f":start_time={float(start / rate):.6f},setpts=PTS-STARTPTS"
+    command += ["-i", url(path), "-map", "0:V:0"]
+    command += ["-vf", f"{numbered},{SQUARE_PIXELS}"]
     # PPM images, because each frame's header holds its size.
     command += "-f image2pipe -c:v ppm -pix_fmt rgb24 pipe:1".split()
     count = 0
@@ -110,6 +118,9 @@ def frames(path: Path, start: int = 0) -> Generator[tuple[np.ndarray, float], No
                 data = process.stdout.read(3 * width * height)
                 if len(data) < 3 * width * height:
                     break
+                if dropped:
+                    dropped -= 1
+                    continue
                 count += 1
                 yield np.frombuffer(data, np.uint8).reshape(height, width, 3), float(rate)
             process.wait()

@@ -280,11 +280,11 @@ class Dispatcher:
     async def _sweep(self) -> None:
         while True:
             try:
-                for job in self.store.expired(self.limits.keep_seconds, self.limits.keep_bytes):
+                for id in self.store.expired(self.limits.keep_seconds, self.limits.keep_bytes):
                     # Its files first: on a full disk this makes room for the change of the database.
-                    await asyncio.to_thread(self.files.remove, job.id)
-                    await self.delete(job.id)
-                    LOG.info("%s: removed, its time is over", job.id)
+                    await asyncio.to_thread(self.files.remove, id)
+                    await self.delete(id)
+                    LOG.info("%s: removed, its time is over", id)
             except Exception as error:  # not raised: no later clip would be removed
                 LOG.error("clips cannot be removed, tried again later", exc_info=error)
             await asyncio.sleep(min(SWEEP_SECONDS, max(0.2, self.limits.keep_seconds / 4)))

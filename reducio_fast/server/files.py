@@ -19,6 +19,7 @@ CLIP, CONTENT, THUMBNAIL, SPRITESHEET = ".mp4", ".content.png", ".thumbnail.webp
 LATENTS = ".latents.safetensors"  # of a failed job: what was sampled before the decode ran out of memory
 # As the caller sent them: the content frame, and a clip whose motion is wanted.
 PICTURE, MOTION = ".picture", ".motion"
+SUFFIXES = (CLIP, CONTENT, THUMBNAIL, SPRITESHEET, LATENTS, PICTURE, MOTION)
 
 
 def check_rate(fps: float, encoding: str) -> None:
@@ -70,10 +71,12 @@ class JobFiles:
         return path.read_bytes() if path.is_file() else None
 
     def remove(self, id: str, *suffixes: str) -> None:
-        """Remove the files of a job, all of them if no suffix is given."""
-        for path in self.folder.glob(f"{id}.*"):
-            if not suffixes or path.name.removeprefix(id) in suffixes:
-                path.unlink(missing_ok=True)
+        """Remove the files of a job, all of them if no suffix is given.
+
+        Their names are known: a search for them would read the names of all jobs' files, 65 ms among 80,000.
+        """
+        for suffix in suffixes or SUFFIXES:
+            self.path(id, suffix).unlink(missing_ok=True)
 
     def sweep(self, statuses: dict[str, str]) -> None:
         """Remove what a killed process left: temporary files, files of jobs that are gone or will be made anew."""

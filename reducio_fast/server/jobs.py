@@ -40,6 +40,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     UNIQUE (owner, key)
 );
 CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, claimed, number);
+CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs (owner, number);
+CREATE INDEX IF NOT EXISTS jobs_by_end ON jobs (status, completed_at, bytes, id);
 """
 _COLUMNS = (
     "number, id, owner, status, attempts, created_at, started_at, completed_at, bytes, request, result, error_code, "
@@ -230,15 +232,20 @@ class Store:
         with self._transaction() as connection:
             return connection.execute("DELETE FROM jobs WHERE id = ?", (id,)).rowcount == 1
 
-    def expired(self, seconds: float, most_bytes: int) -> list[Job]:
-        """Ended jobs that are older than `seconds`, and the oldest of those whose files together take more than
-        `most_bytes`."""
-        ended = self._rows(f"{_SELECT} WHERE status IN ('completed', 'failed') ORDER BY completed_at DESC")
+    def expired(self, seconds: float, most_bytes: int) -> list[str]:
+        """Ids of ended jobs that are older than `seconds`, and of the oldest of those whose files together take more
+        than `most_bytes`."""
+        # Every column is in the index: 20,000 whole rows, with their JSON, took 0.4 s, in which no request is answered.
+        sql = (
+            "SELECT id, completed_at, bytes FROM jobs WHERE status IN ('completed', 'failed') "
+            "ORDER BY completed_at DESC"
+        )
         held, out, now = 0, [], time.time()
-        for job in ended:
-            held += job.bytes
-            if held > most_bytes or now - (job.completed_at or now) > seconds:
-                out.append(job)
+        with self._lock:
+            for id, completed_at, size in self._connection.execute(sql):
+                held += size
+                if held > most_bytes or now - (completed_at or now) > seconds:
+                    out.append(id)
         return out
 
     def queued_before(self, job: Job) -> int:

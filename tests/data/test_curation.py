@@ -8,7 +8,10 @@ import json
 import shutil
 import sys
 import tempfile
+import time
+import weakref
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -78,6 +81,32 @@ def test_cuts_found_at_three_rates_are_merged() -> None:
     assert join_cuts({1: {30}, 3: {33}, 6: {36}}, 100) == [(0, 30), (30, 100)]
     assert join_cuts({1: set(), 3: {51}, 6: {54}}, 100) == [(0, 48), (51, 100)]
     assert join_cuts({1: {0, 100}}, 100) == [(0, 100)]
+
+
+def test_thousands_of_cuts_are_merged_as_a_few_are() -> None:
+    """When each cut was compared with all others, these took 16 s."""
+    begun = time.process_time()
+    shots = join_cuts({stride: {60 * i + stride for i in range(1, 6000)} for stride in (1, 3, 6)}, 60 * 6000)
+    assert shots == [(0, 61), *((60 * i + 1, 60 * i + 61) for i in range(1, 5999)), (60 * 5999 + 1, 60 * 6000)]
+    assert time.process_time() - begun < 3
+
+
+def test_a_long_shot_is_measured_two_frames_at_a_time(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, read, most = curate._read, list[weakref.ref[np.ndarray]](), 0
+
+    def counted(file: IO[bytes], place: int) -> np.ndarray:
+        nonlocal most
+        array = own(file, place)
+        read.append(weakref.ref(array))
+        most = max(most, sum(reference() is not None for reference in read))
+        return array
+
+    monkeypatch.setattr(curate, "_read", counted)
+    monkeypatch.setattr(curate, "SAMPLED", 24.0)
+    assert curate.curate_video(curate.Source(str(videos / "still.mp4")), curate.Settings(str(tmp_path), text=False))
+    assert len(read) > 40 and most <= 3
 
 
 def test_motion_is_measured_in_percent_of_the_short_side() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,3 +87,19 @@ def test_each_task_has_a_gpu_and_keeps_what_it_loaded(refusal: str) -> None:
         map_on_ray([0, 1, 2], lambda task: f"{os.environ['CUDA_VISIBLE_DEVICES']} {os.getpid()}", "local", gpu=True)
     )
     assert len(seen) == 3 and len(set(seen)) == 1 and seen[0].startswith("0 ")
+
+
+class Noticed:
+    """A task of which each copy that is unpickled makes an entry in `folder`; the copy is the path of that entry."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tempfile.mkdtemp, (None, None, self.folder)
+
+
+def test_a_task_gets_no_other_tasks(tmp_path: Path, refusal: str) -> None:
+    """With all of them in each task, 400 shards of 256 clips took more than 230 s instead of 27."""
+    seen = list(map_on_ray([Noticed(tmp_path) for _ in range(3)], str, "local"))
+    assert sorted(seen) == sorted(str(path) for path in tmp_path.iterdir()) and len(seen) == 3

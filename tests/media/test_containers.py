@@ -43,6 +43,19 @@ def test_wide_pixels_of_a_rotated_clip_make_it_tall(tmp_path: Path) -> None:
     assert read_video(tmp_path / "turned.mp4", count=1)[0].shape == (1, 128, 48, 3)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_frames_from_the_middle_are_those_of_the_whole_clip(tmp_path: Path, suffix: str) -> None:
+    """The timestamps of an .mkv are whole milliseconds, an .avi has none; the video begins half a second late."""
+    sound = ["-f", "lavfi", "-i", "sine=d=4", "-itsoffset", "0.52"] if suffix != ".avi" else []
+    film = ["-f", "lavfi", "-i", "testsrc2=s=64x48:r=24:d=4"]
+    streams = ["-map", "0:a", "-map", "1:v"] if sound else ["-map", "0:v"]
+    run_ffmpeg(*sound, *film, *streams, tmp_path / f"film{suffix}")
+    whole = [frame for frame, _ in ffmpeg.frames(tmp_path / f"film{suffix}")]
+    for start in (1, 37, 70):
+        part = [frame for frame, _ in ffmpeg.frames(tmp_path / f"film{suffix}", start)]
+        np.testing.assert_array_equal(part, whole[start:])
+
+
 def pictures(folder: Path, durations: list[float], suffix: str) -> Path:
     """A clip with variable frame durations: frame i has the gray value 20 * i and lasts `durations[i]` seconds."""
     lines = []

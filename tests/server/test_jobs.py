@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from reducio_fast import ReducioError
 from reducio_fast.cli.main import main, parser
+from reducio_fast.server import jobs
 from reducio_fast.server.errors import ApiError, bad_request, without_paths
 from reducio_fast.server.files import CLIP, PICTURE, JobFiles
 from reducio_fast.server.jobs import COMPLETED, FAILED, KeyReused, QueueFull, Store, new_id
@@ -140,8 +143,51 @@ def test_old_clips_go_by_age_and_by_size(tmp_path: Path) -> None:
         ids.append(store.insert(new_id(), "", {})[0].id)
         store.claim()
         store.finish(ids[-1], {}, 100)
-    assert store.expired(60, 1000) == [] and {job.id for job in store.expired(-1, 1000)} == set(ids)
-    assert [job.id for job in store.expired(60, 250)] == ids[:1]
+    assert store.expired(60, 1000) == [] and set(store.expired(-1, 1000)) == set(ids)
+    assert store.expired(60, 250) == ids[:1]
+
+
+def test_the_work_for_a_request_does_not_grow_with_the_number_of_old_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in steps of SQLite's machine. What is expired is looked up without reading the requests."""
+    store, work = Store(tmp_path / "jobs.sqlite3"), []
+    sql = "INSERT INTO jobs (id, owner, status, created_at, started_at, completed_at, request, result, bytes) VALUES "
+
+    def steps(function: Callable[[], Any]) -> int:
+        counted = 0
+
+        def count() -> None:
+            nonlocal counted
+            counted += 1
+
+        store._connection.set_progress_handler(count, 1)
+        function()
+        store._connection.set_progress_handler(None, 1)
+        return counted
+
+    for begin, end in ((0, 100), (100, 1000)):
+        rows = [(f"{i}", "me", "completed", i, i, i + 1, "{}", "{}", 1) for i in range(begin, end)]
+        store._connection.executemany(f"{sql} (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        pages = [steps(lambda after=after: store.page("me", after, 20, True)) for after in (None, "50")]
+        work.append((*pages, steps(store.seconds_of_a_clip)))
+    assert all(more < 2 * few for few, more in zip(*work, strict=True)), work
+    monkeypatch.setattr(jobs.json, "loads", None)
+    assert len(store.expired(0, 10)) == 1000
+
+
+def test_files_of_a_job_are_removed_without_a_look_at_those_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = JobFiles(tmp_path / "data")
+    files.write("video_a", {CLIP: b"clip", PICTURE: b"picture"})
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, None)
+    files.remove("video_a", PICTURE)
+    assert files.read("video_a", PICTURE) is None and files.read("video_a", CLIP) == b"clip"
+    files.remove("video_a")
+    assert files.read("video_a", CLIP) is None
+    files.close()
 
 
 def test_a_folder_has_one_server_and_is_swept(tmp_path: Path) -> None:

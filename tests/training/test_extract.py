@@ -7,7 +7,10 @@ import importlib.util
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from reducio_fast.cli.main import main
-from reducio_fast.data import photos
+from reducio_fast.data import latent_shards, photos
 from reducio_fast.data.curation import manifest
+from reducio_fast.data.latent_shards import Clip
 from reducio_fast.media.video_files import write_video
 from reducio_fast.training.reducio import extract
 
@@ -72,7 +76,7 @@ def test_a_disk_without_space_for_the_latents_is_refused_first(
 def test_a_disk_that_fills_while_a_video_is_read_is_no_error_of_its_clips(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(path: Path) -> None:
+    def fails(path: Path, start: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(extract.ffmpeg, "frames", fails)
@@ -107,3 +111,27 @@ def test_clips_of_many_videos_are_decoded_ahead_but_not_all_at_once(
     with pytest.raises(OSError, match="No space left"):
         extract.extract(tmp_path / "clips.parquet", tmp_path / "out", size=64, progress=False)
     assert len(set(encoded)) == 20 and not [t for t in threading.enumerate() if t.name.startswith("extract")]
+
+
+def test_a_shard_decodes_a_film_from_its_own_first_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this the shards of a film read all of it that lies before them: the square of its length."""
+    read = []
+
+    def frames(path: Path, start: int = 0) -> Iterator[tuple[np.ndarray, float]]:
+        for number in range(start, 4 * 40):
+            read.append(number)
+            yield np.full((8, 8, 3), number, np.uint8), 16.0
+
+    class Encoders:
+        config = SimpleNamespace(num_frames=4)
+
+        def encode(self, chunk: np.ndarray, clip_id: str) -> dict[str, torch.Tensor]:
+            return {"latent": torch.from_numpy(chunk[:, 0, 0, 0].astype(np.float16))}
+
+    monkeypatch.setattr(extract.ffmpeg, "frames", frames)
+    film = [Clip(f"{i:03d}", "film.mp4", 4 * i, 1, 16.0, (8, 8), 0) for i in range(40)]
+    for shard in latent_shards.plan(film, 8):
+        extract.write_clips(cast(Any, Encoders()), shard, tmp_path)
+        latents = load_file(shard.path(tmp_path).with_suffix(".safetensors"))["latent"]
+        assert latents.flatten().tolist() == list(range(32 * shard.number, 32 * shard.number + 32))
+    assert read == list(range(160))

@@ -7,7 +7,8 @@ a threshold does not decode a video again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,18 @@ MIN_CONFIDENCE = 0.85
 MOTION_SIDE = 128  # pixels of the short side at which flow is measured
 
 
-def motion(gray: Sequence[np.ndarray]) -> float | None:
+def motion(gray: Iterable[np.ndarray]) -> float | None:
     """Mean length of Farneback's optical flow between neighbouring frames, uint8 [h, w], in percent of the short side.
 
     The frames are half a second apart, because a slow pan barely moves between consecutive frames. None for fewer than
-    two frames.
+    two frames. Of an iterator that reads them, only two are in memory at a time.
     """
     cv2 = opencv()
-    if len(gray) < 2:
-        return None
     lengths = []
-    for a, b in zip(gray[:-1], gray[1:], strict=True):
+    for a, b in itertools.pairwise(gray):
         flow = cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
         lengths.append(float(np.hypot(flow[..., 0], flow[..., 1]).mean()) / min(a.shape))
-    return 100 * float(np.mean(lengths))
+    return 100 * float(np.mean(lengths)) if lengths else None
 
 
 def text_area(frames: Sequence[np.ndarray]) -> float:

@@ -6,6 +6,7 @@ each rate: content (a jump in colour), adaptive (a jump larger than those around
 
 from __future__ import annotations
 
+import bisect
 from typing import Any
 
 import numpy as np
@@ -65,13 +66,14 @@ def join_cuts(cuts: dict[int, set[int]], count: int) -> list[tuple[int, int]]:
     stride finds is a fade between two frames of that stride: one shot ends at the first of them, the next starts at
     the second, and no shot contains the frames between.
     """
-    gaps: list[tuple[int, int]] = []
+    gaps: list[tuple[int, int]] = []  # in order, each more than `MERGED` frames from the next
     for stride in sorted(cuts):
         for cut in sorted(cuts[stride]):
             gap = (cut, cut) if stride == 1 else (max(0, cut - stride), cut)
-            if 0 < cut < count and all(gap[0] - MERGED > end or gap[1] + MERGED < start for start, end in gaps):
-                gaps.append(gap)
-    ends = sorted(gaps)
-    starts = [0, *(end for _, end in ends)]
-    stops = [*(start for start, _ in ends), count]
+            place = bisect.bisect(gaps, gap)
+            beside = gaps[max(0, place - 1) : place + 1]
+            if 0 < cut < count and all(gap[0] - MERGED > end or gap[1] + MERGED < start for start, end in beside):
+                gaps.insert(place, gap)
+    starts = [0, *(end for _, end in gaps)]
+    stops = [*(start for start, _ in gaps), count]
     return [(a, b) for a, b in zip(starts, stops, strict=True) if b > a]

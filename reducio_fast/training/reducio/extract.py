@@ -297,9 +297,14 @@ def _decoded(clips: Sequence[Clip], count: int) -> Generator[tuple[Clip, np.ndar
 
 
 def _read(video: str, clips: Sequence[Clip], count: int) -> Any:
-    """Decode a video once and yield each clip with its frames, uint8 [T, H, W, 3], as soon as they are complete."""
+    """Decode a video once and yield each clip with its frames, uint8 [T, H, W, 3], as soon as they are complete.
+
+    The decoder starts at the first of these clips: a film's clips fill many shards, and each of them would decode all
+    that lies before.
+    """
     waiting = {clip.id: (clip, list[np.ndarray]()) for clip in clips}
-    for number, (frame, _) in enumerate(ffmpeg.frames(Path(video))):
+    first = min(clip.start for clip in clips)
+    for number, (frame, _) in enumerate(ffmpeg.frames(Path(video), start=first), start=first):
         for clip, frames in list(waiting.values()):
             place = number - clip.start
             if place >= 0 and place % clip.step == 0:
