@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -48,23 +50,27 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
 
     pipeline: has at least one of diffusers' `UNetSpatioTemporalConditionModel`, `AutoencoderKLTemporalDecoder`,
         `PixArtTransformer2DModel` and `AutoencoderKL` (its `decode` runs fast), such as `StableVideoDiffusionPipeline`
-        and the PixArt pipelines. Its weights stay where they are; the first step packs a second copy of them. Weights
-        that were changed, moved or replaced are packed again at the next clip.
+        and the PixArt pipelines, or a U-Net of DepthCrafter or sv3d-diffusers. Its weights stay where they are; the
+        first step packs a second copy of them. Weights that were changed, moved or replaced are packed again at the
+        next clip.
     compile: as in `SVDPipeline`.
 
     What a twin cannot do runs as before, and `report` says why: LoRA layers that are not fused, gradients, autocast,
-    a subclass with its own `forward`, hooks (such as those of `enable_model_cpu_offload`), custom attention processors,
-    replaced or quantised modules, a module under `torch.compile`.
+    another class with its own `forward`, hooks (such as those of `enable_model_cpu_offload`), custom attention
+    processors, replaced or quantised modules, a module under `torch.compile`.
     Raises ReducioError for a pipeline without one of these networks, and for another `compile`.
     """
     validation.check_compile(compile, "fast", "asked for")
     networks, left = dict[str, _Accelerated](), dict[str, str]()
     engine = Engine(compile)
     for name, network in getattr(pipeline, "components", {}).items():
-        kind = next((kind for kind in _KINDS if kind.class_name in _class_names(network)), None)
-        if kind is None:
+        bases = [base.__name__ for base in type(network).__mro__]
+        kinds = [kind for kind in _KINDS if kind.class_name in bases]
+        if not kinds:
             continue
-        if why := kind.obstacle(network):
+        kind = next((kind for kind in kinds if kind.serves(network)), None)
+        why = kinds[0].not_served(network) if kind is None else kind.obstacle(network)
+        if kind is None or why is not None:
             left[name] = f"as before: {why}"
         else:
             networks[name] = kind(network, engine)
@@ -75,24 +81,50 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
     return Acceleration(networks, left)
 
 
-def _class_names(network: Any) -> list[str]:
-    return [base.__name__ for base in type(network).__mro__]
+def _owner(network: nn.Module, method: str) -> type:
+    """The class whose `method` the network runs."""
+    return next((base for base in type(network).__mro__ if method in vars(base)), object)
 
 
 class _Accelerated:
     """One network of diffusers, whose method `method` runs the twin."""
 
     class_name: str
+    source = "diffusers"  # the package that defines the class
+    diffusers_class: str | None = None  # diffusers' class with the same modules, if the source is not diffusers
+    modules: tuple[str, ...] = ()  # modules that the class has beside those of `diffusers_class`
     method: str
+    helpers: tuple[str, ...] = ()  # further methods of the class that `method` calls
     network_class: Any
     config_class: Any
 
     @classmethod
+    def serves(cls, network: nn.Module) -> bool:
+        """Whether the network runs the `method` that the twin stands for. What counts is the class that defines the
+        method: other packages have classes with diffusers' names, and subclasses with methods of their own."""
+        owner = _owner(network, cls.method)
+        if owner.__name__ != cls.class_name or any(_owner(network, name) is not owner for name in cls.helpers):
+            return False
+        method = vars(owner)[cls.method]
+        if method.__module__.split(".")[0] != owner.__module__.split(".")[0]:
+            return False  # it was replaced on the class
+        if cls.diffusers_class is None:
+            return owner.__module__.startswith("diffusers.")
+        # A copy of the class may lie in a package of any name, so the arguments and modules are compared as well.
+        takes, taken = (list(inspect.signature(run).parameters) for run in (cls.call, method))
+        return takes[2:] == taken[1:] and all(hasattr(network, name) for name in cls.modules)
+
+    @classmethod
+    def not_served(cls, network: nn.Module) -> str:
+        """The reason why no kind serves this network."""
+        kinds = [kind for kind in _KINDS if kind.network_class is cls.network_class]
+        known = " and ".join(f"{kind.class_name} ({kind.source})" for kind in kinds)
+        theirs = f"{type(network).__module__}.{type(network).__qualname__}"
+        return f"{theirs} has a {cls.method} of its own; supported is that of {known}"
+
+    @classmethod
     def obstacle(cls, network: nn.Module) -> str | None:
         """Why this network cannot be replaced; None if it can."""
-        own = next(base for base in type(network).__mro__ if base.__name__ == cls.class_name)
-        if getattr(type(network), cls.method) is not getattr(own, cls.method):
-            return f"{type(network).__name__} has a {cls.method} of its own"
         if cls.method in vars(network) or hasattr(network, "_hf_hook"):
             return f"its {cls.method} was replaced before, by hooks or by accelerate"
         return None
@@ -100,7 +132,10 @@ class _Accelerated:
     def __init__(self, network: nn.Module, engine: Engine) -> None:
         self.theirs, self.engine, self.state = network, engine, "fast"
         self.before: Callable[..., Any] = getattr(network, self.method)
-        self.adoption = Adoption(network, self.class_name, self.network_class, self.config_class, self.method)
+        # A subclass may build its blocks from other modules, so diffusers' class says which there must be.
+        builder = getattr(importlib.import_module("diffusers"), self.diffusers_class or self.class_name)
+        classes = (self.network_class, self.config_class)
+        self.adoption = Adoption(network, self.class_name, *classes, self.method, builder)
         self.seen: Any = None
         setattr(network, self.method, self.run)
 
@@ -155,7 +190,8 @@ class _Accelerated:
 
 class _UNet(_Accelerated):
     class_name, method = "UNetSpatioTemporalConditionModel", "forward"
-    network_class, config_class = VideoUNet, VideoUNetConfig
+    network_class = VideoUNet
+    config_class: Any = VideoUNetConfig
 
     def first_of_clip(self, *args: Any, **kwargs: Any) -> bool:
         """All steps of a clip get the same tensor of image embeddings."""
@@ -175,10 +211,53 @@ class _UNet(_Accelerated):
         from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionOutput
 
         time = torch.as_tensor(timestep, device=sample.device)
-        if time.ndim and not (time == time[0]).all():  # the twin has one table of embeddings for all clips
+        conditions = self.conditions(sample, encoder_hidden_states, added_time_ids)
+        # The twin has one table of embeddings for all clips.
+        if conditions is None or (time.ndim and not (time == time[0]).all()):
             return self.before(sample, timestep, encoder_hidden_states, added_time_ids, return_dict)
-        out = twin(sample, time, encoder_hidden_states, added_time_ids).to(sample.dtype)
+        out = twin(sample, time, *conditions)
         return UNetSpatioTemporalConditionOutput(sample=out) if return_dict else (out,)
+
+    def conditions(self, sample: Tensor, embeds: Tensor, added: Any) -> tuple[Tensor, Tensor] | None:
+        """The image's tokens and the time ids, as the twin takes them; None for others than the class documents."""
+        return embeds, added
+
+
+class _DepthCrafterUNet(_UNet):
+    """DepthCrafter reads a video, so each frame has an image token of its own: [B, T, E]."""
+
+    class_name, source = "DiffusersUNetSpatioTemporalConditionModelDepthCrafter", "DepthCrafter"
+    diffusers_class = "UNetSpatioTemporalConditionModel"
+
+    def conditions(self, sample: Tensor, embeds: Tensor, added: Any) -> tuple[Tensor, Tensor] | None:
+        return (embeds[:, :, None], added) if embeds.ndim == 3 and embeds.shape[:2] == sample.shape[:2] else None
+
+
+class _OrbitConfig:
+    """Reads sv3d-diffusers' configuration, which does not state that an angle is embedded in twice as many channels as
+    the noise augmentation."""
+
+    @staticmethod
+    def from_dict(stated: dict[str, Any]) -> VideoUNetConfig:
+        width = stated["addition_time_embed_dim"]
+        return VideoUNetConfig.from_dict(stated | {"addition_time_embed_dim": (width, 2 * width, 2 * width)})
+
+
+class _OrbitUNet(_UNet):
+    """sv3d-diffusers gives each frame its own camera: lists of noise augmentation, polar angle and azimuth, [B, T]."""
+
+    class_name, source = "SV3DUNetSpatioTemporalConditionModel", "sv3d-diffusers"
+    diffusers_class, modules = "UNetSpatioTemporalConditionModel", ("add_angle_proj",)
+    config_class = _OrbitConfig
+
+    def __init__(self, network: Any, engine: Engine) -> None:
+        super().__init__(network, engine)
+        self.adoption.built[0]["add_angle_proj"] = type(network.add_time_proj)
+
+    def conditions(self, sample: Tensor, embeds: Tensor, added: Any) -> tuple[Tensor, Tensor] | None:
+        if not isinstance(added, list) or [ids.shape for ids in added] != [sample.shape[:2]] * 3:
+            return None  # one tensor: each id is embedded as the noise augmentation is
+        return embeds, torch.stack(added, dim=-1)
 
 
 class _VAE(_Accelerated):
@@ -250,7 +329,7 @@ class _PixArt(_Accelerated):
 
 
 class _ImageVAE(_Accelerated):
-    class_name, method = "AutoencoderKL", "decode"
+    class_name, method, helpers = "AutoencoderKL", "decode", ("_decode",)
     network_class, config_class = ImageVAE, ImageVAEConfig
 
     def call(self, twin: Any, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
@@ -270,4 +349,4 @@ def _is_shared(timestep: Any) -> bool:
     return timestep.numel() == 1 or timestep.stride(0) == 0 or bool((timestep == timestep[0]).all())
 
 
-_KINDS: tuple[type[_Accelerated], ...] = (_UNet, _VAE, _PixArt, _ImageVAE)
+_KINDS: tuple[type[_Accelerated], ...] = (_UNet, _DepthCrafterUNet, _OrbitUNet, _VAE, _PixArt, _ImageVAE)

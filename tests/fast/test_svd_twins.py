@@ -80,16 +80,18 @@ def test_unet_in_half_precision(dtype: torch.dtype) -> None:
     assert_right(FastVideoUNet(half, plan(dtype))(**halved), half(**halved), oracle)
 
 
-@pytest.mark.parametrize("told", ["ids of the clip", "ids of a frame", "tokens of a frame", "the same ids"])
+@pytest.mark.parametrize(
+    "told", ["ids of the clip", "ids of a frame", "token of a frame", "tokens of a frame", "same ids"]
+)
 def test_what_each_frame_is_told(told: str) -> None:
     """SV3D gives each frame its own elevation and azimuth; frames of other clips share one row, on a shorter path."""
     model, _ = unets(32, 64)
     inputs, draw = unet_inputs(model.config, 4, (4, 4)), torch.Generator().manual_seed(2)
     if told == "ids of a frame":
         inputs["added_time_ids"] = 100 * torch.rand(2, 4, 3, generator=draw)
-    elif told == "tokens of a frame":
-        inputs["encoder_hidden_states"] = torch.randn(2, 4, 1, 24, generator=draw)
-    elif told == "the same ids":
+    elif "of a frame" in told:
+        inputs["encoder_hidden_states"] = torch.randn(2, 4, 1 if told == "token of a frame" else 2, 24, generator=draw)
+    elif told == "same ids":
         inputs["added_time_ids"] = inputs["added_time_ids"][:1].repeat(2, 1)
     oracle = copy.deepcopy(model).double()(**double(inputs))
     fast, eager = FastVideoUNet(model, plan())(**inputs), model(**inputs)

@@ -188,7 +188,7 @@ def test_subclasses_hooks_and_second_calls() -> None:
     assert again.report == {"unet": "as before: its forward was replaced before, by hooks or by accelerate"}
     acceleration.undo()
     left = accelerate(SimpleNamespace(components={"unet": another}))
-    assert left.report == {"unet": "as before: Another has a forward of its own"}
+    assert ".Another has a forward of its own; supported is that of UNetSpatioTemporal" in left.report["unet"]
     derived._hf_hook = object()
     assert "replaced before, by hooks" in accelerate(SimpleNamespace(components={"unet": derived})).report["unet"]
 

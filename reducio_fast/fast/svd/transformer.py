@@ -2,8 +2,8 @@
 
 What differs from the reference, and why:
 - The image is one token, and softmax over one token is 1. So cross-attention adds the constant W_o W_v e + b_o, which
-  is computed once per clip; its norm, queries, keys and attention are not computed. Several tokens, or one token per
-  frame, take the general path.
+  is computed once per clip; its norm, queries, keys and attention are not computed. The same holds for one token per
+  frame. Several tokens take the general path.
 - A block adds constants to all tokens of a frame: from cross-attention, positions and biases. The norms that read the
   residual stream add them, so they need no pass over memory. The same norms add the temporal block's residual and
   blend its result with the spatial block's.
@@ -203,10 +203,11 @@ class Transformer(nn.Module):
         rows = []
         for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
             in_space, in_time, blended = None, None, temporal.before.expand(position.shape)
-            if embeds.ndim == 3 and embeds.shape[1] == 1:
-                in_space, in_time = (
-                    block.attn2.constant(embeds[:, 0]).repeat_interleave(frames, 0) for block in (spatial, temporal)
-                )
+            if embeds.shape[-2] == 1:
+                token, first = embeds[..., 0, :], embeds.flatten(1, -2)[:, 0]  # blocks over time read the first frame's
+                in_space, in_time = spatial.attn2.constant(token), temporal.attn2.constant(first)
+                in_time = in_time.repeat_interleave(frames, 0)
+                in_space = in_space.repeat_interleave(frames, 0) if token.ndim == 2 else in_space.flatten(0, 1)
                 blended = blended + in_space
             rows.append(BlockRows(in_space, position + blended, in_time, blended.contiguous()))
         return rows

@@ -36,13 +36,24 @@ class Adoption:
     """A network of diffusers and ours on the same parameters.
 
     class_name: diffusers' class. replaced: name of a method of the network that `accelerate` may have replaced.
+    builder: the class whose modules ours stands for, if not that of the network, which may build others.
     """
 
-    def __init__(self, theirs: nn.Module, class_name: str, network_class: Any, config_class: Any, replaced: str = ""):
+    def __init__(
+        self,
+        theirs: nn.Module,
+        class_name: str,
+        network_class: Any,
+        config_class: Any,
+        replaced: str = "",
+        builder: Any = None,
+    ):
         self.theirs, self.class_name, self.replaced = theirs, class_name, replaced
         self.network_class, self.config_class = network_class, config_class
+        network_builder: Any = builder or type(theirs)
         with torch.device("meta"):
-            self.built = parts_of(type(theirs).from_config(theirs.config))  # type: ignore[attr-defined]
+            self.built = parts_of(network_builder.from_config(theirs.config))
+        self.built[0][""] = type(theirs)  # the network itself
         self._parameters: dict[str, int] | None = None
         self._network: Any = None
 
