@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import json
+import re
 import sqlite3
 import threading
 import time
@@ -382,3 +384,14 @@ def test_what_a_failed_job_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         await bench.dispatcher.drain(0)
 
     asyncio.run(run())
+
+
+def test_the_page_shows_the_newest_clips(front: Front) -> None:
+    """Of more than it shows, a reload had the oldest ones, and did not follow those in work."""
+    url, _, _ = front()
+    ids = [client_of(url).videos.create(prompt=f"{number}").id for number in range(22)]
+    with urllib.request.urlopen(url) as page:
+        listing = re.search(r'call\("(/v1/videos\?[^"]+)"\)', page.read().decode())
+    assert listing is not None
+    with urllib.request.urlopen(url + listing[1]) as answer:
+        assert [video["id"] for video in json.load(answer)["data"]] == ids[:1:-1]
