@@ -211,6 +211,7 @@ def _lines(path: Path) -> list[Row]:
 
 def _make(clips: Clips, task: Row) -> Any:
     """The output of one task; raises the errors of the call."""
+    from .clips import give_back_memory
     from .requests import FIELDS
 
     call = dict(task["call"])
@@ -227,7 +228,12 @@ def _make(clips: Clips, task: Row) -> Any:
         del call["prompt"]
     if call.get("fps", 0) > 0:  # the call refuses others
         check_format(task["path"], call["fps"], encoding=clips.encoding)
-    return clips.pipe(**call, progress=False)
+    # Latents whose decode runs out of memory: a server hands them to its client, here they stay beside the clips.
+    clips.pipe.rescue_folder = Path(task["path"]).parent
+    try:
+        return clips.pipe(**call, progress=False)
+    finally:
+        give_back_memory()
 
 
 def _save(output: Any, task: Row, encoding: str) -> Row:

@@ -171,7 +171,7 @@ class Clips:
             for file in Path(self._rescue.name).iterdir():  # of a decode that ran out of memory
                 latents.append(file.read_bytes())
                 file.unlink(missing_ok=True)
-            _give_back_memory()
+            give_back_memory()
         return output, self._peak_bytes(), time.perf_counter() - start
 
     def _encode(self, output: Any, factor: int | None) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -312,7 +312,7 @@ def _sheet(pictures: list[Any]) -> Any:
     return sheet
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Return free memory to the system. glibc keeps what clips of mixed sizes fragment: 0.77 GB after fifty sizes of
     the default model on a CPU, all of which this returns."""
     if sys.platform == "linux":
