@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import sys
@@ -23,7 +22,6 @@ from reducio_fast.evaluation import calibration, reconstruction, video_report
 from reducio_fast.evaluation.networks import ClipNetwork, FrechetDistance, InceptionScore, prepare
 from reducio_fast.evaluation.published import autoencoder_table
 from reducio_fast.evaluation.vbench import run_vbench
-from reducio_fast.media import ffmpeg
 from reducio_fast.media.perceptual import Perceptual
 from reducio_fast.media.pixels import to_unit
 from reducio_fast.media.video_files import write_video
@@ -186,30 +184,6 @@ def test_clips_to_calibrate_on_are_taken_in_turn_and_decoded_when_needed(videos:
     monkeypatch.setattr(calibration, "_clips_of", clips_of)
     assert list(calibration.video_clips([videos], 64, 16, 1)) == ["cut.mp4 0"] and opened == ["cut.mp4"]
     assert list(calibration.video_clips([videos], 64, 16, 9)) == ["cut.mp4 0", "still.mp4 0", "cut.mp4 1", "cut.mp4 2"]
-
-
-def test_no_video_is_open_between_two_clips_to_calibrate_on(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clips are those of `windows`."""
-    frames, is_open = ffmpeg.frames, list[Path]()
-
-    def counted(path: Path, start: int = 0):
-        is_open.append(path)
-        try:
-            yield from frames(path, start)
-        finally:
-            is_open.remove(path)
-
-    monkeypatch.setattr(ffmpeg, "frames", counted)
-    for i in range(3):
-        shutil.copy(videos / "cut.mp4", tmp_path / f"{i}.mp4")
-    taken = []
-    for clip in calibration.video_clips([tmp_path], 64, 16, 6):
-        taken.append(clip)
-        assert not is_open
-    expected = list(itertools.islice(video_report.windows(str(videos / "cut.mp4"), 64, 16), 2))
-    assert len(taken) == 6 and all(np.array_equal(clip, expected[i // 3]) for i, clip in enumerate(taken))
 
 
 @pytest.mark.parametrize(
