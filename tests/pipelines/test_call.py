@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from reducio_fast import ReducioPipeline
+from reducio_fast.pipelines.call.output import ByteFrames
 from reducio_fast.pipelines.reducio.encoders import ContentEncoder, TextEncoder
 from reducio_fast.system.errors import ReducioError
 
@@ -217,3 +218,11 @@ def test_frames_go_through_export_to_video_of_diffusers(pipe: ReducioPipeline, c
     assert fps == 12 and frames.shape == clip.frames.shape
     error = np.abs(frames.astype(int) - clip.frames).mean()
     assert error < np.abs(frames.astype(int) - clip.frames[::-1]).mean() and error < 12, error
+
+
+def test_numbers_computed_from_frames_are_plain() -> None:
+    frames = np.arange(48, dtype=np.uint8).reshape(4, 2, 2, 3).view(ByteFrames)
+    assert type(frames.mean()) is np.float64 and round(frames.mean(), 1) == 23.5
+    assert type(frames / 255) is type(frames.sum(0)) is np.ndarray and type(frames[0]) is ByteFrames
+    with pytest.raises(ReducioError, match="are bytes from 0 to 255 already"):
+        frames * 255

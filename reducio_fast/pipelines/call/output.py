@@ -174,6 +174,10 @@ class ByteFrames(np.ndarray):
 
     __rmul__ = __mul__
 
+    def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
+        """What NumPy computes from frames is a plain array or number: a sum of this class could not be rounded."""
+        return array if array is self else np.asarray(array)[()]
+
 
 class FrameImage(Image.Image):
     """One frame. Raises ReducioError when it is indexed, as if it were a list of frames."""
