@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -39,7 +38,7 @@ def map_on_ray(
 
         def run(row: dict[str, Any]) -> dict[str, Any]:
             try:
-                outcome = {"result": function(pickle.loads(row["task"]))}
+                outcome = {"result": function(row["task"])}
             except Exception as error:
                 if not (isinstance(error, ReducioError | OSError) or is_out_of_memory(error)):
                     raise
@@ -49,7 +48,7 @@ def map_on_ray(
         # Ray ends a process after each task that uses a GPU unless `max_calls` is 0; what it has loaded would be lost.
         options = {"num_gpus": 1, "max_calls": 0} if gpu else {}
         # Each row holds its own task alone: with one list of all of them every task would unpickle the whole list.
-        rows = ray_data.from_items([{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
+        rows = ray_data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
         for row in rows.map(run, num_cpus=1, **options).iter_rows():
             outcome = json.loads(row["outcome"])
             if "failure" in outcome:
