@@ -76,5 +76,5 @@ def skipped(builds: list) -> list[str]:
     if any(b.code is None and b.registers for b in builds):
         notes.append("no nvdisasm here (pip install nvidia-cuda-nvdisasm): NVIDIA's machine code was not read")
     if not held(VERSION):
-        notes.append(f"limits of counts are those of Triton {limits()['triton']}, not of {VERSION}: not held")
+        notes.append(f"limits of counts are those of Triton {' and '.join(limits())}, not of {VERSION}: not held")
     return notes

@@ -48,10 +48,10 @@ def _build(arch: str, op: str, only: str) -> list:
     from ..compile import aot
     from ..compile.targets import TARGETS
     from ..triton_kernels.registry import OPS
-    from .machine_limits import divides, exceeded, held
+    from .machine_limits import divides, exceeded
 
     def judged(build: aot.Build) -> aot.Build:
-        problems = (*build.problems, *divides(build), *(exceeded(build) if held(aot.VERSION) else ()))
+        problems = (*build.problems, *divides(build), *exceeded(build))
         return dataclasses.replace(build, problems=problems)
 
     builds = aot.build_all((v for v in OPS[op].variants(arch) if only in v.name), TARGETS[arch])

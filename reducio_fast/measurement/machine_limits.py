@@ -1,9 +1,9 @@
 """The limits of `compile-check` for the machine code of the hottest kernels, and the rates that it predicts for them.
 
-`machine_limits.json` has, for each target and build, upper and lower limits for counts of `compile.machine_code`, and
-`measured`, the FLOP/s on the card once they are measured. The limits hold for the Triton version that the file names.
-With another version registers and instructions differ, so the counts are shown and not checked. Spills, hazards,
-missing matrix instructions and divisions are wrong with any version.
+`machine_limits.json` has, for each version of Triton, target and build, upper and lower limits for counts of
+`compile.machine_code`, and `measured`, the FLOP/s on the card once they are measured. With a version that the file does
+not name registers and instructions differ, so the counts are shown and not checked. Spills, hazards, missing matrix
+instructions and divisions are wrong with any version.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..compile.aot import Build
+from ..compile.aot import VERSION, Build
 from ..fast.launches import keys_of
 from ..triton_kernels import quantised_conv3d
 from ..triton_kernels.conv3d import blocks_for
@@ -25,15 +25,20 @@ from .rate_model import CHIPS, attention, blocks_at_once, convolution, rate
 
 
 @functools.cache
-def limits() -> dict[str, Any]:
+def limits() -> dict[str, dict[str, Any]]:
+    """Targets and their builds, by Triton's major and minor version."""
     text = (resources.files(__package__) / "machine_limits.json").read_text(encoding="utf-8")
-    data: dict[str, Any] = json.loads(text)
+    data: dict[str, dict[str, Any]] = json.loads(text)
     return data
 
 
 def held(version: str) -> bool:
     """Whether the counts are checked against their limits with this version of Triton."""
-    return version.split(".")[:2] == limits()["triton"].split(".")
+    return _minor(version) in limits()
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def counts(build: Build) -> dict[str, int]:
@@ -45,9 +50,10 @@ def counts(build: Build) -> dict[str, int]:
     return numbers | ({"blocks": blocks_at_once(build)} if build.arch in CHIPS else {})
 
 
-def exceeded(build: Build) -> list[str]:
-    """One line for each limit that a build breaks."""
-    entry, numbers = limits()["targets"].get(build.arch, {}).get(build.variant, {}), counts(build)
+def exceeded(build: Build, version: str = VERSION) -> list[str]:
+    """One line for each limit that a build by this version of Triton breaks."""
+    targets, numbers = limits().get(_minor(version), {}), counts(build)
+    entry = targets.get(build.arch, {}).get(build.variant, {})
     if not numbers or build.problems:
         return []
     too_many = [
@@ -81,10 +87,11 @@ class Prediction:
 
 def prediction(build: Build) -> Prediction | None:
     """The prediction for a hot shape; None for other builds."""
-    entry = limits()["targets"].get(build.arch, {}).get(build.variant)
+    known = [targets[build.arch] for targets in limits().values() if build.variant in targets.get(build.arch, {})]
     problem = PROBLEMS.get(build.variant)
-    if entry is None or problem is None:
+    if not known or problem is None:
         return None
+    entry = limits().get(_minor(VERSION), {}).get(build.arch, {}).get(build.variant, {})
     op, what, numbers = problem
     if op == "attention":
         B, L, S, N, D = numbers
