@@ -2,7 +2,7 @@
 # Trains the paper's four ablations on drawn scenes with known captions: benchmarks/ablations.sh OUT
 #
 # Writes OUT/NAME.csv, a row a run with its figures on held-out clips, and OUT/NAME-curves.csv, its training curve in 20
-# means. A second call goes on where the first one was stopped. SEEDS: runs a variant (default 2). Takes about three hours
+# means. A second call goes on where the first one was stopped. SEEDS: runs a variant (default 2). Takes three to four hours
 # of one core of a Xeon. Needs pip install ".[train,curate]".
 set -euo pipefail
 
