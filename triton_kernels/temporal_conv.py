@@ -151,6 +151,7 @@ def twin(
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
     taps = [(before, weight[0]), (frame, weight[len(weight) // 2]), (after, weight[-1])]
     taps = [(source, tap) for source, tap in taps if source is not None]
+    addend = residual  # what is added after the products
     if frame.numel() > SMALL:
         out = frame.new_empty(*frame.shape[:-1], weight.shape[-1])
         for item, y in enumerate(out):
@@ -164,10 +165,10 @@ def twin(
         out = torch.addmm(bias, rows, together).view(*frame.shape[:-1], -1)
     else:
         # A product that adds what is there saves a pass over the result; the smaller addend comes last.
-        out, residual = (bias, None) if residual is None else (residual, bias)
+        out, addend = (bias, None) if residual is None else (residual, bias)
         for source, tap in taps:
             out = torch.baddbmm(out, source, tap.expand(len(frame), -1, -1))
-    out = out if residual is None else out.add_(residual)
+    out = out if addend is None else out.add_(addend)
     return F.pad(out, (0, room)) if room else out
 
 

@@ -17,6 +17,7 @@ from ..media.pixels import to_unit
 from ..system.errors import ReducioError
 from .curation import manifest
 
+MOST_READERS = 8  # threads that read clips; each holds the frames of a clip in the video's own size
 TRIES = 8  # consecutive clips that cannot be used before `ClipFiles.draw` raises
 
 

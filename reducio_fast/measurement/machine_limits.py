@@ -87,9 +87,9 @@ class Prediction:
 
 def prediction(build: Build) -> Prediction | None:
     """The prediction for a hot shape; None for other builds."""
-    known = [targets[build.arch] for targets in limits().values() if build.variant in targets.get(build.arch, {})]
+    hot = any(build.variant in targets.get(build.arch, {}) for targets in limits().values())
     problem = PROBLEMS.get(build.variant)
-    if not known or problem is None:
+    if not hot or problem is None:
         return None
     entry = limits().get(_minor(VERSION), {}).get(build.arch, {}).get(build.variant, {})
     op, what, numbers = problem

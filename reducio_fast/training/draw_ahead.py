@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from ..data.clip_files import MOST_READERS
 from ..system import cores
 from .loop import LoopConfig
 
 _Row = TypeVar("_Row")
-MOST_THREADS = 8  # each holds the frames of a clip in the video's own size
 
 
 class DrawAhead(Generic[_Row]):
@@ -26,7 +26,7 @@ class DrawAhead(Generic[_Row]):
     def __init__(self, draw: Callable[[int, int], _Row], batch: int, loop: LoopConfig, world_size: int = 1) -> None:
         self._draw, self._loop, self._world_size = draw, loop, world_size
         self._share = batch // loop.micro_batches
-        threads = min(MOST_THREADS, max(1, cores.usable() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        threads = min(MOST_READERS, max(1, cores.usable() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self._threads, self._ahead = ThreadPoolExecutor(threads, "draw-ahead"), max(threads, self._share)
         self._begun: dict[tuple[int, int], Future[_Row]] = {}
 

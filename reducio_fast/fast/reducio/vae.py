@@ -28,7 +28,6 @@ from ...compile.compiled_blocks import Regional
 from ...compile.graphs import Graphs
 from ...reference import ReducioVAE, cancellation
 from ...reference.reducio import vae as ref
-from ...reference.reducio.fusion import AddFusion, AttentionFusion, LinearFusion, place_table
 from ...reference.reducio.tiling import blend_grid, stitch, tile_grid
 from ...triton_kernels.upsample_conv3d import fold_weight
 from ..packed_layers import (
@@ -46,6 +45,7 @@ from ..packed_layers import (
 )
 from ..parallel import Ranks
 from ..plan import Plan
+from .fusion import fusions
 
 Features = list[Tensor]  # those of the reference that the decoder reads, [N, 1, H, W, C]
 
@@ -139,7 +139,7 @@ class FastUpsample(nn.Module):
 class FastMiddle(nn.Module):
     def __init__(self, middle: ref.Middle, plan: Plan, path: str, whole: bool = True) -> None:
         super().__init__()
-        self.fuse = _fusions(middle, plan, path)
+        self.fuse = fusions(middle, plan, path)
         self.block_1 = FastResBlock(middle.block_1, plan, f"{path}.block_1", stats=not self.fuse)
         self.attn_1 = FastSelfAttention(middle.attn_1, plan, f"{path}.attn_1")
         self.block_2 = FastResBlock(middle.block_2, plan, f"{path}.block_2") if whole else None
@@ -210,7 +210,7 @@ class FastContentEncoder(Regional):
 class FastDecoderLevel(nn.Module):
     def __init__(self, level: ref.DecoderLevel, plan: Plan, path: str) -> None:
         super().__init__()
-        self.fuse = _fusions(level, plan, path)
+        self.fuse = fusions(level, plan, path)
         self.upsample = FastUpsample(level.upsample, plan, f"{path}.upsample") if hasattr(level, "upsample") else None
         # The first blocks are followed by a fusion, by the second blocks or, without either, by what follows those.
         normed = self.upsample is None  # a norm follows: the next level's first, or the decoder's last
@@ -267,67 +267,6 @@ class FastWarp(nn.Module):
     def forward(self, mixed: Tensor, z: Tensor, image: Tensor) -> Tensor:
         coarse = F.linear(F.silu(self.hidden(pad(z, self.hidden.padding)).x), self.flow_weight, self.flow_bias)
         return self.run(mixed.contiguous(), coarse, image[:, 0].contiguous(), self.cell)
-
-
-class FastAttentionFusion(nn.Module):
-    """Content keys and values are computed once and serve every frame. With windows, the reference's own code runs."""
-
-    def __init__(self, fusion: AttentionFusion, plan: Plan, path: str) -> None:
-        super().__init__()
-        self.windowed = fusion
-        self.pos_embed = frozen(fusion.pos_embed[0, :, 0])
-        self.norm, self.num_heads, self.cells = fusion.norm, fusion.attn.num_heads, fusion.cells
-        self.to_q, self.to_out = fusion.attn.to_q, fusion.attn.to_out[0]
-        self.kv_weight = frozen(torch.cat([fusion.attn.to_k.weight, fusion.attn.to_v.weight]))
-        self.attend = plan.pick(path, "attention", f"fusion {len(self.to_out.weight) // self.num_heads}")
-
-    def forward(self, act: Activation, content: Tensor) -> Activation:
-        N, T, H, W, C = act.x.shape
-        reference = self.windowed
-        x, image = channels_first(act.x), channels_first(content)[:, :, 0]
-        if reference.windows(x.shape, image.shape) is not None:
-            return Activation(channels_last(reference(x, image)))
-        y = act.x + self.pos_embed[None, :, None, None]
-        h, kv = self.norm(y), F.linear(content.flatten(1, 3), self.kv_weight)
-        if self.cells is not None:
-            h = h + place_table(H, W, C, self.cells[0], h).movedim(0, -1)
-            places = place_table(*content.shape[2:], self.cells[1], content).flatten(1).T
-            kv[..., :C] += F.linear(places, self.kv_weight[:C])  # only to the keys
-        q = self.to_q(h).view(N, T * H * W, self.num_heads, -1)
-        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        return Activation(y + self.to_out(self.attend(q, k, v).flatten(2)).view(y.shape))
-
-
-class FastAddFusion(nn.Module):
-    def __init__(self, fusion: AddFusion, plan: Plan, path: str) -> None:
-        super().__init__()
-        self.conv_context = FastConv(fusion.conv_context, plan, f"{path}.conv_context")
-        self.temp_embed = frozen(fusion.temp_embed[0, :, :, 0, 0].T)
-        self.conv, self.norm = (
-            FastConv(fusion.conv, plan, f"{path}.conv", stats=True),
-            FastNorm(fusion.norm, plan, f"{path}.norm"),
-        )
-
-    def forward(self, act: Activation, content: Tensor) -> Activation:
-        image = _same_grid(self.conv_context(pad(content, self.conv_context.padding)).x, act.x)
-        mixed = self.conv(pad(act.x + (image + self.temp_embed[None, :, None, None]), self.conv.padding))
-        return Activation(act.x + self.norm(mixed))
-
-
-class FastLinearFusion(nn.Module):
-    """The map over frames [T, T + 1] as one matrix product; the content frame's column comes last."""
-
-    def __init__(self, fusion: LinearFusion, plan: Plan, path: str) -> None:
-        super().__init__()
-        self.conv_context = FastConv(fusion.conv_context, plan, f"{path}.conv_context")
-        self.weight = frozen((fusion.conv.weight * fusion.visible).flatten(1))
-        self.bias = fusion.conv.bias
-        self.norm = FastNorm(fusion.norm, plan, f"{path}.norm")
-
-    def forward(self, act: Activation, content: Tensor) -> Activation:
-        image = _same_grid(self.conv_context(pad(content, self.conv_context.padding)).x, act.x)
-        mixed = torch.matmul(self.weight, torch.cat([act.x, image], dim=1).flatten(2)) + self.bias[:, None]
-        return Activation(act.x + self.norm(Activation(mixed.view(act.x.shape))))
 
 
 class FastReducioVAE(nn.Module):
@@ -482,21 +421,3 @@ def _res_blocks(blocks: nn.ModuleList, plan: Plan, path: str, stats: bool) -> nn
     return nn.ModuleList(
         FastResBlock(block, plan, f"{path}.{i}", stats=stats or i < last) for i, block in enumerate(blocks)
     )
-
-
-def _fusions(owner: nn.Module, plan: Plan, path: str) -> nn.ModuleList:
-    twins: dict[type, Callable[..., nn.Module]] = {
-        AttentionFusion: FastAttentionFusion,
-        AddFusion: FastAddFusion,
-        LinearFusion: FastLinearFusion,
-    }
-    chain = getattr(owner, "fuse", ())
-    return nn.ModuleList(twins[type(fusion)](fusion, plan, f"{path}.fuse.{i}") for i, fusion in enumerate(chain))
-
-
-def _same_grid(content: Tensor, x: Tensor) -> Tensor:
-    """Cut the content [N, 1, H, W, C] to the video's grid, as the reference does in the tiled path."""
-    H, W = x.shape[2:4]
-    if content.shape[2] < H or content.shape[3] < W:
-        raise ValueError(f"content feature is {tuple(content.shape[2:4])}, smaller than the video's {(H, W)}")
-    return content[:, :, :H, :W]

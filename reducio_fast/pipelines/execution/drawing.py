@@ -23,9 +23,7 @@ logger = logging.getLogger(__name__)
 # rewrite the prompt.
 PIPELINE_KWARGS: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
 # PixArt-alpha's, for a pipeline whose own default is None.
-STEPS = 20
-GUIDANCE = 4.5
-DEFAULTS: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+DEFAULTS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.5}
 # What a pipeline raises for an argument that it takes and cannot follow.
 WRONG_ARGUMENT = (ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError)
 OURS = ("prompt", "negative_prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")

@@ -32,6 +32,7 @@ from ...checkpoints.networks import load_foreign, load_model, read_config
 from ...checkpoints.strict_files import INDEX as MODEL_INDEX
 from ...checkpoints.strict_files import embedded_model, read_json
 from ...data import latent_shards
+from ...data.clip_files import MOST_READERS
 from ...data.curation import manifest
 from ...data.curation.on_ray import map_on_ray
 from ...data.latent_shards import About, Clip, Shard
@@ -48,7 +49,6 @@ from ...system.errors import ReducioError, first_line, lacks_space
 from ...system.paths import is_file, missing_room
 
 ENCODERS = ("vae", "content_encoder", "image_encoder", "text_encoder", "tokenizer")
-MOST_READERS = 8  # threads that decode videos; each holds the frames of a clip in the video's own size
 RATE = 16.0  # the release's training frame rate: every round(fps / 16)-th frame of a video is used
 
 

@@ -20,7 +20,7 @@ from ...checkpoints.diffusers_folders import save_text_to_image
 from ...checkpoints.networks import quiet_transformers
 from ...data import toy_world
 from ...data.toy_detector import detect
-from ...pipelines.execution.drawing import PIPELINE_KWARGS, STEPS, own_defaults
+from ...pipelines.execution.drawing import DEFAULTS, PIPELINE_KWARGS, own_defaults
 from ...system.atomic_files import written_whole
 from ..loop import LoopConfig
 from ..mixed_precision import autocast
@@ -176,7 +176,7 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: list[str], seeds: range) -> np.
     """Draw content frames, uint8 [B, H, W, 3], with the video pipeline's arguments."""
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    kwargs = {"num_inference_steps": STEPS, **own_defaults(pipeline), **PIPELINE_KWARGS}
+    kwargs = {**DEFAULTS, **own_defaults(pipeline), **PIPELINE_KWARGS}
     images = pipeline(prompts, generator=generators, output_type="np", **kwargs).images
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
 
