@@ -152,8 +152,8 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..pipelines.parallel import count_processes
     from ..system.devices import resolve_device
 
-    fps = arguments.fps or registry.find(arguments.model, arguments.variant).fps
-    rate = (fps or TRIAL_RATE) * (arguments.interpolate or 1)
+    model = registry.find(arguments.model, arguments.variant)
+    rate = (arguments.fps or model.fps or TRIAL_RATE) * (arguments.interpolate or 1)
     check_output_path(first_path, rate, arguments.height, arguments.width, encoding=arguments.encoding)
     validation.check_count("--num-videos", arguments.num_videos, validation.MAX_VIDEOS)
     for path in numbered(arguments.out, arguments.num_videos)[1:] if several else ():
@@ -201,9 +201,8 @@ def run(arguments: argparse.Namespace) -> Printed:
     timings = {**out.timings, "total": time.perf_counter() - started}  # the total includes loading
 
     frames, height, width = out.frames.shape[-4:-1]
-    defaults = registry.call_defaults(arguments.model)
     shown = {name: value for name, value in kwargs.items() if name != "callback_on_step_end"}
-    config = {name: defaults.get(name) if value is None else value for name, value in shown.items()}
+    config = {name: model.call_defaults.get(name) if value is None else value for name, value in shown.items()}
     config |= {"num_frames": frames, "height": height, "width": width, "seed": out.seed}
     config["model"] = config["model"] or "the embedded default"
     result = {

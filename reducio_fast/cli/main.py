@@ -75,6 +75,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Raises OSError where the text cannot be written; argparse's own method ignores that."""
+        stream = sys.stderr if file is None else file
+        stream.write(message)
+        stream.flush()
+
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; its result names the module in `command_module`."""
@@ -107,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    arguments = parser().parse_args(argv)
+    arguments = _parsed(argv)
     try:
         with _terminated_as_an_exception(), cache_folder.for_compilers(), cores.sleeping_threads():
             return _run(arguments)
@@ -120,6 +126,18 @@ def _main(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print(f"reducio-fast {arguments.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Raises SystemExit after a help or an error, as argparse does, and where the help cannot be written."""
+    try:
+        return parser().parse_args(argv)
+    except OSError as error:
+        redirect_to_null(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        print(f"reducio-fast: error: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _run(arguments: argparse.Namespace) -> int:

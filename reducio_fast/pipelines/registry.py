@@ -239,16 +239,6 @@ def _check_call(family: Any, kwargs: dict[str, Any]) -> None:
         raise ReducioError(f"{unknown[0]}: no argument of a {name} model; known are {', '.join(call)}")
 
 
-def call_defaults(model: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Arguments of a call of this model that have a default, with their defaults. Loads nothing."""
-    if isinstance(model, str) and (model.partition(":")[0] in WORDS or model == strict_files.SVD_TINY):
-        return _defaults(SVDPipeline.__call__)
-    if (folder := _own_folder(model)) is not None:
-        return _defaults(FAMILIES[str(_family_of(folder))].__call__)
-    source = peers.find(model)
-    return _defaults(ReducioPipeline.__call__) if source is None else source.defaults
-
-
 def _defaults(call: Callable[..., Any]) -> dict[str, Any]:
     parameters = inspect.signature(call).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}

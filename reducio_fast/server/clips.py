@@ -247,8 +247,6 @@ class _Progress:
         self.pipe, self.parts, self.reached = pipe, 0, 0
         self.steps = call.get("num_inference_steps") or defaults.get("num_inference_steps") or 1  # of a peer
         self.videos = call.get("num_videos_per_prompt", 1)
-        # The first stage chooses its number of steps itself; PixArt's default is 20.
-        self.content_steps = (call.get("content_kwargs") or {}).get("num_inference_steps", 20)
 
     def __call__(self, stage: str, step: int) -> int:
         request = getattr(getattr(self.pipe, "call", None), "request", None)
@@ -258,7 +256,9 @@ class _Progress:
         begin, end = SPANS.get(stage, (DECODING, DECODING))
         share = 0.0
         if stage == "content.generate":
-            share = step / self.content_steps
+            from ..pipelines.execution.drawing import drawing_steps
+
+            share = step / drawing_steps(self.pipe.text_to_image, request.content_kwargs)
         elif stage == "dit.step":
             done = min(1.0, step / (getattr(request, "num_inference_steps", None) or self.steps))
             share = (max(0, self.parts - 1) + done) / clips

@@ -79,7 +79,7 @@ def make_clips(
     models stay loaded. `preview(picture)` gets a film strip, uint8 [H, 4 W, 3], of the fast path's unfinished clip
     every `steps // 5` steps. `steps` and `guidance_scale` default to those of the model. Raises ReducioError.
     """
-    defaults = registry.call_defaults(kwargs.get("model"))
+    defaults = registry.find(kwargs.get("model")).call_defaults
     steps = defaults["num_inference_steps"] if steps is None else steps
     guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     frames, clips = kwargs.get("num_frames") or 16, kwargs.get("num_videos_per_prompt", 1)
@@ -182,7 +182,7 @@ def call_options(
 ) -> dict[str, Any]:
     """The controls' values as arguments of the model's call: those that it takes and that the page shows.
 
-    `defaults` are the call's (`registry.call_defaults`). SVD's clips keep their own number of frames.
+    `defaults` are the call's (`registry.Model`). SVD's clips keep their own number of frames.
     """
     options: dict[str, Any] = {}
     if "loop" in defaults:
@@ -196,7 +196,7 @@ def call_options(
 
 def page(kwargs: dict[str, Any]) -> Any:
     """The page, a `gradio.Blocks` that is not yet served. `kwargs` go to `generate` with each click."""
-    defaults = registry.call_defaults(kwargs.get("model"))
+    defaults = registry.find(kwargs.get("model")).call_defaults
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it at import; no usage data is sent
     try:
         import gradio as gr

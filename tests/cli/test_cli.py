@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from reducio_fast.checkpoints import hub
+from reducio_fast.checkpoints.strict_files import SVD_TINY, embedded_model
 from reducio_fast.cli import main
 from reducio_fast.media.similarity import psnr
 from reducio_fast.media.video_files import read_video, write_video
@@ -386,3 +388,13 @@ def test_parity_holds_on_the_default_model(capsys: pytest.CaptureFixture[str]) -
     stages = {row["what"].split(": ")[1] for row in result["rows"]}
     assert stages == {"vae.encode", "vae.decode", "dit.step", "20 steps with guidance", "end to end"}
     assert result["wrong"] == 0 and all(0 < row["error"] <= row["limit"] for row in result["rows"])
+
+
+def test_the_summary_names_the_defaults_of_a_hub_id_s_family(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "find_model", lambda *given, **kwargs: embedded_model(SVD_TINY))
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    argv = ["generate", "--model", "some/clips", "--image", str(tmp_path / "x.png"), "--num-inference-steps", "2"]
+    assert run([*argv, "--out", str(tmp_path / "c.gif"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["max_guidance_scale"] == 3.0

@@ -43,7 +43,7 @@ def test_a_terminal_that_cannot_show_the_prompt(tmp_path: Path) -> None:
     assert done.returncode == 0 and "? circle" in done.stdout and (tmp_path / "c.gif").is_file()
 
 
-@pytest.mark.parametrize("arguments", [["env"], ["env", "--json"]])
+@pytest.mark.parametrize("arguments", [["env"], ["env", "--json"], ["--help"], ["generate", "--help"], ["--version"]])
 def test_a_reader_that_has_gone(arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -52,10 +52,11 @@ def test_a_reader_that_has_gone(arguments: list[str]) -> None:
     assert done.returncode == 128 + signal.SIGPIPE and done.stderr == ""
 
 
-def test_an_output_that_is_full() -> None:
+@pytest.mark.parametrize(("argument", "name"), [("env", "reducio-fast env"), ("--help", "reducio-fast")])
+def test_an_output_that_is_full(argument: str, name: str) -> None:
     with open("/dev/full", "w") as full:
-        done = run("env", stdout=full, stderr=subprocess.PIPE, capture_output=False)
-    assert done.returncode == 2 and done.stderr == "reducio-fast env: error: No space left on device\n"
+        done = run(argument, stdout=full, stderr=subprocess.PIPE, capture_output=False)
+    assert done.returncode == 2 and done.stderr == f"{name}: error: No space left on device\n"
 
 
 @pytest.mark.parametrize(

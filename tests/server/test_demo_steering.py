@@ -42,14 +42,14 @@ def test_seeds_side_by_side_with_the_motion_of_a_clip(bundle: Path, tmp_path: Pa
     assert read_video(smooth.path)[1] == smooth.out.fps
 
 
-@pytest.mark.parametrize("model", [None, "svd", "ltx"])
+@pytest.mark.parametrize("model", [None, "svd:random", "ltx:random"])
 def test_a_click_passes_only_what_the_model_takes(model: str | None) -> None:
     """In particular SVD's clips keep their own number of frames: the page shows no slider for them."""
-    defaults = registry.call_defaults(model)
+    defaults = registry.find(model).call_defaults
     options = demo_page.call_options(defaults, 16, 2, True, 0.5, True, "blue")
     assert set(options) <= {*defaults, "negative_prompt"} and options["negative_prompt"] == "blue"
     assert ("num_frames" in options) == ("motion_strength" in options) == (model is None)
-    assert ("loop" in options) == (model in (None, "svd"))
+    assert ("loop" in options) == (model in (None, "svd:random"))
 
 
 def test_mistakes_reach_the_page(bundle: Path, tmp_path: Path) -> None:

@@ -165,6 +165,13 @@ def call_defaults(pipeline: Any) -> tuple[dict[str, Any], bool]:
     return {name: own.get(name, default) for name, default in defaults.items()}, takes_any
 
 
+def drawing_steps(pipeline: Any, kwargs: dict[str, Any]) -> int:
+    """The number of steps in which the pipeline draws a picture, called with `kwargs`."""
+    asked = call_defaults(pipeline)[0] | kwargs
+    placed = asked.get("timesteps") or asked.get("sigmas")
+    return len(placed) if placed else asked.get("num_inference_steps") or 1
+
+
 def own_defaults(pipeline: Any) -> dict[str, Any]:
     """The defaults that the pipeline's folder sets for a call: `_call_defaults` of its model_index.json."""
     return getattr(pipeline, "call_defaults", None) or {}
