@@ -21,6 +21,7 @@ from torch.library import custom_op
 from .launch import TYPES, Variant, launcher, on_device, triton_op, use_descriptors
 from .shape_checks import check_contiguous, check_multiple, check_shape, check_tensors
 from .tables import OPTIONS, Settings, arch_of, settings
+from .winograd import LEAST, convolve_by_winograd
 
 OP = "conv3d"
 
@@ -352,15 +353,17 @@ def twin(
     back: int = 0,
     halo: bool = False,
     pad: bool = False,
+    winograd: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile per item.
 
     `pad`: the input has no border; the library pads with zeros on all sides, which costs a CPU less than writing them.
+    `winograd`: see `convolve`.
     """
     C = x_padded.shape[-1]
     kernel = weight.view(len(weight), -1, 3, 3, C).permute(0, 4, 1, 2, 3)
     border = [size // 2 if pad else 0 for size in kernel.shape[2:]]
-    y = convolve(x_padded.permute(0, 4, 1, 2, 3), kernel, bias, border).permute(0, 2, 3, 4, 1)
+    y = convolve(x_padded.permute(0, 4, 1, 2, 3), kernel, bias, border, winograd).permute(0, 2, 3, 4, 1)
     if residual is not None:
         y = y + residual
     return with_halo(y, front, back, halo), statistics(y) if stats else y.new_empty(0, dtype=torch.float32)
@@ -369,25 +372,41 @@ def twin(
 ONE_DNN = torch.backends.mkldnn.is_available()
 
 
-def convolve(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int] = (0, 0, 0)) -> Tensor:
-    """`F.conv3d`, but by oneDNN at every size on a CPU: up to N*C*T*H = 20480 torch unfolds, 2 to 10 times slower."""
+def convolve(
+    x_NCTHW: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int] = (0, 0, 0),
+    winograd: bool = False,
+) -> Tensor:
+    """`F.conv3d`, but by oneDNN at every size on a CPU: up to N*C*T*H = 20480 torch unfolds, 2 to 10 times slower.
+    With `winograd`, the larger ones by Winograd's algorithm: the caller knows that it is faster for these channels."""
     if ONE_DNN and x_NCTHW.device.type == "cpu" and x_NCTHW.dtype == torch.float32:
         if torch.compiler.is_compiling():
-            return one_dnn(x_NCTHW, kernel, bias, padding)
+            return cpu_convolution(x_NCTHW, kernel, bias, padding, winograd)
         if type(x_NCTHW) is Tensor:
-            return torch.mkldnn_convolution(x_NCTHW, kernel, bias, padding, (1, 1, 1), (1, 1, 1), 1)
+            return _on_cpu(x_NCTHW, kernel, bias, padding, winograd)
     return F.conv3d(x_NCTHW, kernel, bias, padding=tuple(padding))
 
 
-@custom_op("reducio_fast::one_dnn", mutates_args=())
-def one_dnn(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
-    """oneDNN's convolution as an op for torch.compile: torch's own has no fake kernel. The result is channels-last."""
-    y = torch.mkldnn_convolution(x_NCTHW, kernel, bias, padding, (1, 1, 1), (1, 1, 1), 1)
-    return y.contiguous(memory_format=torch.channels_last_3d)
+def _on_cpu(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int], winograd: bool) -> Tensor:
+    if not winograd or len(x_NCTHW) * x_NCTHW.shape[2:].numel() < LEAST:
+        return torch.mkldnn_convolution(x_NCTHW, kernel, bias, padding, (1, 1, 1), (1, 1, 1), 1)
+    time, rows, columns = padding
+    x_NTHWC = F.pad(x_NCTHW.permute(0, 2, 3, 4, 1), (0, 0, columns, columns, rows, rows, time, time))
+    return convolve_by_winograd(x_NTHWC, kernel.permute(0, 2, 3, 4, 1), bias).permute(0, 4, 1, 2, 3)
 
 
-@one_dnn.register_fake
-def _(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+@custom_op("reducio_fast::cpu_convolution", mutates_args=())
+def cpu_convolution(
+    x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int], winograd: bool
+) -> Tensor:
+    """`convolve` as an op for torch.compile: torch's own of oneDNN has no fake kernel. The result is channels-last."""
+    return _on_cpu(x_NCTHW, kernel, bias, padding, winograd).contiguous(memory_format=torch.channels_last_3d)
+
+
+@cpu_convolution.register_fake
+def _(x_NCTHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int], winograd: bool) -> Tensor:
     sides = zip(x_NCTHW.shape[2:], padding, kernel.shape[2:], strict=True)
     N, sizes = len(x_NCTHW), [n + 2 * p - k + 1 for n, p, k in sides]
     return x_NCTHW.new_empty(N, len(kernel), *sizes).contiguous(memory_format=torch.channels_last_3d)

@@ -184,8 +184,10 @@ def twin(
     back: int = 0,
     halo: bool = False,
     room: int = 0,
+    winograd: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile per item."""
+    """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile per item.
+    `winograd`: see `conv3d.convolve`."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
     P, K, width = weight.shape
     time, double = width // (4 * C), P // 4
@@ -198,7 +200,7 @@ def twin(
         ahead = 1 if double == 2 and causal else instant
         window = x_padded[:, ahead : ahead + T + time - 1, line : line + H + 1, column : column + W + 1]
         kernel = weight[phase].view(K, time, 2, 2, C).permute(0, 4, 1, 2, 3)
-        y = convolve(window.permute(0, 4, 1, 2, 3), kernel, bias)
+        y = convolve(window.permute(0, 4, 1, 2, 3), kernel, bias, winograd=winograd)
         inner[:, instant::double, line::2, column::2] = y.permute(0, 2, 3, 4, 1)
     return out, statistics(inner) if stats else out.new_empty(0, dtype=torch.float32)
 

@@ -6,6 +6,7 @@ The choices are our Triton kernel, the vendor's library through torch ("vendor":
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from ..triton_kernels import conv3d
 from ..triton_kernels.launch import FLOATING
 from ..triton_kernels.registry import OPS
 from ..triton_kernels.tables import arch_of, table
-from . import cpu_dtypes
+from ..triton_kernels.winograd import WIDE
+from . import cpu_products
 from .quantisation import Quantisation, eight_bit_type
 
 # Names of attention backends, diffusers' where it has one, and the implementation of each; "auto" leaves it open.
@@ -47,7 +49,7 @@ def default_dtype(device: torch.device, stored: torch.dtype, network: nn.Module)
     weights in any other dtype: that of the weights.
     """
     if device.type == "cpu" and stored == torch.float32:
-        return cpu_dtypes.choose(network)
+        return cpu_products.choose(network)
     return stored, "that of the weights"
 
 
@@ -57,7 +59,7 @@ class Choice:
 
     path: str
     op: str
-    implementation: str  # "kernel", "vendor", "flash-attn" or "torch"
+    implementation: str  # "kernel", "vendor", "flash-attn", "torch" or "winograd"
     why: str
 
 
@@ -85,6 +87,8 @@ class Plan:
         self.choices.append(Choice(path, f"{op} {shape}".strip(), implementation, why))
         if implementation == "kernel":
             return getattr(torch.ops.reducio_fast, op)
+        if implementation == "winograd":
+            return functools.partial(module.twin, winograd=True)
         return flash_attention if implementation == "flash-attn" else module.twin
 
     def quantised(self, path: str) -> tuple[Tensor, torch.dtype] | None:
@@ -109,9 +113,12 @@ class Plan:
 
     def library_pads(self, op: str, shape: str) -> bool:
         """Whether a convolution runs on torch ops: they add the border themselves, which costs less than writing it."""
-        return self._decide(op, shape)[0] == "torch"
+        return self._decide(op, shape)[0] in ("torch", "winograd")
 
     def _decide(self, op: str, shape: str) -> tuple[str, str]:
+        if self._wide_on_cpu(op, shape):
+            faster, why = cpu_products.prefers_winograd()
+            return "winograd" if faster else "torch", why
         if self.device.type != "cuda":
             return "torch", f"{self.device.type}: the same algebra on torch ops"
         if self.dtype not in FLOATING:
@@ -129,6 +136,12 @@ class Plan:
             if importlib.util.find_spec("flash_attn") is None:
                 return "kernel", f"{why} with flash-attn, which is not installed"
         return name, why
+
+    def _wide_on_cpu(self, op: str, shape: str) -> bool:
+        """Whether it is a convolution in float32 on a CPU for which Winograd's algorithm may be faster."""
+        if self.device.type != "cpu" or self.dtype != torch.float32 or op not in ("conv3d", "upsample_conv3d"):
+            return False
+        return not shape.endswith("frames") and min(map(int, shape.split("->"))) >= WIDE
 
     def _wanted(self, op: str, shape: str) -> tuple[str, str]:
         """The requested implementation, else the one measured fastest, else our kernel; and why."""

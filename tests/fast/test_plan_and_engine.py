@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler
 
 from reducio_fast import ReducioPipeline
 from reducio_fast.evaluation.toy_report import held_out_scenes
-from reducio_fast.fast import cpu_dtypes
+from reducio_fast.fast import cpu_products
 from reducio_fast.fast.plan import Plan
 from reducio_fast.fast.reducio.dit import FastReducioDiT
 from reducio_fast.fast.reducio.vae import FastReducioVAE
@@ -109,7 +109,7 @@ def test_a_cpu_that_multiplies_bfloat16_faster_computes_in_it(
     """Only the twins do, and only if no dtype is named; a named dtype holds everywhere."""
     monkeypatch.setenv("REDUCIO_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
-    monkeypatch.setattr(cpu_dtypes, "_time", lambda name, timer: {"float32": 2.0, "bfloat16": 1.0})
+    monkeypatch.setattr(cpu_products, "_time", lambda name, timer: {"float32": 2.0, "bfloat16": 1.0})
     image, kwargs = np.full((128, 128, 3), 90, np.uint8), {"num_inference_steps": 2, "progress": False}
     prompt, load = "a red circle moving right", partial(ReducioPipeline.from_pretrained, bundle, device="cpu")
 
@@ -139,7 +139,7 @@ def test_the_table_of_dtypes_is_measured_once_a_machine(tmp_path: Path, monkeypa
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     network = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(64, 32), torch.nn.Conv3d(16, 16, 3))
     network.append(torch.nn.Conv2d(4, 8, 3)).append(torch.nn.Conv2d(8, 8, 1))
-    assert cpu_dtypes.products_of(network) == {"linear 64->32": 2, "conv3d 16->16": 1, "conv2d 4->8": 1}
+    assert cpu_products.products_of(network) == {"linear 64->32": 2, "conv3d 16->16": 1, "conv2d 4->8": 1}
 
     def timed(slow: torch.dtype) -> Any:
         """A clock on which products in that dtype take three times as long."""
@@ -149,26 +149,26 @@ def test_the_table_of_dtypes_is_measured_once_a_machine(tmp_path: Path, monkeypa
 
         return seconds
 
-    assert cpu_dtypes.choose(network, timed(torch.float32))[0] == torch.bfloat16
-    dtype, why = cpu_dtypes.choose(network, timed(torch.bfloat16))
+    assert cpu_products.choose(network, timed(torch.float32))[0] == torch.bfloat16
+    dtype, why = cpu_products.choose(network, timed(torch.bfloat16))
     assert dtype == torch.float32 and why == "its products take 3.00 of float32's time in bfloat16 on this CPU"
     assert not list(tmp_path.rglob("*.json")), "a clock of one's own keeps nothing"
 
-    chosen = cpu_dtypes.choose(network)
+    chosen = cpu_products.choose(network)
     (file,) = tmp_path.rglob("*.json")
     table = json.loads(file.read_text())
     assert sorted(table) == ["conv2d 4->8", "conv3d 16->16", "linear 64->32"]
     assert all(0 < seconds < 10 for row in table.values() for seconds in row.values())
-    cpu_dtypes._tables.clear()  # as in another process
-    monkeypatch.setattr(cpu_dtypes, "_time", None)
-    assert cpu_dtypes.choose(network) == chosen
-    cpu_dtypes._tables.clear()
+    cpu_products._tables.clear()  # as in another process
+    monkeypatch.setattr(cpu_products, "_time", None)
+    assert cpu_products.choose(network) == chosen
+    cpu_products._tables.clear()
     file.write_text("{")
-    monkeypatch.setattr(cpu_dtypes, "_time", lambda name, timer: {"float32": 1.0, "bfloat16": 0.95})
-    assert cpu_dtypes.choose(network)[0] == torch.float32, "a damaged table is measured again; 5% is not worth rounding"
+    monkeypatch.setattr(cpu_products, "_time", lambda name, timer: {"float32": 1.0, "bfloat16": 0.95})
+    assert cpu_products.choose(network)[0] == torch.float32, "a damaged table is measured again; 5% gains too little"
     assert sorted(json.loads(file.read_text())) == sorted(table)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
-    assert cpu_dtypes.choose(network) == (torch.float32, "this CPU has no bfloat16")
+    assert cpu_products.choose(network) == (torch.float32, "this CPU has no bfloat16")
 
 
 def test_a_product_counts_by_its_work_in_a_clip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,13 +176,13 @@ def test_a_product_counts_by_its_work_in_a_clip(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     gains = {"linear": 2.0, "conv2d": 2.0, "conv3d": 0.5}
     monkeypatch.setattr(
-        cpu_dtypes, "_time", lambda name, timer: {"float32": 1.0, "bfloat16": gains[name.partition(" ")[0]]}
+        cpu_products, "_time", lambda name, timer: {"float32": 1.0, "bfloat16": gains[name.partition(" ")[0]]}
     )
     decoder = torch.nn.Sequential(torch.nn.Conv3d(16, 16, 3), *(torch.nn.Linear(16, 16) for _ in range(5)))
     autoencoder = torch.nn.ModuleDict({"encoder_2d": torch.nn.Conv2d(3, 8, 3), "decoder": decoder})
-    assert cpu_dtypes.products_of(autoencoder) == {"conv3d 16->16": 1, "linear 16->16": 5}
-    assert cpu_dtypes.choose(autoencoder, lambda run: 1.0)[0] == torch.bfloat16
-    assert cpu_dtypes.work_of("linear 16->64") == 4, "of the same positions"
+    assert cpu_products.products_of(autoencoder) == {"conv3d 16->16": 1, "linear 16->16": 5}
+    assert cpu_products.choose(autoencoder, lambda run: 1.0)[0] == torch.bfloat16
+    assert cpu_products.work_of("linear 16->64") == 4, "of the same positions"
 
 
 def test_the_table_is_that_of_the_threads_of_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +198,13 @@ def test_the_table_is_that_of_the_threads_of_a_call(tmp_path: Path, monkeypatch:
         threads.append(torch.get_num_threads())
         return {"float32": 1.0, "bfloat16": 0.5}
 
-    monkeypatch.setattr(cpu_dtypes, "_time", seconds)
+    monkeypatch.setattr(cpu_products, "_time", seconds)
     network, before = torch.nn.Linear(8, 8), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        outside = cpu_dtypes.choose(network)
+        outside = cpu_products.choose(network)
         with torch_state.inference():
-            assert cpu_dtypes.choose(network) == outside
+            assert cpu_products.choose(network) == outside
         assert threads == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,5 @@
-"""On a CPU: the dtype in which a twin's products are faster, by a table measured on this machine.
+"""On a CPU: how a twin's products are faster, by a table measured on this machine: in which dtype, and which algorithm
+wide convolutions take in float32 (see `triton_kernels/winograd.py`).
 
 A processor's feature flags do not predict it: with AMX bfloat16 doubles the speed of a clip, with avx512_bf16 alone it
 may halve it (Xeon: 0.56 of float32 in linears and convolutions). So each product, by kind and channels, is timed once
@@ -8,6 +9,7 @@ in which its products take less time in total, each weighted by an estimate of i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -25,6 +27,7 @@ from ..system import cache_folder, torch_state
 from ..system.atomic_files import written_whole
 from ..system.devices import multiplies_bfloat16
 from ..triton_kernels.conv3d import convolve
+from ..triton_kernels.winograd import WIDE
 
 LOG = logging.getLogger("reducio_fast")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -32,8 +35,9 @@ WORK = 1e8  # floating-point operations of a timed product: 0.3 to 3 ms
 TURNS = 5
 # bfloat16 rounds more, so it is chosen only below this share of float32's time.
 GAIN = 0.9
+WINOGRAD = "winograd"  # the table's line of a wide convolution by both algorithms; wider ones gain more
 
-Seconds = dict[str, float]  # by dtype
+Seconds = dict[str, float]  # by dtype, or by algorithm
 Timer = Callable[[Callable[[], object]], float]
 _lock = threading.Lock()
 _tables: dict[Path, dict[str, Seconds]] = {}
@@ -74,6 +78,14 @@ def choose(network: nn.Module, timer: Timer | None = None) -> tuple[torch.dtype,
     return dtype, f"its products take {narrow / wide if wide else 1:.2f} of float32's time in bfloat16 on this CPU"
 
 
+@torch_state.inference()
+def prefers_winograd(timer: Timer | None = None) -> tuple[bool, str]:
+    """Whether wide convolutions in float32 are faster by Winograd's algorithm than by the library, and why."""
+    seconds = _measured([WINOGRAD], timer)[WINOGRAD]
+    share = seconds["winograd"] / seconds["library"]
+    return share < GAIN, f"by Winograd's algorithm it takes {share:.2f} of the library's time on this CPU"
+
+
 def _measured(names: list[str], timer: Timer | None) -> dict[str, Seconds]:
     """The table of times, with at least these products; measures those that are missing."""
     if timer is not None:
@@ -81,7 +93,7 @@ def _measured(names: list[str], timer: Timer | None) -> dict[str, Seconds]:
     path = table_path()
     with _lock:
         table = _tables.setdefault(path, _read(path))
-        missing = [name for name in names if name not in table]
+        missing = [name for name in names if table.get(name, {}).keys() != set(_ways(name))]
         if missing:
             table |= {name: _time(name, _best) for name in missing}
             _write(path, table)
@@ -96,15 +108,28 @@ def table_path() -> Path:
 
 
 def _time(name: str, timer: Timer) -> Seconds:
-    runs = {dtype: _product(name, dtype) for dtype in DTYPES}
-    best = {dtype: float("inf") for dtype in DTYPES}
+    runs = _convolutions() if name == WINOGRAD else {_name(dtype): _product(name, dtype) for dtype in DTYPES}
+    best = dict.fromkeys(runs, float("inf"))
     with torch.inference_mode():
         for run in runs.values():  # warm-up: packs weights and generates code
             run()
         for _ in range(TURNS):  # in turns, so that other work on the machine slows both
-            for dtype, run in runs.items():
-                best[dtype] = min(best[dtype], timer(run))
-    return {_name(dtype): seconds for dtype, seconds in best.items()}
+            for way, run in runs.items():
+                best[way] = min(best[way], timer(run))
+    return best
+
+
+def _ways(name: str) -> tuple[str, ...]:
+    """What a line of the table compares."""
+    return ("library", "winograd") if name == WINOGRAD else tuple(map(_name, DTYPES))
+
+
+def _convolutions() -> dict[str, Callable[[], object]]:
+    """A convolution of the least width for which Winograd's algorithm is considered, 1.8 GFLOP, by both algorithms."""
+    video = torch.ones(1, 2, 32, 32, WIDE).permute(0, 4, 1, 2, 3)
+    kernel = torch.ones(WIDE, 3, 3, 3, WIDE).permute(0, 4, 1, 2, 3)
+    calls = {way: functools.partial(convolve, video, kernel, None, (1, 1, 1)) for way in _ways(WINOGRAD)}
+    return calls | {"winograd": functools.partial(calls["winograd"], winograd=True)}
 
 
 def _product(name: str, dtype: torch.dtype) -> Callable[[], object]:
@@ -142,11 +167,8 @@ def _read(path: Path) -> dict[str, Seconds]:
     """The table of an earlier process; empty if there is none or it is damaged."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            str(name): {_name(dtype): float(seconds[_name(dtype)]) for dtype in DTYPES}
-            for name, seconds in stored.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {str(name): {way: float(s) for way, s in seconds.items()} for name, seconds in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
