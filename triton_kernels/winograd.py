@@ -14,6 +14,7 @@ Legend: N items, T frames, H W rows and columns, C channels in, K channels out.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -25,7 +26,7 @@ WIDE = 128  # channels in and out from which it may pay: products grow with thei
 LEAST = 1024  # positions from which it may pay: each call evaluates the kernel
 TILE = 4  # outputs of a tile, along each axis
 POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))
-CHUNK = 2**21  # bytes per thread of transformed inputs at a time: they stay in the caches
+CHUNK = 2**20  # bytes per thread of transformed inputs at a time: they stay in the caches
 ROWS = 256  # of a product, at least: each chunk reads all evaluated kernels, up to 113 MB
 
 
@@ -49,19 +50,21 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     kernels = evaluate_kernel @ kernel.permute(2, 3, 0, 1, 4).reshape(taps * taps, -1)
     kernels = kernels.view(points, K, time, C).transpose(1, 3)  # [n², C, time, K]
     result = x.new_empty(N, T, rows, TILE, columns, TILE, K)
-    fitting = CHUNK * torch.get_num_threads() // (points * columns * frames * C * x.element_size())
-    at_once = max(1, fitting, -(-ROWS // (T * columns)))
+    fitting = CHUNK * torch.get_num_threads() // (points * frames * max(C, K) * x.element_size())
+    at_once = max(fitting, -(-ROWS // T))  # tiles
+    wide = min(at_once, columns)
+    high = max(1, at_once // columns)
     tiles = x.unfold(2, side, TILE).unfold(3, side, TILE).permute(0, 5, 6, 1, 2, 3, 4)  # views; a tile's cells first
     for item in range(N):
-        for row in range(0, rows, at_once):
-            chunk = tiles[item, :, :, :, row : row + at_once]
+        for row, column in itertools.product(range(0, rows, high), range(0, columns, wide)):
+            chunk = tiles[item, :, :, :, row : row + high, column : column + wide]
             values = (evaluate_tile @ chunk.reshape(points, -1)).view(points, -1, C)
             frame = values.shape[1] // frames
             products = torch.bmm(values[:, : T * frame], kernels[:, :, 0])
             for tap in range(1, time):
                 products.baddbmm_(values[:, tap * frame : (tap + T) * frame], kernels[:, :, tap])
-            y = (interpolate @ products.view(points, -1)).view(TILE, TILE, T, -1, columns, K).permute(2, 3, 0, 4, 1, 5)
-            target = result[item, :, row : row + at_once]
+            y = (interpolate @ products.view(points, -1)).view(TILE, TILE, T, *chunk.shape[3:5], K)
+            y, target = y.permute(2, 3, 0, 4, 1, 5), result[item, :, row : row + high, :, column : column + wide]
             target.copy_(y) if bias is None else torch.add(y, bias, out=target)
     return result.view(N, T, rows * TILE, columns * TILE, K)[:, :, :H, :W]
 

@@ -296,8 +296,8 @@ def test_a_listener_can_end_a_clip_between_two_tiles(pipe: ReducioPipeline) -> N
         if sum(entry[0] == "vae.decode" for entry in heard) == 3:  # the stage, its first tile, its second
             raise Ended
 
-    image = np.full((512, 512, 3), 90, np.uint8)
-    kwargs = {"image": image, "seed": 1, "num_inference_steps": 1, "progress": False, "height": 512, "width": 512}
+    image = np.full((128, 384, 3), 90, np.uint8)
+    kwargs = {"image": image, "seed": 1, "num_inference_steps": 1, "progress": False, "height": 128, "width": 384}
     before = pipe("a red circle", **kwargs).frames
     pipe.listener = listen
     try:

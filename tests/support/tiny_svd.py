@@ -20,7 +20,7 @@ from reducio_fast.reference.svd.config import (
 from reducio_fast.reference.svd.unet import VideoUNet
 from reducio_fast.reference.svd.vae import TemporalVAE
 
-CALL = {"height": 64, "width": 64, "num_frames": 4, "num_inference_steps": 3}
+CALL = {"height": 32, "width": 32, "num_frames": 4, "num_inference_steps": 3}
 QUIET = {"progress": False}
 
 

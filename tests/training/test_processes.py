@@ -1,6 +1,6 @@
 """Several processes: torchrun's variables, DDP and FSDP2 on gloo; results equal those of one process to the byte.
 
-Each run is started in new processes, as by torchrun, because a process can form its group only once.
+Each run is started in new processes, with torchrun's variables, because a process can form its group only once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Run
 
 pytestmark = pytest.mark.slow
 
@@ -68,29 +68,12 @@ SCRIPT = textwrap.dedent(
 )
 
 
-def start(folder: Path, parallel: str, count: int, *, micro: int = 2, steps: int = 12, extra: tuple[str, ...] = ()):
+def start(
+    folder: Path, parallel: str, count: int, *, micro: int = 2, steps: int = 12, extra: tuple[str, ...] = ()
+) -> Run:
     script = folder.parent / "script.py"
     script.write_text(SCRIPT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable]
-    if count > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1"}
-    return subprocess.Popen(
-        [*command, str(script), str(folder), parallel, str(micro), str(steps), *extra],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen, fails: bool = False) -> str:
-    output = process.communicate(timeout=240)[0]
-    assert (process.returncode != 0) is fails, output[-30_000:]  # of torchrun's last 3,000, none names the cause
-    return output
+    return Run(script, [str(folder), parallel, str(micro), str(steps), *extra], count)
 
 
 def weights(folder: Path) -> str:
@@ -103,8 +86,8 @@ def test_two_processes_one_with_accumulation_and_a_killed_run_give_the_same_byte
 ) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
     running = [start(two, parallel, 2, extra=("world",)), start(one, parallel, 1)]
-    for process in running:
-        finished(process)
+    for each in running:
+        each.finish()
     assert weights(two) == weights(one)
     log = [[line.rsplit(",", 1)[0] for line in (f / "log.csv").read_text().splitlines()] for f in (two, one)]
     assert log[0][0].startswith("step,loss,mean,gradient") and len(log[0]) == len(log[1]) == 5
@@ -112,12 +95,12 @@ def test_two_processes_one_with_accumulation_and_a_killed_run_give_the_same_byte
         assert [float(x) for x in a.split(",")] == pytest.approx([float(x) for x in b.split(",")], rel=1e-6)
     # A run that was killed at step 8 resumes from step 5 on two processes, and on one process that accumulates.
     killed = tmp_path / "killed"
-    finished(start(killed, parallel, 2, extra=("die=8",)), fails=True)
+    start(killed, parallel, 2, extra=("die=8",)).finish(fails=True)
     assert (killed / "checkpoints" / "latest").read_text().strip() == "step-00000005"
     shutil.copytree(killed, tmp_path / "killed, then alone")
     running = [start(killed, parallel, 2), start(tmp_path / "killed, then alone", parallel, 1)]
-    for process in running:
-        finished(process)
+    for each in running:
+        each.finish()
     assert weights(killed) == weights(two) == weights(tmp_path / "killed, then alone")
 
 
@@ -125,31 +108,31 @@ def test_background_checkpoints_equal_synchronous_ones(tmp_path: Path) -> None:
     running = [
         start(tmp_path / name, "fsdp", 2, extra=extra) for name, extra in (("now", ()), ("later", ("background",)))
     ]
-    for process in running:
-        finished(process)
+    for each in running:
+        each.finish()
     assert weights(tmp_path / "now") == weights(tmp_path / "later")
     names = [sorted(p.name for p in (tmp_path / n / "checkpoints").iterdir()) for n in ("now", "later")]
     assert names[0] == names[1] == ["latest", "step-00000010", "step-00000012"]
     shutil.rmtree(tmp_path / "later" / "checkpoints" / "step-00000012")
     (tmp_path / "later" / "checkpoints" / "latest").write_text("step-00000010")
     (tmp_path / "later" / "averaged.pt").unlink()
-    finished(start(tmp_path / "later", "fsdp", 2))
+    start(tmp_path / "later", "fsdp", 2).finish()
     assert weights(tmp_path / "later") == weights(tmp_path / "now")
 
 
 def test_a_changed_number_of_processes_is_refused_unless_accepted(tmp_path: Path) -> None:
-    finished(start(tmp_path / "run", "ddp", 1, micro=4, steps=6))
-    output = finished(start(tmp_path / "run", "ddp", 2, micro=4, steps=6), fails=True)
+    start(tmp_path / "run", "ddp", 1, micro=4, steps=6).finish()
+    output = start(tmp_path / "run", "ddp", 2, micro=4, steps=6).finish(fails=True)
     assert "was made with world_size=1, this run has world_size=2" in output and "--accept-changes" in output
-    finished(start(tmp_path / "run", "ddp", 2, micro=4, steps=6, extra=("accept",)))
-    output = finished(start(tmp_path / "other", "ddp", 2, micro=3, steps=6), fails=True)
+    start(tmp_path / "run", "ddp", 2, micro=4, steps=6, extra=("accept",)).finish()
+    output = start(tmp_path / "other", "ddp", 2, micro=3, steps=6).finish(fails=True)
     assert "2 processes cannot share micro_batches=3 evenly" in output
 
 
 def test_a_file_size_limit_leaves_the_last_checkpoint_loading(tmp_path: Path) -> None:
     """Like a full disk: the write fails midway and leaves no partial checkpoint; the run resumes without the limit."""
     folder = tmp_path / "run"
-    finished(start(folder, "ddp", 1, steps=5))
+    start(folder, "ddp", 1, steps=5).finish()
     before = {p.name: p.read_bytes() for p in (folder / "checkpoints" / "step-00000005").iterdir()}
     limited = subprocess.run(
         ["bash", "-c", f'ulimit -f 100; exec "{sys.executable}" "{tmp_path}/script.py" "{folder}" ddp 2 12 accept'],
@@ -161,12 +144,16 @@ def test_a_file_size_limit_leaves_the_last_checkpoint_loading(tmp_path: Path) ->
     assert "no space left in" in limited.stderr and "(the last one is step-00000005)" in limited.stderr
     assert {p.name: p.read_bytes() for p in (folder / "checkpoints" / "step-00000005").iterdir()} == before
     assert not list((folder / "checkpoints").glob("*.tmp"))
-    finished(start(folder, "ddp", 1, extra=("accept",)))
+    start(folder, "ddp", 1, extra=("accept",)).finish()
 
 
 def test_a_process_that_is_killed_ends_its_group(tmp_path: Path) -> None:
     """torchrun ends the other processes, so none waits in a collective until its timeout."""
-    process = start(tmp_path / "run", "ddp", 2, steps=100_000)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "script.py"), str(tmp_path / "run"), "ddp", "2", "100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "run" / "log.csv"
     deadline = time.monotonic() + 120
     while not (log.is_file() and len(log.read_text().splitlines()) > 2):
@@ -175,5 +162,6 @@ def test_a_process_that_is_killed_ends_its_group(tmp_path: Path) -> None:
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     began = time.monotonic()
-    finished(process, fails=True)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode != 0, output[-30_000:]
     assert time.monotonic() - began < 60

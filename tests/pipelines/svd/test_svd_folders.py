@@ -46,10 +46,10 @@ def test_every_name_leads_to_our_pipeline(
         assert np.array_equal(out.frames, expected), name
     picture.save(tmp_path / "photo.png")
     argv = ["generate", "--model", str(folder), "--image", str(tmp_path / "photo.png"), "-o", str(tmp_path / "c.mp4")]
-    sizes = ["--height", "64", "--width", "64", "--num-frames", "4", "--num-inference-steps", "3", "--fps", "12"]
+    sizes = ["--height", "32", "--width", "32", "--num-frames", "4", "--num-inference-steps", "3", "--fps", "12"]
     assert main([*argv, *sizes, "--guidance-scale", "2", "--backend", "reference", "--device", "cpu"]) == 0
     frames, fps = read_video(tmp_path / "c.mp4")
-    assert frames.shape == (4, 64, 64, 3) and fps == 12
+    assert frames.shape == (4, 32, 32, 3) and fps == 12
 
 
 def test_the_half_precision_files(pipe: SVDPipeline, folder: Path, tmp_path: Path):
