@@ -258,7 +258,7 @@ class _Progress:
         if stage == "content.generate":
             from ..pipelines.execution.drawing import drawing_steps
 
-            share = step / drawing_steps(self.pipe.text_to_image, request.content_kwargs)
+            share = step / drawing_steps(self.pipe.text_to_image, getattr(request, "content_kwargs", {}))
         elif stage == "dit.step":
             done = min(1.0, step / (getattr(request, "num_inference_steps", None) or self.steps))
             share = (max(0, self.parts - 1) + done) / clips
