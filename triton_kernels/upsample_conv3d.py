@@ -19,7 +19,6 @@ from torch import Tensor
 from .conv3d import (
     blocks_for,
     check_buffer,
-    convolve,
     descriptors_fit,
     finish,
     pack_weight,
@@ -28,6 +27,7 @@ from .conv3d import (
     statistics,
     variant,
 )
+from .cpu_convolution import convolve
 from .launch import Variant, launcher, on_device, triton_op
 from .shape_checks import check_contiguous, check_shape, check_tensors
 from .tables import arch_of
@@ -187,7 +187,7 @@ def twin(
     winograd: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests. Statistics are one tile per item.
-    `winograd`: see `conv3d.convolve`."""
+    `winograd`: see `convolve`."""
     N, padded_T, padded_H, padded_W, C = x_padded.shape
     P, K, width = weight.shape
     time, double = width // (4 * C), P // 4

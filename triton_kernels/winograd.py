@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -74,7 +75,7 @@ def transforms(taps: int) -> tuple[Tensor, Tensor, Tensor]:
     """float32 matrices for a 2D tile, whose rows or columns are flattened: evaluation of an input tile [n², n²] and of
     a kernel [n², taps²], and interpolation of the outputs [TILE², n²], with n = TILE + taps - 1."""
     points = POINTS[: TILE + taps - 2]
-    scales = [_product([p - q for q in points if q != p]) for p in points]
+    scales = [math.prod(p - q for q in points if q != p) for p in points]
     tile = [[*_polynomial([q for q in points if q != p]), Fraction(0)] for p in points] + [_polynomial(points)]
     powers = [[p**i for i in range(max(TILE, taps))] for p in points]
     kernel = [[value / scale for value in row[:taps]] for row, scale in zip(powers, scales, strict=True)]
@@ -95,10 +96,3 @@ def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
         shifted = [Fraction(0), *coefficients]
         coefficients = [a - root * b for a, b in zip(shifted, [*coefficients, Fraction(0)], strict=True)]
     return coefficients
-
-
-def _product(factors: Sequence[Fraction]) -> Fraction:
-    product = Fraction(1)
-    for factor in factors:
-        product *= factor
-    return product

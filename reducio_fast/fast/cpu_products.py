@@ -26,7 +26,7 @@ from torch import nn
 from ..system import cache_folder, torch_state
 from ..system.atomic_files import written_whole
 from ..system.devices import multiplies_bfloat16
-from ..triton_kernels.conv3d import convolve
+from ..triton_kernels.cpu_convolution import convolve
 from ..triton_kernels.winograd import WIDE
 
 LOG = logging.getLogger("reducio_fast")
@@ -130,8 +130,8 @@ def _convolutions() -> dict[str, Callable[[], object]]:
     channels = 2 * WIDE
     video = torch.ones(1, 4, 32, 32, channels).permute(0, 4, 1, 2, 3)
     kernel = torch.ones(channels, 3, 3, 3, channels).permute(0, 4, 1, 2, 3)
-    calls = {way: functools.partial(convolve, video, kernel, None, (1, 1, 1)) for way in _ways(WINOGRAD)}
-    return calls | {"winograd": functools.partial(calls["winograd"], winograd=True)}
+    call = functools.partial(convolve, video, kernel, None, (1, 1, 1))
+    return {"library": call, "winograd": functools.partial(call, winograd=True)}
 
 
 def _product(name: str, dtype: torch.dtype) -> Callable[[], object]:

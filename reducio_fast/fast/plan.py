@@ -116,10 +116,10 @@ class Plan:
         return self._decide(op, shape)[0] in ("torch", "winograd")
 
     def _decide(self, op: str, shape: str) -> tuple[str, str]:
-        if self._wide_on_cpu(op, shape):
-            faster, why = cpu_products.prefers_winograd()
-            return "winograd" if faster else "torch", why
         if self.device.type != "cuda":
+            if self._wide_on_cpu(op, shape):
+                faster, why = cpu_products.prefers_winograd()
+                return "winograd" if faster else "torch", why
             return "torch", f"{self.device.type}: the same algebra on torch ops"
         if self.dtype not in FLOATING:
             return "vendor", f"kernels do not take {self.dtype}"

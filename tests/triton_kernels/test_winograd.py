@@ -14,7 +14,7 @@ from reducio_fast.fast.plan import Plan
 from reducio_fast.fast.reducio.vae import FastReducioVAE
 from reducio_fast.measurement.accuracy_rule import EPS, relative_error
 from reducio_fast.reference import ReducioVAE, VAEConfig
-from reducio_fast.triton_kernels.conv3d import convolve, cpu_convolution
+from reducio_fast.triton_kernels.cpu_convolution import convolve, cpu_convolution
 from reducio_fast.triton_kernels.winograd import convolve_by_winograd, transforms
 from tiny_networks import CPU, VAE, assert_right, lively
 
@@ -113,10 +113,7 @@ def test_a_wide_decoder_stays_within_the_rule(tmp_path: Path, monkeypatch: pytes
     z = torch.randn(1, config.latent_channels, 4, 4, 4)
     content = torch.rand(1, 3, 4 * config.spatial_factor, 4 * config.spatial_factor) * 2 - 1
     with torch.no_grad():
-        eager, fast = (
-            reference.decode(z, reference.encode_content(content)),
-            twin.decode(z, twin.encode_content(content)),
-        )
+        eager, fast = (network.decode(z, network.encode_content(content)) for network in (reference, twin))
         wide = reference.double()
         oracle = wide.decode(z.double(), wide.encode_content(content.double()))
     assert_right(fast, eager, oracle)
