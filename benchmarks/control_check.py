@@ -2,9 +2,9 @@
 
 long: 64 frames of held-out prompts: what the detector sees, jumps and PSNR at seams against those within the model's
 own clips. strength: motion against motion_strength. transfer: a scene's motion with another colour, against the latent
-of the recoloured scene itself; and on another background. kept: PSNR with `keep_content`. bytes: the same seed twice,
-and the first frames of a stream that is closed early. memory: peak bytes of tensors, and of the process, while 64
-frames are made, against one clip.
+of the recoloured scene itself; and on another background; with the encoder's latents and with refined ones. kept: PSNR
+with `keep_content`. bytes: the same seed twice, and the first frames of a stream that is closed early. memory: peak
+bytes of tensors, and of the process, while 64 frames are made, against one clip.
 `--pictures DIR` writes the pictures of docs/control.md instead; the last one needs `--clips DIR`, a folder of real .mp4
 files. Prints one JSON object per part, and with `--out` writes a row. It takes minutes, so it is not a test.
 """
@@ -35,6 +35,7 @@ from reducio_fast.media.image_files import cover_crop
 from reducio_fast.media.similarity import psnr, psnr_per_frame
 from reducio_fast.media.video_files import read_video
 
+REFINE = 10  # steps, of `transfer` and of the pictures
 COLOURS = {"red": "blue", "blue": "yellow", "green": "red"}  # else red
 
 
@@ -92,21 +93,28 @@ def leads(found: Detection, scene: toy_world.Scene) -> bool:
 
 
 def transfer(pipe: ReducioPipeline, count: int) -> dict[str, Any]:
+    """With the encoder's latents and with refined ones."""
+    return {f"refine_{steps}": recoloured(pipe, count, steps) for steps in (0, REFINE)}
+
+
+def recoloured(pipe: ReducioPipeline, count: int, refine: int) -> dict[str, Any]:
+    """Scenes whose content frame has another colour, or another background too."""
     rng, right, colours, own, other, backgrounds = np.random.default_rng(3), 0, 0, [], [], 0
     for scene in held_out_scenes(count):
         seed = int(rng.integers(2**31))
         clip = toy_world.render(scene, np.random.default_rng(seed), 128, 16)
-        recoloured = dataclasses.replace(scene, colour=COLOURS.get(scene.colour, "red"))
-        wanted = toy_world.render(recoloured, np.random.default_rng(seed), 128, 16)
-        moved = pipe.decode(pipe.encode_motion(clip), wanted[7])
+        other_colour = dataclasses.replace(scene, colour=COLOURS.get(scene.colour, "red"))
+        wanted = toy_world.render(other_colour, np.random.default_rng(seed), 128, 16)
+        motion = pipe.encode_motion(clip, refine=refine)
+        moved = pipe.decode(motion, wanted[7])
         found = detect(moved)
         right += found.motion == scene.motion
-        colours += found.colour == recoloured.colour
+        colours += found.colour == other_colour.colour
         other.append(psnr(moved, wanted))
-        own.append(psnr(pipe.decode(pipe.encode_motion(wanted), wanted[7]), wanted))
-        placed = dataclasses.replace(recoloured, background="gray" if scene.background != "gray" else "black")
+        own.append(psnr(pipe.decode(pipe.encode_motion(wanted, refine=refine), wanted[7]), wanted))
+        placed = dataclasses.replace(other_colour, background="gray" if scene.background != "gray" else "black")
         place = toy_world.render(placed, np.random.default_rng(seed), 128, 16)
-        backgrounds += detect(pipe.decode(pipe.encode_motion(clip), place[7])).motion == scene.motion
+        backgrounds += detect(pipe.decode(motion, place[7])).motion == scene.motion
     return {
         "clips": count, "motion_right": right, "colour_right": colours,
         "motion_right_on_another_background": backgrounds,
@@ -197,8 +205,10 @@ def pictures(pipe: ReducioPipeline, folder: Path, clips: Path | None) -> None:
         rows = []
         for path in sorted(clips.glob("*.mp4"))[:2]:
             clip = cover_crop(read_video(path, 0, 16)[0], 128, 128)
-            rows += [film_strip(clip, 8), film_strip(pipe.decode(pipe.encode_motion(clip), clip[7]), 8)]
-            rows.append(film_strip(pipe.decode(pipe.encode_motion(clip), np.ascontiguousarray(clip[7, :, ::-1])), 8))
+            plain, refined = (pipe.encode_motion(clip, refine=steps) for steps in (0, REFINE))
+            mirrored = np.ascontiguousarray(clip[7, :, ::-1])
+            decoded = [pipe.decode(plain, clip[7]), pipe.decode(refined, clip[7]), pipe.decode(refined, mirrored)]
+            rows += [film_strip(each, 8) for each in (clip, *decoded)]
         save(rows, "control-real.png")
 
 

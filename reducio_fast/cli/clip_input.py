@@ -31,6 +31,8 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     options.add_size(parser)
     options.add_model(parser, dtype="float32")
     options.add_backend(parser)
+    options.add_refine(parser)
+    options.add_progress(parser)
 
 
 def rate(arguments: argparse.Namespace) -> float | None:

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     frames, fps, step = clip_input.read(arguments, autoencoder, arguments.clips)
     clips = frames.reshape(arguments.clips, -1, *frames.shape[1:])
     started = time.perf_counter()
-    latents = torch.cat([autoencoder.encode(clip) for clip in clips])
+    latents = torch.cat([autoencoder.encode(clip, arguments.refine or 0, arguments.progress) for clip in clips])
     seconds = time.perf_counter() - started
     vae, source = autoencoder.components["vae"], hub.lasting_name(arguments.model or embedded_model())
     content = clips[:, autoencoder.config.content_frame]

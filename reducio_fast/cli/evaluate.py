@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=options.positive, action="append", help="autoencoder: pixels a side (default: 256)"
     )
+    options.add_refine(parser, "toy, autoencoder: ")
     parser.add_argument("--lpips", metavar="FILE", help="autoencoder: torchvision's weights of AlexNet")
     parser.add_argument(
         "--fvd", metavar="FILE", help="autoencoder, clips: TorchScript I3D: [B, 3, 16, 224, 224] to features"
@@ -48,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _OWN = {
-    "toy": ("model", "dtype", "device", "prompts", "seed"),
-    "autoencoder": ("model", "dtype", "device", "videos", "size", "lpips", "fvd"),
+    "toy": ("model", "dtype", "device", "prompts", "seed", "refine"),
+    "autoencoder": ("model", "dtype", "device", "videos", "size", "refine", "lpips", "fvd"),
     "clips": ("device", "videos", "real", "fvd", "classifier", "clip", "captions"),
     "vbench": ("model", "dtype", "device", "captions", "vbench", "dimension", "out"),
 }
@@ -87,7 +88,9 @@ def _autoencoder(arguments: argparse.Namespace) -> Printed:
     dtype = DTYPES[arguments.dtype or "float32"]  # float32 on a GPU too, as in the release
     vae = load_model(ReducioVAE, VAEConfig, folder / "vae", dtype, device).eval()
     sizes = arguments.size or [256]
-    result = evaluate_autoencoder(vae, arguments.videos, sizes, arguments.lpips, arguments.fvd, arguments.progress)
+    refine = arguments.refine or 0
+    networks = (arguments.lpips, arguments.fvd)
+    result = evaluate_autoencoder(vae, arguments.videos, sizes, *networks, arguments.progress, refine)
     config, lines = vae.config, []
     factor = f"{config.temporal_factor}x{config.spatial_factor}x{config.spatial_factor}"
     for size, entry in result.items():
@@ -95,7 +98,8 @@ def _autoencoder(arguments: argparse.Namespace) -> Printed:
         for name, row in entry["videos"].items():
             gains = f"{row['pooled_gain_db']:>+9.2f}{row['worst_gain_db']:>+8.2f}"
             lines.append(f"{name:<24}{row['clips']:>7}{row['psnr']:>9.2f}{gains}{row['content_psnr']:>15.2f}")
-        lines += autoencoder_table(folder.name, factor, config.latent_channels, entry["all"])
+        name = folder.name + (f", refine {refine}" if refine else "")
+        lines += autoencoder_table(name, factor, config.latent_channels, entry["all"])
     return result, lines
 
 
@@ -140,6 +144,7 @@ def _toy(arguments: argparse.Namespace) -> Printed:
         num_prompts=arguments.prompts or 64,
         seed=arguments.seed or 0,
         progress=arguments.progress,
+        refine=arguments.refine or 0,
     )
     lines = [f"{'':<10}{'right':>8}{'share':>9}{'95% interval':>18}"]
     for name in ("colour", "motion", "shape", "all"):

@@ -76,6 +76,13 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_refine(parser: argparse.ArgumentParser, of: str = "") -> None:
+    parser.add_argument(
+        "--refine", type=not_negative, metavar="STEPS",
+        help=f"{of}steps that fit the encoder's latent to the clip; 20 are enough (default: 0)",
+    )  # fmt: skip
+
+
 def add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 

@@ -20,14 +20,14 @@ def run(arguments: argparse.Namespace) -> Printed:
 
     check_output_path(arguments.out, clip_input.rate(arguments) or TRIAL_RATE)
 
-    from ..evaluation import reconstruction
     from ..media.kept_frames import keep_frames
     from ..media.similarity import psnr, ssim
 
     autoencoder = clip_input.load_autoencoder(arguments)
     clip, fps, step = clip_input.read(arguments, autoencoder)
     started = time.perf_counter()
-    restored = reconstruction.reconstruct(autoencoder.network, clip)
+    latent = autoencoder.encode(clip, arguments.refine or 0, arguments.progress)
+    restored = autoencoder.decode(latent, clip[autoencoder.config.content_frame])
     seconds = time.perf_counter() - started
     both = side_by_side(clip, restored)
     try:

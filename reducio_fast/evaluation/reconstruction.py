@@ -10,20 +10,24 @@ import torch
 
 from ..media.pixels import to_bytes, to_unit
 from ..media.similarity import pooled_psnr, psnr, psnr_per_frame, ssim
+from ..pipelines.reducio import refinement
 from ..reference import ReducioVAE
 from ..system.errors import ReducioError
 
 
 @torch.no_grad()
-def reconstruct(vae: ReducioVAE, frames: np.ndarray) -> np.ndarray:
+def reconstruct(vae: ReducioVAE, frames: np.ndarray, refine: int = 0) -> np.ndarray:
     """Encode and decode a clip, uint8 [T, H, W, 3] in and out, with the posterior's mode and the clip's content frame.
 
-    Raises `ReducioError` if the output is not finite.
+    `refine`: steps of `pipelines.reducio.refinement.refine` on the latent. Raises `ReducioError` if the output is not
+    finite.
     """
     weight = next(vae.parameters())
     video = to_unit(frames, weight.device, weight.dtype).transpose(0, 1)[None]
     tiled = vae.config.needs_tiling(*frames.shape[1:3])
     latent = vae.normalize_latent(vae.encode(video, tiled=tiled).mode())
+    if refine:
+        latent = refinement.refine(vae, latent, frames, refine, tiled).to(weight.dtype)
     features = vae.encode_content(video[:, :, vae.config.content_frame], tiled=tiled)
     output = vae.decode(latent, features, tiled=tiled)[0].float()
     if not torch.isfinite(output).all():
@@ -31,8 +35,10 @@ def reconstruct(vae: ReducioVAE, frames: np.ndarray) -> np.ndarray:
     return to_bytes(output.transpose(0, 1)).cpu().numpy()
 
 
-def reconstruction_scores(vae: ReducioVAE, clips: Iterable[np.ndarray]) -> dict[str, Any]:
+def reconstruction_scores(vae: ReducioVAE, clips: Iterable[np.ndarray], refine: int = 0) -> dict[str, Any]:
     """Reconstruction of clips, uint8 [T, H, W, 3] with the model's T, compared with repeating their content frame.
+
+    `refine` is as in `reconstruct`.
 
     All figures are means over clips. `psnr` and `ssim` are computed per frame and averaged over frames, as in the
     Reducio-VAE release. A repeated content frame is exact in that one frame, so `psnr_moving`, `repeat_psnr_moving` and
@@ -40,7 +46,8 @@ def reconstruction_scores(vae: ReducioVAE, clips: Iterable[np.ndarray]) -> dict[
     error over all frames; `worst_gain_db` is the smallest pooled gain of a clip. `content_psnr` is the PSNR of the
     content frame, which is an input of the decoder (capped at 60 dB, since an exact copy would be infinite).
     """
-    return mean_scores([clip_scores(clip, reconstruct(vae, clip), vae.config.content_frame) for clip in clips])
+    content = vae.config.content_frame
+    return mean_scores([clip_scores(clip, reconstruct(vae, clip, refine), content) for clip in clips])
 
 
 def clip_scores(clip: np.ndarray, restored: np.ndarray, content: int) -> dict[str, float]:

@@ -30,6 +30,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     num_clips: int = 32,
+    refine: int = 0,
 ) -> dict[str, Any]:
     """Score a model on held-out prompts and clips of the toy world; prompt i is generated with seed + i.
 
@@ -38,8 +39,8 @@ def evaluate(
     - `prompts`, `seed`, and for each of `colour`, `motion`, `shape` and for `all` three together: `right` (a count),
       `share` and `interval`, its 95% Wilson score interval;
     - `failures`: one line per clip that does not match its prompt;
-    - `vae`: `scenes` and `photos`, each as `reconstruction_scores` returns it. `photos` is {"skipped": reason} if the
-      packages that contain the pictures are not installed.
+    - `vae`: `scenes` and `photos`, each as `reconstruction_scores` with `refine` returns it. `photos` is
+      {"skipped": reason} if the packages that contain the pictures are not installed.
 
     Raises `ReducioError` for counts below 1 and a model that cannot be loaded.
     """
@@ -56,12 +57,12 @@ def evaluate(
     length = pipe.vae.config.num_frames
     rng = np.random.default_rng([seed, _SCENES])
     drawn = (toy_world.render(toy_world.sample_scene(rng, held_out=True), rng, size, length) for _ in range(num_clips))
-    vae = {"scenes": reconstruction_scores(pipe.vae, tqdm(drawn, "scenes", num_clips, disable=not progress))}
+    vae = {"scenes": reconstruction_scores(pipe.vae, tqdm(drawn, "scenes", num_clips, disable=not progress), refine)}
     if reason := _photos_missing():
         vae["photos"] = {"skipped": reason}
     else:
         clips = _photo_clips(num_clips, seed, size, length)
-        vae["photos"] = reconstruction_scores(pipe.vae, tqdm(clips, "photos", num_clips, disable=not progress))
+        vae["photos"] = reconstruction_scores(pipe.vae, tqdm(clips, "photos", num_clips, disable=not progress), refine)
     return {"prompts": num_prompts, "seed": seed, **tally(scenes, seen, seed), "vae": vae}
 
 

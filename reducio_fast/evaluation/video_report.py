@@ -62,13 +62,15 @@ def evaluate_autoencoder(
     lpips: str | os.PathLike[str] | None = None,
     fvd: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    refine: int = 0,
 ) -> dict[str, Any]:
     """Reconstruction of real video at each size: the columns of Table 1, and the gain over repeating the content frame.
 
-    The networks of `lpips` and `fvd` run on the autoencoder's device. Returns for each size `videos`, the
-    `reconstruction_scores` of each video by its path below the folder that holds them all, and `all`: means of `psnr`,
-    `ssim`, `lpips` and `lpips_0_1` over all clips, `rfvd`, and the number of `clips`. Raises `ReducioError` for a size
-    that the autoencoder does not take and if no shot is long enough.
+    `refine` is as in `reconstruct`; the paper's figures are of the encoder's own latents. The networks of `lpips` and
+    `fvd` run on the autoencoder's device. Returns for each size `videos`, the `reconstruction_scores` of each video by
+    its path below the folder that holds them all, and `all`: means of `psnr`, `ssim`, `lpips` and `lpips_0_1` over all
+    clips, `rfvd`, and the number of `clips`. Raises `ReducioError` for a size that the autoencoder does not take and if
+    no shot is long enough.
     """
     for size in sizes:
         validation.check_multiple("size", size, vae.config.spatial_factor)
@@ -84,7 +86,7 @@ def evaluate_autoencoder(
         for source in tqdm(sources, desc=f"{size} pixels", disable=not progress):
             own = []
             for clip in windows(source.path, size, vae.config.num_frames):
-                restored = reconstruct(vae, clip)
+                restored = reconstruct(vae, clip, refine)
                 own.append(clip_scores(clip, restored, vae.config.content_frame))
                 row = {name: own[-1][name] for name in ("psnr", "ssim")}
                 rows.append(row | (perceptual(clip, restored) if perceptual else {}))

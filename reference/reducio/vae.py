@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .. import cancellation
 from .config import VAEConfig
@@ -487,6 +488,8 @@ class ReducioVAE(nn.Module):
 
     def _decode_tile(self, latent: Tensor, features: Features) -> Tensor:
         cancellation.check()
+        if torch.is_grad_enabled() and latent.requires_grad:  # keeps one tile's activations, not the whole frame's
+            return checkpoint(self._decode, latent, features, use_reentrant=False)
         return self._decode(latent, features)
 
     def _decode(self, latent: Tensor, features: Features) -> Tensor:

@@ -61,11 +61,11 @@ class VideoAutoencoder:
         return self.executor.network("vae")
 
     @torch_state.inference()
-    def encode(self, clip: np.ndarray) -> Tensor:
+    def encode(self, clip: np.ndarray, refine: int = 0, progress: bool = False) -> Tensor:
         """uint8 [T, H, W, 3], with the model's T -> motion latent, float32 [1, 16, T/f, H/32, W/32]: the posterior's
-        mode, normalised as the denoiser's latents are."""
+        mode, normalised as the denoiser's latents are. `refine` is as in `ReducioPipeline.encode_motion`."""
         with self.executor.exclusive():
-            return self.motion.encode(clip)
+            return self.motion.encode(clip, refine, progress)
 
     @torch_state.inference()
     def decode(

@@ -22,6 +22,7 @@ from ..call import validation
 from ..execution.components import Components
 from ..execution.decoding import Decoding, TiledDecoder
 from ..execution.executor import Executor
+from . import refinement
 
 # For `keep_content`, in grey levels of 255: where the clip and its still differ by less than NEAR, the content frame's
 # own pixels are used; above FAR, the decoder's. REACH: side in pixels of the square around a pixel that counts too. On
@@ -36,14 +37,19 @@ class Motion:
     def __init__(self, components: Components, executor: Executor, decoder: TiledDecoder) -> None:
         self.components, self.executor, self.decoder = components, executor, decoder
 
-    def encode(self, clip: np.ndarray) -> Tensor:
+    def encode(self, clip: np.ndarray, refine: int = 0, progress: bool = False) -> Tensor:
         """uint8 [T, H, W, 3], with the model's T -> motion latent, float32 [1, 16, T/f, H/32, W/32]: the posterior's
-        mode, normalised as the denoiser's latents are."""
+        mode, normalised as the denoiser's latents are; improved by `refine` steps of `refinement.refine`."""
+        validation.check_count("refine", refine, least=0)
         vae = self.executor.network("vae")
         dtype = next(vae.parameters()).dtype
         video = to_unit(clip, self.executor.device, dtype).transpose(0, 1)[None]
         tiled = self.decoder.default(*clip.shape[1:3]).tiled
-        return vae.normalize_latent(vae.encode(video, tiled=tiled).mode()).float()
+        latent = vae.normalize_latent(vae.encode(video, tiled=tiled).mode()).float()
+        if not refine:
+            return latent
+        reference = self.components[self.components.layout.decoder]
+        return refinement.refine(reference, latent, clip, refine, tiled, progress)
 
     def still(self, frame: np.ndarray) -> Tensor:
         """The latent of a clip in which the content frame, uint8 [H, W, 3], stands still."""

@@ -41,7 +41,7 @@ from .content_frame import ContentFrame
 from .dry_runs import DryStages
 from .encoders import SemanticEncoder
 from .motion import Motion, read_motion
-from .request import request_of
+from .request import latents_with_images, request_of
 
 StepCallback = Callable[["ReducioPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
@@ -341,37 +341,37 @@ class ReducioPipeline(VideoPipeline):
         if output_type not in validation.OUTPUT_TYPES[:-1]:
             raise ReducioError(f"output_type: must be one of np, pil, pt, is {output_type!r}")
         options = (steering.check_strength(motion_strength), steering.check_switch("keep_content", keep_content))
-        is_list = isinstance(latents, Tensor) and latents.ndim == 5
-        rows, columns = latents.shape[-2:] if isinstance(latents, Tensor) and latents.ndim in (4, 5) else (1, 1)
-        factor, count = self.vae.config.spatial_factor, len(latents) if is_list else 1
-        height, width = rows * factor, columns * factor
-        clips = validation.check_latents(latents, self.vae.config.latent_shape(height, width), count, is_list)
-        validation.check_size(self.vae.config, height, width)
-        images = image_files.read_images(image, count)
-        if images[0] is None:
-            raise ReducioError("image: None given; decoding needs the content frame of the clip (out.content)")
-        fitted = [image_files.fit_image(i, height, width) for i in images if i is not None]
+        pairs = latents_with_images(self.vae.config, latents, image)
         with self.executor.lock, self.executor.placed("vae.decode"):
             self.executor.check()
-            fit, pairs = self.fitter.fits.get((height, width)), zip(clips, fitted, strict=True)
+            fit = self.fitter.fits.get(pairs[0][1].shape[:2])
             way = None if fit is None else fit.decoding
-            decoded = [self.motion.decode(z, i, output_type, way, *options) for z, i in pairs]
+            decoded = [self.motion.decode(z, frame, output_type, way, *options) for z, frame in pairs]
             frames = [to_output(clip, output_type) for clip in decoded]
-        return stack(frames) if is_list else frames[0]
+        return stack(frames) if latents.ndim == 5 else frames[0]
 
     @torch_state.inference()
     def encode_motion(
-        self, video: Any, height: int | None = None, width: int | None = None, start: int = 0, step: int = 1
+        self,
+        video: Any,
+        height: int | None = None,
+        width: int | None = None,
+        start: int = 0,
+        step: int = 1,
+        refine: int = 0,
+        progress: bool = False,
     ) -> Tensor:
         """The motion of a clip [16, T/f, H/32, W/32], for `motion_latents` of a call or for `decode`.
 
         video: a path, uint8 [T, h, w, 3] or a list of pictures, scaled to cover the size and cropped; its frames
-        `start`, `start + step` ... are read, as many as the model has. height, width: as in a call.
+        `start`, `start + step` ... are read, as many as the model has. height, width: as in a call. refine: steps that
+        move the encoder's latent until its decoded frames are nearest to the clip's; each decodes once or twice,
+        forward and backward, in float32 (20 are enough). progress: show them.
         """
         frames = read_motion(video, self.vae.config.num_frames, start, step)
         height, width = self._size(height, width, [frames.shape[1:3]])
         with self.executor.lock, self.executor.placed("vae.decode"):
-            return self.motion.encode(image_files.cover_crop(frames, height, width))[0]
+            return self.motion.encode(image_files.cover_crop(frames, height, width), refine, progress)[0]
 
     @torch_state.inference()
     def encode_image(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ...media import aspect_buckets, image_files
+from ...reference import VAEConfig
 from ...system.errors import ReducioError
 from ..call import steering, validation
 from ..call.chain import reducio_joint
@@ -71,6 +73,21 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
         keep_content=steering.check_switch("keep_content", inputs.keep_content),
         **steered,
     )
+
+
+def latents_with_images(config: VAEConfig, latents: Any, image: Any) -> list[tuple[Tensor, np.ndarray]]:
+    """The arguments of `decode` as pairs: a latent [1, 16, T/f, H/32, W/32], and its content frame, uint8 [H, W, 3]."""
+    is_list = isinstance(latents, Tensor) and latents.ndim == 5
+    rows, columns = latents.shape[-2:] if isinstance(latents, Tensor) and latents.ndim in (4, 5) else (1, 1)
+    height, width = rows * config.spatial_factor, columns * config.spatial_factor
+    count = len(latents) if is_list else 1
+    clips = validation.check_latents(latents, config.latent_shape(height, width), count, is_list)
+    validation.check_size(config, height, width)
+    images = image_files.read_images(image, count)
+    if images[0] is None:
+        raise ReducioError("image: None given; decoding needs the content frame of the clip (out.content)")
+    fitted = [image_files.fit_image(each, height, width) for each in images if each is not None]
+    return list(zip(clips, fitted, strict=True))
 
 
 def quality_of(pipe: Any, inputs: Arguments) -> Quality:
