@@ -127,14 +127,18 @@ class ReducioEncodeMotion(io.ComfyNode):
             node_id="ReducioEncodeMotion",
             display_name="Reducio: motion of a clip",
             category=CATEGORY,
-            inputs=[Model.Input("model"), io.Image.Input("images", tooltip="at least as many as the model has frames")],
+            inputs=[
+                Model.Input("model"),
+                io.Image.Input("images", tooltip="at least as many as the model has frames"),
+                io.Int.Input("refine", default=0, min=0, max=100, tooltip="steps that fit the motion to the images"),
+            ],
             outputs=[Motion.Output(display_name="motion"), io.Image.Output(display_name="content")],
         )
 
     @classmethod
-    def execute(cls, model: ReducioPipeline, images: torch.Tensor) -> Any:
+    def execute(cls, model: ReducioPipeline, images: torch.Tensor, refine: int = 0) -> Any:
         frames = to_frames(images)
-        motion = model.encode_motion(frames)
+        motion = model.encode_motion(frames, refine=refine)
         return io.NodeOutput(motion, to_images(frames[model.vae.config.content_frame]))
 
 
