@@ -9,6 +9,7 @@ this package loads no torch.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from .pipelines.svd.orbit import SV3DPipeline
     from .pipelines.svd.pipeline import SVDPipeline
     from .system.errors import ReducioError
+
+# In a checkout three rooms lie beside this folder. An installation knows where; a Python that was started in the
+# checkout finds this folder first, and has to be told.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "triton_kernels").is_dir():
+    __path__.append(str(_CHECKOUT))
 
 __all__ = [
     "ReducioError",

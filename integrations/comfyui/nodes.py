@@ -130,7 +130,14 @@ class ReducioEncodeMotion(io.ComfyNode):
             inputs=[
                 Model.Input("model"),
                 io.Image.Input("images", tooltip="at least as many as the model has frames"),
-                io.Int.Input("refine", default=0, min=0, max=100, tooltip="steps that fit the motion to the images"),
+                io.Int.Input(
+                    "refine",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=100,
+                    tooltip="steps that fit the motion to them",
+                ),
             ],
             outputs=[Motion.Output(display_name="motion"), io.Image.Output(display_name="content")],
         )

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", action="append", default=[], metavar="SCORE.min=X",
         help="thresholds, X or X%% for a percentile: motion.min=20%% text_area.max=0.05 (default: all clips)",
     )  # fmt: skip
-    parser.add_argument("--shortest", type=options.positive, default=16, metavar="N", help="frames (default: 16)")
+    parser.add_argument(
+        "--shortest", type=options.positive, default=16, metavar="N", help="least frames of a clip (default: 16)"
+    )
     options.add_progress(parser)
 
 

@@ -13,7 +13,11 @@ from .printing import Printed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     clip_input.add_arguments(parser)
     parser.add_argument(
-        "--clips", type=options.positive, default=1, metavar="N", help="so many, one after the other (default: 1)"
+        "--clips",
+        type=options.positive,
+        default=1,
+        metavar="N",
+        help="clips to take, in sequence (default: 1)",
     )
     options.add_out(parser, "FILE", "a new .safetensors file")
 

@@ -45,6 +45,21 @@ SVD_OWN: dict[str, Callable[[str], Any]] = {
     "variant": str,
     "overlap": options.positive,
 }
+SVD_HELP = {
+    "fps": "frames per second, of a Reducio clip too; here also a condition of the network",
+    "motion_bucket_id": "how much moves, 0 to 255",
+    "noise_aug_strength": "noise added to the image: more lets the clip leave it",
+    "decode_chunk_size": "decode so many frames at a time, as diffusers does",
+    "min_guidance_scale": "guidance of the first frame",
+    "max_guidance_scale": "guidance of the last frame",
+    "sigmas": "noise levels with commas, or align-your-steps",
+    "image_fit": "crop or stretch an image of another shape",
+    "last_image": "a file: the picture in which the clip ends",
+    "elevations": "SV3D: degrees of each view, or one number",
+    "azimuths": "SV3D: degrees of each view",
+    "variant": "fp16: the half-precision files of a repository",
+    "overlap": "frames that a further clip shares with the one before",
+}
 # Arguments of Reducio's own call.
 REDUCIO_OWN = ("direction", "motion_strength", "motion_score", "keep_content")
 
@@ -66,7 +81,7 @@ SAMPLING_HELP = {
     "quality": "exact, balanced or draft",
     "schedule": "where the steps lie: own, quadratic, lu or exponential",
     "guidance_interval": "START,STOP: shares of the steps between which guidance works",
-    "guidance_reuse": "of so many guided steps one computes both halves",
+    "guidance_reuse": "compute guidance in one of so many steps, and use it again in the others",
     "cache_threshold": "leave blocks out of steps that change the first one's output by less than this share",
 }
 
@@ -91,14 +106,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--motion-score", type=float, metavar="X", help="how much moves, for a model trained with clip_conditioning"
     )
-    parser.add_argument("--loop", action="store_true", default=None, help="and back: the last frame meets the first")
+    parser.add_argument("--loop", action="store_true", default=None, help="play the clip forward, then backward")
     parser.add_argument(
-        "--num-videos", type=options.positive, default=1, metavar="N", help="of seeds SEED, SEED + 1 ... (default: 1)"
+        "--num-videos",
+        type=options.positive,
+        default=1,
+        metavar="N",
+        help="clips, of SEED, SEED + 1 ... (default: 1)",
     )
     parser.add_argument(
         "--interpolate", type=options.positive, metavar="N", help="2 or 4 times the frames a second, by ffmpeg"
     )
-    parser.add_argument("--grid", action="store_true", help="all of them side by side in one clip")
+    parser.add_argument("--grid", action="store_true", help="with --num-videos: all clips side by side in one")
     parser.add_argument(
         "--preview-every", type=options.positive, metavar="N", help="every N steps, four frames in PATH-preview.png"
     )
@@ -122,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, value_type in SAMPLING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help=f"{SAMPLING_HELP[name]} (Reducio)")
     for name, value_type in SVD_OWN.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help="of Stable Video Diffusion")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=value_type, help=f"{SVD_HELP[name]} (SVD)")
     options.add_encoding(parser)
     options.add_progress(parser)
 

@@ -22,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=options.positive, help="of torch on a CPU, up to its usable cores; they change the bytes"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="another one needs --api-keys (default: this machine)")
+    parser.add_argument("--host", default="127.0.0.1", help="any other needs --api-keys (default: 127.0.0.1)")
     parser.add_argument("--port", type=options.not_negative, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--api-keys", metavar="FILE", help="lines NAME:SHA256; each key sees its own jobs alone")
     parser.add_argument("--data", metavar="DIR", help="jobs and clips (default: `serve` in the cache folder)")
-    parser.add_argument("--sizes", metavar="WxH,...", help="(default: the model's own and the aspect buckets)")
+    parser.add_argument("--sizes", metavar="WxH,...", help="width first (default: the model's own and the buckets)")
     parser.add_argument("--queue", type=options.positive, default=64, help="open jobs, above it 429 (default: 64)")
-    parser.add_argument("--queue-per-key", type=options.positive, default=16, help="of one key (default: 16)")
+    parser.add_argument("--queue-per-key", type=options.positive, default=16, help="open jobs of one key (default: 16)")
     parser.add_argument("--max-body", type=options.positive, default=20_000_000, help="bytes (default: 20 million)")
     parser.add_argument("--max-prompt", type=options.positive, default=4000, help="characters (default: 4000)")
     parser.add_argument("--max-steps", type=options.positive, default=100, help="of a stage (default: 100)")

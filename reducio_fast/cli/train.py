@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the recipe once for each variant, in one process, and compare held-out clips",
     )
     sized.add_argument("--seeds", type=options.positive, metavar="N", help="runs of each variant (default: 1)")
-    sized.add_argument("--price", type=float, metavar="X", help="of an hour of one process: prints what a step costs")
+    sized.add_argument("--price", type=float, metavar="X", help="of an hour of a process; prints the cost of a step")
 
 
 _OWN = {
@@ -89,7 +89,7 @@ def _svd_tiny(arguments: argparse.Namespace) -> Printed:
 
 def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
-        "stages": arguments.stages.split(",") if arguments.stages else None,
+        "stages": arguments.stages.split(",") if arguments.stages is not None else None,
         "scale": 1.0 if arguments.steps_scale is None else arguments.steps_scale,
     }
 

@@ -16,9 +16,15 @@ LOG = logging.getLogger("reducio_fast")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sizes", nargs="+", default=[], metavar="SIZE", help="such as 256 or 512x768 (default: the model's own)"
+        "--sizes",
+        nargs="+",
+        default=[],
+        metavar="SIZE",
+        help="256, or HEIGHTxWIDTH (default: the model's own)",
     )
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after so long, with status 0")
+    parser.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help="give up after so long; status 0, with --export 2"
+    )
     parser.add_argument("--export", metavar="FILE", help="afterwards, pack all that is compiled into one archive")
     parser.add_argument(
         "--import",
@@ -26,18 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="before, unpack the archive of an equal machine; it holds code: take those of people you trust",
     )
-    options.add_model(parser)
+    options.add_model(parser, ", hub id, svd, svd-tiny or svd:DIR")
     options.add_compile(parser)
     options.add_quantise(parser)
     options.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> Printed:
-    from ..checkpoints.strict_files import embedded_model
     from ..compile import cache
+    from ..pipelines import registry
     from ..pipelines.call.validation import check_quantise
     from ..pipelines.execution.warmup import check_deadline
-    from ..pipelines.reducio.pipeline import ReducioPipeline
     from ..system import cache_folder, devices
     from ..triton_kernels.tables import arch_of
 
@@ -62,10 +67,12 @@ def run(arguments: argparse.Namespace) -> Printed:
             except cache.ForeignCache as error:  # not an error: the only loss is the time that it would have saved
                 LOG.warning("%s", error)
                 result["ignored"] = str(error)
-        model = embedded_model() if arguments.model is None else arguments.model
-        pipe = ReducioPipeline.from_pretrained(
-            model, dtype=arguments.dtype, device=device, compile=arguments.compile, quantise=arguments.quantise
-        )
+        model, named = registry.find(arguments.model), ("compile", "quantise")
+        loading = {name: value for name in named if (value := getattr(arguments, name)) is not None}
+        model.check_call("auto", loading)
+        if not model.load_arguments:
+            raise ReducioError(f"--model {arguments.model}: is a peer, whose networks this package does not compile")
+        pipe = model.load(arguments.dtype, device, "auto", **loading)
         outcome = pipe.warmup(sizes, arguments.deadline, arguments.progress)
         result |= {"seconds": outcome.seconds, "left": list(outcome.left)}
         lines += [f"{name:<12} {seconds:.2f} s" for name, seconds in outcome.seconds.items()]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import os
 from collections import defaultdict
@@ -35,34 +34,14 @@ from ..system.atomic_files import written_whole
 from ..system.checksum import file_sha256
 from ..system.errors import ReducioError, first_line
 from ..system.paths import is_file
-from .parquet import pyarrow_modules
+from ..system.real_numbers import LARGEST
+from .latent_settings import About, read_about
+from .parquet import above_zero, between, first_fault, pyarrow_modules
 
 LOG = logging.getLogger("reducio_fast")
 
-VERSION = 1
-ABOUT, INDEX, TEXT = "latents.json", "index.parquet", "text"
+INDEX, TEXT = "index.parquet", "text"
 TENSORS = ("latent", "content", "semantic")
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """Settings that all files of a folder share. `encoders` maps a component to the SHA-256 of its files."""
-
-    encoders: dict[str, str]
-    clips: str  # SHA-256 of the list of clips
-    count: int  # number of clips
-    captions: int  # number of distinct captions
-    caption_channels: int
-    shard_size: int
-    seed: int
-    dtype: str = "float16"
-    version: int = VERSION
-    # Settings of the encoders. A folder without the first two was made before they were read from the model, with these
-    # values; None means that a folder does not say.
-    clean_caption: bool = False
-    content_scaling_factor: float = 1.0
-    encoder_dtype: str | None = None
-    caption_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,59 +125,17 @@ def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
     return [shard for shard in shards if not shard.path(folder).with_suffix(".parquet").is_file()]
 
 
-def write_about(folder: Path, about: About) -> None:
-    """Write `latents.json`. Raises `ReducioError` if the folder was started with other clips, encoders or settings."""
-    path = folder / ABOUT
-    if is_file(path):
-        existing = read_about(folder)
-        for name, digest in about.encoders.items():
-            if existing.encoders.get(name) != digest:
-                raise ReducioError(f"{folder} holds latents of another {name}; extract into another folder")
-        wanted = asdict(about)
-        for name, value in asdict(existing).items():
-            if value is not None and value != wanted[name]:
-                raise ReducioError(f"{folder} was begun with another {name}; extract into another folder, or remove it")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(asdict(about), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def read_about(folder: Path) -> About:
-    """Read `latents.json`. Raises `ReducioError` if it is missing, damaged or of another version."""
-    path = folder / ABOUT
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ReducioError(f"{folder} holds no latents (no {ABOUT}); make them with: reducio-fast extract") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ReducioError(f"{path} is damaged: {first_line(error)}; run reducio-fast extract again") from error
-    if not isinstance(values, dict):
-        raise ReducioError(f"{path} is damaged: it holds no JSON object; run reducio-fast extract again")
-    if values.get("version") != VERSION:
-        raise ReducioError(
-            f"{path} has version {values.get('version')}, this reads {VERSION}; run reducio-fast extract again"
-        )
-    try:
-        about = About(**values)
-    except TypeError as error:
-        raise ReducioError(f"{path} is damaged: {first_line(error)}; run reducio-fast extract again") from error
-    if not isinstance(about.encoders, dict):
-        raise ReducioError(f"{path} is damaged: encoders is {about.encoders!r:.60}; run reducio-fast extract again")
-    return about
-
-
 def join_index(folder: Path, shards: Sequence[Shard]) -> dict[str, int]:
     """Write `index.parquet` from the parts of all shards; return the counts of `clips` and `errors`.
 
     Raises `ReducioError` if the number of rows differs from the number of clips in `latents.json`.
     """
     pyarrow, parquet = pyarrow_modules()
-    tables = [_read_parquet(shard.path(folder).with_suffix(".parquet")) for shard in shards]
+    about = read_about(folder)
+    tables = [_read_index(shard.path(folder).with_suffix(".parquet"), about) for shard in shards]
     table = pyarrow.concat_tables(tables) if tables else _schema().empty_table()
     with written_whole(folder / INDEX) as temporary:
         parquet.write_table(table, temporary, write_page_checksum=True)
-    about = read_about(folder)
     if len(table) != about.count:
         raise ReducioError(f"{folder}: the index has {len(table)} rows for {about.count} clips; run extract again")
     return {"clips": len(table), "errors": len(table) - table.column("error").null_count}
@@ -256,10 +193,7 @@ class LatentDataset:
                 )
         if not is_file(self.folder / INDEX):
             raise ReducioError(f"{self.folder} has no {INDEX}: the extraction was stopped; run it again")
-        table = _read_parquet(self.folder / INDEX)
-        if table.schema.names != _schema().names:
-            raise ReducioError(f"{self.folder / INDEX} is of another version; run reducio-fast extract again")
-        self._tables = _by_bucket(table)
+        self._tables = _by_bucket(_read_index(self.folder / INDEX, self.about))
         if not self._tables:
             raise ReducioError(f"{self.folder} holds no clip that could be read")
         self._left_out: set[str] = set()
@@ -367,10 +301,36 @@ def _by_bucket(table: Any) -> dict[str, Any]:
     return {name: table.filter(pyarrow.compute.equal(table["bucket"], name)) for name in names}
 
 
+def _read_index(path: Path, about: About) -> Any:
+    """The rows of an index, or of a shard's part of it. Raises `ReducioError` for values that cannot be right."""
+    table = _read_parquet(path)
+    if table.schema.names != _schema().names:
+        raise ReducioError(f"{path} is of another version; remove it, run reducio-fast extract again")
+
+    def rules(table: Any) -> dict[str, tuple[Any, str]]:
+        import pyarrow.compute as pc
+
+        below = {"shard": about.count, "row": min(about.count, about.shard_size), "caption": about.captions}
+        rules = {name: (between(table[name], 0, n - 1), f"a whole number below {n}") for name, n in below.items()} | {
+            "id": (table["id"].is_valid(), "a text"),
+            "bucket": (pc.match_substring_regex(table["bucket"], r"^\d{1,5}x\d{1,5}$"), "a size such as 256x256"),
+            "fps": (above_zero(table["fps"]), "a finite number above 0"),
+            "motion": (between(table["motion"], -LARGEST, LARGEST).fill_null(True), "a finite number or null"),
+        }
+        failed = table["error"].is_valid()
+        return {name: (pc.or_kleene(failed, mask), right) for name, (mask, right) in rules.items()}
+
+    if fault := first_fault(table, _schema(), rules):
+        raise ReducioError(f"{path}: {fault}; remove it, run reducio-fast extract again")
+    return table
+
+
 def _read_parquet(path: Path) -> Any:
     pyarrow, parquet = pyarrow_modules()
     try:
-        return parquet.read_table(path, page_checksum_verification=True)
+        table = parquet.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)  # also that its texts are UTF-8
+        return table
     except (OSError, pyarrow.ArrowException) as error:
         raise ReducioError(
             f"{path} is damaged: {first_line(error)}; remove it, run reducio-fast extract again"

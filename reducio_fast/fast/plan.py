@@ -30,7 +30,7 @@ FLASH_ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
 
 def check_attention(word: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError, one line, for a backend that is unknown or not supported on `device` in `dtype`."""
-    if word not in ATTENTION:
+    if not isinstance(word, str) or word not in ATTENTION:
         raise ValueError(f"{word!r} is not known; known are {', '.join(ATTENTION)}")
     if word in ("auto", "native"):
         return

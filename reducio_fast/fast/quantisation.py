@@ -47,7 +47,7 @@ class Quantisation:
 def eight_bit_type(word: str, device: torch.device) -> torch.dtype:
     """The 8-bit dtype of the mode `word` on `device`. Raises ValueError, one line, for an unknown mode and for one that
     the device does not support."""
-    if word not in WORDS:
+    if not isinstance(word, str) or word not in WORDS:
         raise ValueError(f"{word!r} is not known; known are {', '.join(WORDS)}")
     arch = arch_of(device) if device.type in ("cuda", "cpu") else device.type
     if (dtype := WORDS[word].get(arch)) is not None:

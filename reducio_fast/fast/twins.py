@@ -75,7 +75,8 @@ def _differences(
         if path not in classes:
             yield f"has a module that its config does not build: {where}, a {type(module).__name__}"
         elif type(module) is not classes[path]:
-            yield f"{where} is a {type(module).__name__} instead of a {classes[path].__name__}"
+            found, expected = _told_apart(type(module), classes[path])
+            yield f"{where} is a {found} instead of a {expected}"
         elif any(getattr(module, hooks) for hooks in HOOKS):
             yield f"{where} has forward hooks"
         elif own := [name for name in replaced_methods(module) if path or name != replaced]:
@@ -95,6 +96,13 @@ def _differences(
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values() if w.is_floating_point()})
     if len(dtypes) != 1 or any(w.dtype not in DTYPES.values() for w in network.parameters()):
         yield f"has weights of {' and '.join(dtypes)}"
+
+
+def _told_apart(found: type, expected: type) -> tuple[str, str]:
+    """Their names; with their modules if the names alone are equal, as of the LoRA layers of peft."""
+    if found.__name__ != expected.__name__:
+        return found.__name__, expected.__name__
+    return f"{found.__module__}.{found.__qualname__}", f"{expected.__module__}.{expected.__qualname__}"
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..system.errors import ReducioError, first_line
+from ..system.errors import ReducioError, check_word, first_line
 from ..system.paths import printable
 
 LOG = logging.getLogger("reducio_fast")
@@ -166,8 +166,7 @@ TRIAL_SIDE = 256  # pixels: hardware encoders refuse smaller pictures than about
 def encoder(word: str = "quality") -> Encoder:
     """The encoder for an option of ENCODINGS on this machine. Raises ReducioError for an unknown option, and for
     "hardware" if no hardware encoder works."""
-    if word not in ENCODINGS:
-        raise ReducioError(f"encoding: must be one of {', '.join(ENCODINGS)}, is {word!r}")
+    check_word("encoding", word, ENCODINGS)
     if word in SOFTWARE:
         return SOFTWARE[word]
     hardware = hardware_encoder()

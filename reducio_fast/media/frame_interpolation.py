@@ -8,12 +8,13 @@ autoencoder's own time axis was tried, by encoding the clip with means in the ga
 
 from __future__ import annotations
 
+import numbers
 import subprocess
 from typing import Any
 
 import numpy as np
 
-from ..system.errors import ReducioError, first_line
+from ..system.errors import ReducioError, first_line, shown
 from . import ffmpeg
 
 FACTORS = (2, 4)
@@ -24,8 +25,8 @@ SMALLEST = 32  # pixels per side; below that the filter's search finds no block
 
 
 def check_factor(factor: Any) -> int:
-    if isinstance(factor, bool) or factor not in FACTORS:
-        raise ReducioError(f"interpolate: must be one of {', '.join(map(str, FACTORS))}, is {factor!r}")
+    if isinstance(factor, bool) or not isinstance(factor, numbers.Integral) or factor not in FACTORS:
+        raise ReducioError(f"interpolate: must be one of {', '.join(map(str, FACTORS))}, is {shown(factor)}")
     return int(factor)
 
 

@@ -24,7 +24,7 @@ def read_images(image: Any, count: int) -> list[np.ndarray | None]:
     """
     if image is None:
         return [None] * count
-    if isinstance(image, np.ndarray) and image.ndim == 4:
+    if getattr(image, "ndim", None) == 4:  # an array, or diffusers' tensor of images
         image = list(image)  # `out.content` of a call with a list of prompts
     if not isinstance(image, list | tuple):
         return [read_image(image)] * count
@@ -55,12 +55,13 @@ def cover_crop(
     return np.stack([np.asarray(image) for image in fit])
 
 
-def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
-    """An image file, PIL image or array as RGB uint8 [H, W, 3].
+def read_image(image: Any) -> np.ndarray:
+    """An image file, PIL image, array or tensor as RGB uint8 [H, W, 3].
 
     Any PIL mode is converted: transparency is composited on white, 16-bit values are scaled to 8 bits, the camera's
     rotation tag is applied, and the colours of an ICC profile become those of sRGB (a damaged profile is ignored).
-    Arrays are uint8, uint16, bool, or floats in [0, 1], of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. Raises
+    Arrays are uint8, uint16, bool, or floats in [0, 1], of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; tensors are
+    as diffusers takes them, floats in [0, 1] of shape [3, H, W]. Raises
     ReducioError for anything else, for a missing or broken file, for values whose scale is ambiguous, and for 8-bit
     images that hold only 0 and 1.
     """
@@ -68,8 +69,12 @@ def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
         return to_rgb(_image_from_array(image))
     if isinstance(image, Image.Image):
         return decode_image(lambda: to_rgb(image), "the image")
+    if hasattr(image, "is_floating_point"):  # a torch.Tensor, without importing torch
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise ReducioError(f"an image tensor must be floats [3, H, W]; it is {image.dtype} {list(image.shape)}")
+        return read_image(image.detach().permute(1, 2, 0).float().cpu().numpy())
     if not isinstance(image, (str, os.PathLike)):
-        raise ReducioError(f"image must be a path, a PIL image or a NumPy array; it is a {type(image).__name__}")
+        raise ReducioError(f"image must be a path, a PIL image, an array or a tensor; it is a {type(image).__name__}")
     if not is_file(image, "image"):
         raise ReducioError(f"no such image file: {printable(image)}")
 
@@ -189,6 +194,7 @@ def _check_scale(values: np.ndarray) -> None:
 def _image_from_array(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or array.size == 0 or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ReducioError(f"an image array must be [H, W] or [H, W, 1 or 3 or 4]; it is {list(array.shape)}")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # big-endian numbers are other dtypes to NumPy
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ReducioError(f"a float image must lie in [0, 1]; it spans {array.min():g} to {array.max():g}")

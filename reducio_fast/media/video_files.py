@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from functools import partial
@@ -55,7 +56,7 @@ def read_video(path: str | os.PathLike, start: int = 0, count: int | None = None
         frames_fps = _animation_frames(path)
     else:
         frames_fps = ffmpeg.frames(path)
-    stop = None if count is None else start + count
+    start, stop = min(start, sys.maxsize), None if count is None else min(start + count, sys.maxsize)
     fps, frames = None, list[np.ndarray]()
     with contextlib.closing(frames_fps):  # ends ffmpeg at once if the clip continues
         for frame, fps in islice(frames_fps, start, stop):  # noqa: B007 - the last rate is the clip's rate

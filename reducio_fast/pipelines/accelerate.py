@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..fast.engine import Engine
 from ..reference.reducio.image_vae import ImageVAE, ImageVAEConfig
@@ -33,7 +34,8 @@ class Acceleration:
         return self._left | {name: network.state for name, network in self._networks.items()}
 
     def undo(self) -> None:
-        """Restore the pipeline as it was and free the packed weights."""
+        """Restore the pipeline as it was and free the packed weights. A method that was set since, as by hooks, stays;
+        if it calls ours, ours calls diffusers'."""
         for network in self._networks.values():
             network.restore()
         self._networks = {}
@@ -64,12 +66,16 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
     networks, left = dict[str, _Accelerated](), dict[str, str]()
     engine = Engine(compile)
     for name, network in getattr(pipeline, "components", {}).items():
-        bases = [base.__name__ for base in type(network).__mro__]
+        inner = getattr(network, "_orig_mod", network)  # of torch.compile, whose result has another class
+        bases = [base.__name__ for base in type(inner).__mro__]
         kinds = [kind for kind in _KINDS if kind.class_name in bases]
         if not kinds:
             continue
-        kind = next((kind for kind in kinds if kind.serves(network)), None)
-        why = kinds[0].not_served(network) if kind is None else kind.obstacle(network)
+        kind = next((kind for kind in kinds if kind.serves(inner)), None)
+        if inner is not network:
+            why: str | None = "it is compiled"
+        else:
+            why = kinds[0].not_served(network) if kind is None else kind.obstacle(network)
         if kind is None or why is not None:
             left[name] = f"as before: {why}"
         else:
@@ -125,12 +131,25 @@ class _Accelerated:
     @classmethod
     def obstacle(cls, network: nn.Module) -> str | None:
         """Why this network cannot be replaced; None if it can."""
-        if cls.method in vars(network) or hasattr(network, "_hf_hook"):
+        ours = cls._set_on(network)
+        replaced = cls.method in vars(network) and (ours is None or ours.held)
+        if replaced or hasattr(network, "_hf_hook"):
             return f"its {cls.method} was replaced before, by hooks or by accelerate"
+        if cls.method == "forward" and getattr(network, "_compiled_call_impl", None) is not None:
+            return "it is compiled"
         return None
 
+    @classmethod
+    def _set_on(cls, network: nn.Module) -> _Accelerated | None:
+        """The object whose `run` is the network's method now."""
+        ours = getattr(vars(network).get(cls.method), "__self__", None)
+        return ours if isinstance(ours, _Accelerated) and ours.theirs is network else None
+
     def __init__(self, network: nn.Module, engine: Engine) -> None:
+        if earlier := self._set_on(network):  # it came with a copy, or with a hook that was removed after `undo`
+            earlier.restore()
         self.theirs, self.engine, self.state = network, engine, "fast"
+        self.held, self.undone = True, False  # whether an Acceleration can undo this; whether it did
         self.before: Callable[..., Any] = getattr(network, self.method)
         # A subclass may build its blocks from other modules, so diffusers' class says which there must be.
         builder = getattr(importlib.import_module("diffusers"), self.diffusers_class or self.class_name)
@@ -141,18 +160,25 @@ class _Accelerated:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the pipeline packs weights of its own."""
-        kept = {name: vars(self)[name] for name in ("theirs", "before", "adoption")}
+        kept = {name: vars(self)[name] for name in ("theirs", "before", "adoption", "undone")}
         return kept | {"compile": self.engine.compile}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.engine = Engine(state.pop("compile"))
-        vars(self).update(state, state="fast", seen=None)
+        vars(self).update(state, state="fast", seen=None, held=False)
 
     def restore(self) -> None:
-        delattr(self.theirs, self.method)
+        if self._set_on(self.theirs) is self:
+            delattr(self.theirs, self.method)
+        # Something else, such as a hook, may still call `run` and keep this object: it holds no packed weights then.
+        self.held, self.undone, self.twin, self.seen = False, True, None, None
+        self.engine.forget()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Runs in place of the method."""
+        if torch.compiler.is_compiling():  # packing cannot be traced
+            self.state, self.seen = "as before: it is compiled", None
+            return self.before(*args, **kwargs)
         twin = self._twin(*args, **kwargs)
         return self.before(*args, **kwargs) if twin is None else self.call(twin, *args, **kwargs)
 
@@ -166,9 +192,16 @@ class _Accelerated:
 
     def _twin(self, *args: Any, **kwargs: Any) -> Any:
         """The twin of the current weights. None if it cannot run; `state` then has the reason."""
+        if self.undone:
+            return None
         why, device = None, next(self.theirs.parameters()).device.type
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.theirs.parameters()):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *self.theirs.parameters())):
             why = "gradients are recorded"
+        elif hasattr(self.theirs, "_hf_hook"):
+            why = "has hooks, such as those of enable_model_cpu_offload"
+        elif any(tensor.numel() == 0 for tensor in given):
+            why = "the batch is empty"
         elif torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             why = "runs under autocast"
         if why is not None:

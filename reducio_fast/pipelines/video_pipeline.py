@@ -23,6 +23,7 @@ from . import long_clip, one_clip, parallel
 from .call.output import ReducioOutput
 from .call.request import ClipRequest, Request, SamplingInputs
 from .call.state import CallState, Stage
+from .call.validation import check_names
 from .execution.adapters import Adapters
 from .execution.components import Components, PartAttribute
 from .execution.decoding import Decoding
@@ -92,10 +93,10 @@ class VideoPipeline:
     def stream(self, **arguments: Any) -> Iterator[Any]:
         """Frames of one clip of any length, in order, as soon as each is final; arguments as in a call, by name.
 
-        Each frame is what `frames[i]` of a call would be: uint8 [H, W, 3], a PIL image, or float32 [3, H, W]. Only one
-        clip of the model's length is in memory at a time; calls of other threads can run between two such clips. Raises
-        ReducioError at once, also for calls of more than one clip.
+        Each frame is what `frames[i]` of a call would be. Only one clip of the model's length is in memory; calls of
+        other threads can run between two such clips. Raises ReducioError at once, also for calls of more than one clip.
         """
+        check_names(self.__call__, arguments)
         call = CallState(self.check_inputs(**arguments), listener=self.listener)
         long_clip.check_stream(call.request)
         return long_clip.stream(self, call)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..media.video_files import check_format
+from ..pipelines.call.validation import check_names
 from ..system import ray_cluster
 from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError, first_line
@@ -92,12 +93,26 @@ def _read_lines(path: Path) -> list[Any]:
 
 
 def _read_jsonl(path: Path) -> list[Any]:
-    return [{"prompt": row} if isinstance(row := json.loads(line), str) else row for line in _lines_of(path)]
+    rows = (json.loads(line, object_pairs_hook=_named_once) for line in _lines_of(path))
+    return [{"prompt": row} if isinstance(row, str) else row for row in rows]
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose second value of a name would else replace the first."""
+    _refuse_twice([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ValueError(f"{twice[0]} is named twice")
 
 
 def _read_csv(path: Path) -> list[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file, strict=True)  # strict: a quote that is not closed would take all further rows
+        _refuse_twice(reader.fieldnames or ())
+        return list(reader)
 
 
 def _read_parquet(path: Path) -> list[Any]:
@@ -220,6 +235,7 @@ def _make(clips: Clips, task: Row) -> Any:
         raise ReducioError(f"{unknown[0]}: no argument of a prompt; known are {', '.join(known)}")
     if "image" not in call and "prompt" not in call:
         raise ReducioError("prompt: None given; describe the clip")
+    check_names(clips.pipe.__call__, call)  # those of the other families are among FIELDS
     call = {n: FIELDS[n](n, v) if n in FIELDS else v for n, v in call.items()}
     for name in ("height", "width"):
         if isinstance(call.get(name), str):

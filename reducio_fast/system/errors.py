@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 
 class ReducioError(ValueError):
@@ -12,6 +14,26 @@ class ReducioError(ValueError):
     The command line prints the message on stderr without a traceback and exits with status 2. Any other exception is a
     bug of this package and keeps its traceback.
     """
+
+    def __init__(self, message: object) -> None:
+        # What the message quotes, such as an array or another library's error, may have several lines.
+        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its `repr`, on one line and shortened to 60 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of a foreign object, or of a whole number with more digits than Python prints
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_word(name: str, value: Any, words: Sequence[str]) -> str:
+    """`value`, which must be one of `words`. Raises ReducioError."""
+    if not isinstance(value, str) or value not in words:
+        raise ReducioError(f"{name}: must be one of {', '.join(words)}, is {shown(value)}")
+    return value
 
 
 def first_line(error: object) -> str:

@@ -8,7 +8,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from .errors import ReducioError
+from .errors import ReducioError, shown
 
 
 def status(path: str | os.PathLike[str], argument: str | None = None) -> os.stat_result | None:
@@ -40,11 +40,14 @@ def is_folder(path: str | os.PathLike[str], argument: str | None = None) -> bool
 
 
 def expanded(path: str | os.PathLike[str], argument: str | None = None) -> Path:
-    """The path with `~` and `~NAME` expanded. Raises ReducioError if that user has no home folder."""
+    """The path with `~` and `~NAME` expanded. Raises ReducioError if that user has no home folder, and for what is no
+    path."""
+    before = f"{argument}: " if argument else ""
     try:
         return Path(path).expanduser()
+    except TypeError:
+        raise ReducioError(f"{before}must be a path, is {shown(path)}") from None
     except RuntimeError as error:
-        before = f"{argument}: " if argument else ""
         raise ReducioError(f"{before}{printable(path)} cannot be expanded ({error})") from error
 
 

@@ -17,4 +17,6 @@ def to_float(value: Any) -> float:
         number = float(value)
     except OverflowError:
         return math.inf
+    except TypeError:  # np.timedelta64 says that it is a number
+        return math.nan
     return number if abs(number) <= LARGEST or math.isnan(number) else math.copysign(math.inf, number)

@@ -14,7 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..system.errors import ReducioError, first_line
+from ..system.errors import ReducioError, first_line, shown
+from ..system.real_numbers import to_float
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,14 +42,14 @@ def load(recipe_class: type[_Recipe], name: str, changes: list[str] | None = Non
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReducioError(f"recipe {name!r}: no such file, and none of {', '.join(known)}") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, a number of 4300 digits
         raise ReducioError(f"recipe {path}: {first_line(error)}") from error
     for change in changes or ():
         try:
             _merge(values, tomllib.loads(change))
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ReducioError(
-                f"--set {change!r}: must be KEY=VALUE in TOML's notation: {first_line(error)}"
+                f"--set {shown(change)}: must be KEY=VALUE in TOML's notation: {first_line(error)}"
             ) from error
     return _build(recipe_class, values, f"recipe {name}")
 
@@ -123,6 +124,8 @@ def _convert(field_type: Any, value: Any, where: str) -> Any:
             raise ReducioError(f"{where}={value!r} must have {len(kinds)} entries")
         return tuple(_convert(kind, entry, where) for kind, entry in zip(kinds, value, strict=True))
     if field_type is float and isinstance(value, int) and not isinstance(value, bool):
+        if math.isinf(to_float(value)):
+            raise ReducioError(f"{where}={shown(value)} is larger than float32 can hold")
         return float(value)
     plain = origin or field_type
     if plain is Any or (isinstance(value, plain) and (plain is bool or not isinstance(value, bool))):

@@ -243,6 +243,10 @@ class VideoUNet(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.conv_in.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.conv_in.weight.device
+
     def embed(self, timestep: Tensor, added_time_ids: Tensor, batch: int, frames: int) -> Tensor:
         """timestep [] or [B], added_time_ids [B, n] or, per frame, [B, T, n] -> [B * T, E]."""
         channels = self.config.block_out_channels[0]

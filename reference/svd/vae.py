@@ -144,6 +144,10 @@ class TemporalVAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.quant_conv.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.quant_conv.weight.device
+
     def encode(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] in [-1, 1], sides multiples of 8 -> the mode of the posterior, [N, 4, H/8, W/8]."""
         factor = self.config.spatial_factor

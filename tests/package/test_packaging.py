@@ -189,6 +189,19 @@ def test_wheel_contents_import(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     assert Path(done.stdout.strip()) == tmp_path / "site" / "reducio_fast" / "triton_kernels" / "__init__.py"
 
 
+def test_python_in_the_checkout_finds_every_room(root: Path) -> None:
+    """After `pip install .` Python still finds the checkout's folder first, which holds only some of the rooms."""
+    code = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"  # as if not installed with -e
+        "import reducio_fast.compile, reducio_fast.reference, reducio_fast.triton_kernels as kernels\n"
+        "print(kernels.__file__)"
+    )
+    done = python(code, root)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == root / "triton_kernels" / "__init__.py"
+
+
 def test_top_level_triton_kernels_is_refused(root: Path) -> None:
     """From the checkout's root, as `python -c` and `python -m` run; other libraries probe for this name."""
     probe = "try:\n    import triton_kernels\nexcept ImportError as error:\n    print(error)"

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
+from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
 from reducio_fast import ReducioError, accelerate
 from reducio_fast.pipelines.peers.models import PEERS, build_random
+from svd_derivatives import OrbitUNet, inputs_of, network
 from tiny_pixart import pixart
-from tiny_svd import lively_svd, unet_config, unet_inputs
+from tiny_svd import lively_svd, unet_config, unet_inputs, vae_config
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +95,40 @@ def test_what_the_twin_cannot_do_runs_as_before(pipe: StableVideoDiffusionPipeli
     acceleration.undo()
 
 
+def with_leaf(name: str) -> tuple[dict[str, Any], Any, torch.Tensor]:
+    """A network by its name in a pipeline, how to run it, and one of the tensors that it is given."""
+    if name == "resolution":
+        drawer, leaf = pixart(128).transformer, torch.tensor([[64.0, 64.0]])
+        added = {"resolution": leaf, "aspect_ratio": torch.tensor([[1.0]])}
+        given = (torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16), torch.tensor([7]), added)
+        return {"transformer": drawer}, lambda: drawer(*given), leaf
+    if name == "z":
+        vae, leaf = networks().vae, torch.randn(2, 4, 8, 8)
+        return {"vae": vae}, lambda: vae.decode(leaf, num_frames=2), leaf
+    unet = network(OrbitUNet) if name == "camera" else networks().unet
+    inputs = inputs_of(unet) if name == "camera" else unet_inputs(unet.config, 2, (4, 4))
+    return {"unet": unet}, lambda: unet(**inputs), inputs["added_time_ids"][1] if name == "camera" else inputs[name]
+
+
+@pytest.mark.parametrize("name", ["sample", "encoder_hidden_states", "z", "resolution", "camera"])
+def test_gradients_pass_through_frozen_networks(name: str) -> None:
+    """Whichever argument asks for them, also one in a dict or a list."""
+    torch.manual_seed(0)
+    components, run, leaf = with_leaf(name)
+    leaf.requires_grad_(True)
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(run().sample.square().sum(), leaf)[0]
+
+    before = gradient()
+    with accelerate(SimpleNamespace(components=components)) as acceleration:
+        assert torch.equal(gradient(), before) and before.abs().max() > 0
+        assert [*acceleration.report.values()] == ["as before: gradients are recorded"]
+        with torch.no_grad():
+            run()
+        assert [*acceleration.report.values()] == ["fast"]
+
+
 @pytest.mark.parametrize("name", ["unet", "vae", "transformer", "image vae"])
 @torch.no_grad()
 def test_under_autocast_a_network_runs_as_before(name: str) -> None:
@@ -124,12 +161,26 @@ def test_under_autocast_a_network_runs_as_before(name: str) -> None:
     assert reports == ["fast", "as before: runs under autocast", "fast"]
 
 
+@torch.no_grad()
+def test_an_empty_batch_runs_as_before() -> None:
+    """Without attention, which takes no empty batch."""
+    vae = AutoencoderKLTemporalDecoder(**vae_config(32, 32, layers_per_block=1))
+    acceleration = accelerate(SimpleNamespace(components={"vae": vae}))
+    assert vae.decode(torch.zeros(0, 4, 8, 8), num_frames=3).sample.shape == (0, 3, 16, 16)
+    assert acceleration.report["vae"] == "as before: the batch is empty"
+
+
 def doubled(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
     return 2 * out
 
 
 class Processor(AttnProcessor2_0):
     pass
+
+
+def add_lora(unet: Any) -> None:
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), unet)
+    unet.requires_grad_(False)
 
 
 CHANGES: dict[str, tuple[Any, str]] = {
@@ -148,6 +199,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
         lambda unet: torch.nn.utils.parametrizations.weight_norm(unet.conv_in),
         "conv_in is a ParametrizedConv2d",
     ),
+    "LoRA layers": (add_lora, "to_q is a peft.tuners.lora.layer.Linear instead of a torch.nn.modules.linear.Linear"),
 }
 
 
@@ -168,6 +220,105 @@ def test_a_changed_network_runs_as_it_is(change: str) -> None:
     assert report.startswith("as before: ") and reason in report
     acceleration.undo()
     assert torch.equal(fast, run()) and fast.shape[:2] == first.shape[:2]
+
+
+def networks() -> Any:
+    unet = lively_svd(UNetSpatioTemporalConditionModel(**unet_config(32, 64)))
+    vae = lively_svd(AutoencoderKLTemporalDecoder(**vae_config(32, 32)))
+    return SimpleNamespace(unet=unet, vae=vae, components={"unet": unet, "vae": vae})
+
+
+def results(pipeline: Any) -> dict[str, torch.Tensor]:
+    """Of the unet and the vae on another clip each time."""
+    inputs, latent = unet_inputs(pipeline.unet.config, 2, (4, 4)), torch.linspace(-1, 1, 512).view(2, 4, 8, 8)
+    return {"unet": pipeline.unet(**inputs).sample, "vae": pipeline.vae.decode(latent, num_frames=2).sample}
+
+
+def equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in some if torch.equal(some[name], others[name])]
+
+
+BOTH, FAST = ["unet", "vae"], {"unet": "fast", "vae": "fast"}
+
+
+@torch.no_grad()
+def test_hooks_that_were_added_later() -> None:
+    """`undo` takes nothing away from them, and nothing of ours comes back when they are removed."""
+    pipeline = networks()
+    before, acceleration = results(pipeline), accelerate(pipeline)
+    assert not equal(results(pipeline), before), "the twins ran"
+    hook = CpuOffload("cpu")
+    for part in pipeline.components.values():
+        add_hook_to_module(part, hook)
+    assert equal(results(pipeline), before) == BOTH
+    hooked = "as before: has hooks, such as those of enable_model_cpu_offload"
+    assert acceleration.report == {"unet": hooked, "vae": hooked}
+    for part in pipeline.components.values():
+        remove_hook_from_module(part)
+    pipeline.vae.__dict__.pop("forward")  # which removing leaves behind
+    assert not equal(results(pipeline), before) and acceleration.report == FAST
+    add_hook_to_module(pipeline.unet, hook)
+    forward = pipeline.unet.forward
+    acceleration.undo()
+    assert pipeline.unet.forward is forward and equal(results(pipeline), before) == BOTH
+    remove_hook_from_module(pipeline.unet)
+    assert equal(results(pipeline), before) == BOTH
+    with accelerate(pipeline) as again:
+        assert not equal(results(pipeline), before) and again.report == FAST
+    assert equal(results(pipeline), before) == BOTH and "forward" not in vars(pipeline.unet)
+
+
+@torch.no_grad()
+def test_undo_leaves_what_others_set() -> None:
+    pipeline = networks()
+    before, acceleration = results(pipeline), accelerate(pipeline)
+    ours = pipeline.unet.forward
+    pipeline.unet.forward = wrapped = lambda *args, **kwargs: ours(*args, **kwargs)
+    del pipeline.vae.decode
+    assert equal(results(pipeline), before) == ["vae"]
+    acceleration.undo()
+    assert pipeline.unet.forward is wrapped and equal(results(pipeline), before) == BOTH
+
+
+@torch.no_grad()
+def test_a_network_that_is_compiled_later() -> None:
+    """Tracing enters diffusers' network, not the packing of weights."""
+    drawer, latent, time = pixart().transformer, torch.randn(1, 4, 8, 8), torch.tensor([7])
+    text, added = torch.randn(1, 5, 16), {"resolution": None, "aspect_ratio": None}
+    before = drawer(latent, text, time, added).sample
+    acceleration = accelerate(SimpleNamespace(components={"transformer": drawer}))
+    fast = drawer(latent, text, time, added).sample
+    assert not torch.equal(fast, before), "the twin ran"
+    compiled = torch.compile(drawer, backend="eager", fullgraph=True)
+    for _ in range(2):  # the second run of a graph is not traced
+        assert torch.equal(compiled(latent, text, time, added).sample, before)
+        assert acceleration.report == {"transformer": "as before: it is compiled"}
+        assert torch.equal(drawer(latent, text, time, added).sample, fast)
+        assert acceleration.report == {"transformer": "fast"}
+    acceleration.undo()
+    assert torch.equal(compiled(latent, text, time, added).sample, before)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_network_that_was_compiled_before(in_place: bool) -> None:
+    pipeline = networks()
+    if in_place:
+        pipeline.unet.compile(backend="eager")
+    else:
+        pipeline.components["unet"] = torch.compile(pipeline.unet, backend="eager")
+    assert accelerate(pipeline).report == {"unet": "as before: it is compiled", "vae": "fast"}
+
+
+@torch.no_grad()
+def test_a_copy_can_be_taken_over() -> None:
+    pipeline = networks()
+    before, acceleration = results(pipeline), accelerate(pipeline)
+    fast, copied = results(pipeline), copy.deepcopy(pipeline)
+    assert equal(results(copied), fast) == BOTH
+    with accelerate(copied) as taken:
+        assert taken.report == FAST and equal(results(copied), fast) == BOTH
+    assert equal(results(copied), before) == BOTH and "forward" not in vars(copied.unet)
+    assert equal(results(pipeline), fast) == BOTH and acceleration.report == FAST
 
 
 class Another(UNetSpatioTemporalConditionModel):

@@ -160,12 +160,12 @@ def test_values_that_stop_being_finite_are_named(folder: Path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"step": 0}, "step: must be a whole number of at least 1, is 0"),
-        ({"step": -1}, "step: must be a whole number of at least 1, is -1"),
-        ({"step": "2"}, "step: must be a whole number of at least 1, is '2'"),
-        ({"start": 1.5}, "start: must be a whole number of at least 0, is 1.5"),
-        ({"start": -20}, "start: must be a whole number of at least 0, is -20"),
-        ({"video": "clip.mp4", "start": 1.5}, "start: must be a whole number of at least 0, is 1.5"),
+        ({"step": 0}, "step: must be a whole number from 1 to 2147483648, is 0"),
+        ({"step": -1}, "step: must be a whole number from 1 to 2147483648, is -1"),
+        ({"step": "2"}, "step: must be a whole number from 1 to 2147483648, is '2'"),
+        ({"start": 1.5}, "start: must be a whole number from 0 to 2147483648, is 1.5"),
+        ({"start": -20}, "start: must be a whole number from 0 to 2147483648, is -20"),
+        ({"video": "clip.mp4", "start": 1.5}, "start: must be a whole number from 0 to 2147483648, is 1.5"),
         ({"video": np.zeros((40, 0, 64, 3), np.uint8)}, r"motion: must be .*; it is uint8 \[40, 0, 64, 3\]"),
     ],
 )

@@ -113,7 +113,7 @@ def test_broken_images_are_refused(pipe: ReducioPipeline, tmp_path: Path):
     for image, message in (
         (bad, "bad.png cannot be read"),
         (tmp_path / "none.png", "no such image file"),
-        (7, "image must be a path, a PIL image or a NumPy array"),
+        (7, "image must be a path, a PIL image, an array or a tensor"),
         ([good, good], "image: 2 given for 1 prompts"),
     ):
         with pytest.raises(ReducioError, match=message):

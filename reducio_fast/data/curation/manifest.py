@@ -11,16 +11,21 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from ...system.atomic_files import written_whole
-from ...system.errors import ReducioError, first_line
+from ...system.errors import ReducioError, first_line, shown
 from ...system.paths import is_file, is_folder
-from ..parquet import pyarrow_modules
+from ...system.real_numbers import LARGEST
+from ..parquet import above_zero, between, first_fault, pyarrow_modules
 
 VERSION = "1"
 PARTS, CHOSEN, THUMBNAIL = "parts", "clips.parquet", "thumbnail"
+MOST_FRAMES = 10**8  # of a video: 46 days at 25 frames a second; `extract` lists 6 million clips of it
+MOST_SIDE = 16384  # pixels, as in a call of a pipeline
 # Column -> type. `start` and `end` are frame numbers of `media.ffmpeg.frames`; `motion` is in percent of the short side
 # per half second, `text_area` is a share of the frame. A row with `error` has no scores.
 COLUMNS: dict[str, str] = {
@@ -73,7 +78,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not is_file(path / CHOSEN):
             return read_parts(path)
         path /= CHOSEN
-    return sorted(_read_file(path)[1], key=lambda row: row["id"])
+    return _sorted([path])
 
 
 def read_parts(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -83,7 +88,7 @@ def read_parts(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise ReducioError(
             f"{folder} holds no manifest (no {PARTS}/part-*.parquet); make one with: reducio-fast curate"
         )
-    return sorted((row for part in parts for row in _read_file(part)[1]), key=lambda row: row["id"])
+    return _sorted(parts)
 
 
 def thumbnails(folder: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
@@ -95,14 +100,63 @@ def thumbnails(folder: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]
     return {name: pictures[name] for name in wanted if pictures.get(name)}
 
 
+def _rules(table: Any) -> dict[str, tuple[Any, str]]:
+    """What `first_fault` checks. `read` sorts all rows by id and a report names all videos, also those with errors."""
+    import pyarrow.compute as pc
+
+    def text(column: Any) -> Any:
+        return pc.and_(pc.greater(pc.binary_length(column), 0), pc.invert(pc.match_substring(column, "\0")))
+
+    def score(column: Any) -> Any:
+        return between(column, -LARGEST, LARGEST).fill_null(True)
+
+    scores = [name for name, kind in COLUMNS.items() if kind == "float64" and name != "fps"]
+    start, end, failed = table["start"], table["end"], table["error"].is_valid()
+    rules = {
+        "start": (between(start, 0, MOST_FRAMES), f"a whole number from 0 to {MOST_FRAMES}"),
+        "end": (pc.and_(between(end, 1, MOST_FRAMES), pc.less(start, end)), f"above start and at most {MOST_FRAMES}"),
+        "fps": (above_zero(table["fps"]), "a finite number above 0"),
+        **{n: (between(table[n], 1, MOST_SIDE), f"a whole number from 1 to {MOST_SIDE}") for n in ("height", "width")},
+        **{n: (score(table[n]), "a finite number or null") for n in scores},
+    }
+    texts = {name: (text(table[name]), "a text, not empty and without a zero byte") for name in ("id", "video")}
+    return texts | {name: (pc.or_kleene(failed, mask), right) for name, (mask, right) in rules.items()}
+
+
+def _sorted(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of manifest files, sorted by id. Raises `ReducioError` for an id of two clips.
+
+    Copies of a video have the same ids and the same clips, of which a latent is the same too.
+    """
+    files = [(path, _read_file(path)[1]) for path in paths]
+    rows = sorted((row for _, group in files for row in group), key=itemgetter("id"))
+    for name, group in groupby(rows, key=itemgetter("id")):
+        same = list(group)
+        if len(same) > 1 and not _are_copies(same):
+            places = [(path, i) for path, listed in files for i, row in enumerate(listed) if row["id"] == name]
+            (first, i), (path, number) = places[0], places[-1]
+            raise ReducioError(
+                f"{path}: row {number}: id is {shown(name)}, it must differ from that of row {i} of {first}; "
+                f"remove {path.name} and run reducio-fast curate again"
+            )
+    return rows
+
+
+def _are_copies(rows: Sequence[Mapping[str, Any]]) -> bool:
+    contents = {tuple(row[name] for name in ("sha256", "start", "end", "fps", "height", "width")) for row in rows}
+    return len(contents) == 1 and bool(rows[0]["sha256"]) and len({row["video"] for row in rows}) == len(rows)
+
+
 def _read_file(path: Path, columns: Sequence[str] | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metadata of a manifest file and these columns of its rows; by default all but the pictures."""
+    rules = _rules if columns is None else lambda table: {}
     if columns is None:
         columns = [name for name in COLUMNS if name != THUMBNAIL]
     pyarrow, parquet = pyarrow_modules()
     again = f"remove {path.name} and run reducio-fast curate again"
     try:
         table = parquet.read_table(path, columns=columns, page_checksum_verification=True)
+        table.validate(full=True)  # also that its texts are UTF-8
         about = dict(json.loads((table.schema.metadata or {}).get(b"reducio-fast", b"{}")))
     except FileNotFoundError:
         raise ReducioError(f"no such manifest: {path}") from None
@@ -110,6 +164,8 @@ def _read_file(path: Path, columns: Sequence[str] | None = None) -> tuple[dict[s
         raise ReducioError(f"{path} is damaged: {first_line(error)}; {again}") from error
     if about.get("manifest") != VERSION:
         raise ReducioError(f"{path} is a manifest of version {about.get('manifest')}, this reads {VERSION}; {again}")
+    if fault := first_fault(table, [field for field in _schema(None) if field.name in columns], rules):
+        raise ReducioError(f"{path}: {fault}; {again}")
     return about, table.to_pylist()
 
 

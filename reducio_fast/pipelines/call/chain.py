@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, check_word, shown
 from . import validation
 from .request import Chain, Joint
 
@@ -34,10 +34,9 @@ def plan(joint: Joint, num_frames: Any, direction: Any, match_colours: Any) -> C
     Raises ReducioError for a number of frames that whole clips do not give, with the two nearest, and for invalid
     values of the other arguments.
     """
-    if direction not in DIRECTIONS:
-        raise ReducioError(f"direction: must be one of {', '.join(DIRECTIONS)}, is {direction!r}")
+    check_word("direction", direction, DIRECTIONS)
     if not isinstance(match_colours, bool):
-        raise ReducioError(f"match_colours: must be True or False, is {match_colours!r}")
+        raise ReducioError(f"match_colours: must be True or False, is {shown(match_colours)}")
     if direction == "both" and joint.hop_back < 1:
         raise ReducioError("direction: 'both' needs a model whose content frame lies within the clip; use 'forward'")
     num_frames = validation.check_count("num_frames", num_frames, MAX_FRAMES)

@@ -21,6 +21,7 @@ from ...media.kept_frames import keep_frames
 from ...media.pixels import to_bytes
 from ...media.video_files import check_output_path, numbered, write_video
 from ...system.errors import ReducioError
+from ...system.paths import expanded
 from ...system.stage_clock import annotate
 
 
@@ -93,11 +94,12 @@ class ReducioOutput:
         """
         if self.output_type == "latent":
             raise ReducioError("save: output_type='latent' holds no frames; make them with pipe.decode(latents, image)")
-        start, name, encoder = time.perf_counter(), Path(path), ffmpeg.encoder(encoding)
+        start, encoder = time.perf_counter(), ffmpeg.encoder(encoding)
         clips = self.frames if self.is_list else [self.frames]
         written = 0
         try:
-            paths = numbered(path, len(clips)) if self.is_list else [name]
+            name = expanded(path, "path")
+            paths = numbered(name, len(clips)) if self.is_list else [name]
             for each in paths:
                 check_output_path(each, trial=False)  # all of them before the first is written
             with annotate("video.write"):

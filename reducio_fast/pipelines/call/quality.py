@@ -13,7 +13,7 @@ from typing import Any
 
 from ...reference.reducio.config import NUM_INFERENCE_STEPS
 from ...reference.sampler import Shortcuts
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, check_word, shown
 from ...system.real_numbers import to_float
 
 SCHEDULES = ("own", "quadratic", "lu", "exponential")
@@ -52,9 +52,7 @@ def resolve(sampling: Any, quality: Any, arguments: Mapping[str, Any], guidance_
     `arguments`: those of the call by name, None where left out. Raises ReducioError for invalid values."""
     own = _checked_setting(sampling)
     name = own.get("quality", "exact") if quality is None else quality
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ReducioError(f"quality: must be one of {', '.join(PRESETS)}, is {name!r}")
-    chosen = dataclasses.asdict(PRESETS[name])
+    chosen = dataclasses.asdict(PRESETS[check_word("quality", name, tuple(PRESETS))])
     if quality is None:
         chosen |= {key: value for key, value in own.items() if key != "quality"}
     steps_from_preset = quality is not None or "num_inference_steps" not in own
@@ -72,7 +70,7 @@ def _checked_setting(sampling: Any) -> dict[str, Any]:
         return {}
     known = ("quality", *SETTINGS)
     if not isinstance(sampling, Mapping):
-        raise ReducioError(f"sampling: must be a dict of {', '.join(known)}, is {sampling!r}")
+        raise ReducioError(f"sampling: must be a dict of {', '.join(known)}, is {shown(sampling)}")
     if unknown := [name for name in sampling if name not in known]:
         raise ReducioError(f"sampling: unknown {unknown[0]}; known are {', '.join(known)}")
     return dict(sampling)
@@ -83,8 +81,7 @@ def _interval(value: Any) -> Any:
 
 
 def _check(quality: Quality) -> None:
-    if quality.schedule not in SCHEDULES:
-        raise ReducioError(f"schedule: must be one of {', '.join(SCHEDULES)}, is {quality.schedule!r}")
+    check_word("schedule", quality.schedule, SCHEDULES)
     interval = quality.guidance_interval
     if not (
         isinstance(interval, tuple)
@@ -93,22 +90,22 @@ def _check(quality: Quality) -> None:
         and 0 <= interval[0] <= interval[1] <= 1
     ):
         raise ReducioError(
-            f"guidance_interval: must be two shares of the steps from 0 to 1, the smaller first, is {interval!r}"
+            f"guidance_interval: must be two shares of the steps from 0 to 1, the smaller first, is {shown(interval)}"
         )
     if (
         not isinstance(quality.guidance_reuse, int)
         or isinstance(quality.guidance_reuse, bool)
         or quality.guidance_reuse < 1
     ):
-        raise ReducioError(f"guidance_reuse: must be a whole number of at least 1, is {quality.guidance_reuse!r}")
+        raise ReducioError(f"guidance_reuse: must be a whole number of at least 1, is {shown(quality.guidance_reuse)}")
     if not _is_number(quality.cache_threshold) or not 0 <= quality.cache_threshold < math.inf:
-        raise ReducioError(f"cache_threshold: must be a number of at least 0, is {quality.cache_threshold!r}")
+        raise ReducioError(f"cache_threshold: must be a number of at least 0, is {shown(quality.cache_threshold)}")
     if quality.content_steps is not None and (
         not isinstance(quality.content_steps, int)
         or isinstance(quality.content_steps, bool)
         or quality.content_steps < 2
     ):
-        raise ReducioError(f"content_steps: must be a whole number of at least 2, is {quality.content_steps!r}")
+        raise ReducioError(f"content_steps: must be a whole number of at least 2, is {shown(quality.content_steps)}")
 
 
 def _is_number(value: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...reference.data_prediction import KNOWN, family_of
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, shown
 from ...system.real_numbers import to_float
 from . import chain, validation
 from .request import Joint
@@ -20,7 +20,7 @@ def check_strength(strength: Any) -> float:
     """0 is a still, 1 the clip as generated; above 1 the motion grows, and saturates near 1.2 times that of 1."""
     number = to_float(strength)
     if not 0 <= number <= MAX_STRENGTH:
-        raise ReducioError(f"motion_strength: must be a number from 0 to {MAX_STRENGTH:g}, is {strength!r}")
+        raise ReducioError(f"motion_strength: must be a number from 0 to {MAX_STRENGTH:g}, is {shown(strength)}")
     return number
 
 
@@ -34,13 +34,13 @@ def clip_condition(motion_score: Any, config: Any, fps: float) -> tuple[float, f
         )
     score = to_float(motion_score)
     if not 0 <= score < math.inf:
-        raise ReducioError(f"motion_score: must be a number of at least 0, is {motion_score!r}")
+        raise ReducioError(f"motion_score: must be a number of at least 0, is {shown(motion_score)}")
     return fps, score
 
 
 def check_switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ReducioError(f"{name}: must be True or False, is {value!r}")
+        raise ReducioError(f"{name}: must be True or False, is {shown(value)}")
     return value
 
 
@@ -49,7 +49,8 @@ def check_steering(
 ) -> dict[str, Any]:
     """The fields of a `Request` that all families share: `chain`, `loop`, `preview_every`. joint None: clips are not
     chained in this call. executor: what runs the decoder of previews; None if they need no full decoder."""
-    check_switch("match_colours", inputs.match_colours)
+    for name in ("match_colours", "progress", "return_dict"):
+        check_switch(name, getattr(inputs, name))
     links = None if joint is None else chain.plan(joint, num_frames, direction, inputs.match_colours)
     every, loop = inputs.preview_every, check_switch("loop", inputs.loop)
     if every is not None:

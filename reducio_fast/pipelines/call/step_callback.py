@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...reference.sampler import StopSampling
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, shown
 from . import validation
 from .state import CallState
 
@@ -50,6 +50,9 @@ class StepCallback:
         tensors = {"latents": latent, "frames": None if self.preview is None else self.preview(step)} | self.embeds
         asked = (*request.callback_tensor_inputs, *(["frames"] if self.preview is not None else []))
         handed = {name: tensors[name] for name in asked}
+        scheduler = self.pipeline.scheduler
+        if hasattr(scheduler, "_step_index"):  # a callback may read step_index, and the fast sampler does not step it
+            scheduler._step_index = step + 1
         try:
             answer = request.callback_on_step_end(self.pipeline, step, timestep, dict(handed))
         except Exception as error:
@@ -67,7 +70,7 @@ class StepCallback:
             raise ReducioError(f"callback_on_step_end: must return a dict or None, returned a {type(answer).__name__}")
         for name, value in answer.items():
             if name != "latents" and value is not handed.get(name, self):
-                raise ReducioError(f"callback_on_step_end: returned {name!r}; only 'latents' can be replaced")
+                raise ReducioError(f"callback_on_step_end: returned {shown(name)}; only 'latents' can be replaced")
         new = answer.get("latents", latent)
         if new is latent:
             return latent

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ...reference import DiTConfig
 from ...system.devices import triton_missing, widened
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, check_word, shown
 from ...system.real_numbers import to_float
 from .request import Arguments, Embeds
 
@@ -39,7 +40,7 @@ def check_prompts(prompt: Any, negative_prompt: Any, prompt_embeds: Any = None) 
     for i, text in enumerate(prompts):
         if not text.strip():
             where = "" if isinstance(prompt, str) else f" number {i}"
-            raise ReducioError(f"prompt{where}: is empty ({text!r}); describe the clip")
+            raise ReducioError(f"prompt{where}: is empty ({shown(text)}); describe the clip")
     _check_encodable("prompt", prompts)
     return (*_negatives(negative_prompt, prompts), not isinstance(prompt, str))
 
@@ -63,21 +64,28 @@ def _check_encodable(name: str, texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             wrong = text[error.start]
-            raise ReducioError(f"{name}: holds {wrong!r}, which is no character; is {_brief(text)}") from None
+            raise ReducioError(f"{name}: holds {shown(wrong)}, which is no character; is {_brief(text)}") from None
+
+
+def check_names(call: Any, arguments: Iterable[str]) -> None:
+    """Refuse, by name, arguments that the call of a pipeline does not have."""
+    known = inspect.signature(call).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    if not takes_any and (unknown := sorted(set(arguments) - set(known))):
+        raise ReducioError(f"{unknown[0]}: no argument of this model's call; known are {', '.join(known)}")
 
 
 def check_size(config: Any, height: Any, width: Any) -> None:
-    check_multiple("height", height, config.spatial_factor)
-    check_multiple("width", width, config.spatial_factor)
     for name, value in (("height", height), ("width", width)):
-        if value > MAX_SIDE:
-            raise ReducioError(f"{name}: {value} is above the largest side, {MAX_SIDE}")
+        if _is_integer(value) and value > MAX_SIDE:
+            raise ReducioError(f"{name}: {shown(value)} is above the largest side, {MAX_SIDE}")
+        check_multiple(name, value, config.spatial_factor)
 
 
 def check_count(name: str, value: Any, most: int | None = None, least: int = 1) -> int:
     if not _is_integer(value) or value < least or (most is not None and value > most):
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ReducioError(f"{name}: must be a whole number {span}, is {value!r}")
+        raise ReducioError(f"{name}: must be a whole number {span}, is {shown(value)}")
     return int(value)
 
 
@@ -94,7 +102,7 @@ def check_callback(callback: Any, names: Any, known: Sequence[str]) -> None:
 
 def check_multiple(name: str, value: Any, factor: int) -> None:
     if not _is_integer(value) or value < 1:
-        raise ReducioError(f"{name}: must be a positive multiple of {factor}, is {value!r}")
+        raise ReducioError(f"{name}: must be a positive multiple of {factor}, is {shown(value)}")
     if value % factor:
         below = value // factor * factor
         near = f"{below} and {below + factor}" if below else f"{factor} and {2 * factor}"
@@ -106,17 +114,16 @@ def check_number(name: str, value: Any) -> float:
     number = to_float(value)
     if not 0 <= number < math.inf:
         reason = ", which float32 cannot hold" if number == math.inf else ""
-        raise ReducioError(f"{name}: must be a finite number of at least 0, is {value!r}{reason}")
+        raise ReducioError(f"{name}: must be a finite number of at least 0, is {shown(value)}{reason}")
     return number
 
 
 def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any) -> float:
     """Check what every family's call has; returns the guidance scale as a float."""
     if not _is_integer(steps) or not 1 <= steps <= max_steps:
-        raise ReducioError(f"num_inference_steps: must be a whole number from 1 to {max_steps}, is {steps!r}")
+        raise ReducioError(f"num_inference_steps: must be a whole number from 1 to {max_steps}, is {shown(steps)}")
     scale = check_number("guidance_scale", guidance_scale)
-    if output_type not in OUTPUT_TYPES:
-        raise ReducioError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, is {output_type!r}")
+    check_word("output_type", output_type, OUTPUT_TYPES)
     return scale
 
 
@@ -211,14 +218,13 @@ def check_generators(count: int, seed: Any, generator: Any) -> list[torch.Genera
         # 32 bits: a reported seed stays easy to type.
         seed = torch.Generator().seed() % 2**32
     if not _is_integer(seed) or not 0 <= seed <= MAX_SEED - count:
-        raise ReducioError(f"seed: must be a whole number from 0 to {MAX_SEED - count}, is {seed!r}")
+        raise ReducioError(f"seed: must be a whole number from 0 to {MAX_SEED - count}, is {shown(seed)}")
     return [torch.Generator().manual_seed(int(seed) + i) for i in range(count)]
 
 
 def resolve_backend(backend: Any) -> tuple[str, str]:
     """The backend that will run, "reference" or "fast", and why. Raises ReducioError for "fast" without Triton."""
-    if backend not in BACKENDS:
-        raise ReducioError(f"backend: must be one of {', '.join(BACKENDS)}, is {backend!r}")
+    check_word("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference", "asked for"
     missing = triton_missing()
@@ -232,7 +238,7 @@ def resolve_backend(backend: Any) -> tuple[str, str]:
 def check_compile(compile: Any, backend: str, why: str) -> None:
     """Raises ReducioError for an invalid `compile`, and for True without the fast path."""
     if compile is not None and not isinstance(compile, bool):
-        raise ReducioError(f"compile: must be True, False or None, is {compile!r}")
+        raise ReducioError(f"compile: must be True, False or None, is {shown(compile)}")
     if compile and backend == "reference":
         raise ReducioError(f"compile: True needs the fast path, but backend is reference: {why}")
 
@@ -241,7 +247,7 @@ def check_quantise(word: Any, backend: str, device: torch.device) -> None:
     """Raises ReducioError for a mode that is not known or cannot run on `device`, and without the fast path."""
     chosen, why = resolve_backend(backend)
     if chosen != "fast":
-        raise ReducioError(f"quantise: {word!r} needs the fast path, but backend is reference: {why}")
+        raise ReducioError(f"quantise: {shown(word)} needs the fast path, but backend is reference: {why}")
     from ...fast.quantisation import eight_bit_type
 
     try:
@@ -251,12 +257,12 @@ def check_quantise(word: Any, backend: str, device: torch.device) -> None:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    # A time span of NumPy says that it is a whole number.
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool | np.timedelta64)
 
 
 def _brief(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {shown(value)}"
 
 
 def check_sigmas(sigmas: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...checkpoints.lora_files import Adapter, LowRank, finite_number, read_adapter
 from ...system import torch_state
 from ...system.checksum import checksums
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, shown
 from .components import Components
 from .executor import Executor
 
@@ -149,7 +149,11 @@ class Adapters:
                 "or unload_lora_weights() to keep it in the weights"
             )
         if not isinstance(name, str) or not name:
-            raise ReducioError(f"adapter_name: must be text, is {name!r}")
+            raise ReducioError(f"adapter_name: must be text, is {shown(name)}")
+        if not isinstance(hotswap, bool):
+            raise ReducioError(f"hotswap: must be True or False, is {shown(hotswap)}")
+        if not isinstance(source, str | os.PathLike | Mapping):
+            raise ReducioError(f"source: must be a file, a folder, a hub id or tensors by name, is {shown(source)}")
         if hotswap and name not in merge.loaded:
             raise ReducioError(f"hotswap: there is no adapter {name!r} to replace; loaded are {known}")
         if not hotswap and name in merge.loaded:
@@ -250,8 +254,8 @@ class Adapters:
 
     def _check_components(self, components: Sequence[str] | None) -> None:
         only = [self.components.layout.denoiser]
-        if components is not None and list(components) != only:
-            raise ReducioError(f"components: must be {only}, is {list(components)!r}")
+        if components is not None and (not isinstance(components, list | tuple) or list(components) != only):
+            raise ReducioError(f"components: must be {only}, is {shown(components)}")
 
     def _current(self, method: str | None = None) -> Merge:
         """The adapters of the current denoiser. `method`: name of one that may not be called while some are fused."""
@@ -263,16 +267,10 @@ class Adapters:
 
 
 def _names(adapters: Merge, adapter_names: Any) -> list[str]:
-    names = (
-        [adapter_names]
-        if isinstance(adapter_names, str)
-        else list(adapter_names)
-        if isinstance(adapter_names, Iterable)
-        else [adapter_names]
-    )
+    names = list(adapter_names) if isinstance(adapter_names, list | tuple) else [adapter_names]
     if unknown := [n for n in names if not isinstance(n, str) or n not in adapters.loaded]:
         known = ", ".join(adapters.loaded) or "none"
-        raise ReducioError(f"adapter_names: {', '.join(map(repr, unknown))} not loaded; loaded are {known}")
+        raise ReducioError(f"adapter_names: {', '.join(map(shown, unknown))} not loaded; loaded are {known}")
     if len(set(names)) != len(names):
         raise ReducioError(f"adapter_names: {', '.join(names)} names an adapter twice")
     return names

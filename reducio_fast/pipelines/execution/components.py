@@ -13,7 +13,7 @@ from torch import nn
 from ...checkpoints import networks
 from ...checkpoints.layouts import Layout
 from ...checkpoints.networks import pipeline_networks
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, check_word
 
 
 class Components:
@@ -64,8 +64,8 @@ class Components:
 
     def unload(self, *names: str) -> None:
         """Remove optional components. See `VideoPipeline.unload`."""
-        if unknown := [name for name in names if name not in self.layout.unloadable]:
-            raise ReducioError(f"unload: {unknown[0]!r} given; must be of {', '.join(self.layout.unloadable)}")
+        for name in names:
+            check_word("unload", name, self.layout.unloadable)
         # A pipeline within the model, such as text_to_image, may use a component too.
         for owner in self.layout.names:
             pipeline = self._parts[owner]

@@ -12,6 +12,7 @@ from ...memory import fit as memory_fit
 from ...memory.dry_run import DryRun, free_bytes
 from ...memory.fit import Fit
 from ...memory.forecast import Forecast, forecast, in_another_way
+from ...system.errors import ReducioError, shown
 from ..call import validation
 from ..parallel import shared
 from .components import Components
@@ -46,6 +47,8 @@ class Fitter:
     def forecast(self, height: int, width: int, way: Decoding | None = None) -> Forecast:
         validation.check_size(self.decoder.config, height, width)
         way = self.decoder.default(height, width) if way is None else way
+        if not isinstance(way, type(self.decoder.default(height, width))):
+            raise ReducioError(f"decoding: must be how this model decodes, is {shown(way)}")
         self.executor.refresh()
         layout = self.parts.layout
         networks = tuple(

@@ -51,7 +51,7 @@ class PlainEngine:
         return next(network.parameters()).dtype, "that of the weights"
 
     def set_attention(self, word: str, device: torch.device, dtype: torch.dtype) -> None:
-        if word not in ("auto", "native"):
+        if not isinstance(word, str) or word not in ("auto", "native"):
             raise ValueError(f"{word!r} given; the reference knows auto and native, its own")
 
     @contextmanager

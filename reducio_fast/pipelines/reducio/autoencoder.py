@@ -13,12 +13,15 @@ from ...checkpoints.layouts import VIDEO_AUTOENCODER
 from ...checkpoints.vae_alone import load_vae
 from ...reference import ReducioVAE, VAEConfig
 from ...system import devices, torch_state
+from ...system.errors import ReducioError, check_word, shown
+from ..call import steering, validation
 from ..call.output import to_output
 from ..execution.components import Components
 from ..execution.decoding import TiledDecoder
 from ..execution.executor import Executor
 from .component_table import check_clip_settings
-from .motion import Motion
+from .motion import Motion, read_motion
+from .request import latents_with_images
 
 
 class VideoAutoencoder:
@@ -64,6 +67,10 @@ class VideoAutoencoder:
     def encode(self, clip: np.ndarray, refine: int = 0, progress: bool = False) -> Tensor:
         """uint8 [T, H, W, 3], with the model's T -> motion latent, float32 [1, 16, T/f, H/32, W/32]: the posterior's
         mode, normalised as the denoiser's latents are. `refine` is as in `ReducioPipeline.encode_motion`."""
+        if not isinstance(clip, np.ndarray):
+            raise ReducioError(f"clip: must be an array, is {shown(clip)}")
+        clip = read_motion(clip, self.config.num_frames)
+        validation.check_size(self.config, *clip.shape[1:3])
         with self.executor.exclusive():
             return self.motion.encode(clip, refine, progress)
 
@@ -78,6 +85,12 @@ class VideoAutoencoder:
     ) -> Any:
         """One latent [1, 16, T/f, H/32, W/32] and its content frame, uint8 [H, W, 3] -> frames, in the form of
         `ReducioOutput.frames`; `motion_strength` and `keep_content` are as in `ReducioPipeline`."""
+        check_word("output_type", output_type, validation.OUTPUT_TYPES[:-1])
+        strength = steering.check_strength(motion_strength)
+        steering.check_switch("keep_content", keep_content)
+        pairs = latents_with_images(self.config, latent, content)
+        if len(pairs) > 1:
+            raise ReducioError(f"latent: one is decoded at a time, {len(pairs)} given")
         with self.executor.exclusive():
-            video = self.motion.decode(latent, content, output_type, None, motion_strength, keep_content)
+            video = self.motion.decode(*pairs[0], output_type, None, strength, keep_content)
             return to_output(video, output_type)

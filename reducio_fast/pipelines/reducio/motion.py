@@ -29,6 +29,7 @@ from . import refinement
 # the embedded model of November 2026 (6 scenes, CPU, float32) frame 7 rose from 29 to 35 dB and the clip by 0.9; with 3
 # and 9 by 0.3.
 NEAR, FAR, REACH = 8.0, 24.0, 5
+LONGEST = 2**31  # frames of a video
 
 
 class Motion:
@@ -40,7 +41,7 @@ class Motion:
     def encode(self, clip: np.ndarray, refine: int = 0, progress: bool = False) -> Tensor:
         """uint8 [T, H, W, 3], with the model's T -> motion latent, float32 [1, 16, T/f, H/32, W/32]: the posterior's
         mode, normalised as the denoiser's latents are; improved by `refine` steps of `refinement.refine`."""
-        validation.check_count("refine", refine, least=0)
+        validation.check_count("refine", refine, refinement.MAX_STEPS, least=0)
         vae = self.executor.network("vae")
         dtype = next(vae.parameters()).dtype
         video = to_unit(clip, self.executor.device, dtype).transpose(0, 1)[None]
@@ -107,8 +108,8 @@ def read_motion(video: Any, num_frames: int, start: int = 0, step: int = 1) -> n
     video: a path, or uint8 [T, h, w, 3], or a list of pictures. Raises ReducioError if there are too few,
     and for a `start` or `step` that is no such number.
     """
-    validation.check_count("step", step)
-    validation.check_count("start", start, least=0)
+    validation.check_count("step", step, LONGEST)
+    validation.check_count("start", start, LONGEST, least=0)
     needed = (num_frames - 1) * step + 1
     if isinstance(video, str | os.PathLike):
         frames = read_video(video, start, needed)[0]

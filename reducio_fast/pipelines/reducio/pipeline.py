@@ -22,7 +22,7 @@ from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_l
 from ...reference.reducio.config import GUIDANCE_SCALE, NUM_FRAMES
 from ...reference.reducio.preview import PreviewConfig, PreviewDecoder
 from ...system import devices, torch_state
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, check_word
 from ...system.paths import expanded
 from ..call import steering, validation
 from ..call.output import ReducioOutput, stack, to_output
@@ -338,8 +338,7 @@ class ReducioPipeline(VideoPipeline):
         `ReducioOutput` calls `frames`. `motion_strength` and `keep_content` are as in a call. Raises ReducioError for
         shapes that do not fit and values that are not finite.
         """
-        if output_type not in validation.OUTPUT_TYPES[:-1]:
-            raise ReducioError(f"output_type: must be one of np, pil, pt, is {output_type!r}")
+        check_word("output_type", output_type, validation.OUTPUT_TYPES[:-1])
         options = (steering.check_strength(motion_strength), steering.check_switch("keep_content", keep_content))
         pairs = latents_with_images(self.vae.config, latents, image)
         with self.executor.lock, self.executor.placed("vae.decode"):

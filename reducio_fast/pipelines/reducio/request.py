@@ -43,8 +43,8 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
     if inputs.latents is not None:
         latents = validation.check_latents(inputs.latents, shape, count, is_list)
     motion = steering.motion_of_clips(inputs.motion_latents, shape, count)
-    joint, executor = reducio_joint(config), pipe.executor
-    if preview_decoder(pipe, inputs.motion_strength) is not None:
+    joint, executor, strength = reducio_joint(config), pipe.executor, steering.check_strength(inputs.motion_strength)
+    if preview_decoder(pipe, strength) is not None:
         executor = None
     steered = steering.check_steering(inputs, joint, inputs.num_frames, inputs.direction, pipe.scheduler, executor)
     if steered["chain"] is not None and inputs.motion_latents is not None:
@@ -68,7 +68,7 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
         callback_tensor_inputs=tuple(names),
         content_kwargs=pipe.content.first_stage.with_steps(chosen.content_steps, content_kwargs),
         progress=inputs.progress,
-        motion_strength=steering.check_strength(inputs.motion_strength),
+        motion_strength=strength,
         clip_condition=steering.clip_condition(inputs.motion_score, pipe.transformer.config, pipe.fps),
         keep_content=steering.check_switch("keep_content", inputs.keep_content),
         **steered,

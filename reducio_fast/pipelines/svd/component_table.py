@@ -12,7 +12,7 @@ from ...reference.svd.config import NORM_GROUPS, FrameVAEConfig, TemporalVAEConf
 from ...reference.svd.consistency import CONFIG_FILE, ConsistencyConfig, ConsistencyScheduler
 from ...reference.svd.unet import VideoUNet
 from ...reference.svd.vae import FrameVAE, TemporalVAE
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, shown
 from ...system.paths import is_folder
 from ..call import validation
 from ..execution.components import Components
@@ -128,7 +128,7 @@ def check_components(parts: Components) -> None:
     orbits = parts.layout is SV3D
     networks_needed: tuple[tuple[str, type], ...] = (("unet", VideoUNet), ("vae", FrameVAE if orbits else TemporalVAE))
     for name, network_class in networks_needed:
-        if not isinstance(parts[name], network_class):
+        if not isinstance(getattr(parts[name], "_orig_mod", parts[name]), network_class):  # of torch.compile
             raise ReducioError(
                 f"{name}: is a {type(parts[name]).__name__}, must be a {network_class.__name__} "
                 "(SVDPipeline.from_diffusers takes a diffusers pipeline)"
@@ -136,6 +136,8 @@ def check_components(parts: Components) -> None:
     for name in SVD.names:
         if parts[name] is None and name not in SVD.optional:
             raise ReducioError(f"{name}: None given, an SVD model needs one")
+    if not hasattr(parts["scheduler"], "config"):
+        raise ReducioError(f"scheduler: must be one of diffusers' schedulers, is {shown(parts['scheduler'])}")
     unet, vae, encoder = parts["unet"].config, parts["vae"].config, parts["image_encoder"]
     ids, known = len(time_id_widths(unet)), ORBIT_IDS if orbits else TIME_IDS
     width = getattr(getattr(encoder, "config", None), "projection_dim", unet.per_level("cross_attention_dim")[0])

@@ -29,7 +29,7 @@ from ...reference.svd.sampler import EndConditions, align_your_steps
 from ...reference.svd.unet import VideoUNet
 from ...reference.svd.vae import FrameVAE, TemporalVAE
 from ...system import devices, torch_state
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, check_word
 from ...system.paths import expanded
 from ..call import steering, validation
 from ..call.chain import MAX_FRAMES, svd_joint
@@ -245,6 +245,8 @@ class SVDPipeline(VideoPipeline):
         have the call's defaults. Raises ReducioError."""
         call = inspect.signature(self.__call__).bind(**arguments)
         call.apply_defaults()
+        if self.executor is not None:  # a component may have been replaced
+            check_components(self.parts)
         return self._request(SVDArguments(**call.arguments))
 
     def _request(self, inputs: SVDArguments) -> SVDRequest:
@@ -282,8 +284,7 @@ class SVDPipeline(VideoPipeline):
         chunk = inputs.decode_chunk_size
         if chunk is not None:
             validation.check_count("decode_chunk_size", chunk)
-        if inputs.image_fit not in IMAGE_FITS:
-            raise ReducioError(f"image_fit: must be one of {', '.join(IMAGE_FITS)}, is {inputs.image_fit!r}")
+        check_word("image_fit", inputs.image_fit, IMAGE_FITS)
         names = inputs.callback_on_step_end_tensor_inputs
         validation.check_callback(inputs.callback_on_step_end, names, self._callback_tensor_inputs)
         per_image = validation.check_count("num_videos_per_prompt", inputs.num_videos_per_prompt, validation.MAX_VIDEOS)
@@ -378,8 +379,7 @@ class SVDPipeline(VideoPipeline):
     ) -> Any:
         """Frames of latents as `output_type="latent"` returns them: [T, 4, H/8, W/8], or with N in front. `image` is
         not read: SVD's decoder needs none."""
-        if output_type not in validation.OUTPUT_TYPES[:-1]:
-            raise ReducioError(f"output_type: must be one of np, pil, pt, is {output_type!r}")
+        check_word("output_type", output_type, validation.OUTPUT_TYPES[:-1])
         if decode_chunk_size is not None:
             validation.check_count("decode_chunk_size", decode_chunk_size)
         is_list = isinstance(latents, Tensor) and latents.ndim == 5

@@ -35,7 +35,8 @@ from ...data import latent_shards
 from ...data.clip_files import MOST_READERS
 from ...data.curation import manifest
 from ...data.curation.on_ray import map_on_ray
-from ...data.latent_shards import About, Clip, Shard
+from ...data.latent_settings import About, write_about
+from ...data.latent_shards import Clip, Shard
 from ...media import ffmpeg
 from ...media.aspect_buckets import BASES, Size, buckets, towards_square
 from ...media.image_files import cover_crop
@@ -123,7 +124,7 @@ def extract(
         caption_length=chosen.caption_length,
         **encoder_settings(folder),
     )
-    latent_shards.write_about(target, about)
+    write_about(target, about)
     todo = latent_shards.missing(target, shards)
     # "at least", because the captions, whose numbers of tokens are not known, and the index come on top.
     if reason := missing_room(target, sum(len(shard.clips) * encoders.clip_bytes(shard.bucket) for shard in todo)):

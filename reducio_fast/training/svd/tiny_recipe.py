@@ -9,6 +9,7 @@ held-out clips at the end), 0.25 s in the image encoder and 1.1 s in the U-Net. 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -78,6 +79,10 @@ def export(context: Context, settings: BundleSettings) -> dict[str, float]:
                 raise ReducioError(f"export: {name} has values that do not fit {dtype} in {key}")
     folder = out / BUNDLE
     write_model(folder, parts, SVD)
+    # transformers loads a network in the dtype of its configuration, diffusers in float32: without a dtype,
+    # `StableVideoDiffusionPipeline.from_pretrained` would mix the two.
+    config = folder / "image_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600, which other users of a system-wide install could not read
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
