@@ -23,7 +23,6 @@ from reducio_fast.training.reducio.dit import DiTRecipe
 pytestmark = pytest.mark.slow
 
 PROMPT = "a red circle moving right"
-QUIET = {"num_inference_steps": 2, "progress": False}
 ODD = {
     "array": np.zeros((3, 3)),
     "clip": np.zeros((16, 64, 64, 3), np.uint8),
@@ -52,20 +51,19 @@ def test_arguments_of_a_call(pipe: ReducioPipeline, value):
 
 
 @pytest.mark.parametrize("value", ODD.values(), ids=ODD)
-def test_arguments_of_methods(pipe: ReducioPipeline, value):
-    clip = np.zeros((16, 64, 64, 3), np.uint8)
+def test_arguments_of_methods(pipe: ReducioPipeline, clip, value):
+    frames = np.zeros((16, 64, 64, 3), np.uint8)
     latent = torch.zeros(16, 4, 2, 2)
-    out = pipe(PROMPT, seed=1, **QUIET)
     calls = {
-        "refine": lambda: pipe.encode_motion(clip, refine=value),
-        "step": lambda: pipe.encode_motion(clip, step=value),
-        "output_type": lambda: pipe.decode(latent, clip[0], output_type=value),
-        "motion_strength": lambda: pipe.decode(latent, clip[0], motion_strength=value),
-        "keep_content": lambda: pipe.decode(latent, clip[0], keep_content=value),
+        "refine": lambda: pipe.encode_motion(frames, refine=value),
+        "step": lambda: pipe.encode_motion(frames, step=value),
+        "output_type": lambda: pipe.decode(latent, frames[0], output_type=value),
+        "motion_strength": lambda: pipe.decode(latent, frames[0], motion_strength=value),
+        "keep_content": lambda: pipe.decode(latent, frames[0], keep_content=value),
         "unload": lambda: pipe.unload(value),
         "decoding": lambda: pipe.forecast(64, 64, decoding=value),
-        "encoding": lambda: out.save("clip.mp4", encoding=value),
-        "interpolate": lambda: out.interpolated(value),
+        "encoding": lambda: clip.save("clip.mp4", encoding=value),
+        "interpolate": lambda: clip.interpolated(value),
         "adapter_name": lambda: pipe.load_lora_weights({}, adapter_name=value if not isinstance(value, str) else 5),
         "hotswap": lambda: pipe.load_lora_weights({}, hotswap=value),
         "adapter_names": lambda: pipe.set_adapters(value),
@@ -74,7 +72,7 @@ def test_arguments_of_methods(pipe: ReducioPipeline, value):
     if not isinstance(value, str | dict):
         calls["source"] = lambda: pipe.load_lora_weights(value)
     if not isinstance(value, str):
-        calls["path"] = lambda: out.save(value)
+        calls["path"] = lambda: clip.save(value)
     for name, call in calls.items():
         with pytest.raises(ReducioError) as error:
             call()
