@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..fast.engine import Engine
+from ..fast.replaced_methods import is_set_on
 from ..reference.reducio.image_vae import ImageVAE, ImageVAEConfig
 from ..reference.reducio.pixart import PixArt, PixArtConfig
 from ..reference.svd.config import TemporalVAEConfig, VideoUNetConfig
@@ -132,7 +133,7 @@ class _Accelerated:
     def obstacle(cls, network: nn.Module) -> str | None:
         """Why this network cannot be replaced; None if it can."""
         ours = cls._set_on(network)
-        replaced = cls.method in vars(network) and (ours is None or ours.held)
+        replaced = is_set_on(network, cls.method) and (ours is None or ours.held)
         if replaced or hasattr(network, "_hf_hook"):
             return f"its {cls.method} was replaced before, by hooks or by accelerate"
         if cls.method == "forward" and getattr(network, "_compiled_call_impl", None) is not None:
