@@ -54,6 +54,11 @@ class Loading:
 Loaders = Mapping[str, Callable[[Loading], Any]]
 
 
+# Arguments of diffusers' `from_pretrained` that ask for what is always so here: only safetensors are read, and no
+# weight is in memory twice.
+ALWAYS = ("use_safetensors", "low_cpu_mem_usage")
+
+
 def read_model(
     folder: Path,
     overrides: dict[str, Any],
@@ -68,6 +73,7 @@ def read_model(
     An object in `overrides` replaces a component, which is then not read. A folder or hub id in `overrides` is the
     place to read the component from.
     """
+    overrides = {n: v for n, v in overrides.items() if not (n in ALWAYS and (v is True or v is None))}
     _check_names(overrides, "from_pretrained", layout)
     index = read_index(folder, layout)
     if needed := [n for n, v in overrides.items() if v is None and n in layout.names and n not in layout.optional]:

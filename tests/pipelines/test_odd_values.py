@@ -86,6 +86,13 @@ def test_names_of_arguments(pipe: ReducioPipeline):
         pipe.stream(prompt=PROMPT, bogus=1)
 
 
+def test_diffusers_arguments_of_loading(folder: Path):
+    for words in ({"use_safetensors": True}, {"low_cpu_mem_usage": True, "use_safetensors": None}):
+        assert ReducioPipeline.from_pretrained(folder, device="cpu", **words).vae is not None
+    with pytest.raises(ReducioError, match="from_pretrained: unknown use_safetensors"):
+        ReducioPipeline.from_pretrained(folder, device="cpu", use_safetensors=False)
+
+
 @pytest.fixture(scope="module")
 def autoencoder(folder: Path) -> VideoAutoencoder:
     return VideoAutoencoder.load(folder, dtype="float32", device="cpu")
