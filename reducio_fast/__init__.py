@@ -9,7 +9,7 @@ this package loads no torch.
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # In a checkout three rooms lie beside this folder. An installation knows where; a Python that was started in the
 # checkout finds this folder first, and has to be told.
-_CHECKOUT = Path(__file__).resolve().parent.parent
+_CHECKOUT = _Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "triton_kernels").is_dir():
     __path__.append(str(_CHECKOUT))
 

@@ -368,7 +368,7 @@ def test_the_autoencoder_runs_in_the_dtype_and_once_per_clip(videos: Path, tmp_p
     save_model(lively(ReducioVAE(VAEConfig(**VAE))), tmp_path / "vae")
     dtypes = []
 
-    def counted(vae: ReducioVAE, clip: np.ndarray) -> np.ndarray:
+    def counted(vae: ReducioVAE, clip: np.ndarray, refine: int) -> np.ndarray:
         dtypes.append(next(vae.parameters()).dtype)
         return clip
 

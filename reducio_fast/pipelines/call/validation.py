@@ -77,9 +77,9 @@ def check_names(call: Any, arguments: Iterable[str]) -> None:
 
 def check_size(config: Any, height: Any, width: Any) -> None:
     for name, value in (("height", height), ("width", width)):
-        if _is_integer(value) and value > MAX_SIDE:
-            raise ReducioError(f"{name}: {shown(value)} is above the largest side, {MAX_SIDE}")
         check_multiple(name, value, config.spatial_factor)
+        if value > MAX_SIDE:
+            raise ReducioError(f"{name}: {value} is above the largest side, {MAX_SIDE}")
 
 
 def check_count(name: str, value: Any, most: int | None = None, least: int = 1) -> int:
@@ -101,7 +101,7 @@ def check_callback(callback: Any, names: Any, known: Sequence[str]) -> None:
 
 
 def check_multiple(name: str, value: Any, factor: int) -> None:
-    if not _is_integer(value) or value < 1:
+    if not _is_integer(value) or not 1 <= value < 2**63:  # Python prints no number of 4300 digits
         raise ReducioError(f"{name}: must be a positive multiple of {factor}, is {shown(value)}")
     if value % factor:
         below = value // factor * factor
