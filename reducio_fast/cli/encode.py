@@ -13,11 +13,7 @@ from .printing import Printed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     clip_input.add_arguments(parser)
     parser.add_argument(
-        "--clips",
-        type=options.positive,
-        default=1,
-        metavar="N",
-        help="clips to take, in sequence (default: 1)",
+        "--clips", type=options.positive, default=1, metavar="N", help="clips to take, in sequence (default: 1)"
     )
     options.add_out(parser, "FILE", "a new .safetensors file")
 
@@ -36,7 +32,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     frames, fps, step = clip_input.read(arguments, autoencoder, arguments.clips)
     clips = frames.reshape(arguments.clips, -1, *frames.shape[1:])
     started = time.perf_counter()
-    latents = torch.cat([autoencoder.encode(clip, arguments.refine or 0, arguments.progress) for clip in clips])
+    latents = torch.cat([autoencoder.encode(clip, arguments.refine, arguments.progress) for clip in clips])
     seconds = time.perf_counter() - started
     vae, source = autoencoder.components["vae"], hub.lasting_name(arguments.model or embedded_model())
     content = clips[:, autoencoder.config.content_frame]

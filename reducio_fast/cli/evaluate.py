@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=options.positive, action="append", help="autoencoder: pixels a side (default: 256)"
     )
-    options.add_refine(parser, "toy, autoencoder: ")
+    options.add_refine(parser, "toy, autoencoder: ", default=None)
     parser.add_argument("--lpips", metavar="FILE", help="autoencoder: torchvision's weights of AlexNet")
     parser.add_argument(
         "--fvd", metavar="FILE", help="autoencoder, clips: TorchScript I3D: [B, 3, 16, 224, 224] to features"

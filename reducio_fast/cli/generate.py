@@ -108,11 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--loop", action="store_true", default=None, help="play the clip forward, then backward")
     parser.add_argument(
-        "--num-videos",
-        type=options.positive,
-        default=1,
-        metavar="N",
-        help="clips, of SEED, SEED + 1 ... (default: 1)",
+        "--num-videos", type=options.positive, default=1, metavar="N", help="clips, of SEED, SEED + 1 ... (default: 1)"
     )
     parser.add_argument(
         "--interpolate", type=options.positive, metavar="N", help="2 or 4 times the frames a second, by ffmpeg"

@@ -76,9 +76,9 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_refine(parser: argparse.ArgumentParser, of: str = "") -> None:
+def add_refine(parser: argparse.ArgumentParser, of: str = "", default: int | None = 0) -> None:
     parser.add_argument(
-        "--refine", type=not_negative, metavar="STEPS",
+        "--refine", type=not_negative, metavar="STEPS", default=default,
         help=f"{of}steps that fit the encoder's latent to the clip; 20 are enough (default: 0)",
     )  # fmt: skip
 

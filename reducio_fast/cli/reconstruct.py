@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     autoencoder = clip_input.load_autoencoder(arguments)
     clip, fps, step = clip_input.read(arguments, autoencoder)
     started = time.perf_counter()
-    latent = autoencoder.encode(clip, arguments.refine or 0, arguments.progress)
+    latent = autoencoder.encode(clip, arguments.refine, arguments.progress)
     restored = autoencoder.decode(latent, clip[autoencoder.config.content_frame])
     seconds = time.perf_counter() - started
     both = side_by_side(clip, restored)

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> Printed:
 
         frame = content if picture is None else fit_image(picture, *clip.shape[1:3])
         started = time.perf_counter()
-        latent = autoencoder.encode(clip, arguments.refine or 0, arguments.progress)
+        latent = autoencoder.encode(clip, arguments.refine, arguments.progress)
         frames = autoencoder.decode(latent, frame, motion_strength=strength, keep_content=bool(arguments.keep_content))
         seconds = time.perf_counter() - started
         try:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..system import devices
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, check_switch
 from . import registry
-from .call import steering, validation
+from .call import validation
 from .call.output import ReducioOutput
 from .parallel import parallelize
 from .reducio import light
@@ -46,7 +46,7 @@ def generate(
     model_entry = registry.find(model, kwargs.get("variant"))
     model_entry.check_call(backend, kwargs)
     validation.resolve_backend(backend)
-    steering.check_switch("parallel", parallel)
+    check_switch("parallel", parallel)
     unprompted = prompt is None and all(kwargs.get(name) is None for name in ("prompt_embeds", "motion_latents"))
     if model_entry.needs_prompt and unprompted:
         raise ReducioError("prompt: None given; describe the clip")

@@ -22,6 +22,7 @@ from ..system import devices
 from ..system.errors import ReducioError
 from ..system.paths import expanded, is_file, is_folder, status
 from .call.quality import PRESETS
+from .call.validation import check_names
 from .execution.components import Components
 from .execution.loading import loading
 from .peers import pipeline as peers
@@ -232,11 +233,8 @@ def folder_state(folder: str | os.PathLike[str]) -> Hashable:
 
 def _check_call(family: Any, kwargs: dict[str, Any]) -> None:
     """Refuse, by name, arguments that neither the family's call nor its loading has."""
-    call = list(inspect.signature(family.__call__).parameters)[1:]
-    if unknown := sorted(set(kwargs) - {*call, *load_arguments(family)}):
-        names = {ReducioPipeline: "Reducio", SVDPipeline: "Stable Video Diffusion", SV3DPipeline: "Stable Video 3D"}
-        name = names[family]
-        raise ReducioError(f"{unknown[0]}: no argument of a {name} model; known are {', '.join(call)}")
+    names = {ReducioPipeline: "Reducio", SVDPipeline: "Stable Video Diffusion", SV3DPipeline: "Stable Video 3D"}
+    check_names(family.__call__, kwargs, load_arguments(family), f"a {names[family]} model")
 
 
 def _defaults(call: Callable[..., Any]) -> dict[str, Any]:

@@ -36,6 +36,13 @@ def check_word(name: str, value: Any, words: Sequence[str]) -> str:
     return value
 
 
+def check_switch(name: str, value: Any) -> bool:
+    """`value`, which must be True or False. Raises ReducioError."""
+    if not isinstance(value, bool):
+        raise ReducioError(f"{name}: must be True or False, is {shown(value)}")
+    return value
+
+
 def first_line(error: object) -> str:
     """The first non-empty line of an error's message; the name of its class if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

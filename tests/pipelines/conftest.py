@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import encoder_folders
@@ -87,6 +89,14 @@ def pipe(folder: Path) -> ReducioPipeline:
 @pytest.fixture(scope="session")
 def clip(pipe: ReducioPipeline):
     return pipe("a red circle moving right", seed=3, num_inference_steps=2, progress=False)
+
+
+@pytest.fixture(scope="session")
+def moving() -> np.ndarray:
+    """A smooth picture that shifts two pixels a frame, uint8 [16, 64, 64, 3]."""
+    rng = np.random.default_rng(0)
+    picture = np.array(Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize((96, 96)))
+    return np.stack([picture[8:72, 2 * t : 2 * t + 64] for t in range(16)])
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from reducio_fast import ReducioPipeline
 from reducio_fast.measurement import instruments
@@ -31,14 +30,6 @@ BACKENDS = ("reference", "fast")
 def both(request: pytest.FixtureRequest, folder: Path) -> ReducioPipeline:
     """The same weights on either backend."""
     return ReducioPipeline.from_pretrained(folder, device="cpu", dtype="float32", backend=request.param)
-
-
-@pytest.fixture(scope="module")
-def moving() -> np.ndarray:
-    """A clip of smooth noise that shifts, uint8 [16, 64, 64, 3]."""
-    rng = np.random.default_rng(0)
-    picture = np.array(Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize((96, 96)))
-    return np.stack([picture[8:72, 2 * t : 2 * t + 64] for t in range(16)])
 
 
 def latents_of(pipe: ReducioPipeline, **kwargs) -> list[torch.Tensor]:

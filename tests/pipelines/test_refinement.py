@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.optimize import minimize
 
 from reducio_fast import ReducioPipeline
@@ -24,14 +23,6 @@ from reducio_fast.reference.reducio import vae as vae_module
 from reducio_fast.system.errors import ReducioError
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def moving() -> np.ndarray:
-    """A smooth picture that shifts two pixels a frame, uint8 [16, 64, 64, 3]."""
-    rng = np.random.default_rng(0)
-    picture = np.array(Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize((96, 96)))
-    return np.stack([picture[8:72, 2 * t : 2 * t + 64] for t in range(16)])
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...system.errors import ReducioError, check_word, shown
+from ...system.errors import ReducioError, check_switch, check_word
 from . import validation
 from .request import Chain, Joint
 
@@ -35,8 +35,7 @@ def plan(joint: Joint, num_frames: Any, direction: Any, match_colours: Any) -> C
     values of the other arguments.
     """
     check_word("direction", direction, DIRECTIONS)
-    if not isinstance(match_colours, bool):
-        raise ReducioError(f"match_colours: must be True or False, is {shown(match_colours)}")
+    check_switch("match_colours", match_colours)
     if direction == "both" and joint.hop_back < 1:
         raise ReducioError("direction: 'both' needs a model whose content frame lies within the clip; use 'forward'")
     num_frames = validation.check_count("num_frames", num_frames, MAX_FRAMES)

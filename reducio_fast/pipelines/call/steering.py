@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...reference.data_prediction import KNOWN, family_of
-from ...system.errors import ReducioError, shown
+from ...system.errors import ReducioError, check_switch, shown
 from ...system.real_numbers import to_float
 from . import chain, validation
 from .request import Joint
@@ -36,12 +36,6 @@ def clip_condition(motion_score: Any, config: Any, fps: float) -> tuple[float, f
     if not 0 <= score < math.inf:
         raise ReducioError(f"motion_score: must be a number of at least 0, is {shown(motion_score)}")
     return fps, score
-
-
-def check_switch(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ReducioError(f"{name}: must be True or False, is {shown(value)}")
-    return value
 
 
 def check_steering(

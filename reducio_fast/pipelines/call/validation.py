@@ -67,12 +67,13 @@ def _check_encodable(name: str, texts: Sequence[str]) -> None:
             raise ReducioError(f"{name}: holds {shown(wrong)}, which is no character; is {_brief(text)}") from None
 
 
-def check_names(call: Any, arguments: Iterable[str]) -> None:
-    """Refuse, by name, arguments that the call of a pipeline does not have."""
-    known = inspect.signature(call).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    if not takes_any and (unknown := sorted(set(arguments) - set(known))):
-        raise ReducioError(f"{unknown[0]}: no argument of this model's call; known are {', '.join(known)}")
+def check_names(call: Any, arguments: Iterable[str], others: Iterable[str] = (), of: str = "this model's call") -> None:
+    """Refuse, by name, arguments that neither the call of a pipeline nor `others` have."""
+    parameters = inspect.signature(call).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = [name for name in parameters if name != "self"]
+    if not takes_any and (unknown := sorted(set(arguments) - {*known, *others})):
+        raise ReducioError(f"{unknown[0]}: no argument of {of}; known are {', '.join(known)}")
 
 
 def check_size(config: Any, height: Any, width: Any) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...checkpoints.lora_files import Adapter, LowRank, finite_number, read_adapter
 from ...system import torch_state
 from ...system.checksum import checksums
-from ...system.errors import ReducioError, shown
+from ...system.errors import ReducioError, check_switch, shown
 from .components import Components
 from .executor import Executor
 
@@ -150,8 +150,7 @@ class Adapters:
             )
         if not isinstance(name, str) or not name:
             raise ReducioError(f"adapter_name: must be text, is {shown(name)}")
-        if not isinstance(hotswap, bool):
-            raise ReducioError(f"hotswap: must be True or False, is {shown(hotswap)}")
+        check_switch("hotswap", hotswap)
         if not isinstance(source, str | os.PathLike | Mapping):
             raise ReducioError(f"source: must be a file, a folder, a hub id or tensors by name, is {shown(source)}")
         if hotswap and name not in merge.loaded:

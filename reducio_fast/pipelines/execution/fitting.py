@@ -46,8 +46,9 @@ class Fitter:
 
     def forecast(self, height: int, width: int, way: Decoding | None = None) -> Forecast:
         validation.check_size(self.decoder.config, height, width)
-        way = self.decoder.default(height, width) if way is None else way
-        if not isinstance(way, type(self.decoder.default(height, width))):
+        own = self.decoder.default(height, width)
+        way = own if way is None else way
+        if not isinstance(way, type(own)):
             raise ReducioError(f"decoding: must be how this model decodes, is {shown(way)}")
         self.executor.refresh()
         layout = self.parts.layout

@@ -13,7 +13,7 @@ from ...checkpoints.layouts import VIDEO_AUTOENCODER
 from ...checkpoints.vae_alone import load_vae
 from ...reference import ReducioVAE, VAEConfig
 from ...system import devices, torch_state
-from ...system.errors import ReducioError, check_word, shown
+from ...system.errors import ReducioError, check_switch, check_word, shown
 from ..call import steering, validation
 from ..call.output import to_output
 from ..execution.components import Components
@@ -87,7 +87,7 @@ class VideoAutoencoder:
         `ReducioOutput.frames`; `motion_strength` and `keep_content` are as in `ReducioPipeline`."""
         check_word("output_type", output_type, validation.OUTPUT_TYPES[:-1])
         strength = steering.check_strength(motion_strength)
-        steering.check_switch("keep_content", keep_content)
+        check_switch("keep_content", keep_content)
         pairs = latents_with_images(self.config, latent, content)
         if len(pairs) > 1:
             raise ReducioError(f"latent: one is decoded at a time, {len(pairs)} given")

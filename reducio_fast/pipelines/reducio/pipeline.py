@@ -22,7 +22,7 @@ from ...reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig, initial_l
 from ...reference.reducio.config import GUIDANCE_SCALE, NUM_FRAMES
 from ...reference.reducio.preview import PreviewConfig, PreviewDecoder
 from ...system import devices, torch_state
-from ...system.errors import ReducioError, check_word
+from ...system.errors import ReducioError, check_switch, check_word
 from ...system.paths import expanded
 from ..call import steering, validation
 from ..call.output import ReducioOutput, stack, to_output
@@ -339,7 +339,7 @@ class ReducioPipeline(VideoPipeline):
         shapes that do not fit and values that are not finite.
         """
         check_word("output_type", output_type, validation.OUTPUT_TYPES[:-1])
-        options = (steering.check_strength(motion_strength), steering.check_switch("keep_content", keep_content))
+        options = (steering.check_strength(motion_strength), check_switch("keep_content", keep_content))
         pairs = latents_with_images(self.vae.config, latents, image)
         with self.executor.lock, self.executor.placed("vae.decode"):
             self.executor.check()

@@ -88,6 +88,7 @@ def convolve_by_onednn(network: nn.Module) -> None:
         if not isinstance(module, nn.Conv3d) or isinstance(module.padding, str) or module.padding_mode != "zeros":
             continue
         if {*module.stride, *module.dilation, module.groups} == {1}:
+            # Not `forward`, which VideoConv has its own of: torch's `forward` calls this. mypy refuses methods set so.
             module._conv_forward = partial(_convolve, module.padding)  # type: ignore[method-assign]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...media import aspect_buckets, image_files
 from ...reference import VAEConfig
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, check_switch
 from ..call import steering, validation
 from ..call.chain import reducio_joint
 from ..call.quality import Quality, resolve
@@ -70,7 +70,7 @@ def request_of(pipe: Any, inputs: Arguments) -> Request:
         progress=inputs.progress,
         motion_strength=strength,
         clip_condition=steering.clip_condition(inputs.motion_score, pipe.transformer.config, pipe.fps),
-        keep_content=steering.check_switch("keep_content", inputs.keep_content),
+        keep_content=check_switch("keep_content", inputs.keep_content),
         **steered,
     )
 
