@@ -1,4 +1,4 @@
-"""Graph capture, regional torch.compile and ahead-of-time kernel builds: knows callables and shapes, no model.
+"""Graph capture, regional torch.compile and ahead-of-time kernel builds, of any callables: nothing here names a model.
 
 Installed as `reducio_fast.compile`. Only relative imports inside this folder.
 """

@@ -1,4 +1,4 @@
-"""Published weights -> our safetensors folders, and back. Only this room knows names and shapes of other projects.
+"""Published weights -> our safetensors folders, and back. Names and shapes of other projects are in this room alone.
 
 published                                           becomes
 Reducio-VAE release, reducio-ft4-fs32-attn23.ckpt   vae: the same names, without the losses of its training

@@ -16,14 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", nargs="*", metavar="PATH", help="videos, and folders of them; none to select only")
     options.add_out(
         parser, "DIR",
-        "parts of the manifest, clips.parquet and report.html; a second run makes the parts that are missing or were "
-        "made with other options or captions",
+        "parts of the manifest, clips.parquet and report.html; a second run makes the parts that are missing, and "
+        "those made with other options or captions or of files that have changed",
     )  # fmt: skip
-    parser.add_argument("--captions", metavar="FILE", help="JSON: {file name or path: caption}")
+    parser.add_argument("--captions", metavar="FILE", help="JSON: {file name, or path from here: caption}")
     parser.add_argument("--no-text", dest="text", action="store_false", help="do not look for text in the picture")
     parser.add_argument("--clip", metavar="DIR", help="an open_clip model, for similarity and the aesthetic head")
     parser.add_argument("--aesthetic", metavar="FILE", help="a linear head on it, .safetensors with weight and bias")
-    parser.add_argument("--workers", type=options.positive, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--workers", type=options.positive, metavar="N", help="processes (default: one a usable core)")
     parser.add_argument("--ray", metavar="ADDRESS", help='run on this Ray cluster; "local" starts one here')
     parser.add_argument(
         "--keep", action="append", default=[], metavar="SCORE.min=X",
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> Printed:
         )
         result |= {"made": done.made, "kept_parts": done.kept, "broken": done.broken}
         lines.append(f"{done.made} videos looked at ({done.broken} cannot be read), {done.kept} were done before")
-    rows = manifest.read_parts(out)
+    rows = manifest.without_moved(manifest.read_parts(out))
     kept, drops = select.select(rows, thresholds, arguments.shortest)
     manifest.write(kept, out / manifest.CHOSEN)
     select.write_report(out, rows, kept, drops, thresholds)

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, shown
+from ..system.paths import is_unicode
 
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "fast")
@@ -124,6 +125,9 @@ def captions(path: str | None) -> dict[str, str]:
     values = read_json("captions", path)
     if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
         raise ReducioError(f"--captions {path}: must be one JSON object of file names and captions")
+    for name, caption in values.items():
+        if not is_unicode(name + caption):
+            raise ReducioError(f"--captions {path}: {shown(name)} or its caption has half of a surrogate pair")
     return values
 
 

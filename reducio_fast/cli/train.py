@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..system.errors import ReducioError
 from . import options
-from .printing import Printed
+from .printing import NOTHING, Printed
 
 MODELS = ("tiny", "dit", "vae", "svd-tiny", "svd-lora")
 ABLATIONS = ("latent-channels", "fusion", "attention", "condition")  # of training.reducio.ablations
@@ -71,8 +73,11 @@ _OWN = {
 
 def run(arguments: argparse.Namespace) -> Printed:
     options.refuse_others(arguments, _OWN)
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise ReducioError(f"--price {arguments.price}: must be a finite number of at least 0")
     runs = {"tiny": _tiny, "dit": _dit, "vae": _vae, "svd-tiny": _svd_tiny, "svd-lora": _svd_lora}
-    return runs[arguments.what](arguments)
+    printed = runs[arguments.what](arguments)
+    return printed if os.environ.get("RANK", "0") == "0" else NOTHING  # under torchrun the first process prints
 
 
 def _tiny(arguments: argparse.Namespace) -> Printed:
@@ -155,6 +160,9 @@ def _trained(
 
     from ..training.reducio.ablations import ABLATIONS, run_ablation, summary
 
+    options.refuse(arguments, ["price"], "of one run; ablation.csv has the seconds of each")
+    if any(change.split("=")[0].strip() == "loop.seed" for change in arguments.set or ()):
+        raise ReducioError("--set loop.seed: an ablation runs seeds 0 to N - 1; name their number by --seeds")
     if ABLATIONS[name].model != arguments.what:
         raise ReducioError(f"--ablation {name} is of train {ABLATIONS[name].model}, not of train {arguments.what}")
     rows = run_ablation(name, recipe, train, Path(arguments.out), arguments.seeds or 1)

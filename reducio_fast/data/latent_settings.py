@@ -79,7 +79,8 @@ def write_about(folder: Path, about: About) -> None:
         wanted = asdict(about)
         for name, value in asdict(existing).items():
             if value is not None and value != wanted[name]:
-                raise ReducioError(f"{folder} was begun with another {name}; extract into another folder, or remove it")
+                what = "other clips or another --size" if name == "clips" else f"another {name}"
+                raise ReducioError(f"{folder} was begun with {what}; extract into another folder, or remove it")
         return
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:

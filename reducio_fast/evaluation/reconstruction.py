@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..media.pixels import to_bytes, to_unit
-from ..media.similarity import pooled_psnr, psnr, psnr_per_frame, ssim
+from ..media.similarity import MOST_DB, pooled_psnr, psnr_per_frame, ssim
 from ..pipelines.reducio import refinement
 from ..reference import ReducioVAE
 from ..system.errors import ReducioError
@@ -44,7 +44,8 @@ def reconstruction_scores(vae: ReducioVAE, clips: Iterable[np.ndarray], refine: 
     Reducio-VAE release. A repeated content frame is exact in that one frame, so `psnr_moving`, `repeat_psnr_moving` and
     their difference `gain_db` exclude it. `pooled_psnr`, `repeat_pooled_psnr` and `pooled_gain_db` use the squared
     error over all frames; `worst_gain_db` is the smallest pooled gain of a clip. `content_psnr` is the PSNR of the
-    content frame, which is an input of the decoder (capped at 60 dB, since an exact copy would be infinite).
+    content frame, which is an input of the decoder. No PSNR is above 60 dB (`MOST_DB`): that of an exact copy, such as
+    the repeated frame of a clip that stands still, would be infinite.
     """
     content = vae.config.content_frame
     return mean_scores([clip_scores(clip, reconstruct(vae, clip, refine), content) for clip in clips])
@@ -54,15 +55,16 @@ def clip_scores(clip: np.ndarray, restored: np.ndarray, content: int) -> dict[st
     """Scores of one reconstructed clip; `content` is the number of its content frame."""
     repeated = np.repeat(clip[content : content + 1], len(clip), axis=0)
     moving = np.arange(len(clip)) != content
+    frames, still = (np.minimum(psnr_per_frame(clip, other), MOST_DB) for other in (restored, repeated))
     return {
-        "psnr": psnr(clip, restored),
+        "psnr": float(frames.mean()),
         "ssim": ssim(clip, restored),
         "repeat_ssim": ssim(clip, repeated),
-        "psnr_moving": float(psnr_per_frame(clip, restored)[moving].mean()),
-        "repeat_psnr_moving": float(psnr_per_frame(clip, repeated)[moving].mean()),
-        "content_psnr": min(60.0, pooled_psnr(clip[content : content + 1], restored[content : content + 1])),
-        "pooled_psnr": pooled_psnr(clip, restored),
-        "repeat_pooled_psnr": pooled_psnr(clip, repeated),
+        "psnr_moving": float(frames[moving].mean()),
+        "repeat_psnr_moving": float(still[moving].mean()),
+        "content_psnr": float(frames[content]),
+        "pooled_psnr": min(MOST_DB, pooled_psnr(clip, restored)),
+        "repeat_pooled_psnr": min(MOST_DB, pooled_psnr(clip, repeated)),
     }
 
 

@@ -87,6 +87,15 @@ def missing_room(folder: Path, needed: int) -> str | None:
     return f"{needed:,} bytes are needed, {free:,} are free" if free < needed else None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8. Bytes of a file name that are not UTF-8 become lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(path: str | os.PathLike[str]) -> str:
     """A path for a message: shortened to one line, without bytes that a terminal cannot print."""
     text = os.fspath(path).encode("utf-8", "replace").decode().replace("\0", "\\0")

@@ -53,12 +53,23 @@ class CheckpointFolder:
         pointer = self.path / LATEST
         if not pointer.is_file():
             return None
-        folder = self.path / pointer.read_text(encoding="utf-8").strip()
+        folder = self.path / pointer.read_text(encoding="utf-8", errors="replace").strip()
         if not (folder / RUN).is_file() or not (folder / ".metadata").is_file():
-            raise ReducioError(
-                f"train {self.name}: {pointer} names {folder.name}, which is not whole; {self._others()}"
-            )
+            raise ReducioError(f"train {self.name}: {pointer} names {folder.name}, which is not whole; {self.others()}")
         return folder
+
+    def run_of(self, folder: Path, state: Callable[..., object]) -> dict[str, Any]:
+        """The `run` that `save` wrote: objects `config`, `conditions` and, perhaps, `recorded`, and `state`, the
+        keyword arguments of `state`. Raises `ReducioError` if it is damaged or of another version."""
+        try:
+            run = dict(json.loads((folder / RUN).read_text(encoding="utf-8")))
+            for name in ("config", "conditions", "recorded"):
+                dict(run.setdefault(name, {}))
+            state(**run["state"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = first_line(error)
+            raise ReducioError(f"train {self.name}: cannot read {folder / RUN}: {reason}; {self.others()}") from error
+        return run
 
     def clear(self) -> None:
         """Delete all checkpoints."""
@@ -81,13 +92,10 @@ class CheckpointFolder:
         def publish() -> None:
             self.processes.barrier()
             if self.processes.first:
-                with written_whole(temporary / RUN) as path:
-                    path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-                _make_durable(temporary)
+                _write_durably(temporary / RUN, json.dumps(run, indent=2) + "\n")
                 shutil.rmtree(folder, ignore_errors=True)  # left by an earlier run that had passed this step
                 temporary.rename(folder)
-                with written_whole(self.path / LATEST) as path:
-                    path.write_text(folder.name + "\n", encoding="utf-8")
+                _write_durably(self.path / LATEST, folder.name + "\n")
                 for old in sorted(self.path.glob("step-*[0-9]"))[: -self.keep]:
                     shutil.rmtree(old)
             self.processes.barrier()
@@ -133,10 +141,10 @@ class CheckpointFolder:
                     f"train {self.name}: checkpoint {folder} belongs to another model: {reason}"
                 ) from error
             raise ReducioError(
-                f"train {self.name}: cannot read checkpoint {folder}: {reason}; {self._others()}"
+                f"train {self.name}: cannot read checkpoint {folder}: {reason}; {self.others()}"
             ) from error
 
-    def _others(self) -> str:
+    def others(self) -> str:
         """Advice for the error about a damaged checkpoint: which other checkpoint to resume from."""
         whole = [
             p.name for p in sorted(self.path.glob("step-*[0-9]")) if (p / RUN).is_file() and (p / ".metadata").is_file()
@@ -196,10 +204,14 @@ def _bytes(tensors: Any) -> int:
     return 0
 
 
-def _make_durable(folder: Path) -> None:
-    """Flush the folder's directory entries to disk before it is renamed; torch has flushed the files' contents."""
+def _write_durably(file: Path, text: str) -> None:
+    """Write a file and flush it and its folder's entries to disk. Torch has flushed the files of tensors."""
+    with written_whole(file) as path, path.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
     if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:

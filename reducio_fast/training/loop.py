@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..system.errors import ReducioError
-from . import checkpoint_folders
 from .checkpoint_folders import CheckpointFolder
 from .mixed_precision import autocast
 from .processes import PARALLEL, Processes, accumulating, spread
@@ -189,14 +188,15 @@ def run(
     recorded = _plain(recorded or {})
     conditions = {"world_size": processes.world_size, "threads": torch.get_num_threads()}
     if latest is not None:
-        _check(name, latest, config, conditions, recorded, accept_changes)
+        saved = checkpoints.run_of(latest, state=_State)
+        _check(name, latest, saved, config, conditions, recorded, accept_changes)
         tensors = _tensors(losses, optimizer, average)
         checkpoints.load(latest, tensors)
         set_model_state_dict(losses, tensors["model"])
         set_optimizer_state_dict(losses, optimizer, tensors["optimizer"])
         for group, own in zip(optimizer.param_groups, _groups(named, config, rate_of)[0], strict=True):
             group |= own  # the checkpoint has the settings of its own run
-        state = _State(**json.loads((latest / checkpoint_folders.RUN).read_text(encoding="utf-8"))["state"])
+        state = _State(**saved["state"])
     log = RunLog(folder, state.step, config.tensorboard) if processes.first else None
     began, before = time.monotonic(), state.seconds
     own = range(processes.rank, config.micro_batches, processes.world_size)
@@ -374,19 +374,16 @@ def _tensors(losses: nn.Module, optimizer: torch.optim.Optimizer, average: dict[
 def _check(
     name: str,
     folder: Path,
+    saved: Mapping[str, Any],
     config: LoopConfig,
     conditions: dict[str, int],
     recorded: dict[str, Any],
     accept_changes: bool,
 ) -> None:
     """Raise `ReducioError` if resuming from the checkpoint would change the weights of an uninterrupted run."""
-    try:
-        saved = json.loads((folder / checkpoint_folders.RUN).read_text(encoding="utf-8"))
-        defaults = {f.name: f.default for f in fields(config)}  # of settings that are newer than the checkpoint
-        made = _plain(defaults) | saved["config"] | saved["conditions"]
-        before = saved.get("recorded", {})  # older checkpoints have none
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ReducioError(f"train {name}: cannot read checkpoint {folder}: {error}") from error
+    defaults = {f.name: f.default for f in fields(config)}  # of settings that are newer than the checkpoint
+    made = _plain(defaults) | saved["config"] | saved["conditions"]
+    before = saved.get("recorded", {})  # older checkpoints have none
     wanted = {**_plain(asdict(config)), **conditions}
     made |= {key: before[key] for key in recorded if key in before}
     wanted |= {key: value for key, value in recorded.items() if key in before}

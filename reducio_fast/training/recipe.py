@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from torch import nn
 from ..data.latent_shards import files_checksum
 from ..system.atomic_files import written_whole
 from ..system.errors import ReducioError
-from .loop import LossFunction, Outcome, recorded_fields, run
+from .loop import LoopConfig, LossFunction, Outcome, recorded_fields, run
 from .processes import Processes, joined
+
+MOST_SCALE = 1000  # times the steps of a recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +54,11 @@ class Context:
         except SafetensorError:
             return False
 
-    def train(
-        self, stage: str, model: nn.Module, loss_fn: LossFunction, settings: Any, pool: str | None = None
-    ) -> Outcome:
+    def train(self, stage: str, model: nn.Module, loss_fn: LossFunction, settings: Any, **made_of: str) -> Outcome:
         """Run `loop.run` in this stage's folder; then load the averaged weights into the model, in evaluation mode.
 
-        `pool` is the key of the encoded samples; a resumed run must have the same.
+        `made_of` names what else the weights depend on, such as the key of the encoded samples; a resumed run must have
+        the same.
         """
         outcome = run(
             stage,
@@ -70,7 +70,7 @@ class Context:
             self.resume,
             self.accept_changes,
             self.progress,
-            recorded=recorded_fields(settings) | ({} if pool is None else {"encoded": pool}),
+            recorded=recorded_fields(settings) | made_of,
         )
         model.load_state_dict(outcome.averaged)
         return outcome
@@ -107,14 +107,14 @@ def run_stages(
     """Run the stages, or only the named ones, in the recipe's order; return the final figures of each.
 
     Raises ReducioError for an unknown stage, a stage whose needed folders are missing, and a scale that is not above 0
-    or not finite.
+    or too large.
     """
     chosen = list(stages) if names is None else list(names)
     for name in chosen:
         if name not in stages:
             raise ReducioError(f"stages={name!r} is not in the recipe; known: {', '.join(stages)}")
-    if not 0 < scale < math.inf:
-        raise ReducioError(f"scale={scale} must be above 0 and finite")
+    if not 0 < scale <= MOST_SCALE:
+        raise ReducioError(f"scale={scale} must be above 0 and at most {MOST_SCALE}")
     out, figures = Path(out), {}
     with joined(device) as processes:
         if processes.world_size > 1:
@@ -141,14 +141,18 @@ def run_stages(
 
 
 def _scaled(settings: Any, scale: float) -> Any:
-    """The settings with the length of their loop times `scale`, and with smaller pools if `scale` is below 1."""
-    if scale == 1.0 or not hasattr(settings, "loop"):
+    """The settings with the lengths of their loops times `scale`, and with smaller pools if `scale` is below 1."""
+    if scale == 1.0:
         return settings
-    loop = settings.loop
-    fewer = {
-        "steps": max(1, round(loop.steps * scale)),
-        "warmup_steps": max(1, round(loop.warmup_steps * min(1.0, scale))),
-    }
-    pools = [name for name in ("pool", "held_out_pool", "prompts", "evaluated") if hasattr(settings, name)]
-    smaller = {name: max(4, round(getattr(settings, name) * min(1.0, scale))) for name in pools}
-    return replace(settings, loop=replace(loop, **fewer), **smaller)
+    changed: dict[str, Any] = {}
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if isinstance(value, LoopConfig):
+            steps = max(1, round(value.steps * scale))
+            warmup = max(1, round(value.warmup_steps * min(1.0, scale)))
+            changed[entry.name] = replace(value, steps=steps, warmup_steps=warmup)
+        elif entry.name in ("pool", "held_out_pool", "prompts", "evaluated"):
+            changed[entry.name] = max(4, round(value * min(1.0, scale)))
+        elif hasattr(value, "loop"):
+            changed[entry.name] = _scaled(value, scale)
+    return replace(settings, **changed)

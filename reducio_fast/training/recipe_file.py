@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..system.errors import ReducioError, first_line, shown
+from ..system.paths import is_folder, printable
 from ..system.real_numbers import to_float
 
 if sys.version_info >= (3, 11):
@@ -23,6 +24,7 @@ else:
     import tomli as tomllib
 
 _Recipe = TypeVar("_Recipe")
+MOST_THREADS = 1024
 
 
 def shipped() -> dict[str, Path]:
@@ -59,10 +61,25 @@ def configured(config: _Recipe, changes: dict[str, Any]) -> _Recipe:
 
     Raises `ReducioError` for an unknown field or an invalid value.
     """
+    hints = typing.get_type_hints(type(config))
+    for name, value in changes.items():
+        if hints.get(name) is bool and not isinstance(value, bool):
+            raise ReducioError(f"recipe: config: {name}={shown(value)} must be true or false")
     try:
         return dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
         raise ReducioError(f"recipe: config: {error}") from error
+
+
+def start_folder(start: str, component: str) -> Path:
+    """The folder of a network that a recipe's `start` names: itself, or its `component` if it is a model folder.
+
+    Raises `ReducioError` if there is no such folder.
+    """
+    if not start or not is_folder(start, "start"):
+        raise ReducioError(f"start={printable(start)!r}: no such folder")
+    inside = Path(start) / component
+    return inside if is_folder(inside, "start") else Path(start)
 
 
 def check_least(settings: Any, least: float, *names: str) -> None:
@@ -71,6 +88,12 @@ def check_least(settings: Any, least: float, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not least <= value < math.inf:
             raise ReducioError(f"{type(settings).__name__}: {name} must be finite and at least {least}, got {value}")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise `ReducioError` for a number of CPU threads that no machine has; None is torch's own."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ReducioError(f"threads={shown(threads)}: must be from 1 to {MOST_THREADS}")
 
 
 def check_positive(settings: Any, *names: str) -> None:

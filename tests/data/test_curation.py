@@ -332,6 +332,83 @@ def test_a_part_made_with_other_settings_or_another_caption_is_made_again(videos
     assert made(True, "a grey cat") == (1, "a grey cat", 0)
 
 
+def test_a_video_that_has_changed_is_measured_again(videos: Path, tmp_path: Path) -> None:
+    """One that could not be read, or another under the same name. Parts of earlier versions do not tell, and count."""
+    video, out = tmp_path / "video.mp4", tmp_path / "out"
+    settings = curate.Settings(str(out), text=False)
+
+    def run() -> tuple[int, list[str | None], int]:
+        done = curate.curate([video], settings, workers=0, progress=False)
+        rows = manifest.read_parts(out)
+        return done.made, [row["error"] for row in rows], len(rows)
+
+    video.write_bytes(b"")
+    made, (error,), _ = run()
+    assert made == 1 and error and run() == (0, [error], 1)
+    shutil.copyfile(videos / "still.mp4", video)
+    assert run() == (1, [None], 1) and run() == (0, [None], 1)
+    shutil.copyfile(videos / "cut.mp4", video)
+    assert run() == (1, [None, None], 2)
+    part = manifest.part_path(out, str(video))
+    made_with = manifest.made_with(part)
+    assert made_with is not None
+    old = {name: value for name, value in made_with.items() if name not in ("bytes", "changed")}
+    manifest.write(manifest.read_parts(out), part, old)
+    assert run() == (0, [None, None], 2)
+
+
+def test_clips_of_a_moved_folder_are_those_of_the_new_place(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    (tmp_path / "old").mkdir()
+    shutil.copyfile(videos / "cut.mp4", tmp_path / "old" / "cut.mp4")
+    command = ["-o", out, "--no-text", "--workers", "1", "--no-progress"]
+    assert main(["curate", str(tmp_path / "old"), *command]) == 0
+    shutil.copytree(tmp_path / "old", tmp_path / "copy")
+    assert main(["curate", str(tmp_path / "copy"), *command]) == 0 and len(manifest.read(out)) == 4
+    shutil.rmtree(tmp_path / "old")
+    assert main(["curate", "-o", out, "--no-progress"]) == 0, capsys.readouterr().err
+    assert {row["video"] for row in manifest.read(out)} == {str(tmp_path / "copy" / "cut.mp4")}
+    assert len(manifest.read(out)) == 2
+    shutil.rmtree(tmp_path / "copy")  # both are gone: one row of each clip is left
+    assert main(["curate", "-o", out, "--no-progress"]) == 0 and len(manifest.read(out)) == 2
+
+
+def test_a_threshold_drops_a_copy_by_its_own_score() -> None:
+    rows = [clip(1, video=name, clip_similarity=score) for name, score in (("a", 0.1), ("b", 0.9))]
+    kept, drops = select.select(rows, [select.Threshold.parse("clip_similarity.min=0.5")])
+    assert [row["video"] for row in kept] == ["b"] and drops["clip_similarity.min=0.5"] == 1
+    with pytest.raises(ReducioError, match="'nan' is neither a number nor a percentage"):
+        select.Threshold.parse("motion.min=nan")
+
+
+def test_names_and_captions_that_cannot_be_used(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(folder: Path, *options: str) -> str:
+        assert main(["curate", str(folder), "-o", str(tmp_path / "out"), "--no-text", *options]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+        return error
+
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    with open(bytes(odd) + b"/caf\xe9.mp4", "wb"):
+        pass
+    assert "caf?.mp4': the name is not UTF-8, and a manifest holds UTF-8 only; rename it" in refused(odd)
+    captions = tmp_path / "captions.json"
+    for names, message in (
+        ({"still.mp4": "\ud83d"}, "'still.mp4' or its caption has half of a surrogate pair"),
+        ({"STILL.mp4": "a cat"}, "captions: none of the 1 names, such as 'STILL.mp4', is a video's"),
+    ):
+        captions.write_text(json.dumps(names))
+        assert message in refused(videos, "--captions", str(captions))
+    found = curate.find_sources([videos], {"still.mp4": "a cat", "other.mp4": "a dog"})
+    assert [source.caption for source in found if source.caption] == ["a cat"]
+    assert "captions: 1 of 2 names are no video's, such as 'other.mp4'" in caplog.text
+
+
 def test_options_that_a_run_without_videos_cannot_follow_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,7 +426,9 @@ def test_a_list_is_used_from_another_folder_and_only_its_kept_clips(
     curate.curate(["still.mp4", "cut.mp4"], settings, {"./still.mp4": "a cat"}, workers=0, progress=False)
     monkeypatch.chdir(tmp_path)
     assert main(["curate", "-o", out, "--keep", "motion.max=0.05", "--no-progress"]) == 0, capsys.readouterr().err
-    assert [(row["video"], row["caption"]) for row in ClipFiles(out).rows] == [(str(videos / "still.mp4"), "a cat")]
+    assert [(row["video"], row["caption"]) for row in ClipFiles(out, 1, 24.0).rows] == [
+        (str(videos / "still.mp4"), "a cat")
+    ]
     assert len(manifest.read_parts(out)) == 3
     assert main(["curate", "-o", out, "--no-progress"]) == 0 and len(manifest.read(out)) == 3
 
@@ -369,6 +448,10 @@ def test_errors_of_a_manifest_are_named(
         manifest.write([clip(1)], tmp_path / "clips.parquet")
     with pytest.raises(ReducioError, match="manifest of version 7, this reads 1"):
         manifest.read(tmp_path / "clips.parquet")
+    pyarrow, parquet = manifest.pyarrow_modules()
+    parquet.write_table(pyarrow.table({"id": ["a"]}), tmp_path / "index.parquet")
+    with pytest.raises(ReducioError, match="index.parquet is a Parquet file, but no manifest; reducio-fast curate"):
+        manifest.read(tmp_path / "index.parquet")
     assert main(["curate", str(tmp_path / "nothing"), "-o", str(tmp_path)]) == 2
     assert "no such file or folder" in capsys.readouterr().err
     assert main(["curate", str(tmp_path), "-o", str(tmp_path)]) == 2

@@ -22,7 +22,7 @@ def row(name: str = "a", **changes: Any) -> dict[str, Any]:
 
 def refused(path: Path) -> str:
     with pytest.raises(ReducioError) as caught:
-        ClipFiles(path)
+        ClipFiles(path, 16, 24.0)
     line = str(caught.value)
     assert "\n" not in line and line.endswith("run reducio-fast curate again")
     return line
@@ -99,4 +99,4 @@ def test_an_id_of_two_clips_is_refused(changes: dict[str, Any], tmp_path: Path) 
 def test_copies_of_a_video_have_the_same_ids(tmp_path: Path) -> None:
     """As `curate` writes them, also for a video that was moved after an earlier run."""
     manifest.write([row(sha256="0", video=f"{i}.mp4", caption=f"{i}") for i in range(3)], tmp_path / manifest.CHOSEN)
-    assert [made["video"] for made in ClipFiles(tmp_path).rows] == ["0.mp4", "1.mp4", "2.mp4"]
+    assert [made["video"] for made in ClipFiles(tmp_path, 16, 24.0).rows] == ["0.mp4", "1.mp4", "2.mp4"]

@@ -288,6 +288,16 @@ def test_repeating_the_content_frame_gains_nothing():
     assert scores["ssim"] == pytest.approx(scores["repeat_ssim"]) and 5 < scores["pooled_psnr"] < 40
 
 
+def test_a_clip_that_stands_still_counts_60_db():
+    """Its repeated content frame is exact: infinite figures would hide those of all other clips."""
+    rng = np.random.default_rng(16)
+    clips = [np.zeros((16, 64, 64, 3), np.uint8), toy_world.render(toy_world.sample_scene(rng), rng, 64)]
+    scores = reconstruction.reconstruction_scores(StillVAE(), clips)
+    assert all(np.isfinite(value) for value in scores.values()) and scores["pooled_gain_db"] == pytest.approx(0)
+    moved = reconstruction.reconstruction_scores(PerfectVAE(), clips[:1])
+    assert moved["repeat_pooled_psnr"] == 60 and moved["worst_gain_db"] == pytest.approx(48.13 - 60, abs=0.01)
+
+
 def test_report_says_why_photographs_were_skipped(monkeypatch):
     photos.pyramid.cache_clear()
     monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)

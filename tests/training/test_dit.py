@@ -269,6 +269,24 @@ def test_a_resumed_run_has_the_same_recipe_and_latents(latents: Path, tmp_path: 
     assert train(condition_drop=0.2) == 1
 
 
+@pytest.mark.parametrize(
+    ("buckets", "size"),
+    [(["256x256"], 256), (["192x320", "256x256"], 256), (["384x672"], 512), (["704x1408"], 1024), (["96x96"], 96)],
+)
+def test_the_size_of_latents(buckets: list[str], size: int) -> None:
+    assert dit.square_of(buckets) == size
+
+
+def test_the_saved_model_makes_clips_of_the_latents_size(clips: Path, tmp_path: Path) -> None:
+    """Those of the model that the latents come from are of 128 pixels."""
+    extract.extract(clips, tmp_path / "latents", size=64, progress=False)
+    dit.train_dit(tmp_path / "latents", tmp_path, small_recipe(loop=replace(LOOP, steps=1)), progress=False)
+    pipe = ReducioPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    assert pipe("a cat", seed=1, num_inference_steps=1, progress=False).frames.shape == (16, 64, 64, 3)
+    with pytest.raises(ReducioError, match="was begun with other clips or another --size; extract into another folder"):
+        extract.extract(clips, tmp_path / "latents", size=96, progress=False)
+
+
 def test_a_transformer_of_one_image_condition(latents: Path, tmp_path: Path) -> None:
     """It is saved without the encoder of the other condition, and the layers of that condition keep their weights."""
     recipe = small_recipe(image_conditions=("semantic",), held_out=1)
@@ -281,7 +299,7 @@ def test_a_transformer_of_one_image_condition(latents: Path, tmp_path: Path) -> 
     moved = {name.split(".")[0] for name, value in start.items() if not torch.equal(value, end[name].float())}
     assert "semantic_projection" in moved and "content_embedding" not in moved
     assert pipe("a cat", seed=1, num_inference_steps=2, progress=False).frames.shape == (16, 128, 128, 3)
-    with pytest.raises(ReducioError, match=r"image_conditions=\['sound'\]: must be some of semantic, content"):
+    with pytest.raises(ReducioError, match=r"image_conditions=\['sound'\]: must be one or both of semantic, content"):
         small_recipe(image_conditions=("sound",))
 
 
@@ -331,9 +349,9 @@ def test_the_command_alone_and_under_torchrun(
     (tmp_path / "recipe.toml").write_text(RECIPE)
     argv = ["train", "dit", "--recipe", str(tmp_path / "recipe.toml"), "--latents", str(latents), "--no-progress"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29741"]
-    subprocess.run(
-        [*torchrun, "-m", "reducio_fast", *argv, "-o", str(tmp_path / "two")], check=True, capture_output=True
-    )
+    two = [*torchrun, "-m", "reducio_fast", *argv, "-o", str(tmp_path / "two"), "--json"]
+    printed = subprocess.run(two, check=True, capture_output=True, text=True).stdout
+    assert json.loads(printed)["steps"] > 0  # one object, of the first process
     assert main([*argv, "-o", str(tmp_path / "one"), "--json", "--price", "2.5"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["price_a_step"] == pytest.approx(result["process_seconds_a_step"] / 3600 * 2.5)

@@ -285,6 +285,14 @@ def test_the_recipe_of_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main([*argv, "--out", f"{tmp_path}/parts", *stop]) == 0
     again = load_file(tmp_path / "parts" / "lora" / "pytorch_lora_weights.safetensors")
     assert trained.keys() == again.keys() and all(torch.equal(t, again[n]) for n, t in trained.items())
+    moved = [word.replace(f"{tmp_path}/model", f"{tmp_path}/parts/../model") for word in argv]
+    assert main([*moved, "--out", f"{tmp_path}/parts"]) == 0  # the same weights by another path
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main([*argv, "--out", f"{tmp_path}/parts"]) == 2
+    assert "made with model={" in capsys.readouterr().err
+    weights.write_bytes(whole)
     for change, message in (
         ("mirror=true", "made with mirror=False, this run has mirror=True"),
         ("rate=8", "rate=7.0"),

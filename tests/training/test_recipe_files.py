@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from reducio_fast.cli.main import main
 from reducio_fast.system.errors import ReducioError
 from reducio_fast.training import recipe_file
-from reducio_fast.training.reducio import dit
+from reducio_fast.training.reducio import dit, vae
 
 
 def test_recipes_as_files(tmp_path: Path) -> None:
@@ -52,6 +55,20 @@ def test_recipes_as_files(tmp_path: Path) -> None:
         recipe_file.load(dit.DiTRecipe, "dit-256", ["loop.steps"])
 
 
+@pytest.mark.parametrize(("what", "build"), [(dit.DiTRecipe, dit.build_network), (vae.VAERecipe, vae.build_vae)])
+def test_the_config_and_the_start_of_a_network_are_checked(what: type, build: Callable, tmp_path: Path) -> None:
+    switch = {dit.DiTRecipe: "clip_conditioning", vae.VAERecipe: "causal"}[what]
+    name = {dit.DiTRecipe: "dit-256", vae.VAERecipe: "vae-ft4"}[what]
+    for value in ("false", 0, 1.0):
+        recipe = recipe_file.load(what, name, [f"config.{switch}={json.dumps(value)}"])
+        recipe = dataclasses.replace(recipe, start=None, model=recipe.model or "reducio-256")
+        with pytest.raises(ReducioError, match=f"config: {switch}={value!r} must be true or false"):
+            build(recipe)
+    for start in ("", str(tmp_path / "none"), str(tmp_path / "none" / "model")):
+        with pytest.raises(ReducioError, match=f"start='{start}': no such folder"):
+            build(dataclasses.replace(recipe, config={}, start=start))
+
+
 OF_THE_LOOP = (
     ("loop.clip_norm=nan", "clip_norm must be above 0, got nan"),
     ("loop.clip_norm=-1", "clip_norm must be above 0, got -1"),
@@ -62,12 +79,14 @@ OF_THE_LOOP = (
     ("loop.max_seconds=nan", "max_seconds must be finite and at least 0, got nan"),
     ("loop.betas=[1.5, 2]", "betas must be two numbers in [0, 1), got (1.5, 2.0)"),
     ("loop.seed=-1", "seed must be a whole number from 0 to"),
-    ("threads=-1", "threads must be finite and at least 1, got -1"),
+    ("threads=-1", "threads=-1: must be from 1 to 1024"),
+    ("threads=1000000000000", "threads=1000000000000: must be from 1 to 1024"),
 )
 OF_A_RECIPE = {
     "dit": (
         ("held_out=-1", "held_out must be finite and at least 0, got -1"),
         ("image_drop=nan", "image_drop=nan must"),
+        ("image_conditions=[]", "image_conditions=[]: must be one or both of semantic, content"),
     ),
     "vae": (
         ("held_out=-1", "held_out must be finite and at least 0, got -1"),
@@ -102,8 +121,15 @@ def test_impossible_values_are_refused(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("train tiny --steps-scale inf", "scale=inf must be above 0 and finite"),
-        ("train svd-tiny --steps-scale nan", "scale=nan must be above 0 and finite"),
+        ("train tiny --steps-scale inf", "scale=inf must be above 0 and at most 1000"),
+        ("train svd-tiny --steps-scale nan", "scale=nan must be above 0 and at most 1000"),
+        ("train tiny --steps-scale 1e308", "scale=1e+308 must be above 0 and at most 1000"),
+        ("train dit --recipe dit-256 --latents x --price nan", "--price nan: must be a finite number of at least 0"),
+        ("train dit --recipe ablation-dit --latents x --ablation attention --price 3", "--price"),
+        (
+            "train dit --recipe ablation-dit --latents x --ablation attention --set loop.seed=7",
+            "--set loop.seed: an ablation runs seeds 0 to N - 1; name their number by --seeds",
+        ),
         ("train svd-tiny --stages image_encoder --device gpu", "device: 'gpu' cannot be used here"),
         ("train svd-tiny --stages image_encoder --device cuda:99", "device: 'cuda:99' cannot be used here"),
         ("extract x --device gpu", "device: 'gpu' cannot be used here"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,11 +132,33 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReducioError, match="cannot read checkpoint .*step-00000060.*; write one of step-00000050"):
         Regression().run(tmp_path)
     (newest / ".metadata").unlink()
+    (newest.parent / "latest").write_bytes(b"step-\xff")
+    with pytest.raises(ReducioError, match="which is not whole; write one of step-00000050"):
+        Regression().run(tmp_path)
+    (newest.parent / "latest").write_text("step-00000060")
     with pytest.raises(ReducioError, match="names step-00000060, which is not whole; write one of step-00000050 into"):
         Regression().run(tmp_path)
     (newest.parent / "latest").write_text("step-00000050")
     assert Regression().run(tmp_path).finished
     assert Regression().run(tmp_path, resume=False).finished
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: {**run, "state": {**run["state"], "later": 1}},
+        lambda run: {**run, "state": None},
+        lambda run: {**run, "config": 3},
+        lambda run: [run],
+        lambda run: {},
+    ],
+)
+def test_a_damaged_run_file_is_named(damage: Callable[[dict], object], tmp_path: Path) -> None:
+    Regression().run(tmp_path)
+    path = tmp_path / "checkpoints" / "step-00000060" / "run.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(ReducioError, match="cannot read .*run.json: .*; write one of step-00000050, step-0"):
+        Regression().run(tmp_path)
 
 
 def test_a_setting_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> None:
@@ -167,13 +190,13 @@ class Settings:
 def test_a_resumed_stage_has_the_same_settings(tmp_path: Path) -> None:
     context = Context(out=tmp_path, data=tmp_path, progress=False)
 
-    def train(context: Context = context, pool: str = "a", **changes) -> int:
+    def train(context: Context = context, encoded: str = "a", **changes) -> int:
         problem = Regression()
-        return context.train("stage", problem.model, problem.loss, Settings(CONFIG, **changes), pool=pool).step
+        return context.train("stage", problem.model, problem.loss, Settings(CONFIG, **changes), encoded=encoded).step
 
     train()
     with pytest.raises(ReducioError, match="made with encoded=a, this run has encoded=b; .*--no-resume starts anew"):
-        train(pool="b")
+        train(encoded="b")
     with pytest.raises(ReducioError, match="made with batch=4, this run has batch=5; .*--accept-changes"):
         train(batch=5)
     assert train(evaluated=2) == train(replace(context, accept_changes=True), batch=5) == CONFIG.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,33 @@ def test_the_encoder_trains_alone_and_then_with_the_decoder(tmp_path: Path, no_d
 
     assert changed(start, weights["alone"]) == {"encoder_3d", "quant_conv", "warp"}
     assert changed(start, weights["both"]) == {n.split(".")[1] for n in start}
+
+
+def test_the_encoder_then_trains_alone_against_the_finished_decoder(tmp_path: Path, no_downloads: None) -> None:
+    batches = replace(PHASE, flow_weight=0.0), replace(PHASE, flow_weight=0.0, size=64)
+
+    def train(name: str, *, alone: bool = True, seed: int = 0, **changes) -> tuple[dict, dict[str, torch.Tensor]]:
+        context = Context(out=tmp_path / name, data=tmp_path, progress=False)
+        encoder = video_autoencoder.EncoderSettings(loop=replace(LOOP, **changes), batches=batches)
+        settings = vae_settings(encoder=encoder if alone else None)
+        figures = video_autoencoder.train_vae(context, replace(settings, loop=replace(settings.loop, seed=seed)))
+        return figures, load_model(ReducioVAE, VAEConfig, context.out / "vae").state_dict()
+
+    both, joint = train("joint", alone=False)
+    figures, trained = train("alone")
+    assert "encoder_steps" not in both and figures["encoder_steps"] == 2
+    assert all(np.isfinite(figures[f"encoder_{name}"]) for name in ("loss", "gain", "worst"))
+    changed = {name.split(".")[0] for name in joint if not torch.equal(joint[name], trained[name])}
+    assert changed == {"encoder_3d", "quant_conv"}
+
+    first, _ = train("joint", max_seconds=0.0)  # goes on after the joint training, and is stopped
+    again, resumed = train("joint")
+    assert first["encoder_steps"] == 1 and again["encoder_steps"] == 2
+    assert all(torch.equal(trained[name], resumed[name]) for name in trained)
+
+    shutil.copytree(tmp_path / "alone" / "runs" / "encoder", tmp_path / "other" / "runs" / "encoder")
+    with pytest.raises(ReducioError, match="train encoder: .* was made with decoder="):
+        train("other", seed=7)
 
 
 def test_a_decoder_starts_by_repeating_the_content_frame() -> None:

@@ -71,18 +71,42 @@ def test_frames_are_those_of_the_whole_video(clips: Path) -> None:
 
 
 def test_clips_are_random_crops_within_their_shot(clips: Path, tmp_path: Path) -> None:
-    files = clip_files.ClipFiles(clips)
-    drawn = [files.draw(np.random.default_rng(i), 16, 16.0, 64, 0.5) for i in (0, 0, 1)]
+    files = clip_files.ClipFiles(clips, 16, 16.0)
+    drawn = [files.draw(np.random.default_rng(i), 64, 0.5).clip for i in (0, 0, 1)]
     assert drawn[0].shape == (3, 16, 64, 64) and drawn[0].abs().max() <= 1
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     frames = np.zeros((1, 64, 64, 3), np.uint8)
     frames[:, :, :32] = 255  # the release mirrors no crop
     cut = [clip_files.crop(frames, np.random.default_rng(i), 16, 0.9) for i in range(8)]
     assert all((clip[..., 0] > clip[..., -1]).all() for clip in cut)
-    rows = [row | {"end": 10} for row in manifest.read(clips)]
-    manifest.write(rows, tmp_path / "short.parquet")
-    with pytest.raises(ReducioError, match="8 clips in a row gave no 16 frames; the last one: too short"):
-        clip_files.ClipFiles(tmp_path / "short.parquet").draw(np.random.default_rng(0), 16, 16.0, 64, 0.5)
+
+
+def test_clips_that_are_too_short_are_never_drawn(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a training does not depend on how many there are in a row. A drawn clip tells its own frame rate."""
+    whole = manifest.read(clips)
+    path = tmp_path / "clips.parquet"
+    manifest.write([{**whole[0], "id": f"{i}", "end": whole[0]["start"] + 15} for i in range(99)] + whole[1:], path)
+    files = clip_files.ClipFiles(path, 16, 16.0)
+    assert [row["id"] for row in files.rows] == ["flower"]
+    assert files.draw(np.random.default_rng(0), 32, 0.5).fps == 16
+    assert files.checksum() != clip_files.ClipFiles(clips, 16, 16.0).checksum()
+    manifest.write([{**row, "fps": 30.0, "end": row["start"] + 31} for row in whole], path)
+    files = clip_files.ClipFiles(path, 16, 16.0)  # every second frame of 31
+    monkeypatch.setattr(clip_files, "read_frames", lambda *_: np.zeros((16, 32, 32, 3), np.uint8))
+    assert len(files.rows) == 2 and files.draw(np.random.default_rng(0), 32, 0.5).fps == 15
+    manifest.write([{**row, "fps": 30.0, "end": row["start"] + 30} for row in whole], path)
+    with pytest.raises(ReducioError, match="none of its 2 clips has 16 frames at 16 a second, which takes 1 seconds"):
+        clip_files.ClipFiles(path, 16, 16.0)
+
+    monkeypatch.setattr(clip_files, "read_frames", lambda *_: np.zeros((15, 32, 32, 3), np.uint8))
+    message = (
+        "8 clips in a row gave no 16 frames; the last one: .*mp4 ends before the clip does; run reducio-fast curate"
+    )
+    with pytest.raises(ReducioError, match=message):
+        files.draw(np.random.default_rng(0), 32, 0.5)
+    manifest.write([], path)
+    with pytest.raises(ReducioError, match="holds no clip that could be read: its selection is empty"):
+        clip_files.ClipFiles(path, 16, 16.0)
 
 
 def test_the_discriminator_has_the_published_layers() -> None:
@@ -112,7 +136,7 @@ def test_each_loss_reaches_its_own_network(clips: Path) -> None:
     torch.manual_seed(0)
     chosen = recipe(discriminator_start=0)
     model = vae.Trained(vae.build_vae(chosen), chosen)
-    files = clip_files.ClipFiles(clips)
+    files = clip_files.ClipFiles(clips, model.vae.config.num_frames, chosen.rate)
     own = {}
     for weight in (0.05, 0.0):
         model.zero_grad(set_to_none=True)

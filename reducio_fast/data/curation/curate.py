@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,14 +23,15 @@ from typing import IO, Any
 import numpy as np
 
 from ...media import ffmpeg
-from ...system import process_pool
+from ...system import cores, process_pool
 from ...system.checksum import file_sha256
-from ...system.errors import ReducioError, first_line, lacks_space
-from ...system.paths import is_file, is_folder
+from ...system.errors import ReducioError, first_line, lacks_space, shown
+from ...system.paths import is_file, is_folder, is_unicode, printable
 from . import manifest, scores
 from .on_ray import map_on_ray
 from .shots import ShotFinder
 
+LOG = logging.getLogger("reducio_fast")
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 SAMPLED = 2.0  # frames a second that are kept: they measure motion and supply a shot's first, middle and last picture
 DETECTION_SIDE = 144  # pixels of the short side of the frames in which cuts are searched
@@ -74,10 +77,11 @@ class Outcome:
 
 
 def find_sources(inputs: Sequence[str | os.PathLike[str]], captions: Mapping[str, str] | None = None) -> list[Source]:
-    """The named videos and all videos below the named folders, sorted. Keys of `captions` are paths or file names.
+    """The named videos and all videos below the named folders, sorted. Keys of `captions` are paths, from the current
+    folder, or file names.
 
     Their paths are absolute, so that a list of them can be used from another folder. Raises `ReducioError` for a path
-    that does not exist, or if there is no video at all.
+    that does not exist, for a name that is not UTF-8, if there is no video at all, or if no caption is of one.
     """
     videos = set()
     for given in map(Path, inputs):
@@ -89,9 +93,24 @@ def find_sources(inputs: Sequence[str | os.PathLike[str]], captions: Mapping[str
             raise ReducioError(f"no such file or folder: {given}")
     if not videos:
         raise ReducioError(f"no video ({', '.join(SUFFIXES)}) in {', '.join(map(str, inputs))}")
+    if odd := sorted(str(path) for path in videos if not is_unicode(str(path))):
+        raise ReducioError(
+            f"{printable(odd[0])!r}: the name is not UTF-8, and a manifest holds UTF-8 only; rename it"
+            + (f", and {len(odd) - 1} more" if len(odd) > 1 else "")
+        )
     captions = captions or {}
     by_path = {Path(name).absolute(): caption for name, caption in captions.items()}
-    return [Source(str(p), by_path.get(p, captions.get(p.name))) for p in sorted(videos)]
+    sources = [Source(str(p), by_path.get(p, captions.get(p.name))) for p in sorted(videos)]
+    names = {path.name for path in videos}
+    unused = [name for name in captions if name not in names and Path(name).absolute() not in videos]
+    if unused and len(unused) == len(captions):
+        raise ReducioError(
+            f"captions: none of the {len(unused)} names, such as {shown(unused[0])}, is a video's; they are file "
+            "names, or paths from the current folder"
+        )
+    if unused:
+        LOG.warning("captions: %d of %d names are no video's, such as %s", len(unused), len(captions), shown(unused[0]))
+    return sources
 
 
 def curate(
@@ -102,22 +121,19 @@ def curate(
     ray: str | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Write the parts of the manifest that `settings.out` lacks or that were made with other settings or captions.
+    """Write the parts of the manifest that `settings.out` lacks, or that were made with other settings or captions or
+    of other files under the same names.
 
     Raises `ReducioError` before any video is read if there is no video or `prepare` cannot load something.
 
     Args:
-        workers: processes on this machine; None means one per core, 0 runs in this process.
+        workers: processes on this machine; None means one per core that this process may use, 0 runs in this process.
         ray: address of a Ray cluster to run on instead; "local" starts one on this machine.
     """
     from tqdm import tqdm
 
     sources = find_sources(inputs, captions)
-    todo = [
-        source
-        for source in sources
-        if manifest.made_with(manifest.part_path(settings.out, source.path)) != _made_with(source, settings)
-    ]
+    todo = [source for source in sources if not _is_made(source, settings)]
     if todo:
         prepare(settings)
     (Path(settings.out) / manifest.PARTS).mkdir(parents=True, exist_ok=True)
@@ -127,7 +143,7 @@ def curate(
     elif workers == 0:
         results = (curate_video(source, settings) for source in todo)
     else:
-        results = _pool(todo, settings, workers or os.cpu_count() or 1)
+        results = _pool(todo, settings, workers or cores.usable())
     fine = list(tqdm(results, desc="curate", total=len(todo), disable=not progress, unit="video"))
     return Outcome(len(sources) - len(todo), len(fine), fine.count(False))
 
@@ -205,9 +221,19 @@ def curate_video(source: Source, settings: Settings) -> bool:
 
 
 def _made_with(source: Source, settings: Settings) -> dict[str, Any]:
-    """What a part depends on besides the video."""
+    """What a part depends on: settings, and the video by its size and time of change."""
     clip, head = (path and os.path.abspath(path) for path in (settings.clip_weights, settings.aesthetic_head))
-    return {"caption": source.caption, "text": settings.text, "clip": clip, "aesthetic": head}
+    made: dict[str, Any] = {"caption": source.caption, "text": settings.text, "clip": clip, "aesthetic": head}
+    with suppress(OSError):  # a video that is gone becomes a row with an error
+        stat = os.stat(source.path)
+        made |= {"bytes": stat.st_size, "changed": stat.st_mtime_ns}
+    return made
+
+
+def _is_made(source: Source, settings: Settings) -> bool:
+    """Whether the part exists, with these settings and of this file. Older parts do not tell of which file they are."""
+    made, wanted = manifest.made_with(manifest.part_path(settings.out, source.path)), _made_with(source, settings)
+    return made is not None and wanted | made == wanted
 
 
 def _write_part(rows: list[dict[str, Any]], source: Source, settings: Settings) -> None:

@@ -91,6 +91,16 @@ def read_parts(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return _sorted(parts)
 
 
+def without_moved(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without those whose video is gone while a copy of it is there, as after a folder was moved."""
+    kept: list[dict[str, Any]] = []
+    for _, group in groupby(rows, key=itemgetter("id")):
+        same = list(group)
+        there = [row for row in same if is_file(row["video"])] if len(same) > 1 else same
+        kept += there or same[:1]
+    return kept
+
+
 def thumbnails(folder: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
     """JPEG pictures of clips by id, from the parts of their videos. Five million of them would be 20 GB."""
     wanted = {row["id"]: part_path(folder, row["video"]) for row in rows}
@@ -155,9 +165,13 @@ def _read_file(path: Path, columns: Sequence[str] | None = None) -> tuple[dict[s
     pyarrow, parquet = pyarrow_modules()
     again = f"remove {path.name} and run reducio-fast curate again"
     try:
+        about = dict(json.loads((parquet.read_schema(path).metadata or {}).get(b"reducio-fast", b"{}")))
+        if "manifest" not in about:
+            raise ReducioError(f"{path} is a Parquet file, but no manifest; reducio-fast curate makes one")
         table = parquet.read_table(path, columns=columns, page_checksum_verification=True)
         table.validate(full=True)  # also that its texts are UTF-8
-        about = dict(json.loads((table.schema.metadata or {}).get(b"reducio-fast", b"{}")))
+    except ReducioError:
+        raise
     except FileNotFoundError:
         raise ReducioError(f"no such manifest: {path}") from None
     except (OSError, ValueError, TypeError, RecursionError, pyarrow.ArrowException) as error:

@@ -94,6 +94,10 @@ class ClipScorer:
             self.tokenizer = open_clip.get_tokenizer(name)
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise ReducioError(f"{weights} holds no open_clip model: {first_line(error)}") from error
+        width = self.model.visual.output_dim
+        if self.head is not None and (self.head["weight"].shape != (1, width) or self.head["bias"].numel() != 1):
+            shape = list(self.head["weight"].shape)
+            raise ReducioError(f"the aesthetic head {head} has weight {shape}, the open_clip model needs [1, {width}]")
         self.model.eval().to(device)
         self._torch, self._device = torch, device
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,9 @@ class Threshold:
         try:
             value = float(amount.removesuffix("%"))
         except ValueError:
-            raise ReducioError(f"threshold {text!r}: {amount!r} is neither a number nor a percentage") from None
+            value = math.nan
+        if math.isnan(value):
+            raise ReducioError(f"threshold {text!r}: {amount!r} is neither a number nor a percentage")
         if amount.endswith("%") and not 0 <= value <= 100:
             raise ReducioError(f"threshold {text!r}: a percentile lies in 0..100")
         return cls(score, side, value, amount.endswith("%"))
@@ -63,17 +66,17 @@ def select(
     """
     clips = [row for row in rows if row["error"] is None]
     drops = {"unreadable": len(rows) - len(clips)}
-    passed = {row["id"]: row["end"] - row["start"] >= shortest for row in clips}
-    drops[f"shorter than {shortest} frames"] = list(passed.values()).count(False)
+    passed = [row["end"] - row["start"] >= shortest for row in clips]
+    drops[f"shorter than {shortest} frames"] = passed.count(False)
     for threshold in thresholds:
         value = threshold.value(clips)
         dropped = 0
-        for row in clips:
+        for number, row in enumerate(clips):
             score = row[threshold.score]
             if score is not None and (score < value if threshold.side == "min" else score > value):
-                dropped, passed[row["id"]] = dropped + 1, False
+                dropped, passed[number] = dropped + 1, False
         drops[str(threshold)] = dropped
-    return [row for row in clips if passed[row["id"]]], drops
+    return [row for row, passes in zip(clips, passed, strict=True) if passes], drops
 
 
 def write_report(
@@ -82,7 +85,7 @@ def write_report(
 ) -> None:  # fmt: skip
     """Write `report.html` into a manifest's folder: counts, a histogram per score with its thresholds, thumbnails."""
     clips = [row for row in rows if row["error"] is None]
-    chosen = {row["id"] for row in kept}
+    chosen = {(row["id"], row["video"]) for row in kept}
     parts = ["<!doctype html><meta charset=utf-8><title>Curation</title>", _STYLE, "<h1>Curation</h1>"]
     parts.append(f"<p>{len({row['video'] for row in rows})} videos, {len(clips)} clips, <b>{len(kept)} kept</b>.</p>")
     lines = "".join(f"<tr><td>{html.escape(name)}<td>{count}" for name, count in drops.items())
@@ -94,7 +97,10 @@ def write_report(
             parts.append(f"<h2>{score}</h2>{_histogram(values, lines_at)}")
         else:
             parts.append(f"<h2>{score}</h2><p>not measured</p>")
-    for title, group in (("kept", kept), ("dropped", [row for row in clips if row["id"] not in chosen])):
+    for title, group in (
+        ("kept", kept),
+        ("dropped", [row for row in clips if (row["id"], row["video"]) not in chosen]),
+    ):
         parts.append(f"<h2>{title}</h2>{_contact_sheet(group, folder)}")
     errors = [row for row in rows if row["error"] is not None]
     if errors:

@@ -26,8 +26,8 @@ from ...triton_kernels.cpu_convolution import convolve
 
 MAX_STEPS = 1000
 DECODINGS_PER_STEP = 4  # at most, on average; one or two are usual
-# Mean absolute change of a latent's numbers in the first step, before L-BFGS knows a curvature. Torch's own first step
-# has a sum of 1 over all numbers: too short, its line search spent two more decodings on every clip.
+# Mean absolute change of a latent's numbers in the first step, before L-BFGS has an estimate of the curvature. Torch's
+# own first step has a sum of 1 over all numbers: too short, its line search spent two more decodings on every clip.
 FIRST_CHANGE = 0.02
 
 

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +27,15 @@ from ...checkpoints.strict_files import INDEX as MODEL_INDEX
 from ...checkpoints.strict_files import check_component, check_model_folder, check_same_class, embedded_model
 from ...data.epoch_order import EpochOrder
 from ...data.latent_shards import LatentDataset
+from ...media.aspect_buckets import BASES
 from ...reference import DiTConfig, ReducioDiT
 from ...reference.reducio.config import DIT_PRESETS
 from ...system.atomic_files import check_replaceable
 from ...system.errors import ReducioError
-from ...system.paths import check_output_folder, is_folder
+from ...system.paths import check_output_folder
 from ..loop import LoopConfig, Outcome, recorded_fields, run
 from ..processes import joined
-from ..recipe_file import check_least, check_share, configured
+from ..recipe_file import check_least, check_share, check_threads, configured, start_folder
 from ..recompute import recompute
 from .extract import encoder_checksums, encoder_settings
 from .objective import Objective
@@ -70,10 +72,10 @@ class DiTRecipe:
             raise ReducioError(f"batch={self.batch} must be a multiple of loop.micro_batches={self.loop.micro_batches}")
         check_share(self, "condition_drop", "image_drop", "clip_drop")
         check_least(self, 0, "held_out")
-        check_least(self, 1, "threads")
-        if not set(self.image_conditions) <= set(IMAGE_CONDITIONS):
+        check_threads(self.threads)
+        if not self.image_conditions or not set(self.image_conditions) <= set(IMAGE_CONDITIONS):
             raise ReducioError(
-                f"image_conditions={list(self.image_conditions)}: must be some of {', '.join(IMAGE_CONDITIONS)}"
+                f"image_conditions={list(self.image_conditions)}: must be one or both of {', '.join(IMAGE_CONDITIONS)}"
             )
         if self.model is not None and self.model not in DIT_PRESETS:
             raise ReducioError(f"model={self.model!r}: must be one of {', '.join(DIT_PRESETS)}")
@@ -151,7 +153,8 @@ def train_dit(
         )
         figures = outcome.figures(processes.world_size)
         if processes.first:
-            trained = export(network.config, outcome, recipe, folder, Path(out) / "model")
+            size = square_of(dataset.counts)
+            trained = export(network.config, outcome, recipe, folder, Path(out) / "model", size)
             if held_out:
                 figures["held_out_error"] = held_out_error(trained, trainer.objective, held_out)
         processes.barrier()
@@ -160,9 +163,7 @@ def train_dit(
 
 def build_network(recipe: DiTRecipe) -> ReducioDiT:
     """The network before its first step."""
-    folder = None if recipe.start is None else Path(recipe.start)
-    if folder is not None and is_folder(folder / "transformer", "start"):
-        folder = folder / "transformer"
+    folder = None if recipe.start is None else start_folder(recipe.start, "transformer")
     first = None if folder is None else load_model(ReducioDiT, DiTConfig, folder, torch.float32)
     base = DIT_PRESETS[recipe.model] if recipe.model is not None else first.config
     network = ReducioDiT(configured(base, recipe.config))
@@ -339,8 +340,15 @@ def check_export(network: ReducioDiT, recipe: DiTRecipe, model: Path, target: Pa
     check_output_folder(target)
 
 
-def export(config: DiTConfig, outcome: Outcome, recipe: DiTRecipe, model: Path, target: Path) -> ReducioDiT:
-    """Write a copy of `model` with the averaged weights and the objective's scheduler; return the network."""
+def square_of(buckets: Iterable[str]) -> int:
+    """The size that `extract` was given, from the names of its buckets, such as "192x320"."""
+    height, width = map(int, next(iter(buckets)).split("x"))
+    return height if height == width else min(BASES, key=lambda base: abs(height * width - base * base))
+
+
+def export(config: DiTConfig, outcome: Outcome, recipe: DiTRecipe, model: Path, target: Path, size: int) -> ReducioDiT:
+    """Write a copy of `model` with the averaged weights and the objective's scheduler; return the network. Its clips
+    are of `size` pixels, as the latents were, unless a call names another size."""
     from ...pipelines.reducio.pipeline import ReducioPipeline
 
     network = ReducioDiT(config)
@@ -349,6 +357,7 @@ def export(config: DiTConfig, outcome: Outcome, recipe: DiTRecipe, model: Path, 
     replaced = _replaced(network, recipe)
     pipe = ReducioPipeline.from_pretrained(model, device="cpu", backend="reference", **replaced)
     parts = {name: getattr(pipe, name) for name in (*REDUCIO.names, *REDUCIO.settings)}
+    parts |= {"sample_height": size, "sample_width": size}
     for name, encoder in zip(IMAGE_CONDITIONS, ("image_encoder", "content_encoder"), strict=True):
         if name not in recipe.image_conditions:
             parts[encoder] = None

@@ -108,7 +108,8 @@ def extract(
     table = _table(chosen.size, config)
     captions, chunks = chunks_of(manifest.read(clips), config.num_frames, table)
     if not chunks:
-        raise ReducioError(f"{clips}: no clip is {config.num_frames} frames long at {RATE:g} frames a second")
+        reason = "no clip" if captions else "none of its rows is a clip that can be read, so none"
+        raise ReducioError(f"{clips}: {reason} is {config.num_frames} frames long at {RATE:g} frames a second")
     shards = latent_shards.plan(chunks, chosen.shard_size)
     digest = hashlib.sha256(repr((captions, chunks)).encode()).hexdigest()
     target, encoders = Path(out), Encoders(chosen, config)
@@ -242,6 +243,8 @@ def write_clips(encoders: Encoders, shard: Shard, out: Path) -> int:
     samples: dict[str, dict[str, Tensor] | str] = {}
     with closing(_decoded(shard.clips, encoders.config.num_frames)) as decoded:
         for clip, frames in decoded:
+            if isinstance(frames, str) and clip.id in samples:  # a copy of a video that could be read
+                continue
             try:
                 samples[clip.id] = frames if isinstance(frames, str) else encoders.encode(frames, clip.id)
             except ReducioError as error:

@@ -20,17 +20,16 @@ from torch.func import functional_call
 from ...checkpoints.networks import load_model, save_model
 from ...data.clip_files import ClipFiles
 from ...media.perceptual import Perceptual
-from ...media.similarity import psnr_of_error
+from ...media.similarity import MOST_DB, psnr_of_error
 from ...pipelines.call.validation import check_multiple
 from ...reference import ReducioVAE, VAEConfig
 from ...reference.reducio.config import VAE_PRESETS
 from ...system.checksum import file_sha256
 from ...system.errors import ReducioError
-from ...system.paths import is_folder
 from ..draw_ahead import DrawAhead
 from ..loop import LoopConfig, recorded_fields, run, unchanged
 from ..processes import joined
-from ..recipe_file import check_least, check_positive, check_share, configured
+from ..recipe_file import check_least, check_positive, check_share, check_threads, configured, start_folder
 from .discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 
 
@@ -69,7 +68,8 @@ class VAERecipe:
             raise ReducioError(
                 "loop.parallel: the adaptive weight needs the whole last layer, which only ddp does not shard"
             )
-        check_least(self, 1, "discriminator_width", "threads")
+        check_least(self, 1, "discriminator_width")
+        check_threads(self.threads)
         check_least(self, 0, "held_out", "discriminator_start", "discriminator_rate", "discriminator_warmup")
         check_least(self, 0, "lpips_weight", "kl_weight", "outlier_weight", "discriminator_weight")
         check_positive(self, "rate")
@@ -134,8 +134,7 @@ class Losses:
         """Row `row` of the global batch: float32 [3, T, H, W] in [-1, 1]."""
         recipe = self.recipe
         rng = np.random.default_rng((recipe.loop.seed, 1 << 21, step, row))
-        frames = self.model.vae.config.num_frames
-        return self.clips.draw(rng, frames, recipe.rate, recipe.size, recipe.least_area)
+        return self.clips.draw(rng, recipe.size, recipe.least_area).clip
 
 
 def outlier_loss(clip_BCTHW: Tensor, deviations: float = 3.0) -> Tensor:
@@ -163,12 +162,12 @@ def train_vae(
             `held_out_gain`, its difference to the PSNR of a clip that repeats the content frame.
         lpips: file with torchvision's AlexNet weights; None trains without the perceptual loss.
     """
-    files = ClipFiles(clips)
-    held_out = files.take_last(recipe.held_out)
     with joined(device, recipe.threads) as processes:
         torch.manual_seed(recipe.loop.seed)
         model = Trained(build_vae(recipe), recipe)
         check_multiple("size", recipe.size, model.vae.config.spatial_factor)
+        files = ClipFiles(clips, model.vae.config.num_frames, recipe.rate)
+        held_out = files.take_last(recipe.held_out)
         # These layers never run. Without a gradient, weight decay does not change them either.
         for module in (model.vae.encoder_2d.mid.block_2, model.vae.encoder_2d.norm_out):
             module.requires_grad_(False)
@@ -208,20 +207,18 @@ def held_out_scores(vae: ReducioVAE, clips: ClipFiles, recipe: VAERecipe) -> dic
     scores, config = [], vae.config
     for i in range(recipe.held_out):
         rng = np.random.default_rng((1 << 22, i))
-        video = clips.draw(rng, config.num_frames, recipe.rate, recipe.size, recipe.least_area)[None]
+        video = clips.draw(rng, recipe.size, recipe.least_area).clip[None]
         content = video[:, :, config.content_frame]
         restored = vae.decode(vae.normalize_latent(vae.encode(video).mode()), vae.encode_content(content)).clamp(-1, 1)
         still = content[:, :, None].expand_as(video)
-        scores.append([float(psnr_of_error(F.mse_loss(x, video), 2.0)) for x in (restored, still)])
+        scores.append([min(MOST_DB, float(psnr_of_error(F.mse_loss(x, video), 2.0))) for x in (restored, still)])
     psnr, repeated = np.mean(scores, axis=0)
     return {"held_out_psnr": float(psnr), "held_out_gain": float(psnr - repeated)}
 
 
 def build_vae(recipe: VAERecipe) -> ReducioVAE:
     """The network before its first step."""
-    folder = None if recipe.start is None else Path(recipe.start)
-    if folder is not None and is_folder(folder / "vae", "start"):
-        folder = folder / "vae"
+    folder = None if recipe.start is None else start_folder(recipe.start, "vae")
     first = None if folder is None else load_model(ReducioVAE, VAEConfig, folder, torch.float32)
     base = VAE_PRESETS[recipe.model] if recipe.model is not None else first.config
     vae = ReducioVAE(configured(base, recipe.config))

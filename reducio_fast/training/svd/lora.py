@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...data.clip_files import ClipFiles
+from ...data.clip_files import ClipFiles, Drawn
+from ...data.latent_shards import files_checksum
 from ...pipelines.svd.conditioner import ImageConditioner
 from ...pipelines.svd.pipeline import SVDPipeline
 from ...reference.svd.layers import SpatioTemporalResBlock
@@ -28,7 +29,7 @@ from ..draw_ahead import DrawAhead
 from ..edm import AUGMENTATION, PUBLISHED_LEVELS, NoiseLevels, velocity_error, without_some
 from ..loop import LoopConfig, recorded_fields, run
 from ..processes import joined
-from ..recipe_file import check_least, check_positive, check_share
+from ..recipe_file import check_least, check_positive, check_share, check_threads
 from ..recompute import recompute
 from .low_rank import TEMPORAL_ATTENTION, add_updates, save_updates
 
@@ -47,7 +48,9 @@ class LoRARecipe:
     least_area: float = 0.8  # least area of a crop, as a share of the frame's largest crop of that shape
     mirror: bool = False  # mirrors half of the clips; this turns a pan to the left into one to the right
     num_frames: int | None = None  # None: what the weights were made for
-    rate: float = 7.0  # frames per second of the clips; the network's input is rate - 1
+    # Frames per second of the clips, as near as every n-th frame of a video comes: 6 to 8 for videos of 24 to 60. The
+    # network's input is each clip's own rate - 1.
+    rate: float = 7.0
     motion_bucket_id: float = 127.0
     noise_mean: float = _LEVELS.mean
     noise_std: float = _LEVELS.std
@@ -58,7 +61,8 @@ class LoRARecipe:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.batch % self.loop.micro_batches:
             raise ReducioError(f"batch={self.batch} must be a multiple of loop.micro_batches={self.loop.micro_batches}")
-        check_least(self, 1, "rank", "num_frames", "threads")
+        check_least(self, 1, "rank", "num_frames")
+        check_threads(self.threads)
         check_least(self, -math.inf, "noise_mean")
         check_least(self, 0, "noise_std", "motion_bucket_id")
         check_positive(self, "rate")
@@ -89,7 +93,6 @@ class Losses:
         self, pipe: SVDPipeline, unet: VideoUNet, clips: ClipFiles, recipe: LoRARecipe, world_size: int = 1
     ) -> None:
         self.pipe, self.unet, self.clips, self.recipe = pipe, unet, clips, recipe
-        self.frames = recipe.num_frames or unet.config.num_frames
         self.drawn = DrawAhead(self.draw, recipe.batch, recipe.loop, world_size)
 
     def __call__(self, step: int, micro: int, _rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,28 +106,28 @@ class Losses:
         error = velocity_error(self.unet, clean, noise.to(clean.device), sigma.to(clean.device), condition)
         return error.mean(), {"velocity_error": error.mean().detach()}
 
-    def draw(self, step: int, row: int) -> tuple[Tensor, np.random.Generator]:
-        """Row `row` of the global batch, float32 [3, T, H, W] in [-1, 1], and the generator of its other draws."""
+    def draw(self, step: int, row: int) -> tuple[Drawn, np.random.Generator]:
+        """Row `row` of the global batch, and the generator of its other draws."""
         recipe = self.recipe
         rng = np.random.default_rng((recipe.loop.seed, step, row))
-        return self.clips.draw(rng, self.frames, recipe.rate, recipe.size, recipe.least_area, recipe.mirror), rng
+        return self.clips.draw(rng, recipe.size, recipe.least_area, recipe.mirror), rng
 
     @torch.no_grad()
     def encode(
-        self, video: Tensor, rng: np.random.Generator
+        self, drawn: Drawn, rng: np.random.Generator
     ) -> tuple[Tensor, ImageCondition, tuple[Tensor, Tensor, Tensor]]:
         """A clip's latents [1, T, 4, h, w], its conditioning inputs, and (noise, noise level, whether the image is
         dropped)."""
         recipe, pipe = self.recipe, self.pipe
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         conditioner: ImageConditioner = pipe.conditioner
-        images = video.transpose(0, 1)
+        images = drawn.clip.transpose(0, 1)
         latents = torch.cat([conditioner.encode(frame[None]).float() for frame in images])
         strength = AUGMENTATION.draw(1, generator)
         noisy = images[:1] + strength * torch.randn(images[:1].shape, generator=generator)
         picture = ((images[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
         embeds = conditioner.embed(picture).float()
-        ids = torch.tensor([[recipe.rate - 1, recipe.motion_bucket_id, float(strength)]], device=embeds.device)
+        ids = torch.tensor([[drawn.fps - 1, recipe.motion_bucket_id, float(strength)]], device=embeds.device)
         condition = ImageCondition(embeds, conditioner.encode(noisy).float(), ids)
         clean = latents[None] * pipe.vae.config.scaling_factor
         noise = torch.randn(clean.shape[1:], generator=generator)
@@ -151,13 +154,14 @@ def train_lora(
         clips: a manifest of `reducio-fast curate`.
         dtype: of the frozen weights; the updates are float32.
     """
-    files = ClipFiles(clips)
     with joined(device, recipe.threads) as processes:
         folder = SVDPipeline.find_folder(model)
+        weights = {name: files_checksum(folder / name) for name in ("unet", "vae", "image_encoder")}
         pipe = SVDPipeline.from_pretrained(folder, dtype=dtype, device=str(processes.device), backend="reference")
         factor = pipe.vae.config.spatial_factor
         if any(side < 1 or side % factor for side in recipe.size):
             raise ReducioError(f"size={list(recipe.size)}: must be positive multiples of {factor}")
+        files = ClipFiles(clips, recipe.num_frames or pipe.unet.config.num_frames, recipe.rate)
         torch.manual_seed(recipe.loop.seed)
         updates = add_trained(pipe.unet, recipe)
         outcome = run(
@@ -170,7 +174,7 @@ def train_lora(
             resume,
             accept_changes,
             progress,
-            recorded=recorded_fields(recipe, clips=files.checksum(), model=str(model), dtype=str(pipe.dtype)),
+            recorded=recorded_fields(recipe, clips=files.checksum(), model=weights, dtype=str(pipe.dtype)),
         )
         if processes.first:
             updates.load_state_dict(outcome.averaged)

@@ -136,7 +136,7 @@ def train_unet(context: Context, settings: UNetSettings) -> dict[str, float]:
         parts = {"low_noise": error[~high], "high_noise": error[high]}
         return error.mean(), {name: part.mean().detach() for name, part in parts.items() if len(part)}
 
-    outcome = context.train("unet", unet, loss_fn, settings, pool=pool_key(context, settings))
+    outcome = context.train("unet", unet, loss_fn, settings, encoded=pool_key(context, settings))
     figures = {"steps": outcome.step, "seconds": outcome.seconds}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.loop.seed)

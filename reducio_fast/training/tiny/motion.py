@@ -199,13 +199,14 @@ def train_motion(context: Context, settings: MotionSettings) -> dict[str, float]
         rows = pool.batch(torch.from_numpy(rng.integers(len(pool), size=settings.batch)), context.device)
         # One timestep in each of B equal intervals: uniform like independent draws, but the loss varies less.
         place = (torch.arange(settings.batch) + torch.rand(settings.batch)) / settings.batch
-        timestep = (place * noiser.config.num_train_timesteps).long().to(context.device)
+        steps = noiser.config.num_train_timesteps
+        timestep = (place * steps).long().clamp(max=steps - 1).to(context.device)  # float32 rounds a place up to 1
         drop = (torch.rand(settings.batch) < settings.text_drop).to(context.device)
         error = velocity_error(rows, timestep, drop)
         half = settings.batch // 2
         return error.mean(), {"low_noise": error[:half].mean().detach(), "high_noise": error[half:].mean().detach()}
 
-    outcome = context.train("motion", model, loss_fn, settings, pool=key)
+    outcome = context.train("motion", model, loss_fn, settings, encoded=key)
     figures = {"steps": outcome.step, "seconds": outcome.seconds} | outcome.last
     rows = held_out_pool.batch(torch.arange(len(held_out_pool)), context.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

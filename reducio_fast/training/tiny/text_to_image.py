@@ -138,6 +138,7 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
         text, mask = captions.take(captioned)
         # One timestep from each of B equal intervals: distributed like independent draws, but the loss varies less.
         times = ((torch.arange(settings.batch) + torch.rand(1)) * steps / settings.batch).long()
+        times = times.clamp(max=steps - 1)  # 63 + (1 - 2^-20) is 64 in float32
         noise = torch.randn_like(clean)
         a, s = signal[times][:, None, None, None], noise_level[times][:, None, None, None]
         noisy, target = a * clean + s * noise, a * noise - s * clean
@@ -149,7 +150,7 @@ def train_text_to_image(context: Context, settings: TextToImageSettings) -> dict
         errors = errors.flatten(1).mean(1)
         return loss, {"v_error": errors.mean(), "late_v_error": errors[times >= steps // 2].mean()}
 
-    outcome = context.train("text_to_image", model, loss_fn, settings, pool=_pool_key(context, settings))
+    outcome = context.train("text_to_image", model, loss_fn, settings, encoded=_pool_key(context, settings))
     model.set_attn_processor(AttnProcessor2_0())
     pipeline = PixArtAlphaPipeline(tokenizer, text_encoder, vae, model, scheduler)
     pipeline.call_defaults = {"guidance_scale": settings.guidance_scale}
