@@ -27,7 +27,7 @@ from torch import Tensor
 from ..reference import DIT_PRESETS, VAE_PRESETS, DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from ..system.atomic_files import new_folder, written_whole
 from ..system.errors import ReducioError
-from ..system.paths import expanded, is_file, printable
+from ..system.paths import expanded, is_file, is_folder, printable
 from . import hub, null_caption, published_names
 from .convert_svd import convert_single_file, is_single_file
 from .foreign_files import read_weights
@@ -154,6 +154,8 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[
     `source` is a component folder or a model folder. Raises ReducioError for another component or file suffix.
     """
     folder, target = expanded(source, "source"), expanded(out, "out")
+    if not is_folder(folder, "source"):
+        raise ReducioError(f"source: {printable(folder)} is no folder; --to official takes one of this computer")
     folder = folder / "vae" if is_file(folder / INDEX, "source") else folder
     if target.suffix not in (".ckpt", ".pt", ".pth", ".safetensors"):
         raise ReducioError(f"out: must end in .ckpt, .pt, .pth or .safetensors, is {str(out)!r}")
@@ -224,7 +226,9 @@ def _make_transformer(
 ) -> Component:
     """Convert PixArt's tensors, its patches to channels; the image condition starts as in a fresh Reducio-DiT."""
     grid = tensors.get("pos_embed")  # the table of the .pth files, [1, rows * columns, D], and its size in tokens
-    side = math.isqrt(grid.shape[1]) if grid is not None and grid.ndim == 3 else stated.get("sample_size", 0) // 2
+    sample = stated.get("sample_size")
+    side = sample // 2 if type(sample) is int and sample > 0 else 0
+    side = math.isqrt(grid.shape[1]) if grid is not None and grid.ndim == 3 else side
     if not side and any(n.startswith("csize_embedder.") for n in tensors):
         side = 64  # only the 1024 model is conditioned on sizes
     state, left_out = published_names.pixart_names(tensors)
@@ -238,7 +242,7 @@ def _make_transformer(
     if "null_text" not in state:
         shape = (final.caption_length, final.caption_channels)
         if (null := null_caption.read_null_text(path, null_text, shape)) is not None:
-            state["null_text"] = null.to(state["proj_out.weight"].dtype)
+            state["null_text"] = null.to(next(iter(state.values())).dtype)
     elif null_text is not None:
         raise ReducioError(f"null_text: {path} has its own")
     fresh = [n for n in expected if n not in state and any(part in n for part in published_names.PIXART_LACKS)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reference import DiTConfig
+from ..system.errors import ReducioError, first_line
 
 # Parts of a Reducio-DiT that PixArt-alpha does not have, or not at every size.
 PIXART_LACKS = (
@@ -72,7 +73,7 @@ def pixart_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list
             state[name] = tensor
         else:
             prefix, (inner, _, leaf) = f"transformer_blocks.{block[1]}", block[2].rpartition(".")
-            if inner in _PIXART_FUSED:
+            if inner in _PIXART_FUSED and tensor.ndim:
                 parts = _PIXART_FUSED[inner]
                 rows = -(-len(tensor) // len(parts))
                 state |= {f"{prefix}.{p}.{leaf}": t for p, t in zip(parts, tensor.split(rows), strict=False)}
@@ -89,12 +90,12 @@ def pixart_patches(config: DiTConfig, state: Mapping[str, Tensor]) -> dict[str, 
     """
     state = dict(state)
     patch = state.get("pos_embed.proj.weight")
-    if patch is None or patch.ndim != 4 or config.patch_size != (1, 1, 1):
+    if patch is None or patch.ndim != 4 or not patch.numel() or config.patch_size != (1, 1, 1):
         return state
     p = patch.shape[-1]
     state["pos_embed.proj.weight"] = patch.flatten(1)[:, :, None, None]
     for name in {"proj_out.weight", "proj_out.bias"} & set(state):
-        if len(state[name]) % p**2:
+        if not state[name].ndim or len(state[name]) % p**2:
             continue
         # PixArt's rows are (row, column, channel) of a patch; ours are channels, each spread over its patch.
         rows = state[name].unflatten(0, (p, p, -1)).movedim(2, 0).flatten(0, 2)
@@ -110,7 +111,10 @@ def ldm_vae_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str
     # diffusers' converter drops names that it does not know. It gets numbers instead of the tensors; they show how it
     # renames each tensor.
     tags = {n: torch.full((1, 1, 1, 1), float(i)) for i, n in enumerate(names)}
-    renamed = {n: int(tag) for n, tag in convert_ldm_vae_checkpoint(tags, network.config).items()}
+    try:
+        renamed = {n: int(tag) for n, tag in convert_ldm_vae_checkpoint(tags, network.config).items()}
+    except (KeyError, TypeError, ValueError, IndexError) as error:  # it takes the name of one tensor for another's
+        raise ReducioError(f"source: its tensors are not those of an LDM autoencoder: {first_line(error)}") from error
     unknown = {names[i]: values[i] for i in set(range(len(names))) - set(renamed.values())}
     return {n: values[i] for n, i in renamed.items()} | unknown
 

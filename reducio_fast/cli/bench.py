@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     if arguments.out:
         bench.check_out(arguments.out)
     models = []
-    if arguments.peer:
+    if arguments.peer is not None:
         from ..measurement import compare_models  # a bare GPU machine, without diffusers, can bench too
 
         models = compare_models.named(arguments.peer)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import asdict
 
+from ..system.errors import ReducioError, shown
 from . import options
 from .printing import Failed, Printed
 
@@ -23,12 +24,16 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..measurement.kernel_builds import check
     from ..measurement.machine_limits import prediction
 
-    archs, ops = (text.split(",") if text else None for text in (arguments.targets, arguments.kernels))
+    archs, ops = (None if text is None else text.split(",") for text in (arguments.targets, arguments.kernels))
     builds = []
     for build in check(archs=archs, ops=ops, only=arguments.only, jobs=arguments.jobs):
         builds.append(build)
         if build.problems and not arguments.json:
             print(f"{build.variant} on {build.arch}: {'; '.join(build.problems)}", file=sys.stderr)
+    if not builds:
+        raise ReducioError(
+            f"--only {shown(arguments.only)}: no variant of these kernels and targets has it in its name"
+        )
     wrong = [build for build in builds if build.problems]
     predictions = [p for p in map(prediction, builds) if p is not None]
     result = {

@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> Printed:
         names = ("into", "component", "preset", "config", "dtype", "null_text")
         others = [f"--{n.replace('_', '-')}" for n in names if getattr(arguments, n) is not None]
         if arguments.out is None or others:
-            raise ReducioError(f"--to official takes --out FILE and nothing else, not {', '.join(others) or 'none'}")
+            wrong = f"does not take {', '.join(others)}" if others else "needs --out"
+            raise ReducioError(f"--to official takes --out FILE and nothing else; it {wrong}")
         result = export(arguments.source, arguments.out)
     else:
         config = read_json(Path(arguments.config)) if arguments.config else None

@@ -11,7 +11,7 @@ from .printing import Printed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to the network (default: this machine)")
-    parser.add_argument("--port", type=options.positive, default=7860)
+    parser.add_argument("--port", type=options.port, default=7860)
 
 
 def run(arguments: argparse.Namespace) -> Printed:

@@ -118,6 +118,13 @@ def replicas(arguments: argparse.Namespace) -> tuple[int, int]:
     return least, most
 
 
+def port(text: str) -> int:
+    number = positive(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 65535")
+    return number
+
+
 def captions(path: str | None) -> dict[str, str]:
     """The file of `--captions`: one JSON object of file names, or paths, and captions; empty without a file."""
     if path is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..system.errors import ReducioError
+from ..system.real_numbers import finite
 
 Printed = tuple[dict[str, Any], list[str]]  # a result for machines, the same as lines for people
 
@@ -88,12 +88,3 @@ def show(printed: Printed, as_json: bool) -> None:
     result, lines = printed
     print(json.dumps(finite(result), indent=2, allow_nan=False) if as_json else "\n".join(lines))
     sys.stdout.flush()  # a full disk or a closed pipe raises here, and a program that reads the line gets it at once
-
-
-def finite(value: Any) -> Any:
-    """Replace infinity (the PSNR of an exact copy) and NaN by None, because JSON has neither."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

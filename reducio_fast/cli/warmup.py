@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> Printed:
     target = None if arguments.export is None else Path(arguments.export)
     if target is not None and not target.parent.is_dir():
         raise ReducioError(f"--export: {target.parent} is no folder")
+    if target is not None and target.is_dir():
+        raise ReducioError(f"--export: {target} is a folder; name a file")
     if (missing := devices.triton_missing()) is not None:
         raise ReducioError(f"warmup: there is nothing to compile without the fast path: {missing}")
     device = devices.resolve_device(arguments.device)
@@ -69,6 +71,10 @@ def run(arguments: argparse.Namespace) -> Printed:
                 result["ignored"] = str(error)
         model, named = registry.find(arguments.model), ("compile", "quantise")
         loading = {name: value for name in named if (value := getattr(arguments, name)) is not None}
+        if arguments.quantise is not None and "quantise" not in model.load_arguments:
+            raise ReducioError(
+                f"--quantise: only the decoder of a Reducio model is quantised, --model {arguments.model} has none"
+            )
         model.check_call("auto", loading)
         if not model.load_arguments:
             raise ReducioError(f"--model {arguments.model}: is a peer, whose networks this package does not compile")
@@ -77,6 +83,10 @@ def run(arguments: argparse.Namespace) -> Printed:
         result |= {"seconds": outcome.seconds, "left": list(outcome.left)}
         lines += [f"{name:<12} {seconds:.2f} s" for name, seconds in outcome.seconds.items()]
         lines += [f"{name:<12} not done" for name in outcome.left]
+        if target is not None and outcome.left:
+            raise ReducioError(
+                f"--export: {', '.join(outcome.left)} not done in {arguments.deadline:g} s; no archive is written"
+            )
         if target is not None:
             result["exported"] = cache.export_archive(target, origin, cache_folder.root())
             lines.append(f"wrote {target}: {result['exported']} entries, {target.stat().st_size / 1e6:.1f} MB")

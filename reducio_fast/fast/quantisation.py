@@ -4,7 +4,7 @@ The 3x3x3 convolutions of the decoder's residual blocks are quantised. Each read
 rounds it to 8 bits: no pass over memory is added, and the output's bytes are halved. They are 88% of a full-size
 decoder's multiply-adds. All other layers keep their precision: up-sampling convolutions, whose input another
 convolution writes; the first and the last convolution; attention and fusion; the encoders; the transformer. With the
-transformer's linears in FP8 and one scale per token, a step has 4.2 times bfloat16's error, in e4m3fnuz 4.0 times
+transformer's linears in FP8 and one scale per token, a step has 3.9 times bfloat16's error, in e4m3fnuz 3.5 times
 (`benchmarks/results/quantised_quality.json`); the limit is twice.
 """
 

@@ -27,6 +27,7 @@ from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device
 from ..system.errors import ReducioError
 from ..system.paths import check_output_folder, is_folder, printable
+from ..system.real_numbers import finite
 from ..system.stage_clock import clock
 from . import instruments
 from .contenders import Contender, DefaultClip, GivenConditions, workload
@@ -129,6 +130,7 @@ def bench(
                 continue  # compilation takes minutes, which `first_s` has measured
             log(f"cold: {contender}, in fresh processes")
             row["cold"][contender] = first_clips(name, model, dtype, device, contender)
+            flush(row)
     return row | {"whole": True}
 
 
@@ -173,7 +175,7 @@ def compare(
             frames[name], _ = contender.run()
         rows[name] = {
             "what": contender.what,
-            "dtype": str(contender.dtype).removeprefix("torch."),
+            "dtype": "mixed" if contender.dtype is None else str(contender.dtype).removeprefix("torch."),
             "build_s": round(built - start, 3),
             "first_s": round(first, 3),
             "peak_gb": round(peak.bytes / 1e9, 3),
@@ -265,7 +267,7 @@ def check_out(path: str | os.PathLike[str]) -> None:
 def write(row: Row, path: str | os.PathLike[str]) -> None:
     """Write the row as JSON, whole or not at all."""
     with written_whole(path) as part:
-        part.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(finite(row), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _same(contender: Contender) -> Contender:

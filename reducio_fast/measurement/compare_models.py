@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..checkpoints import strict_files
+from ..checkpoints import hub, strict_files
 from ..checkpoints.networks import pipeline_networks
 from ..pipelines.call.output import ReducioOutput
 from ..pipelines.peers.models import PEERS
-from ..pipelines.peers.pipeline import RANDOM, PeerPipeline, find
+from ..pipelines.peers.pipeline import RANDOM, RANDOM_TINY, PeerPipeline, find
 from ..system import devices
 from ..system.errors import ReducioError
 from ..system.stage_clock import clock
@@ -66,7 +67,8 @@ def bench_row(
         start = clock(device)
         out = pipe(prompt, image, progress=progress, **kwargs)
         runs.append((clock(device) - start, out))
-    seconds, out = sorted(runs[1:] or runs, key=lambda run: run[0])[len(runs[1:]) // 2]
+    warm = sorted(runs[1:] or runs, key=lambda run: run[0])
+    seconds, out = statistics.median(seconds for seconds, _ in warm), warm[len(warm) // 2][1]
     frames, height, width = out.frames.shape[:3]
     return {
         "model": name,
@@ -88,10 +90,14 @@ def bench_row(
 
 
 def named(text: str) -> list[str]:
-    """The peers in a comma-separated list. Raises ReducioError for an unknown one."""
+    """The peers in a comma-separated list. Raises ReducioError for an unknown one, and for a folder or hub id that
+    cannot be found."""
     models = text.split(",")
-    if unknown := [model for model in models if find(model) is None]:
-        raise ReducioError(f"peer: {unknown[0]!r} is unknown; known are {', '.join(PEERS)}, or a folder of one")
+    for model in models:
+        if (source := find(model)) is None:
+            raise ReducioError(f"peer: {model!r} is unknown; known are {', '.join(PEERS)}, or a folder of one")
+        if source.weights not in (RANDOM, RANDOM_TINY):
+            strict_files.check_model_folder(hub.find_model(source.weights))
     return models
 
 

@@ -220,14 +220,30 @@ class DefaultClip:
         self.folder = embedded_model() if folder is None else find_model(folder)
         # Explicit, so that the fast path does not choose its own precision: contenders and roof have the same one.
         self.asked, self.device = resolve_dtype(dtype, None, device), device
-        pipe = self._pipe("reference")
-        self.dtype = pipe.dtype
-        self.networks = GivenConditions.of_pipeline(self.name, pipe)
-        self.shape = self.networks.shape | {"fps": pipe.fps}
-        frames = pipe.vae.config.num_frames
-        self.what = (
-            f"{self.name}: {frames}x{pipe.sample_height}x{pipe.sample_width} from a prompt, {STEPS} steps with guidance"
-        )
+
+    # Made at first use: the first clip of a fresh process (`bench.COLD`) needs one contender and nothing else.
+    @functools.cached_property
+    def _reference(self) -> Any:
+        return self._pipe("reference")
+
+    @functools.cached_property
+    def networks(self) -> GivenConditions:
+        return GivenConditions.of_pipeline(self.name, self._reference)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._reference.dtype
+        return dtype
+
+    @property
+    def shape(self) -> dict[str, float]:
+        return self.networks.shape | {"fps": self._reference.fps}
+
+    @property
+    def what(self) -> str:
+        pipe = self._reference
+        size = f"{pipe.vae.config.num_frames}x{pipe.sample_height}x{pipe.sample_width}"
+        return f"{self.name}: {size} from a prompt, {STEPS} steps with guidance"
 
     def _pipe(self, backend: str, compile: bool | None = None, own_dtype: bool = False, **kwargs: Any) -> Any:
         from ..pipelines.reducio.pipeline import ReducioPipeline
@@ -252,7 +268,8 @@ class DefaultClip:
             out = pipe(PROMPT, guidance_scale=GUIDANCE, progress=False, **steps)
             return out.frames, dict(out.timings)
 
-        dtype = _rate_dtype(name, pipe.executor.network("vae").dtype if own_dtype else pipe.dtype, self.device)
+        dtypes = {pipe.executor.network(part).dtype for part in ("transformer", "vae")} if own_dtype else {pipe.dtype}
+        dtype = _rate_dtype(name, dtypes.pop(), self.device) if len(dtypes) == 1 else None
         algebra = "folded balanced" if balanced else "folded" if fast else "direct"
         return Contender(name, description, dtype, run, algebra)
 
@@ -289,8 +306,8 @@ def workload(
         return SVDClip(name, resolved, device)
     if device.type != "cuda":
         raise ReducioError(
-            f"workload: {name} is full-size, 3.5 billion operations a pixel and 8 GB of memory, which takes a CPU an "
-            "hour and more; name a GPU, or measure 'default', 'narrow' or 'svd-narrow'"
+            f"workload: {name} is full-size, which takes a CPU an hour and more for a clip; name a GPU, or measure "
+            "'default', 'narrow', 'tile' or 'svd-narrow'"
         )
     if name in ("svd", "svd-short"):
         return SVDClip(name, resolved, device)

@@ -158,7 +158,8 @@ class SVDClip:
         engine = Engine(True if name == "fast-compiled" else None)
         engine.free_dtype = name == "fast-default"
         unet, vae = engine.twin(self.unet), engine.twin(self.vae)
-        return Contender(name, "fast twins", unet.dtype, functools.partial(self.clip, unet, vae), "folded")
+        dtype = unet.dtype if unet.dtype == vae.dtype else None
+        return Contender(name, "fast twins", dtype, functools.partial(self.clip, unet, vae), "folded")
 
     def rungs(self) -> list[Contender]:
         """The ladder, without the rungs that change nothing on this device."""

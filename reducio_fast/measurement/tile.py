@@ -34,7 +34,7 @@ class Contender:
 
     name: str
     what: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: the networks differ in it, so no roof is theirs
     run: Callable[[], tuple[np.ndarray, Timings]]
     algebra: str = "direct"  # which operations it executes: "direct" as in the reference, or "folded"
 

@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..system import control_groups
+
 _T = TypeVar("_T")
 
 META = torch.device("meta")
@@ -261,14 +263,7 @@ def free_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     lines = _read(Path("/proc/meminfo")).splitlines()
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    # A container may have a lower limit than the machine. Its used memory includes the file cache, which the kernel
-    # frees on demand.
-    group = Path("/sys/fs/cgroup")
-    limit, used, stat = (_read(group / name) for name in ("memory.max", "memory.current", "memory.stat"))
-    if available and limit.strip().isdigit() and used.strip().isdigit():
-        cache = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file "))
-        available.append(int(limit) - int(used) + cache)
-    return min(available) if available else None
+    return min([*available, *control_groups.free_bytes()]) if available else None
 
 
 def _read(path: Path) -> str:

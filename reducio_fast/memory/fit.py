@@ -10,7 +10,7 @@ from ..system.errors import ReducioError
 from .forecast import Forecast
 
 HEADROOM = 0.9  # usable share of the free memory: forecasts exclude workspaces and the allocator's rounding
-SMALLER = (3 / 4, 1 / 2, 1 / 4)  # factors on both sides, tried to suggest a size that fits
+SMALLER = (3 / 4, 1 / 2, 1 / 4, 1 / 8)  # factors on both sides, tried to suggest a size that fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,21 @@ def fit(ways: Iterable[Any], forecast: Callable[[Any], Forecast], room: int, off
 
 
 def refuse(
-    needed: Forecast, forecast: Callable[[int, int], Forecast], factor: int, room: int, offload: bool, device: str
+    height: int,
+    width: int,
+    forecasts: Callable[[int, int], Iterable[Forecast]],
+    factor: int,
+    room: int,
+    offload: bool,
+    device: str,
 ) -> ReducioError:
-    """The error about missing memory, with a smaller size that would fit. Sizes are multiples of `factor`."""
+    """The error about missing memory, with a smaller size that would fit. Sizes are multiples of `factor`; `forecasts`
+    are those of all ways to make a clip of a size."""
+
+    def least(height: int, width: int) -> Forecast:
+        return min(forecasts(height, width), key=lambda forecast: forecast.peak(offload))
+
+    needed = least(height, width)
     worst = max(needed.stages, key=lambda s: (s.weights if offload else needed.weights) + (s.activations or 0))
     weights = worst.weights if offload else needed.weights
     peak = needed.peak(offload)
@@ -49,9 +61,9 @@ def refuse(
     )
     for share in SMALLER:
         height, width = (max(factor, int(n * share) // factor * factor) for n in (needed.height, needed.width))
-        if forecast(height, width).peak(offload) <= room:
+        if least(height, width).peak(offload) <= room:
             return ReducioError(f"{line}; {height}x{width} would fit")
-    return ReducioError(f"{line}; no smaller size fits either, the weights alone need {_size(weights)}")
+    return ReducioError(f"{line}; {height}x{width} does not fit either, the weights alone need {_size(weights)}")
 
 
 def _size(n: int) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from . import control_groups
+
 # Environment variables by which a user chooses how OpenMP's threads wait, and how many there are.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -28,52 +30,7 @@ def usable(root: Path = Path("/")) -> int:
     `root`: where /proc and /sys are.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [quota for quota in (_quota_v2(root), _quota_v1(root)) if quota is not None]
-    return max(1, min(allowed, *(math.ceil(quota) for quota in quotas)) if quotas else allowed)
-
-
-def _quota_v2(root: Path) -> float | None:
-    """The smallest quota, in cores, from this process's group up to the root of the hierarchy."""
-    group = _group(root, "")
-    quotas = []
-    folder = root / "sys/fs/cgroup"
-    for part in [*_upwards(group), ""] if group is not None else [""]:
-        limit, _, period = _read(folder / part / "cpu.max").partition(" ")
-        if limit.isdigit() and period.strip().isdigit():
-            quotas.append(int(limit) / int(period))
-    return min(quotas) if quotas else None
-
-
-def _quota_v1(root: Path) -> float | None:
-    group = _group(root, "cpu")
-    quotas = []
-    folder = root / "sys/fs/cgroup/cpu"
-    for part in [*_upwards(group), ""] if group is not None else [""]:
-        limit, period = (_read(folder / part / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
-        if limit.isdigit() and period.isdigit() and int(period):
-            quotas.append(int(limit) / int(period))
-    return min(quotas) if quotas else None
-
-
-def _group(root: Path, controller: str) -> str | None:
-    """The path of this process's control group under `controller` ("": the unified hierarchy)."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, names, path = (line.split(":", 2) + ["", ""])[:3]
-        if controller in names.split(","):
-            return path.strip("/")
-    return None
-
-
-def _upwards(path: str) -> list[str]:
-    parts = [part for part in path.split("/") if part]
-    return ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
+    return max(1, min([allowed, *map(math.ceil, control_groups.quotas(root))]))
 
 
 @contextmanager

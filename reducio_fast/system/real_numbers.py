@@ -20,3 +20,12 @@ def to_float(value: Any) -> float:
     except TypeError:  # np.timedelta64 says that it is a number
         return math.nan
     return number if abs(number) <= LARGEST or math.isnan(number) else math.copysign(math.inf, number)
+
+
+def finite(value: Any) -> Any:
+    """Replace infinity (the PSNR of an exact copy) and NaN by None, because JSON has neither."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

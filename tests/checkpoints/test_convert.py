@@ -102,9 +102,13 @@ def test_official_to_ours_to_official_is_bit_exact(dtype: torch.dtype, ending: s
 
 
 def test_the_way_back_takes_a_file_name_alone(capsys: pytest.CaptureFixture[str]):
-    for options, names in ((["--out", "a.ckpt", "--dtype", "float16", "--into", "m"], "--into, --dtype"), ([], "none")):
+    for options, message in (
+        (["--out", "a.ckpt", "--dtype", "float16", "--into", "m"], "nothing else; it does not take --into, --dtype\n"),
+        ([], "nothing else; it needs --out\n"),
+        (["--out", "a.ckpt"], "source: vae is no folder; --to official takes one of this computer\n"),
+    ):
         assert main(["convert", "vae", "--to", "official", *options]) == 2
-        assert f"--to official takes --out FILE and nothing else, not {names}\n" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_what_is_converted_again_keeps_its_configuration(tmp_path: Path):
@@ -255,6 +259,33 @@ def test_pixart_weights_that_do_not_fit(tmp_path: Path):
         convert(tmp_path / "PixArt.pth", tmp_path / "out", preset="sdxl")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"proj_out": None}, "1 missing: proj_out.weight"),
+        ({"qkv": torch.zeros(())}, "transformer_blocks.0.attn.qkv.weight|blocks.0.attn.qkv"),
+        ({"final": torch.zeros(())}, r"1 of another shape: proj_out.weight \[\]"),
+        ({"patch": torch.zeros(288, 4, 2, 0)}, "1 of another shape: pos_embed.proj.weight"),
+    ],
+)
+def test_odd_pixart_tensors_are_named(changes: dict[str, Tensor | None], message: str, tmp_path: Path):
+    config = DiTConfig(**NARROW_DIT)
+    tensors = original_names(pixart(config, sample_size=32).state_dict(), 2, 256, (7, 20))
+    places = {
+        "proj_out": "final_layer.linear.weight",
+        "qkv": "blocks.0.attn.qkv.weight",
+        "final": "final_layer.linear.weight",
+        "patch": "x_embedder.proj.weight",
+    }
+    for name, value in changes.items():
+        tensors.pop(places[name])
+        tensors |= {} if value is None else {places[name]: value}
+    torch.save(tensors, tmp_path / "PixArt.pth")
+    with pytest.raises(ReducioError, match=message):
+        convert(tmp_path / "PixArt.pth", tmp_path / "out", preset="reducio-256", config=NARROW_DIT)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the image VAE -----------------------------------------------------------------------------------------------
 
 
@@ -311,6 +342,10 @@ def test_an_ldm_file_becomes_what_diffusers_makes_of_it(tmp_path: Path):
     for bad in ({"norm_num_groups": 0}, {"act_fn": "none of these"}, {"down_block_types": [5]}):
         with pytest.raises(ReducioError, match="config: "):
             convert(tmp_path / "vae.safetensors", tmp_path / "ours", config=NARROW_SD | bad)
+    without = {n: t.contiguous() for n, t in as_ldm(vae).items() if n != "encoder.down.0.downsample.conv.bias"}
+    save_file(without, tmp_path / "without.safetensors")
+    with pytest.raises(ReducioError, match="its tensors are not those of an LDM autoencoder|missing"):
+        convert(tmp_path / "without.safetensors", tmp_path / "without", config=NARROW_SD)
     convert(tmp_path / "vae.safetensors", tmp_path / "ours", config=NARROW_SD)
     vae.save_config(tmp_path / "peer")
     peer = AutoencoderKL.from_single_file(

@@ -206,8 +206,20 @@ def test_too_little_memory_is_reported_before_any_work(bare: dict, monkeypatch: 
     with pytest.raises(ReducioError, match=r"256x256 needs .* on cpu .* MiB more than there is; 192x192 would fit"):
         pipe(PROMPT, **CALL | {"height": 256, "width": 256})
     pipe.fitter.free_bytes = lambda device: 1
-    with pytest.raises(ReducioError, match="no smaller size fits either, the weights alone need"):
+    with pytest.raises(ReducioError, match="32x32 does not fit either, the weights alone need"):
         pipe(PROMPT, **CALL)
+
+
+def test_a_refusal_considers_every_way(embedded: dict) -> None:
+    """Of 1024x1024 and of the smaller sizes: 256x256 fits in tiles alone."""
+    pipe = pipeline(embedded, "reference")
+    default = pipe.decoder.default(256, 256)
+    peaks = [pipe.forecast(256, 256, way).peak() for way in (default, *pipe.decoder.ways(default))]
+    room = (min(peaks) + max(peaks)) / 2
+    assert min(peaks) < room < max(peaks)
+    pipe.fitter.free_bytes = lambda device: int((room - pipe.executor.resident_bytes()) / HEADROOM)
+    with pytest.raises(ReducioError, match=r"a clip of 1024x1024 needs .*; 256x256 would fit"):
+        pipe.fitter.fit(1024, 1024)
 
 
 def test_smaller_tiles_are_chosen_if_they_fit(

@@ -334,12 +334,22 @@ def test_command_takes_compiled_blocks_along(
     assert not [r for r in caplog.records if r.name == "reducio_fast"]  # neither compiled anew nor failed
 
 
+def test_no_archive_of_an_unfinished_warm_up(command: Any, tmp_path: Path) -> None:
+    status, result, err = command("a", "--deadline", "0.001", "--export", str(tmp_path / "cache.zip"))
+    assert status == 2 and result is None and "--export: 64x64 not done in 0.001 s; no archive is written" in err
+    assert not (tmp_path / "cache.zip").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         pytest.param(["--import", "none.zip"], "no such file", id="missing"),
         pytest.param(["--import", "broken.zip"], "is no archive of a cache", id="broken"),
         pytest.param(["--export", "none/cache.zip"], "is no folder", id="export"),
+        pytest.param(["--export", "."], "--export: . is a folder; name a file", id="export to a folder"),
+        pytest.param(
+            ["--model", "svd-tiny", "--quantise", "int8"], "--quantise: only the decoder of a Reducio", id="svd"
+        ),
         pytest.param(["--sizes", "6x4x4"], "must be a number or HEIGHTxWIDTH", id="size"),
         pytest.param(["--deadline", "-1"], "deadline: must be a finite number of seconds above 0", id="deadline"),
         pytest.param(["--deadline", "nan", "--model", "none"], "deadline: must be a finite number", id="nan"),

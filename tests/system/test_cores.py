@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reducio_fast.system import cores, torch_state
+from reducio_fast.system import control_groups, cores, torch_state
 
 
 def machine(root: Path, groups: str, **files: str) -> Path:
@@ -46,6 +46,37 @@ def test_cores_of_a_container(
     assert cores.usable(machine(tmp_path, groups, **files)) == expected
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
     assert cores.usable(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {}, []),
+        ("0::/", {"memory_DOT_max": "max\n", "memory_DOT_current": "5\n"}, []),
+        ("0::/", {"memory_DOT_max": "100\n", "memory_DOT_current": "70\n"}, [30]),
+        (
+            "0::/a/b",
+            {
+                "a__b__memory_DOT_max": "100", "a__b__memory_DOT_current": "70",
+                "a__b__memory_DOT_stat": "anon 3\ninactive_file 20\n",
+                "a__memory_DOT_max": "200", "a__memory_DOT_current": "190",
+            },
+            [50, 10],
+        ),
+        (
+            "9:memory:/c",
+            {
+                "memory__c__memory_DOT_limit_in_bytes": "100", "memory__c__memory_DOT_usage_in_bytes": "120",
+                "memory__c__memory_DOT_stat": "inactive_file 1\ntotal_inactive_file 25\n",
+            },
+            [5],
+        ),
+        ("9:memory:/", {"memory__memory_DOT_limit_in_bytes": "100", "memory__memory_DOT_usage_in_bytes": "140"}, [0]),
+    ],
+)  # fmt: skip
+def test_memory_of_a_container(groups: str, files: dict[str, str], expected: list[int], tmp_path: Path) -> None:
+    """By both versions of the interface, of each group from the process's own upwards; file cache counts as free."""
+    assert control_groups.free_bytes(machine(tmp_path, groups, **files)) == expected
 
 
 def test_torch_keeps_to_them_during_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

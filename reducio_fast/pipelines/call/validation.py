@@ -79,8 +79,6 @@ def check_names(call: Any, arguments: Iterable[str], others: Iterable[str] = (),
 def check_size(config: Any, height: Any, width: Any) -> None:
     for name, value in (("height", height), ("width", width)):
         check_multiple(name, value, config.spatial_factor)
-        if value > MAX_SIDE:
-            raise ReducioError(f"{name}: {value} is above the largest side, {MAX_SIDE}")
 
 
 def check_count(name: str, value: Any, most: int | None = None, least: int = 1) -> int:
@@ -108,6 +106,8 @@ def check_multiple(name: str, value: Any, factor: int) -> None:
         below = value // factor * factor
         near = f"{below} and {below + factor}" if below else f"{factor} and {2 * factor}"
         raise ReducioError(f"{name}: {value} is not a multiple of {factor}; the two nearest legal sizes are {near}")
+    if value > MAX_SIDE:
+        raise ReducioError(f"{name}: {value} is above the largest side, {MAX_SIDE}")
 
 
 def check_number(name: str, value: Any) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -89,8 +89,13 @@ class Fitter:
         offloads = [True] if offloading else [False] if device.type == "cpu" else [False, True]
         fit = memory_fit.fit(self.decoder.ways(default), forecast_of, room, offloads)
         if fit is None:
+
+            def forecasts(height: int, width: int) -> Iterator[Forecast]:
+                for way in self.decoder.ways(self.decoder.default(height, width)):
+                    yield self.forecast(height, width, way)
+
             factor = self.decoder.config.spatial_factor
-            raise memory_fit.refuse(forecast_of(default), self.forecast, factor, room, offloads[-1], str(device))
+            raise memory_fit.refuse(height, width, forecasts, factor, room, offloads[-1], str(device))
         way = self.decoder.wider(fit.decoding, height, width, lambda wider: forecast_of(wider).peak(fit.offload), room)
         if way != default and not way.tile_batch > 1:
             LOG.warning("vae.decode: %dx%d is decoded %s to fit into memory", height, width, way)
