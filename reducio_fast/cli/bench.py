@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from ..system.errors import ReducioError
+from ..system.paths import check_output_file
 from . import options
 from .printing import Printed
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> Printed:
     options.refuse(arguments, ("limit",), "is of --tune")
     pairs = arguments.pairs or 5
     if arguments.out:
-        bench.check_out(arguments.out)
+        check_output_file(arguments.out, "out")
     models = []
     if arguments.peer is not None:
         from ..measurement import compare_models  # a bare GPU machine, without diffusers, can bench too

@@ -20,15 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Printed:
-    from ..measurement.bench import check_out, write
+    from ..measurement.bench import write
     from ..measurement.parity import compare
+    from ..system.paths import check_output_file
 
     def keep(rows: list[dict[str, Any]], whole: bool = False) -> None:
         if arguments.out:
             write(as_json(rows) | {"whole": whole}, arguments.out)
 
     if arguments.out:
-        check_out(arguments.out)
+        check_output_file(arguments.out, "out")
     rows = compare(arguments.model, arguments.dtype, arguments.device, arguments.full_size, keep)
     keep(rows, whole=True)
     wrong = [row for row in rows if not row["right"]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..system.errors import ReducioError
+from ..system.paths import check_output_file
 from . import options
 from .printing import Printed
 
@@ -49,10 +50,8 @@ def run(arguments: argparse.Namespace) -> Printed:
     sizes = [_parse_size(text) for text in arguments.sizes] or None
     check_deadline(arguments.deadline)
     target = None if arguments.export is None else Path(arguments.export)
-    if target is not None and not target.parent.is_dir():
-        raise ReducioError(f"--export: {target.parent} is no folder")
-    if target is not None and target.is_dir():
-        raise ReducioError(f"--export: {target} is a folder; name a file")
+    if target is not None:
+        check_output_file(target, "--export")
     if (missing := devices.triton_missing()) is not None:
         raise ReducioError(f"warmup: there is nothing to compile without the fast path: {missing}")
     device = devices.resolve_device(arguments.device)

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from ..media.similarity import pooled_psnr
 from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device
 from ..system.errors import ReducioError
-from ..system.paths import check_output_folder, is_folder, printable
 from ..system.real_numbers import finite
 from ..system.stage_clock import clock
 from . import instruments
@@ -255,13 +253,6 @@ def first_clips(
             figures["process_s"] = time.perf_counter() - start  # from the start of the process to its end
             row[state] = {key: round(value, 3) for key, value in figures.items()}
     return row
-
-
-def check_out(path: str | os.PathLike[str]) -> None:
-    """Raise ReducioError if `write` could not write to `path`."""
-    if is_folder(path, "out"):
-        raise ReducioError(f"out: {printable(path)} is a folder; name a file")
-    check_output_folder(Path(path))
 
 
 def write(row: Row, path: str | os.PathLike[str]) -> None:

@@ -23,7 +23,7 @@ from ..system import stage_clock
 from ..system.atomic_files import written_whole
 from ..system.devices import resolve_device
 from ..system.errors import ReducioError
-from ..system.paths import check_output_folder
+from ..system.paths import check_output_file
 from .bench import CONTENDERS
 from .contenders import workload
 from .instruments import machine
@@ -63,7 +63,7 @@ def profile(
     path = Path(out)
     if not path.name.endswith(".json.gz"):
         raise ReducioError(f"out: {path} must end in .json.gz")
-    check_output_folder(path)
+    check_output_file(path, "out")
     run, where, title = _ready(name, model, contender, dtype, device, warm)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if where.type == "cuda":

@@ -81,6 +81,13 @@ def check_output_folder(path: Path) -> None:
         raise ReducioError(f"the output folder {printable(folder)} cannot be written: {error.strerror}") from error
 
 
+def check_output_file(path: str | os.PathLike[str], argument: str) -> None:
+    """Raise ReducioError if a file `path`, given as `argument`, is a folder or could not be written."""
+    if is_folder(path, argument):
+        raise ReducioError(f"{argument}: {printable(path)} is a folder; name a file")
+    check_output_folder(Path(path))
+
+
 def missing_room(folder: Path, needed: int) -> str | None:
     """Why `needed` bytes do not fit on the disk of `folder`, for a message; None if they fit."""
     free = shutil.disk_usage(folder).free

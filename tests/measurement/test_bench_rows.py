@@ -72,6 +72,12 @@ def test_names_that_match_no_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "--only 'zzzz': no variant of these kernels and targets has it in its name" in capsys.readouterr().err
 
 
+def test_a_trace_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "trace.json.gz").mkdir()
+    assert main.main(["profile", "narrow", "--out", str(tmp_path / "trace.json.gz")]) == 2
+    assert "trace.json.gz is a folder; name a file" in capsys.readouterr().err
+
+
 def test_ports_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main.main(["demo", "--port", "70000"])

@@ -345,7 +345,7 @@ def test_no_archive_of_an_unfinished_warm_up(command: Any, tmp_path: Path) -> No
     [
         pytest.param(["--import", "none.zip"], "no such file", id="missing"),
         pytest.param(["--import", "broken.zip"], "is no archive of a cache", id="broken"),
-        pytest.param(["--export", "none/cache.zip"], "is no folder", id="export"),
+        pytest.param(["--export", "none/cache.zip"], "the output folder none does not exist", id="export"),
         pytest.param(["--export", "."], "--export: . is a folder; name a file", id="export to a folder"),
         pytest.param(
             ["--model", "svd-tiny", "--quantise", "int8"], "--quantise: only the decoder of a Reducio", id="svd"
