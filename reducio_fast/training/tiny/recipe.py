@@ -19,7 +19,7 @@ from .motion import MotionSettings, train_motion
 from .preview import PreviewSettings, train_preview
 from .text_encoder import TextSettings, train_text
 from .text_to_image import TextToImageSettings, train_text_to_image
-from .video_autoencoder import VAESettings, train_vae
+from .video_autoencoder import EncoderSettings, VAESettings, train_vae
 
 STAGES: dict[str, Stage] = {
     "text": Stage(
@@ -48,7 +48,19 @@ STAGES: dict[str, Stage] = {
     "vae": Stage(
         train_vae,
         VAESettings(
-            loop=LoopConfig(steps=4100, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=5)
+            loop=LoopConfig(steps=4100, learning_rate=1e-3, warmup_steps=50, final_rate=0.03, ema_decay=0.995, seed=5),
+            # With a rate of 6e-4 photographs were 0.3 dB worse after 200 steps, and scenes 0.5 dB.
+            encoder=EncoderSettings(
+                loop=LoopConfig(
+                    steps=900,
+                    learning_rate=2e-4,
+                    warmup_steps=50,
+                    final_rate=0.03,
+                    betas=(0.9, 0.999),
+                    ema_decay=0.995,
+                    seed=6,
+                )
+            ),
         ),
         makes=("vae",),
     ),
