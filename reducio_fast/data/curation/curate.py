@@ -81,7 +81,7 @@ def find_sources(inputs: Sequence[str | os.PathLike[str]], captions: Mapping[str
     folder, or file names.
 
     Their paths are absolute, so that a list of them can be used from another folder. Raises `ReducioError` for a path
-    that does not exist, for a name that is not UTF-8, if there is no video at all, or if no caption is of one.
+    that does not exist, for a name that is not UTF-8, or if there is no video at all.
     """
     videos = set()
     for given in map(Path, inputs):
@@ -103,11 +103,6 @@ def find_sources(inputs: Sequence[str | os.PathLike[str]], captions: Mapping[str
     sources = [Source(str(p), by_path.get(p, captions.get(p.name))) for p in sorted(videos)]
     names = {path.name for path in videos}
     unused = [name for name in captions if name not in names and Path(name).absolute() not in videos]
-    if unused and len(unused) == len(captions):
-        raise ReducioError(
-            f"captions: none of the {len(unused)} names, such as {shown(unused[0])}, is a video's; they are file "
-            "names, or paths from the current folder"
-        )
     if unused:
         LOG.warning("captions: %d of %d names are no video's, such as %s", len(unused), len(captions), shown(unused[0]))
     return sources
