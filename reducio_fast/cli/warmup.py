@@ -82,11 +82,10 @@ def run(arguments: argparse.Namespace) -> Printed:
         result |= {"seconds": outcome.seconds, "left": list(outcome.left)}
         lines += [f"{name:<12} {seconds:.2f} s" for name, seconds in outcome.seconds.items()]
         lines += [f"{name:<12} not done" for name in outcome.left]
-        if target is not None and outcome.left:
-            raise ReducioError(
-                f"--export: {', '.join(outcome.left)} not done in {arguments.deadline:g} s; no archive is written"
-            )
         if target is not None:
+            if outcome.left:
+                left = ", ".join(outcome.left)
+                raise ReducioError(f"--export: {left} not done in {arguments.deadline:g} s; no archive is written")
             result["exported"] = cache.export_archive(target, origin, cache_folder.root())
             lines.append(f"wrote {target}: {result['exported']} entries, {target.stat().st_size / 1e6:.1f} MB")
     except cache.CacheError as error:

@@ -24,10 +24,8 @@ from reducio_fast.checkpoints.networks import save_model
 from reducio_fast.data import toy_world
 from reducio_fast.reference import DiTConfig, ReducioDiT, ReducioVAE, VAEConfig
 from reducio_fast.system.atomic_files import written_whole
-from reducio_fast.system.devices import multiplies_bfloat16
 from reducio_fast.system.errors import ReducioError
 from reducio_fast.training.loop import LoopConfig, run
-from reducio_fast.training.mixed_precision import autocast
 from reducio_fast.training.recipe import Context
 from reducio_fast.training.tiny import bundle, recipe
 from reducio_fast.training.tiny.content_autoencoder import ContentSettings, encode, normalize_latents, start_as_identity
@@ -390,34 +388,3 @@ def test_a_finished_stage_is_not_trained_again(trained: Path) -> None:
     recipe.train(trained, ["text"], scale=0.001, progress=False)
     assert path.read_bytes() == before
     assert len(rows(trained / "runs" / "text")) == 1
-
-
-def test_bfloat16_only_where_a_cpu_has_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, x = torch.device("cpu"), torch.randn(2, 3)
-    for has, wanted, dtype in (
-        (True, True, torch.bfloat16),
-        (True, False, torch.float32),
-        (False, True, torch.float32),
-    ):
-        flags = {"avx2": True, "avx512_bf16": has}
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda flags=flags: flags, raising=False)
-        with autocast(cpu, wanted):
-            assert (x @ x.T).dtype == dtype
-
-
-@pytest.mark.parametrize("batch", [4, 12])
-@pytest.mark.parametrize("frames", [1, 3])
-def test_the_gradient_of_a_convolution_of_few_frames(frames: int, batch: int) -> None:
-    """On a CPU with AMX the weight gradient of such a bfloat16 convolution has a relative error of up to 0.5."""
-    torch.manual_seed(0)
-    conv = torch.nn.Conv3d(64, 64, (3, 1, 1), padding=(1, 0, 0))
-    video = torch.randn(batch, 64, frames, 64, 64)
-    expected = conv(video)
-    direction = torch.randn_like(expected)
-    (reference,) = torch.autograd.grad(expected, conv.weight, direction)
-    with autocast(torch.device("cpu")):
-        output = conv(video)
-        wider = conv(torch.randn(1, 64, 16, 8, 8))
-    (gradient,) = torch.autograd.grad(output, conv.weight, direction.to(output.dtype))
-    assert (gradient - reference).norm() < 1e-2 * reference.norm()
-    assert wider.dtype == (torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32)

@@ -97,10 +97,8 @@ def write_report(
             parts.append(f"<h2>{score}</h2>{_histogram(values, lines_at)}")
         else:
             parts.append(f"<h2>{score}</h2><p>not measured</p>")
-    for title, group in (
-        ("kept", kept),
-        ("dropped", [row for row in clips if (row["id"], row["video"]) not in chosen]),
-    ):
+    left = [row for row in clips if (row["id"], row["video"]) not in chosen]
+    for title, group in (("kept", kept), ("dropped", left)):
         parts.append(f"<h2>{title}</h2>{_contact_sheet(group, folder)}")
     errors = [row for row in rows if row["error"] is not None]
     if errors:
