@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import TYPES, Variant, launcher, on_device, triton_op
-from .shape_checks import check_contiguous, check_same, check_tensors
+from .shape_checks import check_contiguous, check_same, check_shape, check_tensors
 from .tables import arch_of, settings
 
 OP = "ada_layer_norm"
@@ -87,8 +87,11 @@ def ada_layer_norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
     """
     check_tensors(OP, x_BLD=x_BLD, shift_BD=shift_BD, scale_BD=scale_BD)
     check_contiguous(OP, x_BLD=x_BLD)
+    check_shape(OP, "x_BLD", x_BLD, None, None, None)
     check_same(OP, "D", x_BLD=x_BLD.shape[-1], shift_BD=shift_BD.shape[-1], scale_BD=scale_BD.shape[-1])
     check_same(OP, "B", x_BLD=len(x_BLD), shift_BD=len(shift_BD), scale_BD=len(scale_BD))
+    for name, row in (("shift_BD", shift_BD), ("scale_BD", scale_BD)):
+        check_shape(OP, name, row, len(x_BLD), x_BLD.shape[-1])
     check_same(OP, "strides", shift_BD=shift_BD.stride(), scale_BD=scale_BD.stride())
     check_same(OP, "stride(-1)", shift_BD=shift_BD.stride(-1), contiguous=1)
     # The choice is made in the body, not by a separate CPU kernel: torch.compile traces the body on any device.

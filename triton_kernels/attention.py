@@ -345,7 +345,7 @@ def twin(
         k_BSND, v_BSND = (torch.where(seen_BS[:, :, None, None], x, 0.0) for x in (k_BSND, v_BSND))
         mask_B11S = seen_BS[:, None, None]
     q_BNLD, k_BNSD, v_BNSD = (x.transpose(1, 2) for x in (q_BLND, k_BSND, v_BSND))
-    if not frame:
+    if not frame or not q_BNLD.shape[2]:
         out = F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, attn_mask=mask_B11S, scale=scale)
         return out.transpose(1, 2).contiguous()
     # Each frame attends to all keys up to its own end: no mask of size L x S, and no work on masked keys.
@@ -370,16 +370,20 @@ def attention(
     """Scaled dot product attention, heads before channels as projections write them. Returns [B, L, N, D], contiguous.
 
     Args:
-        q, k, v: [B, L, N, D], [B, S, N, D], [B, S, N, D]; the last stride is 1. Views of a fused projection will do.
+        q, k, v: [B, L, N, D], [B, S, N, D], [B, S, N, D]; the last stride is 1, and none is 0 over tokens. Views of a
+            fused projection will do.
         key_count: int32 [B], number of keys that an item attends to; the other keys are padding and may hold anything.
             0 gives an output of zeros.
-        scale: positive factor of the scores; None means 1 / sqrt(D).
+        scale: factor of the scores, at least 1e-20; None means 1 / sqrt(D).
         frame: tokens per frame, or 0. If positive, query l sees key s only if s // frame <= l // frame: all of its own
-            frame and of earlier ones. This needs self-attention, L = S.
+            frame and of earlier ones. This needs self-attention, L = S, and finite values: those of later frames are
+            multiplied by 0.
 
     Raises ValueError for arguments that differ in device, dtype or size.
     """
     check_tensors(OP, q=q, k=k, v=v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_shape(OP, name, x, None, None, None, None)
     B, L, N, D = q.shape
     S = k.shape[1]
     check_shape(OP, "k", k, B, None, N, D)
@@ -392,8 +396,8 @@ def attention(
         check_shape(OP, "key_count", key_count, B)
         check_same(OP, "dtype", expected=torch.int32, key_count=key_count.dtype)
         check_same(OP, "device", q=q.device, key_count=key_count.device)
-    if scale is not None and not scale > 0:
-        raise ValueError(f"{OP}: scale={scale}, it must be positive")
+    if scale is not None and not 1e-20 <= scale < math.inf:
+        raise ValueError(f"{OP}: scale={scale}, it must be positive, from 1e-20 on, and finite")
     if frame < 0 or (frame and L != S):
         raise ValueError(f"{OP}: frame={frame} with L={L}, S={S}: frames order self-attention, and are at least 1 long")
     return (launch if q.is_cuda else twin)(q, k, v, key_count, scale, frame)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .ada_layer_norm import norm_and_modulate
 from .launch import TYPES, Variant, launcher, on_device, triton_op
-from .shape_checks import check_contiguous, check_same, check_tensors
+from .shape_checks import check_contiguous, check_same, check_shape, check_tensors
 from .tables import arch_of, settings
 
 OP = "gated_residual_ada_layer_norm"
@@ -122,8 +122,11 @@ def gated_residual_ada_layer_norm(
     check_tensors(OP, x_BLD=x_BLD, branch_BLD=branch_BLD, **modulation)
     check_same(OP, "shape", x_BLD=tuple(x_BLD.shape), branch_BLD=tuple(branch_BLD.shape))
     check_contiguous(OP, x_BLD=x_BLD, branch_BLD=branch_BLD)
+    check_shape(OP, "x_BLD", x_BLD, None, None, None)
     check_same(OP, "D", x_BLD=x_BLD.shape[-1], **{name: x.shape[-1] for name, x in modulation.items()})
     check_same(OP, "B", x_BLD=len(x_BLD), **{name: len(x) for name, x in modulation.items()})
+    for name, row in modulation.items():
+        check_shape(OP, name, row, len(x_BLD), x_BLD.shape[-1])
     check_same(OP, "strides", **{name: x.stride() for name, x in modulation.items()})
     check_same(OP, "stride(-1)", contiguous=1, shift_BD=shift_BD.stride(-1))
     run = launch if x_BLD.is_cuda else twin

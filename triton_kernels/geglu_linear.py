@@ -9,6 +9,7 @@ Legend: M rows, C channels in, K channels out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -85,7 +86,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Runs the kernel: on a GPU, or on CPU tensors in Triton's interpreter. Arguments as `geglu_linear`."""
     C, K = x.shape[-1], len(weight) // 2
     out = x.new_empty(*x.shape[:-1], K)
-    M = out.numel() // K
+    M = math.prod(x.shape[:-1])
     chosen = product_blocks(OP, x.dtype, C, K, arch_of(x.device))
     grid = (triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(K, chosen["BLOCK_K"]),)
     launcher(geglu_linear_kernel)[grid](x, weight, bias, out, M, C=C, K=K, **chosen)
@@ -111,6 +112,8 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns [..., K]. Raises ValueError for arguments that differ in device, dtype or size.
     """
     check_tensors(OP, x=x, weight=weight, bias=bias)
+    if not x.ndim:
+        raise ValueError(f"{OP}: x has no dimension, its last one must be the channels")
     check_contiguous(OP, x=x, weight=weight, bias=bias)
     check_shape(OP, "weight", weight, None, x.shape[-1])
     check_shape(OP, "bias", bias, len(weight))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,9 @@ Settings = dict[str, int]  # block sizes by the kernel's own constexpr names, an
 # Settings that go to the compiler, not to parameters of the kernel.
 OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
 
+
+# What the "plan" of a tuned table may name for a shape.
+IMPLEMENTATIONS = ("kernel", "vendor", "flash-attn")
 
 # Architectures without a table of their own use that of a relative with the same matrix instructions. sm_80's table has
 # no blocks that need more shared memory than sm_86 and sm_89 have (99 KB).
@@ -77,12 +81,25 @@ def table(arch: str) -> dict[str, dict[str, Settings]]:
     for file in files:
         try:
             own_table = json.loads(file.read_text(encoding="utf-8"))
+            for op, entries in own_table.items():
+                _check_entries(op, entries)
             merged |= {op: merged.get(op, {}) | entries for op, entries in own_table.items()}
-        except (OSError, ValueError, AttributeError, TypeError) as error:  # a user's file may be cut short
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # it may be cut short
             LOG.warning("launch table %s is ignored: %s", file, error)
     if not files and arch != "default":
         LOG.warning("no launch table for %s: kernels run with default settings", arch)
     return merged
+
+
+def _check_entries(op: str, entries: dict[str, Any]) -> None:
+    """Raises ValueError, or what a wrong type raises, for entries of `op` that no launch or plan could follow."""
+    for key, entry in entries.items():
+        if op == "plan":
+            if entry not in IMPLEMENTATIONS:
+                raise ValueError(f"plan: {key}: {entry!r:.60} is none of {', '.join(IMPLEMENTATIONS)}")
+            continue
+        if any(type(value) is not int or value < 0 for value in entry.values()):
+            raise ValueError(f"{op}: {key}: its values must be whole numbers from 0")
 
 
 def settings(op: str, key: str, arch: str) -> Settings:

@@ -150,15 +150,15 @@ def twin(
 ) -> Tensor:
     """The same in plain PyTorch: what runs on a CPU, and the oracle of the tests."""
     taps = [(before, weight[0]), (frame, weight[len(weight) // 2]), (after, weight[-1])]
+    neighbours = [(source, tap) for source, tap in (taps[0], taps[2]) if source is not None]
     taps = [(source, tap) for source, tap in taps if source is not None]
     addend = residual  # what is added after the products
     if frame.numel() > SMALL:
         out = frame.new_empty(*frame.shape[:-1], weight.shape[-1])
         for item, y in enumerate(out):
             torch.addmm(bias, frame[item], weight[len(weight) // 2], out=y)
-            for source, tap in taps:
-                if source is not frame:
-                    y.addmm_(source[item], tap)
+            for source, tap in neighbours:  # which at a clip's ends may be the frame itself
+                y.addmm_(source[item], tap)
     elif frame.dtype in (torch.float16, torch.bfloat16):
         rows = torch.cat([source for source, _ in taps], dim=-1).flatten(0, 1)
         together = weight.flatten(0, 1) if len(taps) == len(weight) else torch.cat([tap for _, tap in taps])

@@ -147,10 +147,11 @@ def run(arguments: argparse.Namespace) -> Printed:
     from ..media.frame_interpolation import check_factor
     from ..media.image_files import read_image
     from ..media.video_files import TRIAL_RATE, check_output_path, numbered
-    from ..system.paths import named
+    from ..system.paths import check_not_input, named
 
     several = arguments.num_videos > 1 and not arguments.grid
     first_path = numbered(arguments.out, 1)[0] if several else arguments.out
+    check_not_input(first_path, arguments.image)
     check_output_path(first_path, trial=False)
     encoder(arguments.encoding)
     if arguments.grid and arguments.num_videos < 2:

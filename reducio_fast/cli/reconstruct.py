@@ -6,6 +6,7 @@ import argparse
 import time
 
 from ..system.errors import ReducioError
+from ..system.paths import check_not_input
 from . import clip_input, options
 from .printing import Printed
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Printed:
     from ..media.video_files import TRIAL_RATE, check_output_path, side_by_side, write_video
 
+    check_not_input(arguments.out, arguments.input)
     check_output_path(arguments.out, clip_input.rate(arguments) or TRIAL_RATE)
 
     from ..media.kept_frames import keep_frames

@@ -6,6 +6,7 @@ import argparse
 import time
 
 from ..system.errors import ReducioError
+from ..system.paths import check_not_input
 from . import clip_input, options
 from .printing import Printed
 
@@ -38,6 +39,9 @@ def run(arguments: argparse.Namespace) -> Printed:
         options.refuse(arguments, names, "changes the clip alone, which needs --out")
     if arguments.extract is not None and Path(arguments.extract).suffix.lower() not in Image.registered_extensions():
         raise ReducioError(f"--extract {arguments.extract}: has no suffix of a picture, such as .png")
+    for path in (arguments.out, arguments.extract):
+        if path is not None:
+            check_not_input(path, arguments.input, arguments.image)
     if arguments.out is not None:
         check_output_path(arguments.out, clip_input.rate(arguments) or TRIAL_RATE)
     picture = None if arguments.image is None else read_image(arguments.image)

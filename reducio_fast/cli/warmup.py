@@ -95,6 +95,6 @@ def run(arguments: argparse.Namespace) -> Printed:
 
 def _parse_size(text: str) -> int | tuple[int, int]:
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise ReducioError(f"--sizes: must be a number or HEIGHTxWIDTH, is {text!r}")
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 for part in parts):
+        raise ReducioError(f"--sizes: must be a number or HEIGHTxWIDTH, is {text[:60]!r}")
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -169,9 +170,10 @@ def _read(path: Path) -> dict[str, Seconds]:
     """The table of an earlier process; empty if there is none or it is damaged."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): {way: float(s) for way, s in seconds.items()} for name, seconds in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        table = {str(name): {way: float(s) for way, s in seconds.items()} for name, seconds in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
+    return {name: seconds for name, seconds in table.items() if all(0 < s < math.inf for s in seconds.values())}
 
 
 def _write(path: Path, table: dict[str, Seconds]) -> None:

@@ -31,6 +31,7 @@ FINEST_RATE = 120
 # filters, and a rotation by 90 degrees turns wide pixels into tall ones.
 SQUARE_PIXELS = "scale=w='if(gte(sar,1),trunc(iw*sar+0.5),iw)':h='if(gte(sar,1),ih,trunc(ih/sar+0.5))',setsar=1"
 
+OPENING = "Error opening input file"
 # Lines in ffmpeg's list of a file's streams.
 VIDEO, COVER = re.compile(r"\s*Stream #0:\d+.*: Video: "), re.compile(r"\((attached pic|timed thumbnails)\)")
 
@@ -62,12 +63,16 @@ def probe(path: Path) -> Fraction:
         if VIDEO.match(line) and not COVER.search(line):
             break
     else:
-        reasons = [line for line in text.splitlines() if url(path) in line and "Input #0" not in line]
+        # Versions before 7.1 name the file in the line of the reason; later ones have a line without a reason as well.
+        lines = [line for line in text.splitlines() if "Input #0" not in line and not line.startswith(OPENING)]
+        reasons = [line for line in lines if url(path) in line or "Error opening input: " in line]
         reason = first_line(reasons[-1].rpartition(": ")[2]) if reasons else "it holds no video"
         raise ReducioError(f"the clip {printable(path)} cannot be read: {reason}")
     if re.search(r"smpte2084|arib-std-b67", line):
         LOG.warning("%s: is in high dynamic range, which is read without tone mapping", printable(path))
     mean, finest = _rate(line, "fps"), _rate(line, "tbr")
+    if mean is not None and finest is not None and abs(finest - 2 * mean) <= Fraction(2, 100) * max(1, mean):
+        return mean  # the decoder counts in fields: each frame of a raw .h264 would be read twice
     if finest is None or (mean is not None and finest > max(FINEST_RATE, 1.1 * float(mean))):
         return mean or Fraction(25)  # ffmpeg's default for a stream without timestamps
     return finest

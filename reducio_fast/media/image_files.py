@@ -72,6 +72,8 @@ def read_image(image: Any) -> np.ndarray:
     if hasattr(image, "is_floating_point"):  # a torch.Tensor, without importing torch
         if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
             raise ReducioError(f"an image tensor must be floats [3, H, W]; it is {image.dtype} {list(image.shape)}")
+        if image.is_meta or str(image.layout) != "torch.strided":
+            raise ReducioError(f"an image tensor must hold its values; it is {image.layout} on {image.device}")
         return read_image(image.detach().permute(1, 2, 0).float().cpu().numpy())
     if not isinstance(image, (str, os.PathLike)):
         raise ReducioError(f"image must be a path, a PIL image, an array or a tensor; it is a {type(image).__name__}")
@@ -119,6 +121,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         raise ReducioError(
             f"the image has {image.width}x{image.height} pixels, {MAX_PIXELS / 1e6:.1f} million are the most; scale it"
         )
+    if image.mode == "La":
+        image = image.convert("LA")  # the only mode that Pillow converts it to
     image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_bytes(np.asarray(image), sixteen_bits=image.mode.startswith("I;16")))

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,12 @@ Frames = Generator[tuple[np.ndarray, float | None], None, None]  # frames of a c
 # Browsers show a frame of a .gif or .webp with a delay of 10 ms or less for 100 ms, so the reader does the same.
 SHORTEST_DELAY, REPLACED_BY = 10, 100
 MAX_GIF_FPS = 50  # delays of a .gif are whole hundredths of a second
+MAX_GIF_DELAY = 2**16 - 1  # of those
+MAX_MP4_FPS = 1_000_000  # ffmpeg writes faster clips at this rate, without a word
 MAX_WEBP_FPS = 90  # delays of a .webp are whole milliseconds
+DESCRIPTION = 0x010E  # the EXIF tag of a picture's description
+STATEMENT = r"(\d{1,9}) frames, (\d{1,6}(?:\.\d{1,17})?(?:e-\d{1,3})?) a second"
+MAX_RATES = 1000  # that are tried for a .gif or .webp that does not say its own
 TRIAL_RATE, TRIAL_SIDE = 16.0, 32  # frames a second and side in pixels of the clip that `check_output_path` writes
 
 
@@ -197,7 +202,7 @@ def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _folder_frames(path: Path) -> Frames:
     def number_aware(file: Path) -> list[tuple[int, int | str]]:
-        return [(0, int(s)) if s.isdigit() else (1, s) for s in re.split(r"(\d+)", file.name.lower()) if s]
+        return [(0, int(s)) if s.isdecimal() else (1, s) for s in re.split(r"(\d+)", file.name.lower()) if s]
 
     # Hidden files are skipped: macOS writes a file `._00001.png` without an image beside each frame.
     images = (f for f in entries(path) if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
@@ -211,21 +216,21 @@ def _folder_frames(path: Path) -> Frames:
 def _animation_frames(path: Path) -> Frames:
     """Frames of a .gif or .webp. Encoders merge equal consecutive frames into one of long duration; it is repeated."""
 
-    def durations() -> list[int]:  # milliseconds
+    def timing() -> tuple[list[int], str]:  # milliseconds of each frame, and what the writer of a file says about it
         with Image.open(path) as clip:
             held = []
+            comment = clip.info.get("comment", b"")  # of a .gif
+            stated = str(clip.getexif().get(DESCRIPTION, "")) or comment.decode("ascii", "replace")
             for index in range(getattr(clip, "n_frames", 1)):
                 clip.seek(index)
                 clip.load()  # Pillow sets the delay of a WebP frame only when it decodes the frame
                 held.append(clip.info.get("duration", 0))
-            return held
+            return held, stated
 
-    held = decode_image(durations, f"the clip {path}")
+    held, stated = decode_image(timing, f"the clip {path}")
     if len(held) > 1:
         held = [d if d > SHORTEST_DELAY else REPLACED_BY for d in held]
-    shortest = min((d for d in held if d > 0), default=0)
-    repeats = [max(1, round(d / shortest)) if shortest else 1 for d in held]
-    fps = 1000 * sum(repeats) / sum(held) if shortest else None
+    repeats, fps = _as_stated(held, stated) or _repeats(held, 10 if path.suffix.lower() == ".gif" else 1)
     with Image.open(path) as clip:
 
         def frame_at(index: int) -> np.ndarray:
@@ -238,16 +243,61 @@ def _animation_frames(path: Path) -> Frames:
                 yield frame, fps
 
 
+def _as_stated(held: list[int], stated: str) -> tuple[list[int], float] | None:
+    """How often each frame is shown, and the rate, if `stated` is what `_statement` writes and agrees with the times
+    that the frames are held; a program that changed the clip may have kept the comment."""
+    match = re.fullmatch(STATEMENT, stated)
+    if match is None:
+        return None
+    count, fps = int(match[1]), float(match[2])
+    ends = [round(end * fps / 1000) for end in accumulate(held)]
+    if ends == [0]:  # a .webp of equal frames is one picture, which has no duration
+        ends = [count]
+    repeats = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    return (repeats, fps) if ends[-1] == count and min(repeats) > 0 else None
+
+
+def _repeats(held: list[int], unit: int) -> tuple[list[int], float | None]:
+    """How often each frame is shown at a constant rate, and the rate. `unit`: milliseconds to which delays are rounded.
+
+    The shortest delay is one frame if all are multiples of it. Else it is the slowest rate at which every frame ends
+    within half a unit of its time, since encoders spread the rounding: 16 frames a second have delays of 60 and 70 ms.
+    """
+    total, shortest = sum(held), min((d for d in held if d > 0), default=0)
+    if not shortest:
+        return [1] * len(held), None
+    if not any(d % shortest for d in held):
+        return [max(1, d // shortest) for d in held], 1000 / shortest
+    ends = np.cumsum(held)
+    slowest = max(len(held), math.ceil(total / (shortest + unit)))
+    for count in range(slowest, min(math.ceil(total / shortest), slowest + MAX_RATES) + 1):
+        numbers = np.rint(ends * count / total)
+        late = np.abs(numbers * total / count - ends).max() > unit / 2
+        if not late and (repeats := np.diff(numbers, prepend=0)).min() > 0:
+            return [int(n) for n in repeats], 1000 * count / total
+    repeats = [max(1, round(d / shortest)) for d in held]
+    return repeats, 1000 * sum(repeats) / total
+
+
+def _statement(count: int, fps: float) -> str:
+    """What a .gif or .webp says about itself: encoders merge equal frames, so that the number would be lost."""
+    return f"{count} frames, {float(fps)!r} a second"
+
+
 def _write_mp4(frames: np.ndarray, path: Path, fps: float, by: ffmpeg.Encoder) -> None:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ReducioError(f"an .mp4 needs an even height and width; they are {height} and {width}")
+    if fps > MAX_MP4_FPS:
+        raise ReducioError(f"an .mp4 holds at most {MAX_MP4_FPS} frames a second; fps is {fps:g}")
     ffmpeg.encode(frames, path, fps, by)
 
 
 def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
     if fps > MAX_GIF_FPS:
         raise ReducioError(f"a .gif holds at most {MAX_GIF_FPS} frames a second; fps is {fps:g}")
+    if 100 / fps > MAX_GIF_DELAY:
+        raise ReducioError(f"a .gif holds a frame for at most {MAX_GIF_DELAY / 100:g} s; fps is {fps:g}")
     # One palette for all frames, because a palette per frame makes still areas flicker. No dither, because its grain
     # changes from frame to frame and costs 1 to 3 dB. The palette is computed from at most 2^18 pixels: k-means over
     # sixteen frames of 1024x1024 would take most of a minute.
@@ -256,7 +306,8 @@ def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
     palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1)
     images = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     delays = [10 * d for d in _delays(len(frames), 100 / fps)]  # the format counts in hundredths of a second
-    images[0].save(path, save_all=True, append_images=images[1:], duration=delays, loop=0)
+    comment = _statement(len(frames), fps).encode()
+    images[0].save(path, save_all=True, append_images=images[1:], duration=delays, loop=0, comment=comment)
 
 
 def _write_webp(frames: np.ndarray, path: Path, fps: float) -> None:
@@ -266,7 +317,11 @@ def _write_webp(frames: np.ndarray, path: Path, fps: float) -> None:
         raise ReducioError(f"a .webp holds at most {MAX_WEBP_FPS} frames a second; fps is {fps:g}")
     images = [Image.fromarray(f) for f in frames]
     delays = _delays(len(frames), 1000 / fps)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=delays, loop=0, quality=90)
+    exif = Image.Exif()
+    exif[DESCRIPTION] = _statement(len(frames), fps)
+    images[0].save(
+        path, save_all=True, append_images=images[1:], duration=delays, loop=0, quality=90, exif=exif.tobytes()
+    )
 
 
 def _write_folder(frames: np.ndarray, path: Path, fps: float) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from fastapi import Depends, FastAPI, Header, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from . import schema
@@ -26,7 +25,8 @@ from .errors import ApiError, bad_request
 from .files import CLIP, CONTENT, LATENTS, PICTURE, SPRITESHEET, THUMBNAIL, JobFiles
 from .jobs import COMPLETED, FAILED, RUNNING, Job, KeyReused, QueueFull, Store, new_id
 from .keys import Keys
-from .requests import UPLOADS, Asked, Checker, Limits, file_of_url, unfold
+from .request_body import read_body
+from .requests import Asked, Checker, Limits
 
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"),
             "spritesheet": (SPRITESHEET, "image/jpeg"), "latents": (LATENTS, "application/octet-stream")}  # fmt: skip
@@ -169,7 +169,7 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
     @app.post("/v1/videos", openapi_extra=schema.CREATE, response_model=schema.Video)
     async def create(request: Request, owner: str = owned, idempotency_key: str | None = Header(None)) -> Any:
         """Ask for a clip: it is made in its turn."""
-        fields, files = await _read_body(request)
+        fields, files = await read_body(request)
         return await accept(request, fields, files, owner, idempotency_key, {})
 
     @app.post("/v1/videos/{video_id}/remix", openapi_extra=schema.REMIX, response_model=schema.Video)
@@ -177,7 +177,7 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
         request: Request, video_id: str = an_id, owner: str = owned, idempotency_key: str | None = Header(None)
     ) -> Any:
         """Another clip that looks like a finished one: its content frame, under a new prompt."""
-        fields, files = await _read_body(request)
+        fields, files = await read_body(request)
         if PICTURE in files:
             raise bad_request("input_reference: a remix has the picture of its clip")
         job = service().find(video_id, owner)
@@ -291,46 +291,6 @@ def create_app(make_service: Callable[[], Any], limits: Limits) -> FastAPI:
         return page
 
     return app
-
-
-async def _read_body(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Fields, and the files by suffix, of a JSON or form body. Raises ApiError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    files: dict[str, bytes] = {}
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        try:
-            form = await request.form(max_files=len(UPLOADS), max_fields=64)
-        except HTTPException as error:
-            raise bad_request(f"body: {error.detail}") from error
-        fields: dict[str, Any] = {}
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name not in UPLOADS:
-                    raise bad_request(f"{name[:60]}: must be text, is a file")
-                if UPLOADS[name][0] in files:
-                    raise bad_request(f"{name}: is given twice")
-                files[UPLOADS[name][0]] = await value.read()
-            elif name in fields:
-                raise bad_request(f"{name[:60]}: is given twice")
-            else:
-                fields[name] = value
-        fields = unfold(fields)
-        await form.close()
-    else:
-        body = await request.body()
-        try:
-            fields = json.loads(body or b"null")
-        except (ValueError, RecursionError):
-            raise bad_request("body: must be a form or a JSON object") from None
-        if not isinstance(fields, dict):
-            raise bad_request("body: must be a form or a JSON object")
-    for name, (suffix, _) in UPLOADS.items():
-        reference = fields.pop(name, None)
-        if reference not in (None, ""):
-            if suffix in files:
-                raise bad_request(f"{name}: is given twice")
-            files[suffix] = file_of_url(name, reference)
-    return fields, files
 
 
 async def _held(service: Service, job: Job, owner: str) -> Job:

@@ -228,6 +228,21 @@ class Store:
             self.put_back(id)
         return [job for id in claimed if (job := self.get(id)) is not None]
 
+    def fail_others(self, served: str) -> list[str]:
+        """Fail the queued jobs that were checked for another model or other settings than `served`; their ids."""
+        queued = self._rows(f"{_SELECT} WHERE status = 'queued' AND claimed = 0")
+        others = [job for job in queued if job.request.get("served", served) != served]
+        for job in others:
+            line = f"was accepted for {job.request['model']}; the server now has another model or other settings"
+            self._change(
+                "status = 'failed', completed_at = ?, error_code = 'model_changed', error_message = ?",
+                "claimed = 0",
+                job.id,
+                time.time(),
+                line,
+            )
+        return [job.id for job in others]
+
     def delete(self, id: str) -> bool:
         with self._transaction() as connection:
             return connection.execute("DELETE FROM jobs WHERE id = ?", (id,)).rowcount == 1
@@ -288,6 +303,7 @@ def _job(row: tuple[Any, ...]) -> Job:
 
 
 def _comparable(request: dict[str, Any]) -> dict[str, Any]:
-    """The request without what differs between attempts at it: the trace, and the seed if the server drew it."""
-    differs = ("traceparent", "seed") if request.get("seed_drawn") else ("traceparent",)
+    """The request without what differs between attempts at it: the trace, the state of the model's files, and the seed
+    if the server drew it."""
+    differs = ("traceparent", "served", "seed") if request.get("seed_drawn") else ("traceparent", "served")
     return {name: value for name, value in request.items() if name not in differs}

@@ -46,7 +46,8 @@ class Keys:
         if not self.required:
             return EVERYBODY
         scheme, _, key = (authorization or "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).hexdigest()
+        # A header comes decoded as latin-1; the hash is of the bytes that were sent.
+        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).hexdigest()
         # Every entry is compared, so that the time of an answer does not reveal which names exist.
         owners = [name for name, known in self._hashes.items() if hmac.compare_digest(known, digest)]
         if scheme.lower() != "bearer" or not owners:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import io
 import random
@@ -20,7 +18,7 @@ from ..media import ffmpeg
 from ..media.frame_interpolation import check_factor
 from ..media.image_files import read_image
 from ..system.errors import ReducioError
-from .errors import ApiError, bad_request
+from .errors import bad_request
 from .files import MOTION, PICTURE, check_rate
 
 MAX_DRAWN_SEED = 2**32  # a seed that the server draws stays easy to type
@@ -94,9 +92,15 @@ def _boolean(name: str, value: Any) -> bool:
     return value
 
 
+# Arguments of text-to-image pipelines that no number or text can be.
+NOT_PLAIN = r"latents|timesteps|sigmas|callback\w*|ip_adapter\w*|\w+_(embeds|mask|kwargs)"
+
+
 def _object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ReducioError(f"{name}: must be an object, is {_brief(value)}")
+    if refused := next((key for key in value if re.fullmatch(NOT_PLAIN, key)), None):
+        raise ReducioError(f"{name}: {refused[:60]} is a tensor, list or function for callers in Python")
     plain = {key: _plain(each) for key, each in value.items()}
     for key, each in plain.items():
         if not isinstance(each, str | int | float | bool):
@@ -184,8 +188,9 @@ class Asked:
 
 class Checker:
     """Checks requests for one model without its weights. `pipeline` is `registry.Model.checker()`, None for a peer,
-    whose call checks its arguments when it runs. Safe to call from several threads. Raises ReducioError if the model
-    has no clip of one of `limits.sizes`."""
+    whose call checks its arguments when it runs. `served` names the model's state and its settings. Safe to call from
+    several threads. Raises ReducioError if the model has no clip of one of `limits.sizes`.
+    """
 
     def __init__(
         self, name: str, pipeline: Any, defaults: Mapping[str, Any], limits: Limits, fps: float | None, encoding: str
@@ -193,7 +198,7 @@ class Checker:
         self.name, self.pipeline, self.limits = name, pipeline, limits
         self.fields = {n: parse for n, parse in FIELDS.items() if n in defaults or n in ("prompt", "seed")}
         self.defaults, self.fps, self.encoding = defaults, fps, encoding
-        self.seconds = "1"
+        self.seconds, self.served = "1", ""
         if pipeline is not None:
             own = pipeline.usual_size
             self.sizes = limits.sizes or _served(own)
@@ -260,6 +265,7 @@ class Checker:
         seconds = str(fields.get("seconds") or self.seconds)
         if seconds not in (self.seconds, f"{self.seconds}.0"):
             raise ReducioError(f"seconds: {_brief(seconds)} asked for, this model makes clips of {self.seconds}")
+        more = more | {"served": self.served}
         return Asked(call, f"{width}x{height}", self.name, self.seconds, drawn, files, more)
 
     def _check_limits(self, call: dict[str, Any]) -> None:
@@ -362,37 +368,6 @@ def _blank(config: Any, height: int, width: int) -> Any:
     import torch
 
     return torch.zeros(config.latent_shape(height, width))
-
-
-# Fields that are files or `data:` URLs: the suffix of the job's file, and the kind of media in the URL.
-UPLOADS = {"input_reference": (PICTURE, "image"), "motion_reference": (MOTION, "video")}
-
-
-def file_of_url(name: str, value: Any) -> bytes:
-    """The bytes of a `data:` URL, given as text or as {"image_url": text}. Nothing is fetched from anywhere."""
-    kind = UPLOADS[name][1]
-    url = value.get(f"{kind}_url") if isinstance(value, dict) else value
-    match = re.fullmatch(rf"data:{kind}/[\w.+-]+;base64,(.*)", url, re.DOTALL) if isinstance(url, str) else None
-    if match is None:
-        raise bad_request(f"{name}: must be a file or a data:{kind}/...;base64, URL; nothing is fetched")
-    try:
-        return base64.b64decode(match[1], validate=True)
-    except (binascii.Error, ValueError):
-        raise bad_request(f"{name}: is no base64") from None
-
-
-def unfold(form: Mapping[str, Any]) -> dict[str, Any]:
-    """`content_kwargs[height]=512` as {"content_kwargs": {"height": "512"}}."""
-    fields: dict[str, Any] = {}
-    for name, value in form.items():
-        if match := re.fullmatch(r"(\w+)\[(\w+)\]", name):
-            inner = fields.setdefault(match[1], {})
-            if not isinstance(inner, dict):
-                raise ApiError(400, f"{match[1]}: is given in two forms", match[1], "invalid_value")
-            inner[match[2]] = value
-        else:
-            fields[name] = value
-    return fields
 
 
 def _brief(value: Any) -> str:

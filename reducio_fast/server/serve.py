@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..system import cache_folder
+from ..system.checksum import folder_sample
 from ..system.errors import ReducioError
 from .errors import ApiError
 from .files import CLIP, JobFiles, check_rate
@@ -176,6 +177,8 @@ class _Started:
             service.dispatcher.stop()
             self.server.should_exit = True
             return
+        for id in await asyncio.to_thread(self.store.fail_others, checker.served):
+            LOG.warning("%s: was accepted for another model or other settings; it is not made", id)
         service.dispatcher.open(home)
         LOG.info("ready: %s", service.described())
 
@@ -190,7 +193,11 @@ class _Started:
             check_rate(entry.fps, settings.encoding)
         name = settings.name or (DEFAULT_NAME if settings.model is None else Path(settings.model).name)
         pipeline = None if entry.checker is None else entry.checker()
-        return Checker(name, pipeline, entry.call_defaults, settings.limits, entry.fps, settings.encoding)
+        checker = Checker(name, pipeline, entry.call_defaults, settings.limits, entry.fps, settings.encoding)
+        # What makes another clip of the same request. A name may stay the same when the model is replaced.
+        of_files = [folder_sample(part) if isinstance(part, Path) else part for part in entry.key]
+        checker.served = repr((of_files, settings.dtype, settings.quantise, settings.backend))
+        return checker
 
     def _home(self, service: Service) -> Home:
         if self.settings.ray is None:

@@ -88,6 +88,13 @@ def check_output_file(path: str | os.PathLike[str], argument: str) -> None:
     check_output_folder(Path(path))
 
 
+def check_not_input(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Raise ReducioError if writing `path` would replace one of the files that are read."""
+    for each in inputs:
+        if each is not None and is_file(path) and is_file(each) and os.path.samefile(path, each):
+            raise ReducioError(f"{printable(path)} is the input; name another file for the output")
+
+
 def missing_room(folder: Path, needed: int) -> str | None:
     """Why `needed` bytes do not fit on the disk of `folder`, for a message; None if they fit."""
     free = shutil.disk_usage(folder).free
@@ -104,6 +111,7 @@ def is_unicode(text: str) -> bool:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path for a message: shortened to one line, without bytes that a terminal cannot print."""
+    """A path for a message: shortened to one line, without bytes that a terminal cannot print or that command it."""
     text = os.fspath(path).encode("utf-8", "replace").decode().replace("\0", "\\0")
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"

@@ -148,3 +148,20 @@ def test_a_clip_is_recoloured_by_editing_one_frame(
     assert blue.any((1, 2)).all(), "blue in every frame"
     place = [float(np.flatnonzero(each.any(0)).mean()) for each in blue]
     assert place[-1] - place[0] > 20, "and moving right, as the red one did"
+
+
+def test_no_input_is_replaced_by_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(np.zeros((16, 64, 64, 3), np.uint8), "clip.webp", 16)
+    before = (tmp_path / "clip.webp").read_bytes()
+    for command in (
+        "reconstruct clip.webp --out ./clip.webp",
+        "transfer --motion clip.webp --out clip.webp",
+        "transfer --motion clip.webp --extract clip.webp",
+        "generate x --image clip.webp --out clip.webp",
+    ):
+        assert run(*command.split()) == 2
+        assert "clip.webp is the input; name another file for the output" in capsys.readouterr().err
+    assert (tmp_path / "clip.webp").read_bytes() == before

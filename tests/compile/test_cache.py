@@ -146,10 +146,20 @@ def test_table_tuned_here_goes_over_the_shipped_one(
         tables.add_tables(folder)
         assert tables.settings("conv3d", "K<=16", "sm_90") == {"BLOCK_M": 7}
         assert tables.settings("conv3d", "*", "sm_90") == shipped["conv3d"]["*"]
-        file.write_text(file.read_text()[:-3])
-        tables.table.cache_clear()
-        assert tables.table("sm_90") == shipped
-        assert any(m.startswith(f"launch table {file} is ignored") for m in caplog.messages)
+        for damaged in (
+            file.read_text()[:-3],
+            "[" * 100_000,
+            '{"attention": {"64": 5}}',
+            '{"attention": {"64": {"BLOCK_L": -64}}}',
+            '{"attention": {"64": {"BLOCK_L": "x"}}}',
+            '{"plan": {"conv3d": "nonsense"}}',
+            '{"plan": {"conv3d": [1]}}',
+        ):
+            file.write_text(damaged)
+            tables.table.cache_clear()
+            caplog.clear()
+            assert tables.table("sm_90") == shipped
+            assert any(m.startswith(f"launch table {file} is ignored") for m in caplog.messages)
     finally:
         tables.table.cache_clear()
 

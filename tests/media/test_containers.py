@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def run_ffmpeg(*arguments: str | Path) -> None:
     subprocess.run(command, check=True)
 
 
-def source(path: Path, *options: str, size: str = "64x48", rate: int = 25, seconds: float = 1) -> Path:
+def source(path: Path, *options: str, size: str = "64x48", rate: int | Fraction = 25, seconds: float = 1) -> Path:
     run_ffmpeg("-f", "lavfi", "-i", f"testsrc=s={size}:r={rate}:d={seconds}", *options, path)
     return path
 
@@ -146,6 +147,13 @@ def test_a_truncated_clip_gives_a_warning(
         assert (
             len(caplog.messages) == 1 and f"cut off or damaged, {len(clip)} frames could be read" in caplog.messages[0]
         )
+
+
+@pytest.mark.parametrize(("name", "rate"), [("raw.h264", 25), ("slow.mkv", Fraction(1, 3))])
+def test_frames_are_not_read_twice(tmp_path: Path, name: str, rate: int | Fraction) -> None:
+    """The decoder of H.264 counts in fields; ffmpeg then names twice the rate as the finest step."""
+    clip, fps = read_video(source(tmp_path / name, "-c:v", "libx264", rate=rate, seconds=float(5 / rate)))
+    assert len(clip) == 5 and fps == pytest.approx(float(rate), abs=0.01)
 
 
 def test_a_file_without_video_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage.data import astronaut
 from skimage.metrics import peak_signal_noise_ratio
@@ -55,6 +56,27 @@ def test_colours_survive_mp4(tmp_path: Path) -> None:
     clip = np.repeat(np.repeat(np.repeat(colours[None, None], 4, 0), 16, 1), 16, 2).astype(np.uint8)
     back, _ = video_files.read_video(video_files.write_video(clip, tmp_path / "c.mp4", 16))
     assert np.abs(back[:, 8, 8::16].astype(int) - colours).max() <= 3
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+@pytest.mark.parametrize("lengths", [(1,), (16,), (8, 8), (15, 1), (40, 2)], ids=str)
+def test_no_frame_is_lost_among_equal_ones(tmp_path: Path, lengths: tuple[int, ...], suffix: str) -> None:
+    clip = np.concatenate([np.full((n, 16, 16, 3), 200 * (i + 1) % 255, np.uint8) for i, n in enumerate(lengths)])
+    back, fps = video_files.read_video(video_files.write_video(clip, tmp_path / f"c{suffix}", 16))
+    assert (len(back), fps) == (len(clip), 16.0)
+    assert np.abs(back.astype(int) - clip).max() < 8
+
+
+@pytest.mark.parametrize(
+    ("held", "frames", "fps"),
+    [([60, 60, 70, 60] * 4, 16, 16.0), ([40, 40, 40, 80], 5, 25.0), ([20, 20, 600], 32, 50.0), ([100] * 7, 7, 10.0)],
+)
+def test_a_gif_of_another_program(tmp_path: Path, held: list[int], frames: int, fps: float) -> None:
+    images = [Image.new("RGB", (8, 8), (30 * i % 255, 0, 0)) for i in range(len(held))]
+    for comment in (b"", b"9 frames, 3.0 a second", b"9 frames, 1e9 a second"):  # of the clip before it was cut
+        images[0].save(tmp_path / "c.gif", save_all=True, append_images=images[1:], duration=held, comment=comment)
+        back, rate = video_files.read_video(tmp_path / "c.gif")
+        assert len(back) == frames and rate == pytest.approx(fps)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
@@ -292,6 +314,8 @@ def test_arrays(tmp_path: Path) -> None:
         (np.full((4, 4, 3), np.nan), "spans nan to nan"),
         (Image.new("F", (2, 2), float("nan")), "not finite"),
         (7, "it is a int"),
+        (torch.rand(3, 4, 4, device="meta"), "must hold its values; it is torch.strided on meta"),
+        (torch.rand(3, 4, 4).to_sparse(), "must hold its values; it is torch.sparse_coo on cpu"),
         ("absent.png", "no such image file: absent.png"),
     ],
 )

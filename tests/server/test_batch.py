@@ -144,7 +144,7 @@ def test_a_batch_that_cannot_encode_makes_no_clip(
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "fps": 1000000000000}\n{"prompt": "b"}\n')
     command = ["batch", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out"), "--no-progress"]
     assert main(command) == 2 and [call["prompt"] for call in made] == ["b"]
-    line = "1 of 2 prompts made no clip, the first is number 0: cannot write "
+    line = "1 of 2 prompts made no clip, the first is number 0: an .mp4 holds at most 1000000 "
     assert line in capsys.readouterr().err and not (tmp_path / "cache" / "frames").exists()
     made.clear()
     broken = tmp_path / "ffmpeg"

@@ -140,12 +140,18 @@ def test_what_fails_is_told_in_one_line(
             {"content_kwargs": {"\ud800": [1]}},
             "content_kwargs: \\ud800 must be a number, text or true or false, is [1]",
         ),
+        (
+            {"content_kwargs": {"timesteps": 5}},
+            "content_kwargs: timesteps is a tensor, list or function for callers in",
+        ),
+        ({"content_kwargs": {"prompt_embeds": "x"}}, "content_kwargs: prompt_embeds is a tensor, list or function"),
+        ({"content_kwargs": {"callback": "x"}}, "content_kwargs: callback is a tensor, list or function"),
         ({"\ud800": 1}, "\\ud800: no field of a clip; known are "),
         ({"callback_on_step_end": "x"}, "callback_on_step_end: no field of a clip; known are "),
         ({"seed": True}, "seed: must be a whole number, is True"),
         ({"noise_aug_strength": float("nan")}, "noise_aug_strength: must be a finite number of at least 0, is nan"),
         ({"max_guidance_scale": 1e39}, "guidance_scale: must be a finite number of at least 0, is 1e+39, which"),
-        ({"fps": 10**12}, "fps: cannot write clip.mp4: "),
+        ({"fps": 10**12}, "fps: an .mp4 holds at most 1000000 frames"),
         ({"content_kwargs": {"max_sequence_length": 301}}, "content_kwargs: max_sequence_length is 301, 300 is the"),
     ],
 )
@@ -178,6 +184,15 @@ def test_wrong_values_for_the_first_stage(name: str, value: Any) -> None:
     checker = default_checker()
     with pytest.raises(ApiError, match=f"^content_kwargs: {name}: must be a (whole|finite) number.*, is "):
         checker({"prompt": "a red circle", "content_kwargs": {name: value}})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("eta", "x", "a finite number"), ("use_resolution_binning", "x", "true or false"), ("callback_steps", "x", "")],
+)
+def test_words_of_the_first_stage_are_of_their_kind(name: str, value: Any, kind: str) -> None:
+    with pytest.raises(ApiError, match=f"^content_kwargs: {name}.* {kind}"):
+        default_checker()({"prompt": "a red circle", "content_kwargs": {name: value}})
 
 
 def test_a_caption_is_no_longer_than_the_model_s() -> None:

@@ -207,11 +207,33 @@ def test_a_folder_has_one_server_and_is_swept(tmp_path: Path) -> None:
     JobFiles(tmp_path / "data").close()
 
 
+def test_jobs_for_another_model_are_not_made(tmp_path: Path) -> None:
+    store, ids = Store(tmp_path / "jobs"), dict[str, str]()
+    for name, served in (("older", None), ("same", "A"), ("other", "B"), ("begun", "B")):
+        request = {"model": "m", "call": {}} | ({} if served is None else {"served": served})
+        ids[name] = store.insert(new_id(), "", request)[0].id
+    assert store.claim() is not None  # the older one
+    assert store.fail_others("A") == [ids["other"], ids["begun"]]
+    failed = store.get(ids["other"])
+    assert failed is not None and (failed.status, failed.error_code) == (FAILED, "model_changed")
+    assert failed.error_message == "was accepted for m; the server now has another model or other settings"
+    assert store.counts() == {"queued": 2, FAILED: 2}
+    key = {"model": "m", "call": {}}
+    first = store.insert(new_id(), "", key | {"served": "A"}, key="k")[0]
+    assert store.insert(new_id(), "", key | {"served": "B"}, key="k") == (first, False)
+    store.close()
+
+
+KEYS = ("one", "two", "schl\u00fcssel")
+
+
 def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "keys"
-    path.write_text(f"# ours\na:{hashlib.sha256(b'one').hexdigest()}\nb:{hashlib.sha256(b'two').hexdigest()}\n")
+    hashes = {name: hashlib.sha256(key.encode()).hexdigest() for name, key in zip("abc", KEYS, strict=True)}
+    path.write_text("# ours\n" + "".join(f"{name}:{digest}\n" for name, digest in hashes.items()))
     keys = Keys(path)
     assert keys.owner("Bearer one") == "a" and keys.owner("bearer two") == "b" and Keys().owner(None) == ""
+    assert keys.owner(f"Bearer {KEYS[2]}".encode().decode("latin-1")) == "c"  # as the server decodes a header
     for wrong in (None, "", "Bearer", "Bearer three", "Basic one", f"Bearer {hashlib.sha256(b'one').hexdigest()}"):
         with pytest.raises(ApiError) as error:
             keys.owner(wrong)

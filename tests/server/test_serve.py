@@ -85,7 +85,10 @@ def test_create_poll_download_are_the_bytes_of_generate(
 
 def test_a_picture_is_the_middle_frame(client: openai.OpenAI, tmp_path: Path) -> None:
     video = client.videos.create_and_poll(
-        prompt="moving left", input_reference=("x.png", png(128), "image/png"), extra_body={"num_inference_steps": 2}
+        prompt="moving left",
+        input_reference=("x.png", png(128), "image/png"),
+        # The client sends a list as two fields of one name.
+        extra_body={"num_inference_steps": 2, "guidance_interval": [0.0, 1.0]},
     )
     assert video.status == "completed"
     frames = read(client.videos.download_content(video.id).content, tmp_path)
@@ -120,6 +123,8 @@ def test_bad_input_is_one_line_and_the_server_stays_up(client: openai.OpenAI, se
         ({"extra_body": {"seed": -1}}, line(seed=-1)),
         ({"extra_body": {"num_inference_steps": "x"}}, "num_inference_steps: must be a whole number, is 'x'"),
         ({"extra_body": {"latents": "1"}}, "latents: no field of a clip; known are "),
+        ({"extra_body": {"guidance_interval": [0.5]}}, line(guidance_interval=[0.5])),
+        ({"extra_body": {"prompt": PROMPT, "prompt[0]": "x"}}, "prompt: is given in two forms"),
         ({"extra_body": {"content_kwargs": {"num_inference_steps": 1}}}, "content_kwargs: num_inference_steps is 1; "),
         ({"extra_body": {"image": "/etc/hostname"}}, "image: no field of a clip; known are "),
         ({"extra_body": {"num_inference_steps": 101}}, "num_inference_steps: 101 asked for, 100 are the most"),

@@ -38,5 +38,9 @@ def test_mistakes_are_named():
         torch.ops.reducio_fast.ada_layer_norm(x, y[:1], y)
     with pytest.raises(ValueError, match="shift_BD has dtype=torch.float16, x_BLD has dtype=torch.float32"):
         torch.ops.reducio_fast.ada_layer_norm(x, y.half(), y.half())
+    with pytest.raises(ValueError, match=r"x_BLD has shape \(2, 8\)"):
+        torch.ops.reducio_fast.ada_layer_norm(y, y, y)
+    with pytest.raises(ValueError, match=r"shift_BD has shape \(2, 1, 8\), it must be \(2, 8\)"):
+        torch.ops.reducio_fast.ada_layer_norm(x, y[:, None], y[:, None])
     with pytest.raises(ValueError, match="contiguous"):
         torch.ops.reducio_fast.ada_layer_norm(x.transpose(0, 1), torch.randn(3, 8), torch.randn(3, 8))

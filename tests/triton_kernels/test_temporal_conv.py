@@ -90,6 +90,14 @@ def test_alone_it_is_a_linear_layer(shape, check_kernel):
     check_kernel(op.launch, op.twin, None, frame, None, tap, bias, residual)
 
 
+def test_a_frame_may_be_its_own_neighbour():
+    """At both ends of a clip that is continued by its first and last frame; above `SMALL`, items are done singly."""
+    frame, weight, bias = torch.randn(1, op.SMALL // 64 + 64, 64), torch.randn(3, 64, 32), torch.randn(32)
+    want = frame @ weight.sum(0) + bias
+    y = torch.ops.reducio_fast.temporal_conv(frame, frame, frame, weight, bias)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-4)
+
+
 def test_320_channels_are_five_blocks():
     chosen = op.product_blocks(op.OP, torch.float16, 320, 320, "sm_90")
     assert chosen["BLOCK_K"] == 64 and op.product_blocks(op.OP, torch.float16, 512, 512, "sm_90")["BLOCK_K"] == 128

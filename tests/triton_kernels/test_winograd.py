@@ -97,6 +97,10 @@ def test_it_is_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.Monke
     cpu_products._tables.clear()  # as in another process
     monkeypatch.setattr(cpu_products, "_time", None)
     assert cpu_products.prefers_winograd() == first
+    for damaged in ('{"winograd": {"library": 0, "winograd": 0}}', '{"winograd": {"library": NaN, "winograd": 1}}',
+                    '{"winograd": {"library": 1, "winograd": 1' + "0" * 400 + "}}", "[" * 100_000):  # fmt: skip
+        cpu_products.table_path().write_text(damaged)
+        assert cpu_products._read(cpu_products.table_path()) == {}
     assert {call().shape for call in cpu_products._convolutions().values()} == {(1, 256, 4, 32, 32)}
 
 

@@ -56,7 +56,24 @@ def check_content_kwargs(pipeline: Any, kwargs: Any) -> dict[str, Any]:
             raise ReducioError(
                 f"content_kwargs: {type(pipeline).__name__} has no word {name!r}; known are {_known(accepted)}"
             )
+        _check_kind(name, kwargs[name], accepted.get(name))
     return kwargs
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Raise ReducioError for a value that is of another kind than the argument's default."""
+    if value is None:
+        return
+    if isinstance(default, bool):
+        right, kind = isinstance(value, bool | int) and value in (0, 1), "true or false"
+    elif isinstance(default, int | float):
+        right, kind = math.isfinite(to_float(value)), "a finite number"
+    elif name in ("timesteps", "sigmas"):
+        right, kind = hasattr(value, "__len__") and not isinstance(value, str | bytes), "a list of numbers"
+    else:
+        return
+    if not right:
+        raise ReducioError(f"content_kwargs: {name}: must be {kind}, is {value!r:.60}")
 
 
 def draw_image(
@@ -168,8 +185,8 @@ def call_defaults(pipeline: Any) -> tuple[dict[str, Any], bool]:
 def drawing_steps(pipeline: Any, kwargs: dict[str, Any]) -> int:
     """The number of steps in which the pipeline draws a picture, called with `kwargs`."""
     asked = call_defaults(pipeline)[0] | kwargs
-    placed = asked.get("timesteps") or asked.get("sigmas")
-    return len(placed) if placed else asked.get("num_inference_steps") or 1
+    placed = next((x for name in ("timesteps", "sigmas") if (x := asked.get(name)) is not None), None)
+    return asked.get("num_inference_steps") or 1 if placed is None else len(placed)
 
 
 def own_defaults(pipeline: Any) -> dict[str, Any]:
