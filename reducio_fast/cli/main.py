@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from ..system import cache_folder, cores, deadline
 from ..system.errors import ReducioError, is_out_of_memory, lacks_space
+from ..system.paths import one_line
 from . import (
     batch,
     bench,
@@ -73,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
     """Prints each error as one line; argparse would print its usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Raises OSError where the text cannot be written; argparse's own method ignores that."""
@@ -190,7 +191,7 @@ def _terminated_as_an_exception() -> Iterator[None]:
 
 
 def _fail(command: str, message: str) -> int:
-    print(f"reducio-fast {command}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"reducio-fast {command}: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

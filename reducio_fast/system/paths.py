@@ -110,6 +110,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def one_line(text: str) -> str:
+    """A message as one line, in which characters that a terminal would obey are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+
+
 def printable(path: str | os.PathLike[str]) -> str:
     """A path for a message: shortened to one line, without bytes that a terminal cannot print or that command it."""
     text = os.fspath(path).encode("utf-8", "replace").decode().replace("\0", "\\0")

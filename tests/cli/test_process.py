@@ -37,6 +37,14 @@ def run(*arguments: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[st
     return subprocess.run([*COMMAND, *map(str, arguments)], **kwargs)
 
 
+def test_no_message_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["reconstruct", "a\033[31m\nb.mp4", "--out", "c.mp4"], ["env", "--x\033[31m\ny"]):
+        with contextlib.suppress(SystemExit):
+            assert main.main(command) == 2
+        err = capsys.readouterr().err
+        assert "\\x1b[31m" in err and "\033" not in err and err.count("\n") == 1
+
+
 def test_a_terminal_that_cannot_show_the_prompt(tmp_path: Path) -> None:
     arguments = [CLIP[0], "红 circle", *CLIP[2:], "--out", str(tmp_path / "c.gif")]
     done = run(*arguments, env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}, encoding="latin-1")
