@@ -26,7 +26,9 @@ def name_of(eight_bit):
 
 
 HERE = types_of(arch_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-TYPES = pytest.mark.parametrize("eight_bit", HERE, ids=name_of)
+# Triton 3.6's interpreter knows e4m3fnuz of AMD's GPUs by name only; its compiler takes it, see `compile-check`.
+UNKNOWN = (torch.float8_e4m3fnuz,) if triton.__version__.startswith("3.6.") and not torch.cuda.is_available() else ()
+TYPES = pytest.mark.parametrize("eight_bit", [t for t in HERE if t not in UNKNOWN], ids=name_of)
 SHAPES = [((1, 3, 5, 7, 20), 24, 3), ((2, 2, 4, 4, 32), 16, 3), ((1, 1, 6, 5, 40), 9, 1)]  # x, K, taps in time
 EPILOGUES = {
     "plain": (False, False, 0, 0, False),
