@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..system.devices import widened
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, shown
 from ..system.paths import expanded, is_file
 from ..system.real_numbers import to_float
 from . import hub, strict_files
@@ -147,5 +147,5 @@ def _scale(path: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]
 def finite_number(name: str, value: Any) -> float:
     number = to_float(value)
     if not math.isfinite(number):
-        raise ReducioError(f"{name}: must be a finite number, is {value!r}")
+        raise ReducioError(f"{name}: must be a finite number, is {shown(value)}")
     return number

@@ -32,7 +32,7 @@ def degrees(text: str) -> float | list[float]:
 # Arguments of Stable Video Diffusion's own call; `fps` is a setting of our models too.
 SVD_OWN: dict[str, Callable[[str], Any]] = {
     "fps": options.positive,
-    "motion_bucket_id": options.positive,
+    "motion_bucket_id": options.not_negative,
     "noise_aug_strength": float,
     "decode_chunk_size": options.positive,
     "min_guidance_scale": float,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..system.errors import ReducioError
+from ..system.errors import ReducioError, shown
 
 
 def contact_sheet(clips: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
@@ -19,7 +19,9 @@ def contact_sheet(clips: Sequence[np.ndarray], columns: int | None = None) -> np
     count = len(clips)
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
     if isinstance(columns, bool) or not isinstance(columns, int) or not 1 <= columns <= count:
-        raise ReducioError(f"columns: must be a whole number from 1 to {count}, the number of clips, is {columns!r}")
+        raise ReducioError(
+            f"columns: must be a whole number from 1 to {count}, the number of clips, is {shown(columns)}"
+        )
     shapes = sorted({clip.shape for clip in clips})
     if len(shapes) > 1:
         raise ReducioError(f"grid: clips have the sizes {shapes[0][:3]} and {shapes[1][:3]}, one is needed for all")

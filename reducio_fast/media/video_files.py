@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, features
 
 from ..system.atomic_files import written_whole
-from ..system.errors import ReducioError, first_line
+from ..system.errors import ReducioError, first_line, shown
 from ..system.paths import check_output_folder, entries, is_file, is_folder, named, printable, status
 from ..system.real_numbers import to_float
 from . import ffmpeg
@@ -88,7 +88,7 @@ def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float, encodin
         raise ReducioError(f"frames must be uint8 [T, H, W, 3]; they are {frames.dtype} {list(frames.shape)}")
     rate = to_float(fps)
     if not 0 < rate < math.inf:
-        raise ReducioError(f"fps must be a positive number; it is {fps!r}")
+        raise ReducioError(f"fps must be a positive number; it is {shown(fps)}")
     by = ffmpeg.encoder(encoding)
     try:
         with written_whole(path) as temporary:

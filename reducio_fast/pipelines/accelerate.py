@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ class Acceleration:
     """The networks that `accelerate` replaced in a pipeline. `report` has one line per network, and says after a call
     why a network ran as before; `undo()`, or the end of a `with` block, restores everything."""
 
-    def __init__(self, networks: dict[str, _Accelerated], left: dict[str, str]) -> None:
-        self._networks, self._left = networks, left
+    def __init__(self, pipeline: Any, networks: dict[str, _Accelerated], left: dict[str, str]) -> None:
+        self._pipeline, self._networks, self._left = pipeline, networks, left
 
     @property
     def report(self) -> dict[str, str]:
-        return self._left | {name: network.state for name, network in self._networks.items()}
+        there, gone = self._pipeline.components, "as before: another network is there now"
+        ours = {name: each.state if there.get(name) is each.theirs else gone for name, each in self._networks.items()}
+        return self._left | ours
 
     def undo(self) -> None:
         """Restore the pipeline as it was and free the packed weights. A method that was set since, as by hooks, stays;
@@ -55,7 +57,7 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
         `PixArtTransformer2DModel` and `AutoencoderKL` (its `decode` runs fast), such as `StableVideoDiffusionPipeline`
         and the PixArt pipelines, or a U-Net of DepthCrafter or sv3d-diffusers. Its weights stay where they are; the
         first step packs a second copy of them. Weights that were changed, moved or replaced are packed again at the
-        next clip.
+        next clip, that is with the next tensor of embeddings: pipelines make one for each call.
     compile: as in `SVDPipeline`.
 
     What a twin cannot do runs as before, and `report` says why: LoRA layers that are not fused, gradients, autocast,
@@ -66,7 +68,8 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
     validation.check_compile(compile, "fast", "asked for")
     networks, left = dict[str, _Accelerated](), dict[str, str]()
     engine = Engine(compile)
-    for name, network in getattr(pipeline, "components", {}).items():
+    components = getattr(pipeline, "components", None)
+    for name, network in components.items() if isinstance(components, Mapping) else ():
         inner = getattr(network, "_orig_mod", network)  # of torch.compile, whose result has another class
         bases = [base.__name__ for base in type(inner).__mro__]
         kinds = [kind for kind in _KINDS if kind.class_name in bases]
@@ -85,7 +88,7 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
         *others, last = (kind.class_name for kind in _KINDS)
         known = f"{', '.join(others)} or {last}"
         raise ReducioError(f"accelerate: a {type(pipeline).__name__} has no {known}")
-    return Acceleration(networks, left)
+    return Acceleration(pipeline, networks, left)
 
 
 def _owner(network: nn.Module, method: str) -> type:
@@ -97,6 +100,7 @@ class _Accelerated:
     """One network of diffusers, whose method `method` runs the twin."""
 
     class_name: str
+    prepared: tuple[tuple[Any, ...], Any] | None = None  # the last condition, after what it was made from
     source = "diffusers"  # the package that defines the class
     diffusers_class: str | None = None  # diffusers' class with the same modules, if the source is not diffusers
     modules: tuple[str, ...] = ()  # modules that the class has beside those of `diffusers_class`
@@ -172,7 +176,7 @@ class _Accelerated:
         if self._set_on(self.theirs) is self:
             delattr(self.theirs, self.method)
         # Something else, such as a hook, may still call `run` and keep this object: it holds no packed weights then.
-        self.held, self.undone, self.twin, self.seen = False, True, None, None
+        self.held, self.undone, self.twin, self.seen, self.prepared = False, True, None, None, None
         self.engine.forget()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -316,10 +320,6 @@ class _PixArt(_Accelerated):
         before, self.seen = self.seen, conditions
         return before is None or any(now is not then for now, then in zip(conditions, before, strict=True))
 
-    def _current_twin(self) -> Any:
-        self.prepared: Any = None
-        return super()._current_twin()
-
     def call(
         self,
         twin: Any,
@@ -335,22 +335,35 @@ class _PixArt(_Accelerated):
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         given = (hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, cross_attention_kwargs)
-        if self.prepared is None:
-            added = added_cond_kwargs or {}
-            self.prepared = self._prepare(twin, encoder_hidden_states, encoder_attention_mask, added.get, hidden_states)
-        unusual = cross_attention_kwargs or attention_mask is not None or not self.prepared
-        if unusual or timestep is None or not _is_shared(timestep):
+        cut = any(side % self.theirs.config.patch_size for side in hidden_states.shape[2:])
+        unusual = cut or cross_attention_kwargs or attention_mask is not None or not _is_shared(timestep)
+        condition = () if unusual else self._condition(twin, *given, encoder_attention_mask)
+        if not condition:
             return self.before(*given, attention_mask, encoder_attention_mask, return_dict)
-        keys_values, size = self.prepared
+        keys_values, size = condition
         out = twin.predict(hidden_states, timestep.reshape(-1)[:1], keys_values, size).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def _condition(self, twin: Any, latent: Tensor, text: Any, time: Any, added: Any, words: Any, mask: Any) -> Any:
+        """What `_prepare` returns, once for an image; read and replaced whole, as another thread may draw too."""
+        added = added or {}
+        tensors = (text, mask, added.get("resolution"), added.get("aspect_ratio"))
+        # Writes in place count for a tensor's version, which inference mode does not keep.
+        key = (twin, *tensors, *(None if x is None or x.is_inference() else x._version for x in tensors), len(latent))
+        kept = self.prepared
+        if kept is None or any(
+            now is not then if isinstance(now, Tensor) else now != then for now, then in zip(key, kept[0], strict=True)
+        ):
+            self.prepared = kept = (key, self._prepare(twin, text, mask, added.get, latent))
+        return kept[1]
 
     @staticmethod
     def _prepare(
         twin: Any, text: Tensor | None, mask: Tensor | None, added: Callable[[str], Tensor | None], latent: Tensor
     ) -> Any:
         """Keys and values of an image's condition, and its size; () for a condition that the twin does not take."""
-        if text is None or (mask is not None and mask.ndim != 2) or len(text) != len(latent):
+        # Of a mask without any token diffusers lowers all scores alike, as if there were none.
+        if text is None or len(text) != len(latent) or (mask is not None and (mask.ndim != 2 or not mask.any(1).all())):
             return ()
         size, ratio = added("resolution"), added("aspect_ratio")
         if twin.sizes.size_conditioning:

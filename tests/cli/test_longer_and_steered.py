@@ -150,6 +150,11 @@ def test_a_clip_is_recoloured_by_editing_one_frame(
     assert place[-1] - place[0] > 20, "and moving right, as the red one did"
 
 
+def test_a_motion_bucket_may_be_0() -> None:
+    command = ["generate", "--model", "svd-tiny", "--motion-bucket-id", "0", "--out", "c.mp4"]
+    assert main.parser().parse_args(command).motion_bucket_id == 0
+
+
 def test_no_input_is_replaced_by_the_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

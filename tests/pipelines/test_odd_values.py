@@ -13,7 +13,9 @@ import torch
 
 import reducio_fast
 from reducio_fast import ReducioPipeline
+from reducio_fast.media.contact_sheet import contact_sheet
 from reducio_fast.media.image_files import read_image, read_images
+from reducio_fast.media.video_files import write_video
 from reducio_fast.pipelines.reducio.autoencoder import VideoAutoencoder
 from reducio_fast.server import batch
 from reducio_fast.system.errors import ReducioError, shown
@@ -64,6 +66,10 @@ def test_arguments_of_methods(pipe: ReducioPipeline, clip, value):
         "decoding": lambda: pipe.forecast(64, 64, decoding=value),
         "encoding": lambda: clip.save("clip.mp4", encoding=value),
         "interpolate": lambda: clip.interpolated(value),
+        "deadline": lambda: pipe.warmup(deadline=value),
+        "sizes": lambda: pipe.warmup(sizes=value if isinstance(value, dict | int) else [value]),
+        "columns": lambda: contact_sheet([frames, frames], value),
+        "fps": lambda: write_video(frames, "clip.mp4", value),
         "adapter_name": lambda: pipe.load_lora_weights({}, adapter_name=value if not isinstance(value, str) else 5),
         "hotswap": lambda: pipe.load_lora_weights({}, hotswap=value),
         "adapter_names": lambda: pipe.set_adapters(value),
@@ -79,6 +85,20 @@ def test_arguments_of_methods(pipe: ReducioPipeline, clip, value):
         one_line(error, name)
     with pytest.raises(ReducioError):
         pipe.set_attention_backend(value)
+
+
+@pytest.mark.parametrize("name", ["latents", "motion_latents"])
+def test_tensors_without_values(pipe: ReducioPipeline, name: str):
+    given = torch.zeros(1, 16, 4, 2, 2)
+    for empty in (given.to("meta"), given[0].to("meta"), given.to_sparse(), given[0].to_sparse()):
+        with pytest.raises(ReducioError, match=f"^{name}: must hold its values; it is torch.s.* on "):
+            pipe.check_inputs(prompt=PROMPT, height=64, width=64, **{name: empty})
+
+
+def test_steps_of_the_first_stage_are_those_of_its_scheduler(pipe: ReducioPipeline):
+    assert pipe.check_inputs(prompt=PROMPT, guidance_reuse=np.int64(2)) is not None
+    with pytest.raises(ReducioError, match="^content_kwargs: num_inference_steps: must be from 1 to 1000, is 1001$"):
+        reducio_fast.generate(PROMPT, content_kwargs={"num_inference_steps": 1001})
 
 
 def test_names_of_arguments(pipe: ReducioPipeline):

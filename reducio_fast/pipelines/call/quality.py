@@ -15,6 +15,7 @@ from ...reference.reducio.config import NUM_INFERENCE_STEPS
 from ...reference.sampler import Shortcuts
 from ...system.errors import ReducioError, check_word, shown
 from ...system.real_numbers import to_float
+from .validation import is_integer
 
 SCHEDULES = ("own", "quadratic", "lu", "exponential")
 # Guidance above this makes the equation stiff. At 4.5, 8 quadratic steps are nearer to the solution than 20 equal ones;
@@ -92,19 +93,11 @@ def _check(quality: Quality) -> None:
         raise ReducioError(
             f"guidance_interval: must be two shares of the steps from 0 to 1, the smaller first, is {shown(interval)}"
         )
-    if (
-        not isinstance(quality.guidance_reuse, int)
-        or isinstance(quality.guidance_reuse, bool)
-        or quality.guidance_reuse < 1
-    ):
+    if not is_integer(quality.guidance_reuse) or quality.guidance_reuse < 1:
         raise ReducioError(f"guidance_reuse: must be a whole number of at least 1, is {shown(quality.guidance_reuse)}")
     if not _is_number(quality.cache_threshold) or not 0 <= quality.cache_threshold < math.inf:
         raise ReducioError(f"cache_threshold: must be a number of at least 0, is {shown(quality.cache_threshold)}")
-    if quality.content_steps is not None and (
-        not isinstance(quality.content_steps, int)
-        or isinstance(quality.content_steps, bool)
-        or quality.content_steps < 2
-    ):
+    if quality.content_steps is not None and (not is_integer(quality.content_steps) or quality.content_steps < 2):
         raise ReducioError(f"content_steps: must be a whole number of at least 2, is {shown(quality.content_steps)}")
 
 

@@ -99,6 +99,7 @@ def motion_of_clips(motion: Tensor | None, shape: Any, count: int) -> list[Tenso
     if motion is None:
         return [None] * count
     if motion.ndim == 4:
+        validation.check_values(motion, "motion_latents")
         motion = motion.expand(count, *motion.shape)
     return list(validation.check_latents(motion, shape, count, True, "motion_latents"))
 

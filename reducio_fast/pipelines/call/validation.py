@@ -82,7 +82,7 @@ def check_size(config: Any, height: Any, width: Any) -> None:
 
 
 def check_count(name: str, value: Any, most: int | None = None, least: int = 1) -> int:
-    if not _is_integer(value) or value < least or (most is not None and value > most):
+    if not is_integer(value) or value < least or (most is not None and value > most):
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ReducioError(f"{name}: must be a whole number {span}, is {shown(value)}")
     return int(value)
@@ -100,7 +100,7 @@ def check_callback(callback: Any, names: Any, known: Sequence[str]) -> None:
 
 
 def check_multiple(name: str, value: Any, factor: int) -> None:
-    if not _is_integer(value) or not 1 <= value < 2**63:  # Python prints no number of 4300 digits
+    if not is_integer(value) or not 1 <= value < 2**63:  # Python prints no number of 4300 digits
         raise ReducioError(f"{name}: must be a positive multiple of {factor}, is {shown(value)}")
     if value % factor:
         below = value // factor * factor
@@ -121,7 +121,7 @@ def check_number(name: str, value: Any) -> float:
 
 def check_sampling(steps: Any, max_steps: int, guidance_scale: Any, output_type: Any) -> float:
     """Check what every family's call has; returns the guidance scale as a float."""
-    if not _is_integer(steps) or not 1 <= steps <= max_steps:
+    if not is_integer(steps) or not 1 <= steps <= max_steps:
         raise ReducioError(f"num_inference_steps: must be a whole number from 1 to {max_steps}, is {shown(steps)}")
     scale = check_number("guidance_scale", guidance_scale)
     check_word("output_type", output_type, OUTPUT_TYPES)
@@ -149,12 +149,19 @@ def check_tensor(value: Any, shape: Sequence[int | None], count: int, is_list: b
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise ReducioError(f"{name}: must be a floating-point tensor, is {_brief(value)}")
+    check_values(value, name)
     value = widened(_with_clip_axis(value, shape, count, is_list, name), name)
     if not value.numel():
         raise ReducioError(f"{name}: is empty, of shape {list(value.shape)}")
     if not torch.isfinite(value).all():
         raise ReducioError(f"{name}: holds values that are not finite (NaN or infinite)")
     return list(value.split(1))
+
+
+def check_values(value: Tensor, name: str) -> None:
+    """Raise ReducioError for a tensor without values in memory: on the meta device, or sparse."""
+    if value.is_meta or value.layout is not torch.strided:
+        raise ReducioError(f"{name}: must hold its values; it is {value.layout} on {value.device}")
 
 
 def check_text(
@@ -171,6 +178,7 @@ def check_text(
     if not isinstance(mask, Tensor):
         # A missing mask is not taken for all ones: the model would read the padding, and no shape would show it.
         raise ReducioError(f"{mask_name}: must be the tensor that belongs to {name}, is {_brief(mask)}")
+    check_values(mask, mask_name)
     masks = widened(_with_clip_axis(mask, shape[:1], count, is_list, mask_name), mask_name).bool().split(1)
     return list(zip(texts, masks, strict=True))
 
@@ -218,7 +226,7 @@ def check_generators(count: int, seed: Any, generator: Any) -> list[torch.Genera
     if seed is None:
         # 32 bits: a reported seed stays easy to type.
         seed = torch.Generator().seed() % 2**32
-    if not _is_integer(seed) or not 0 <= seed <= MAX_SEED - count:
+    if not is_integer(seed) or not 0 <= seed <= MAX_SEED - count:
         raise ReducioError(f"seed: must be a whole number from 0 to {MAX_SEED - count}, is {shown(seed)}")
     return [torch.Generator().manual_seed(int(seed) + i) for i in range(count)]
 
@@ -257,7 +265,7 @@ def check_quantise(word: Any, backend: str, device: torch.device) -> None:
         raise ReducioError(f"quantise: {error}") from error
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     # A time span of NumPy says that it is a whole number.
     return isinstance(value, numbers.Integral) and not isinstance(value, bool | np.timedelta64)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ...media.image_files import fit_image
-from ...system.errors import ReducioError, first_line
+from ...system.errors import ReducioError, first_line, shown
 from ...system.real_numbers import to_float
 from ..call.validation import check_count
 
@@ -39,14 +39,19 @@ def check_content_kwargs(pipeline: Any, kwargs: Any) -> dict[str, Any]:
     if kwargs is None:
         return {}
     if not isinstance(kwargs, dict):
-        raise ReducioError(f"content_kwargs: must be a dict of words for the text-to-image pipeline, is {kwargs!r}")
+        raise ReducioError(
+            f"content_kwargs: must be a dict of words for the text-to-image pipeline, is {shown(kwargs)}"
+        )
     for name in ("num_inference_steps", "height", "width", "max_sequence_length"):
         if name in kwargs:
             check_count(f"content_kwargs: {name}", kwargs[name])
     scale = kwargs.get("guidance_scale", 0.0)
     if not math.isfinite(to_float(scale)):
-        raise ReducioError(f"content_kwargs: guidance_scale: must be a finite number, is {scale!r:.60}")
+        raise ReducioError(f"content_kwargs: guidance_scale: must be a finite number, is {shown(scale)}")
     accepted, takes_any = call_defaults(pipeline)
+    steps, most = kwargs.get("num_inference_steps", 0), _training_steps(pipeline)
+    if most is not None and steps > most:  # its times would be shared by steps, between which a solver divides
+        raise ReducioError(f"content_kwargs: num_inference_steps: must be from 1 to {most}, is {shown(steps)}")
     if "PixArt" in type(pipeline).__name__ and kwargs.get("num_inference_steps") == 1:
         raise ReducioError("content_kwargs: num_inference_steps is 1; diffusers' PixArt pipelines need at least 2")
     for name in kwargs:
@@ -73,7 +78,7 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
     else:
         return
     if not right:
-        raise ReducioError(f"content_kwargs: {name}: must be {kind}, is {value!r:.60}")
+        raise ReducioError(f"content_kwargs: {name}: must be {kind}, is {shown(value)}")
 
 
 def draw_image(
@@ -187,6 +192,13 @@ def drawing_steps(pipeline: Any, kwargs: dict[str, Any]) -> int:
     asked = call_defaults(pipeline)[0] | kwargs
     placed = next((x for name in ("timesteps", "sigmas") if (x := asked.get(name)) is not None), None)
     return asked.get("num_inference_steps") or 1 if placed is None else len(placed)
+
+
+def _training_steps(pipeline: Any) -> int | None:
+    """The number of noise levels of a pipeline's scheduler, if it has such a number."""
+    config = getattr(getattr(pipeline, "scheduler", None), "config", None)
+    most = getattr(config, "num_train_timesteps", None)
+    return most if isinstance(most, int) else None
 
 
 def own_defaults(pipeline: Any) -> dict[str, Any]:

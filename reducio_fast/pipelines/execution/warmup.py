@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ...system import cores, deadline, torch_state
 from ...system.deadline import Job, Outcome, run
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, shown
 from ...system.real_numbers import to_float
 from ..call import validation
 
@@ -62,17 +62,17 @@ def warm_up(
 def check_deadline(deadline: Any) -> None:
     """Raise ReducioError for a deadline that is neither None nor a finite number of seconds above 0."""
     if deadline is not None and not 0 < to_float(deadline) < math.inf:
-        raise ReducioError(f"deadline: must be a finite number of seconds above 0, is {deadline!r}")
+        raise ReducioError(f"deadline: must be a finite number of seconds above 0, is {shown(deadline)}")
 
 
 def _check_sizes(pipe: Any, sizes: Sequence[int | Size] | None) -> list[Size]:
     asked: Any = [(pipe.sample_height, pipe.sample_width)] if sizes is None else sizes
     if isinstance(asked, str) or not isinstance(asked, Sequence) or not asked:
-        raise ReducioError(f"sizes: must be a list of (height, width) or of whole numbers, is {sizes!r}")
+        raise ReducioError(f"sizes: must be a list of (height, width) or of whole numbers, is {shown(sizes)}")
     pairs = [(size, size) if isinstance(size, int) else size for size in asked]
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ReducioError(f"sizes: must be a list of (height, width) or of whole numbers, has {pair!r}")
+            raise ReducioError(f"sizes: must be a list of (height, width) or of whole numbers, has {shown(pair)}")
         height, width = pair
         validation.check_size(pipe.vae.config, height, width)
     return list(dict.fromkeys((int(height), int(width)) for height, width in pairs))

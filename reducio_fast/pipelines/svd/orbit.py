@@ -23,7 +23,7 @@ from ...reference.svd import config as published
 from ...reference.svd.config import time_id_widths
 from ...reference.svd.vae import FrameVAE
 from ...system import torch_state
-from ...system.errors import ReducioError
+from ...system.errors import ReducioError, shown
 from ...system.real_numbers import LARGEST
 from ..call.output import ReducioOutput
 from .component_table import ORBIT_LOADERS
@@ -47,9 +47,8 @@ def camera_path(frames: int, elevations: Any, azimuths: Any) -> Tensor:
 
     elevations: degrees above the horizon, one or one per frame. azimuths: degrees, one per frame; None is one turn.
     """
-    elevations = _angles(
-        "elevations", [elevations] * frames if isinstance(elevations, numbers.Real) else elevations, frames
-    )
+    single = isinstance(elevations, numbers.Real) and not isinstance(elevations, bool)
+    elevations = _angles("elevations", [elevations] * frames if single else elevations, frames)
     turn = np.linspace(0, 360, frames + 1)[1:] % 360
     azimuths = turn if azimuths is None else _angles("azimuths", azimuths, frames)
     path = np.stack([np.deg2rad(90 - elevations), np.deg2rad((azimuths - azimuths[-1]) % 360)], axis=1)
@@ -60,9 +59,9 @@ def _angles(name: str, values: Any, frames: int) -> np.ndarray:
     try:
         angles = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise ReducioError(f"{name}: must be degrees, are {values!r}") from None
+        raise ReducioError(f"{name}: must be degrees, are {shown(values)}") from None
     if angles.shape != (frames,) or not (np.abs(angles) <= LARGEST).all():
-        raise ReducioError(f"{name}: must be {frames} finite numbers, one a frame, are {values!r}")
+        raise ReducioError(f"{name}: must be {frames} finite numbers, one a frame, are {shown(values)}")
     return angles
 
 
