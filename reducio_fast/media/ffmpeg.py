@@ -71,7 +71,7 @@ def probe(path: Path) -> Fraction:
     if re.search(r"smpte2084|arib-std-b67", line):
         LOG.warning("%s: is in high dynamic range, which is read without tone mapping", printable(path))
     mean, finest = _rate(line, "fps"), _rate(line, "tbr")
-    if mean is not None and finest is not None and abs(finest - 2 * mean) <= Fraction(2, 100) * max(1, mean):
+    if mean is not None and finest is not None and abs(finest - 2 * mean) <= max(mean, Fraction(1)) / 50:
         return mean  # the decoder counts in fields: each frame of a raw .h264 would be read twice
     if finest is None or (mean is not None and finest > max(FINEST_RATE, 1.1 * float(mean))):
         return mean or Fraction(25)  # ffmpeg's default for a stream without timestamps

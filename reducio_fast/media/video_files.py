@@ -273,8 +273,9 @@ def _repeats(held: list[int], unit: int) -> tuple[list[int], float | None]:
     for count in range(slowest, min(math.ceil(total / shortest), slowest + MAX_RATES) + 1):
         numbers = np.rint(ends * count / total)
         late = np.abs(numbers * total / count - ends).max() > unit / 2
-        if not late and (repeats := np.diff(numbers, prepend=0)).min() > 0:
-            return [int(n) for n in repeats], 1000 * count / total
+        shown_times = np.diff(numbers, prepend=0)
+        if not late and shown_times.min() > 0:
+            return [int(n) for n in shown_times], 1000 * count / total
     repeats = [max(1, round(d / shortest)) for d in held]
     return repeats, 1000 * sum(repeats) / total
 

@@ -68,8 +68,8 @@ def accelerate(pipeline: Any, compile: bool | None = None) -> Acceleration:
     validation.check_compile(compile, "fast", "asked for")
     networks, left = dict[str, _Accelerated](), dict[str, str]()
     engine = Engine(compile)
-    components = getattr(pipeline, "components", None)
-    for name, network in components.items() if isinstance(components, Mapping) else ():
+    components: Any = getattr(pipeline, "components", None)
+    for name, network in dict[str, Any](components if isinstance(components, Mapping) else {}).items():
         inner = getattr(network, "_orig_mod", network)  # of torch.compile, whose result has another class
         bases = [base.__name__ for base in type(inner).__mro__]
         kinds = [kind for kind in _KINDS if kind.class_name in bases]
@@ -335,10 +335,11 @@ class _PixArt(_Accelerated):
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         given = (hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, cross_attention_kwargs)
-        cut = any(side % self.theirs.config.patch_size for side in hidden_states.shape[2:])
+        config: Any = self.theirs.config
+        cut = any(side % config.patch_size for side in hidden_states.shape[2:])
         unusual = cut or cross_attention_kwargs or attention_mask is not None or not _is_shared(timestep)
         condition = () if unusual else self._condition(twin, *given, encoder_attention_mask)
-        if not condition:
+        if not condition or timestep is None:
             return self.before(*given, attention_mask, encoder_attention_mask, return_dict)
         keys_values, size = condition
         out = twin.predict(hidden_states, timestep.reshape(-1)[:1], keys_values, size).to(hidden_states.dtype)

@@ -73,8 +73,6 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
         right, kind = isinstance(value, bool | int) and value in (0, 1), "true or false"
     elif isinstance(default, int | float):
         right, kind = math.isfinite(to_float(value)), "a finite number"
-    elif name in ("timesteps", "sigmas"):
-        right, kind = hasattr(value, "__len__") and not isinstance(value, str | bytes), "a list of numbers"
     else:
         return
     if not right:
@@ -190,8 +188,8 @@ def call_defaults(pipeline: Any) -> tuple[dict[str, Any], bool]:
 def drawing_steps(pipeline: Any, kwargs: dict[str, Any]) -> int:
     """The number of steps in which the pipeline draws a picture, called with `kwargs`."""
     asked = call_defaults(pipeline)[0] | kwargs
-    placed = next((x for name in ("timesteps", "sigmas") if (x := asked.get(name)) is not None), None)
-    return asked.get("num_inference_steps") or 1 if placed is None else len(placed)
+    placed: Any = next((x for name in ("timesteps", "sigmas") if (x := asked.get(name)) is not None), None)
+    return len(placed) if hasattr(placed, "__len__") else asked.get("num_inference_steps") or 1
 
 
 def _training_steps(pipeline: Any) -> int | None:
