@@ -349,7 +349,7 @@ class _PixArt(_Accelerated):
         """What `_prepare` returns, once for an image; read and replaced whole, as another thread may draw too."""
         added = added or {}
         tensors = (text, mask, added.get("resolution"), added.get("aspect_ratio"))
-        # Writes in place count for a tensor's version, which inference mode does not keep.
+        # Tensors by identity, whose == compares values; writes in place change versions, which inference mode lacks.
         key = (twin, *tensors, *(None if x is None or x.is_inference() else x._version for x in tensors), len(latent))
         kept = self.prepared
         if kept is None or any(

@@ -112,11 +112,15 @@ def is_unicode(text: str) -> bool:
 
 def one_line(text: str) -> str:
     """A message as one line, in which characters that a terminal would obey are escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return _escaped(" ".join(text.split()))
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def printable(path: str | os.PathLike[str]) -> str:
     """A path for a message: shortened to one line, without bytes that a terminal cannot print or that command it."""
     text = os.fspath(path).encode("utf-8", "replace").decode().replace("\0", "\\0")
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = _escaped(text)
     return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
